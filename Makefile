@@ -1,0 +1,53 @@
+# Each target works as the only command after a clone: what it needs is set up first, in .venv.
+# PYTHON=/path/to/python3.11 chooses the interpreter that .venv is made from.
+
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+
+SOURCES := $(wildcard csrc/*.c csrc/*.h)
+C_FILES := $(SOURCES) $(wildcard tests/native/*.c tests/native/*.h)
+
+# Registries have bad moments: pip's own retries first, then the whole command twice more.
+pip_install = for try in 1 2 3; do \
+		$(BIN)/python -m pip install --disable-pip-version-check --quiet --retries 5 --timeout 60 $(1) && exit 0; \
+		echo "pip failed (try $$try of 3)" >&2; sleep $$((try * 5)); \
+	done; exit 1
+
+.PHONY: setup demo test lint bench sanitize clean
+
+setup: $(VENV)/engine.stamp
+
+$(VENV)/requirements.stamp: requirements-dev.txt
+	@test -x $(BIN)/python || { echo "making $(VENV) with $(PYTHON)"; $(PYTHON) -m venv $(VENV); }
+	@echo "installing requirements-dev.txt into $(VENV)"
+	@$(call pip_install,-r requirements-dev.txt)
+	@touch $@
+
+$(VENV)/engine.stamp: $(VENV)/requirements.stamp pyproject.toml $(SOURCES)
+	@echo "building ckptengine"
+	@$(call pip_install,--no-build-isolation --no-deps --editable .)
+	@touch $@
+
+demo: setup
+	$(BIN)/python examples/demo.py
+
+test: setup
+	$(BIN)/python -m pytest
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run -Werror $(C_FILES)
+
+bench: setup
+	$(BIN)/python -m benchmarks
+
+sanitize: setup
+	PYTHON=$(abspath $(BIN)/python) bash tests/native/run_sanitized.sh
+
+clean:
+	rm -rf $(VENV) build dist ckptengine.egg-info demo .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -f ckptengine/_native.*.so
+	find ckptengine tests examples benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,22 @@
+"""ckptengine: asynchronous, sharded, re-shardable checkpoints for training jobs, stored as Zarr."""
+
+from ckptengine import errors
+from ckptengine.api import async_save, load, save
+from ckptengine.checkpointer import Checkpointer
+from ckptengine.save.handle import SaveHandle, SaveStats
+from ckptengine.state.per_rank import PerRank
+from ckptengine.state.report import LoadReport
+from ckptengine.state.sharded import ShardedArray
+
+__all__ = [
+    "Checkpointer",
+    "LoadReport",
+    "PerRank",
+    "SaveHandle",
+    "SaveStats",
+    "ShardedArray",
+    "async_save",
+    "errors",
+    "load",
+    "save",
+]

@@ -1,0 +1,129 @@
+"""Save and load as single calls; `Checkpointer` is the same with a policy."""
+
+from __future__ import annotations
+
+import os
+import weakref
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from ckptengine.catalog.listing import next_generation
+from ckptengine.catalog.retention import replace_older
+from ckptengine.comm.base import Communicator
+from ckptengine.comm.select import current
+from ckptengine.errors import SaveFailedError
+from ckptengine.load.loader import LoadOptions, load_arrays, load_newest
+from ckptengine.save.handle import SaveHandle, SaveStats
+from ckptengine.save.saver import DEFAULT_TIMEOUT, Saver, Target
+from ckptengine.state.bind import LoadReport
+from ckptengine.storage.open import open_storage
+
+__all__ = ["async_save", "load", "save"]
+
+# One for each group of ranks: plans and memory are reused from call to call.
+_savers: weakref.WeakKeyDictionary[Communicator, Saver] = weakref.WeakKeyDictionary()
+
+
+def save(
+    path: str | os.PathLike[str],
+    state: Mapping[str, Any],
+    *,
+    metadata: Mapping[str, Any] | None = None,
+    check_replicas: bool = False,
+    timeout: float = DEFAULT_TIMEOUT,
+    comm: Communicator | None = None,
+) -> SaveStats:
+    """Save a state as one checkpoint and return its figures when it is durable; all ranks call it.
+
+    `path` is a directory that all ranks see; a checkpoint that is there already is replaced, after the new one is
+    committed. `state` maps names to modules, optimizers, objects with `state_dict`, tensors, arrays, plain values,
+    dicts and lists of these, `ShardedArray` and `PerRank`. `metadata` is plain JSON for the manifest.
+    `check_replicas` compares the replicated arrays of all ranks, which reads every byte of every replica.
+    `timeout`, in seconds, bounds each wait for other ranks or for the storage.
+
+    Raises `StateError` for what can't be saved, `ReplicaMismatchError` where replicated values differ between
+    ranks, `SaveFailedError` where any rank failed, `DeadlineError` naming the ranks that did not come. Whatever
+    was there before then still is.
+    """
+    handle = async_save(
+        path, state, metadata=metadata, check_replicas=check_replicas, timeout=timeout, comm=comm
+    )
+    stats = handle.durable.result()
+    if stats is None:
+        raise SaveFailedError(f"{handle.path}: the save ended without figures")
+    return stats
+
+
+def async_save(
+    path: str | os.PathLike[str],
+    state: Mapping[str, Any],
+    *,
+    metadata: Mapping[str, Any] | None = None,
+    check_replicas: bool = False,
+    timeout: float = DEFAULT_TIMEOUT,
+    comm: Communicator | None = None,
+) -> SaveHandle:
+    """Start to save a state and return a handle with `.staged` and `.durable`; all ranks call it.
+
+    Takes and raises what `save` does; what happens after the snapshot is raised by `handle.durable.result()`.
+    """
+    comm = comm or current()
+    saver = _savers.get(comm)
+    if saver is None:
+        saver = _savers[comm] = Saver(comm, timeout)
+    storage = open_storage(path)
+
+    def claim() -> int:
+        storage.create()
+        return next_generation(storage)
+
+    def committed(generation: int) -> None:
+        replace_older(storage, generation)
+
+    target = Target(
+        storage=storage,
+        directory="",
+        step=None,
+        parent=None,
+        generation=None,
+        claim=claim,
+        metadata=dict(metadata or {}),
+        committed=committed,
+    )
+    return saver.start(target, state, check_replicas=check_replicas, timeout=timeout)
+
+
+def load(
+    path: str | os.PathLike[str],
+    into: Mapping[str, Any] | None = None,
+    *,
+    only: Iterable[str] | None = None,
+    rename: Mapping[str, str] | None = None,
+    strict: bool = True,
+    cast: bool = False,
+    timeout: float = DEFAULT_TIMEOUT,
+    comm: Communicator | None = None,
+) -> Any:
+    """Fill a state from the newest checkpoint at a path, or return its arrays and values.
+
+    `path` is a checkpoint directory or a run. With `into`, all ranks call it, at any world size and sharding, and
+    get a `LoadReport`; tensors are filled in place, objects through `load_state_dict`. Without, this process alone
+    gets nested dicts of numpy arrays (bfloat16 and float8 as `ml_dtypes`' types) and plain values; no framework
+    is needed.
+
+    `only` restricts to parts of the state, by dotted prefixes (`["model", "optimizer.state"]`); `rename` maps
+    dotted prefixes of the checkpoint to those of the state; with `strict=False` missing and unexpected leaves are
+    reported, not raised; with `cast=True` a leaf may change its dtype. `timeout` is in seconds.
+
+    Raises `CheckpointNotFoundError`, `CheckpointDamagedError` naming the file, `LoadMismatchError` listing every
+    leaf that doesn't fit, `FormatVersionError`. After damage that was found while tensors were being filled, the
+    state is not usable; the message says so.
+    """
+    storage = open_storage(path)
+    if isinstance(only, str):
+        only = [only]
+    options = LoadOptions(None if only is None else tuple(only), rename, strict, cast)
+    if into is None:
+        return load_arrays(storage, options)
+    report: LoadReport = load_newest(storage, into, comm or current(), timeout, options).report
+    return report

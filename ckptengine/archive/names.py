@@ -1,0 +1,77 @@
+"""Names of Zarr nodes and ZIP entries, and the escaping between them and the keys of a state."""
+
+from __future__ import annotations
+
+import re
+
+from ckptengine.state.leaf import Key, Path
+
+__all__ = [
+    "OBJECTS",
+    "archive_name",
+    "checksums_node",
+    "chunk_key",
+    "escape",
+    "leaf_node",
+    "rank_node",
+    "unescape",
+]
+
+OBJECTS = "objects"
+"""The group whose attributes hold the replicated plain values."""
+
+# Zarr v3 forbids `/`, names of dots alone and the empty name, and reserves leading `__`; `%` escapes, and a
+# leading `#` marks an integer key. Control characters and backslashes would not survive `unzip` everywhere.
+_UNSAFE = re.compile(r"[%/\\\x00-\x1f\x7f]")
+_ONLY_DOTS = re.compile(r"\.+")
+
+
+def escape(key: Key) -> str:
+    """Return the Zarr node name of one key; distinct keys give distinct names.
+
+    `/`, `\\`, `%` and control characters become `%XX`; so do the first character of a name that consists of
+    dots alone, a leading `#`, and the first of a leading `__`. The empty string is `%`, the integer 7 is `#7`.
+    """
+    if isinstance(key, int):
+        return f"#{key}"
+    if not key:
+        return "%"
+    name = _UNSAFE.sub(lambda match: f"%{ord(match[0]):02X}", key)
+    if name.startswith(("#", "__")) or _ONLY_DOTS.fullmatch(name):
+        name = f"%{ord(name[0]):02X}{name[1:]}"
+    return name
+
+
+def unescape(name: str) -> Key:
+    """Return the key of a Zarr node name; the reverse of `escape`."""
+    if name == "%":
+        return ""
+    if name.startswith("#"):
+        return int(name[1:])
+    return re.sub(r"%([0-9A-F]{2})", lambda match: chr(int(match[1], 16)), name)
+
+
+def leaf_node(path: Path, rank: int | None = None) -> str:
+    """Return the Zarr node of a leaf: below `state`, or below its rank's group where it is per rank."""
+    root = "state" if rank is None else rank_node(rank)
+    return "/".join((root, *map(escape, path)))
+
+
+def rank_node(rank: int) -> str:
+    """Return the group of what belongs to one rank alone."""
+    return f"ranks/{rank:05d}"
+
+
+def checksums_node(archive: str) -> str:
+    """Return the array that holds the block checksums of an archive, given its file name."""
+    return f"checksums/{archive.removesuffix('.zarr.zip')}"
+
+
+def chunk_key(node: str, cell: tuple[int, ...]) -> str:
+    """Return the ZIP entry of one chunk (Zarr v3, default chunk key encoding)."""
+    return "/".join((node, "c", *map(str, cell)))
+
+
+def archive_name(rank: int) -> str:
+    """Return the file name of a rank's archive."""
+    return f"rank-{rank:05d}.zarr.zip"

@@ -1,0 +1,102 @@
+"""Reading an archive: its tail, verified as a whole, and ranges of its fixed region, verified block by block."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ckptengine.archive.image import BLOCK_NBYTES
+from ckptengine.archive.tail import checksums_of, document_of
+from ckptengine.archive.zip import walk_entries
+from ckptengine.archive.record import ArchiveRecord
+from ckptengine.errors import CheckpointDamagedError
+from ckptengine.storage.base import Storage
+
+__all__ = ["Archive", "open_archive"]
+
+
+@dataclass(frozen=True, slots=True)
+class Archive:
+    """An archive whose tail has been verified. `checksums` are uint32, one for each block of the fixed region."""
+
+    storage: Storage
+    name: str
+    fixed_nbytes: int
+    checksums: NDArray[np.uint32]
+    tail: dict[str, bytes]
+    tail_bytes: bytes
+
+    @property
+    def location(self) -> str:
+        """The file, as messages name it."""
+        return self.storage.location(self.name)
+
+    def attributes(self, node: str) -> dict[str, Any]:
+        """Return the `ckptengine` attributes of a group in the tail.
+
+        Raises `CheckpointDamagedError` where there is no such group.
+        """
+        document = document_of(self.tail, f"{node}/zarr.json", self.location)
+        attributes = document.get("attributes")
+        ours = attributes.get("ckptengine") if isinstance(attributes, dict) else None
+        if not isinstance(ours, dict):
+            raise CheckpointDamagedError(f"{self.location}: group {node!r} has no attributes of this format")
+        return ours
+
+    def load(self, ranges: NDArray[np.int64], ops: NDArray[np.int64], index: NDArray[np.int64]) -> None:
+        """Read ranges of whole blocks, verify them, and scatter them to memory (`_native.load` has the tables).
+
+        Raises `CheckpointDamagedError` naming file and place of the first damaged block.
+        """
+        damaged = self.storage.load_archive(
+            self.name, self.fixed_nbytes, BLOCK_NBYTES, self.checksums, ranges, ops, index
+        )
+        if damaged >= 0:
+            start = damaged * BLOCK_NBYTES
+            end = min(start + BLOCK_NBYTES, self.fixed_nbytes)
+            raise CheckpointDamagedError(
+                f"{self.location}: bytes {start} to {end} are not those that were written (CRC32 differs)"
+            )
+
+    def read(self, position: int, nbytes: int) -> bytes:
+        """Return bytes of the fixed region, verified; raises `CheckpointDamagedError` where they are damaged."""
+        if position < 0 or nbytes < 0 or position + nbytes > self.fixed_nbytes:
+            raise CheckpointDamagedError(
+                f"{self.location}: bytes {position} to {position + nbytes} lie outside of the fixed region"
+            )
+        if nbytes == 0:
+            return b""
+        out = np.empty(nbytes, np.uint8)
+        start = position // BLOCK_NBYTES * BLOCK_NBYTES
+        end = min(-(-(position + nbytes) // BLOCK_NBYTES) * BLOCK_NBYTES, self.fixed_nbytes)
+        address = out.ctypes.data
+        op = [position, nbytes, 1, 1, address, address, nbytes, nbytes, 0, nbytes, 1]
+        self.load(
+            np.array([[start, end - start]], np.int64), np.array(op, np.int64), np.array([0, len(op)], np.int64)
+        )
+        return out.tobytes()
+
+
+def open_archive(storage: Storage, name: str, record: ArchiveRecord) -> Archive:
+    """Return an archive after verifying its size and its tail against the manifest's record.
+
+    `name` is the file, relative to the storage. Raises `CheckpointDamagedError` naming the file.
+    """
+    where = storage.location(name)
+    size = storage.size(name)
+    if size is None:
+        raise CheckpointDamagedError(f"{where}: the file is missing")
+    if size != record.nbytes:
+        raise CheckpointDamagedError(f"{where}: {size} bytes long, {record.nbytes} expected")
+    tail = storage.read_range(name, record.tail_position, record.nbytes - record.tail_position)
+    if hashlib.sha256(tail).hexdigest() != record.tail_sha256:
+        raise CheckpointDamagedError(
+            f"{where}: the tail (from byte {record.tail_position} on) is not what was written (SHA-256 differs)"
+        )
+    entries = walk_entries(tail, where)
+    checksums = checksums_of(entries, record.name, record.tail_position, where)
+    return Archive(storage, name, record.tail_position, checksums, entries, tail)

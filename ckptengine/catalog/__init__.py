@@ -1,0 +1,1 @@
+"""Which checkpoints exist: manifest, commit, generations, leases, listing, retention."""

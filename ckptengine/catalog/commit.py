@@ -1,0 +1,46 @@
+"""The commit: after it the checkpoint exists, before it nothing does."""
+
+from __future__ import annotations
+
+from ckptengine.archive.record import ArchiveRecord
+from ckptengine.catalog.listing import Entry, manifest_name, read_manifest
+from ckptengine.catalog.manifest import Manifest
+from ckptengine.errors import SaveFailedError
+from ckptengine.storage.base import Storage, join
+
+__all__ = ["attempt_directory", "publish"]
+
+
+def attempt_directory(directory: str, attempt: str) -> str:
+    """Return where an attempt writes, below its checkpoint's directory."""
+    return join(directory, f"data-{attempt}")
+
+
+def publish(storage: Storage, directory: str, manifest: Manifest) -> None:
+    """Commit an attempt: check once more that all its files are there, then publish the manifest.
+
+    Raises `SaveFailedError` where a file is missing or has another size, or where another attempt has
+    committed the same step in the same generation.
+    """
+    data = attempt_directory(directory, manifest.attempt)
+    for record in (*manifest.archives, manifest.layout):
+        _check(storage, join(data, record.name), record)
+    name = join(directory, manifest_name(manifest.generation))
+    if storage.put_if_absent(name, manifest.encode()):
+        return
+    winner = read_manifest(storage, Entry(manifest.step, manifest.generation, directory)).attempt
+    # Our own, where the reply to the publication was lost on the way and it was tried again.
+    if winner != manifest.attempt:
+        raise SaveFailedError(
+            f"{storage.location(name)} is there already: attempt {winner} has committed this step in this "
+            f"generation. It stands; attempt {manifest.attempt} is given up"
+        )
+
+
+def _check(storage: Storage, name: str, record: ArchiveRecord) -> None:
+    size = storage.size(name)
+    if size != record.nbytes:
+        found = "is missing" if size is None else f"has {size} bytes instead of {record.nbytes}"
+        raise SaveFailedError(
+            f"{storage.location(name)} {found} before the commit; something else changes this directory"
+        )

@@ -1,0 +1,100 @@
+"""The lease: how others see that an attempt's writer is alive."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import threading
+from pathlib import Path
+from types import TracebackType
+
+from ckptengine.errors import CheckpointError
+from ckptengine.storage.base import Storage, join
+
+__all__ = ["LEASE_SECONDS", "Lease", "is_leased"]
+
+LEASE_SECONDS = 120.0
+"""After this long without renewal an attempt counts as given up; renewed four times as often."""
+
+_NAME = "lease.json"
+_JOIN_SECONDS = 10.0
+
+
+class Lease:
+    """Holds an attempt's directory from entering to leaving; renews itself in a thread of its own."""
+
+    def __init__(self, storage: Storage, directory: str) -> None:
+        self._storage = storage
+        self._name = join(directory, _NAME)
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._renew, name="ckptengine-lease", daemon=True)
+
+    def __enter__(self) -> Lease:
+        self._storage.write_bytes(self._name, json.dumps(_identity()).encode())
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stop.set()
+        # A renewal that hangs in a stalled storage must not hold up the save.
+        self._thread.join(_JOIN_SECONDS)
+        try:
+            self._storage.delete(self._name)
+        except CheckpointError:
+            return  # it expires by itself
+
+    def _renew(self) -> None:
+        while not self._stop.wait(LEASE_SECONDS / 4):
+            try:
+                self._storage.touch(self._name)
+            except CheckpointError:
+                continue  # the next renewal may succeed; if none does, the lease rightly expires
+
+
+def is_leased(storage: Storage, directory: str) -> bool:
+    """Return whether the writer of an attempt's directory may still be alive.
+
+    A writer on this very machine is looked up by its process; for others the age of the lease decides (or of
+    the directory, where the lease has not been written yet), by the storage's own clock.
+    """
+    name = join(directory, _NAME)
+    modified = storage.modified(name)
+    if modified is None:
+        modified = storage.modified(directory)
+        return modified is not None and storage.now() - modified < LEASE_SECONDS
+    try:
+        holder = json.loads(storage.read_bytes(name, 4096))
+        mine = _identity()
+        if mine["boot"] and all(holder[key] == mine[key] for key in ("host", "boot", "namespace")):
+            return _started(int(holder["pid"])) == holder["started"]
+    except (CheckpointError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
+        pass  # unreadable: its age decides
+    return storage.now() - modified < LEASE_SECONDS
+
+
+def _identity() -> dict[str, object]:
+    pid = os.getpid()
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        namespace = os.readlink("/proc/self/ns/pid")  # process numbers mean something within it only
+    except OSError:
+        boot = namespace = ""  # a closed /proc: then the age decides
+    return {
+        "host": socket.gethostname(),
+        "boot": boot,
+        "namespace": namespace,
+        "pid": pid,
+        "started": _started(pid),
+    }
+
+
+def _started(pid: int) -> str | None:
+    """Return when a process started, in ticks since boot (proc(5), stat field 22); None if there is none."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return None
+    return stat.rpartition(")")[2].split()[19]

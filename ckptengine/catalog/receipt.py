@@ -1,0 +1,220 @@
+"""Receipts: what each rank tells rank 0 of its part of a save, and the channel on which they travel."""
+
+from __future__ import annotations
+
+import base64
+import json
+import time
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from ckptengine.archive.record import ArchiveRecord
+from ckptengine.comm.base import KeyValueStore
+from ckptengine.comm.keyvalue import delete_large, get_large, poll, put_large
+from ckptengine.comm.ranks import name_ranks
+from ckptengine.errors import DeadlineError, SaveFailedError
+from ckptengine.storage.base import Storage, join
+
+__all__ = ["Channel", "Outcome", "Receipt", "StorageStore", "collect"]
+
+_T = TypeVar("_T")
+_MAX_FILE_NBYTES = 1 << 30
+_GRACE = 15.0
+"""Seconds that the other ranks wait longer than rank 0, so that they hear from it who is missing."""
+
+
+@dataclass(frozen=True, slots=True)
+class Receipt:
+    """One rank's part of a save.
+
+    `error` says why there is none; then `archive` is None. `value_paths` and `digests` are those of its
+    replicated plain values (`ckptengine.save.values`), `replica_crcs` of its replicated arrays where they are to
+    be compared, `rows` its encoded `RankRows` where rank 0 doesn't know them, `alone` whether its plan is its own.
+    """
+
+    rank: int
+    archive: ArchiveRecord | None
+    error: str = ""
+    value_paths: tuple[tuple[str | int, ...], ...] = ()
+    digests: bytes = b""
+    replica_crcs: tuple[tuple[tuple[str | int, ...], int], ...] = ()
+    rows: bytes = b""
+    alone: bool = False
+
+    def encode(self) -> bytes:
+        """Return the receipt as it travels."""
+        record = self.archive
+        return json.dumps(
+            {
+                "rank": self.rank,
+                "archive": None
+                if record is None
+                else [record.name, record.nbytes, record.tail_position, record.tail_sha256],
+                "error": self.error,
+                "value_paths": self.value_paths,
+                "digests": base64.b64encode(self.digests).decode(),
+                "replica_crcs": self.replica_crcs,
+                "rows": base64.b64encode(self.rows).decode(),
+                "alone": self.alone,
+            }
+        ).encode()
+
+    @classmethod
+    def decode(cls, data: bytes) -> Receipt:
+        """Return the receipt of a message; raises `SaveFailedError` where it is damaged."""
+        try:
+            document = json.loads(data)
+            record = document["archive"]
+            return cls(
+                rank=_of(int, document["rank"]),
+                archive=None if record is None else _record(record),
+                error=_of(str, document["error"]),
+                value_paths=tuple(map(_path, document["value_paths"])),
+                digests=base64.b64decode(document["digests"], validate=True),
+                replica_crcs=tuple((_path(path), _of(int, crc)) for path, crc in document["replica_crcs"]),
+                rows=base64.b64decode(document["rows"], validate=True),
+                alone=_of(bool, document["alone"]),
+            )
+        except (KeyError, TypeError, ValueError, RecursionError) as error:
+            raise SaveFailedError(
+                f"a rank's receipt is damaged ({error}); the save was not committed"
+            ) from None
+
+
+def _of(kind: type[_T], value: Any) -> _T:
+    if type(value) is not kind:
+        raise ValueError(f"{kind.__name__} was expected, {value!r:.80} found")
+    return value
+
+
+def _path(value: Any) -> tuple[str | int, ...]:
+    if any(type(key) not in (str, int) for key in _of(list, value)):
+        raise ValueError(f"a path was expected, {value!r:.80} found")
+    return tuple(value)
+
+
+def _record(value: Any) -> ArchiveRecord:
+    name, nbytes, tail_position, digest = value
+    return ArchiveRecord(_of(str, name), _of(int, nbytes), _of(int, tail_position), _of(str, digest))
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """How an attempt ended, as rank 0 tells the others: committed where `error` is empty."""
+
+    error: str = ""
+    plan_together: bool = False
+
+    def encode(self) -> bytes:
+        """Return the outcome as it travels."""
+        return json.dumps([self.error, self.plan_together]).encode()
+
+    @classmethod
+    def decode(cls, data: bytes) -> Outcome:
+        """Return the outcome of a message; raises `SaveFailedError` where it is damaged."""
+        try:
+            error, plan_together = json.loads(data)
+            return cls(_of(str, error), _of(bool, plan_together))
+        except (TypeError, ValueError, RecursionError) as problem:
+            raise SaveFailedError(
+                f"rank 0's word on the commit is damaged ({problem}): look at the storage whether it was committed"
+            ) from None
+
+
+class StorageStore(KeyValueStore):
+    """Keys as files of the checkpoint's storage: for jobs that have no key-value store. `get` polls."""
+
+    def __init__(self, storage: Storage, directory: str) -> None:
+        self._storage, self._directory = storage, directory
+
+    def _name(self, key: str) -> str:
+        return join(self._directory, key.replace("/", "-"))
+
+    def set(self, key: str, value: bytes) -> None:
+        """Store a value."""
+        self._storage.write_bytes(self._name(key), value)
+
+    def get(self, key: str, timeout: float) -> bytes | None:
+        """Return the value as soon as it is there, None after `timeout` seconds without it."""
+        return poll(lambda: self._look(self._name(key)), timeout)
+
+    def delete(self, key: str) -> None:
+        """Remove a key, and with the last one the directory."""
+        self._storage.delete(self._name(key))
+        self._storage.remove_directory(self._directory)
+
+    def _look(self, name: str) -> bytes | None:
+        return (
+            self._storage.read_bytes(name, _MAX_FILE_NBYTES) if self._storage.size(name) is not None else None
+        )
+
+
+class Channel:
+    """The messages of one attempt: a receipt from each rank to rank 0, an outcome back.
+
+    Keys carry the attempt. Rank 0 deletes the receipts when it has them, each rank its own copy of the outcome.
+    """
+
+    def __init__(self, store: KeyValueStore, attempt: str, rank: int, world_size: int) -> None:
+        self._store = store
+        self._prefix = f"ckptengine/save/{attempt}"
+        self.rank, self.world_size = rank, world_size
+
+    def send(self, receipt: Receipt) -> None:
+        """Send this rank's receipt."""
+        put_large(self._store, f"{self._prefix}/receipt/{self.rank}", receipt.encode())
+
+    def receive(self, rank: int, timeout: float) -> Receipt | None:
+        """Return a rank's receipt, None after `timeout` seconds without it."""
+        key = f"{self._prefix}/receipt/{rank}"
+        data = get_large(self._store, key, timeout)
+        if data is None:
+            return None
+        delete_large(self._store, key)
+        return Receipt.decode(data)
+
+    def announce(self, outcome: Outcome) -> None:
+        """Tell all other ranks how the attempt ended."""
+        for rank in range(1, self.world_size):
+            put_large(self._store, f"{self._prefix}/outcome/{rank}", outcome.encode())
+
+    def outcome(self, deadline: float) -> Outcome:
+        """Wait for rank 0's word until a moment of `time.monotonic`; raises `DeadlineError` naming rank 0."""
+        key = f"{self._prefix}/outcome/{self.rank}"
+        data = get_large(self._store, key, max(0.0, deadline - time.monotonic()) + _GRACE)
+        if data is None:
+            raise DeadlineError(
+                "rank 0 did not say in time whether the checkpoint was committed; it may have died"
+            )
+        delete_large(self._store, key)
+        return Outcome.decode(data)
+
+
+def collect(channel: Channel, own: Receipt, deadline: float) -> list[Receipt]:
+    """Return all ranks' receipts, in the order of the ranks; `deadline` is a moment of `time.monotonic`.
+
+    Raises `SaveFailedError` as soon as a rank reports an error, naming all that have reported one by then, and
+    `DeadlineError` naming the ranks that did not come.
+    """
+    receipts: dict[int, Receipt] = {own.rank: own}
+    pause = 0.001
+    while True:
+        # All open ranks in one pass, so that the last one's error is not heard only after the first one's time.
+        for rank in range(channel.world_size):
+            if rank not in receipts:
+                receipt = channel.receive(rank, 0.0)
+                if receipt is not None:
+                    receipts[rank] = receipt
+        failed = [receipt for _, receipt in sorted(receipts.items()) if receipt.error]
+        if failed:
+            raise SaveFailedError("; ".join(f"rank {receipt.rank}: {receipt.error}" for receipt in failed))
+        if len(receipts) == channel.world_size:
+            return [receipts[rank] for rank in range(channel.world_size)]
+        left = deadline - time.monotonic()
+        if left <= 0:
+            missing = [rank for rank in range(channel.world_size) if rank not in receipts]
+            raise DeadlineError(
+                f"{name_ranks(missing)} did not report in time; the checkpoint was not committed"
+            )
+        time.sleep(min(pause, left))
+        pause = min(2 * pause, 0.05)

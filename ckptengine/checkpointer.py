@@ -1,0 +1,286 @@
+"""The policy: when to save, what to keep, what to restore, and what a failed save does."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import struct
+import time
+from collections.abc import Iterable, Mapping
+from types import TracebackType
+from typing import Any, Literal
+
+from ckptengine.catalog.generation import claim_generation
+from ckptengine.catalog.listing import step_directory
+from ckptengine.catalog.retention import remove_leftovers, retain
+from ckptengine.comm.agree import agree
+from ckptengine.comm.base import Communicator
+from ckptengine.comm.select import current
+from ckptengine.errors import CheckpointError, SaveFailedError, StateError
+from ckptengine.save.handle import SaveHandle, SaveStats
+from ckptengine.load.loader import LoadOptions, restore_newest
+from ckptengine.save.saver import DEFAULT_TIMEOUT, Saver, Target
+from ckptengine.storage.open import open_storage
+
+__all__ = ["Checkpointer"]
+
+_log = logging.getLogger("ckptengine")
+
+
+class Checkpointer:
+    """Saves a training state when due, in the background, and restores the newest one.
+
+    `run` is a directory that all ranks see. `every` is a number of steps, or a time such as `"90s"` or `"10min"`
+    (rank 0's clock decides), or None: then only `save` saves. `keep_last` committed checkpoints are kept along
+    the line that led to the newest (None: all), and those whose step is a multiple of `keep_every`. `on_error`:
+    `"warn"` logs a failed save and lets training go on, until `max_failures` in a row; `"raise"` raises at the
+    next call. `when_busy`: a save that falls due while one is in flight waits for it, or is skipped on all ranks.
+    `timeout`, in seconds, bounds every wait for other ranks or for the storage.
+
+    All ranks call the same methods in the same order.
+    """
+
+    def __init__(
+        self,
+        run: str | os.PathLike[str],
+        every: int | str | None = None,
+        keep_last: int | None = None,
+        *,
+        keep_every: int | None = None,
+        on_error: Literal["warn", "raise"] = "warn",
+        max_failures: int = 3,
+        when_busy: Literal["wait", "skip"] = "wait",
+        check_replicas: bool = False,
+        metadata: Mapping[str, Any] | None = None,
+        timeout: float = DEFAULT_TIMEOUT,
+        comm: Communicator | None = None,
+    ) -> None:
+        if keep_last is not None and keep_last < 1:
+            raise ValueError(f"keep_last={keep_last}: keep at least one checkpoint, or None for all")
+        if on_error not in ("warn", "raise") or when_busy not in ("wait", "skip"):
+            raise ValueError(f"on_error={on_error!r}, when_busy={when_busy!r}: see the signature for the choices")
+        self.run = os.fspath(run)
+        self.history: list[SaveStats] = []
+        """The saves that were committed, oldest first."""
+        self._steps, self._seconds = _interval(every)
+        self._keep_last, self._keep_every = keep_last, keep_every
+        self._on_error, self._max_failures = on_error, max_failures
+        self._when_busy = when_busy
+        self._check_replicas = check_replicas
+        self._metadata = dict(metadata or {})
+        self._timeout = timeout
+        self._comm = comm or current()
+        self._storage = open_storage(self.run)
+        self._saver = Saver(self._comm, timeout)
+        self._parent: tuple[int, int] | None = None
+        self._generation: int | None = None
+        self._last: tuple[int, SaveHandle] | None = None
+        self._last_time = self._checked_time = time.monotonic()
+        self._checked_step = self._next_check = 0
+        self._pending: list[SaveHandle] = []
+        self._failures = 0
+        self._open()
+
+    def _open(self) -> None:
+        """Make the run's directory and sweep what dead attempts left, on rank 0; an error is one on all ranks."""
+        error: Exception | None = None
+        if self._comm.rank == 0:
+            try:
+                self._storage.create()
+                self._sweep(remove_leftovers(self._storage))
+            except Exception as problem:
+                error = problem
+        agree(self._comm, error, self._timeout, f"opening {self.run}")
+
+    def restore(
+        self,
+        state: Mapping[str, Any],
+        step: int | None = None,
+        *,
+        only: Iterable[str] | None = None,
+        rename: Mapping[str, str] | None = None,
+        strict: bool = True,
+        cast: bool = False,
+    ) -> int | None:
+        """Fill `state` from the newest valid checkpoint and return its step, or None where there is none.
+
+        A damaged checkpoint is reported and the one before it is taken, along the parents. With `step`, that
+        step is taken and the run goes on from there: later steps become an abandoned branch. The other options are
+        those of `ckptengine.load`.
+
+        Raises `CheckpointNotFoundError` where `step` has no committed checkpoint, `CheckpointDamagedError` where
+        all are damaged, `LoadMismatchError` where the state doesn't fit.
+        """
+        self.wait(self._timeout)
+        options = LoadOptions(None if only is None else tuple(only), rename, strict, cast)
+        loaded = restore_newest(self._storage, state, self._comm, self._timeout, options, step)
+        # What follows is a new life of the run, also where this process has saved before.
+        self._generation = self._last = None
+        self._last_time = time.monotonic()
+        if loaded is None or loaded.step is None:
+            self._parent = None
+            return None
+        self._parent = (loaded.generation, loaded.step)
+        return loaded.step
+
+    def step(self, step: int, state: Mapping[str, Any]) -> SaveHandle | None:
+        """Save if a save is due after this step; return its handle, or None where none is or it failed.
+
+        A save that fails is treated as `on_error` says, except that a state which can't be saved at all
+        (`StateError`) is raised at once: it won't get better.
+        """
+        self._reap()
+        if not self._due(step):
+            return None
+        if self._when_busy == "skip" and self._is_busy():
+            _log.warning("step %d: not saved, the save before it is still in flight", step)
+            return None
+        try:
+            return self.save(step, state)
+        except StateError:
+            raise
+        except CheckpointError as error:
+            self._failed(error, f"step {step} of {self.run}")
+            return None
+
+    def save(self, step: int, state: Mapping[str, Any]) -> SaveHandle:
+        """Save now, in the background; return the handle, or that of the save of this very step in this life.
+
+        Raises what makes the snapshot impossible (`StateError`, `StorageError`, `DeadlineError`), with
+        `on_error="raise"` also what made an earlier save fail.
+        """
+        if step < 0:
+            raise ValueError(f"step {step}: steps count from 0 on")
+        self._saver.wait(self._timeout)
+        self._reap()
+        if self._last is not None and self._last[0] == step:
+            return self._last[1]
+        self._last_time = time.monotonic()
+        handle = self._saver.start(
+            Target(
+                storage=self._storage,
+                directory=step_directory(step),
+                step=step,
+                parent=self._parent,
+                generation=self._generation,
+                claim=self._claim,
+                metadata=self._metadata,
+                committed=self._retain,
+            ),
+            state,
+            check_replicas=self._check_replicas,
+        )
+        self._generation = self._saver.generation
+        self._last = (step, handle)
+        self._pending.append(handle)
+        return handle
+
+    def wait(self, timeout: float | None = None) -> None:
+        """Wait until the saves in flight are durable; failed ones are treated as `on_error` says.
+
+        Raises `DeadlineError` after `timeout` seconds.
+        """
+        for handle in list(self._pending):
+            if not handle.durable.wait(timeout):
+                handle.durable.result(0)
+        self._reap()
+
+    def close(self) -> None:
+        """Wait for the saves in flight and give the memory back. The Checkpointer can't be used afterwards."""
+        try:
+            self.wait(self._timeout)
+        finally:
+            self._saver.close()
+
+    def __enter__(self) -> Checkpointer:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is None:
+            self.close()
+            return
+        try:
+            self.close()
+        except CheckpointError as problem:
+            _log.warning("%s: while the training error below was on its way: %s", self.run, problem)
+
+    def _due(self, step: int) -> bool:
+        if self._steps is not None:
+            return step % self._steps == 0
+        return self._seconds is not None and self._due_by_time(step)
+
+    def _due_by_time(self, step: int) -> bool:
+        """Let rank 0's clock decide, for all ranks; it also says at which step to ask again.
+
+        Asking is an exchange, so it happens after half of the steps that seem to be left: a few times per save.
+        """
+        if step < self._next_check:
+            return False
+        reply = None
+        if self._comm.rank == 0:
+            assert self._seconds is not None
+            now = time.monotonic()
+            left = self._seconds - (now - self._last_time)
+            each = (now - self._checked_time) / max(1, step - self._checked_step)
+            self._checked_time, self._checked_step = now, step
+            ahead = int(min(left / max(each, 1e-6) / 2, 1e6)) if left > 0 else 1
+            reply = struct.pack("<?q", left <= 0, step + max(1, ahead))
+        due, self._next_check = struct.unpack("<?q", self._comm.broadcast(reply, self._timeout))
+        return bool(due)
+
+    def _claim(self) -> int:
+        return claim_generation(self._storage, self._parent)
+
+    def _is_busy(self) -> bool:
+        """Return whether rank 0 has a save in flight: one answer for all ranks."""
+        mine = bytes([self._saver.busy]) if self._comm.rank == 0 else None
+        return self._comm.broadcast(mine, self._timeout) != b"\0"
+
+    def _retain(self, generation: int) -> None:
+        """Delete what need not be kept: on rank 0, in the background, after a commit."""
+        self._sweep(remove_leftovers(self._storage))
+        if self._keep_last is not None:
+            self._sweep(retain(self._storage, self._keep_last, self._keep_every))
+
+    def _sweep(self, problems: list[str]) -> None:
+        for problem in problems:
+            _log.warning("%s: %s", self.run, problem)
+
+    def _reap(self) -> None:
+        """Account for the saves that have ended since the last call."""
+        while self._pending and self._pending[0].durable.done():
+            handle = self._pending.pop(0)
+            try:
+                stats = handle.durable.result(0)
+            except Exception as error:
+                self._failed(error, handle.path)
+            else:
+                assert stats is not None
+                self.history.append(stats)
+                self._failures = 0
+
+    def _failed(self, error: Exception, path: str) -> None:
+        self._failures += 1
+        self._last = None  # the same step may be tried again
+        if self._on_error == "raise" or self._failures >= self._max_failures:
+            raise SaveFailedError(
+                f"{path} was not saved ({self._failures} failure(s) in a row): {error}; "
+                "checkpoints committed earlier are not affected"
+            ) from error
+        _log.error("%s was NOT saved, training goes on (failure %d of %d in a row): %s",
+                   path, self._failures, self._max_failures, error)  # fmt: skip
+
+
+def _interval(every: int | str | None) -> tuple[int | None, float | None]:
+    """Return `every` as (steps, seconds), at most one of them set."""
+    if every is None:
+        return None, None
+    if isinstance(every, int) and not isinstance(every, bool) and every > 0:
+        return every, None
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(s|min|h)", every) if isinstance(every, str) else None
+    if match is None or float(match[1]) <= 0:
+        raise ValueError(f'every={every!r}: give a number of steps, or a time such as "90s", "10min" or "2h"')
+    return None, float(match[1]) * {"s": 1, "min": 60, "h": 3600}[match[2]]

@@ -1,0 +1,22 @@
+"""The command `ckptengine`: look at checkpoints and check them."""
+
+from __future__ import annotations
+
+import sys
+
+__all__ = ["main"]
+
+
+def main() -> None:
+    """Run the command with the process's arguments, and exit with its code."""
+    try:
+        from ckptengine.cli.app import app
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.partition(".")[0] not in ("click", "rich"):
+            raise
+        print(
+            f"ckptengine: {error.name} is not installed, the command needs it: pip install 'ckptengine[cli]'",
+            file=sys.stderr,
+        )
+        sys.exit(1)
+    app(prog_name="ckptengine")

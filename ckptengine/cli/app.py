@@ -1,0 +1,27 @@
+"""The group of commands."""
+
+from __future__ import annotations
+
+import importlib.metadata
+
+import click
+
+from ckptengine.cli.ls import ls
+from ckptengine.cli.show import show
+from ckptengine.cli.verify import verify
+
+__all__ = ["app"]
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(importlib.metadata.version("ckptengine"))
+def app() -> None:
+    """Look at the checkpoints of a run, and check them.
+
+    Exit codes: 0 all is well, 1 something is damaged, 2 wrong usage, nothing there, or not readable.
+    """
+
+
+app.add_command(ls)
+app.add_command(show)
+app.add_command(verify)

@@ -1,0 +1,53 @@
+"""`ckptengine ls`: the committed checkpoints of a run."""
+
+from __future__ import annotations
+
+import sys
+
+import click
+from rich.box import SIMPLE
+from rich.markup import escape
+from rich.table import Table
+
+from ckptengine.cli.output import DAMAGED, console, failures, print_json, size_text
+from ckptengine.inspect import CheckpointSummary, list_run
+
+__all__ = ["ls"]
+
+
+@click.command()
+@click.argument("run")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def ls(run: str, as_json: bool) -> None:
+    """List the committed checkpoints of RUN.
+
+    Only manifests are read; `verify` reads the data. Exit codes: 0, 1 if a manifest is damaged, 2 if RUN
+    can't be read or holds no checkpoint.
+    """
+    with failures():
+        checkpoints = list_run(run)
+    if as_json:
+        print_json(checkpoints)
+    else:
+        console().print(_table(checkpoints))
+    if any(checkpoint.problem is not None for checkpoint in checkpoints):
+        sys.exit(DAMAGED)
+
+
+def _table(checkpoints: list[CheckpointSummary]) -> Table:
+    table = Table(box=SIMPLE, pad_edge=False)
+    for head in ("step", "generation", "parent", "ranks", "size"):
+        table.add_column(head, justify="right", no_wrap=True)
+    table.add_column("created")
+    table.add_column("")
+    for one in checkpoints:
+        step = "-" if one.step is None else str(one.step)
+        if one.problem is not None:
+            note = f"NOT USABLE: {escape(one.problem)}"
+            table.add_row(step, str(one.generation), "", "", "", "", note, style="red")
+            continue
+        parent = "-" if one.parent is None else f"{one.parent[1]} (generation {one.parent[0]})"
+        sizes = str(one.world_size), size_text(one.nbytes)
+        note = "newest" if one.newest else ""
+        table.add_row(step, str(one.generation), parent, *sizes, escape(one.created or ""), note)
+    return table

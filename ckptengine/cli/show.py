@@ -1,0 +1,89 @@
+"""`ckptengine show`: what a checkpoint holds."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+from rich.box import SIMPLE
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from ckptengine.cli.output import checkpoint_path, console, failures, print_json, ranks_text, size_text
+from ckptengine.inspect import CheckpointDescription, describe
+
+__all__ = ["show"]
+
+_VALUE_WIDTH = 100
+"""Characters of a plain value that the table shows; `--json` gives the whole."""
+
+
+@click.command()
+@click.argument("checkpoint")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON, values in full.")
+def show(checkpoint: str, as_json: bool) -> None:
+    """Show the leaves and the plain values of CHECKPOINT.
+
+    CHECKPOINT is a run, of which the newest is shown, RUN/step-N, or a directory that `ckptengine.save`
+    wrote. Exit codes: 0, 1 if something that has to be read is damaged, 2 if there is none or it can't be
+    read.
+    """
+    with failures():
+        description = describe(checkpoint_path(checkpoint))
+    if as_json:
+        print_json(description)
+    else:
+        _print(description, console())
+
+
+def _print(description: CheckpointDescription, to: Console) -> None:
+    parent = description.parent
+    facts = {
+        "checkpoint": description.path,
+        "step": "-" if description.step is None else str(description.step),
+        "generation": str(description.generation),
+        "parent": "-" if parent is None else f"step {parent[1]}, generation {parent[0]}",
+        "ranks": str(description.world_size),
+        "size": size_text(description.nbytes),
+        "created": description.created,
+        **{f"metadata.{key}": _short(value) for key, value in description.metadata.items()},
+    }
+    table = Table(box=None, show_header=False, pad_edge=False)
+    for name, fact in facts.items():
+        table.add_row(f"[bold]{escape(name)}[/]", escape(fact))
+    to.print(table)
+
+    table = Table(box=SIMPLE, pad_edge=False, title="Arrays", title_justify="left")
+    table.add_column("leaf", overflow="fold")
+    table.add_column("dtype", no_wrap=True)
+    table.add_column("shape", no_wrap=True)
+    table.add_column("size", justify="right", no_wrap=True)
+    table.add_column("placement", no_wrap=True)
+    table.add_column("archives")
+    for leaf in description.leaves:
+        shape = " × ".join(map(str, leaf.shape)) or "scalar"
+        size, archives = size_text(leaf.nbytes), ranks_text(leaf.archives)
+        table.add_row(escape(leaf.name), leaf.dtype, shape, size, leaf.placement, archives)
+    total = sum(leaf.nbytes for leaf in description.leaves)
+    table.caption = f"{len(description.leaves)} arrays, {size_text(total)}"
+    table.caption_justify = "left"
+    to.print(table)
+
+    if description.values:
+        to.print(_values("Plain values", description.values))
+    for rank, values in sorted(description.rank_values.items()):
+        if values:
+            to.print(_values(f"Plain values of rank {rank}", values))
+
+
+def _values(title: str, values: dict[str, Any]) -> Table:
+    table = Table(box=SIMPLE, pad_edge=False, title=title, title_justify="left", show_header=False)
+    for name, value in values.items():
+        table.add_row(escape(name), escape(_short(value)))
+    return table
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= _VALUE_WIDTH else f"{text[:_VALUE_WIDTH]}… ({len(text)} characters)"

@@ -1,0 +1,1 @@
+"""Coordination between ranks: single process, torch.distributed, and the key-value stores below them."""

@@ -1,0 +1,58 @@
+"""All ranks succeed, or all raise."""
+
+from __future__ import annotations
+
+import json
+
+from ckptengine import errors
+from ckptengine.comm.base import Communicator
+from ckptengine.errors import CheckpointError, RankFailedError
+
+__all__ = ["agree", "share"]
+
+
+def agree(comm: Communicator, error: Exception | None, timeout: float, doing: str) -> None:
+    """Return on all ranks where no rank has an error, else raise on all.
+
+    A rank with an error raises its own; the others raise one of the same class (where it is ckptengine's) that
+    names the ranks and repeats their messages. `doing` says what was being done.
+    """
+    own = b"" if error is None else _pack(error)
+    replies = [own] if comm.world_size == 1 else comm.all_gather(own, timeout)
+    failed = {rank: json.loads(reply) for rank, reply in enumerate(replies) if reply}
+    if not failed:
+        return
+    if error is not None:
+        raise error
+    text = "; ".join(f"rank {rank}: {message}" for rank, (_, message) in failed.items())
+    kinds = {kind for kind, _ in failed.values()}
+    ranks = ", ".join(map(str, failed))
+    raise _class(kinds.pop() if len(kinds) == 1 else "")(f"{doing} failed on rank(s) {ranks}: {text}")
+
+
+def share(
+    comm: Communicator, value: bytes | None, error: Exception | None, timeout: float, doing: str
+) -> bytes:
+    """Return rank 0's value on all ranks, or raise rank 0's error on all; the other ranks pass None."""
+    if comm.world_size > 1:
+        reply = comm.broadcast(_reply(value, error) if comm.rank == 0 else None, timeout)
+        if reply[:1] == b"!" and error is None:
+            kind, message = json.loads(reply[1:])
+            raise _class(kind)(f"{doing} failed on rank 0: {message}")
+        value = reply[1:]
+    if error is not None:
+        raise error
+    assert value is not None
+    return value
+
+
+def _reply(value: bytes | None, error: Exception | None) -> bytes:
+    return b"=" + (value or b"") if error is None else b"!" + _pack(error)
+
+
+def _pack(error: Exception) -> bytes:
+    return json.dumps([type(error).__name__, f"{error}" or type(error).__name__]).encode()
+
+
+def _class(name: str) -> type[CheckpointError]:
+    return getattr(errors, name, RankFailedError) if name in errors.__all__ else RankFailedError

@@ -1,0 +1,49 @@
+"""The two interfaces through which ranks coordinate."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+__all__ = ["Communicator", "KeyValueStore"]
+
+
+class KeyValueStore(ABC):
+    """Small values under string keys that all ranks see. Safe to use from a background thread."""
+
+    @abstractmethod
+    def set(self, key: str, value: bytes) -> None:
+        """Store a value; it must be visible to a `get` that starts afterwards on any rank."""
+
+    @abstractmethod
+    def get(self, key: str, timeout: float) -> bytes | None:
+        """Return the value as soon as it is there, None after `timeout` seconds without it."""
+
+    @abstractmethod
+    def delete(self, key: str) -> None:
+        """Remove a key; one that is not there is no error."""
+
+
+class Communicator(ABC):
+    """One group of ranks. Every operation is entered by all ranks in the same order, from the main thread.
+
+    Each takes a `timeout` in seconds and raises `DeadlineError` naming the ranks that did not come.
+    """
+
+    rank: int
+    world_size: int
+
+    @abstractmethod
+    def all_gather(self, value: bytes, timeout: float) -> list[bytes]:
+        """Return every rank's value, in the order of the ranks."""
+
+    @abstractmethod
+    def broadcast(self, value: bytes | None, timeout: float, root: int = 0) -> bytes:
+        """Return the root's value on all ranks; the others pass None."""
+
+    @abstractmethod
+    def barrier(self, timeout: float) -> None:
+        """Return when all ranks have come."""
+
+    @abstractmethod
+    def store(self) -> KeyValueStore | None:
+        """Return the store for background messages, or None: then they go through the checkpoint's storage."""

@@ -1,0 +1,171 @@
+"""Key-value stores of our own, and values that are too large for one key."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import struct
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from urllib.parse import quote
+
+from ckptengine.comm.base import KeyValueStore
+from ckptengine.errors import CheckpointError, StorageError
+
+__all__ = ["PART_NBYTES", "FileStore", "MemoryStore", "delete_large", "get_large", "poll", "put_large"]
+
+PART_NBYTES = 1 << 20
+"""Bytes of a large value under one key; torch's TCPStore closes the connection at values above 8 MiB."""
+LARGEST_NBYTES = 1 << 40
+"""A length above this is taken for damage."""
+
+_LONGEST_PAUSE = 0.05
+_HEAD = struct.Struct("<QQ")
+
+
+def poll(look: Callable[[], bytes | None], timeout: float) -> bytes | None:
+    """Look at least once, then again after pauses of 1 to 50 ms, until there is a value or time is up."""
+    deadline = time.monotonic() + timeout
+    pause = 0.001
+    while (value := look()) is None:
+        left = deadline - time.monotonic()
+        if left <= 0:
+            return None
+        time.sleep(min(pause, left))
+        pause = min(2 * pause, _LONGEST_PAUSE)
+    return value
+
+
+class MemoryStore(KeyValueStore):
+    """A store for the threads of one process."""
+
+    def __init__(self) -> None:
+        self._values: dict[str, bytes] = {}
+        self._changed = threading.Condition()
+
+    def set(self, key: str, value: bytes) -> None:
+        """Store a value."""
+        with self._changed:
+            self._values[key] = bytes(value)
+            self._changed.notify_all()
+
+    def get(self, key: str, timeout: float) -> bytes | None:
+        """Return the value as soon as it is there, None after `timeout` seconds without it."""
+        with self._changed:
+            self._changed.wait_for(lambda: key in self._values, max(0.0, timeout))
+            return self._values.get(key)
+
+    def delete(self, key: str) -> None:
+        """Remove a key; one that is not there is no error."""
+        with self._changed:
+            self._values.pop(key, None)
+
+
+class FileStore(KeyValueStore):
+    """A store in a directory that all ranks see, one file per key.
+
+    Nothing is synced: these are messages, not records. On NFS another machine's file may show only after the
+    attribute cache's time (`acdirmax`, 60 s unless mounted otherwise): give timeouts beyond that.
+    """
+
+    def __init__(self, directory: str | os.PathLike[str]) -> None:
+        self._directory = Path(directory)
+        self._directory.mkdir(parents=True, exist_ok=True)
+
+    def set(self, key: str, value: bytes) -> None:
+        """Store a value: written under a temporary name, then renamed."""
+        path = self._path(key)
+        temporary = f"{self._directory}/.tmp-{secrets.token_hex(8)}"
+        try:
+            with open(temporary, "xb") as file:
+                file.write(value)
+            os.replace(temporary, path)
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                os.unlink(temporary)
+            raise StorageError(error.errno, f"cannot write the message {path}: {error.strerror}") from error
+
+    def get(self, key: str, timeout: float) -> bytes | None:
+        """Return the value as soon as it is there, None after `timeout` seconds without it."""
+        path = self._path(key)
+
+        def look() -> bytes | None:
+            try:
+                return Path(path).read_bytes()
+            except FileNotFoundError:
+                return None
+            except OSError as error:
+                raise StorageError(
+                    error.errno, f"cannot read the message {path}: {error.strerror}"
+                ) from error
+
+        return poll(look, timeout)
+
+    def delete(self, key: str) -> None:
+        """Remove a key; one that is not there is no error."""
+        path = self._path(key)
+        try:
+            os.unlink(path)
+        except FileNotFoundError:
+            return
+        except OSError as error:
+            raise StorageError(error.errno, f"cannot delete the message {path}: {error.strerror}") from error
+
+    def _path(self, key: str) -> str:
+        return f"{self._directory}/{quote(key, safe='')}"
+
+
+def put_large(store: KeyValueStore, key: str, value: bytes) -> None:
+    """Store a value of any size: above 1 MiB as parts under keys of their own, the head last."""
+    if len(value) < PART_NBYTES:
+        store.set(key, b"=" + value)
+        return
+    count = -(-len(value) // PART_NBYTES)
+    for number in range(count):
+        store.set(f"{key}/{number}", value[number * PART_NBYTES : (number + 1) * PART_NBYTES])
+    store.set(key, b"#" + _HEAD.pack(count, len(value)))
+
+
+def get_large(store: KeyValueStore, key: str, timeout: float) -> bytes | None:
+    """Return what `put_large` stored, None after `timeout` seconds without it."""
+    deadline = time.monotonic() + timeout
+    head = store.get(key, timeout)
+    if head is None:
+        return None
+    if head[:1] == b"=":
+        return head[1:]
+    parts = []
+    for number in range(_parts(key, head)):
+        # The parts were there before the head: whatever the deadline, one look is due.
+        part = store.get(f"{key}/{number}", max(1.0, deadline - time.monotonic()))
+        if part is None:
+            return None
+        parts.append(part)
+    value = b"".join(parts)
+    if len(value) != _HEAD.unpack(head[1:])[1]:
+        raise CheckpointError(
+            f"message {key!r}: {len(value)} bytes came, {_HEAD.unpack(head[1:])[1]} were sent"
+        )
+    return value
+
+
+def delete_large(store: KeyValueStore, key: str) -> None:
+    """Remove what `put_large` stored; a key that is not there is no error."""
+    head = store.get(key, 0.0)
+    if head is None:
+        return
+    store.delete(key)
+    if head[:1] == b"#":
+        for number in range(_parts(key, head)):
+            store.delete(f"{key}/{number}")
+
+
+def _parts(key: str, head: bytes) -> int:
+    if len(head) == 1 + _HEAD.size and head[:1] == b"#":
+        count, nbytes = _HEAD.unpack(head[1:])
+        if nbytes <= LARGEST_NBYTES and count == -(-nbytes // PART_NBYTES):
+            return int(count)
+    raise CheckpointError(f"message {key!r}: its head is damaged")

@@ -1,0 +1,138 @@
+"""Coordination of a job that torch.distributed runs, through its own key-value store."""
+
+from __future__ import annotations
+
+import threading
+import time
+import weakref
+from datetime import timedelta
+from typing import Any
+
+import torch.distributed as dist
+from torch.distributed import distributed_c10d as c10d
+
+from ckptengine.comm.base import Communicator, KeyValueStore
+from ckptengine.comm.exchange import connect
+from ckptengine.comm.keyvalue import poll
+from ckptengine.comm.single import SingleProcess
+from ckptengine.errors import CheckpointError
+
+__all__ = ["TorchStore", "from_torch"]
+
+_CONNECT_TIMEOUT = 600.0
+_CALL_TIMEOUT = timedelta(seconds=30)
+_lock = threading.Lock()
+# Of the default process group that was seen last: its store, which no other group shares.
+_current: tuple[weakref.ref[Any], Communicator] | None = None
+
+
+def from_torch(timeout: float = _CONNECT_TIMEOUT) -> Communicator:
+    """Return the communicator of the default process group; every rank calls it, and meets the others once.
+
+    It uses the group's store only, never the group: no device, no backend, and nothing that a training thread
+    waits for. Where the store can't be cloned, the background has to go through the checkpoint's storage
+    (`store()` is None). Raises `CheckpointError` where there is no group or it has no store (backend `mpi`),
+    `DeadlineError` naming the ranks that did not come.
+    """
+    global _current
+    if not dist.is_initialized():
+        raise CheckpointError("torch.distributed is not initialized: call init_process_group first")
+    if dist.get_world_size() == 1:
+        return SingleProcess()
+    store = c10d._get_default_store()
+    if store is None:
+        raise CheckpointError(
+            f"the default process group (backend {dist.get_backend()}) has no store: use gloo, nccl or "
+            "another backend that has one"
+        )
+    with _lock:
+        if _current is None or _current[0]() is not store:
+            own = TorchStore(store)
+            background = own if own.cloned else None
+            communicator = connect(
+                own, dist.get_rank(), dist.get_world_size(), timeout, background=background
+            )
+            _current = (weakref.ref(store), communicator)
+        return _current[1]
+
+
+class TorchStore(KeyValueStore):
+    """A c10d store, each thread with a clone of its own.
+
+    A client that waits blocks every other thread that uses it, through `PrefixStore` too; clones don't.
+    `cloned` says whether that was possible (a store written in Python has no `clone`): else it polls the
+    given store and is for the thread that owns it.
+    """
+
+    def __init__(self, store: Any) -> None:
+        self._lock = threading.Lock()
+        self._clients = threading.local()
+        try:
+            # Kept for cloning only.
+            self._base = store.clone()
+            # Clones take it over: how long connecting may take, 30 minutes by default.
+            self._base.set_timeout(_CALL_TIMEOUT)
+            self.cloned = True
+        except RuntimeError:
+            self._base = store
+            self.cloned = False
+        while isinstance(store, dist.PrefixStore):  # type: ignore[attr-defined]
+            store = store.underlying_store
+        # The other stores' `wait` polls in steps of up to a second, or blocks writers.
+        self._waits = self.cloned and isinstance(store, dist.TCPStore)  # type: ignore[attr-defined]
+
+    def set(self, key: str, value: bytes) -> None:
+        """Store a value."""
+        # Never an empty one: FileStore takes that for a deleted key.
+        self._call("set", lambda client: client.set(key, b"=" + value))
+
+    def get(self, key: str, timeout: float) -> bytes | None:
+        """Return the value as soon as it is there, None after `timeout` seconds without it."""
+        if not self._waits or timeout <= 0:
+            return poll(lambda: self._look(key), timeout)
+        deadline = time.monotonic() + timeout
+        while (value := self._look(key)) is None:
+            left = deadline - time.monotonic()
+            if left <= 0:
+                return None
+            self._wait(key, left)
+        return value
+
+    def delete(self, key: str) -> None:
+        """Remove a key; one that is not there is no error."""
+        self._call("delete", lambda client: client.delete_key(key))
+
+    def _look(self, key: str) -> bytes | None:
+        """Return a key's value; None where it isn't there. Every key has one deleter, its last reader."""
+        value: bytes | None = self._call(
+            "get", lambda client: client.get(key) if client.check([key]) else None
+        )
+        return None if value is None else value[1:]
+
+    def _wait(self, key: str, seconds: float) -> None:
+        def wait(client: Any) -> None:
+            try:
+                # At least a millisecond: zero means for ever.
+                client.wait([key], timedelta(milliseconds=max(1, round(seconds * 1000))))
+            except dist.DistNetworkError:
+                raise
+            except dist.DistStoreError:
+                # The time is up; a store that is gone shows at the next look.
+                return
+
+        self._call("wait", wait)
+
+    def _call(self, operation: str, call: Any) -> Any:
+        client = getattr(self._clients, "client", None)
+        try:
+            if client is None:
+                with self._lock:
+                    client = self._base.clone() if self.cloned else self._base
+                self._clients.client = client
+            return call(client)
+        except RuntimeError as error:
+            text = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise CheckpointError(
+                f"the store of torch.distributed failed ({operation}: {text}); the process that hosts it, "
+                "rank 0 or torchrun's agent, has probably ended"
+            ) from error

@@ -1,0 +1,59 @@
+"""What can go wrong, one class for each thing that a caller may want to treat differently."""
+
+__all__ = [
+    "CheckpointDamagedError",
+    "CheckpointError",
+    "CheckpointNotFoundError",
+    "DeadlineError",
+    "FormatVersionError",
+    "LoadMismatchError",
+    "RankFailedError",
+    "ReplicaMismatchError",
+    "SaveFailedError",
+    "StateError",
+    "StorageError",
+]
+
+
+class CheckpointError(Exception):
+    """Base of every error that ckptengine raises on purpose."""
+
+
+class StateError(CheckpointError, TypeError):
+    """The state holds something that can't be saved or filled; the message names its path and type."""
+
+
+class ReplicaMismatchError(StateError):
+    """A replicated value differs between ranks; the message names the keys and the ranks."""
+
+
+class LoadMismatchError(CheckpointError, ValueError):
+    """The checkpoint and the state to fill don't fit: missing, unexpected or differing leaves."""
+
+
+class CheckpointNotFoundError(CheckpointError, FileNotFoundError):
+    """No committed checkpoint lies where one was asked for."""
+
+
+class CheckpointDamagedError(CheckpointError, ValueError):
+    """Bytes of a checkpoint are missing or are not those that were written; the message names file and place."""
+
+
+class FormatVersionError(CheckpointError):
+    """The checkpoint was written in a newer format than this version of ckptengine reads."""
+
+
+class StorageError(CheckpointError, OSError):
+    """The storage refused or failed; the message names file and operation, `errno` is the system's."""
+
+
+class SaveFailedError(CheckpointError):
+    """A save was not committed; the message names the ranks and their reasons. Earlier checkpoints stand."""
+
+
+class RankFailedError(CheckpointError):
+    """An operation failed on other ranks; the message names them and repeats their messages."""
+
+
+class DeadlineError(CheckpointError, TimeoutError):
+    """Something did not happen in time; the message names what was waited for and the ranks that are missing."""

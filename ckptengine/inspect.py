@@ -1,0 +1,298 @@
+"""What lies in a run and in a checkpoint, and whether it is whole; no state is filled."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ckptengine.archive.image import BLOCK_NBYTES
+from ckptengine.archive.reader import Archive, open_archive
+from ckptengine.archive.record import ArchiveRecord
+from ckptengine.catalog import listing
+from ckptengine.errors import CheckpointDamagedError, CheckpointError, CheckpointNotFoundError
+from ckptengine.layout.rows import RowTable
+from ckptengine.load.checkpoint import Checkpoint
+from ckptengine.load.choose import newest_checkpoint
+from ckptengine.load.describe import describe as saved_of
+from ckptengine.state.leaf import Path, dotted
+from ckptengine.storage.base import Storage
+from ckptengine.storage.open import open_storage
+
+__all__ = [
+    "CheckpointDescription",
+    "CheckpointSummary",
+    "LeafSummary",
+    "Problem",
+    "describe",
+    "list_run",
+    "verify",
+]
+
+_STEP_NBYTES = 64 << 20
+"""Bytes verified between two calls of `progress`, a multiple of the block: a fraction of a second of any disk."""
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointSummary:
+    """One manifest of a run.
+
+    `path` is the checkpoint's directory, as given with the run, `step` and `generation` are from the names.
+    `parent` is the (generation, step) that this life of the run was restored from, None for a fresh start;
+    `nbytes` the size of all files together; `created` is UTC, ISO 8601. `newest` marks the one that `restore`
+    tries first, of those whose manifest is sound. `problem` says why a manifest can't be used; then the
+    fields that it would give are None.
+    """
+
+    path: str
+    step: int | None
+    generation: int
+    parent: tuple[int, int] | None
+    world_size: int | None
+    nbytes: int | None
+    created: str | None
+    newest: bool
+    problem: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class LeafSummary:
+    """One array of a checkpoint.
+
+    `dtype` is a logical name of `ckptengine.state.dtypes`; `shape` the global shape; `nbytes` the bytes of
+    its elements; `placement` is `replicated`, `whole`, `sharded` or `per_rank`; `archives` the ranks whose
+    archives hold a part of it, in order.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    nbytes: int
+    placement: str
+    archives: tuple[int, ...]
+    rank: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointDescription:
+    """One checkpoint.
+
+    `leaves` are its arrays, sorted by name. `values` are the replicated plain values and `rank_values` those
+    of each rank, by dotted name. `metadata` is the user's.
+    """
+
+    path: str
+    step: int | None
+    generation: int
+    parent: tuple[int, int] | None
+    world_size: int
+    nbytes: int
+    created: str
+    metadata: dict[str, Any]
+    leaves: tuple[LeafSummary, ...]
+    values: dict[str, Any]
+    rank_values: dict[int, dict[str, Any]]
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """Damage: `nbytes` bytes of `file` from `position` on (both None: the whole file).
+
+    `leaves` are the names of the arrays with bytes there; `message` says what was expected and what was
+    found.
+    """
+
+    file: str
+    position: int | None
+    nbytes: int | None
+    leaves: tuple[str, ...]
+    message: str
+
+
+def list_run(path: str | os.PathLike[str]) -> list[CheckpointSummary]:
+    """Return the committed checkpoints of a run or of a checkpoint directory, the newest last.
+
+    Raises `CheckpointNotFoundError` where there is none, `StorageError` where the place can't be read.
+    """
+    storage = open_storage(path)
+    sound = (item for item in listing.lineage(storage) if not isinstance(item, listing.Problem))
+    newest = next(sound, None)
+    return [
+        _summary(storage, entry, newest is not None and entry == newest[0]) for entry in _committed(storage)
+    ]
+
+
+def describe(path: str | os.PathLike[str]) -> CheckpointDescription:
+    """Return what the newest checkpoint of a run holds, or that of a checkpoint directory.
+
+    Raises `CheckpointNotFoundError`, `CheckpointDamagedError` naming the file, `FormatVersionError`.
+    """
+    checkpoint = newest_checkpoint(open_storage(path))
+    manifest, rows = checkpoint.manifest, checkpoint.rows
+    saved = saved_of(checkpoint)
+    leaves = []
+    for record in rows.leaves:
+        archives = tuple(np.unique(rows.archive[slice(*record.rows)]).tolist())
+        nbytes = record.itemsize * int(np.prod(record.shape, dtype=object))
+        leaves.append(
+            LeafSummary(
+                record.name, record.dtype, record.shape, nbytes, record.placement.value, archives, record.rank
+            )
+        )
+    return CheckpointDescription(
+        path=checkpoint.location,
+        step=manifest.step,
+        generation=manifest.generation,
+        parent=manifest.parent,
+        world_size=manifest.world_size,
+        nbytes=sum(record.nbytes for record in _records(checkpoint)),
+        created=manifest.created,
+        metadata=dict(manifest.metadata),
+        leaves=tuple(sorted(leaves, key=lambda leaf: leaf.name)),
+        values=_named(saved.values),
+        rank_values={rank: _named(values) for rank, values in enumerate(saved.rank_values)},
+    )
+
+
+def verify(path: str | os.PathLike[str], progress: Callable[[int, int], None] | None = None) -> list[Problem]:
+    """Compare every byte of a checkpoint directory, or of all checkpoints of a run, with the checksums.
+
+    `progress` is called with the bytes that are done and those that there are. Returns the damage, in the
+    order of steps and files; empty where all is well.
+
+    Raises `CheckpointNotFoundError` where there is no checkpoint, `FormatVersionError` for one of a newer
+    format, `StorageError` where the storage fails.
+    """
+    storage = open_storage(path)
+    problems: list[Problem] = []
+    checkpoints = []
+    for entry in _committed(storage):
+        try:
+            checkpoints.append(Checkpoint(storage, entry.directory, listing.read_manifest(storage, entry)))
+        except CheckpointDamagedError as error:
+            problems.append(Problem(storage.location(entry.manifest), None, None, (), str(error)))
+    total = sum(record.nbytes for checkpoint in checkpoints for record in _records(checkpoint))
+    done = 0
+    for checkpoint in checkpoints:
+        rows: RowTable | None = None
+        for rank, record in enumerate(_records(checkpoint), start=-1):
+            damaged = False
+            for item in _verify_file(checkpoint, record):
+                if isinstance(item, int):
+                    if progress is not None:
+                        progress(min(total, done + item), total)
+                    continue
+                damaged = True
+                start, stop, message = item
+                leaves = () if rows is None else _leaves_at(rows, rank, start, stop)
+                file = storage.location(checkpoint.file(record.name))
+                problems.append(Problem(file, start, stop - start, leaves, message))
+            if rank < 0 and not damaged:
+                try:
+                    rows = checkpoint.rows
+                except CheckpointDamagedError as error:
+                    file = storage.location(checkpoint.file(record.name))
+                    problems.append(Problem(file, None, None, (), str(error)))
+            done += record.nbytes
+            if progress is not None:
+                progress(done, total)
+    return problems
+
+
+def _committed(storage: Storage) -> list[listing.Entry]:
+    entries = sorted(listing.committed(storage), key=lambda entry: entry.order)
+    if not entries:
+        raise CheckpointNotFoundError(f"{storage.location()}: no committed checkpoint")
+    return entries
+
+
+def _summary(storage: Storage, entry: listing.Entry, newest: bool) -> CheckpointSummary:
+    path = storage.location(entry.directory)
+    try:
+        manifest = listing.read_manifest(storage, entry)
+    except CheckpointError as error:
+        problem = str(error)
+        return CheckpointSummary(path, entry.step, entry.generation, None, None, None, None, False, problem)
+    nbytes = sum(record.nbytes for record in (manifest.layout, *manifest.archives))
+    return CheckpointSummary(
+        path,
+        manifest.step,
+        manifest.generation,
+        manifest.parent,
+        manifest.world_size,
+        nbytes,
+        manifest.created,
+        newest,
+        None,
+    )
+
+
+def _records(checkpoint: Checkpoint) -> tuple[ArchiveRecord, ...]:
+    """Return the layout file's record, then those of the ranks."""
+    return checkpoint.manifest.layout, *checkpoint.manifest.archives
+
+
+def _named(values: Any) -> dict[str, Any]:
+    return {dotted(path): value for path, value in sorted(values.items(), key=lambda item: dotted(item[0]))}
+
+
+def _leaves_at(rows: RowTable, rank: int, start: int, stop: int) -> tuple[str, ...]:
+    """Return the names of the leaves that have bytes of an archive between two positions."""
+    hit = (rows.archive == rank) & (rows.position < stop) & (rows.position + rows.nbytes > start)
+    names: dict[Path, str] = {}
+    for leaf in rows.leaves:
+        if hit[slice(*leaf.rows)].any():
+            names[leaf.path] = leaf.name
+    return tuple(names.values())
+
+
+def _verify_file(checkpoint: Checkpoint, record: ArchiveRecord) -> Iterator[int | tuple[int, int, str]]:
+    """Yield how many bytes of a file are verified, and each damaged range: start, stop, message."""
+    storage, name = checkpoint.storage, checkpoint.file(record.name)
+    try:
+        archive = open_archive(storage, name, record)
+    except CheckpointDamagedError as error:
+        size = storage.size(name)
+        whole = size != record.nbytes
+        # Without its tail a file has no checksums: nothing in it can be trusted.
+        yield 0 if whole else record.tail_position, record.nbytes, str(error)
+        return
+    for start, stop in _damaged_blocks(archive):
+        if start == stop:
+            yield stop
+        else:
+            yield (
+                start,
+                stop,
+                (
+                    f"{archive.location}: bytes {start} to {stop} are not those that were written (CRC32 differs)"
+                ),
+            )
+
+
+def _damaged_blocks(archive: Archive) -> Iterator[tuple[int, int]]:
+    """Yield damaged ranges of the fixed region, neighbours joined, and between them (n, n): n bytes are done."""
+    no_ops, no_index = np.zeros(0, np.int64), np.zeros(1, np.int64)
+    pending: tuple[int, int] | None = None
+    position = 0
+    while position < archive.fixed_nbytes:
+        end = min(position + _STEP_NBYTES, archive.fixed_nbytes)
+        ranges = np.array([[position, end - position]], np.int64)
+        block = archive.storage.load_archive(
+            archive.name, archive.fixed_nbytes, BLOCK_NBYTES, archive.checksums, ranges, no_ops, no_index
+        )
+        if block >= 0:
+            start = block * BLOCK_NBYTES
+            position = min(start + BLOCK_NBYTES, archive.fixed_nbytes)
+            if pending is not None and pending[1] != start:
+                yield pending
+                pending = None
+            pending = (start if pending is None else pending[0], position)
+        else:
+            position = end
+        yield position, position
+    if pending is not None:
+        yield pending

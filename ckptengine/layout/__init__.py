@@ -1,0 +1,1 @@
+"""Boxes, grids and plans: pure functions over shapes, no I/O."""

@@ -1,0 +1,75 @@
+"""One committed checkpoint, open for reading."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+from ckptengine.archive.layout_file import read_layout
+from ckptengine.archive.names import OBJECTS, rank_node
+from ckptengine.archive.reader import Archive, open_archive
+from ckptengine.catalog.manifest import Manifest
+from ckptengine.errors import CheckpointDamagedError
+from ckptengine.layout.rows import RowTable
+from ckptengine.state.bind import Saved, SavedLeaf
+from ckptengine.state.leaf import Key, Path
+from ckptengine.state.values import decode
+from ckptengine.storage.base import Storage
+
+__all__ = ["Checkpoint"]
+
+
+class Checkpoint:
+    """A checkpoint whose manifest has been read; everything else is read when it is asked for, and verified.
+
+    `directory` is the checkpoint's, relative to the storage.
+    """
+
+    def __init__(self, storage: Storage, directory: str, manifest: Manifest) -> None:
+        self.storage = storage
+        self.directory = directory
+        self.manifest = manifest
+        self._archives: dict[int, Archive] = {}
+
+    @property
+    def location(self) -> str:
+        """The directory, as messages name it."""
+        return self.storage.location(self.directory)
+
+    def file(self, name: str) -> str:
+        """Return a file of this checkpoint's attempt, relative to the storage."""
+        parts = (self.directory, f"data-{self.manifest.attempt}", name)
+        return "/".join(part for part in parts if part)
+
+    def archive(self, rank: int) -> Archive:
+        """Return the archive of a rank that saved, with its tail verified."""
+        if rank not in self._archives:
+            record = self.manifest.archives[rank]
+            self._archives[rank] = open_archive(self.storage, self.file(record.name), record)
+        return self._archives[rank]
+
+    @functools.cached_property
+    def rows(self) -> RowTable:
+        """Which box of which leaf lies where: the layout file, verified."""
+        record = self.manifest.layout
+        fixed_nbytes = [archive.tail_position for archive in self.manifest.archives]
+        return read_layout(self.storage, self.file(record.name), record, fixed_nbytes)
+
+    @functools.cached_property
+    def shared(self) -> dict[str, Any]:
+        """The replicated values, as stored."""
+        return self.archive(0).attributes(OBJECTS)
+
+    def own(self, rank: int) -> dict[str, Any]:
+        """Return the values of one rank that saved, as stored."""
+        return self.archive(rank).attributes(rank_node(rank))
+
+    def check_files(self) -> None:
+        """Check that every file is there with its size; raises `CheckpointDamagedError` naming the first that is not."""
+        for record in (self.manifest.layout, *self.manifest.archives):
+            name = self.file(record.name)
+            size = self.storage.size(name)
+            if size != record.nbytes:
+                found = "is missing" if size is None else f"is {size} bytes long, {record.nbytes} expected"
+                raise CheckpointDamagedError(f"{self.storage.location(name)}: the file {found}")

@@ -1,0 +1,93 @@
+"""What a checkpoint holds, in the words of the state."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar, overload
+
+from ckptengine.errors import CheckpointDamagedError
+from ckptengine.load.checkpoint import Checkpoint
+from ckptengine.state.leaf import Path
+from ckptengine.state.saved import Saved, SavedLeaf
+from ckptengine.state.values import decode
+
+__all__ = ["describe"]
+
+_T = TypeVar("_T")
+
+
+def describe(checkpoint: Checkpoint) -> Saved:
+    """Return the leaves and values of a checkpoint; what belongs to single ranks is read when it is looked at.
+
+    Raises `CheckpointDamagedError` where the stored tables are not what this format has.
+    """
+    world_size = checkpoint.manifest.world_size
+    shared: dict[Path, SavedLeaf] = {}
+    own: list[dict[Path, SavedLeaf]] = [{} for _ in range(world_size)]
+    for record in checkpoint.rows.leaves:
+        leaf = SavedLeaf(record.dtype, record.shape, record.placement, record.container)
+        if record.rank is None:
+            shared[record.path] = leaf
+        elif record.rank < world_size:
+            own[record.rank][record.path] = leaf
+    where = checkpoint.archive(0).location
+    stored = checkpoint.shared
+    return Saved(
+        world_size=world_size,
+        leaves=shared,
+        values=_values(stored, where),
+        aliases={path: _path(target, where) for path, target in _pairs(stored, "aliases", where)},
+        containers=_containers(stored, where),
+        rank_leaves=own,
+        rank_values=_Lazy(world_size, lambda rank: _values(checkpoint.own(rank), _file(checkpoint, rank))),
+        rank_containers=_Lazy(world_size, lambda rank: _containers(checkpoint.own(rank), _file(checkpoint, rank))),
+    )
+
+
+class _Lazy(Sequence[_T]):
+    """A sequence whose items are made when they are looked at, each once."""
+
+    def __init__(self, length: int, make: Callable[[int], _T]) -> None:
+        self._length, self._make = length, make
+        self._items: dict[int, _T] = {}
+
+    def __len__(self) -> int:
+        return self._length
+
+    @overload
+    def __getitem__(self, index: int) -> _T: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[_T]: ...
+    def __getitem__(self, index: int | slice) -> _T | Sequence[_T]:
+        if isinstance(index, slice):
+            return [self[number] for number in range(*index.indices(self._length))]
+        if not 0 <= index < self._length:
+            raise IndexError(index)
+        if index not in self._items:
+            self._items[index] = self._make(index)
+        return self._items[index]
+
+
+def _file(checkpoint: Checkpoint, rank: int) -> str:
+    return checkpoint.archive(rank).location
+
+
+def _values(stored: Mapping[str, Any], where: str) -> dict[Path, Any]:
+    return {path: decode(value) for path, value in _pairs(stored, "values", where)}
+
+
+def _containers(stored: Mapping[str, Any], where: str) -> dict[Path, str]:
+    return {path: kind for path, kind in _pairs(stored, "containers", where) if kind in ("list", "tuple")}
+
+
+def _pairs(stored: Mapping[str, Any], name: str, where: str) -> list[tuple[Path, Any]]:
+    items = stored.get(name, [])
+    if not isinstance(items, list) or not all(isinstance(item, list) and len(item) == 2 for item in items):
+        raise CheckpointDamagedError(f"{where}: the table of {name} is not a list of pairs")
+    return [(_path(path, where), value) for path, value in items]
+
+
+def _path(value: Any, where: str) -> Path:
+    if not isinstance(value, list) or not all(type(key) in (str, int) for key in value):
+        raise CheckpointDamagedError(f"{where}: {value!r:.80} is not the path of a leaf")
+    return tuple(value)

@@ -1,0 +1,163 @@
+"""The life of a load: choose, bind, read, verify on all ranks, finish."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ckptengine.comm.agree import agree
+from ckptengine.comm.base import Communicator
+from ckptengine.errors import CheckpointDamagedError, CheckpointError, LoadMismatchError
+from ckptengine.load.checkpoint import Checkpoint
+from ckptengine.load.choose import Chooser, newest_checkpoint
+from ckptengine.load.describe import describe
+from ckptengine.load.fill import fill, host_memory
+from ckptengine.layout.box import Box
+from ckptengine.state.bind import Binding, LoadReport, bind
+from ckptengine.state.dtypes import DTYPES
+from ckptengine.state.leaf import ArrayLeaf, Part, Path
+from ckptengine.state.select import Selection, renamer
+from ckptengine.state.tree import unflatten
+from ckptengine.storage.base import Storage
+
+__all__ = ["LoadOptions", "Loaded", "load_arrays", "load_newest", "restore_newest"]
+
+_log = logging.getLogger("ckptengine")
+
+
+@dataclass(frozen=True, slots=True)
+class LoadOptions:
+    """How a checkpoint and a state are matched; `ckptengine.load` explains them."""
+
+    only: tuple[str, ...] | None = None
+    rename: Mapping[str, str] | None = None
+    strict: bool = True
+    cast: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """What was loaded: the checkpoint's step (None: a single checkpoint), generation and place; bytes this rank read."""
+
+    step: int | None
+    generation: int
+    location: str
+    report: LoadReport
+    nbytes: int
+
+
+def load_newest(
+    storage: Storage, state: Mapping[str, Any], comm: Communicator, timeout: float, options: LoadOptions
+) -> Loaded:
+    """Fill a state from the newest checkpoint, which must be whole; all ranks call it.
+
+    Raises on all ranks what any of them found.
+    """
+    checkpoint = Chooser(storage, comm, timeout).newest()
+    try:
+        return _load(checkpoint, state, comm, timeout, options)
+    except CheckpointDamagedError as error:
+        raise CheckpointDamagedError(
+            f"{error}. Parts of the state may have been overwritten: don't use it; load another checkpoint into it"
+        ) from error
+
+
+def restore_newest(
+    storage: Storage,
+    state: Mapping[str, Any],
+    comm: Communicator,
+    timeout: float,
+    options: LoadOptions,
+    step: int | None = None,
+) -> Loaded | None:
+    """Fill a state from the newest checkpoint that is whole, or from that of a step; all ranks call it.
+
+    What is damaged is logged, and the one before it is taken. Returns None where nothing was ever committed.
+
+    Raises `CheckpointDamagedError` naming all that are damaged, where none is whole.
+    """
+    damaged: list[str] = []
+    for checkpoint in Chooser(storage, comm, timeout).candidates(step, damaged):
+        try:
+            return _load(checkpoint, state, comm, timeout, options)
+        except CheckpointDamagedError as error:
+            damaged.append(str(error))
+            if comm.rank == 0:
+                _log.warning("%s is damaged, the checkpoint before it is tried: %s", checkpoint.location, error)
+    if damaged:
+        raise CheckpointDamagedError(
+            f"{storage.location()}: no checkpoint is whole. " + "; ".join(damaged) + ". The state may be partly filled"
+        )
+    return None
+
+
+def load_arrays(storage: Storage, options: LoadOptions) -> dict[Any, Any]:
+    """Return the newest checkpoint as nested dicts of numpy arrays and plain values, in this process alone."""
+    if not options.strict or options.cast:
+        raise ValueError("strict and cast are for loading into a state: load() without `into` returns what there is")
+    checkpoint = newest_checkpoint(storage)
+    saved = describe(checkpoint)
+    selection, rename = Selection(options.only), renamer(options.rename, {})
+    arrays: dict[Path, Any] = {}
+    reads = []
+    for (path, rank), number in checkpoint.rows.index.items():
+        if rank is None and selection.holds(rename(path)):
+            leaf = saved.leaves[path]
+            array = np.empty(leaf.shape, DTYPES[leaf.dtype].numpy)
+            parts = (Part(Box.whole(leaf.shape), host_memory(array)),) if array.size else ()
+            reads.append((number, ArrayLeaf(path, leaf.dtype, leaf.shape, leaf.placement, parts, "numpy")))
+            arrays[path] = array
+    fill(checkpoint, reads)
+    for path, first in saved.aliases.items():
+        if selection.holds(rename(path)):
+            arrays[path] = arrays[first]
+    values = {rename(path): value for path, value in saved.values.items() if selection.holds(rename(path))}
+    containers = {rename(path): kind for path, kind in saved.containers.items()}
+    return unflatten(values, {rename(path): array for path, array in arrays.items()}, containers, {})
+
+
+def _load(
+    checkpoint: Checkpoint, state: Mapping[str, Any], comm: Communicator, timeout: float, options: LoadOptions
+) -> Loaded:
+    binding: Binding | None = None
+    error: Exception | None = None
+    try:
+        binding = bind(
+            state,
+            describe(checkpoint),
+            comm.rank,
+            comm.world_size,
+            only=options.only,
+            rename=options.rename,
+            strict=options.strict,
+            cast=options.cast,
+        )
+    except Exception as problem:
+        error = _named(problem, checkpoint)
+    agree(comm, error, timeout, f"matching {checkpoint.location} with the state")
+    assert binding is not None
+    nbytes = 0
+    try:
+        index = checkpoint.rows.index
+        nbytes = fill(checkpoint, [(index[read.path, read.rank], read.target) for read in binding.reads])
+    except Exception as problem:
+        error = problem
+    agree(comm, error, timeout, f"reading {checkpoint.location}")
+    try:
+        binding.finish()
+    except Exception as problem:
+        error = problem
+    agree(comm, error, timeout, f"setting the state from {checkpoint.location}")
+    manifest = checkpoint.manifest
+    return Loaded(manifest.step, manifest.generation, checkpoint.location, binding.report, nbytes)
+
+
+def _named(error: Exception, checkpoint: Checkpoint) -> Exception:
+    """Return a mismatch with the checkpoint's place in its message."""
+    if isinstance(error, LoadMismatchError):
+        return LoadMismatchError(f"{checkpoint.location}: {error}")
+    return error

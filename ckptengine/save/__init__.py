@@ -1,0 +1,1 @@
+"""The life of a save, from the user's state to the commit."""

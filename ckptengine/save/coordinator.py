@@ -1,0 +1,55 @@
+"""Rank 0's part in a save's background: compare the receipts, write the layout, publish the manifest."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ckptengine.archive.layout_file import encode_layout
+from ckptengine.archive.record import ArchiveRecord
+from ckptengine.catalog.receipt import Receipt
+from ckptengine.comm.ranks import name_ranks
+from ckptengine.errors import ReplicaMismatchError
+from ckptengine.layout.merge import merge
+from ckptengine.layout.rows import RankRows
+from ckptengine.save.values import compare_values
+from ckptengine.state.leaf import dotted
+
+__all__ = ["Coordinator"]
+
+
+class Coordinator:
+    """Keeps what the ranks said of their plans, so that later receipts need not repeat it."""
+
+    def __init__(self, world_size: int) -> None:
+        self._rows: list[RankRows | None] = [None] * world_size
+        self._layout: tuple[bytes, ArchiveRecord] | None = None
+
+    def layout(self, receipts: Sequence[Receipt]) -> tuple[bytes, ArchiveRecord]:
+        """Return the layout file of these receipts and its record; made anew only where a plan has changed.
+
+        Raises `ReplicaMismatchError` where replicated values differ, `SaveFailedError` where the ranks' parts don't
+        make whole leaves.
+        """
+        _compare(receipts)
+        changed = [receipt for receipt in receipts if receipt.rows]
+        for receipt in changed:
+            self._rows[receipt.rank] = RankRows.decode(receipt.rows)
+        if changed or self._layout is None:
+            self._layout = None
+            self._layout = encode_layout(merge([rows for rows in self._rows if rows is not None]))
+        return self._layout
+
+
+def _compare(receipts: Sequence[Receipt]) -> None:
+    """Compare what the ranks say of what they all hold."""
+    compare_values([(receipt.value_paths, receipt.digests) for receipt in receipts])
+    crcs = [dict(receipt.replica_crcs) for receipt in receipts]
+    for path in dict.fromkeys(path for own in crcs for path in own):
+        found = {rank: own[path] for rank, own in enumerate(crcs) if path in own}
+        first = next(iter(found))
+        other = [rank for rank, crc in found.items() if crc != found[first]]
+        if other:
+            raise ReplicaMismatchError(
+                f"{dotted(path)}: the replicas on {name_ranks(other)} differ from that of rank {first}; find out why "
+                "they drifted apart, or wrap the value in ckptengine.PerRank"
+            )

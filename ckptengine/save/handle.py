@@ -1,0 +1,84 @@
+"""What `async_save` returns: two moments to wait for, and what the save cost."""
+
+from __future__ import annotations
+
+import threading
+import time
+from dataclasses import dataclass
+
+from ckptengine.errors import DeadlineError
+
+__all__ = ["Moment", "SaveHandle", "SaveStats"]
+
+
+@dataclass(frozen=True, slots=True)
+class SaveStats:
+    """One committed save, as this rank saw it: bytes of its archive, and seconds.
+
+    `waited_seconds` were spent on the save before it, `stall_seconds` is what the call took after that,
+    `durable_seconds` runs from the call to the commit, `written_seconds` is the writing of this rank's file.
+    """
+
+    step: int | None
+    path: str
+    nbytes: int
+    waited_seconds: float
+    stall_seconds: float
+    written_seconds: float
+    durable_seconds: float
+
+
+class Moment:
+    """A moment that a save reaches or fails to reach."""
+
+    def __init__(self, name: str, deadline: float) -> None:
+        self._name = name
+        self._deadline = deadline
+        self._reached = threading.Event()
+        self._error: BaseException | None = None
+        self._stats: SaveStats | None = None
+
+    def done(self) -> bool:
+        """Return whether it has been reached or has failed."""
+        return self._reached.is_set()
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Wait at most `timeout` seconds (None: until the save's own deadline) and return `done()`."""
+        limit = max(0.0, self._deadline - time.monotonic()) if timeout is None else timeout
+        return self._reached.wait(limit)
+
+    def result(self, timeout: float | None = None) -> SaveStats | None:
+        """Wait, then return the save's figures (None for `staged`), or raise what made the save fail.
+
+        Raises `DeadlineError` where the moment does not come in time.
+        """
+        if not self.wait(timeout):
+            raise DeadlineError(f"{self._name} was not reached in time; the save is still running")
+        if self._error is not None:
+            raise self._error
+        return self._stats
+
+    def reach(self, stats: SaveStats | None = None, error: BaseException | None = None) -> None:
+        """Mark it as reached, or as failed."""
+        if not self._reached.is_set():
+            self._stats, self._error = stats, error
+            self._reached.set()
+
+
+class SaveHandle:
+    """A save under way.
+
+    `staged`: the snapshot is complete, training may change its tensors. `durable`: the checkpoint is committed
+    and survives power loss.
+    """
+
+    def __init__(self, path: str, timeout: float) -> None:
+        # The commit itself is bounded by `timeout`; the margin is for the threads to report that.
+        deadline = time.monotonic() + timeout + 30.0
+        self.path = path
+        self.staged = Moment(f"the snapshot for {path}", deadline)
+        self.durable = Moment(f"the commit of {path}", deadline)
+
+    def __repr__(self) -> str:
+        state = "durable" if self.durable.done() else "staged" if self.staged.done() else "started"
+        return f"<SaveHandle {self.path} {state}>"

@@ -1,0 +1,162 @@
+"""Who writes what, and where in its file: planned together once, then reused."""
+
+from __future__ import annotations
+
+import json
+import secrets
+import struct
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ckptengine import _native
+from ckptengine.archive.image import BLOCK_NBYTES, Image, plan_image
+from ckptengine.archive.names import archive_name
+from ckptengine.comm.agree import agree
+from ckptengine.comm.base import Communicator
+from ckptengine.layout.assign import Assigned, assign, assign_alone
+from ckptengine.layout.holdings import Holding, decode, encode, holdings_of
+from ckptengine.layout.rows import RankRows
+from ckptengine.save.values import StoredValues, compare_values
+from ckptengine.snapshot.pack import copy_threads
+from ckptengine.state.dtypes import DTYPES
+from ckptengine.state.leaf import ArrayLeaf, HostMemory, Path, Placement
+from ckptengine.state.tree import FlatState
+
+__all__ = ["Plan", "Planner", "replica_crcs"]
+
+_HEAD = struct.Struct("<QQ")
+Structure = tuple[tuple[Any, ...], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What one rank writes of a state of one structure.
+
+    `image` is its archive, `rows` say where in it each box lies. `alone` says that the other ranks don't know it.
+    """
+
+    structure: Structure
+    holdings: tuple[Holding, ...]
+    assigned: tuple[Assigned, ...]
+    image: Image
+    rows: RankRows
+    alone: bool
+
+    def leaves_in_order(self, flat: FlatState) -> list[ArrayLeaf]:
+        """Return the state's leaves in the order to which the image's chunks refer."""
+        leaves = {leaf.path: leaf for leaf in flat.arrays}
+        return [leaves[item.path] for item in self.assigned]
+
+
+def structure_of(flat: FlatState) -> Structure:
+    """Return what of a state the plan depends on: everything but addresses and bytes."""
+    return tuple(
+        (leaf.path, leaf.dtype, leaf.shape, leaf.placement, leaf.container, tuple(part.box for part in leaf.parts))
+        for leaf in flat.arrays
+    )
+
+
+class Planner:
+    """Keeps the plan between saves; its `plan` is the only exchange between ranks that a save may need."""
+
+    def __init__(self, comm: Communicator, timeout: float) -> None:
+        self._comm = comm
+        self._timeout = timeout
+        self._plan: Plan | None = None
+        self._together = True
+        self.session = ""
+        """Part of every attempt's id; chosen by rank 0 in the first exchange."""
+
+    def changed(self, flat: FlatState | None) -> bool:
+        """Return whether a state has another structure than the plan."""
+        return flat is None or self._plan is None or structure_of(flat) != self._plan.structure
+
+    def together_next(self) -> None:
+        """Have all ranks plan together at the next save. Every rank learns this from the commit's result."""
+        self._together = True
+
+    def plan(self, flat: FlatState | None, values: StoredValues | None, error: Exception | None) -> Plan | None:
+        """Return this rank's plan of a state; `error` is what kept this rank from flattening it.
+
+        Raises, on all ranks, what any of them has to say in an exchange; without one, returns None where there
+        is an error: the caller reports it in the background, as no other rank waits for it here.
+        """
+        if self._together:
+            self._exchange(flat, values, error)
+            self._together = False
+        elif flat is not None:
+            assert self._plan is not None
+            if self.changed(flat):
+                self._plan = self._plan_alone(self._plan, flat)
+        return None if error is not None else self._plan
+
+    def _exchange(self, flat: FlatState | None, values: StoredValues | None, error: Exception | None) -> None:
+        mine, payload = (), b""
+        if flat is not None and values is not None:
+            mine = tuple(holdings_of(flat.arrays))
+            token = secrets.token_hex(6) if self._comm.rank == 0 else ""
+            head = json.dumps([token, [list(path) for path in values.paths]]).encode()
+            payload = b"".join((_HEAD.pack(len(head), len(values.digests)), head, values.digests, encode(mine)))
+        agree(self._comm, error, self._timeout, "taking the state apart")
+        assert flat is not None
+        replies = self._comm.all_gather(payload, self._timeout)
+        parts = [_split(reply) for reply in replies]
+        self.session = self.session or parts[0][0]
+        compare_values([(paths, digests) for _, paths, digests, _ in parts])
+        assigned = assign([decode(holdings) for *_, holdings in parts])
+        self._plan = self._lay_out(structure_of(flat), mine, assigned[self._comm.rank], alone=False)
+
+    def _plan_alone(self, plan: Plan, flat: FlatState) -> Plan:
+        mine = tuple(holdings_of(flat.arrays))
+        assigned = assign_alone(plan.assigned, plan.holdings, mine, self._comm.rank)
+        return self._lay_out(structure_of(flat), mine, assigned, alone=True)
+
+    def _lay_out(
+        self, structure: Structure, holdings: tuple[Holding, ...], assigned: list[Assigned], alone: bool
+    ) -> Plan:
+        rank = self._comm.rank
+        image = plan_image(archive_name(rank), rank, assigned)
+        return Plan(structure, holdings, tuple(assigned), image, rows_of(image, assigned, rank), alone)
+
+
+def rows_of(image: Image, assigned: list[Assigned], rank: int) -> RankRows:
+    """Return where in a rank's archive each box lies that it writes."""
+    position = np.zeros(len(image.chunks), np.int64)
+    nbytes = np.zeros(len(image.chunks), np.int64)
+    for chunk in image.chunks:
+        position[chunk.order], nbytes[chunk.order] = chunk.position, chunk.nbytes
+    return RankRows.of(rank, assigned, position, nbytes)
+
+
+def replica_crcs(flat: FlatState) -> tuple[tuple[Path, int], ...]:
+    """Return path and the CRC32 of each replicated array, of its bytes in C order; reads every byte of them."""
+    result = []
+    for leaf in flat.arrays:
+        if leaf.placement is not Placement.REPLICATED or not leaf.parts:
+            continue
+        (part,) = leaf.parts
+        memory = part.memory
+        dtype = DTYPES[leaf.dtype]
+        if not isinstance(memory, HostMemory):
+            host = np.empty(part.box.shape, dtype.numpy)
+            memory.copy_to_host(host)
+            result.append((leaf.path, _native.crc32(np.ascontiguousarray(host).reshape(-1).view(np.uint8))))
+            continue
+        nbytes, shape = part.box.volume * dtype.itemsize, part.box.shape
+        op = [0, nbytes, 0, dtype.itemsize, len(shape), memory.address, memory.low, memory.nbytes]
+        table = np.array([*op, *shape, *shape, *memory.strides], np.int64)
+        index = np.array([0, table.size], np.int64)
+        pieces = np.zeros(-(-nbytes // BLOCK_NBYTES), np.uint32)
+        _native.pack(0, nbytes, table, index, BLOCK_NBYTES, pieces, copy_threads())
+        result.append((leaf.path, _native.crc32(pieces)))
+    return tuple(result)
+
+
+def _split(message: bytes) -> tuple[str, tuple[Path, ...], bytes, bytes]:
+    """Return what a rank said in the exchange: session token, value paths, value digests, encoded holdings."""
+    head_nbytes, digests_nbytes = _HEAD.unpack_from(message)
+    start = _HEAD.size + head_nbytes
+    token, paths = json.loads(message[_HEAD.size : start])
+    return token, tuple(tuple(path) for path in paths), message[start : start + digests_nbytes], message[start + digests_nbytes :]

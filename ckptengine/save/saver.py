@@ -1,0 +1,328 @@
+"""The life of a save: state, plan, snapshot; then, in the background, archive, receipt, commit."""
+
+from __future__ import annotations
+
+import atexit
+import hashlib
+import json
+import logging
+import threading
+import time
+import weakref
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from importlib.metadata import version
+from typing import Any
+
+from ckptengine.archive.image import BLOCK_NBYTES
+from ckptengine.archive.record import ArchiveRecord
+from ckptengine.archive.tail import build_tail
+from ckptengine.catalog.commit import attempt_directory, publish
+from ckptengine.catalog.lease import Lease
+from ckptengine.catalog.manifest import Manifest
+from ckptengine.catalog.receipt import Channel, Outcome, Receipt, StorageStore, collect
+from ckptengine.comm.agree import agree
+from ckptengine.comm.base import Communicator
+from ckptengine.errors import DeadlineError, SaveFailedError
+from ckptengine.save.coordinator import Coordinator
+from ckptengine.save.handle import SaveHandle, SaveStats
+from ckptengine.save.planner import Plan, Planner, replica_crcs
+from ckptengine.snapshot.arena import Arena
+from ckptengine.snapshot.pack import Checksums, snapshot
+from ckptengine.state.leaf import Path
+from ckptengine.state.tree import FlatState, flatten
+from ckptengine.storage.base import Storage, join
+from ckptengine.save.values import StoredValues, stored_values
+
+__all__ = ["DEFAULT_TIMEOUT", "Saver", "Target"]
+
+DEFAULT_TIMEOUT = 600.0
+"""Seconds after which a wait for other ranks or for the storage is an error; torch's own default is 600 to 1,800."""
+
+_TAIL_ROOM = 1 << 20
+"""What the arena holds beyond the fixed region from the start, so that the usual tail needs no growing."""
+
+ReplicaCrcs = tuple[tuple[Path, int], ...]
+
+_log = logging.getLogger("ckptengine")
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """Where a checkpoint goes.
+
+    `directory` is relative to the storage's root. `claim` is called on rank 0, where the generation is not known
+    yet. `committed` is called on rank 0 in the background after the commit.
+    """
+
+    storage: Storage
+    directory: str
+    step: int | None
+    parent: tuple[int, int] | None
+    generation: int | None
+    claim: Callable[[], int] | None
+    metadata: Mapping[str, Any]
+    committed: Callable[[int], None] | None = None
+
+    @property
+    def location(self) -> str:
+        """The checkpoint's directory, as messages name it."""
+        return self.storage.location(self.directory)
+
+
+@dataclass(slots=True)
+class _Job:
+    """One save on its way through the background."""
+
+    target: Target
+    generation: int
+    attempt: str
+    handle: SaveHandle
+    deadline: float
+    started: float
+    waited: float
+    plan: Plan | None = None
+    values: StoredValues | None = None
+    checksums: Checksums | None = None
+    replica_crcs: ReplicaCrcs = ()
+    stall: float = 0.0
+    error: Exception | None = None
+    thread: threading.Thread | None = field(default=None, repr=False)
+
+
+class Saver:
+    """Saves one job's states, one at a time, through one arena. Lives as long as the job; not thread-safe."""
+
+    def __init__(self, comm: Communicator, timeout: float = DEFAULT_TIMEOUT) -> None:
+        self._comm = comm
+        self._timeout = timeout
+        self._planner = Planner(comm, timeout)
+        self._coordinator = Coordinator(comm.world_size) if comm.rank == 0 else None
+        self._arena = Arena()
+        self._count = 0
+        self._reported: Plan | None = None  # whose rows rank 0 has
+        self._job: _Job | None = None
+        self.generation: int | None = None
+        """The generation of the last save that was started."""
+        _living.add(self)
+
+    @property
+    def busy(self) -> bool:
+        """Whether a save is in flight."""
+        return self._job is not None and not self._job.handle.durable.done()
+
+    def wait(self, timeout: float) -> None:
+        """Wait for the save in flight to end, well or not; raises `DeadlineError` where it doesn't in time."""
+        if self._job is not None and not self._job.handle.durable.wait(timeout):
+            raise DeadlineError(f"{self._job.handle.path} is still being saved after {timeout:g} s")
+
+    def close(self) -> None:
+        """Wait for the save in flight and give the memory back."""
+        self.wait(self._timeout)
+        if self._job is not None and self._job.thread is not None:
+            self._job.thread.join(self._timeout)
+        self._arena.close()
+        _living.discard(self)
+
+    def start(
+        self, target: Target, state: Mapping[str, Any], check_replicas: bool = False, timeout: float | None = None
+    ) -> SaveHandle:
+        """Take the snapshot of a state and start its way to the storage; all ranks call it together.
+
+        The first call, and one that follows a change of the state's structure, exchanges plans between the
+        ranks; no other does. Returns when training may go on.
+
+        Raises `StateError`, `ReplicaMismatchError`, `StorageError`, `DeadlineError`.
+        """
+        timeout = self._timeout if timeout is None else timeout
+        called = time.monotonic()
+        self.wait(timeout)
+        started = time.monotonic()
+        self._count += 1
+        flat: FlatState | None = None
+        values: StoredValues | None = None
+        error: Exception | None = None
+        try:
+            flat = flatten(state)
+            values = stored_values(flat)
+        except Exception as problem:
+            error = problem
+        generation = self._open(target, self._planner.changed(flat))
+        plan = self._planner.plan(flat, values, error)
+        job = _Job(
+            target=target,
+            generation=generation,
+            attempt=f"{self._planner.session}-{self._count}",
+            handle=SaveHandle(target.location, timeout),
+            deadline=started + timeout,
+            started=started,
+            waited=started - called,
+            plan=plan,
+            values=values,
+            error=error,
+        )
+        if flat is not None and plan is not None:
+            try:
+                self._fill(job, plan, flat, check_replicas)
+            except Exception as problem:
+                job.error = problem
+        job.stall = time.monotonic() - started
+        self._job = job
+        job.thread = threading.Thread(target=self._finish, args=(job,), name="ckptengine-save", daemon=True)
+        job.thread.start()
+        if job.error is not None:
+            raise job.error
+        job.handle.staged.reach()
+        return job.handle
+
+    def _open(self, target: Target, changed: bool) -> int:
+        """Return the generation to write under; where rank 0 has yet to claim it, all ranks exchange a word.
+
+        That exchange also tells whether any rank's structure changed: then all plan together.
+        """
+        if target.generation is not None:
+            self.generation = target.generation
+            return target.generation
+        assert target.claim is not None
+        word: dict[str, Any] = {"changed": changed}
+        error = None
+        if self._comm.rank == 0:
+            try:
+                word["generation"] = target.claim()
+            except Exception as problem:
+                error = problem
+        agree(self._comm, error, self._timeout, f"opening {target.location}")
+        words = [json.loads(reply) for reply in self._comm.all_gather(json.dumps(word).encode(), self._timeout)]
+        if any(word["changed"] for word in words):
+            self._planner.together_next()
+        self.generation = int(words[0]["generation"])
+        return self.generation
+
+    def _fill(self, job: _Job, plan: Plan, flat: FlatState, check_replicas: bool) -> None:
+        self._arena.reserve(plan.image.fixed_nbytes + _TAIL_ROOM)
+        job.checksums = snapshot(plan.image, plan.leaves_in_order(flat), self._arena)
+        if check_replicas:
+            job.replica_crcs = replica_crcs(flat)
+
+    def _finish(self, job: _Job) -> None:
+        """Bring a snapshot through the background part of a save, and tell the handle how it ended."""
+        stats = None
+        try:
+            stats = self._commit(job)
+        except Exception as problem:
+            # Every rank comes here where the attempt failed on any, so all plan together at the next save.
+            job.error = job.error or problem
+            self._planner.together_next()
+        job.handle.staged.reach(error=job.error)
+        if job.error is None and self._comm.rank == 0 and job.target.committed is not None:
+            try:
+                job.target.committed(job.generation)
+            except Exception as problem:
+                _log.warning("%s: cleaning up after the commit failed: %s", job.handle.path, problem)
+        job.handle.durable.reach(stats, job.error)
+
+    def _commit(self, job: _Job) -> SaveStats:
+        """Bring a snapshot to the storage and through the commit; returns when the outcome is known."""
+        target = job.target
+        data = attempt_directory(target.directory, job.attempt)
+        store = self._comm.store() or StorageStore(target.storage, join(data, "receipts"))
+        channel = Channel(store, job.attempt, self._comm.rank, self._comm.world_size)
+        if self._comm.rank != 0:
+            receipt, written = self._write(job, data)
+            channel.send(receipt)
+            outcome = channel.outcome(job.deadline)
+        else:
+            receipt, written, outcome = self._coordinate(job, data, channel)
+        if outcome.plan_together:
+            self._planner.together_next()
+        if outcome.error:
+            raise SaveFailedError(f"{target.location} was not committed: {outcome.error}")
+        assert receipt.archive is not None
+        return SaveStats(
+            step=target.step,
+            path=target.location,
+            nbytes=receipt.archive.nbytes,
+            waited_seconds=job.waited,
+            stall_seconds=job.stall,
+            written_seconds=written,
+            durable_seconds=time.monotonic() - job.started,
+        )
+
+    def _write(self, job: _Job, data: str) -> tuple[Receipt, float]:
+        """Write this rank's archive; what goes wrong is in the receipt, and in `job.error`."""
+        rank, began = self._comm.rank, time.monotonic()
+        try:
+            if job.error is not None:
+                raise job.error
+            assert job.plan is not None
+            assert job.values is not None
+            assert job.checksums is not None
+            image = job.plan.image
+            tail = build_tail(image, job.values.entries(rank), job.checksums.entries, job.checksums.blocks)
+            nbytes = image.fixed_nbytes + len(tail)
+            self._arena.append(image.fixed_nbytes, tail)
+            job.target.storage.write_archive(join(data, image.name), self._arena.address, nbytes)
+            record = ArchiveRecord(image.name, nbytes, image.fixed_nbytes, hashlib.sha256(tail).hexdigest())
+        except Exception as problem:
+            job.error = problem
+            return Receipt(rank, None, error=f"{problem}" or type(problem).__name__), time.monotonic() - began
+        rows = b"" if self._reported is job.plan else job.plan.rows.encode()
+        receipt = Receipt(
+            rank=rank,
+            archive=record,
+            value_paths=job.values.paths,
+            digests=job.values.digests,
+            replica_crcs=job.replica_crcs,
+            rows=rows,
+            alone=job.plan.alone,
+        )
+        self._reported = job.plan
+        return receipt, time.monotonic() - began
+
+    def _coordinate(self, job: _Job, data: str, channel: Channel) -> tuple[Receipt, float, Outcome]:
+        """Rank 0: write, collect, compare, publish; whatever happens, all ranks hear of it."""
+        target, storage = job.target, job.target.storage
+        receipt, written = Receipt(0, None, error="it did not come to write"), 0.0
+        try:
+            assert self._coordinator is not None
+            storage.make_directory(data)
+            with Lease(storage, data):
+                receipt, written = self._write(job, data)
+                receipts = collect(channel, receipt, job.deadline)
+                layout, layout_record = self._coordinator.layout(receipts)
+                storage.write_bytes(join(data, layout_record.name), layout)
+                manifest = Manifest(
+                    step=target.step,
+                    generation=job.generation,
+                    parent=target.parent,
+                    attempt=job.attempt,
+                    world_size=self._comm.world_size,
+                    block_nbytes=BLOCK_NBYTES,
+                    archives=tuple(item.archive for item in receipts if item.archive is not None),
+                    layout=layout_record,
+                    metadata=dict(target.metadata),
+                    created=datetime.now(UTC).isoformat(timespec="seconds"),
+                    writer=f"ckptengine {version('ckptengine')}",
+                )
+                publish(storage, target.directory, manifest)
+            outcome = Outcome(plan_together=any(item.alone for item in receipts))
+        except Exception as problem:
+            outcome = Outcome(error=f"{problem}" or type(problem).__name__, plan_together=True)
+        channel.announce(outcome)
+        return receipt, written, outcome
+
+
+# Saves in flight when the interpreter ends are waited for: a checkpoint that was asked for is not dropped silently.
+_living: weakref.WeakSet[Saver] = weakref.WeakSet()
+
+
+def _wait_for_all() -> None:
+    for saver in list(_living):
+        try:
+            saver.wait(DEFAULT_TIMEOUT)
+        except DeadlineError as error:
+            _log.error("%s", error)
+
+
+atexit.register(_wait_for_all)

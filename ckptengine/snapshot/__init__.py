@@ -1,0 +1,1 @@
+"""From tensors to the bytes of an archive: the arena, and the copy into it."""

@@ -1,0 +1,79 @@
+"""The arena: host memory, allocated once and reused, in which the image of an archive is made."""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+
+from ckptengine.errors import StorageError
+
+__all__ = ["Arena"]
+
+_GRANULE = 2 << 20
+"""Arenas are sized in these, so that a tail that grows by a few bytes does not ask for a new mapping."""
+
+
+class Arena:
+    """Shared memory of at least the asked size; its address changes only when it grows.
+
+    It is an anonymous memory file: nothing is left behind by a process that is killed. It is allocated with
+    `posix_fallocate`, since a file that was only made longer promises memory that may not be there, and the
+    process would be killed by SIGBUS at the first touch.
+    """
+
+    def __init__(self) -> None:
+        self._fd = os.memfd_create("ckptengine-arena", os.MFD_CLOEXEC)
+        self._map: mmap.mmap | None = None
+        self.nbytes = 0
+        self.address = 0
+        self.contents: object = None
+        """What lies in it now, set by its user; None after it has moved."""
+
+    def reserve(self, nbytes: int) -> None:
+        """Make the arena at least this large, keeping its bytes.
+
+        Raises `StorageError` (ENOMEM or ENOSPC) saying how much is missing; the arena then stays as it was.
+        """
+        if nbytes <= self.nbytes:
+            return
+        size = -(-nbytes // _GRANULE) * _GRANULE
+        try:
+            os.posix_fallocate(self._fd, 0, size)
+            grown = mmap.mmap(self._fd, size, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE)
+        except OSError as error:
+            os.ftruncate(self._fd, self.nbytes)
+            missing = size - self.nbytes
+            raise StorageError(
+                error.errno,
+                f"no memory for the snapshot: {size:,} bytes are needed, {missing:,} more than are reserved; "
+                "free host memory, raise the container's limit, or use more ranks per state",
+            ) from error
+        self._release()
+        self._map, self.nbytes = grown, size
+        self.address = ctypes.addressof(ctypes.c_char.from_buffer(grown))
+        self.contents = None
+
+    def view(self, position: int, nbytes: int) -> memoryview:
+        """Return the bytes at a position, writable, without a copy."""
+        if self._map is None or position < 0 or nbytes < 0 or position + nbytes > self.nbytes:
+            raise ValueError(f"bytes {position} to {position + nbytes} lie outside of an arena of {self.nbytes}")
+        return memoryview(self._map)[position : position + nbytes]
+
+    def append(self, position: int, data: bytes) -> None:
+        """Put bytes at a position, growing the arena where they don't fit; what lies before stays."""
+        contents = self.contents
+        self.reserve(position + len(data))
+        self.view(position, len(data))[:] = data
+        self.contents = contents
+
+    def close(self) -> None:
+        """Give the memory back."""
+        self._release()
+        self.nbytes = self.address = 0
+        os.close(self._fd)
+
+    def _release(self) -> None:
+        if self._map is not None:
+            # A memory map refuses to close while a view of it is alive; dropping it closes it after the last.
+            self._map = None

@@ -1,0 +1,1 @@
+"""What a training state is made of: leaves, typed values, per-rank values."""

@@ -1,0 +1,164 @@
+"""What a framework must tell the engine about its objects, and which frameworks are there."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ckptengine.state.leaf import Part, Path, Placement
+
+__all__ = ["Adapter", "ModuleEntry", "TensorView", "adapter_of_tensor", "adapters", "describe_type"]
+
+
+@dataclass(frozen=True, slots=True)
+class TensorView:
+    """One tensor as the engine sees it.
+
+    `identity` is equal for two tensors that are the same memory seen in the same way, None where nobody can
+    say.
+    """
+
+    dtype: str
+    shape: tuple[int, ...]
+    placement: Placement
+    parts: tuple[Part, ...]
+    identity: Hashable | None
+
+
+@dataclass(frozen=True, slots=True)
+class ModuleEntry:
+    """One item of a module's state.
+
+    `name` has no wrappers' prefixes, `key` is the module's own. `buffer` marks what ranks may hold differing
+    copies of. `live` tells whether the value is the module's own tensor: what isn't goes back through the
+    module's calls.
+    """
+
+    name: str
+    key: str
+    value: Any
+    buffer: bool
+    live: bool
+
+
+class Adapter:
+    """One framework's tensors, modules and optimizers; by default it knows none."""
+
+    name: str = ""
+    """The name in tags and in `ArrayLeaf.container`."""
+
+    def is_tensor(self, value: Any) -> bool:
+        """Whether a value is one of the framework's tensors."""
+        return False
+
+    def view(self, tensor: Any, path: Path, *, target: bool) -> TensorView:
+        """Return dtype, global shape, and this rank's parts; `target` asks for memory that may be written.
+
+        Raises `StateError` naming the path where the tensor can't be saved, or can't be filled in place.
+        """
+        raise NotImplementedError
+
+    def empty(self, dtype: str, shape: tuple[int, ...]) -> Any:
+        """Return a new tensor in host memory, contents undefined."""
+        raise NotImplementedError
+
+    def convert(self, tensor: Any, buffers: Sequence[np.ndarray[Any, Any]], dtype: str) -> None:
+        """Fill a tensor from host buffers of another dtype, one for each of `view`'s parts, in order."""
+        raise NotImplementedError
+
+    def is_module(self, value: Any) -> bool:
+        """Whether a value is a module: named parameters and buffers that are filled in place."""
+        return False
+
+    def module_entries(self, module: Any, path: Path) -> list[ModuleEntry]:
+        """Return the module's state in its own order."""
+        raise NotImplementedError
+
+    def load_module(self, module: Any, entries: Mapping[str, Any]) -> None:
+        """Hand over what could not be filled in place, by the module's own keys."""
+        raise NotImplementedError
+
+    def is_optimizer(self, value: Any) -> bool:
+        """Whether a value is an optimizer: state by parameter, and groups of hyperparameters."""
+        return False
+
+    def optimizer_groups(self, optimizer: Any) -> list[dict[str, Any]]:
+        """Return the live groups; each has its parameters under `params`."""
+        raise NotImplementedError
+
+    def optimizer_state(self, optimizer: Any, parameter: Any) -> dict[str, Any]:
+        """Return the live state of one parameter, an empty dict where it has none; creates nothing."""
+        raise NotImplementedError
+
+    def check_optimizer(self, optimizer: Any, path: Path) -> None:
+        """Raise `StateError` where the state can't be told apart by parameter, or by placement."""
+
+    def set_optimizer_state(self, optimizer: Any, parameter: Any, state: dict[str, Any] | None) -> None:
+        """Replace the state of one parameter; None removes it."""
+        raise NotImplementedError
+
+    def state_fits(self, parameter: Any, key: str, shape: tuple[int, ...]) -> bool:
+        """Whether an item of a parameter's state may have this shape."""
+        return True
+
+    def set_hyperparameter(self, group: dict[str, Any], key: str, value: Any) -> None:
+        """Set one value of a group, in place where the group holds a tensor."""
+        raise NotImplementedError
+
+    def new_state_tensor(
+        self, group: dict[str, Any], parameter: Any, key: str, dtype: str, shape: tuple[int, ...]
+    ) -> Any:
+        """Return a tensor for one item of a parameter's state, placed as the optimizer would place it."""
+        raise NotImplementedError
+
+    def encode_value(self, value: Any) -> tuple[str, Any] | None:
+        """Return kind (`dtype`, `size`, `device`) and payload of a framework's plain value, or None."""
+        return None
+
+    def decode_value(self, kind: str, payload: Any) -> Any:
+        """Return the plain value; raises `ValueError` or `AttributeError` where there is no such thing."""
+        raise ValueError(kind)
+
+
+_FRAMEWORKS = ("torch", "mindspore")
+_loaded: dict[str, Adapter] = {}
+
+
+def adapters() -> Iterable[Adapter]:
+    """Return numpy's adapter and those of the frameworks that the process has imported; imports none."""
+    if "numpy" not in _loaded:
+        from ckptengine.state.arrays import NumpyAdapter
+
+        _loaded["numpy"] = NumpyAdapter()
+    for name in _FRAMEWORKS:
+        if name in sys.modules and name not in _loaded:
+            adapter = _load(name)
+            if adapter is not None:
+                _loaded[name] = adapter
+    return list(_loaded.values())
+
+
+def _load(name: str) -> Adapter | None:
+    if name == "torch" and hasattr(sys.modules["torch"], "nn"):  # not while torch itself is half imported
+        from ckptengine.torch import TorchAdapter
+
+        return TorchAdapter()
+    return None
+
+
+def adapter_of_tensor(value: Any) -> Adapter | None:
+    """Return the adapter that knows a value as its tensor, None where none does."""
+    for adapter in adapters():
+        if adapter.is_tensor(value):
+            return adapter
+    return None
+
+
+def describe_type(value: Any) -> str:
+    """Return a value's type as people write it, `collections.Counter`."""
+    kind = type(value)
+    return kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"

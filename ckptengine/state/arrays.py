@@ -1,0 +1,90 @@
+"""numpy arrays as tensors, and the geometry of strided memory."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from ckptengine.errors import StateError
+from ckptengine.layout.box import Box
+from ckptengine.state.adapters import Adapter, TensorView
+from ckptengine.state.dtypes import DTYPES, name_of_numpy_dtype
+from ckptengine.state.leaf import HostMemory, Part, Path, Placement, dotted
+
+__all__ = ["NumpyAdapter", "may_overlap"]
+
+
+def may_overlap(shape: Sequence[int], strides: Sequence[int], itemsize: int) -> bool:
+    """Whether two elements of a strided array may share a byte; exact for every view of an array of unique
+    elements.
+
+    Takes lengths in elements and strides in bytes.
+    """
+    extent = itemsize
+    for stride, length in sorted((abs(s), n) for s, n in zip(strides, shape, strict=True) if n > 1):
+        if stride < extent:
+            return True
+        extent += (length - 1) * stride
+    return False
+
+
+class NumpyAdapter(Adapter):
+    """Arrays of numpy and of ml_dtypes."""
+
+    name = "numpy"
+
+    def is_tensor(self, value: Any) -> bool:
+        """Whether a value is an array."""
+        return isinstance(value, np.ndarray)
+
+    def view(self, tensor: Any, path: Path, *, target: bool) -> TensorView:
+        """Return the array as one whole box."""
+        array: np.ndarray[Any, Any] = tensor
+        name = name_of_numpy_dtype(array.dtype)
+        if isinstance(array, np.ma.MaskedArray):
+            raise StateError(f"{dotted(path)}: a masked array would lose its mask; save `.data` and `.mask`")
+        if name is None:
+            raise StateError(
+                f"{dotted(path)}: arrays of dtype {array.dtype} can't be saved; convert to one of numpy's "
+                "number types, "
+                "or to a list of plain values"
+            )
+        if not array.dtype.isnative:
+            raise StateError(
+                f"{dotted(path)}: the array's byte order is foreign ({array.dtype.str}); convert it with "
+                "`array.astype(array.dtype.newbyteorder('='))`"
+            )
+        if target and not array.flags.writeable:
+            raise StateError(
+                f"{dotted(path)}: the array is read-only, so it can't be filled; pass a writable copy"
+            )
+        if target and may_overlap(array.shape, array.strides, array.itemsize):
+            raise StateError(
+                f"{dotted(path)}: the array's elements share memory, so it can't be filled; pass a copy"
+            )
+        memory = _memory(array)
+        parts = (Part(Box.whole(array.shape), memory),) if array.size else ()
+        identity = (memory.address, name, array.shape, array.strides) if array.size else None
+        return TensorView(name, array.shape, Placement.REPLICATED, parts, identity)
+
+    def empty(self, dtype: str, shape: tuple[int, ...]) -> np.ndarray[Any, Any]:
+        """Return a new array."""
+        return np.empty(shape, DTYPES[dtype].numpy)
+
+    def convert(self, tensor: Any, buffers: Sequence[np.ndarray[Any, Any]], dtype: str) -> None:
+        """Fill an array from a buffer of another dtype, as `astype` converts."""
+        for buffer in buffers:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", RuntimeWarning)  # overflow to inf is what a cast asks for
+                np.copyto(tensor, buffer, casting="unsafe")
+
+
+def _memory(array: np.ndarray[Any, Any]) -> HostMemory:
+    address: int = array.__array_interface__["data"][0]
+    spans = [(n - 1) * s for n, s in zip(array.shape, array.strides, strict=True) if n]
+    low = address + sum(span for span in spans if span < 0)
+    high = address + sum(span for span in spans if span > 0) + array.itemsize
+    return HostMemory(address, array.strides, low, high - low, array)

@@ -1,0 +1,176 @@
+"""What a value of the state is to the engine: a tensor, a module, something to walk, or a plain value."""
+
+from __future__ import annotations
+
+from collections import Counter, OrderedDict
+from collections.abc import Iterable, Mapping
+from enum import Enum, auto
+from typing import Any
+
+from ckptengine.errors import StateError
+from ckptengine.state.adapters import Adapter, ModuleEntry, adapters, describe_type
+from ckptengine.state.leaf import Key, Path, dotted
+from ckptengine.state.per_rank import PerRank
+from ckptengine.state.sharded import ShardedArray
+from ckptengine.state.values import MAX_DEPTH
+
+__all__ = ["Inspector", "Kind", "children", "optimizer_names"]
+
+
+class Kind(Enum):
+    """How the engine treats a value."""
+
+    PER_RANK = auto()
+    SHARDED = auto()
+    TENSOR = auto()
+    MODULE = auto()
+    OPTIMIZER = auto()
+    OBJECT = auto()
+    """It has `state_dict` and `load_state_dict`."""
+    DICT = auto()
+    """Walked key by key."""
+    SEQUENCE = auto()
+    """A list or tuple that holds more than plain values: walked."""
+    PLAIN = auto()
+
+
+_SCALARS = frozenset({type(None), bool, int, float, str, bytes, complex})
+
+
+class Inspector:
+    """One walk's view of the frameworks: sorts values into kinds, asks each module only once."""
+
+    def __init__(self) -> None:
+        self._adapters = list(adapters())
+        self._entries: dict[int, tuple[Any, list[ModuleEntry]]] = {}
+
+    def kind(self, value: Any, path: Path) -> tuple[Kind, Adapter | None]:
+        """Return a value's kind, and its adapter where it is a framework's.
+
+        Raises `StateError` where tensors lie in a dict whose keys can't be part of a path, or nesting has no
+        end.
+        """
+        if type(value) in _SCALARS:
+            return Kind.PLAIN, None
+        known = self._framework_kind(value)
+        if known is not None:
+            return known
+        if isinstance(value, Mapping):
+            return self._dict_kind(value, path), None
+        if isinstance(value, (list, tuple)):
+            return (Kind.SEQUENCE if self._holds_more(value, path, 0) else Kind.PLAIN), None
+        return Kind.PLAIN, None
+
+    def _framework_kind(self, value: Any) -> tuple[Kind, Adapter | None] | None:
+        if isinstance(value, PerRank):
+            return Kind.PER_RANK, None
+        if isinstance(value, ShardedArray):
+            return Kind.SHARDED, value.adapter
+        for adapter in self._adapters:
+            if adapter.is_tensor(value):
+                return Kind.TENSOR, adapter
+            if adapter.is_module(value):
+                return Kind.MODULE, adapter
+            if adapter.is_optimizer(value):
+                return Kind.OPTIMIZER, adapter
+        if isinstance(value, type):
+            return None
+        if callable(getattr(value, "state_dict", None)) and callable(getattr(value, "load_state_dict", None)):
+            return Kind.OBJECT, None
+        return None
+
+    def _dict_kind(self, value: Mapping[Any, Any], path: Path) -> Kind:
+        if not value or isinstance(value, Counter):
+            return Kind.PLAIN
+        keys_fit = all(type(key) in (str, int) for key in value)
+        if type(value) is dict and keys_fit:
+            return Kind.DICT
+        if not self._holds_more(value.values(), path, 0):
+            return Kind.PLAIN
+        if type(value) not in (dict, OrderedDict):
+            raise StateError(
+                f"{dotted(path)}: {describe_type(value)} holds tensors; convert it to a plain dict"
+            )
+        if not keys_fit:
+            odd = next(key for key in value if type(key) not in (str, int))
+            raise StateError(
+                f"{dotted(path)}: a dict that holds tensors needs keys that are str or int, not "
+                f"{describe_type(odd)} ({odd!r})"
+            )
+        return Kind.DICT
+
+    def _holds_more(self, items: Iterable[Any], path: Path, depth: int) -> bool:
+        if depth > MAX_DEPTH:
+            raise StateError(
+                f"{dotted(path)}: nested more than {MAX_DEPTH} deep (or inside itself); flatten it"
+            )
+        for item in items:
+            if type(item) in _SCALARS:
+                continue
+            if self._framework_kind(item) is not None:
+                return True
+            inner = (
+                item.values()
+                if isinstance(item, Mapping)
+                else item
+                if isinstance(item, (list, tuple))
+                else ()
+            )
+            if self._holds_more(inner, path, depth + 1):
+                return True
+        return False
+
+    def entries(self, module: Any, adapter: Adapter, path: Path) -> list[ModuleEntry]:
+        """Return a module's entries, the same ones each time that this walk asks."""
+        if id(module) not in self._entries:
+            self._entries[id(module)] = (module, adapter.module_entries(module, path))
+        return self._entries[id(module)][1]
+
+    def parameter_names(self, state: Any) -> dict[int, str]:
+        """Return the names of all parameters of the modules in the state, by the `id` of the parameter.
+
+        A name is the module's dotted path and the fully qualified name in it; a parameter that is reached
+        twice has the name by which it is reached first.
+        """
+        names: dict[int, str] = {}
+        self._collect(state, (), names)
+        return names
+
+    def _collect(self, value: Any, path: Path, names: dict[int, str]) -> None:
+        if len(path) > MAX_DEPTH:
+            raise StateError(
+                f"{dotted(path[:3])}…: nested more than {MAX_DEPTH} deep (or inside itself); flatten it"
+            )
+        kind, adapter = (Kind.DICT, None) if path == () else self.kind(value, path)
+        if kind is Kind.PER_RANK:
+            self._collect(value.value, path, names)
+        elif kind is Kind.MODULE:
+            assert adapter is not None
+            for entry in self.entries(value, adapter, path):
+                if adapter.is_tensor(entry.value) and not entry.buffer:
+                    names.setdefault(id(entry.value), dotted((*path, entry.name)))
+        elif kind in (Kind.DICT, Kind.SEQUENCE):
+            for key, item in children(value, path):
+                self._collect(item, (*path, key), names)
+
+
+def children(value: Any, path: Path) -> list[tuple[Key, Any]]:
+    """Return keys and items of a dict or sequence; raises `StateError` at a key that fits no path."""
+    if not isinstance(value, Mapping):
+        return list(enumerate(value))
+    for key in value:
+        if type(key) not in (str, int):
+            where = dotted(path) or "the state"
+            raise StateError(f"{where}: the key {key!r} is {describe_type(key)}; use str or int")
+    return list(value.items())
+
+
+def optimizer_names(groups: list[dict[str, Any]], names: Mapping[int, str]) -> list[list[str]]:
+    """Return the names of an optimizer's parameters by group.
+
+    A parameter of no module in the state is called `<group>.<index>`.
+    """
+    return [
+        [names.get(id(parameter), f"{g}.{i}") for i, parameter in enumerate(group["params"])]
+        for g, group in enumerate(groups)
+    ]

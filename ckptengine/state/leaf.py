@@ -1,0 +1,103 @@
+"""A leaf: one array or one plain value of the state, and where this rank's part of it lies in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any
+
+import numpy as np
+
+from ckptengine.layout.box import Box
+
+__all__ = [
+    "ArrayLeaf",
+    "DeviceMemory",
+    "HostMemory",
+    "Key",
+    "Memory",
+    "Part",
+    "Path",
+    "Placement",
+    "dotted",
+]
+
+Key = str | int
+Path = tuple[Key, ...]
+
+
+def dotted(path: Path) -> str:
+    """Return a path as people read it, `model.h.0.weight`; not unique, for messages only."""
+    return ".".join(str(key) for key in path)
+
+
+class Placement(StrEnum):
+    """How a leaf is spread over the ranks."""
+
+    REPLICATED = "replicated"
+    """Every rank holds the whole; written once, the writing spread over the ranks."""
+    WHOLE = "whole"
+    """Every rank holds one, possibly differing (BatchNorm's statistics): one rank's is taken, never split."""
+    SHARDED = "sharded"
+    """Each rank holds the boxes that it lists."""
+    PER_RANK = "per_rank"
+    """Each rank has its own, and all are kept."""
+
+
+@dataclass(frozen=True, slots=True)
+class HostMemory:
+    """Strided host memory.
+
+    `address` is where element 0 lies; `strides` are in bytes and may be negative or zero; `low` and `nbytes`
+    are the extent of the allocation that it lies in (the C code checks every access against it).
+    `owner` keeps the allocation alive.
+    """
+
+    address: int
+    strides: tuple[int, ...]
+    low: int
+    nbytes: int
+    owner: object = field(repr=False, compare=False)
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceMemory:
+    """Memory that the CPU can't address: the adapter copies it.
+
+    `copy_to_host(dst)` fills a numpy array (dtype: unsigned bytes-equivalent storage dtype of the leaf,
+    shape: the part's box; possibly strided) and returns when the bytes are there. `copy_from_host(src)` is
+    the reverse.
+    """
+
+    copy_to_host: Callable[[np.ndarray[Any, Any]], None]
+    copy_from_host: Callable[[np.ndarray[Any, Any]], None]
+    owner: object = field(repr=False, compare=False)
+
+
+Memory = HostMemory | DeviceMemory
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One box of a leaf that this rank holds; `memory` has the box's shape."""
+
+    box: Box
+    memory: Memory
+
+
+@dataclass(frozen=True, slots=True)
+class ArrayLeaf:
+    """One tensor or array.
+
+    `path` is its identity. `dtype` is a logical name of `ckptengine.state.dtypes`. `shape` is the global
+    shape. `parts` are this rank's boxes, none empty, none overlapping. `container` says what it was, `torch`,
+    `numpy` or `mindspore`, so that objects with `load_state_dict` get the same back.
+    """
+
+    path: Path
+    dtype: str
+    shape: tuple[int, ...]
+    placement: Placement
+    parts: tuple[Part, ...]
+    container: str

@@ -1,0 +1,45 @@
+"""Small steps on nested dicts and lists."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from ckptengine.state.leaf import Path
+from ckptengine.state.per_rank import PerRank
+
+__all__ = ["item_of", "per_rank_items", "put_at", "replace_contents"]
+
+
+def item_of(like: Any, key: Any) -> Any:
+    """Return what a dict or sequence has under a key, None where it has nothing."""
+    if isinstance(like, Mapping):
+        return like.get(key)
+    if isinstance(like, (list, tuple)) and type(key) is int and 0 <= key < len(like):
+        return like[key]
+    return None
+
+
+def replace_contents(value: Any, new: Any) -> None:
+    """Make a dict or list equal to another one, in place."""
+    value.clear()
+    if isinstance(value, list):
+        value.extend(new)
+    else:
+        value.update(new)
+
+
+def per_rank_items(value: Any, path: Path) -> Iterable[tuple[Path, PerRank]]:
+    """Yield every PerRank in nested dicts, with its path."""
+    if isinstance(value, PerRank):
+        yield path, value
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from per_rank_items(item, (*path, key))
+
+
+def put_at(root: Any, path: Path, item: PerRank) -> None:
+    """Set what a PerRank holds at a path of nested dicts."""
+    for key in path[:-1]:
+        root = root.setdefault(key, {})
+    root[path[-1]] = item.value

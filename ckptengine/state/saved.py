@@ -1,0 +1,175 @@
+"""What a checkpoint holds, as a tree in which a state finds its leaves."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ckptengine.errors import CheckpointDamagedError, LoadMismatchError
+from ckptengine.state.leaf import Key, Path, Placement, dotted
+from ckptengine.state.values import MAX_DEPTH
+
+__all__ = ["Node", "Saved", "SavedArray", "SavedLeaf", "SavedValue", "own_tree", "shared_tree"]
+
+
+@dataclass(frozen=True, slots=True)
+class SavedLeaf:
+    """One stored array: logical dtype, global shape, how it was spread, which framework it came from."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    placement: Placement
+    container: str
+
+
+@dataclass(frozen=True, slots=True)
+class Saved:
+    """A checkpoint's leaves. The three sequences have one item for each rank that saved, or none at all.
+
+    They may be lazy: at an equal world size only this rank's items are looked at, at another one only rank
+    0's, and all of them where a `PerRank` has `resize`.
+    """
+
+    world_size: int
+    leaves: Mapping[Path, SavedLeaf]
+    values: Mapping[Path, Any]
+    aliases: Mapping[Path, Path]
+    containers: Mapping[Path, str]
+    rank_leaves: Sequence[Mapping[Path, SavedLeaf]] = ()
+    rank_values: Sequence[Mapping[Path, Any]] = ()
+    rank_containers: Sequence[Mapping[Path, str]] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class SavedArray:
+    """An array of the checkpoint: its own path there, and its rank where it is a rank's own."""
+
+    path: Path
+    rank: int | None
+    leaf: SavedLeaf
+
+
+@dataclass(frozen=True, slots=True)
+class SavedValue:
+    """A plain value of the checkpoint."""
+
+    value: Any
+
+
+class Node:
+    """One place in the tree; `used` once the state has taken it, or a message has named it."""
+
+    __slots__ = ("children", "container", "entry", "used")
+
+    def __init__(self) -> None:
+        self.children: dict[Key, Node] = {}
+        self.entry: SavedArray | SavedValue | None = None
+        self.container: str | None = None
+        self.used = False
+
+    def child(self, key: Key) -> Node | None:
+        """Return what lies under a key; keys of another type are other keys."""
+        node = self.children.get(key)
+        return node
+
+    def find(self, path: Path) -> Node | None:
+        """Return what lies under a path."""
+        node: Node | None = self
+        for key in path:
+            node = node.child(key) if node is not None else None
+        return node
+
+    def leaves(self, path: Path = ()) -> Iterator[tuple[Path, Node]]:
+        """Yield all nodes with an entry, with their paths."""
+        if self.entry is not None:
+            yield path, self
+        for key, child in self.children.items():
+            yield from child.leaves((*path, key))
+
+    def use(self) -> None:
+        """Mark everything from here on as used."""
+        for _, node in self.leaves():
+            node.used = True
+
+    @property
+    def holds_arrays(self) -> bool:
+        """Whether an array lies here or below."""
+        return any(isinstance(node.entry, SavedArray) for _, node in self.leaves())
+
+    @property
+    def description(self) -> str:
+        """What lies here, in words."""
+        if isinstance(self.entry, SavedArray):
+            return f"a tensor of shape {self.entry.leaf.shape}"
+        if isinstance(self.entry, SavedValue):
+            return f"the plain value {self.entry.value!r:.60}"
+        return "several leaves"
+
+
+def shared_tree(saved: Saved, rename: Callable[[Path], Path]) -> Node:
+    """Return the tree of what all ranks share, under the state's names."""
+    root = Node()
+    arrays = {path: SavedArray(path, None, leaf) for path, leaf in saved.leaves.items()}
+    for path, first in saved.aliases.items():
+        if first not in arrays:
+            raise CheckpointDamagedError(
+                f"{dotted(path)} is the same tensor as {dotted(first)}, which isn't there"
+            )
+        arrays.setdefault(path, arrays[first])
+    _insert(root, arrays, saved.values, saved.containers, rename)
+    return root
+
+
+def own_tree(saved: Saved, rank: int, rename: Callable[[Path], Path]) -> Node:
+    """Return the tree of what one of the ranks that saved has of its own."""
+    root = Node()
+    leaves = saved.rank_leaves[rank] if saved.rank_leaves else {}
+    values = saved.rank_values[rank] if saved.rank_values else {}
+    containers = saved.rank_containers[rank] if saved.rank_containers else {}
+    _insert(
+        root,
+        {path: SavedArray(path, rank, leaf) for path, leaf in leaves.items()},
+        values,
+        containers,
+        rename,
+    )
+    return root
+
+
+def _insert(
+    root: Node,
+    arrays: Mapping[Path, SavedArray],
+    values: Mapping[Path, Any],
+    containers: Mapping[Path, str],
+    rename: Callable[[Path], Path],
+) -> None:
+    entries: list[tuple[Path, SavedArray | SavedValue]] = [*arrays.items()]
+    entries += [(path, SavedValue(value)) for path, value in values.items()]
+    for path, entry in entries:
+        if not 0 < len(path) <= MAX_DEPTH:
+            raise CheckpointDamagedError(
+                f"a leaf's path has {len(path)} keys; from 1 to {MAX_DEPTH} are possible"
+            )
+        renamed = rename(path)
+        node = _make(root, renamed)
+        if node.entry is not None:
+            raise LoadMismatchError(
+                f"two leaves of the checkpoint are called {dotted(renamed)!r} (one is {dotted(path)!r}); "
+                "change `rename`"
+            )
+        node.entry = entry
+    for path, node in root.leaves():
+        if node.children:
+            raise LoadMismatchError(f"the leaf {dotted(path)!r} of the checkpoint has other leaves inside it")
+    for path, kind in containers.items():
+        node_at = root.find(rename(path))
+        if node_at is not None:
+            node_at.container = kind
+
+
+def _make(root: Node, path: Path) -> Node:
+    node = root
+    for key in path:
+        node = node.children.setdefault(key, Node())
+    return node

@@ -1,0 +1,69 @@
+"""A rank's part of a global array, for code that shards by hand."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable
+from typing import Any
+
+from ckptengine.errors import StateError
+from ckptengine.layout.box import Box
+from ckptengine.state.adapters import Adapter, adapter_of_tensor, describe_type
+from ckptengine.state.leaf import Placement
+
+__all__ = ["ShardedArray"]
+
+
+class ShardedArray:
+    """This rank's box of a global array: `local` lies at `offset` of an array of `global_shape`.
+
+    Takes a numpy array or a framework's plain tensor, and two tuples of non-negative integers with one number
+    for each of its dimensions. Ranks may hold any boxes; together they must cover the array (replicas may
+    repeat one). A rank that has nothing passes an array with a length of 0. Raises `StateError` where the box
+    leaves the array.
+    """
+
+    __slots__ = ("global_shape", "local", "offset")
+
+    def __init__(self, local: Any, global_shape: Iterable[int], offset: Iterable[int]) -> None:
+        adapter = adapter_of_tensor(local)
+        if adapter is None:
+            raise StateError(
+                f"ShardedArray: the local part is {describe_type(local)}, not an array or tensor"
+            )
+        self.local = local
+        self.global_shape = tuple(operator.index(length) for length in global_shape)
+        self.offset = tuple(operator.index(start) for start in offset)
+        view = adapter.view(local, ("ShardedArray",), target=False)
+        shape = view.shape
+        if view.placement is not Placement.REPLICATED:
+            raise StateError(
+                "ShardedArray: the local part is itself distributed; pass it to the state as it is"
+            )
+        if not len(shape) == len(self.global_shape) == len(self.offset):
+            raise StateError(
+                f"ShardedArray: local shape {shape}, global shape {self.global_shape} and offset "
+                f"{self.offset} "
+                "must have the same number of dimensions"
+            )
+        for start, length, whole in zip(self.offset, shape, self.global_shape, strict=True):
+            if start < 0 or whole < 0 or start + length > whole:
+                raise StateError(
+                    f"ShardedArray: a part of shape {shape} at offset {self.offset} leaves the global shape "
+                    f"{self.global_shape}"
+                )
+
+    @property
+    def box(self) -> Box:
+        """The elements that this rank holds."""
+        return Box(self.offset, tuple(self.local.shape))
+
+    @property
+    def adapter(self) -> Adapter:
+        """The adapter of the local part."""
+        adapter = adapter_of_tensor(self.local)
+        assert adapter is not None  # checked when it was made
+        return adapter
+
+    def __repr__(self) -> str:
+        return f"ShardedArray(local of shape {tuple(self.local.shape)}, {self.global_shape}, {self.offset})"

@@ -1,0 +1,191 @@
+"""From the user's state to leaves, and from leaves to nested dicts."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ckptengine.errors import CheckpointDamagedError, StateError
+from ckptengine.state.adapters import Adapter, TensorView, describe_type
+from ckptengine.state.kinds import Inspector, Kind, children, optimizer_names
+from ckptengine.state.leaf import ArrayLeaf, Key, Part, Path, Placement, dotted
+from ckptengine.state.sharded import ShardedArray
+from ckptengine.state.values import MAX_DEPTH
+
+__all__ = ["FlatState", "flatten", "sharded_parts", "unflatten"]
+
+
+@dataclass(frozen=True, slots=True)
+class FlatState:
+    """A state as leaves.
+
+    `arrays` are in the order in which they were met. `values` and `rank_values` are the user's own plain
+    values, not copied and not yet checked: `encode` does both. `aliases` leads from each further path of tied
+    memory to its first path. `containers` says `list` or `tuple` for sequences that were walked;
+    `rank_containers` the same inside `PerRank`.
+    """
+
+    arrays: tuple[ArrayLeaf, ...]
+    values: dict[Path, Any]
+    rank_values: dict[Path, Any]
+    aliases: dict[Path, Path]
+    containers: dict[Path, str]
+    rank_containers: dict[Path, str]
+
+
+def flatten(state: Mapping[str, Any]) -> FlatState:
+    """Return the leaves of a state; changes nothing.
+
+    Takes a mapping with keys that are str or int. Raises `StateError` naming path and type of what can't be
+    saved (what is wrong inside a plain value is found by `encode`).
+    """
+    if not isinstance(state, Mapping):
+        raise StateError(f"the state is {describe_type(state)}; pass a dict such as {{'model': model}}")
+    return _Walk(state).result()
+
+
+def sharded_parts(array: ShardedArray, path: Path, *, target: bool) -> TensorView:
+    """Return a hand-sharded array's view: the local part's memory at its place in the global array."""
+    local = array.adapter.view(array.local, path, target=target)
+    parts = tuple(Part(array.box, part.memory) for part in local.parts)
+    return TensorView(local.dtype, array.global_shape, Placement.SHARDED, parts, None)
+
+
+class _Walk:
+    """One walk over a state."""
+
+    def __init__(self, state: Mapping[str, Any]) -> None:
+        self._inspector = Inspector()
+        self._names = self._inspector.parameter_names(state)
+        self._arrays: list[ArrayLeaf] = []
+        self._values: tuple[dict[Path, Any], dict[Path, Any]] = ({}, {})
+        self._containers: tuple[dict[Path, str], dict[Path, str]] = ({}, {})
+        self._aliases: dict[Path, Path] = {}
+        self._first: dict[Hashable, Path] = {}
+        self._keep: list[Any] = []  # an `id` says something only while its object lives
+        for key, value in children(state, ()):
+            self._visit(value, (key,), per_rank=False)
+
+    def result(self) -> FlatState:
+        """Return what was found."""
+        return FlatState(tuple(self._arrays), *self._values, self._aliases, *self._containers)
+
+    def _visit(self, value: Any, path: Path, *, per_rank: bool, buffer: bool = False) -> None:
+        if len(path) > MAX_DEPTH:
+            raise StateError(
+                f"{dotted(path[:3])}…: nested more than {MAX_DEPTH} deep (or inside itself); flatten it"
+            )
+        kind, adapter = self._inspector.kind(value, path)
+        match kind:
+            case Kind.PLAIN:
+                self._values[per_rank][path] = value
+            case Kind.TENSOR:
+                assert adapter is not None
+                self._add(value, adapter.view(value, path, target=False), adapter, path, per_rank, buffer)
+            case Kind.SHARDED:
+                assert adapter is not None
+                if per_rank:
+                    raise StateError(
+                        f"{dotted(path)}: a ShardedArray inside PerRank; pass its local part instead"
+                    )
+                self._add(value, sharded_parts(value, path, target=False), adapter, path, per_rank, buffer)
+            case Kind.PER_RANK:
+                if per_rank:
+                    raise StateError(f"{dotted(path)}: a PerRank inside a PerRank; take the inner one away")
+                self._visit(value.value, path, per_rank=True)
+            case Kind.MODULE:
+                assert adapter is not None
+                for entry in self._inspector.entries(value, adapter, path):
+                    self._visit(entry.value, (*path, entry.name), per_rank=per_rank, buffer=entry.buffer)
+            case Kind.OPTIMIZER:
+                assert adapter is not None
+                self._visit_optimizer(value, adapter, path, per_rank)
+            case Kind.OBJECT:
+                self._visit(value.state_dict(), path, per_rank=per_rank)
+            case Kind.DICT | Kind.SEQUENCE:
+                if kind is Kind.SEQUENCE:
+                    self._containers[per_rank][path] = _sequence_kind(value, path)
+                for key, item in children(value, path):
+                    self._visit(item, (*path, key), per_rank=per_rank)
+
+    def _add(
+        self, value: Any, view: TensorView, adapter: Adapter, path: Path, per_rank: bool, buffer: bool
+    ) -> None:
+        self._keep.append(value)
+        placement = view.placement
+        if per_rank:
+            if placement is Placement.SHARDED:
+                raise StateError(
+                    f"{dotted(path)}: a distributed tensor inside PerRank; take the PerRank away"
+                )
+            placement = Placement.PER_RANK
+        elif view.identity is not None:
+            first = self._first.setdefault(view.identity, path)
+            if first != path:
+                self._aliases[path] = first
+                return
+        if buffer and placement is Placement.REPLICATED:
+            placement = Placement.WHOLE
+        self._arrays.append(ArrayLeaf(path, view.dtype, view.shape, placement, view.parts, adapter.name))
+
+    def _visit_optimizer(self, optimizer: Any, adapter: Adapter, path: Path, per_rank: bool) -> None:
+        adapter.check_optimizer(optimizer, path)
+        groups = adapter.optimizer_groups(optimizer)
+        names = optimizer_names(groups, self._names)
+        for group, group_names in zip(groups, names, strict=True):
+            for parameter, name in zip(group["params"], group_names, strict=True):
+                state_path = (*path, "state", name)
+                for key, item in children(adapter.optimizer_state(optimizer, parameter), state_path):
+                    self._visit(item, (*state_path, key), per_rank=per_rank)
+        plain_groups = [
+            {**group, "params": group_names} for group, group_names in zip(groups, names, strict=True)
+        ]
+        self._visit(plain_groups, (*path, "param_groups"), per_rank=per_rank)
+
+
+def _sequence_kind(value: Any, path: Path) -> str:
+    if type(value) is list:
+        return "list"
+    if type(value) is tuple:
+        return "tuple"
+    raise StateError(
+        f"{dotted(path)}: {describe_type(value)} holds tensors; convert it to a plain list, tuple or dict"
+    )
+
+
+def unflatten(
+    values: Mapping[Path, Any],
+    arrays: Mapping[Path, Any],
+    containers: Mapping[Path, str],
+    aliases: Mapping[Path, Path],
+) -> dict[Key, Any]:
+    """Return leaves as nested dicts, with lists and tuples where the state had them.
+
+    Takes plain values and arrays by path; an alias gives the same object as its first path (and nothing where
+    that was left out). A sequence of which some items were left out comes as a dict from number to item.
+    Raises `CheckpointDamagedError` where one leaf's path leads through another leaf.
+    """
+    leaves = {**values, **arrays}
+    leaves.update({path: leaves[first] for path, first in aliases.items() if first in leaves})
+    root: dict[Key, Any] = {}
+    inner: dict[Path, dict[Key, Any]] = {(): root}
+    for path, leaf in leaves.items():
+        if not 0 < len(path) <= MAX_DEPTH:
+            raise CheckpointDamagedError(
+                f"a leaf's path has {len(path)} keys; from 1 to {MAX_DEPTH} are possible"
+            )
+        if path in inner:
+            raise CheckpointDamagedError(f"the leaf {dotted(path)} has other leaves inside it")
+        for depth in range(1, len(path)):
+            if path[:depth] in leaves:
+                raise CheckpointDamagedError(f"the leaf {dotted(path[:depth])} has other leaves inside it")
+            if path[:depth] not in inner:
+                inner[path[:depth]] = inner[path[: depth - 1]][path[depth - 1]] = {}
+        inner[path[:-1]][path[-1]] = leaf
+    for path in sorted(containers, key=len, reverse=True):  # the inner ones first
+        items = inner.get(path)
+        if path and items is not None and set(items) == set(range(len(items))):
+            ordered = [items[i] for i in range(len(items))]
+            inner[path[:-1]][path[-1]] = tuple(ordered) if containers[path] == "tuple" else ordered
+    return root

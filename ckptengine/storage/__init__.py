@@ -1,0 +1,1 @@
+"""Where the bytes of checkpoints lie: an abstract storage, and local and shared file systems."""

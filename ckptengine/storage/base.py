@@ -1,0 +1,143 @@
+"""The interface between checkpoints and the place where their bytes lie."""
+
+from __future__ import annotations
+
+import errno
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING
+
+from ckptengine.errors import StorageError
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
+
+__all__ = ["Storage", "check_name", "join"]
+
+_Names = list[str]
+
+
+def check_name(name: str, *, allow_root: bool = False) -> str:
+    """Return a name that lies within a storage: a relative POSIX path of plain parts.
+
+    Names come from manifests too, and a hostile one must not lead out of the storage. Raises `StorageError`
+    (EINVAL) for absolute names, empty parts, `.`, `..`, backslashes and NUL; the empty name is the storage's
+    root and allowed with `allow_root` only.
+    """
+    if allow_root and not name:
+        return name
+    if "\0" in name or "\\" in name or any(part in ("", ".", "..") for part in name.split("/")):
+        raise StorageError(
+            errno.EINVAL, f"{name!r} is no name within a storage: use a relative path of plain parts"
+        )
+    return name
+
+
+def join(*parts: str) -> str:
+    """Return a name below a directory; empty parts (the storage's root) are left out."""
+    return "/".join(part for part in parts if part)
+
+
+class Storage(ABC):
+    """Files under relative POSIX names. Safe to use from several threads and processes at once.
+
+    What a method has written is durable when it returns, and appears under its name as a whole or not at all.
+    All failures are `StorageError`s with the system's `errno` that name file and operation.
+    """
+
+    @abstractmethod
+    def create(self) -> None:
+        """Make the root where it is missing, and check that it can be written to."""
+
+    @abstractmethod
+    def make_directory(self, name: str) -> None:
+        """Make a directory and those above it; one that is there already is no error."""
+
+    @abstractmethod
+    def write_bytes(self, name: str, data: Buffer) -> None:
+        """Write a small file, replacing one of the same name."""
+
+    @abstractmethod
+    def put_if_absent(self, name: str, data: Buffer) -> bool:
+        """Write a small file unless the name is taken, decided atomically among all writers.
+
+        Returns whether the name was free.
+        """
+
+    @abstractmethod
+    def write_archive(self, name: str, address: int, nbytes: int) -> None:
+        """Write a large file from memory.
+
+        `address` and `nbytes` are multiples of 4096; the memory must not change meanwhile. Releases the GIL.
+        """
+
+    @abstractmethod
+    def load_archive(
+        self,
+        name: str,
+        fixed_nbytes: int,
+        block_nbytes: int,
+        block_crcs: Buffer,
+        ranges: Buffer,
+        ops: Buffer,
+        index: Buffer,
+    ) -> int:
+        """Read ranges of an archive's fixed region, verify them block by block, and scatter them to memory.
+
+        The tables are those of `_native.load`. Returns the number of the first damaged block, or -1. Raises
+        `CheckpointDamagedError` where the file is shorter than its fixed region.
+        """
+
+    @abstractmethod
+    def read_bytes(self, name: str, limit: int) -> bytes:
+        """Return a small file; raises `StorageError`: ENOENT if missing, EFBIG above `limit` bytes."""
+
+    @abstractmethod
+    def read_range(self, name: str, position: int, nbytes: int) -> bytes:
+        """Return exactly `nbytes` bytes; raises `CheckpointDamagedError` where the file ends before."""
+
+    @abstractmethod
+    def size(self, name: str) -> int | None:
+        """Return the bytes of a file, None where there is no such file."""
+
+    @abstractmethod
+    def list(self, directory: str = "") -> _Names:
+        """Return the sorted names of the files and directories right below one; [] where it is missing.
+
+        Temporary files are left out.
+        """
+
+    @abstractmethod
+    def temporaries(self, directory: str = "") -> _Names:
+        """Return the sorted names of the temporary files right below a directory, in use or left behind."""
+
+    @abstractmethod
+    def delete(self, name: str) -> None:
+        """Delete a file for good before returning; one that is missing is no error."""
+
+    @abstractmethod
+    def delete_tree(self, name: str) -> None:
+        """Delete a directory and all below it; one that is missing is no error."""
+
+    @abstractmethod
+    def remove_directory(self, name: str) -> bool:
+        """Remove a directory if it is empty; return whether it is gone."""
+
+    @abstractmethod
+    def touch(self, name: str) -> None:
+        """Set a file's time of modification to the storage's present time."""
+
+    @abstractmethod
+    def modified(self, name: str) -> float | None:
+        """Return when a file or directory was last modified, by the storage's clock; None if missing."""
+
+    @abstractmethod
+    def now(self) -> float:
+        """Return the present time by the clock that `modified` uses, which may differ from this machine's."""
+
+    @abstractmethod
+    def location(self, name: str = "") -> str:
+        """Return the full path of a name, for messages."""
+
+    def exists(self, name: str) -> bool:
+        """Return whether there is such a file or directory."""
+        return self.modified(name) is not None

@@ -1,0 +1,471 @@
+"""Local and shared POSIX file systems: direct I/O for archives, durable small files, atomic publication."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import logging
+import os
+import secrets
+import stat
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+from ckptengine.errors import CheckpointDamagedError, StorageError
+from ckptengine.storage.base import Storage, check_name
+from ckptengine.storage.disk import REFUSALS, REQUEST_NBYTES, Disk
+from ckptengine.storage.system import allocate
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
+
+__all__ = ["ALIGNMENT", "LOAD_THREADS", "LocalStorage"]
+
+ALIGNMENT = 4096
+"""What direct I/O wants of addresses, positions and lengths: the largest logical block size in common use."""
+LOAD_THREADS = 4
+"""Read requests in flight at most; each thread also verifies and scatters what it has read."""
+
+_TEMPORARY = ".tmp-"
+_ADVICE = {
+    errno.ENOSPC: "make room or save elsewhere",
+    errno.EDQUOT: "the quota is used up: make room or save elsewhere",
+    errno.EACCES: "check the owner and the permissions",
+    errno.EPERM: "check the owner and the permissions",
+    errno.EROFS: "the file system is mounted read-only: save elsewhere",
+    errno.ENOENT: "check the path",
+    errno.ENOTDIR: "a part of the path is a file: choose another directory",
+    errno.EFBIG: "the file size limit is too low: see `ulimit -f`",
+    errno.EIO: "the device reports an error: see the kernel's log and save elsewhere",
+    errno.ESTALE: "the network file system lost the file: check the mount",
+    errno.ENAMETOOLONG: "choose a shorter path",
+    errno.EMFILE: "too many open files: see `ulimit -n`",
+}
+
+_log = logging.getLogger("ckptengine")
+_T = TypeVar("_T")
+_Names = list[str]
+
+# Devices whose file system refused direct I/O: not asked again, and told once per process.
+_refusing: set[int] = set()
+_refusing_lock = threading.Lock()
+
+
+class LocalStorage(Storage):
+    """A directory that this process sees, on a local or shared file system.
+
+    `root` need not exist until `create` or the first write. `direct_writes` and `direct_reads` count the
+    archives that went by `O_DIRECT`; `buffered_writes` and `buffered_reads` those where the file system
+    refused. `disk` is for tests.
+    """
+
+    def __init__(self, root: str | os.PathLike[str], disk: Disk | None = None) -> None:
+        self.root = Path(os.path.abspath(root))
+        self.direct_writes = self.buffered_writes = self.direct_reads = self.buffered_reads = 0
+        self._disk = disk or Disk()
+        self._synced: set[str] = set()
+
+    def create(self) -> None:
+        """Make the root where it is missing, and check that it can be written to."""
+        self._make_directories(str(self.root))
+        self.now()
+
+    def make_directory(self, name: str) -> None:
+        """Make a directory and those above it, each with its parent synced."""
+        self._make_directories(self._path(name))
+
+    def write_bytes(self, name: str, data: Buffer) -> None:
+        """Write a small file: temporary name, fsync, rename, fsync of the directory."""
+        target = self._path(name)
+        temporary = self._write_temporary(target, data)
+        with self._removed_on_failure(temporary):
+            self._do("rename the finished file to", target, lambda: self._disk.rename(temporary, target))
+        self._sync_directory(os.path.dirname(target))
+
+    def put_if_absent(self, name: str, data: Buffer) -> bool:
+        """Write a small file unless the name is taken: by `link`, which never replaces."""
+        target = self._path(name)
+        temporary = self._write_temporary(target, data)
+        with self._removed_on_failure(temporary):
+            won = self._do("publish", target, lambda: self._disk.publish(temporary, target))
+        self._sync_directory(os.path.dirname(target))
+        return won
+
+    def write_archive(self, name: str, address: int, nbytes: int) -> None:
+        """Write a large file from memory with `O_DIRECT`, buffered where the file system refuses that.
+
+        `address` and `nbytes` are multiples of 4096. The space is reserved first, so that a full disk shows
+        before anything is written. A failed fsync fails the write and is never repeated: the kernel may have
+        dropped the pages, and a second fsync would report success.
+        """
+        if address % ALIGNMENT or nbytes % ALIGNMENT:
+            raise ValueError(
+                f"{name}: address {address:#x} and length {nbytes} must be multiples of {ALIGNMENT}"
+            )
+        target = self._path(name)
+        temporary = self._temporary(target)
+        with self._removed_on_failure(temporary):
+            fd = self._create(temporary, target)
+            try:
+                self._reserve(fd, nbytes, target)
+                self._write_direct(fd, address, nbytes, target)
+                self._do("sync", target, lambda: self._disk.sync(fd))
+            except BaseException:
+                os.close(fd)
+                raise
+            # Network file systems report write errors at close.
+            self._do("close", target, lambda: os.close(fd))
+            self._do("rename the finished file to", target, lambda: self._disk.rename(temporary, target))
+        self._sync_directory(os.path.dirname(target))
+
+    def load_archive(
+        self,
+        name: str,
+        fixed_nbytes: int,
+        block_nbytes: int,
+        block_crcs: Buffer,
+        ranges: Buffer,
+        ops: Buffer,
+        index: Buffer,
+    ) -> int:
+        """Read, verify and scatter with `O_DIRECT`, buffered where the file system refuses that."""
+        from ckptengine import _native
+
+        path = self._path(name)
+        threads = min(LOAD_THREADS, len(os.sched_getaffinity(0)))
+        with self._opened(path) as fd:
+            found = os.fstat(fd).st_size
+            if found < fixed_nbytes:
+                raise CheckpointDamagedError(f"{path}: {found} bytes long, at least {fixed_nbytes} expected")
+
+            def load() -> int:
+                return _native.load(
+                    fd, fixed_nbytes, block_nbytes, block_crcs, ranges, ops, index, REQUEST_NBYTES, threads
+                )
+
+            # A part that was scattered before a refusal is simply scattered again.
+            damaged, direct = self._directly(fd, "read", path, load)
+        if direct:
+            self.direct_reads += 1
+        else:
+            self.buffered_reads += 1
+        return damaged
+
+    def read_bytes(self, name: str, limit: int) -> bytes:
+        """Return a small file; raises `StorageError`: ENOENT if missing, EFBIG above `limit` bytes."""
+        path = self._path(name)
+        with self._opened(path) as fd:
+            data = self._read(fd, 0, limit + 1, path)
+        if len(data) > limit:
+            raise StorageError(
+                errno.EFBIG, f"{path}: longer than the {limit} bytes that such a file may have"
+            )
+        return data
+
+    def read_range(self, name: str, position: int, nbytes: int) -> bytes:
+        """Return exactly `nbytes` bytes; raises `CheckpointDamagedError` where the file ends before."""
+        path = self._path(name)
+        with self._opened(path) as fd:
+            size = os.fstat(fd).st_size
+            # Asked before reading, so that a hostile length doesn't allocate.
+            data = self._read(fd, position, nbytes, path) if 0 <= position <= size - nbytes else b""
+        if nbytes < 0 or len(data) != nbytes:
+            raise CheckpointDamagedError(
+                f"{path}: {size} bytes long, bytes {position} to {position + nbytes} were expected"
+            )
+        return data
+
+    def size(self, name: str) -> int | None:
+        """Return the bytes of a file, None where there is no such file."""
+        found = self._status(self._path(name))
+        return found.st_size if found is not None and stat.S_ISREG(found.st_mode) else None
+
+    def list(self, directory: str = "") -> _Names:
+        """Return the sorted names right below a directory, without temporaries; [] where it is missing."""
+        return [name for name in self._names(directory) if not name.startswith(_TEMPORARY)]
+
+    def temporaries(self, directory: str = "") -> _Names:
+        """Return the sorted names of the temporary files right below a directory."""
+        return [name for name in self._names(directory) if name.startswith(_TEMPORARY)]
+
+    def delete(self, name: str) -> None:
+        """Delete a file and sync its directory; one that is missing is no error."""
+        path = self._path(name)
+        try:
+            self._disk.unlink(path)
+        except FileNotFoundError:
+            return
+        except OSError as error:
+            raise _error("delete", path, error) from error
+        self._sync_directory(os.path.dirname(path))
+
+    def delete_tree(self, name: str) -> None:
+        """Delete a directory and all below it; one that is missing is no error."""
+        path = self._path(name)
+        try:
+            self._disk.remove_tree(path)
+        except FileNotFoundError:
+            return
+        except OSError as error:
+            raise _error("delete", path, error) from error
+        self._sync_directory(os.path.dirname(path))
+
+    def remove_directory(self, name: str) -> bool:
+        """Remove a directory if it is empty; return whether it is gone."""
+        path = self._path(name)
+        try:
+            self._disk.remove_directory(path)
+        except FileNotFoundError:
+            return True
+        except OSError as error:
+            if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
+                return False
+            raise _error("remove the directory", path, error) from error
+        self._sync_directory(os.path.dirname(path))
+        return True
+
+    def touch(self, name: str) -> None:
+        """Set a file's time of modification to the file system's present time."""
+        path = self._path(name)
+        self._do("touch", path, lambda: os.utime(path))
+
+    def modified(self, name: str) -> float | None:
+        """Return when a file or directory was last modified, None where it is missing."""
+        found = self._status(self._path(name, allow_root=True))
+        return None if found is None else found.st_mtime
+
+    def now(self) -> float:
+        """Return the present time as the file system sees it: that of a file just written."""
+        path = self._temporary(str(self.root / "clock"))
+        with self._removed_on_failure(path):
+            fd = self._create(path, str(self.root))
+            try:
+                # A byte, because a network server stamps a write with its own clock.
+                self._do("write", path, lambda: os.write(fd, b"."))
+                self._do("sync", path, lambda: os.fsync(fd))
+                return self._do("look up", path, lambda: os.fstat(fd).st_mtime)
+            finally:
+                os.close(fd)
+                with contextlib.suppress(OSError):
+                    os.unlink(path)
+
+    def location(self, name: str = "") -> str:
+        """Return the full path of a name."""
+        return self._path(name, allow_root=True)
+
+    def _path(self, name: str, allow_root: bool = False) -> str:
+        return str(self.root / check_name(name, allow_root=allow_root))
+
+    @staticmethod
+    def _temporary(target: str) -> str:
+        directory, name = os.path.split(target)
+        return f"{directory}/{_TEMPORARY}{name}.{secrets.token_hex(6)}"
+
+    @staticmethod
+    def _do(operation: str, path: str, call: Callable[[], _T]) -> _T:
+        try:
+            return call()
+        except OSError as error:
+            raise _error(operation, path, error) from error
+
+    @contextlib.contextmanager
+    def _removed_on_failure(self, temporary: str) -> Iterator[None]:
+        try:
+            yield
+        except BaseException:
+            with contextlib.suppress(OSError):
+                os.unlink(temporary)
+            raise
+
+    def _sync_directory(self, path: str) -> None:
+        self._do("sync the directory", path, lambda: self._disk.sync_directory(path))
+
+    def _make_directories(self, path: str) -> None:
+        """Make a directory and those above it.
+
+        From the root down each one's parent is synced once, whoever made it: another rank may have made it a
+        moment ago and not have come to its own sync.
+        """
+        for last in (False, True):
+            try:
+                for directory in self._to_make(path):
+                    self._make_directory(directory)
+                return
+            except StorageError as error:
+                # Someone has removed one of them since it was made: all are made once more.
+                if last or error.errno != errno.ENOENT:
+                    raise
+                self._forget(path)
+
+    def _to_make(self, path: str) -> _Names:
+        """Return the directories, outermost first, that may be missing or whose parents may not be synced."""
+        root, chain = str(self.root), []
+        while path not in self._synced and (len(path) >= len(root) or not os.path.isdir(path)):
+            chain.append(path)
+            if path == "/":
+                break
+            path = os.path.dirname(path)
+        return chain[::-1]
+
+    def _make_directory(self, path: str) -> None:
+        made = self._do("make the directory", path, lambda: self._disk.make_directory(path))
+        try:
+            self._sync_directory(os.path.dirname(path))
+        except StorageError as error:
+            # The parent of a root that the user made may well be closed to us.
+            if made or path != str(self.root) or error.errno != errno.EACCES:
+                raise
+        self._synced.add(path)
+
+    def _write_temporary(self, target: str, data: Buffer) -> str:
+        """Write a small file under a temporary name beside its target, synced; return that name."""
+        temporary = self._temporary(target)
+        with self._removed_on_failure(temporary):
+            fd = self._create(temporary, target)
+            try:
+                self._do("write", target, lambda: self._disk.write(fd, memoryview(data).cast("B")))
+                self._do("sync", target, lambda: self._disk.sync(fd))
+            except BaseException:
+                os.close(fd)
+                raise
+            self._do("close", target, lambda: os.close(fd))
+        return temporary
+
+    def _create(self, temporary: str, target: str) -> int:
+        """Create a temporary file; its directory is made where it is missing."""
+        directory = os.path.dirname(temporary)
+        for last in (False, True):
+            self._make_directories(directory)
+            try:
+                return self._disk.create(temporary)
+            except FileNotFoundError as error:
+                # Someone has removed the directory since: it is made once more.
+                self._forget(directory)
+                if last:
+                    raise _error("create", target, error) from error
+            except OSError as error:
+                raise _error("create", target, error) from error
+        raise AssertionError("unreachable")
+
+    def _forget(self, directory: str) -> None:
+        while len(directory) >= len(str(self.root)):
+            self._synced.discard(directory)
+            directory = os.path.dirname(directory)
+
+    def _reserve(self, fd: int, nbytes: int, target: str) -> None:
+        """Reserve the space of a file; a file system without that is at least asked what is free."""
+        code = None
+        try:
+            if allocate(fd, nbytes):
+                return
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise _error(f"reserve {nbytes} bytes for", target, error) from error
+            code = error.errno
+            os.ftruncate(fd, 0)
+        free = os.fstatvfs(fd)
+        available = free.f_bavail * free.f_frsize
+        if code is not None or available < nbytes:
+            code = code or errno.ENOSPC
+            raise StorageError(
+                code,
+                f"{target}: {nbytes} bytes are needed and {available} are available ({os.strerror(code)}); "
+                f"{_ADVICE[code]}",
+            )
+
+    def _write_direct(self, fd: int, address: int, nbytes: int, target: str) -> None:
+        def write() -> None:
+            self._disk.write_memory(fd, address, nbytes)
+
+        _, direct = self._directly(fd, "write", target, write)
+        if direct:
+            self.direct_writes += 1
+        else:
+            self.buffered_writes += 1
+
+    def _directly(self, fd: int, operation: str, path: str, call: Callable[[], _T]) -> tuple[_T, bool]:
+        """Run I/O with `O_DIRECT`, and again without where the file system refuses; say which it was."""
+        device = os.fstat(fd).st_dev
+        if device not in _refusing:
+            try:
+                self._set_direct(fd, True)
+                return call(), True
+            except OSError as error:
+                if error.errno not in REFUSALS:
+                    raise _error(operation, path, error) from error
+                refusal = error
+            self._set_direct(fd, False)
+            result = self._do(operation, path, call)
+            # Only now is it known that the refusal was about direct I/O.
+            with _refusing_lock:
+                if device not in _refusing:
+                    _refusing.add(device)
+                    _log.warning(
+                        "%s: the file system refuses direct I/O (%s): buffered I/O is used, which is slower",
+                        path,
+                        refusal.strerror,
+                    )
+            return result, False
+        return self._do(operation, path, call), False
+
+    @staticmethod
+    def _set_direct(fd: int, on: bool) -> None:
+        flags = fcntl.fcntl(fd, fcntl.F_GETFL)
+        fcntl.fcntl(fd, fcntl.F_SETFL, flags | os.O_DIRECT if on else flags & ~os.O_DIRECT)
+
+    @contextlib.contextmanager
+    def _opened(self, path: str) -> Iterator[int]:
+        """Open a regular file for reading."""
+        # Non-blocking, because a pipe in place of the file would otherwise hold up the reader for ever.
+        flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK
+        fd = self._do("open", path, lambda: os.open(path, flags))
+        try:
+            if not stat.S_ISREG(os.fstat(fd).st_mode):
+                raise StorageError(errno.EINVAL, f"cannot read {path}: it is not a regular file")
+            yield fd
+        finally:
+            os.close(fd)
+
+    @staticmethod
+    def _read(fd: int, position: int, nbytes: int, path: str) -> bytes:
+        """Return at most `nbytes` bytes, fewer only where the file ends."""
+        parts: list[bytes] = []
+        while nbytes > 0:
+            try:
+                part = os.pread(fd, min(nbytes, 64 << 20), position)
+            except OSError as error:
+                raise _error("read", path, error) from error
+            if not part:
+                break
+            parts.append(part)
+            position += len(part)
+            nbytes -= len(part)
+        return b"".join(parts)
+
+    @staticmethod
+    def _status(path: str) -> os.stat_result | None:
+        try:
+            return os.stat(path)
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        except OSError as error:
+            raise _error("look up", path, error) from error
+
+    def _names(self, directory: str) -> _Names:
+        path = self._path(directory, allow_root=True)
+        try:
+            return sorted(os.listdir(path))
+        except FileNotFoundError:
+            return []
+        except OSError as error:
+            raise _error("list", path, error) from error
+
+
+def _error(operation: str, path: str, error: OSError) -> StorageError:
+    code = error.errno or errno.EIO
+    advice = _ADVICE.get(code)
+    text = f"cannot {operation} {path}: {error.strerror or error}"
+    return StorageError(code, f"{text}; {advice}" if advice else text)

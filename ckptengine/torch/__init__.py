@@ -1,0 +1,110 @@
+"""torch for the engine: tensors on any device, DTensors, modules, optimizers, dtypes and sizes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from ckptengine.state.adapters import Adapter, ModuleEntry, TensorView
+from ckptengine.state.leaf import Path
+from ckptengine.torch import module as _module
+from ckptengine.torch import optimizer as _optimizer
+from ckptengine.torch.tensor import convert_tensor, dtype_name, torch_dtype, view_tensor
+
+__all__ = ["TorchAdapter"]
+
+
+class TorchAdapter(Adapter):
+    """What `Adapter` asks, answered for torch. Reads only, unless a method says otherwise."""
+
+    name = "torch"
+
+    def is_tensor(self, value: Any) -> bool:
+        """Whether a value is a tensor, a parameter or a DTensor."""
+        return isinstance(value, torch.Tensor)
+
+    def view(self, tensor: Any, path: Path, *, target: bool) -> TensorView:
+        """Return dtype, global shape and this rank's parts."""
+        return view_tensor(tensor, path, target=target)
+
+    def empty(self, dtype: str, shape: tuple[int, ...]) -> torch.Tensor:
+        """Return a new CPU tensor."""
+        return torch.empty(shape, dtype=torch_dtype(dtype))
+
+    def convert(self, tensor: Any, buffers: Sequence[np.ndarray[Any, Any]], dtype: str) -> None:
+        """Fill a tensor from host buffers of another dtype."""
+        convert_tensor(tensor, buffers, dtype)
+
+    def is_module(self, value: Any) -> bool:
+        """Whether a value is a module."""
+        return isinstance(value, torch.nn.Module)
+
+    def module_entries(self, module: Any, path: Path) -> list[ModuleEntry]:
+        """Return a module's state by names without wrappers' prefixes."""
+        return _module.module_entries(module, path)
+
+    def load_module(self, module: Any, entries: Mapping[str, Any]) -> None:
+        """Hand over what could not be filled in place."""
+        _module.load_module(module, entries)
+
+    def is_optimizer(self, value: Any) -> bool:
+        """Whether a value is an optimizer."""
+        return isinstance(value, torch.optim.Optimizer)
+
+    def optimizer_groups(self, optimizer: Any) -> list[dict[str, Any]]:
+        """Return the live groups."""
+        groups: list[dict[str, Any]] = optimizer.param_groups
+        return groups
+
+    def optimizer_state(self, optimizer: Any, parameter: Any) -> dict[str, Any]:
+        """Return one parameter's live state; creates none."""
+        return _optimizer.optimizer_state(optimizer, parameter)
+
+    def check_optimizer(self, optimizer: Any, path: Path) -> None:
+        """Raise `StateError` for optimizers that can't be saved."""
+        _optimizer.check_optimizer(optimizer, path)
+
+    def set_optimizer_state(self, optimizer: Any, parameter: Any, state: dict[str, Any] | None) -> None:
+        """Replace or remove one parameter's state."""
+        _optimizer.set_optimizer_state(optimizer, parameter, state)
+
+    def state_fits(self, parameter: Any, key: str, shape: tuple[int, ...]) -> bool:
+        """Whether an item of a parameter's state may have this shape."""
+        return _optimizer.state_fits(parameter, key, shape)
+
+    def set_hyperparameter(self, group: dict[str, Any], key: str, value: Any) -> None:
+        """Set one value of a group."""
+        _optimizer.set_hyperparameter(group, key, value)
+
+    def new_state_tensor(
+        self, group: dict[str, Any], parameter: Any, key: str, dtype: str, shape: tuple[int, ...]
+    ) -> torch.Tensor:
+        """Return zeros, placed as the optimizer itself would place them."""
+        return _optimizer.new_state_tensor(group, parameter, key, dtype, shape)
+
+    def encode_value(self, value: Any) -> tuple[str, Any] | None:
+        """Return a dtype's name, a size's lengths or a device's text."""
+        if isinstance(value, torch.dtype):
+            return "dtype", dtype_name(value)
+        if isinstance(value, torch.Size):
+            return "size", list(value)
+        if isinstance(value, torch.device):
+            return "device", str(value)
+        return None
+
+    def decode_value(self, kind: str, payload: Any) -> Any:
+        """Return the dtype, size or device."""
+        if kind == "size":
+            return torch.Size(payload)
+        if kind == "device":
+            try:
+                return torch.device(payload)
+            except RuntimeError as error:
+                raise ValueError(payload) from error
+        dtype = getattr(torch, payload)
+        if not isinstance(dtype, torch.dtype):
+            raise ValueError(payload)
+        return dtype

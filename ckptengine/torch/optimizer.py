@@ -1,0 +1,131 @@
+"""Optimizers: their state by parameter, read without a step and created without one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ckptengine.errors import StateError
+from ckptengine.state.leaf import Path, dotted
+from ckptengine.torch.dtensor import is_dtensor, local_runs, splits_of
+from ckptengine.torch.tensor import torch_dtype
+
+__all__ = [
+    "check_optimizer",
+    "new_state_tensor",
+    "optimizer_state",
+    "set_hyperparameter",
+    "set_optimizer_state",
+    "state_fits",
+]
+
+# What torch's own optimizers keep for each element of the parameter.
+_MOMENTS = frozenset({"exp_avg", "exp_avg_sq", "max_exp_avg_sq", "exp_inf", "momentum_buffer", "square_avg"})
+
+
+def check_optimizer(optimizer: torch.optim.Optimizer, path: Path) -> None:
+    """Raise `StateError` where state belongs to no parameter, or nobody knows which part a rank holds."""
+    if any(kind.__name__ == "ZeroRedundancyOptimizer" for kind in type(optimizer).__mro__):
+        raise StateError(
+            f"{dotted(path)}: ZeroRedundancyOptimizer keeps whole parameters' state on single ranks; use "
+            "`fully_shard` "
+            "(FSDP2) with a plain optimizer instead"
+        )
+    parameters = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    parameter: Any
+    for parameter, state in optimizer.state.items():
+        if id(parameter) not in parameters:
+            raise StateError(
+                f"{dotted(path)}: the optimizer has state for something that is in none of its groups "
+                f"({type(parameter).__name__}); remove it, or save it beside the optimizer"
+            )
+        if not (is_dtensor(parameter) and any(not p.is_replicate() for p in parameter.placements)):
+            continue
+        for key, value in state.items():
+            if isinstance(value, torch.Tensor) and not is_dtensor(value) and value.numel() > 1:
+                raise StateError(
+                    f"{dotted(path)}: the state {key!r} of a sharded parameter of shape "
+                    f"{tuple(parameter.shape)} is a "
+                    f"plain tensor of shape {tuple(value.shape)}, so it can't be known whether ranks hold "
+                    "parts or "
+                    "copies of it; make it a DTensor"
+                )
+
+
+def optimizer_state(optimizer: torch.optim.Optimizer, parameter: torch.Tensor) -> dict[str, Any]:
+    """Return a parameter's state, an empty dict where it has none; `optimizer.state[p]` would add one."""
+    state: dict[str, Any] = optimizer.state.get(parameter, {})
+    return state
+
+
+def set_optimizer_state(
+    optimizer: torch.optim.Optimizer, parameter: torch.Tensor, state: dict[str, Any] | None
+) -> None:
+    """Replace the state of one parameter; None removes it."""
+    if state is None:
+        optimizer.state.pop(parameter, None)
+    else:
+        optimizer.state[parameter] = state
+
+
+def state_fits(parameter: torch.Tensor, key: str, shape: tuple[int, ...]) -> bool:
+    """Whether an item of a parameter's state may have this shape; unknown items may have any."""
+    return key not in _MOMENTS or shape == tuple(parameter.shape)
+
+
+def set_hyperparameter(group: dict[str, Any], key: str, value: Any) -> None:
+    """Set one value of a group; a tensor (a learning rate under `capturable`) stays the same tensor."""
+    current = group.get(key)
+    if isinstance(current, torch.Tensor) and type(value) in (int, float):
+        with torch.no_grad():
+            current.fill_(value)
+    else:
+        group[key] = value
+
+
+def new_state_tensor(
+    group: dict[str, Any], parameter: torch.Tensor, key: str, dtype: str, shape: tuple[int, ...]
+) -> torch.Tensor:
+    """Return zeros for one item of a parameter's state, placed as torch's optimizers place it.
+
+    The step counter is on the parameter's device only in groups that are `capturable` or `fused`; what has
+    the parameter's shape is laid out and distributed like it; anything else is distributed like it along the
+    dimensions that have the parameter's length, and replicated along the others.
+    """
+    kind = torch_dtype(dtype)
+    if shape == () and key == "step":
+        on_device = group.get("capturable") or group.get("fused")
+        return torch.zeros((), dtype=kind, device=parameter.device if on_device else "cpu")
+    if shape == tuple(parameter.shape):
+        return torch.zeros_like(parameter, dtype=kind, requires_grad=False)
+    if is_dtensor(parameter) and shape:
+        return _distributed_zeros(parameter, kind, shape)
+    return torch.zeros(shape, dtype=kind, device=parameter.device)
+
+
+def _distributed_zeros(parameter: Any, dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:
+    from torch.distributed.tensor import DTensor, Replicate
+
+    mesh = parameter.device_mesh
+    placements = [
+        placement
+        if placement.is_replicate()
+        or (len(shape) == parameter.ndim and shape[placement.dim] == parameter.shape[placement.dim])
+        else Replicate()
+        for placement in parameter.placements
+    ]
+    local = parameter.to_local()
+    coordinate = mesh.get_coordinate()
+    splits = splits_of(placements, tuple(mesh.shape), coordinate, len(shape), ())
+    local_shape = [
+        local.shape[dim]
+        if dim_splits and local_runs(length, dim_splits, local.shape[dim]) is not None
+        else length
+        for dim, (length, dim_splits) in enumerate(zip(shape, splits, strict=True))
+    ]
+    zeros = torch.zeros(local_shape, dtype=dtype, device=local.device)
+    stride = torch.empty(shape, device="meta").stride()
+    return DTensor.from_local(
+        zeros, mesh, placements, run_check=False, shape=torch.Size(shape), stride=stride
+    )

@@ -1,0 +1,158 @@
+"""torch tensors as the engine sees them: memory for the CPU's, copies for every other device's."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from ckptengine.errors import StateError
+from ckptengine.layout.box import Box
+from ckptengine.state.adapters import TensorView
+from ckptengine.state.arrays import may_overlap
+from ckptengine.state.dtypes import DTYPES
+from ckptengine.state.leaf import DeviceMemory, HostMemory, Memory, Part, Path, Placement, dotted
+from ckptengine.torch.dtensor import dtensor_pieces, is_dtensor
+
+__all__ = ["convert_tensor", "dtype_name", "torch_dtype", "view_tensor"]
+
+# Types of equal size that numpy and torch share, to move bits between them.
+_BITS = {
+    1: (np.uint8, torch.uint8),
+    2: (np.int16, torch.int16),
+    4: (np.int32, torch.int32),
+    8: (np.int64, torch.int64),
+    16: (np.complex128, torch.complex128),
+}
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """Return the logical name of a dtype, `float32`."""
+    return str(dtype).removeprefix("torch.")
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """Return the dtype of a logical name; raises `StateError` where this version of torch has none."""
+    dtype = getattr(torch, name, None)
+    if not isinstance(dtype, torch.dtype):
+        raise StateError(
+            f"torch {torch.__version__} has no dtype {name}; install a newer one or load without torch"
+        )
+    return dtype
+
+
+def view_tensor(tensor: torch.Tensor, path: Path, *, target: bool) -> TensorView:
+    """Return dtype, global shape, placement and this rank's parts of a tensor.
+
+    Raises `StateError` naming the path where it can't be saved, or with `target`, can't be filled in place.
+    """
+    name = _check(tensor, path)
+    shape, placement, pieces = _pieces(tensor, path)
+    parts = tuple(Part(box, _memory(piece, path, target=target)) for box, piece in pieces)
+    return TensorView(name, shape, placement, parts, _identity(tensor, name))
+
+
+def convert_tensor(tensor: torch.Tensor, buffers: Sequence[np.ndarray[Any, Any]], dtype: str) -> None:
+    """Fill a tensor from host buffers that hold another dtype's bits, one for each of its parts."""
+    _, _, pieces = _pieces(tensor, ())
+    with torch.no_grad():
+        for (_, piece), buffer in zip(pieces, buffers, strict=True):
+            piece.copy_(_bits_of(buffer).view(torch_dtype(dtype)))
+
+
+def _check(tensor: torch.Tensor, path: Path) -> str:
+    where, what = dotted(path), type(tensor).__name__
+    if torch.nn.parameter.is_lazy(tensor):
+        raise StateError(f"{where}: {what} has no shape yet; run one forward pass first")
+    if not is_dtensor(tensor) and is_traceable_wrapper_subclass(tensor):
+        raise StateError(f"{where}: {what} wraps other tensors in a way of its own; put those into the state")
+    if tensor.is_quantized:
+        raise StateError(f"{where}: quantized tensor ({tensor.dtype}); save `int_repr()` and its scales")
+    if tensor.is_nested or tensor.layout is not torch.strided:
+        raise StateError(
+            f"{where}: tensor with layout {tensor.layout}; save its values and indices, or a dense copy"
+        )
+    if tensor.is_meta or (tensor.device.type == "cpu" and tensor.untyped_storage().device.type == "meta"):
+        raise StateError(
+            f"{where}: tensor on the meta device has no memory; materialize it first (`to_empty`)"
+        )
+    name = dtype_name(tensor.dtype)
+    if name not in DTYPES:
+        raise StateError(
+            f"{where}: tensors of dtype {tensor.dtype} can't be saved; convert it to another dtype"
+        )
+    return name
+
+
+def _pieces(
+    tensor: torch.Tensor, path: Path
+) -> tuple[tuple[int, ...], Placement, list[tuple[Box, torch.Tensor]]]:
+    if is_dtensor(tensor):
+        return dtensor_pieces(tensor, path)
+    shape = tuple(tensor.shape)
+    return shape, Placement.REPLICATED, [(Box.whole(shape), tensor.detach())] if tensor.numel() else []
+
+
+def _identity(tensor: torch.Tensor, name: str) -> Hashable | None:
+    """A DTensor's is the object, since ranks with an empty part have no address to compare."""
+    if is_dtensor(tensor):
+        return ("torch", id(tensor))
+    if tensor.numel() == 0:
+        return None
+    strides = tuple(stride * tensor.element_size() for stride in tensor.stride())
+    lazy = (tensor.is_conj(), tensor.is_neg())
+    identity = (tensor.data_ptr(), name, tuple(tensor.shape), strides)
+    return (
+        identity
+        if tensor.device.type == "cpu" and lazy == (False, False)
+        else (*identity, tensor.device, lazy)
+    )
+
+
+def _memory(piece: torch.Tensor, path: Path, *, target: bool) -> Memory:
+    strides = tuple(stride * piece.element_size() for stride in piece.stride())
+    lazy = piece.is_conj() or piece.is_neg()
+    if target and lazy:
+        raise StateError(
+            f"{dotted(path)}: a lazily conjugated or negated view can't be filled; pass "
+            "`tensor.resolve_conj()`"
+        )
+    if target and may_overlap(piece.shape, strides, piece.element_size()):
+        raise StateError(
+            f"{dotted(path)}: the tensor's elements share memory, so it can't be filled; pass a clone"
+        )
+    if lazy or piece.device.type != "cpu":
+        return _copied(piece)
+    storage = piece.untyped_storage()
+    low, nbytes, address = storage.data_ptr(), storage.nbytes(), piece.data_ptr()
+    span = sum((length - 1) * stride for length, stride in zip(piece.shape, strides, strict=True))
+    if not low <= address <= address + span + piece.element_size() <= low + nbytes:
+        raise StateError(
+            f"{dotted(path)}: the tensor's memory was freed or resized (its storage has {nbytes} bytes); "
+            "save between "
+            "two steps, not inside forward or backward"
+        )
+    return HostMemory(address, strides, low, nbytes, piece)
+
+
+def _copied(piece: torch.Tensor) -> DeviceMemory:
+    """Return memory that torch copies: another device's, or a view whose conjugation is still to be done."""
+    bits = _BITS[piece.element_size()][1]
+
+    def copy_to_host(dst: np.ndarray[Any, Any]) -> None:
+        with torch.no_grad():
+            _bits_of(dst).copy_(piece.resolve_conj().resolve_neg().view(bits))
+
+    def copy_from_host(src: np.ndarray[Any, Any]) -> None:
+        with torch.no_grad():
+            piece.view(bits).copy_(_bits_of(src))
+
+    return DeviceMemory(copy_to_host, copy_from_host, piece)
+
+
+def _bits_of(array: np.ndarray[Any, Any]) -> torch.Tensor:
+    """Return a tensor on a numpy array's memory, of the type of that size; never a copy."""
+    return torch.from_numpy(array.view(_BITS[array.itemsize][0]))

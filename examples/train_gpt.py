@@ -1,0 +1,139 @@
+"""Train a small GPT with FSDP2 on the CPU, checkpointed by ckptengine. Start it with torchrun:
+
+    torchrun --nproc-per-node=2 examples/train_gpt.py --steps 60
+
+Started again, with any number of ranks, it goes on from the newest checkpoint. With `--events FOLDER` rank 0
+writes what happens to FOLDER/events.jsonl, and digests of the state before each save and after each restore.
+"""
+
+import argparse
+import json
+import math
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import corpus
+import digests
+import torch
+import torch.distributed as dist
+from gpt import GPT, GPTConfig
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.nn import functional as F
+
+import ckptengine as ce
+
+
+class Log:
+    """JSON lines, one for each event, from rank 0 and only if a folder is given."""
+
+    def __init__(self, folder: Path | None) -> None:
+        self.folder = folder
+        self._file = None
+        if folder is not None and dist.get_rank() == 0:
+            self._file = (folder / "events.jsonl").open("a", buffering=1)
+
+    def __call__(self, event: str, **fields: Any) -> None:
+        if self._file is not None:
+            self._file.write(json.dumps({"event": event, "time": time.time(), **fields}) + "\n")
+
+
+def learning_rate(step: int, warm_up: int, total: int) -> float:
+    """Return the factor on the peak rate: linear warm-up, then a cosine down to a tenth."""
+    if step < warm_up:
+        return (step + 1) / warm_up
+    return 0.55 + 0.45 * math.cos(math.pi * (step - warm_up) / max(1, total - warm_up))
+
+
+def train(args: argparse.Namespace) -> None:
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    log = Log(args.events)
+
+    torch.manual_seed(args.seed)
+    model = GPT(GPTConfig())
+    mesh = init_device_mesh("cpu", (world_size,))
+    for block in model.h:
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.peak_rate, betas=(0.9, 0.95), weight_decay=0.1)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate(step, 5, args.steps))
+    text = corpus.read()
+
+    def train_step(step: int) -> float:
+        inputs, targets = corpus.batch(
+            text,
+            step,
+            samples=args.batch,
+            length=GPTConfig().context,
+            seed=args.seed,
+            rank=rank,
+            world_size=world_size,
+        )
+        loss = F.cross_entropy(model(inputs).flatten(0, 1), targets.flatten())
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        scheduler.step()
+        total = loss.detach()
+        dist.all_reduce(total)
+        return float(total) / world_size
+
+    state = {"model": model, "optimizer": optimizer, "scheduler": scheduler}
+    with ce.Checkpointer(args.checkpoints, every=args.every, keep_last=3, timeout=args.timeout) as ckpt:
+        started = time.perf_counter()
+        start = ckpt.restore(state)
+        log("start", resumed=start, world_size=world_size, seconds=time.perf_counter() - started)
+        if start is not None and args.events is not None:
+            digests.write(args.events, "restored", start, digests.leaf_digests(model, optimizer, scheduler))
+        saves = 0
+        for step in range((start or 0) + 1, args.steps + 1):
+            loss = train_step(step)
+            log("step", step=step, loss=loss, world_size=world_size)
+            if args.events is not None and step % args.every == 0:
+                digests.write(args.events, "saved", step, digests.leaf_digests(model, optimizer, scheduler))
+            ckpt.step(step, state)
+            saves = log_saves(log, ckpt, saves, world_size)
+        ckpt.wait()
+        log_saves(log, ckpt, saves, world_size)
+    log("end", world_size=world_size)
+
+
+def log_saves(log: Log, ckpt: ce.Checkpointer, known: int, world_size: int) -> int:
+    """Log the saves that became durable since the last call; return how many there are now."""
+    for save in ckpt.history[known:]:
+        log(
+            "save",
+            step=save.step,
+            world_size=world_size,
+            nbytes=save.nbytes,
+            stall=save.stall_seconds,
+            durable=save.durable_seconds,
+            waited=save.waited_seconds,
+        )
+    return len(ckpt.history)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--checkpoints", default="runs/gpt", help="directory of the run")
+    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--every", type=int, default=5, help="steps between two checkpoints")
+    parser.add_argument("--batch", type=int, default=16, help="samples per step, over all ranks")
+    parser.add_argument("--peak-rate", type=float, default=1e-3)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--timeout", type=float, default=60, help="longest wait for other ranks, in seconds")
+    parser.add_argument("--events", type=Path, help="folder for events and digests")
+    args = parser.parse_args()
+
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+    dist.init_process_group("gloo")
+    train(args)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,47 @@
+import hashlib
+
+import numpy as np
+import pytest
+
+from ckptengine.archive.image import plan_image
+from ckptengine.archive.names import archive_name
+from ckptengine.archive.tail import build_tail
+from ckptengine.layout.assign import assign
+from ckptengine.layout.holdings import holdings_of
+from ckptengine.save.values import stored_values
+from ckptengine.snapshot.arena import Arena
+from ckptengine.snapshot.pack import snapshot
+from ckptengine.state.tree import flatten
+
+
+@pytest.fixture
+def archive_of(tmp_path):
+    """A function that writes a state's archive of a single rank; returns its path, plan and the tail's SHA-256."""
+
+    def build(state):
+        flat = flatten(state)
+        assigned = assign([holdings_of(flat.arrays)])[0]
+        image = plan_image(archive_name(0), 0, assigned)
+        arena = Arena()
+        arena.reserve(image.fixed_nbytes)
+        leaves = {leaf.path: leaf for leaf in flat.arrays}
+        checksums = snapshot(image, [leaves[item.path] for item in assigned], arena)
+        tail = build_tail(image, stored_values(flat).entries(0), checksums.entries, checksums.blocks)
+        path = tmp_path / image.name
+        path.write_bytes(bytes(arena.view(0, image.fixed_nbytes)) + tail)
+        arena.close()
+        return path, image, checksums, hashlib.sha256(tail).hexdigest()
+
+    return build
+
+
+@pytest.fixture
+def state():
+    rng = np.random.default_rng(5)
+    return {
+        "model": {"w": rng.standard_normal((600, 700)), "b": rng.standard_normal(7).astype("f4"), "none": np.zeros((0, 3))},
+        "scalar": np.array(4.0, "f4"),
+        "strided": rng.integers(0, 99, (40, 30))[::2, ::-3],
+        "step": 17,
+        "odd/key": np.arange(3, dtype=np.uint8),
+    }

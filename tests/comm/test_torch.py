@@ -1,0 +1,153 @@
+"""The communicator of a real torch.distributed job."""
+
+import datetime
+import os
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+
+torch = pytest.importorskip("torch")
+import torch.distributed as dist  # noqa: E402
+
+from ckptengine.comm.torch import TorchStore, from_torch  # noqa: E402
+from ckptengine.errors import CheckpointError  # noqa: E402
+
+SCRIPT = """
+import os, threading, time
+import torch.distributed as dist
+from ckptengine.comm.select import current
+from ckptengine.errors import DeadlineError
+
+dist.init_process_group("gloo")
+rank, out = dist.get_rank(), os.environ["OUT"]
+comm = current()
+assert comm is current()
+assert comm.all_gather(b"%d" % rank * 2_000_000, 60) == [b"%d" % r * 2_000_000 for r in range(3)]
+assert comm.broadcast(b"word" if rank == 2 else None, 60, root=2) == b"word"
+
+# A background wait holds up neither the collectives nor the job's own.
+store, seen = comm.store(), []
+waiter = threading.Thread(target=lambda: seen.append(store.get("never/%d" % rank, 3.0)))
+waiter.start()
+started = time.monotonic()
+comm.barrier(60)
+dist.barrier()
+store.set("from/%d" % rank, b"")
+assert store.get("from/%d" % ((rank + 1) % 3), 60) == b""
+assert waiter.is_alive(), time.monotonic() - started
+waiter.join()
+assert seen == [None]
+
+try:
+    if rank != 1:
+        comm.barrier(2.0)
+    text = ""
+except DeadlineError as error:
+    text = str(error)
+with open(f"{out}/{rank}", "w") as file:
+    file.write(text)
+dist.barrier()
+dist.destroy_process_group()
+"""
+
+
+def test_three_ranks_coordinate_and_name_the_one_that_is_missing(tmp_path):
+    script = tmp_path / "job.py"
+    script.write_text(SCRIPT)
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node=3",
+        str(script),
+    ]
+    environment = {**os.environ, "OUT": str(tmp_path), "PYTHONPATH": os.getcwd(), "OMP_NUM_THREADS": "1"}
+    job = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
+    assert job.returncode == 0, job.stderr[-4000:]
+    assert (tmp_path / "1").read_text() == ""
+    for rank in (0, 2):
+        assert "rank 1 did not come within 2 s" in (tmp_path / str(rank)).read_text()
+
+
+def c10d_stores(tmp_path):
+    tcp = dist.TCPStore("127.0.0.1", 0, None, True, datetime.timedelta(seconds=30))
+    return {
+        "tcp": tcp,
+        "prefix": dist.PrefixStore("a", dist.PrefixStore("b", tcp)),
+        "file": dist.FileStore(str(tmp_path / "store"), 1),
+        "hash": dist.HashStore(),
+    }
+
+
+@pytest.mark.parametrize("kind", ["tcp", "prefix", "file", "hash"])
+def test_every_c10d_store_keeps_waits_and_deletes(kind, tmp_path):
+    stores = c10d_stores(tmp_path)
+    store = TorchStore(stores[kind])
+    assert store.cloned
+    assert store.get("key", 0) is None
+    assert store.get("key", 0.2) is None
+    threading.Timer(0.2, store.set, ("key", b"\0value\xff")).start()
+    assert store.get("key", 20) == b"\0value\xff"
+    store.set("key", b"")
+    assert store.get("key", 1) == b""
+    store.delete("key")
+    store.delete("key")
+    assert store.get("key", 0.1) is None
+
+
+def test_a_waiting_thread_does_not_hold_up_the_others(tmp_path):
+    stores = c10d_stores(tmp_path)
+    store = TorchStore(stores["prefix"])
+    waiter = threading.Thread(target=store.get, args=("never", 2.0))
+    waiter.start()
+    time.sleep(0.1)
+    store.set("key", b"1")
+    assert store.get("key", 1) == b"1"
+    assert waiter.is_alive()
+    waiter.join()
+
+
+class WithoutClone(dist.Store):
+    """A store written in Python, as some launchers bring."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = dist.HashStore()
+
+    def set(self, key, value):
+        self.inner.set(key, value)
+
+    def get(self, key):
+        return self.inner.get(key)
+
+    def check(self, keys):
+        return self.inner.check(keys)
+
+    def delete_key(self, key):
+        return self.inner.delete_key(key)
+
+
+def test_a_store_without_clone_is_polled():
+    store = TorchStore(WithoutClone())
+    assert not store.cloned
+    store.set("key", b"1")
+    assert store.get("key", 1) == b"1"
+    assert store.get("other", 0.1) is None
+
+
+def test_a_store_whose_host_is_gone_is_an_error():
+    server = dist.TCPStore("127.0.0.1", 0, None, True, datetime.timedelta(seconds=2))
+    client = TorchStore(dist.TCPStore("127.0.0.1", server.port, None, False, datetime.timedelta(seconds=2)))
+    client.set("key", b"1")
+    del server
+    with pytest.raises(CheckpointError, match="has probably ended"):
+        client.get("other", 5.0)
+
+
+def test_no_process_group_is_an_error():
+    with pytest.raises(CheckpointError, match="init_process_group"):
+        from_torch()

@@ -1,0 +1,130 @@
+"""The sdist builds, and its wheel works where only numpy, ml_dtypes and numcodecs are installed."""
+
+import importlib.metadata
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+
+ROOT = Path(__file__).resolve().parents[2]
+
+PROGRAM = """
+import json, sys
+import ckptengine as ce
+loaded = sorted({name.partition(".")[0] for name in sys.modules})
+import numpy as np
+ce.save("checkpoint", {"model": {"w": np.arange(12.0).reshape(3, 4)}, "step": 7})
+back = ce.load("checkpoint")
+assert (back["model"]["w"] == np.arange(12.0).reshape(3, 4)).all() and back["step"] == 7, back
+print(json.dumps({"file": ce.__file__, "loaded": loaded}))
+"""
+
+
+def run(*command: str | Path, cwd: Path, **environment: str) -> str:
+    kept = {key: value for key, value in os.environ.items() if not key.startswith("PYTHON")}
+    done = subprocess.run(
+        [str(part) for part in command],
+        cwd=cwd,
+        env=kept | environment,
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert done.returncode == 0, f"{command} ended with {done.returncode}:\n{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def distributions(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A source distribution, and the wheel that was built from it."""
+    tree, out = tmp_path_factory.mktemp("tree") / "ckptengine", tmp_path_factory.mktemp("out")
+    unwanted = (
+        ".git",
+        ".venv",
+        "build",
+        "dist",
+        "demo",
+        "runs",
+        "*.egg-info",
+        "*.so",
+        "*cache*",
+        ".hypothesis",
+    )
+    shutil.copytree(ROOT, tree, ignore=shutil.ignore_patterns(*unwanted))
+    run(sys.executable, "-m", "build", "--no-isolation", "--outdir", out, tree, cwd=tree)
+    (sdist,), (wheel,) = out.glob("*.tar.gz"), out.glob("*.whl")
+    return sdist, wheel
+
+
+def link_dependencies(names: list[str], folder: Path) -> None:
+    """Link the installed distributions, and what they need in turn, into a folder for PYTHONPATH."""
+    todo, done = list(names), set()
+    while todo:
+        name = todo.pop()
+        if name in done:
+            continue
+        done.add(name)
+        distribution = importlib.metadata.distribution(name)
+        for top in {path.parts[0] for path in distribution.files or ()} - {".."}:
+            (folder / top).symlink_to(Path(str(distribution.locate_file(top))).resolve())
+        needed = map(Requirement, distribution.requires or ())
+        todo += [need.name for need in needed if need.marker is None or need.marker.evaluate({"extra": ""})]
+
+
+def test_the_source_distribution_holds_what_is_needed_to_build_and_test(
+    distributions: tuple[Path, Path],
+) -> None:
+    with tarfile.open(distributions[0]) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    sources = {str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/*.[ch]")}
+    others = {
+        "Makefile",
+        "LICENSE",
+        "README.md",
+        "requirements-dev.txt",
+        "docs/format.md",
+        "examples/demo.py",
+    }
+    assert sources
+    assert sources | others | {"tests/house/test_package.py", "ckptengine/py.typed"} <= names
+
+
+def test_the_wheel_serves_every_python_from_3_11_on(distributions: tuple[Path, Path]) -> None:
+    wheel = distributions[1]
+    assert "-cp311-abi3-" in wheel.name
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+    assert "ckptengine/_native.abi3.so" in names
+    assert "ckptengine/_native.pyi" in names
+    assert not [name for name in names if name.startswith(("tests", "examples", "benchmarks", "csrc"))]
+
+
+def test_the_wheel_works_without_torch_zarr_and_click(
+    distributions: tuple[Path, Path], tmp_path: Path
+) -> None:
+    venv, linked = tmp_path / "venv", tmp_path / "linked"
+    run(sys.executable, "-m", "venv", "--without-pip", venv, cwd=tmp_path)
+    python = venv / "bin" / "python"
+    install = ("install", "--quiet", "--no-index", "--no-deps", distributions[1])
+    run(sys.executable, "-m", "pip", "--python", python, *install, cwd=tmp_path)
+    linked.mkdir()
+    link_dependencies(["numpy", "ml_dtypes", "numcodecs"], linked)
+    report = json.loads(run(python, "-c", PROGRAM, cwd=tmp_path, PYTHONPATH=str(linked)))
+    assert Path(report["file"]).is_relative_to(venv)
+    assert "numpy" in report["loaded"]
+    assert not {"torch", "zarr", "click", "rich", "mindspore", "fsspec"} & set(report["loaded"])
+
+
+def test_importing_the_package_imports_no_framework_even_where_they_are_installed() -> None:
+    program = "import json, sys, ckptengine; print(json.dumps(sorted(sys.modules)))"
+    loaded = {name.partition(".")[0] for name in json.loads(run(sys.executable, "-c", program, cwd=ROOT))}
+    assert "ckptengine" in loaded
+    assert not {"torch", "zarr", "click", "rich", "mindspore", "fsspec", "tensorstore"} & loaded

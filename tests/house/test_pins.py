@@ -1,0 +1,38 @@
+"""requirements-dev.txt pins every package exactly, and covers what pyproject.toml asks for."""
+
+import re
+import tomllib
+from pathlib import Path
+
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def pins() -> dict[str, str]:
+    lines = (ROOT / "requirements-dev.txt").read_text().splitlines()
+    found = {}
+    for line in lines:
+        if line and not line.startswith("#"):
+            match = re.fullmatch(r"([\w.-]+)==([\w.]+)", line)
+            assert match, f"{line!r} is not an exact pin"
+            found[canonicalize_name(match[1])] = match[2]
+    return found
+
+
+def test_every_requirement_is_an_exact_pin() -> None:
+    assert len(pins()) > 20
+
+
+def test_the_pins_cover_and_satisfy_the_project_and_its_dev_extra() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    extras = project["project"]["optional-dependencies"]
+    wanted = [*project["build-system"]["requires"], *project["project"]["dependencies"]]
+    wanted += [need for extra in ("torch", "zarr", "cli", "dev") for need in extras[extra]]
+    pinned = pins()
+    for need in map(Requirement, wanted):
+        if need.name != "ckptengine":
+            name = canonicalize_name(need.name)
+            assert name in pinned, f"{need} is not pinned"
+            assert need.specifier.contains(pinned[name]), f"{need} excludes the pin {pinned[name]}"
