@@ -13,7 +13,7 @@ from ckptengine.archive.image import BLOCK_NBYTES
 from ckptengine.archive.reader import Archive, open_archive
 from ckptengine.archive.record import ArchiveRecord
 from ckptengine.catalog import listing
-from ckptengine.errors import CheckpointDamagedError, CheckpointError, CheckpointNotFoundError
+from ckptengine.errors import CheckpointDamagedError, CheckpointError, CheckpointNotFoundError, FormatVersionError
 from ckptengine.layout.rows import RowTable
 from ckptengine.load.checkpoint import Checkpoint
 from ckptengine.load.choose import newest_checkpoint
@@ -32,8 +32,9 @@ __all__ = [
     "verify",
 ]
 
-_STEP_NBYTES = 64 << 20
-"""Bytes verified between two calls of `progress`, a multiple of the block: a fraction of a second of any disk."""
+
+_STEP_NBYTES = 16 << 20
+"""Bytes that are verified between two reports of progress."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,10 @@
 
 #define TARGET_128 __attribute__((target("pclmul,sse4.1")))
 #define TARGET_256 __attribute__((target("avx2,pclmul,vpclmulqdq")))
+#ifndef TARGET_512 /* tests/native/emulated_avx512.h has its own, for machines without it */
 #define TARGET_512 __attribute__((target("avx512f,avx2,pclmul,vpclmulqdq")))
+#define HAS_512 __builtin_cpu_supports("avx512f")
+#endif
 #define INLINE static inline __attribute__((always_inline))
 
 #define LINE 64         /* non-temporal stores fill whole cache lines */
@@ -176,7 +179,7 @@ static bool usable_256(void) {
 }
 
 static bool usable_512(void) {
-    return usable_256() && __builtin_cpu_supports("avx512f");
+    return usable_256() && HAS_512;
 }
 
 static const ck_variant variant_512 = {"vpclmul512", usable_512, update_512, copy_512};

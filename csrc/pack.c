@@ -5,7 +5,7 @@
 #include <string.h>
 
 #define UNIT_MOST (1 << 20)    /* bytes that a thread takes at a time */
-#define UNIT_STRIDED (4 << 20) /* the same where a transposed source wants many rows at a time */
+#define UNIT_STRIDED (2 << 20) /* the same where a transposed source wants many rows at a time */
 #define UNIT_LEAST (1 << 16)   /* below this a thread costs more than it saves */
 #define OP_COST 64             /* what an op costs beside its bytes, in bytes copied */
 #define STEP (1 << 16) /* strided bytes gathered before they are checksummed: they stay in the cache */

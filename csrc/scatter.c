@@ -4,7 +4,7 @@
 #include <stdlib.h>
 
 #define STEP (1 << 18)      /* bytes verified before they are scattered: they stay in the cache */
-#define STEP_MOST (4 << 20) /* the same where a transposed destination wants many rows at a time */
+#define STEP_MOST (2 << 20) /* the same where a transposed destination wants many rows at a time */
 #define ROWS 64             /* that many */
 
 enum { FILE_POS, NBYTES, ITEMSIZE, NDIM, ADDRESS, LOW, SIZE, SHAPES };

@@ -37,5 +37,5 @@ def claim_generation(storage: Storage, parent: tuple[int, int] | None) -> int:
             return generation
     raise StorageError(
         None,
-        f"{storage.location()}: no generation could be claimed in {_MAX_TRIES} tries; do other jobs open this run?",
+        f"{storage.location()}: no generation could be claimed in {_MAX_TRIES} tries: do others open it?",
     )

@@ -69,7 +69,7 @@ def is_leased(storage: Storage, directory: str) -> bool:
         holder = json.loads(storage.read_bytes(name, 4096))
         mine = _identity()
         if mine["boot"] and all(holder[key] == mine[key] for key in ("host", "boot", "namespace")):
-            return _started(int(holder["pid"])) == holder["started"]
+            return bool(_started(int(holder["pid"])) == holder["started"])
     except (CheckpointError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
         pass  # unreadable: its age decides
     return storage.now() - modified < LEASE_SECONDS

@@ -44,7 +44,8 @@ _MAX_CLAIM_NBYTES = 1 << 16
 class Entry:
     """One committed checkpoint, by its names alone.
 
-    `directory` is relative to the storage; empty, with `step` None, where the storage is itself the checkpoint.
+    `directory` is relative to the storage. Where the storage itself is the checkpoint, it is empty and `step`
+    None.
     """
 
     step: int | None

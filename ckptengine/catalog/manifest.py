@@ -44,10 +44,10 @@ class Manifest:
     """What a checkpoint consists of.
 
     `step` is None for a checkpoint outside of a run. `parent` is the (generation, step) that this life of
-    the run was restored from, None for a fresh start. `archives` has one record per rank, in rank order; files lie
-    in `data-<attempt>` beside the manifest. `block_nbytes` is the size of the blocks that the archives'
-    checksums cover. `mesh` describes the device mesh and `metadata` is the user's: plain JSON both. `created`
-    is UTC, ISO 8601; `writer` the program and its version.
+    the run was restored from, None for a fresh start. `archives` has one record per rank, in rank order; the
+    files lie in `data-<attempt>` beside the manifest. `block_nbytes` is the size of the blocks that the
+    archives' checksums cover. `mesh` describes the device mesh and `metadata` is the user's: plain JSON both.
+    `created` is UTC, ISO 8601; `writer` the program and its version.
     """
 
     step: int | None
@@ -111,8 +111,8 @@ class Manifest:
         version = document.get("format_version")
         if type(version) is int and version > FORMAT_VERSION:
             raise FormatVersionError(
-                f"{where}: format version {version} is newer than version {FORMAT_VERSION}, the newest that this "
-                "ckptengine reads: upgrade ckptengine to load this checkpoint"
+                f"{where}: format version {version} is newer than version {FORMAT_VERSION}, the newest "
+                "that this ckptengine reads: upgrade ckptengine to load this checkpoint"
             )
         digest = document.pop("sha256", None)
         if digest != hashlib.sha256(_canonical(document)).hexdigest():
@@ -138,8 +138,8 @@ class Manifest:
         names = {record.name for record in (manifest.layout, *manifest.archives)}
         if len(manifest.archives) != manifest.world_size or len(names) != manifest.world_size + 1:
             raise CheckpointDamagedError(
-                f"{where}: world size {manifest.world_size} wants as many archives and a layout, each with a name "
-                f"of its own; {len(manifest.archives)} archives are listed, {len(names)} names in all"
+                f"{where}: world size {manifest.world_size} wants as many archives and a layout, each with a "
+                f"name of its own; {len(manifest.archives)} archives are listed, {len(names)} names in all"
             )
         return manifest
 
@@ -197,8 +197,8 @@ def plain_json(value: object, name: str) -> None:
             plain_json(item, f"{name}[{key!r}]")
     else:
         raise StateError(
-            f"{name} is {kind.__name__} {value!r:.80}; the manifest holds plain JSON only: None, bool, int of 64 "
-            "bits, finite float, str, and lists and dicts of these"
+            f"{name} is {kind.__name__} {value!r:.80}; the manifest holds plain JSON only: None, bool, int "
+            "of 64 bits, finite float, str, and lists and dicts of these"
         )
 
 

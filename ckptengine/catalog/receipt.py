@@ -28,8 +28,9 @@ class Receipt:
     """One rank's part of a save.
 
     `error` says why there is none; then `archive` is None. `value_paths` and `digests` are those of its
-    replicated plain values (`ckptengine.save.values`), `replica_crcs` of its replicated arrays where they are to
-    be compared, `rows` its encoded `RankRows` where rank 0 doesn't know them, `alone` whether its plan is its own.
+    replicated plain values (`ckptengine.save.values`), `replica_crcs` of its replicated arrays where they are
+    to be compared, `rows` its encoded `RankRows` where rank 0 doesn't know them, `alone` whether the others
+    don't know its plan.
     """
 
     rank: int
@@ -117,7 +118,7 @@ class Outcome:
             return cls(_of(str, error), _of(bool, plan_together))
         except (TypeError, ValueError, RecursionError) as problem:
             raise SaveFailedError(
-                f"rank 0's word on the commit is damaged ({problem}): look at the storage whether it was committed"
+                f"rank 0's word on the commit is damaged ({problem}): the storage tells whether it came"
             ) from None
 
 
@@ -152,7 +153,7 @@ class StorageStore(KeyValueStore):
 class Channel:
     """The messages of one attempt: a receipt from each rank to rank 0, an outcome back.
 
-    Keys carry the attempt. Rank 0 deletes the receipts when it has them, each rank its own copy of the outcome.
+    Keys carry the attempt. Rank 0 deletes the receipts that it has, each rank its own copy of the outcome.
     """
 
     def __init__(self, store: KeyValueStore, attempt: str, rank: int, world_size: int) -> None:
@@ -193,13 +194,13 @@ class Channel:
 def collect(channel: Channel, own: Receipt, deadline: float) -> list[Receipt]:
     """Return all ranks' receipts, in the order of the ranks; `deadline` is a moment of `time.monotonic`.
 
-    Raises `SaveFailedError` as soon as a rank reports an error, naming all that have reported one by then, and
-    `DeadlineError` naming the ranks that did not come.
+    Raises `SaveFailedError` as soon as a rank reports an error, naming all that have reported one by then,
+    and `DeadlineError` naming the ranks that did not come.
     """
     receipts: dict[int, Receipt] = {own.rank: own}
     pause = 0.001
     while True:
-        # All open ranks in one pass, so that the last one's error is not heard only after the first one's time.
+        # All open ranks in one pass, so that the last one's error need not wait for the first one.
         for rank in range(channel.world_size):
             if rank not in receipts:
                 receipt = channel.receive(rank, 0.0)

@@ -68,8 +68,8 @@ def replace_older(storage: Storage, generation: int) -> list[str]:
 def remove_leftovers(storage: Storage) -> list[str]:
     """Delete the data of attempts that have neither manifest nor living writer, and forgotten temporaries.
 
-    Directories that hold anything but an attempt's files are left alone, and so is everything beside a manifest
-    that can't be read. Returns what could not be deleted.
+    Directories that hold anything but an attempt's files are left alone, and so is everything beside a
+    manifest that can't be read. Returns what could not be deleted.
     """
     problems: list[str] = []
     try:

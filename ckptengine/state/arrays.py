@@ -18,11 +18,13 @@ __all__ = ["NumpyAdapter", "may_overlap"]
 
 
 def may_overlap(shape: Sequence[int], strides: Sequence[int], itemsize: int) -> bool:
-    """Whether two elements of a strided array may share a byte; exact for every view of an array of unique
-    elements.
+    """Whether two elements of a strided array may share a byte.
 
-    Takes lengths in elements and strides in bytes.
+    Takes lengths in elements and strides in bytes. Slices, transposes and reversals of an array are never said
+    to overlap; some layouts that only `as_strided` can make are, though they don't.
     """
+    if 0 in shape:
+        return False
     extent = itemsize
     for stride, length in sorted((abs(s), n) for s, n in zip(strides, shape, strict=True) if n > 1):
         if stride < extent:
@@ -48,9 +50,8 @@ class NumpyAdapter(Adapter):
             raise StateError(f"{dotted(path)}: a masked array would lose its mask; save `.data` and `.mask`")
         if name is None:
             raise StateError(
-                f"{dotted(path)}: arrays of dtype {array.dtype} can't be saved; convert to one of numpy's "
-                "number types, "
-                "or to a list of plain values"
+                f"{dotted(path)}: arrays of dtype {array.dtype} can't be saved; convert to one of "
+                "numpy's number types, or to a list of plain values"
             )
         if not array.dtype.isnative:
             raise StateError(

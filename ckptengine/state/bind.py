@@ -256,9 +256,8 @@ class _Binder:
             self._act(_SET, functools.partial(put, new))
         elif node.holds_arrays or digest(encode(value, path)) != digest(encode(new, path)):
             raise StateError(
-                f"{dotted(path)}: the plain value {value!r} lies in a tuple or another container that can't "
-                "be "
-                "changed, so it can't be loaded; use a list or a dict"
+                f"{dotted(path)}: the {describe_type(value)} lies in a tuple or another container that can't "
+                "be changed, so it can't be loaded; use a list or a dict"
             )
 
     def _rebuild(self, node: Node, path: Path, like: Any = None) -> Any:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ckptengine.errors import CheckpointDamagedError, LoadMismatchError
+from ckptengine.state.adapters import describe_type
 from ckptengine.state.leaf import Key, Path, Placement, dotted
 from ckptengine.state.values import MAX_DEPTH
 
@@ -103,7 +104,7 @@ class Node:
         if isinstance(self.entry, SavedArray):
             return f"a tensor of shape {self.entry.leaf.shape}"
         if isinstance(self.entry, SavedValue):
-            return f"the plain value {self.entry.value!r:.60}"
+            return f"a plain value ({describe_type(self.entry.value)})"
         return "several leaves"
 
 

@@ -43,8 +43,7 @@ class ShardedArray:
         if not len(shape) == len(self.global_shape) == len(self.offset):
             raise StateError(
                 f"ShardedArray: local shape {shape}, global shape {self.global_shape} and offset "
-                f"{self.offset} "
-                "must have the same number of dimensions"
+                f"{self.offset} must have the same number of dimensions"
             )
         for start, length, whole in zip(self.offset, shape, self.global_shape, strict=True):
             if start < 0 or whole < 0 or start + length > whole:

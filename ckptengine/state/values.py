@@ -135,8 +135,7 @@ def _encode_numpy_scalar(value: np.generic[Any], path: Path) -> Any:
     if stored is None or stored.numpy != dtype or type(value) is not dtype.type:
         raise StateError(
             f"{dotted(path)}: {describe_type(value)} can't be saved exactly on every machine; convert it to "
-            "a Python "
-            "value, a string or an integer"
+            "a Python value, a string or an integer"
         )
     return {"$numpy": [dtype.name, _little(np.asarray(value)).tobytes().hex()]}
 
@@ -177,8 +176,7 @@ def _advice(value: Any) -> str:
         return "Code isn't saved: save its name or its arguments, and build it again before loading."
     return (
         "Give the object `state_dict()` and `load_state_dict()`, or convert it to numbers, strings, lists, "
-        "dicts, "
-        "arrays or tensors."
+        "dicts, arrays or tensors."
     )
 
 

@@ -351,9 +351,10 @@ class LocalStorage(Storage):
         raise AssertionError("unreachable")
 
     def _forget(self, directory: str) -> None:
-        while len(directory) >= len(str(self.root)):
-            self._synced.discard(directory)
-            directory = os.path.dirname(directory)
+        """Look again at a directory and those above it, down from the root, when they are made next."""
+        parts = os.path.relpath(directory, self.root).split("/")
+        for count in range(len(parts) + 1):
+            self._synced.discard(os.path.normpath(os.path.join(self.root, *parts[:count])))
 
     def _reserve(self, fd: int, nbytes: int, target: str) -> None:
         """Reserve the space of a file; a file system without that is at least asked what is free."""

@@ -66,8 +66,7 @@ def dtensor_pieces(
         raise StateError(
             f"{dotted(path)}: the local tensor of shape {tuple(local.shape)} does not fit the placements "
             f"{tensor.placements} of a tensor of shape {shape} on a mesh of shape {tuple(mesh.shape)}; "
-            "distribute it "
-            "with `distribute_tensor` or `fully_shard`, or use ShardedArray"
+            "distribute it with `distribute_tensor` or `fully_shard`, or use ShardedArray"
         )
     return shape, placement, _cut(local, [dim for dim in runs if dim is not None])
 

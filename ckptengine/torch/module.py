@@ -37,8 +37,7 @@ def module_entries(module: torch.nn.Module, path: Path) -> list[ModuleEntry]:
         if name in entries:
             raise StateError(
                 f"{dotted(path)}: both {entries[name].key!r} and {key!r} are called {name!r} without their "
-                "wrappers; "
-                "rename one of the submodules"
+                "wrappers; rename one of the submodules"
             )
         live = id(value) in parameters or id(value) in buffers
         entries[name] = ModuleEntry(name, key, value, id(value) not in parameters, live)

@@ -29,8 +29,7 @@ def check_optimizer(optimizer: torch.optim.Optimizer, path: Path) -> None:
     if any(kind.__name__ == "ZeroRedundancyOptimizer" for kind in type(optimizer).__mro__):
         raise StateError(
             f"{dotted(path)}: ZeroRedundancyOptimizer keeps whole parameters' state on single ranks; use "
-            "`fully_shard` "
-            "(FSDP2) with a plain optimizer instead"
+            "`fully_shard` (FSDP2) with a plain optimizer instead"
         )
     parameters = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     parameter: Any
@@ -48,8 +47,7 @@ def check_optimizer(optimizer: torch.optim.Optimizer, path: Path) -> None:
                     f"{dotted(path)}: the state {key!r} of a sharded parameter of shape "
                     f"{tuple(parameter.shape)} is a "
                     f"plain tensor of shape {tuple(value.shape)}, so it can't be known whether ranks hold "
-                    "parts or "
-                    "copies of it; make it a DTensor"
+                    "parts or copies of it; make it a DTensor"
                 )
 
 

@@ -132,8 +132,7 @@ def _memory(piece: torch.Tensor, path: Path, *, target: bool) -> Memory:
     if not low <= address <= address + span + piece.element_size() <= low + nbytes:
         raise StateError(
             f"{dotted(path)}: the tensor's memory was freed or resized (its storage has {nbytes} bytes); "
-            "save between "
-            "two steps, not inside forward or backward"
+            "save between two steps, not inside forward or backward"
         )
     return HostMemory(address, strides, low, nbytes, piece)
 

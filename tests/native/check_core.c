@@ -1,0 +1,384 @@
+/* Checks the core without Python, against references that take no short cuts: a bit-by-bit CRC and copies
+ * element by element. Everything comes from one fixed seed. It is what runs on an emulated aarch64. */
+#include "ckptengine.h"
+
+#include <stdio.h>
+#include <string.h>
+#include <unistd.h>
+
+#define GUARD 64
+#define FILL 0xA5
+#define FILE_MOST (1 << 20)
+
+static uint64_t seed = 0x9E3779B97F4A7C15u;
+
+/* xorshift64*, Vigna, "An experimental exploration of Marsaglia's xorshift generators, scrambled" (2016) */
+static uint64_t draw(void) {
+    seed ^= seed >> 12;
+    seed ^= seed << 25;
+    seed ^= seed >> 27;
+    return seed * 0x2545F4914F6CDD1Du;
+}
+
+static int64_t below(int64_t limit) {
+    return (int64_t)(draw() >> 1) % limit;
+}
+
+static int64_t one_of(const int64_t *values, int64_t n) {
+    return values[below(n)];
+}
+
+static void randomize(unsigned char *bytes, int64_t nbytes) {
+    for (int64_t i = 0; i < nbytes; i++)
+        bytes[i] = (unsigned char)(draw() >> 56);
+}
+
+static uint32_t reference_crc(uint32_t crc, const unsigned char *data, int64_t nbytes) {
+    uint32_t state = ~crc;
+    for (int64_t i = 0; i < nbytes; i++) {
+        state ^= data[i];
+        for (int bit = 0; bit < 8; bit++)
+            state = state >> 1 ^ (0xEDB88320u & (0u - (state & 1)));
+    }
+    return ~state;
+}
+
+#define CHECK(condition, ...)                                                                                \
+    do {                                                                                                     \
+        if (!(condition)) {                                                                                  \
+            printf("%s:%d: %s: ", __FILE__, __LINE__, #condition);                                           \
+            printf(__VA_ARGS__);                                                                             \
+            printf("\n");                                                                                    \
+            exit(1);                                                                                         \
+        }                                                                                                    \
+    } while (0)
+
+static bool filled(const unsigned char *bytes, int64_t nbytes) {
+    for (int64_t i = 0; i < nbytes; i++)
+        if (bytes[i] != FILL)
+            return false;
+    return true;
+}
+
+/* ---- CRC32 ---- */
+
+static void check_crc(void) {
+    static unsigned char source[6000], target[6000 + 2 * GUARD];
+    const ck_variant *const *list;
+    int n = ck_variants(&list);
+    for (int v = 0; v < n; v++) {
+        printf("variant %s\n", list[v]->name);
+        CHECK(~list[v]->update(~0u, (const unsigned char *)"123456789", 9) == 0xCBF43926u, "the check value");
+        for (int turn = 0; turn < 600; turn++) {
+            int64_t at = below(64), to = below(64), nbytes = turn < 300 ? turn : below(5000);
+            randomize(source, sizeof source);
+            uint32_t first = (uint32_t)draw(), wanted = reference_crc(first, source + at, nbytes);
+            CHECK(~list[v]->update(~first, source + at, (size_t)nbytes) == wanted, "%d bytes", (int)nbytes);
+            memset(target, FILL, sizeof target);
+            uint32_t copied = ~list[v]->copy(~first, target + GUARD + to, source + at, (size_t)nbytes);
+            ck_fence();
+            CHECK(copied == wanted, "%d bytes copied", (int)nbytes);
+            CHECK(memcmp(target + GUARD + to, source + at, (size_t)nbytes) == 0, "%d bytes", (int)nbytes);
+            CHECK(filled(target, GUARD + to), "before %d bytes", (int)nbytes);
+            CHECK(filled(target + GUARD + to + nbytes, (int64_t)sizeof target - GUARD - to - nbytes),
+                  "after");
+            int64_t cut = nbytes > 0 ? below(nbytes) : 0;
+            uint32_t one = reference_crc(0, source, cut), two = reference_crc(0, source + cut, nbytes - cut);
+            CHECK(ck_combine(one, two, ck_shift((uint64_t)(nbytes - cut))) ==
+                      reference_crc(0, source, nbytes),
+                  "combined at %d of %d", (int)cut, (int)nbytes);
+        }
+    }
+}
+
+/* ---- views ---- */
+
+typedef struct {
+    int64_t itemsize, ndim, nbytes, elements;
+    int64_t dense[6], offset[6], box[6], stride[6];
+    unsigned char *memory, *first; /* all of it, and the box's first element */
+    int64_t memory_nbytes;
+} tensor;
+
+/* A box within a dense shape, and memory for it in a random order of dimensions with random gaps and signs.
+ */
+static void draw_tensor(tensor *t, bool destination, int64_t longest) {
+    static const int64_t sizes[] = {1, 2, 4, 8, 16};
+    int64_t order[6], pitch, base = 0;
+    memset(t, 0, sizeof *t);
+    t->itemsize = one_of(sizes, 5);
+    t->ndim = below(5);
+    t->nbytes = t->itemsize;
+    for (int64_t i = 0; i < t->ndim; i++) {
+        order[i] = i;
+        t->box[i] = 1 + below(longest);
+        t->offset[i] = destination ? below(3) * below(2) : 0;
+        t->dense[i] = t->offset[i] + t->box[i] + below(3) * below(2);
+        t->nbytes *= t->dense[i];
+    }
+    for (int64_t i = t->ndim - 1; i > 0; i--) {
+        int64_t other = below(2) ? below(i + 1) : i, swapped = order[i];
+        order[i] = order[other];
+        order[other] = swapped;
+    }
+    pitch = t->itemsize;
+    for (int64_t i = t->ndim - 1; i >= 0; i--) {
+        int64_t d = order[i], step = below(3) == 0 ? 2 : 1;
+        int64_t sign = below(4) == 0 ? -1 : 1;
+        t->stride[d] = sign * pitch * step;
+        if (!destination && below(12) == 0)
+            t->stride[d] = 0;
+        else
+            pitch *= t->box[d] * step;
+        if (t->stride[d] < 0)
+            base -= t->stride[d] * (t->box[d] - 1);
+    }
+    t->memory_nbytes = pitch;
+    t->memory = malloc((size_t)pitch);
+    CHECK(t->memory != NULL, "memory");
+    t->first = t->memory + base;
+}
+
+/* Calls back for each element of the dense array, with its memory or NULL where it lies outside of the box.
+ */
+static void each(const tensor *t, unsigned char *dense,
+                 void (*visit)(unsigned char *dense, unsigned char *memory, int64_t size)) {
+    int64_t at[6] = {0}, elements = t->nbytes / t->itemsize;
+    for (int64_t element = 0; element < elements; element++) {
+        bool inside = true;
+        int64_t place = 0;
+        for (int64_t i = 0; i < t->ndim; i++) {
+            int64_t index = at[i] - t->offset[i];
+            inside = inside && index >= 0 && index < t->box[i];
+            place += index * t->stride[i];
+        }
+        visit(dense + element * t->itemsize, inside ? t->first + place : NULL, t->itemsize);
+        for (int64_t i = t->ndim - 1; i >= 0 && ++at[i] == t->dense[i]; i--)
+            at[i] = 0;
+    }
+}
+
+static void take_from(unsigned char *dense, unsigned char *memory, int64_t size) {
+    if (memory != NULL)
+        memcpy(dense, memory, (size_t)size);
+    else
+        memset(dense, 0, (size_t)size);
+}
+
+static void give_to(unsigned char *dense, unsigned char *memory, int64_t size) {
+    if (memory != NULL)
+        memcpy(memory, dense, (size_t)size);
+}
+
+static int64_t append(int64_t *ops, int64_t length, const int64_t *values, int64_t n) {
+    for (int64_t i = 0; i < n; i++)
+        ops[length++] = values[i];
+    return length;
+}
+
+/* ---- pack and seal ---- */
+
+#define TENSORS 6
+
+static const int64_t blocks[] = {1, 7, 64, 100, 4096, 65536};
+
+static void check_pack(int turn) {
+    static unsigned char image[FILE_MOST + 2 * GUARD], wanted[FILE_MOST];
+    static int64_t ops[TENSORS * 40], extents[TENSORS * 4], index[TENSORS + 1];
+    static uint32_t crcs[FILE_MOST], entries[TENSORS], sealed[FILE_MOST];
+    tensor tensors[TENSORS];
+    int64_t n = below(TENSORS + 1), length = 0, position = 0, pieces = 0, block = one_of(blocks, 6);
+    memset(image, FILL, sizeof image);
+    memset(wanted, FILL, sizeof wanted);
+    for (int64_t i = 0; i < n; i++) {
+        tensor *t = &tensors[i];
+        draw_tensor(t, false, turn % 50 == 49 ? 18 : 7);
+        randomize(t->memory, t->memory_nbytes);
+        position += below(50);
+        if (position + t->nbytes + 4 > FILE_MOST) {
+            free(t->memory);
+            n = i;
+            break;
+        }
+        const int64_t head[] = {position,
+                                t->nbytes,
+                                pieces,
+                                t->itemsize,
+                                t->ndim,
+                                (int64_t)(uintptr_t)t->first,
+                                (int64_t)(uintptr_t)t->memory,
+                                t->memory_nbytes};
+        length = append(ops, length, head, 8);
+        length = append(ops, length, t->dense, t->ndim);
+        length = append(ops, length, t->box, t->ndim);
+        length = append(ops, length, t->stride, t->ndim);
+        index[i + 1] = length;
+        const int64_t extent[] = {position, t->nbytes, pieces, position + t->nbytes};
+        append(extents, i * 4, extent, 4);
+        each(t, wanted + position, take_from);
+        pieces += ck_pieces(position, t->nbytes, block);
+        position += t->nbytes + 4;
+    }
+    const ck_variant *const *list;
+    int variants = ck_variants(&list);
+    ck_error error = {.kind = CK_OK};
+    for (int only_crcs = 1; only_crcs >= 0; only_crcs--) {
+        ck_pack pack = {.image = only_crcs ? NULL : image + GUARD,
+                        .image_nbytes = position,
+                        .ops = ops,
+                        .index = index,
+                        .ops_length = length,
+                        .n_ops = n,
+                        .block = block,
+                        .crcs = crcs,
+                        .n_crcs = pieces,
+                        .threads = 1 + (int)below(3),
+                        .variant = list[below(variants)]};
+        memset(crcs, 0, (size_t)pieces * 4);
+        CHECK(ck_pack_prepare(&pack, &error), "%s", error.text);
+        ck_pack_run(&pack);
+        ck_pack_free(&pack);
+        for (int64_t i = 0; i < n; i++) {
+            int64_t begin = extents[4 * i], stop = begin + extents[4 * i + 1], piece = extents[4 * i + 2];
+            while (begin < stop) {
+                int64_t end = (begin / block + 1) * block < stop ? (begin / block + 1) * block : stop;
+                CHECK(crcs[piece] == reference_crc(0, wanted + begin, end - begin), "turn %d, op %d", turn,
+                      (int)i);
+                begin = end;
+                piece++;
+            }
+        }
+        CHECK(filled(image, only_crcs ? (int64_t)sizeof image : GUARD), "turn %d", turn);
+    }
+    CHECK(memcmp(image + GUARD, wanted, (size_t)position) == 0, "turn %d", turn);
+    CHECK(filled(image + GUARD + position, GUARD), "turn %d", turn);
+
+    ck_seal seal = {.image = image + GUARD,
+                    .fixed = position,
+                    .extents = extents,
+                    .n_extents = n,
+                    .block = block,
+                    .piece_crcs = crcs,
+                    .n_pieces = pieces,
+                    .entry_crcs = entries,
+                    .n_entries = n,
+                    .block_crcs = sealed,
+                    .n_blocks = ck_pieces(0, position, block),
+                    .threads = 2};
+    CHECK(ck_seal_prepare(&seal, &error), "%s", error.text);
+    ck_seal_run(&seal);
+    for (int64_t i = 0; i < n; i++) {
+        uint32_t crc = reference_crc(0, wanted + extents[4 * i], extents[4 * i + 1]);
+        CHECK(entries[i] == crc, "turn %d, entry %d", turn, (int)i);
+        memcpy(wanted + extents[4 * i + 3], &crc, 4);
+    }
+    CHECK(memcmp(image + GUARD, wanted, (size_t)position) == 0, "turn %d", turn);
+    for (int64_t b = 0; b * block < position; b++) {
+        int64_t part = position - b * block < block ? position - b * block : block;
+        CHECK(sealed[b] == reference_crc(0, wanted + b * block, part), "turn %d, block %d", turn, (int)b);
+    }
+    for (int64_t i = 0; i < n; i++)
+        free(tensors[i].memory);
+}
+
+/* ---- scatter, load and write ---- */
+
+static void check_scatter(int turn, int fd) {
+    static unsigned char file[FILE_MOST];
+    static int64_t ops[TENSORS * 40], index[TENSORS + 1];
+    static uint32_t crcs[FILE_MOST];
+    tensor tensors[TENSORS];
+    unsigned char *wanted[TENSORS];
+    int64_t n = below(TENSORS + 1), length = 0, position = 0, fixed = 1, block = one_of(blocks, 6);
+    randomize(file, FILE_MOST);
+    for (int64_t i = 0; i < n; i++) {
+        tensor *t = &tensors[i];
+        draw_tensor(t, true, turn % 50 == 49 ? 16 : 6);
+        wanted[i] = malloc((size_t)t->memory_nbytes);
+        CHECK(wanted[i] != NULL, "memory");
+        if (position + t->nbytes > FILE_MOST) {
+            free(t->memory);
+            free(wanted[i]);
+            n = i;
+            break;
+        }
+        const int64_t head[] = {position,
+                                t->nbytes,
+                                t->itemsize,
+                                t->ndim,
+                                (int64_t)(uintptr_t)t->first,
+                                (int64_t)(uintptr_t)t->memory,
+                                t->memory_nbytes};
+        length = append(ops, length, head, 7);
+        length = append(ops, length, t->dense, t->ndim);
+        length = append(ops, length, t->offset, t->ndim);
+        length = append(ops, length, t->box, t->ndim);
+        length = append(ops, length, t->stride, t->ndim);
+        index[i + 1] = length;
+        memset(t->memory, FILL, (size_t)t->memory_nbytes);
+        each(t, file + position, give_to);
+        memcpy(wanted[i], t->memory, (size_t)t->memory_nbytes);
+        fixed = position + t->nbytes > fixed ? position + t->nbytes : fixed;
+        position += below(2) ? t->nbytes + below(20) : below(t->nbytes);
+    }
+    for (int64_t b = 0; b * block < fixed; b++)
+        crcs[b] = reference_crc(0, file + b * block, fixed - b * block < block ? fixed - b * block : block);
+    ck_scatter scatter = {.fixed = fixed,
+                          .block = block,
+                          .block_crcs = crcs,
+                          .n_blocks = ck_pieces(0, fixed, block),
+                          .ops = ops,
+                          .index = index,
+                          .ops_length = length,
+                          .n_ops = n};
+    ck_error error = {.kind = CK_OK};
+    for (int from_file = 0; from_file < 2; from_file++) {
+        for (int64_t i = 0; i < n; i++)
+            memset(tensors[i].memory, FILL, (size_t)tensors[i].memory_nbytes);
+        if (from_file) {
+            CHECK(ck_write_run(fd, file, fixed, 0, 1 + below(fixed), 3, &error), "%s", error.text);
+            const int64_t ranges[] = {0, fixed};
+            ck_load load = {.fd = fd,
+                            .scatter = scatter,
+                            .ranges = ranges,
+                            .n_ranges = 1,
+                            .request_nbytes = block * (1 + below(fixed / block + 1)),
+                            .threads = 3};
+            CHECK(ck_load_prepare(&load, &error), "%s", error.text);
+            CHECK(ck_load_run(&load, &error) == -1 && error.kind == CK_OK, "turn %d: %s", turn, error.text);
+            ck_load_free(&load);
+        } else {
+            CHECK(ck_scatter_prepare(&scatter, &error), "%s", error.text);
+            int64_t cut = below(fixed / block + 1) * block; /* two ranges, which may cut an element */
+            CHECK(ck_scatter_run(&scatter, file, 0, cut, 2) == -1, "turn %d", turn);
+            CHECK(ck_scatter_run(&scatter, file + cut, cut, fixed - cut, 2) == -1, "turn %d", turn);
+            int64_t flipped = below(fixed);
+            unsigned char bit = (unsigned char)(1 << below(8));
+            file[flipped] ^= bit;
+            CHECK(ck_scatter_run(&scatter, file, 0, fixed, 3) == flipped / block, "turn %d", turn);
+            file[flipped] ^= bit;
+            ck_scatter_free(&scatter);
+        }
+        for (int64_t i = 0; i < n; i++)
+            CHECK(memcmp(tensors[i].memory, wanted[i], (size_t)tensors[i].memory_nbytes) == 0, "turn %d",
+                  turn);
+    }
+    for (int64_t i = 0; i < n; i++) {
+        free(tensors[i].memory);
+        free(wanted[i]);
+    }
+}
+
+int main(void) {
+    ck_init();
+    check_crc();
+    for (int turn = 0; turn < 200; turn++)
+        check_pack(turn);
+    FILE *file = tmpfile();
+    CHECK(file != NULL, "a temporary file");
+    for (int turn = 0; turn < 200; turn++)
+        check_scatter(turn, fileno(file));
+    fclose(file);
+    printf("all checks passed\n");
+    return 0;
+}

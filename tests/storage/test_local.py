@@ -1,0 +1,329 @@
+"""LocalStorage on real file systems, down to full disks and files that end early."""
+
+import errno
+import mmap
+import os
+import resource
+import subprocess
+import sys
+import threading
+import time
+import zlib
+
+import numpy as np
+import pytest
+
+from ckptengine.errors import CheckpointDamagedError, StorageError
+from ckptengine.storage.disk import Disk
+from ckptengine.storage.local import LocalStorage
+
+BLOCK = 65536
+
+
+def aligned(nbytes, seed=0):
+    """Return page-aligned random bytes, shape (nbytes,)."""
+    memory = np.frombuffer(mmap.mmap(-1, max(nbytes, 4096)), np.uint8)[:nbytes]
+    memory[:] = np.random.default_rng(seed).integers(0, 256, nbytes, np.uint8)
+    return memory
+
+
+@pytest.fixture
+def storage(tmp_path):
+    return LocalStorage(tmp_path / "a" / "run")
+
+
+def all_files(storage):
+    return sorted(str(path.relative_to(storage.root)) for path in storage.root.rglob("*") if path.is_file())
+
+
+@pytest.mark.parametrize("nbytes", [0, 4096, (20 << 20) + 8192])
+def test_an_archive_is_written_whole(storage, nbytes):
+    data = aligned(nbytes)
+    storage.write_archive("step/data/rank.zip", data.ctypes.data, nbytes)
+    assert storage.size("step/data/rank.zip") == nbytes
+    assert storage.read_range("step/data/rank.zip", 0, nbytes) == data.tobytes()
+    assert all_files(storage) == ["step/data/rank.zip"]
+    assert storage.direct_writes + storage.buffered_writes == 1
+
+
+def test_an_archive_replaces_one_of_the_same_name(storage):
+    first, second = aligned(8192, 1), aligned(4096, 2)
+    storage.write_archive("rank.zip", first.ctypes.data, 8192)
+    storage.write_archive("rank.zip", second.ctypes.data, 4096)
+    assert storage.read_bytes("rank.zip", 10000) == second.tobytes()
+
+
+def test_memory_that_is_not_aligned_is_refused(storage):
+    data = aligned(8192)
+    with pytest.raises(ValueError, match="multiples of 4096"):
+        storage.write_archive("rank.zip", data.ctypes.data + 64, 4096)
+    with pytest.raises(ValueError, match="multiples of 4096"):
+        storage.write_archive("rank.zip", data.ctypes.data, 100)
+
+
+class Refusing(Disk):
+    """A file system that takes no direct I/O, as some network file systems."""
+
+    def write_memory(self, fd, address, nbytes):
+        import fcntl
+
+        if fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_DIRECT:
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        super().write_memory(fd, address, nbytes)
+
+
+def test_where_direct_writes_are_refused_it_is_said_once_and_written_buffered(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr("ckptengine.storage.local._refusing", set())
+    storage, data = LocalStorage(tmp_path, Refusing()), aligned(1 << 20)
+    for number in range(2):
+        storage.write_archive(f"{number}.zip", data.ctypes.data, data.size)
+        assert storage.read_bytes(f"{number}.zip", 1 << 20) == data.tobytes()
+    assert (storage.direct_writes, storage.buffered_writes) == (0, 2)
+    assert caplog.text.count("refuses direct I/O") == 1
+
+
+class FailingSync(Disk):
+    def __init__(self):
+        self.syncs = 0
+
+    def sync(self, fd):
+        self.syncs += 1
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+
+def test_a_failed_fsync_fails_the_write_and_is_not_repeated(tmp_path):
+    disk = FailingSync()
+    storage, data = LocalStorage(tmp_path, disk), aligned(4096)
+    with pytest.raises(StorageError, match=r"cannot sync .*rank\.zip.*see the kernel's log") as caught:
+        storage.write_archive("rank.zip", data.ctypes.data, 4096)
+    assert caught.value.errno == errno.EIO
+    with pytest.raises(StorageError):
+        storage.write_bytes("small", b"1")
+    with pytest.raises(StorageError):
+        storage.put_if_absent("small", b"1")
+    assert disk.syncs == 3
+    assert os.listdir(tmp_path) == []
+
+
+class ShortWrites(Disk):
+    def write(self, fd, data):
+        while data:
+            data = data[os.write(fd, data[:3]) :]
+
+
+def test_short_writes_are_continued(tmp_path):
+    storage = LocalStorage(tmp_path, ShortWrites())
+    storage.write_bytes("small", b"0123456789")
+    assert storage.read_bytes("small", 10) == b"0123456789"
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    mounted = tmp_path / "disk"
+    mounted.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=1m", "none", str(mounted)]
+    if os.geteuid() != 0 or subprocess.run(command, capture_output=True).returncode != 0:
+        pytest.skip("mounting a small disk needs root")
+    yield LocalStorage(mounted)
+    subprocess.run(["umount", str(mounted)], check=True)
+
+
+def test_a_full_disk_says_what_is_needed_and_what_is_there(small_disk):
+    data = aligned(4 << 20)
+    with pytest.raises(
+        StorageError, match=r"rank\.zip: 4194304 bytes are needed and \d+ are available"
+    ) as caught:
+        small_disk.write_archive("rank.zip", data.ctypes.data, data.size)
+    assert caught.value.errno == errno.ENOSPC
+    with pytest.raises(StorageError, match="make room") as caught:
+        small_disk.write_bytes("small", bytes(4 << 20))
+    assert caught.value.errno == errno.ENOSPC
+    assert os.listdir(small_disk.root) == []
+    small_disk.write_archive("rank.zip", data.ctypes.data, 512 << 10)
+    assert small_disk.size("rank.zip") == 512 << 10
+
+
+LIMITED = """
+import mmap, resource, sys, numpy as np
+from ckptengine.errors import StorageError
+from ckptengine.storage.local import LocalStorage
+resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))
+data = np.frombuffer(mmap.mmap(-1, 4 << 20), np.uint8)
+try:
+    LocalStorage(sys.argv[1]).write_archive("rank.zip", data.ctypes.data, data.size)
+except StorageError as error:
+    print(error)
+"""
+
+
+def test_a_file_size_limit_is_an_error_that_names_it(tmp_path):
+    command = [sys.executable, "-c", LIMITED, str(tmp_path / "run")]
+    environment = {**os.environ, "PYTHONPATH": os.getcwd()}
+    output = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+    assert "rank.zip" in output
+    assert "ulimit -f" in output
+    assert os.listdir(tmp_path / "run") == []
+    assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] != 1 << 20
+
+
+def load(storage, name, data, target, expected=None):
+    """Load the whole of a file into target through `load_archive`."""
+    crcs = np.array([zlib.crc32(data[p : p + BLOCK]) for p in range(0, data.size, BLOCK)], np.uint32)
+    ranges = np.array([[0, data.size]], np.int64)
+    # One operation: all bytes, as one row of a box of one dimension.
+    ops = [0, data.size, 1, 1, target.ctypes.data, target.ctypes.data, target.size]
+    ops += [data.size, 0, data.size, 1]
+    index = np.array([0, len(ops)], np.int64)
+    return storage.load_archive(name, data.size, BLOCK, crcs, ranges, np.array(ops, np.int64), index)
+
+
+def test_an_archive_comes_back_verified(storage):
+    data = aligned(BLOCK * 5 + 4096)
+    storage.write_archive("rank.zip", data.ctypes.data, data.size)
+    target = np.zeros_like(data)
+    assert load(storage, "rank.zip", data, target) == -1
+    assert np.array_equal(target, data)
+    with open(storage.location("rank.zip"), "r+b") as file:
+        file.seek(BLOCK * 3 + 17)
+        file.write(bytes([data[BLOCK * 3 + 17] ^ 1]))
+    assert load(storage, "rank.zip", data, target) == 3
+
+
+def test_a_shorter_archive_is_damaged(storage):
+    data = aligned(BLOCK)
+    storage.write_archive("rank.zip", data.ctypes.data, data.size)
+    os.truncate(storage.location("rank.zip"), 4096)
+    with pytest.raises(CheckpointDamagedError, match=r"rank\.zip: 4096 bytes long, at least 65536"):
+        load(storage, "rank.zip", data, np.zeros_like(data))
+    with pytest.raises(CheckpointDamagedError, match="bytes 4000 to 5000 were expected"):
+        storage.read_range("rank.zip", 4000, 1000)
+    with pytest.raises(CheckpointDamagedError):
+        storage.read_range("rank.zip", 0, 1 << 60)
+    with pytest.raises(CheckpointDamagedError):
+        storage.read_range("rank.zip", -1, 1)
+
+
+def test_only_one_of_many_puts_wins(storage):
+    won, barrier = [], threading.Barrier(8)
+
+    def put(number):
+        barrier.wait()
+        if storage.put_if_absent("manifest.json", b"%d" % number):
+            won.append(number)
+
+    threads = [threading.Thread(target=put, args=(number,)) for number in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(won) == 1
+    assert storage.read_bytes("manifest.json", 10) == b"%d" % won[0]
+    assert all_files(storage) == ["manifest.json"]
+
+
+def test_where_links_are_refused_a_rename_publishes(storage, monkeypatch):
+    def refuse(*arguments):
+        raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
+
+    monkeypatch.setattr(os, "link", refuse)
+    assert storage.put_if_absent("manifest.json", b"first")
+    assert not storage.put_if_absent("manifest.json", b"second")
+    assert storage.read_bytes("manifest.json", 10) == b"first"
+    assert all_files(storage) == ["manifest.json"]
+
+
+@pytest.mark.parametrize(
+    "name", ["", "/etc/passwd", "../x", "a/../../x", "a//b", "./a", "a/", "a\0b", "a\\b", ".."]
+)
+def test_names_that_lead_out_of_the_storage_are_refused(storage, name):
+    for call in (
+        lambda: storage.read_bytes(name, 10),
+        lambda: storage.read_range(name, 0, 1),
+        lambda: storage.size(name),
+        lambda: storage.write_bytes(name, b""),
+        lambda: storage.put_if_absent(name, b""),
+        lambda: storage.write_archive(name, 4096, 0),
+        lambda: storage.delete(name),
+        lambda: storage.delete_tree(name),
+        lambda: storage.touch(name),
+    ):
+        with pytest.raises(StorageError) as caught:
+            call()
+        assert caught.value.errno == errno.EINVAL
+
+
+def test_a_pipe_in_place_of_a_file_does_not_hold_up_the_reader(storage):
+    storage.create()
+    os.mkfifo(storage.location("manifest.json"))
+    with pytest.raises(StorageError, match="not a regular file"):
+        storage.read_bytes("manifest.json", 10)
+    assert storage.size("manifest.json") is None
+
+
+def test_a_small_file_has_a_limit(storage):
+    storage.write_bytes("small", b"12345")
+    assert storage.read_bytes("small", 5) == b"12345"
+    with pytest.raises(StorageError) as caught:
+        storage.read_bytes("small", 4)
+    assert caught.value.errno == errno.EFBIG
+
+
+def test_what_is_missing_is_told_as_missing(storage):
+    assert storage.list() == storage.list("step") == storage.temporaries() == []
+    assert storage.size("x") is None
+    assert storage.modified("x") is None
+    assert not storage.exists("x")
+    storage.delete("x")
+    storage.delete_tree("x")
+    assert storage.remove_directory("x")
+    with pytest.raises(StorageError, match=r"cannot open .*x: No such file") as caught:
+        storage.read_bytes("x", 10)
+    assert caught.value.errno == errno.ENOENT
+
+
+def test_directories_are_listed_and_removed(storage):
+    storage.write_bytes("step/data/file", b"1")
+    storage.make_directory("step/empty")
+    assert storage.list() == ["step"]
+    assert storage.list("step") == ["data", "empty"]
+    assert not storage.remove_directory("step")
+    assert storage.remove_directory("step/empty")
+    storage.delete_tree("step/data")
+    assert storage.list("step") == []
+
+
+def test_a_directory_that_was_removed_meanwhile_is_made_again(storage):
+    for _ in range(2):
+        storage.write_bytes("step/data/file", b"1")
+        storage.make_directory("step/data")
+        # By another process, so that this storage doesn't know.
+        LocalStorage(storage.root).delete_tree("step")
+        storage.make_directory("step/data")
+        LocalStorage(storage.root).delete_tree("step")
+
+
+def test_temporaries_are_listed_apart(storage):
+    storage.write_bytes("file", b"1")
+    with open(storage.location(".tmp-file.0123"), "w"):
+        pass
+    assert storage.list() == ["file"]
+    assert storage.temporaries() == [".tmp-file.0123"]
+
+
+def test_ages_are_told_by_the_file_systems_clock(storage):
+    storage.write_bytes("lease", b"1")
+    os.utime(storage.location("lease"), (1000, 1000))
+    assert storage.modified("lease") == 1000
+    storage.touch("lease")
+    assert 0 <= storage.now() - storage.modified("lease") < 60
+    assert abs(storage.now() - time.time()) < 60
+
+
+def test_a_root_that_is_a_file_or_closed_is_refused(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StorageError, match="a part of the path is a file"):
+        LocalStorage(tmp_path / "file").create()
+    with pytest.raises(StorageError, match="a part of the path is a file"):
+        LocalStorage(tmp_path / "file" / "run").create()
+    with pytest.raises(StorageError, match="cannot make the directory"):
+        LocalStorage("/proc/run").create()
