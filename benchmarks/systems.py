@@ -111,7 +111,10 @@ class DcpAsync:
         self.stager = None
         if self.cached:
             options = StagingOptions(
-                use_pinned_memory=False, use_shared_memory=True, use_async_staging=False, use_non_blocking_copy=False
+                use_pinned_memory=False,
+                use_shared_memory=True,
+                use_async_staging=False,
+                use_non_blocking_copy=False,
             )
             self.stager = DefaultStager(options)
 

@@ -45,10 +45,10 @@ def save(
     ranks, `SaveFailedError` where any rank failed, `DeadlineError` naming the ranks that did not come. Whatever
     was there before then still is.
     """
-    handle = async_save(
-        path, state, metadata=metadata, check_replicas=check_replicas, timeout=timeout, comm=comm
-    )
+    comm = comm or current()
+    handle = async_save(path, state, metadata=metadata, check_replicas=check_replicas, timeout=timeout, comm=comm)
     stats = handle.durable.result()
+    _savers[comm].settle(timeout)
     if stats is None:
         raise SaveFailedError(f"{handle.path}: the save ended without figures")
     return stats

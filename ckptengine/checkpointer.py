@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import logging
+import operator
 import os
 import re
 import struct
@@ -12,14 +14,15 @@ from types import TracebackType
 from typing import Any, Literal
 
 from ckptengine.catalog.generation import claim_generation
-from ckptengine.catalog.listing import step_directory
+from ckptengine.catalog.listing import committed, manifest_name, step_directory
+from ckptengine.catalog.manifest import checked_metadata
 from ckptengine.catalog.retention import remove_leftovers, retain
 from ckptengine.comm.agree import agree
 from ckptengine.comm.base import Communicator
 from ckptengine.comm.select import current
-from ckptengine.errors import CheckpointError, SaveFailedError, StateError
-from ckptengine.save.handle import SaveHandle, SaveStats
+from ckptengine.errors import CheckpointError, SaveFailedError, StateError, StorageError
 from ckptengine.load.loader import LoadOptions, restore_newest
+from ckptengine.save.handle import SaveHandle, SaveStats
 from ckptengine.save.saver import DEFAULT_TIMEOUT, Saver, Target
 from ckptengine.storage.open import open_storage
 
@@ -58,6 +61,10 @@ class Checkpointer:
     ) -> None:
         if keep_last is not None and keep_last < 1:
             raise ValueError(f"keep_last={keep_last}: keep at least one checkpoint, or None for all")
+        if keep_every is not None and keep_every < 1:
+            raise ValueError(f"keep_every={keep_every}: give a number of steps from 1 on, or None")
+        if max_failures < 1:
+            raise ValueError(f"max_failures={max_failures}: how many failed saves in a row raise, from 1 on")
         if on_error not in ("warn", "raise") or when_busy not in ("wait", "skip"):
             raise ValueError(f"on_error={on_error!r}, when_busy={when_busy!r}: see the signature for the choices")
         self.run = os.fspath(run)
@@ -68,7 +75,7 @@ class Checkpointer:
         self._on_error, self._max_failures = on_error, max_failures
         self._when_busy = when_busy
         self._check_replicas = check_replicas
-        self._metadata = dict(metadata or {})
+        self._metadata = checked_metadata(metadata)
         self._timeout = timeout
         self._comm = comm or current()
         self._storage = open_storage(self.run)
@@ -87,11 +94,21 @@ class Checkpointer:
         error: Exception | None = None
         if self._comm.rank == 0:
             try:
+                self._refuse_checkpoint()
                 self._storage.create()
                 self._sweep(remove_leftovers(self._storage))
             except Exception as problem:
                 error = problem
         agree(self._comm, error, self._timeout, f"opening {self.run}")
+
+    def _refuse_checkpoint(self) -> None:
+        found = [entry for entry in committed(self._storage) if entry.step is None]
+        if found:
+            raise StorageError(
+                errno.EEXIST,
+                f"{self.run} is a single checkpoint ({manifest_name(found[-1].generation)} lies in it), not a run "
+                "of many: load it with ckptengine.load and give the run a directory of its own",
+            )
 
     def restore(
         self,
@@ -113,6 +130,8 @@ class Checkpointer:
         all are damaged, `LoadMismatchError` where the state doesn't fit.
         """
         self.wait(self._timeout)
+        if isinstance(only, str):
+            only = [only]
         options = LoadOptions(None if only is None else tuple(only), rename, strict, cast)
         loaded = restore_newest(self._storage, state, self._comm, self._timeout, options, step)
         # What follows is a new life of the run, also where this process has saved before.
@@ -150,6 +169,7 @@ class Checkpointer:
         Raises what makes the snapshot impossible (`StateError`, `StorageError`, `DeadlineError`), with
         `on_error="raise"` also what made an earlier save fail.
         """
+        step = operator.index(step)
         if step < 0:
             raise ValueError(f"step {step}: steps count from 0 on")
         self._saver.wait(self._timeout)
@@ -157,21 +177,21 @@ class Checkpointer:
         if self._last is not None and self._last[0] == step:
             return self._last[1]
         self._last_time = time.monotonic()
-        handle = self._saver.start(
-            Target(
-                storage=self._storage,
-                directory=step_directory(step),
-                step=step,
-                parent=self._parent,
-                generation=self._generation,
-                claim=self._claim,
-                metadata=self._metadata,
-                committed=self._retain,
-            ),
-            state,
-            check_replicas=self._check_replicas,
+        target = Target(
+            storage=self._storage,
+            directory=step_directory(step),
+            step=step,
+            parent=self._parent,
+            generation=self._generation,
+            claim=self._claim,
+            metadata=self._metadata,
+            committed=self._retain,
         )
-        self._generation = self._saver.generation
+        try:
+            handle = self._saver.start(target, state, check_replicas=self._check_replicas)
+        finally:
+            # Also where this rank's snapshot failed: whether the next save claims one is the same on all ranks.
+            self._generation = self._saver.generation
         self._last = (step, handle)
         self._pending.append(handle)
         return handle

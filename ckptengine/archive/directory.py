@@ -47,7 +47,10 @@ def read_entry(archive: Archive, name: str, entry: DirectoryEntry, start: int, s
     Raises `CheckpointDamagedError` naming the file where they are not what was written.
     """
     if entry.header_position >= archive.fixed_nbytes:
-        return archive.tail[name][start:stop]
+        data = archive.tail.get(name, b"")
+        if len(data) != entry.nbytes:
+            raise CheckpointDamagedError(f"{archive.location}: the tail has no entry {name!r} as its directory tells")
+        return data[start:stop]
     space = zipfmt.max_header_nbytes(name)
     head = archive.read(entry.header_position, min(space, archive.fixed_nbytes - entry.header_position))
     header = zipfmt.parse_local_header(head, 0, archive.location, partial=True)

@@ -22,7 +22,7 @@ from ckptengine.layout.assign import Assigned
 from ckptengine.layout.box import Box
 from ckptengine.layout.grid import cell_index
 from ckptengine.state.dtypes import DTYPES
-from ckptengine.state.leaf import Path, Placement
+from ckptengine.state.leaf import Placement
 
 __all__ = [
     "ALIGNMENT",
@@ -196,13 +196,9 @@ def _chunks_of(number: int, leaf: Assigned, node: str, metadata: dict[str, bytes
     ]
     if leaf.chunk_shape is not None:
         chunk = leaf.chunk_shape
-        metadata[f"{node}/zarr.json"] = array_metadata(
-            leaf.shape, chunk, dtype.zarr, dtype.fill, {"ckptengine": about}
-        )
+        metadata[f"{node}/zarr.json"] = array_metadata(leaf.shape, chunk, dtype.zarr, dtype.fill, {"ckptengine": about})
         nbytes = math.prod(chunk) * dtype.itemsize
-        return [
-            _Pending(chunk_key(node, cell_index(box.offset, chunk)), number, box, chunk, nbytes) for box in boxes
-        ]
+        return [_Pending(chunk_key(node, cell_index(box.offset, chunk)), number, box, chunk, nbytes) for box in boxes]
     metadata[f"{node}/zarr.json"] = group_metadata({"ckptengine": about | {"shape": list(leaf.shape)}})
     result = []
     for box, fragment in zip(boxes, leaf.fragments, strict=True):

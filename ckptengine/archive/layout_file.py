@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 from ckptengine import _native
 from ckptengine.archive.image import BLOCK_NBYTES, array_metadata, group_metadata, plan_entries
 from ckptengine.archive.reader import open_archive
+from ckptengine.archive.record import ArchiveRecord
 from ckptengine.archive.tail import build_tail
 from ckptengine.archive.zip import walk_entries
-from ckptengine.archive.record import ArchiveRecord
 from ckptengine.errors import CheckpointDamagedError
 from ckptengine.layout.rows import RowTable, columns, from_columns, leaves_to_json
 from ckptengine.storage.base import Storage
@@ -46,15 +46,11 @@ def encode_layout(table: RowTable) -> tuple[bytes, ArchiveRecord]:
         fixed[position : position + len(data)] = np.frombuffer(data, np.uint8)
     blocks = [_native.crc32(fixed[start : start + BLOCK_NBYTES]) for start in range(0, fixed.size, BLOCK_NBYTES)]
     tail = build_tail(image, [], np.zeros(0, np.uint32), np.array(blocks, np.uint32))
-    record = ArchiveRecord(
-        LAYOUT_NAME, fixed.size + len(tail), fixed.size, hashlib.sha256(tail).hexdigest()
-    )
+    record = ArchiveRecord(LAYOUT_NAME, fixed.size + len(tail), fixed.size, hashlib.sha256(tail).hexdigest())
     return fixed.tobytes() + tail, record
 
 
-def read_layout(
-    storage: Storage, name: str, record: ArchiveRecord, fixed_nbytes: Sequence[int]
-) -> RowTable:
+def read_layout(storage: Storage, name: str, record: ArchiveRecord, fixed_nbytes: Sequence[int]) -> RowTable:
     """Return the rows of a checkpoint, every byte verified.
 
     `fixed_nbytes` are the sizes of the archives' fixed regions, in which all rows must lie.

@@ -10,9 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ckptengine.archive.image import BLOCK_NBYTES
+from ckptengine.archive.record import ArchiveRecord
 from ckptengine.archive.tail import checksums_of, document_of
 from ckptengine.archive.zip import walk_entries
-from ckptengine.archive.record import ArchiveRecord
 from ckptengine.errors import CheckpointDamagedError
 from ckptengine.storage.base import Storage
 
@@ -76,7 +76,9 @@ class Archive:
         address = out.ctypes.data
         op = [position, nbytes, 1, 1, address, address, nbytes, nbytes, 0, nbytes, 1]
         self.load(
-            np.array([[start, end - start]], np.int64), np.array(op, np.int64), np.array([0, len(op)], np.int64)
+            np.array([[start, end - start]], np.int64),
+            np.array(op, np.int64),
+            np.array([0, len(op)], np.int64),
         )
         return out.tobytes()
 

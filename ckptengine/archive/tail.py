@@ -46,9 +46,7 @@ def build_tail(
     for name, data in entries:
         _append(tail, records, image.fixed_nbytes, name, data)
     padding = f"{node}/padding-tail"
-    records_after = len(records) + len(
-        zipfmt.directory_record(padding.encode(), 0, 0, image.fixed_nbytes + len(tail))
-    )
+    records_after = len(records) + len(zipfmt.directory_record(padding.encode(), 0, 0, image.fixed_nbytes + len(tail)))
     overhead = zipfmt.header_nbytes(padding.encode()) + zipfmt.DESCRIPTOR_NBYTES
     rest = len(image.directory.records) + records_after + zipfmt.end_records_nbytes
     _append(tail, records, image.fixed_nbytes, padding, bytes(-(len(tail) + overhead + rest) % ALIGNMENT))

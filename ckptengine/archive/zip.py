@@ -64,9 +64,7 @@ def local_header(name: bytes, nbytes: int, padding: int = 0) -> bytes:
     extra = _ZIP64_LOCAL.pack(1, 16, nbytes, nbytes)
     if padding:
         extra += _PADDING.pack(_PADDING_ID, padding - 4, 4096) + bytes(padding - _PADDING.size)
-    fixed = _LOCAL.pack(
-        0x04034B50, _VERSION, _FLAGS, 0, 0, _DATE, 0, _MAX32, _MAX32, len(name), len(extra)
-    )
+    fixed = _LOCAL.pack(0x04034B50, _VERSION, _FLAGS, 0, 0, _DATE, 0, _MAX32, _MAX32, len(name), len(extra))
     return fixed + name + extra
 
 
@@ -184,7 +182,8 @@ def parse_directory(data: bytes, count: int) -> Iterator[tuple[str, int, int]]:
         position += _DIRECTORY.size
         name = data[position : position + name_nbytes].decode()
         position += name_nbytes
-        wide = iter(struct.unpack_from(f"<{max(0, extra_nbytes - 4) // 8}Q", data, position + 4))
+        extra = data[position + 4 : position + extra_nbytes]
+        wide = iter(struct.unpack(f"<{len(extra) // 8}Q", extra))
         if size == _MAX32:
             size = next(wide, 0)
             next(wide, 0)

@@ -87,9 +87,12 @@ def claim_name(generation: int) -> str:
 
 
 def attempt_of(name: str) -> str | None:
-    """Return the attempt whose directory bears a name, None where it is none."""
+    """Return the attempt whose directory bears a name, None where it is none.
+
+    Ids are of two parts at least: `data-train` beside a checkpoint is somebody's own directory.
+    """
     attempt = name.removeprefix("data-")
-    return attempt if attempt != name and ATTEMPT.fullmatch(attempt) else None
+    return attempt if attempt != name and "-" in attempt and ATTEMPT.fullmatch(attempt) else None
 
 
 def step_directories(storage: Storage) -> list[tuple[int, str]]:

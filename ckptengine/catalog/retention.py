@@ -88,7 +88,9 @@ def remove_leftovers(storage: Storage) -> list[str]:
 def _sweep(storage: Storage, directory: str, now: float) -> None:
     for name in storage.list(directory):
         attempt, path = attempt_of(name), join(directory, name)
-        if attempt is None or not all(map(_OURS.fullmatch, storage.list(path))) or is_leased(storage, path):
+        if attempt is None or storage.size(path) is not None:
+            continue
+        if not all(map(_OURS.fullmatch, storage.list(path))) or is_leased(storage, path):
             continue
         # Looked up last: a writer that was thought dead may have committed meanwhile.
         if attempt not in _attempts_in_use(storage, directory):

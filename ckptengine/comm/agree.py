@@ -30,9 +30,7 @@ def agree(comm: Communicator, error: Exception | None, timeout: float, doing: st
     raise _class(kinds.pop() if len(kinds) == 1 else "")(f"{doing} failed on rank(s) {ranks}: {text}")
 
 
-def share(
-    comm: Communicator, value: bytes | None, error: Exception | None, timeout: float, doing: str
-) -> bytes:
+def share(comm: Communicator, value: bytes | None, error: Exception | None, timeout: float, doing: str) -> bytes:
     """Return rank 0's value on all ranks, or raise rank 0's error on all; the other ranks pass None."""
     if comm.world_size > 1:
         reply = comm.broadcast(_reply(value, error) if comm.rank == 0 else None, timeout)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
 from typing import Any
 
 from ckptengine.archive.layout_file import read_layout
@@ -12,9 +11,6 @@ from ckptengine.archive.reader import Archive, open_archive
 from ckptengine.catalog.manifest import Manifest
 from ckptengine.errors import CheckpointDamagedError
 from ckptengine.layout.rows import RowTable
-from ckptengine.state.bind import Saved, SavedLeaf
-from ckptengine.state.leaf import Key, Path
-from ckptengine.state.values import decode
 from ckptengine.storage.base import Storage
 
 __all__ = ["Checkpoint"]
@@ -66,7 +62,7 @@ class Checkpoint:
         return self.archive(rank).attributes(rank_node(rank))
 
     def check_files(self) -> None:
-        """Check that every file is there with its size; raises `CheckpointDamagedError` naming the first that is not."""
+        """Check that every file is there with its size; raises `CheckpointDamagedError` naming the first that isn't."""
         for record in (self.manifest.layout, *self.manifest.archives):
             name = self.file(record.name)
             size = self.storage.size(name)

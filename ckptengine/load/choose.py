@@ -115,9 +115,7 @@ class Chooser:
 
 
 def _pack(checkpoint: Checkpoint) -> bytes:
-    return json.dumps(
-        {"directory": checkpoint.directory, "manifest": checkpoint.manifest.encode().decode()}
-    ).encode()
+    return json.dumps({"directory": checkpoint.directory, "manifest": checkpoint.manifest.encode().decode()}).encode()
 
 
 def _not_found(storage: Storage, step: int | None = None) -> CheckpointNotFoundError:

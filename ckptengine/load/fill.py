@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -25,8 +26,9 @@ def host_memory(array: NDArray[Any]) -> HostMemory:
 def fill(checkpoint: Checkpoint, reads: Sequence[tuple[int, ArrayLeaf]]) -> int:
     """Fill this rank's parts of leaves from a checkpoint, and return the bytes read.
 
-    `reads` are pairs of a leaf's number in the checkpoint's rows and the leaf of the state that it fills. Every byte is verified before it is used. Raises `CheckpointDamagedError` naming the file and the place, or the
-    leaf that the layout does not cover; some parts may then have been filled.
+    `reads` are pairs of a leaf's number in the checkpoint's rows and the leaf of the state that it fills. Every byte
+    is verified before it is used. Raises `CheckpointDamagedError` naming the file and the place, or the leaf that
+    the layout does not cover; some parts may then have been filled.
     """
     wanted: list[WantedPart] = []
     memories: list[HostMemory] = []
@@ -37,7 +39,7 @@ def fill(checkpoint: Checkpoint, reads: Sequence[tuple[int, ArrayLeaf]]) -> int:
             memory = part.memory
             if isinstance(memory, DeviceMemory):
                 staging = np.empty(part.box.shape, dtype)
-                finish.append(lambda memory=memory, staging=staging: memory.copy_from_host(staging))
+                finish.append(functools.partial(memory.copy_from_host, staging))
                 memory = host_memory(staging)
             wanted.append(WantedPart(leaf, part.box))
             memories.append(memory)
@@ -61,7 +63,15 @@ def _table(copies: Sequence[Copy], memories: Sequence[HostMemory]) -> tuple[NDAr
     for copy in copies:
         memory = memories[copy.part]
         address = memory.address + sum(o * s for o, s in zip(copy.target_offset, memory.strides, strict=True))
-        table += (copy.position, copy.nbytes, copy.itemsize, len(copy.dense_shape), address, memory.low, memory.nbytes)
+        table += (
+            copy.position,
+            copy.nbytes,
+            copy.itemsize,
+            len(copy.dense_shape),
+            address,
+            memory.low,
+            memory.nbytes,
+        )
         table += (*copy.dense_shape, *copy.box_offset, *copy.box_shape, *memory.strides)
         index.append(len(table))
     return np.array(table, np.int64), np.array(index, np.int64)

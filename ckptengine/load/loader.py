@@ -11,12 +11,12 @@ import numpy as np
 
 from ckptengine.comm.agree import agree
 from ckptengine.comm.base import Communicator
-from ckptengine.errors import CheckpointDamagedError, CheckpointError, LoadMismatchError
+from ckptengine.errors import CheckpointDamagedError, LoadMismatchError
+from ckptengine.layout.box import Box
 from ckptengine.load.checkpoint import Checkpoint
 from ckptengine.load.choose import Chooser, newest_checkpoint
 from ckptengine.load.describe import describe
 from ckptengine.load.fill import fill, host_memory
-from ckptengine.layout.box import Box
 from ckptengine.state.bind import Binding, LoadReport, bind
 from ckptengine.state.dtypes import DTYPES
 from ckptengine.state.leaf import ArrayLeaf, Part, Path
@@ -41,7 +41,7 @@ class LoadOptions:
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """What was loaded: the checkpoint's step (None: a single checkpoint), generation and place; bytes this rank read."""
+    """What was loaded: the checkpoint's step (None: a single one), generation and place; the bytes this rank read."""
 
     step: int | None
     generation: int

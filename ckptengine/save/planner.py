@@ -53,7 +53,14 @@ class Plan:
 def structure_of(flat: FlatState) -> Structure:
     """Return what of a state the plan depends on: everything but addresses and bytes."""
     return tuple(
-        (leaf.path, leaf.dtype, leaf.shape, leaf.placement, leaf.container, tuple(part.box for part in leaf.parts))
+        (
+            leaf.path,
+            leaf.dtype,
+            leaf.shape,
+            leaf.placement,
+            leaf.container,
+            tuple(part.box for part in leaf.parts),
+        )
         for leaf in flat.arrays
     )
 
@@ -93,7 +100,8 @@ class Planner:
         return None if error is not None else self._plan
 
     def _exchange(self, flat: FlatState | None, values: StoredValues | None, error: Exception | None) -> None:
-        mine, payload = (), b""
+        mine: tuple[Holding, ...] = ()
+        payload = b""
         if flat is not None and values is not None:
             mine = tuple(holdings_of(flat.arrays))
             token = secrets.token_hex(6) if self._comm.rank == 0 else ""
@@ -159,4 +167,9 @@ def _split(message: bytes) -> tuple[str, tuple[Path, ...], bytes, bytes]:
     head_nbytes, digests_nbytes = _HEAD.unpack_from(message)
     start = _HEAD.size + head_nbytes
     token, paths = json.loads(message[_HEAD.size : start])
-    return token, tuple(tuple(path) for path in paths), message[start : start + digests_nbytes], message[start + digests_nbytes :]
+    return (
+        token,
+        tuple(tuple(path) for path in paths),
+        message[start : start + digests_nbytes],
+        message[start + digests_nbytes :],
+    )

@@ -20,20 +20,21 @@ from ckptengine.archive.record import ArchiveRecord
 from ckptengine.archive.tail import build_tail
 from ckptengine.catalog.commit import attempt_directory, publish
 from ckptengine.catalog.lease import Lease
+from ckptengine.catalog.listing import manifest_name
 from ckptengine.catalog.manifest import Manifest
 from ckptengine.catalog.receipt import Channel, Outcome, Receipt, StorageStore, collect
 from ckptengine.comm.agree import agree
 from ckptengine.comm.base import Communicator
-from ckptengine.errors import DeadlineError, SaveFailedError
+from ckptengine.errors import CheckpointError, DeadlineError, SaveFailedError
 from ckptengine.save.coordinator import Coordinator
 from ckptengine.save.handle import SaveHandle, SaveStats
 from ckptengine.save.planner import Plan, Planner, replica_crcs
+from ckptengine.save.values import StoredValues, stored_values
 from ckptengine.snapshot.arena import Arena
 from ckptengine.snapshot.pack import Checksums, snapshot
 from ckptengine.state.leaf import Path
 from ckptengine.state.tree import FlatState, flatten
 from ckptengine.storage.base import Storage, join
-from ckptengine.save.values import StoredValues, stored_values
 
 __all__ = ["DEFAULT_TIMEOUT", "Saver", "Target"]
 
@@ -104,7 +105,7 @@ class Saver:
         self._reported: Plan | None = None  # whose rows rank 0 has
         self._job: _Job | None = None
         self.generation: int | None = None
-        """The generation of the last save that was started."""
+        """The generation of the last save that was started; None where it could not be claimed."""
         _living.add(self)
 
     @property
@@ -117,16 +118,24 @@ class Saver:
         if self._job is not None and not self._job.handle.durable.wait(timeout):
             raise DeadlineError(f"{self._job.handle.path} is still being saved after {timeout:g} s")
 
+    def settle(self, timeout: float) -> None:
+        """Wait for the save in flight and for the cleaning up after it."""
+        self.wait(timeout)
+        if self._job is not None and self._job.thread is not None:
+            self._job.thread.join(timeout)
+
     def close(self) -> None:
         """Wait for the save in flight and give the memory back."""
-        self.wait(self._timeout)
-        if self._job is not None and self._job.thread is not None:
-            self._job.thread.join(self._timeout)
+        self.settle(self._timeout)
         self._arena.close()
         _living.discard(self)
 
     def start(
-        self, target: Target, state: Mapping[str, Any], check_replicas: bool = False, timeout: float | None = None
+        self,
+        target: Target,
+        state: Mapping[str, Any],
+        check_replicas: bool = False,
+        timeout: float | None = None,
     ) -> SaveHandle:
         """Take the snapshot of a state and start its way to the storage; all ranks call it together.
 
@@ -181,8 +190,8 @@ class Saver:
 
         That exchange also tells whether any rank's structure changed: then all plan together.
         """
+        self.generation = target.generation
         if target.generation is not None:
-            self.generation = target.generation
             return target.generation
         assert target.claim is not None
         word: dict[str, Any] = {"changed": changed}
@@ -215,12 +224,12 @@ class Saver:
             job.error = job.error or problem
             self._planner.together_next()
         job.handle.staged.reach(error=job.error)
+        job.handle.durable.reach(stats, job.error)
         if job.error is None and self._comm.rank == 0 and job.target.committed is not None:
             try:
                 job.target.committed(job.generation)
             except Exception as problem:
                 _log.warning("%s: cleaning up after the commit failed: %s", job.handle.path, problem)
-        job.handle.durable.reach(stats, job.error)
 
     def _commit(self, job: _Job) -> SaveStats:
         """Bring a snapshot to the storage and through the commit; returns when the outcome is known."""
@@ -310,7 +319,23 @@ class Saver:
         except Exception as problem:
             outcome = Outcome(error=f"{problem}" or type(problem).__name__, plan_together=True)
         channel.announce(outcome)
+        if outcome.error:
+            self._discard(job, data)
         return receipt, written, outcome
+
+    def _discard(self, job: _Job, data: str) -> None:
+        """Give back the room that a failed attempt takes: the next one may need it."""
+        target, storage = job.target, job.target.storage
+        if self._comm.store() is None:
+            return  # the other ranks find the outcome in there; it is swept as a leftover
+        try:
+            # A publication whose own sync failed may have come all the same.
+            if not storage.exists(join(target.directory, manifest_name(job.generation))):
+                storage.delete_tree(data)
+                if target.directory:
+                    storage.remove_directory(target.directory)
+        except CheckpointError as problem:
+            _log.warning("%s: what the failed save left is swept later: %s", target.location, problem)
 
 
 # Saves in flight when the interpreter ends are waited for: a checkpoint that was asked for is not dropped silently.
@@ -320,7 +345,7 @@ _living: weakref.WeakSet[Saver] = weakref.WeakSet()
 def _wait_for_all() -> None:
     for saver in list(_living):
         try:
-            saver.wait(DEFAULT_TIMEOUT)
+            saver.settle(DEFAULT_TIMEOUT)
         except DeadlineError as error:
             _log.error("%s", error)
 

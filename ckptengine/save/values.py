@@ -45,7 +45,9 @@ def stored_values(flat: FlatState) -> StoredValues:
 
     Raises `StateError` naming path and type of a value that typed JSON can't hold.
     """
-    shared = [(path, encode(value, path)) for path, value in sorted(flat.values.items(), key=lambda item: path_order(item[0]))]
+    shared = [
+        (path, encode(value, path)) for path, value in sorted(flat.values.items(), key=lambda item: path_order(item[0]))
+    ]
     own = [(path, encode(value, path)) for path, value in flat.rank_values.items()]
     return StoredValues(
         shared={
@@ -72,8 +74,8 @@ def compare_values(said: Sequence[tuple[Sequence[Path], bytes]]) -> None:
     problems: dict[str, list[int]] = {}
     for rank, (own_paths, own) in enumerate(said):
         odd = keys ^ {tuple(map(_typed, path)) for path in own_paths}
-        for path in odd:
-            name = dotted(tuple(key for _, key in path))
+        for typed in odd:
+            name = dotted(tuple(key for _, key in typed))
             problems.setdefault(f"{name}: not on all of rank 0 and", []).append(rank)
         if odd or own == digests:
             continue

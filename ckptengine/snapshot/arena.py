@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import mmap
 import os
 
@@ -37,6 +38,8 @@ class Arena:
         """
         if nbytes <= self.nbytes:
             return
+        if self._fd < 0:
+            raise StorageError(errno.EBADF, "the snapshot's memory was given back: this saver is closed")
         size = -(-nbytes // _GRANULE) * _GRANULE
         try:
             os.posix_fallocate(self._fd, 0, size)
@@ -68,10 +71,13 @@ class Arena:
         self.contents = contents
 
     def close(self) -> None:
-        """Give the memory back."""
+        """Give the memory back; the arena can't be used afterwards. Closing twice is no error."""
         self._release()
         self.nbytes = self.address = 0
-        os.close(self._fd)
+        # Forgotten before anything else may get the same number.
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            os.close(fd)
 
     def _release(self) -> None:
         if self._map is not None:

@@ -108,9 +108,7 @@ def _op(chunk: Chunk, leaf: ArrayLeaf, part: Part, box: Box, piece: int, arena: 
     return [*head, 0, 0, 0, *chunk.dense_shape, *box.shape, *zeros]
 
 
-def _copy_from_device(
-    chunk: Chunk, leaf: ArrayLeaf, memory: DeviceMemory, part: Part, box: Box, arena: Arena
-) -> None:
+def _copy_from_device(chunk: Chunk, leaf: ArrayLeaf, memory: DeviceMemory, part: Part, box: Box, arena: Arena) -> None:
     """Copy a chunk that the CPU can't address into its place; the C code then only checksums it."""
     dtype = DTYPES[leaf.dtype].numpy
     dense: NDArray[Any] = np.frombuffer(arena.view(chunk.position, chunk.nbytes), dtype).reshape(chunk.dense_shape)

@@ -20,8 +20,8 @@ __all__ = ["NumpyAdapter", "may_overlap"]
 def may_overlap(shape: Sequence[int], strides: Sequence[int], itemsize: int) -> bool:
     """Whether two elements of a strided array may share a byte.
 
-    Takes lengths in elements and strides in bytes. Slices, transposes and reversals of an array are never said
-    to overlap; some layouts that only `as_strided` can make are, though they don't.
+    Takes lengths in elements and strides in bytes. Slices, transposes and reversals of an array are never
+    said to overlap; some layouts that only `as_strided` makes are, though they don't.
     """
     if 0 in shape:
         return False

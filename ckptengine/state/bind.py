@@ -18,7 +18,7 @@ from ckptengine.state.binding import Action, Binding, Read
 from ckptengine.state.dtypes import DTYPES
 from ckptengine.state.kinds import Inspector, Kind, children, optimizer_names
 from ckptengine.state.leaf import ArrayLeaf, Part, Path, dotted
-from ckptengine.state.nested import item_of, per_rank_items, put_at, replace_contents
+from ckptengine.state.nested import item_of, per_rank_items, put_at, replace_contents, sorted_like
 from ckptengine.state.per_rank import PerRank
 from ckptengine.state.report import LoadReport
 from ckptengine.state.saved import Node, Saved, SavedArray, SavedLeaf, SavedValue, own_tree, shared_tree
@@ -269,8 +269,8 @@ class _Binder:
             node.used = True
             return self._rebuild_array(node.entry, path, like)
         result: dict[Any, Any] = {}
-        for key, child in node.children.items():
-            result[key] = self._rebuild(child, (*path, key), item_of(like, key))
+        for key in sorted_like(node.children, like):
+            result[key] = self._rebuild(node.children[key], (*path, key), item_of(like, key))
         if node.container is not None and set(result) == set(range(len(result))):
             items = [result[index] for index in range(len(result))]
             return tuple(items) if node.container == "tuple" else items

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from ckptengine.state.leaf import Path
+from ckptengine.state.leaf import Key, Path
 from ckptengine.state.per_rank import PerRank
 
-__all__ = ["item_of", "per_rank_items", "put_at", "replace_contents"]
+__all__ = ["item_of", "per_rank_items", "put_at", "replace_contents", "sorted_like"]
 
 
 def item_of(like: Any, key: Any) -> Any:
@@ -43,3 +43,9 @@ def put_at(root: Any, path: Path, item: PerRank) -> None:
     for key in path[:-1]:
         root = root.setdefault(key, {})
     root[path[-1]] = item.value
+
+
+def sorted_like(keys: Iterable[Key], like: Any) -> list[Key]:
+    """Return keys in the order that a dict has them, those that it hasn't at the end."""
+    order = {key: number for number, key in enumerate(like)} if isinstance(like, Mapping) else {}
+    return sorted(keys, key=lambda key: order.get(key, len(order)))

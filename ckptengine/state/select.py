@@ -70,8 +70,10 @@ def renamer(rename: Mapping[str, str] | None, state: Mapping[str, Any]) -> Calla
             if rest is not None:
                 partial, keys = rest
                 text = ".".join(part for part in (new, partial) if part)
-                found = _resolve(text, state, (), inspector)
-                return (*(found if found is not None else tuple(text.split("."))), *keys)
+                found, in_module = _resolve(text, state, (), inspector) or (tuple(text.split(".")), False)
+                if in_module and keys and not partial:  # the rest of a name that is one key
+                    found, keys = (*found[:-1], f"{found[-1]}.{keys[0]}"), keys[1:]
+                return (*found, *keys)
         return path
 
     return renamed
@@ -93,25 +95,28 @@ def _after(path: Path, prefix: str) -> tuple[str, Path] | None:
     return None
 
 
-def _resolve(text: str, value: Any, path: Path, inspector: Inspector) -> Path | None:
-    """Return the keys under which a state has a dotted name; None where it has no such thing."""
+def _resolve(text: str, value: Any, path: Path, inspector: Inspector) -> tuple[Path, bool] | None:
+    """Return the keys under which a state has a dotted name, and whether the last is the start of a module's key.
+
+    None where the state has no such thing.
+    """
     if not text:
-        return ()
+        return (), False
     kind, _ = (Kind.DICT, None) if path == () else inspector.kind(value, path)
     if kind is Kind.PER_RANK:
         return _resolve(text, value.value, (*path, ""), inspector)
     if kind is Kind.MODULE:
-        return (text,)
+        return (text,), True
     if kind is Kind.OPTIMIZER:
         head, _, tail = text.partition(".")
-        return (head, tail) if tail else (head,)
+        return ((head, tail) if tail else (head,)), False
     if kind not in (Kind.DICT, Kind.SEQUENCE):
         return None
     for key, item in sorted(children(value, path), key=lambda child: len(str(child[0])), reverse=True):
         if text == str(key):
-            return (key,)
+            return (key,), False
         if text.startswith(f"{key}."):
             rest = _resolve(text[len(str(key)) + 1 :], item, (*path, key), inspector)
             if rest is not None:
-                return (key, *rest)
+                return (key, *rest[0]), rest[1]
     return None

@@ -101,7 +101,7 @@ class Storage(ABC):
 
     @abstractmethod
     def list(self, directory: str = "") -> _Names:
-        """Return the sorted names of the files and directories right below one; [] where it is missing.
+        """Return the sorted names of the files and directories right below one; [] where there is none.
 
         Temporary files are left out.
         """

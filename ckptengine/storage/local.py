@@ -184,7 +184,7 @@ class LocalStorage(Storage):
         return found.st_size if found is not None and stat.S_ISREG(found.st_mode) else None
 
     def list(self, directory: str = "") -> _Names:
-        """Return the sorted names right below a directory, without temporaries; [] where it is missing."""
+        """Return the sorted names right below a directory, without temporaries; [] where there is none."""
         return [name for name in self._names(directory) if not name.startswith(_TEMPORARY)]
 
     def temporaries(self, directory: str = "") -> _Names:
@@ -459,7 +459,7 @@ class LocalStorage(Storage):
         path = self._path(directory, allow_root=True)
         try:
             return sorted(os.listdir(path))
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return []
         except OSError as error:
             raise _error("list", path, error) from error

@@ -2,6 +2,8 @@
 
     group = ckptengine.zarr.open("runs/gpt")
     group["state/model/h.0.attn.qkv.weight"][:8]
+
+Importing this package makes `bfloat16` known to zarr-python.
 """
 
 from __future__ import annotations
@@ -10,16 +12,19 @@ import os
 
 import zarr
 
-from ckptengine.zarr.store import CheckpointStore, tensorstore_spec
+from ckptengine.zarr.dtype import BFloat16
+from ckptengine.zarr.store import CheckpointStore
+from ckptengine.zarr.tensorstore import tensorstore_spec
 
-__all__ = ["CheckpointStore", "open", "tensorstore_spec"]
+__all__ = ["BFloat16", "CheckpointStore", "open", "tensorstore_spec"]
 
 
 def open(path: str | os.PathLike[str]) -> zarr.Group:
     """Return the root group of the newest checkpoint of a run or a checkpoint directory, for reading.
 
-    Arrays lie below `state`, escaped keys as node names (`docs/format.md`); nothing is read before it is used.
+    Arrays lie below `state` and `ranks/<rank>`, escaped keys as node names (`docs/format.md`); no array is read
+    before it is indexed.
 
     Raises `CheckpointNotFoundError`, `CheckpointDamagedError`, `FormatVersionError`.
     """
-    return zarr.open_group(CheckpointStore.at(path), mode="r", zarr_format=3)
+    return zarr.open_group(CheckpointStore(path), mode="r", zarr_format=3)

@@ -39,7 +39,11 @@ def archive_of(tmp_path):
 def state():
     rng = np.random.default_rng(5)
     return {
-        "model": {"w": rng.standard_normal((600, 700)), "b": rng.standard_normal(7).astype("f4"), "none": np.zeros((0, 3))},
+        "model": {
+            "w": rng.standard_normal((600, 700)),
+            "b": rng.standard_normal(7).astype("f4"),
+            "none": np.zeros((0, 3)),
+        },
         "scalar": np.array(4.0, "f4"),
         "strided": rng.integers(0, 99, (40, 30))[::2, ::-3],
         "step": 17,

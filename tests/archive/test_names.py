@@ -3,7 +3,11 @@ from hypothesis import strategies as st
 
 from ckptengine.archive.names import escape, unescape
 
-keys = st.one_of(st.integers(), st.text(st.characters(codec="utf-8"), max_size=12), st.sampled_from(["__a", "..", ".", "%", "#3", "", "a/b", "c\\d", "%2F"]))
+keys = st.one_of(
+    st.integers(),
+    st.text(st.characters(codec="utf-8"), max_size=12),
+    st.sampled_from(["__a", "..", ".", "%", "#3", "", "a/b", "c\\d", "%2F"]),
+)
 
 
 @given(keys)

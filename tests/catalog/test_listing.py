@@ -20,7 +20,7 @@ from ckptengine.errors import CheckpointDamagedError, FormatVersionError, SaveFa
 
 
 def line(storage):
-    """Return (generation, step) of what the lineage yields; problems with a minus sign before the generation."""
+    """Return (generation, step) of what the lineage yields; of problems, with the generation negative."""
     return [
         (-item.entry.generation, item.entry.step)
         if isinstance(item, Problem)

@@ -173,7 +173,13 @@ def test_nothing_is_written_for_no_bytes(tmp_path):
 
 @pytest.mark.parametrize(
     ("nbytes", "position", "request_nbytes", "depth"),
-    [(-1, 0, BLOCK, 1), (BLOCK, -1, BLOCK, 1), (BLOCK, 0, 0, 1), (BLOCK, 0, BLOCK, 0), (BLOCK, 2**63 - 1, BLOCK, 1)],
+    [
+        (-1, 0, BLOCK, 1),
+        (BLOCK, -1, BLOCK, 1),
+        (BLOCK, 0, 0, 1),
+        (BLOCK, 0, BLOCK, 0),
+        (BLOCK, 2**63 - 1, BLOCK, 1),
+    ],
 )
 def test_impossible_writes_are_refused(tmp_path, nbytes, position, request_nbytes, depth):
     data = aligned(BLOCK)

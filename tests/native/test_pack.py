@@ -135,7 +135,9 @@ def test_no_ops_are_no_work():
 # ---- bounds ----
 
 
-def call(row: list[int], *, image_nbytes: int = 4096, block: int = 64, crcs: int = 64, address: int | None = None):
+def call(
+    row: list[int], *, image_nbytes: int = 4096, block: int = 64, crcs: int = 64, address: int | None = None
+):
     image = np.full(4096, FILL, np.uint8)
     flat, index = table([row])
     crc_table = np.zeros(crcs, np.uint32)
@@ -214,7 +216,9 @@ def test_checksums_of_bytes_that_are_nowhere_are_refused():
         call(row_with(address=0), address=0)
 
 
-@pytest.mark.parametrize("index", [[0, 13], [0, 15], [-1, 13], [14, 0], [1, 14], [0, BIG], [BIG, 0], [-BIG, BIG]])
+@pytest.mark.parametrize(
+    "index", [[0, 13], [0, 15], [-1, 13], [14, 0], [1, 14], [0, BIG], [BIG, 0], [-BIG, BIG]]
+)
 def test_an_index_that_does_not_fit_the_ops_is_refused(index):
     image = np.zeros(4096, np.uint8)
     flat = np.array(row_with(), np.int64)

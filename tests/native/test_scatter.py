@@ -249,7 +249,13 @@ def test_ops_out_of_order_are_refused():
 )
 def test_a_range_out_of_bounds_is_refused(changes: dict[str, int], message: str):
     file, crcs, flat, index, target = small_file()
-    given: dict[str, Any] = {"address": file.ctypes.data, "position": 0, "nbytes": 1000, "fixed": 1000, "block": 64}
+    given: dict[str, Any] = {
+        "address": file.ctypes.data,
+        "position": 0,
+        "nbytes": 1000,
+        "fixed": 1000,
+        "block": 64,
+    }
     given |= {"threads": 1, **changes}
     with pytest.raises(ValueError, match=message):
         native.scatter(

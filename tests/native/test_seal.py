@@ -78,7 +78,14 @@ def test_a_block_inside_of_one_extent_takes_its_piece_without_reading_the_image(
     blocks = np.zeros(4, np.uint32)
     extent = np.array([[10, fixed - 10 - 32, 0, -1]], np.int64)
     native.seal(
-        image.ctypes.data, fixed, extent, block, np.append(pieces, np.uint32(44)), np.zeros(1, np.uint32), blocks, 1
+        image.ctypes.data,
+        fixed,
+        extent,
+        block,
+        np.append(pieces, np.uint32(44)),
+        np.zeros(1, np.uint32),
+        blocks,
+        1,
     )
     assert blocks[1:3].tolist() == [22, 33]
     assert blocks[0] == blocks[3] == zlib.crc32(bytes(64))

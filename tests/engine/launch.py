@@ -1,0 +1,26 @@
+"""Starts jobs of several real processes and collects what their ranks report."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).parent
+ROOT = HERE.parent.parent
+
+
+def environment(**more: str) -> dict[str, str]:
+    """Return the environment of a child: one thread, and this checkout's package."""
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **more}
+
+
+def launch(script: str, ranks: int, folder: Path, *arguments: str, timeout: float = 240) -> list[dict]:
+    """Run a script of this folder under torchrun; return what each rank wrote to `FOLDER/rank-N.json`."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    command += [str(HERE / script), str(folder), *arguments]
+    job = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=timeout)
+    assert job.returncode == 0, job.stdout[-2000:] + job.stderr[-8000:]
+    return [json.loads((folder / f"rank-{rank}.json").read_text()) for rank in range(ranks)]
