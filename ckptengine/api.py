@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+import errno
+import logging
 import os
 import weakref
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from ckptengine.catalog.listing import next_generation
-from ckptengine.catalog.retention import replace_older
+from ckptengine.catalog.listing import committed, next_generation, read_manifest
+from ckptengine.catalog.retention import remove_leftovers, replace_older
 from ckptengine.comm.base import Communicator
 from ckptengine.comm.select import current
-from ckptengine.errors import SaveFailedError
+from ckptengine.errors import CheckpointDamagedError, SaveFailedError, StorageError
 from ckptengine.load.loader import LoadOptions, load_arrays, load_newest
 from ckptengine.save.handle import SaveHandle, SaveStats
 from ckptengine.save.saver import DEFAULT_TIMEOUT, Saver, Target
 from ckptengine.state.bind import LoadReport
+from ckptengine.storage.base import Storage
 from ckptengine.storage.open import open_storage
 
 __all__ = ["async_save", "load", "save"]
+
+_log = logging.getLogger("ckptengine")
 
 # One for each group of ranks: plans and memory are reused from call to call.
 _savers: weakref.WeakKeyDictionary[Communicator, Saver] = weakref.WeakKeyDictionary()
@@ -74,11 +79,13 @@ def async_save(
     storage = open_storage(path)
 
     def claim() -> int:
+        _refuse_run(storage)
         storage.create()
         return next_generation(storage)
 
-    def committed(generation: int) -> None:
-        replace_older(storage, generation)
+    def clean_up(generation: int) -> None:
+        for problem in (*replace_older(storage, generation), *remove_leftovers(storage)):
+            _log.warning("%s: %s", storage.location(), problem)
 
     target = Target(
         storage=storage,
@@ -88,9 +95,24 @@ def async_save(
         generation=None,
         claim=claim,
         metadata=dict(metadata or {}),
-        committed=committed,
+        committed=clean_up,
     )
     return saver.start(target, state, check_replicas=check_replicas, timeout=timeout)
+
+
+def _refuse_run(storage: Storage) -> None:
+    """Raise where a single checkpoint would replace those of a run."""
+    for entry in committed(storage):
+        try:
+            step = entry.step if entry.step is not None else read_manifest(storage, entry).step
+        except CheckpointDamagedError:
+            continue  # nothing is lost by replacing that
+        if step is not None:
+            raise StorageError(
+                errno.EEXIST,
+                f"{storage.location()} holds step {step} of a run, which a single checkpoint must not replace: save "
+                "to another path, or into the run with ckptengine.Checkpointer",
+            )
 
 
 def load(

@@ -157,8 +157,8 @@ class Checkpointer:
             return None
         try:
             return self.save(step, state)
-        except StateError:
-            raise
+        except (StateError, SaveFailedError):
+            raise  # the latter is this policy's own word on an earlier save
         except CheckpointError as error:
             self._failed(error, f"step {step} of {self.run}")
             return None

@@ -17,7 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import account
-from nodes import Node, free_port, wait_for_port
+from nodes import Node, free_port
 from rich.console import Console
 from rich.status import Status
 
@@ -38,9 +38,7 @@ def drive(folder: Path, steps: int, every: int, timeout: float, console: Console
     def say(text: str) -> None:
         console.print(f"[dim]{time.monotonic() - started:6.1f} s[/dim]  {text}", highlight=False)
 
-    def wait(
-        condition: Callable[[account.Course], bool], what: str, needed: list[Node], status: Status
-    ) -> None:
+    def wait(condition: Callable[[account.Course], bool], what: str, needed: list[Node], status: Status) -> None:
         while True:
             ended = [node for node in needed if node.exit_code is not None]
             course = account.Course.read(log, run, every)
@@ -57,11 +55,10 @@ def drive(folder: Path, steps: int, every: int, timeout: float, console: Console
     try:
         with console.status("starting two nodes") as status:
             nodes.append(Node("node A", port, log / "node-a.txt", command, host=True))
-            wait_for_port(port, nodes[0], 60)
             nodes.append(Node("node B", port, log / "node-b.txt", command, host=False))
             first, second = nodes
             say("two torchrun agents started, two ranks each")
-            wait(lambda course: bool(course.steps), "the first step", nodes, status)
+            wait(lambda course: course.ranks == 4, "the first step of four ranks", nodes, status)
             say("4 ranks train")
             wait(
                 lambda course: course.last_step >= kill_at and course.committed != (),
@@ -73,7 +70,7 @@ def drive(folder: Path, steps: int, every: int, timeout: float, console: Console
             killed = second.kill()
             say(f"[bold red]SIGKILL to node B[/]: its agent and {len(killed) - 1} ranks, during step "
                 f"{before.last_step + 1}; newest checkpoint: step {before.committed[-1]}")  # fmt: skip
-            wait(lambda course: len(course.starts) > 1, "the job came back", [first], status)
+            wait(lambda course: len(course.starts) > len(before.starts), "the job came back", [first], status)
             course = account.Course.read(log, run, every)
             say(f"[bold green]the job is back[/] with {course.starts[-1].world_size} ranks, "
                 f"resumed at step {course.starts[-1].resumed}")  # fmt: skip
@@ -88,10 +85,8 @@ def drive(folder: Path, steps: int, every: int, timeout: float, console: Console
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--steps", type=int, default=60)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--every", type=int, default=5, help="steps between two checkpoints")
     parser.add_argument("--folder", type=Path, default=Path("demo"))
     parser.add_argument("--timeout", type=float, default=300, help="longest duration, in seconds")
@@ -112,9 +107,7 @@ def main() -> int:
         return 1
     account.draw(course, args.folder / "loss.png")
     good = account.show(course, args.steps, console)
-    console.print(
-        f"[dim]{time.monotonic() - started:.0f} s in all; the curve is in {args.folder}/loss.png[/]"
-    )
+    console.print(f"[dim]{time.monotonic() - started:.0f} s in all; the curve is in {args.folder}/loss.png[/]")
     return 0 if good else 1
 
 

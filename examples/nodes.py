@@ -11,7 +11,15 @@ import time
 from collections import defaultdict
 from pathlib import Path
 
-__all__ = ["Node", "free_port", "wait_for_port"]
+__all__ = ["Node", "free_port"]
+
+_ENVIRONMENT = {
+    "OMP_NUM_THREADS": "1",
+    "GLOO_SOCKET_IFNAME": "lo",
+    # torch 2.13 keeps one store over all lives of a job whose first agent lives on. There gloo finds the addresses
+    # of the dead ranks, and an agent that joins late waits for a master address that is never announced again.
+    "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
+}
 
 
 class Node:
@@ -24,7 +32,6 @@ class Node:
         self.name = name
         self.log = log
         rendezvous = f"join_timeout=60,last_call_timeout=3,is_host={int(host)}"
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
         with log.open("wb") as output:
             self._agent = subprocess.Popen(
                 [
@@ -37,7 +44,7 @@ class Node:
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
-                env=environment,
+                env=os.environ | _ENVIRONMENT,
                 start_new_session=True,
             )
 
@@ -73,19 +80,6 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
-
-
-def wait_for_port(port: int, node: Node, timeout: float) -> None:
-    """Return when somebody listens on the port; raise if the node ends first or after `timeout` seconds."""
-    deadline = time.monotonic() + timeout
-    while time.monotonic() < deadline:
-        if node.exit_code is not None:
-            raise RuntimeError(f"{node.name} ended with {node.exit_code} before it served the rendezvous")
-        with socket.socket() as probe:
-            if probe.connect_ex(("127.0.0.1", port)) == 0:
-                return
-        time.sleep(0.1)
-    raise TimeoutError(f"{node.name} did not serve the rendezvous on port {port} in {timeout:.0f} s")
 
 
 def _stat(pid: int) -> tuple[str, int] | None:

@@ -116,13 +116,11 @@ def log_saves(log: Log, ckpt: ce.Checkpointer, known: int, world_size: int) -> i
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoints", default="runs/gpt", help="directory of the run")
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--every", type=int, default=5, help="steps between two checkpoints")
-    parser.add_argument("--batch", type=int, default=16, help="samples per step, over all ranks")
+    parser.add_argument("--batch", type=int, default=8, help="samples per step, over all ranks")
     parser.add_argument("--peak-rate", type=float, default=1e-3)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--timeout", type=float, default=60, help="longest wait for other ranks, in seconds")

@@ -125,10 +125,7 @@ def claimed_generations(storage: Storage) -> list[int]:
 
 def next_generation(storage: Storage) -> int:
     """Return the number after all generations that are claimed or have committed; 1 to begin with."""
-    return (
-        max((*claimed_generations(storage), *(entry.generation for entry in committed(storage))), default=0)
-        + 1
-    )
+    return max((*claimed_generations(storage), *(entry.generation for entry in committed(storage))), default=0) + 1
 
 
 def read_manifest(storage: Storage, entry: Entry) -> Manifest:

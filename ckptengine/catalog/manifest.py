@@ -18,6 +18,7 @@ __all__ = [
     "FORMAT_VERSION",
     "MAX_MANIFEST_NBYTES",
     "Manifest",
+    "checked_metadata",
     "checked_record",
     "plain_json",
     "utc_now",
@@ -46,7 +47,7 @@ class Manifest:
     `step` is None for a checkpoint outside of a run. `parent` is the (generation, step) that this life of
     the run was restored from, None for a fresh start. `archives` has one record per rank, in rank order; the
     files lie in `data-<attempt>` beside the manifest. `block_nbytes` is the size of the blocks that the
-    archives' checksums cover. `mesh` describes the device mesh and `metadata` is the user's: plain JSON both.
+    archives' checksums cover. `metadata` is the user's, plain JSON.
     `created` is UTC, ISO 8601; `writer` the program and its version.
     """
 
@@ -58,7 +59,6 @@ class Manifest:
     block_nbytes: int
     archives: tuple[ArchiveRecord, ...]
     layout: ArchiveRecord
-    mesh: dict[str, Any] | None = None
     metadata: dict[str, Any] = field(default_factory=dict)
     created: str = field(default_factory=lambda: utc_now())
     writer: str = field(default_factory=lambda: writer_version())
@@ -72,10 +72,9 @@ class Manifest:
     def encode(self) -> bytes:
         """Return the manifest as canonical JSON with its own digest, field `sha256`.
 
-        Raises `StateError` where metadata or mesh is not plain JSON.
+        Raises `StateError` where metadata is not plain JSON.
         """
         plain_json(self.metadata, "metadata")
-        plain_json(self.mesh, "mesh")
         document: dict[str, Any] = {
             "format_version": self.format_version,
             "step": self.step,
@@ -83,7 +82,6 @@ class Manifest:
             "parent": None if self.parent is None else list(self.parent),
             "attempt": self.attempt,
             "world_size": self.world_size,
-            "mesh": self.mesh,
             "block_nbytes": self.block_nbytes,
             "archives": [_document_of(record) for record in self.archives],
             "layout": _document_of(self.layout),
@@ -116,9 +114,7 @@ class Manifest:
             )
         digest = document.pop("sha256", None)
         if digest != hashlib.sha256(_canonical(document)).hexdigest():
-            raise CheckpointDamagedError(
-                f"{where}: the manifest is not what was written (its SHA-256 differs)"
-            )
+            raise CheckpointDamagedError(f"{where}: the manifest is not what was written (its SHA-256 differs)")
         get = _Fields(document, where)
         manifest = cls(
             format_version=get("format_version", _positive),
@@ -127,7 +123,6 @@ class Manifest:
             parent=get("parent", _optional(parent_of)),
             attempt=get("attempt", _matching(ATTEMPT)),
             world_size=get("world_size", _positive),
-            mesh=get("mesh", _optional(_object)),
             block_nbytes=get("block_nbytes", _block_nbytes),
             archives=get("archives", _records),
             layout=get("layout", checked_record),
@@ -163,9 +158,7 @@ class _Fields:
 def parse_document(data: bytes, where: str) -> dict[str, Any]:
     """Return a JSON object; raises `CheckpointDamagedError` for anything else, a name twice included."""
     if len(data) > MAX_MANIFEST_NBYTES:
-        raise CheckpointDamagedError(
-            f"{where}: {len(data)} bytes, a manifest has at most {MAX_MANIFEST_NBYTES}"
-        )
+        raise CheckpointDamagedError(f"{where}: {len(data)} bytes, a manifest has at most {MAX_MANIFEST_NBYTES}")
     try:
         document = json.loads(data.decode(), object_pairs_hook=_unique, parse_constant=_no_constant)
     except (ValueError, RecursionError) as error:
@@ -173,6 +166,13 @@ def parse_document(data: bytes, where: str) -> dict[str, Any]:
     if type(document) is not dict:
         raise CheckpointDamagedError(f"{where}: not a JSON object but {type(document).__name__}")
     return document
+
+
+def checked_metadata(metadata: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Return a user's metadata as the manifest takes it; raises `StateError` where it is not plain JSON."""
+    result = dict(metadata or {})
+    plain_json(result, "metadata")
+    return result
 
 
 def plain_json(value: object, name: str) -> None:

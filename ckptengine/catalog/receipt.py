@@ -77,9 +77,7 @@ class Receipt:
                 alone=_of(bool, document["alone"]),
             )
         except (KeyError, TypeError, ValueError, RecursionError) as error:
-            raise SaveFailedError(
-                f"a rank's receipt is damaged ({error}); the save was not committed"
-            ) from None
+            raise SaveFailedError(f"a rank's receipt is damaged ({error}); the save was not committed") from None
 
 
 def _of(kind: type[_T], value: Any) -> _T:
@@ -145,9 +143,7 @@ class StorageStore(KeyValueStore):
         self._storage.remove_directory(self._directory)
 
     def _look(self, name: str) -> bytes | None:
-        return (
-            self._storage.read_bytes(name, _MAX_FILE_NBYTES) if self._storage.size(name) is not None else None
-        )
+        return self._storage.read_bytes(name, _MAX_FILE_NBYTES) if self._storage.size(name) is not None else None
 
 
 class Channel:
@@ -184,9 +180,7 @@ class Channel:
         key = f"{self._prefix}/outcome/{self.rank}"
         data = get_large(self._store, key, max(0.0, deadline - time.monotonic()) + _GRACE)
         if data is None:
-            raise DeadlineError(
-                "rank 0 did not say in time whether the checkpoint was committed; it may have died"
-            )
+            raise DeadlineError("rank 0 did not say in time whether the checkpoint was committed; it may have died")
         delete_large(self._store, key)
         return Outcome.decode(data)
 
@@ -214,8 +208,6 @@ def collect(channel: Channel, own: Receipt, deadline: float) -> list[Receipt]:
         left = deadline - time.monotonic()
         if left <= 0:
             missing = [rank for rank in range(channel.world_size) if rank not in receipts]
-            raise DeadlineError(
-                f"{name_ranks(missing)} did not report in time; the checkpoint was not committed"
-            )
+            raise DeadlineError(f"{name_ranks(missing)} did not report in time; the checkpoint was not committed")
         time.sleep(min(pause, left))
         pause = min(2 * pause, 0.05)

@@ -86,6 +86,7 @@ def remove_leftovers(storage: Storage) -> list[str]:
 
 
 def _sweep(storage: Storage, directory: str, now: float) -> None:
+    swept = False
     for name in storage.list(directory):
         attempt, path = attempt_of(name), join(directory, name)
         if attempt is None or storage.size(path) is not None:
@@ -95,6 +96,7 @@ def _sweep(storage: Storage, directory: str, now: float) -> None:
         # Looked up last: a writer that was thought dead may have committed meanwhile.
         if attempt not in _attempts_in_use(storage, directory):
             storage.delete_tree(path)
+            swept = True
     for name in storage.temporaries(directory):
         path = join(directory, name)
         modified = storage.modified(path)
@@ -102,7 +104,8 @@ def _sweep(storage: Storage, directory: str, now: float) -> None:
             storage.delete(path)
     if directory and not storage.list(directory):
         modified = storage.modified(directory)
-        if modified is not None and now - modified > LEASE_SECONDS:
+        # A new one may be another job's, about to be filled.
+        if swept or (modified is not None and now - modified > LEASE_SECONDS):
             storage.remove_directory(directory)
 
 

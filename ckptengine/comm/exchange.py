@@ -57,9 +57,7 @@ class StoreCommunicator(Communicator):
         if not 0 <= root < self.world_size:
             raise ValueError(f"root {root}: there are {self.world_size} ranks")
         if (value is None) == (self.rank == root):
-            raise ValueError(
-                f"broadcast: rank {root} passes the value and the others None; this is rank {self.rank}"
-            )
+            raise ValueError(f"broadcast: rank {root} passes the value and the others None; this is rank {self.rank}")
         return _unpack(self._exchange("broadcast", value or b"", timeout, root))[0]
 
     def barrier(self, timeout: float) -> None:

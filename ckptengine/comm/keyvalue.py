@@ -98,9 +98,7 @@ class FileStore(KeyValueStore):
             except FileNotFoundError:
                 return None
             except OSError as error:
-                raise StorageError(
-                    error.errno, f"cannot read the message {path}: {error.strerror}"
-                ) from error
+                raise StorageError(error.errno, f"cannot read the message {path}: {error.strerror}") from error
 
         return poll(look, timeout)
 
@@ -146,9 +144,7 @@ def get_large(store: KeyValueStore, key: str, timeout: float) -> bytes | None:
         parts.append(part)
     value = b"".join(parts)
     if len(value) != _HEAD.unpack(head[1:])[1]:
-        raise CheckpointError(
-            f"message {key!r}: {len(value)} bytes came, {_HEAD.unpack(head[1:])[1]} were sent"
-        )
+        raise CheckpointError(f"message {key!r}: {len(value)} bytes came, {_HEAD.unpack(head[1:])[1]} were sent")
     return value
 
 

@@ -23,9 +23,7 @@ class SingleProcess(Communicator):
     def broadcast(self, value: bytes | None, timeout: float, root: int = 0) -> bytes:
         """Return the own value."""
         if root != 0 or value is None:
-            raise ValueError(
-                f"broadcast from rank {root} of {value!r}: a single process has rank 0 and a value"
-            )
+            raise ValueError(f"broadcast from rank {root} of {value!r}: a single process has rank 0 and a value")
         return value
 
     def barrier(self, timeout: float) -> None:

@@ -49,9 +49,7 @@ def from_torch(timeout: float = _CONNECT_TIMEOUT) -> Communicator:
         if _current is None or _current[0]() is not store:
             own = TorchStore(store)
             background = own if own.cloned else None
-            communicator = connect(
-                own, dist.get_rank(), dist.get_world_size(), timeout, background=background
-            )
+            communicator = connect(own, dist.get_rank(), dist.get_world_size(), timeout, background=background)
             _current = (weakref.ref(store), communicator)
         return _current[1]
 
@@ -104,9 +102,7 @@ class TorchStore(KeyValueStore):
 
     def _look(self, key: str) -> bytes | None:
         """Return a key's value; None where it isn't there. Every key has one deleter, its last reader."""
-        value: bytes | None = self._call(
-            "get", lambda client: client.get(key) if client.check([key]) else None
-        )
+        value: bytes | None = self._call("get", lambda client: client.get(key) if client.check([key]) else None)
         return None if value is None else value[1:]
 
     def _wait(self, key: str, seconds: float) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any
 
 from ckptengine.archive.layout_file import read_layout
@@ -50,7 +51,15 @@ class Checkpoint:
         """Which box of which leaf lies where: the layout file, verified."""
         record = self.manifest.layout
         fixed_nbytes = [archive.tail_position for archive in self.manifest.archives]
-        return read_layout(self.storage, self.file(record.name), record, fixed_nbytes)
+        rows = read_layout(self.storage, self.file(record.name), record, fixed_nbytes)
+        # Each element is stored once, so what is allocated for the arrays is bounded by the files that are there.
+        claimed = sum(math.prod(leaf.shape) * leaf.itemsize for leaf in rows.leaves)
+        if claimed > sum(fixed_nbytes):
+            raise CheckpointDamagedError(
+                f"{self.storage.location(self.file(record.name))}: its arrays would take {claimed:,} bytes, the "
+                f"archives have {sum(fixed_nbytes):,}"
+            )
+        return rows
 
     @functools.cached_property
     def shared(self) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from typing import Any, TypeVar, overload
 
 from ckptengine.errors import CheckpointDamagedError
 from ckptengine.load.checkpoint import Checkpoint
-from ckptengine.state.leaf import Path
+from ckptengine.state.leaf import Path, dotted
 from ckptengine.state.saved import Saved, SavedLeaf
 from ckptengine.state.values import decode
 
@@ -36,7 +36,7 @@ def describe(checkpoint: Checkpoint) -> Saved:
         world_size=world_size,
         leaves=shared,
         values=_values(stored, where),
-        aliases={path: _path(target, where) for path, target in _pairs(stored, "aliases", where)},
+        aliases=_aliases(stored, shared, where),
         containers=_containers(stored, where),
         rank_leaves=own,
         rank_values=_Lazy(world_size, lambda rank: _values(checkpoint.own(rank), _file(checkpoint, rank))),
@@ -73,7 +73,23 @@ def _file(checkpoint: Checkpoint, rank: int) -> str:
 
 
 def _values(stored: Mapping[str, Any], where: str) -> dict[Path, Any]:
-    return {path: decode(value) for path, value in _pairs(stored, "values", where)}
+    result = {}
+    for path, value in _pairs(stored, "values", where):
+        try:
+            result[path] = decode(value)
+        except CheckpointDamagedError as error:
+            raise CheckpointDamagedError(f"{where}: {dotted(path)}: {error}") from None
+    return result
+
+
+def _aliases(stored: Mapping[str, Any], leaves: Mapping[Path, SavedLeaf], where: str) -> dict[Path, Path]:
+    result = {path: _path(target, where) for path, target in _pairs(stored, "aliases", where)}
+    for path, target in result.items():
+        if target not in leaves:
+            raise CheckpointDamagedError(
+                f"{where}: {dotted(path)} is said to be the same array as {dotted(target)}, which is not there"
+            )
+    return result
 
 
 def _containers(stored: Mapping[str, Any], where: str) -> dict[Path, str]:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ckptengine.comm.agree import agree
 from ckptengine.comm.base import Communicator
-from ckptengine.errors import CheckpointDamagedError, LoadMismatchError
+from ckptengine.errors import CheckpointDamagedError, CheckpointError, LoadMismatchError
 from ckptengine.layout.box import Box
 from ckptengine.load.checkpoint import Checkpoint
 from ckptengine.load.choose import Chooser, newest_checkpoint
@@ -19,7 +21,7 @@ from ckptengine.load.describe import describe
 from ckptengine.load.fill import fill, host_memory
 from ckptengine.state.bind import Binding, LoadReport, bind
 from ckptengine.state.dtypes import DTYPES
-from ckptengine.state.leaf import ArrayLeaf, Part, Path
+from ckptengine.state.leaf import ArrayLeaf, Part, Path, dotted
 from ckptengine.state.select import Selection, renamer
 from ckptengine.state.tree import unflatten
 from ckptengine.storage.base import Storage
@@ -102,22 +104,32 @@ def load_arrays(storage: Storage, options: LoadOptions) -> dict[Any, Any]:
     checkpoint = newest_checkpoint(storage)
     saved = describe(checkpoint)
     selection, rename = Selection(options.only), renamer(options.rename, {})
+    # Where each array comes from: tied ones come from the first of their names, which may itself not be wanted.
+    names = {path: path for path in saved.leaves} | dict(saved.aliases)
+    wanted = {path: first for path, first in names.items() if selection.holds(rename(path))}
+    values = {rename(path): value for path, value in saved.values.items() if selection.holds(rename(path))}
+    selection.check()
     arrays: dict[Path, Any] = {}
     reads = []
-    for (path, rank), number in checkpoint.rows.index.items():
-        if rank is None and selection.holds(rename(path)):
-            leaf = saved.leaves[path]
-            array = np.empty(leaf.shape, DTYPES[leaf.dtype].numpy)
-            parts = (Part(Box.whole(leaf.shape), host_memory(array)),) if array.size else ()
-            reads.append((number, ArrayLeaf(path, leaf.dtype, leaf.shape, leaf.placement, parts, "numpy")))
-            arrays[path] = array
+    for first in dict.fromkeys(wanted.values()):
+        leaf = saved.leaves[first]
+        arrays[first] = array = _new_array(leaf.shape, leaf.dtype, first)
+        parts = (Part(Box.whole(leaf.shape), host_memory(array)),) if array.size else ()
+        target = ArrayLeaf(first, leaf.dtype, leaf.shape, leaf.placement, parts, "numpy")
+        reads.append((checkpoint.rows.index[first, None], target))
     fill(checkpoint, reads)
-    for path, first in saved.aliases.items():
-        if selection.holds(rename(path)):
-            arrays[path] = arrays[first]
-    values = {rename(path): value for path, value in saved.values.items() if selection.holds(rename(path))}
     containers = {rename(path): kind for path, kind in saved.containers.items()}
-    return unflatten(values, {rename(path): array for path, array in arrays.items()}, containers, {})
+    return unflatten(values, {rename(path): arrays[first] for path, first in wanted.items()}, containers, {})
+
+
+def _new_array(shape: tuple[int, ...], dtype: str, path: Path) -> NDArray[Any]:
+    try:
+        return np.empty(shape, DTYPES[dtype].numpy)
+    except MemoryError as error:
+        nbytes = math.prod(shape) * DTYPES[dtype].itemsize
+        raise CheckpointError(
+            f"{dotted(path)}: no memory for {nbytes:,} bytes; load a part (`only=`), or into a sharded state"
+        ) from error
 
 
 def _load(

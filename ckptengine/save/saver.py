@@ -21,7 +21,7 @@ from ckptengine.archive.tail import build_tail
 from ckptengine.catalog.commit import attempt_directory, publish
 from ckptengine.catalog.lease import Lease
 from ckptengine.catalog.listing import manifest_name
-from ckptengine.catalog.manifest import Manifest
+from ckptengine.catalog.manifest import Manifest, checked_metadata
 from ckptengine.catalog.receipt import Channel, Outcome, Receipt, StorageStore, collect
 from ckptengine.comm.agree import agree
 from ckptengine.comm.base import Communicator
@@ -153,6 +153,7 @@ class Saver:
         values: StoredValues | None = None
         error: Exception | None = None
         try:
+            checked_metadata(target.metadata)
             flat = flatten(state)
             values = stored_values(flat)
         except Exception as problem:

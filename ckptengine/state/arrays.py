@@ -59,13 +59,9 @@ class NumpyAdapter(Adapter):
                 "`array.astype(array.dtype.newbyteorder('='))`"
             )
         if target and not array.flags.writeable:
-            raise StateError(
-                f"{dotted(path)}: the array is read-only, so it can't be filled; pass a writable copy"
-            )
+            raise StateError(f"{dotted(path)}: the array is read-only, so it can't be filled; pass a writable copy")
         if target and may_overlap(array.shape, array.strides, array.itemsize):
-            raise StateError(
-                f"{dotted(path)}: the array's elements share memory, so it can't be filled; pass a copy"
-            )
+            raise StateError(f"{dotted(path)}: the array's elements share memory, so it can't be filled; pass a copy")
         memory = _memory(array)
         parts = (Part(Box.whole(array.shape), memory),) if array.size else ()
         identity = (memory.address, name, array.shape, array.strides) if array.size else None

@@ -111,12 +111,8 @@ class _Binder:
             if not node.used and self._selection.holds(path)
         ]
         # A tied tensor that is missing under its first name is none once another of its names has filled it.
-        missing = tuple(
-            name for name, identity in self._missing if identity is None or identity not in self._filled
-        )
-        return LoadReport(
-            tuple(self._loaded), missing, tuple(unexpected), tuple(self._mismatched), tuple(self._cast)
-        )
+        missing = tuple(name for name, identity in self._missing if identity is None or identity not in self._filled)
+        return LoadReport(tuple(self._loaded), missing, tuple(unexpected), tuple(self._mismatched), tuple(self._cast))
 
     # What doesn't fit.
 
@@ -181,9 +177,7 @@ class _Binder:
 
     # Tensors.
 
-    def _bind_tensor(
-        self, tensor: Any, adapter: Adapter, path: Path, node: Node | None, per_rank: bool
-    ) -> None:
+    def _bind_tensor(self, tensor: Any, adapter: Adapter, path: Path, node: Node | None, per_rank: bool) -> None:
         if not self._selection.holds(path):
             return
         view = _target_view(tensor, adapter, path)
@@ -333,9 +327,7 @@ class _Binder:
         self._loaded.append(dotted(path))
         self._act(_SET, functools.partial(self._set_resized, target, values, kind, adapter, path))
 
-    def _set_resized(
-        self, target: PerRank, values: list[Any], kind: Kind, adapter: Adapter | None, path: Path
-    ) -> None:
+    def _set_resized(self, target: PerRank, values: list[Any], kind: Kind, adapter: Adapter | None, path: Path) -> None:
         assert target.resize is not None
         new = target.resize(values, self._rank, self._world_size)
         if kind is Kind.MODULE and adapter is not None:
@@ -350,9 +342,7 @@ class _Binder:
 
     # Modules and optimizers.
 
-    def _bind_module(
-        self, module: Any, adapter: Adapter, path: Path, node: Node | None, per_rank: bool
-    ) -> None:
+    def _bind_module(self, module: Any, adapter: Adapter, path: Path, node: Node | None, per_rank: bool) -> None:
         handed: dict[str, Any] = {}
         for entry in self._inspector.entries(module, adapter, path):
             where = (*path, entry.name)
@@ -368,9 +358,7 @@ class _Binder:
         if handed:
             self._act(_FRAMEWORK, functools.partial(adapter.load_module, module, handed))
 
-    def _bind_optimizer(
-        self, optimizer: Any, adapter: Adapter, path: Path, node: Node | None, per_rank: bool
-    ) -> None:
+    def _bind_optimizer(self, optimizer: Any, adapter: Adapter, path: Path, node: Node | None, per_rank: bool) -> None:
         adapter.check_optimizer(optimizer, path)
         groups = adapter.optimizer_groups(optimizer)
         names = optimizer_names(groups, self._names)
@@ -394,9 +382,7 @@ class _Binder:
                     new = self._bind_parameter_state(adapter, group, parameter, current, where, child)
                 setting = functools.partial(adapter.set_optimizer_state, optimizer, parameter, new)
                 self._act(_FRAMEWORK, setting)
-        self._bind_groups(
-            adapter, groups, names, (*path, "param_groups"), node.child("param_groups"), per_rank
-        )
+        self._bind_groups(adapter, groups, names, (*path, "param_groups"), node.child("param_groups"), per_rank)
 
     def _parameter_name(self, name: str) -> str:
         """A parameter's name is itself a dotted path, so `rename` holds for it too."""
@@ -436,9 +422,7 @@ class _Binder:
                 continue
             tensor = current.get(str(key))
             if tensor is None or not adapter.is_tensor(tensor):
-                tensor = adapter.new_state_tensor(
-                    group, parameter, str(key), entry.leaf.dtype, entry.leaf.shape
-                )
+                tensor = adapter.new_state_tensor(group, parameter, str(key), entry.leaf.dtype, entry.leaf.shape)
             new[str(key)] = tensor
             self._bind_tensor(tensor, adapter, where, child, per_rank=entry.rank is not None)
         return new

@@ -88,9 +88,7 @@ class Inspector:
         if not self._holds_more(value.values(), path, 0):
             return Kind.PLAIN
         if type(value) not in (dict, OrderedDict):
-            raise StateError(
-                f"{dotted(path)}: {describe_type(value)} holds tensors; convert it to a plain dict"
-            )
+            raise StateError(f"{dotted(path)}: {describe_type(value)} holds tensors; convert it to a plain dict")
         if not keys_fit:
             odd = next(key for key in value if type(key) not in (str, int))
             raise StateError(
@@ -101,21 +99,13 @@ class Inspector:
 
     def _holds_more(self, items: Iterable[Any], path: Path, depth: int) -> bool:
         if depth > MAX_DEPTH:
-            raise StateError(
-                f"{dotted(path)}: nested more than {MAX_DEPTH} deep (or inside itself); flatten it"
-            )
+            raise StateError(f"{dotted(path)}: nested more than {MAX_DEPTH} deep (or inside itself); flatten it")
         for item in items:
             if type(item) in _SCALARS:
                 continue
             if self._framework_kind(item) is not None:
                 return True
-            inner = (
-                item.values()
-                if isinstance(item, Mapping)
-                else item
-                if isinstance(item, (list, tuple))
-                else ()
-            )
+            inner = item.values() if isinstance(item, Mapping) else item if isinstance(item, (list, tuple)) else ()
             if self._holds_more(inner, path, depth + 1):
                 return True
         return False
@@ -138,9 +128,7 @@ class Inspector:
 
     def _collect(self, value: Any, path: Path, names: dict[int, str]) -> None:
         if len(path) > MAX_DEPTH:
-            raise StateError(
-                f"{dotted(path[:3])}…: nested more than {MAX_DEPTH} deep (or inside itself); flatten it"
-            )
+            raise StateError(f"{dotted(path[:3])}…: nested more than {MAX_DEPTH} deep (or inside itself); flatten it")
         kind, adapter = (Kind.DICT, None) if path == () else self.kind(value, path)
         if kind is Kind.PER_RANK:
             self._collect(value.value, path, names)

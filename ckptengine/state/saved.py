@@ -114,9 +114,7 @@ def shared_tree(saved: Saved, rename: Callable[[Path], Path]) -> Node:
     arrays = {path: SavedArray(path, None, leaf) for path, leaf in saved.leaves.items()}
     for path, first in saved.aliases.items():
         if first not in arrays:
-            raise CheckpointDamagedError(
-                f"{dotted(path)} is the same tensor as {dotted(first)}, which isn't there"
-            )
+            raise CheckpointDamagedError(f"{dotted(path)} is the same tensor as {dotted(first)}, which isn't there")
         arrays.setdefault(path, arrays[first])
     _insert(root, arrays, saved.values, saved.containers, rename)
     return root
@@ -149,9 +147,7 @@ def _insert(
     entries += [(path, SavedValue(value)) for path, value in values.items()]
     for path, entry in entries:
         if not 0 < len(path) <= MAX_DEPTH:
-            raise CheckpointDamagedError(
-                f"a leaf's path has {len(path)} keys; from 1 to {MAX_DEPTH} are possible"
-            )
+            raise CheckpointDamagedError(f"a leaf's path has {len(path)} keys; from 1 to {MAX_DEPTH} are possible")
         renamed = rename(path)
         node = _make(root, renamed)
         if node.entry is not None:

@@ -39,17 +39,13 @@ class Selection:
         name = dotted(path)
         for prefix in self._prefixes or ():
             if prefix.startswith(f"{name}."):
-                raise LoadMismatchError(
-                    f"only={prefix!r}: {name} can only be loaded as a whole; pass {name!r}"
-                )
+                raise LoadMismatchError(f"only={prefix!r}: {name} can only be loaded as a whole; pass {name!r}")
 
     def check(self) -> None:
         """Raise where a prefix has named nothing."""
         unknown = [prefix for prefix in self._prefixes or () if prefix not in self._matched]
         if unknown:
-            raise LoadMismatchError(
-                f"only={unknown}: the state has nothing of that name; names are dotted paths"
-            )
+            raise LoadMismatchError(f"only={unknown}: the state has nothing of that name; names are dotted paths")
 
 
 def renamer(rename: Mapping[str, str] | None, state: Mapping[str, Any]) -> Callable[[Path], Path]:
@@ -96,7 +92,7 @@ def _after(path: Path, prefix: str) -> tuple[str, Path] | None:
 
 
 def _resolve(text: str, value: Any, path: Path, inspector: Inspector) -> tuple[Path, bool] | None:
-    """Return the keys under which a state has a dotted name, and whether the last is the start of a module's key.
+    """Return the keys of a dotted name in a state, and whether the last is the start of a module's key.
 
     None where the state has no such thing.
     """

@@ -28,18 +28,14 @@ class ShardedArray:
     def __init__(self, local: Any, global_shape: Iterable[int], offset: Iterable[int]) -> None:
         adapter = adapter_of_tensor(local)
         if adapter is None:
-            raise StateError(
-                f"ShardedArray: the local part is {describe_type(local)}, not an array or tensor"
-            )
+            raise StateError(f"ShardedArray: the local part is {describe_type(local)}, not an array or tensor")
         self.local = local
         self.global_shape = tuple(operator.index(length) for length in global_shape)
         self.offset = tuple(operator.index(start) for start in offset)
         view = adapter.view(local, ("ShardedArray",), target=False)
         shape = view.shape
         if view.placement is not Placement.REPLICATED:
-            raise StateError(
-                "ShardedArray: the local part is itself distributed; pass it to the state as it is"
-            )
+            raise StateError("ShardedArray: the local part is itself distributed; pass it to the state as it is")
         if not len(shape) == len(self.global_shape) == len(self.offset):
             raise StateError(
                 f"ShardedArray: local shape {shape}, global shape {self.global_shape} and offset "

@@ -73,9 +73,7 @@ class _Walk:
 
     def _visit(self, value: Any, path: Path, *, per_rank: bool, buffer: bool = False) -> None:
         if len(path) > MAX_DEPTH:
-            raise StateError(
-                f"{dotted(path[:3])}…: nested more than {MAX_DEPTH} deep (or inside itself); flatten it"
-            )
+            raise StateError(f"{dotted(path[:3])}…: nested more than {MAX_DEPTH} deep (or inside itself); flatten it")
         kind, adapter = self._inspector.kind(value, path)
         match kind:
             case Kind.PLAIN:
@@ -86,9 +84,7 @@ class _Walk:
             case Kind.SHARDED:
                 assert adapter is not None
                 if per_rank:
-                    raise StateError(
-                        f"{dotted(path)}: a ShardedArray inside PerRank; pass its local part instead"
-                    )
+                    raise StateError(f"{dotted(path)}: a ShardedArray inside PerRank; pass its local part instead")
                 self._add(value, sharded_parts(value, path, target=False), adapter, path, per_rank, buffer)
             case Kind.PER_RANK:
                 if per_rank:
@@ -109,16 +105,12 @@ class _Walk:
                 for key, item in children(value, path):
                     self._visit(item, (*path, key), per_rank=per_rank)
 
-    def _add(
-        self, value: Any, view: TensorView, adapter: Adapter, path: Path, per_rank: bool, buffer: bool
-    ) -> None:
+    def _add(self, value: Any, view: TensorView, adapter: Adapter, path: Path, per_rank: bool, buffer: bool) -> None:
         self._keep.append(value)
         placement = view.placement
         if per_rank:
             if placement is Placement.SHARDED:
-                raise StateError(
-                    f"{dotted(path)}: a distributed tensor inside PerRank; take the PerRank away"
-                )
+                raise StateError(f"{dotted(path)}: a distributed tensor inside PerRank; take the PerRank away")
             placement = Placement.PER_RANK
         elif view.identity is not None:
             first = self._first.setdefault(view.identity, path)
@@ -138,9 +130,7 @@ class _Walk:
                 state_path = (*path, "state", name)
                 for key, item in children(adapter.optimizer_state(optimizer, parameter), state_path):
                     self._visit(item, (*state_path, key), per_rank=per_rank)
-        plain_groups = [
-            {**group, "params": group_names} for group, group_names in zip(groups, names, strict=True)
-        ]
+        plain_groups = [{**group, "params": group_names} for group, group_names in zip(groups, names, strict=True)]
         self._visit(plain_groups, (*path, "param_groups"), per_rank=per_rank)
 
 
@@ -149,9 +139,7 @@ def _sequence_kind(value: Any, path: Path) -> str:
         return "list"
     if type(value) is tuple:
         return "tuple"
-    raise StateError(
-        f"{dotted(path)}: {describe_type(value)} holds tensors; convert it to a plain list, tuple or dict"
-    )
+    raise StateError(f"{dotted(path)}: {describe_type(value)} holds tensors; convert it to a plain list, tuple or dict")
 
 
 def unflatten(
@@ -172,9 +160,7 @@ def unflatten(
     inner: dict[Path, dict[Key, Any]] = {(): root}
     for path, leaf in leaves.items():
         if not 0 < len(path) <= MAX_DEPTH:
-            raise CheckpointDamagedError(
-                f"a leaf's path has {len(path)} keys; from 1 to {MAX_DEPTH} are possible"
-            )
+            raise CheckpointDamagedError(f"a leaf's path has {len(path)} keys; from 1 to {MAX_DEPTH} are possible")
         if path in inner:
             raise CheckpointDamagedError(f"the leaf {dotted(path)} has other leaves inside it")
         for depth in range(1, len(path)):

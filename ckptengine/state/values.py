@@ -144,15 +144,11 @@ def _encode_numpy_dtype(value: np.dtype[Any], path: Path) -> Any:
     stored = DTYPES.get(value.name)
     if stored is not None and stored.numpy == value and value.metadata is None:
         return {"$dtype": value.name}
-    extended = value.itemsize > {"f": 8, "c": 16}.get(
-        value.kind, value.itemsize
-    )  # no two machines' are alike
+    extended = value.itemsize > {"f": 8, "c": 16}.get(value.kind, value.itemsize)  # no two machines' are alike
     simple = value.fields is None and value.subdtype is None and value.kind in "biufcSUMm"
     if simple and not extended and value.metadata is None:
         return {"$dtype": value.str}
-    raise StateError(
-        f"{dotted(path)}: numpy dtype {value!r} can't be saved; save its description (`dtype.descr`)"
-    )
+    raise StateError(f"{dotted(path)}: numpy dtype {value!r} can't be saved; save its description (`dtype.descr`)")
 
 
 def _little(array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
@@ -228,17 +224,13 @@ def _decode_pairs(tag: str, payload: Any, depth: int) -> Any:
     result = _MAPPINGS[tag]()
     for pair in _expect(tag, payload, list):
         if type(pair) is not list or len(pair) != 2:
-            raise CheckpointDamagedError(
-                f"a plain value's {tag} holds something that is no pair: {_short(pair)}"
-            )
+            raise CheckpointDamagedError(f"a plain value's {tag} holds something that is no pair: {_short(pair)}")
         key, item = _decode(pair[0], depth + 1), _decode(pair[1], depth + 1)
         try:
             repeated = key in result
             result[key] = item
         except TypeError as error:
-            raise CheckpointDamagedError(
-                f"a plain value's {tag} has an impossible key: {_short(pair[0])}"
-            ) from error
+            raise CheckpointDamagedError(f"a plain value's {tag} has an impossible key: {_short(pair[0])}") from error
         if repeated:
             raise CheckpointDamagedError(f"a plain value's {tag} has a key twice: {_short(pair[0])}")
     return result
@@ -246,9 +238,7 @@ def _decode_pairs(tag: str, payload: Any, depth: int) -> Any:
 
 def _expect(tag: str, payload: Any, kind: type) -> Any:
     if type(payload) is not kind:
-        raise CheckpointDamagedError(
-            f"a plain value's {tag} holds {type(payload).__name__}, not {kind.__name__}"
-        )
+        raise CheckpointDamagedError(f"a plain value's {tag} holds {type(payload).__name__}, not {kind.__name__}")
     return payload
 
 

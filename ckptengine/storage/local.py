@@ -102,9 +102,7 @@ class LocalStorage(Storage):
         dropped the pages, and a second fsync would report success.
         """
         if address % ALIGNMENT or nbytes % ALIGNMENT:
-            raise ValueError(
-                f"{name}: address {address:#x} and length {nbytes} must be multiples of {ALIGNMENT}"
-            )
+            raise ValueError(f"{name}: address {address:#x} and length {nbytes} must be multiples of {ALIGNMENT}")
         target = self._path(name)
         temporary = self._temporary(target)
         with self._removed_on_failure(temporary):
@@ -160,9 +158,7 @@ class LocalStorage(Storage):
         with self._opened(path) as fd:
             data = self._read(fd, 0, limit + 1, path)
         if len(data) > limit:
-            raise StorageError(
-                errno.EFBIG, f"{path}: longer than the {limit} bytes that such a file may have"
-            )
+            raise StorageError(errno.EFBIG, f"{path}: longer than the {limit} bytes that such a file may have")
         return data
 
     def read_range(self, name: str, position: int, nbytes: int) -> bytes:
@@ -245,7 +241,7 @@ class LocalStorage(Storage):
             try:
                 # A byte, because a network server stamps a write with its own clock.
                 self._do("write", path, lambda: os.write(fd, b"."))
-                self._do("sync", path, lambda: os.fsync(fd))
+                self._do("sync", path, lambda: self._disk.sync(fd))
                 return self._do("look up", path, lambda: os.fstat(fd).st_mtime)
             finally:
                 os.close(fd)

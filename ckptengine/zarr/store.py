@@ -51,13 +51,9 @@ class CheckpointStore(Store):
     supports_deletes = False
     supports_listing = True
 
-    def __init__(
-        self, checkpoint: Checkpoint | str | os.PathLike[str], *, read_only: bool = True
-    ) -> None:
+    def __init__(self, checkpoint: Checkpoint | str | os.PathLike[str], *, read_only: bool = True) -> None:
         if not read_only:
-            raise ValueError(
-                "a checkpoint is never changed in place: open it with read_only=True and save a new one"
-            )
+            raise ValueError("a checkpoint is never changed in place: open it with read_only=True and save a new one")
         super().__init__(read_only=True)
         if not isinstance(checkpoint, Checkpoint):
             checkpoint = newest_checkpoint(open_storage(checkpoint))
@@ -164,15 +160,14 @@ class CheckpointStore(Store):
 
     async def _indexed(self) -> _Index:
         await self._ensure_open()
-        return self._index or await asyncio.to_thread(self.index)
+        index = self._index
+        return index if index is not None else await asyncio.to_thread(self.index)
 
 
 def _restored(location: str, directory: str, manifest: bytes) -> CheckpointStore:
     """Return the store of a checkpoint that another process has chosen."""
     storage = open_storage(location)
-    return CheckpointStore(
-        Checkpoint(storage, directory, Manifest.decode(manifest, storage.location(directory)))
-    )
+    return CheckpointStore(Checkpoint(storage, directory, Manifest.decode(manifest, storage.location(directory))))
 
 
 def _index_of(checkpoint: Checkpoint) -> _Index:

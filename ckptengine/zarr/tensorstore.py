@@ -29,7 +29,9 @@ def tensorstore_spec(path: str | os.PathLike[str], node: str) -> dict[str, Any]:
     fragments = [f"{node}/{name}" for name in store.index().children[node] if name != "zarr.json"]
     if "shape" not in document["attributes"].get("ckptengine", {}) or not fragments:
         raise KeyError(f"{store}: {node!r} is a group of leaves, not a leaf; {', '.join(fragments[:5])} lie below it")
-    return {"driver": "stack", "layers": [_fragment(store, fragment) for fragment in fragments]}
+    data_type = _metadata(store, fragments[0])["data_type"]
+    layers = [_fragment(store, fragment) for fragment in fragments]
+    return {"driver": "stack", "dtype": data_type, "layers": layers}
 
 
 def _metadata(store: CheckpointStore, node: str) -> dict[str, Any]:

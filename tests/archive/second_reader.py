@@ -7,25 +7,29 @@ from pathlib import Path
 
 import numpy as np
 
-NUMPY = {"bfloat16": "<u2", "bool": "?"}  # where numpy has no such name: the raw bits
+NUMPY = {"bfloat16": "u2"}  # where numpy has no such name: the raw bits
 
 
 def newest(path: Path) -> tuple[Path, dict]:
-    """Return the directory and the manifest of a run's or a directory's newest checkpoint."""
+    """Return the directory of the data and the manifest of the newest checkpoint at a path."""
     found = []
-    for manifest in [*path.glob("manifest-*.json"), *path.glob("step-*/manifest-*.json")]:
-        document = json.loads(manifest.read_bytes())
-        assert document["format_version"] == 1
-        found.append((document["generation"], document["step"] or 0, manifest.parent, document))
-    _, _, directory, document = max(found, key=lambda item: item[:2])
-    return directory / f"data-{document['attempt']}", document
+    for file in [*path.glob("manifest-*.json"), *path.glob("step-*/manifest-*.json")]:
+        manifest = json.loads(file.read_bytes())
+        assert manifest["format_version"] == 1
+        found.append((manifest["generation"], manifest["step"] or 0, file.parent, manifest))
+    _, _, directory, manifest = max(found, key=lambda item: item[:2])
+    return directory / f"data-{manifest['attempt']}", manifest
 
 
 def read(path: str) -> tuple[dict[tuple, np.ndarray], dict[tuple, object]]:
-    """Return all arrays (by (rank or None, *path), raw bits where numpy has no type) and all plain values."""
+    """Return all arrays and all plain values (typed JSON), by their paths, each after the rank it belongs to.
+
+    The rank is None for what all share. Types that numpy does not have are raw bits.
+    """
     data, manifest = newest(Path(path))
     entries: dict[str, bytes] = {}
     for record in manifest["archives"]:
+        assert (data / record["name"]).stat().st_size == record["nbytes"]
         with zipfile.ZipFile(data / record["name"]) as archive:
             entries |= {name: archive.read(name) for name in archive.namelist()}
     arrays, values = {}, {}
@@ -35,17 +39,16 @@ def read(path: str) -> tuple[dict[tuple, np.ndarray], dict[tuple, object]]:
             continue
         document = json.loads(content)
         about = document["attributes"].get("ckptengine", {})
-        rank = re.match(r"ranks/(\d+)", node)
-        owner = int(rank[1]) if rank else None
+        number = re.match(r"ranks/(\d{5})", node)
+        rank = int(number[1]) if number else None
         if "values" in about:
-            values |= {(owner, *value_path): value for value_path, value in about["values"]}
-        if "dtype" not in about:
-            continue
-        if document["node_type"] == "array":
-            array = read_array(entries, node, document)
-        else:
-            array = read_fragments(entries, node, about["shape"])
-        arrays[(owner, *about["path"])] = array
+            values |= {(rank, *path): value for path, value in about["values"]}
+        elif "dtype" in about and document["node_type"] == "array":
+            arrays[(rank, *about["path"])] = read_array(entries, node, document)
+        elif "dtype" in about:
+            arrays[(rank, *about["path"])] = read_fragments(entries, node, about["shape"])
+    for alias, path in json.loads(entries["objects/zarr.json"])["attributes"]["ckptengine"]["aliases"]:
+        arrays[(None, *alias)] = arrays[(None, *path)]
     return arrays, values
 
 
@@ -53,26 +56,24 @@ def read_array(entries: dict[str, bytes], node: str, document: dict) -> np.ndarr
     """Return one Zarr array from its chunks."""
     shape, kind = document["shape"], document["data_type"]
     chunk = document["chunk_grid"]["configuration"]["chunk_shape"]
-    array = np.zeros(shape, np.dtype(NUMPY.get(kind, kind)).newbyteorder("<"))
-    if array.size == 0:
-        return array
-    for cell in np.ndindex(*(-(-length // c) for length, c in zip(shape, chunk))):
+    array = np.empty(shape, np.dtype(NUMPY.get(kind, kind)).newbyteorder("<"))
+    for cell in np.ndindex(*(-(-length // step) for length, step in zip(shape, chunk, strict=True))):
         stored = np.frombuffer(entries["/".join([node, "c", *map(str, cell)])], array.dtype).reshape(chunk)
-        start = [i * c for i, c in zip(cell, chunk)]
-        inside = tuple(slice(0, min(c, n - s)) for s, c, n in zip(start, chunk, shape))
-        array[tuple(slice(s, s + c) for s, c in zip(start, chunk))] = stored[inside]
+        box = [(i * c, min(i * c + c, n)) for i, c, n in zip(cell, chunk, shape, strict=True)]
+        inside = tuple(slice(0, stop - start) for start, stop in box)
+        array[tuple(slice(*side) for side in box)] = stored[inside]
     return array
 
 
 def read_fragments(entries: dict[str, bytes], node: str, shape: list[int]) -> np.ndarray:
     """Return a leaf that is stored as a group of boxes."""
-    array = None
+    parts = []
     for name, content in entries.items():
-        if not re.fullmatch(re.escape(node) + r"/[^/]+/zarr\.json", name):
-            continue
-        document = json.loads(content)
-        part = read_array(entries, name.removesuffix("/zarr.json"), document)
-        array = np.zeros(shape, part.dtype) if array is None else array
-        offset = document["attributes"]["ckptengine"]["offset"]
-        array[tuple(slice(o, o + n) for o, n in zip(offset, part.shape))] = part
+        if re.fullmatch(re.escape(node) + r"/[^/]+/zarr\.json", name):
+            document = json.loads(content)
+            part = read_array(entries, name.removesuffix("/zarr.json"), document)
+            parts.append((document["attributes"]["ckptengine"]["offset"], part))
+    array = np.empty(shape, parts[0][1].dtype)
+    for offset, part in parts:
+        array[tuple(slice(o, o + n) for o, n in zip(offset, part.shape, strict=True))] = part
     return array

@@ -23,9 +23,7 @@ def manifest_of(step, generation=1, parent=None, attempt=None, world_size=2, nby
         attempt=attempt or f"{generation:06x}-{step or 0}",
         world_size=world_size,
         block_nbytes=65536,
-        archives=tuple(
-            ArchiveRecord(f"rank-{r:05d}.zarr.zip", nbytes, 4096, TAIL) for r in range(world_size)
-        ),
+        archives=tuple(ArchiveRecord(f"rank-{r:05d}.zarr.zip", nbytes, 4096, TAIL) for r in range(world_size)),
         layout=ArchiveRecord("layout.zarr.zip", 4096, 0, TAIL),
         **fields,
     )

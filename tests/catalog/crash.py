@@ -68,13 +68,23 @@ class RecordingDisk(Disk):
         self.operations.append(("unlink", path))
 
 
+class QuickDisk(Disk):
+    """Syncs nothing: for looking at thousands of states."""
+
+    def sync(self, fd):
+        pass
+
+    def sync_directory(self, path):
+        pass
+
+
 class File:
     def __init__(self, data=b""):
         self.data = self.synced = data
 
 
 class Directory:
-    """`entries` as the kernel shows them, `synced` as they are on the disk for certain, `pending` between them."""
+    """`entries` as the kernel shows them, `synced` as the disk has them for certain, `pending` between them."""
 
     def __init__(self):
         self.entries, self.synced, self.pending = {}, {}, []
@@ -142,7 +152,7 @@ class ModelDisk:
             parent.change(target if kind == "link" else {**target, name: None})
 
     def write_out(self, root, keep):
-        """Write the state after a crash: `keep()` decides of each unsynced change whether it had come to the disk.
+        """Write the state after a crash: `keep()` decides of each unsynced change whether the disk has it.
 
         Changes of one directory come in order; the bytes of a file come whole or not at all.
         """
@@ -165,7 +175,7 @@ class ModelDisk:
 
 
 def crash_states(operations, model, root, seed=0):
-    """Yield after how many operations the crash was, with its state written to `root`: several for each number."""
+    """Yield after how many operations the crash was, its state written to `root`; several for each number."""
     chance = random.Random(seed)
     keeps = [lambda: True, lambda: False, *[lambda: chance.random() < 0.6] * 4]
     for count in range(len(operations) + 1):

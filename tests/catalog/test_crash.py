@@ -4,7 +4,7 @@ import os
 
 import pytest
 from checkpoints import write_checkpoint
-from crash import ModelDisk, RecordingDisk, crash_states
+from crash import ModelDisk, QuickDisk, RecordingDisk, crash_states
 
 from ckptengine.catalog.commit import attempt_directory
 from ckptengine.catalog.generation import claim_generation
@@ -59,7 +59,7 @@ def test_a_crash_leaves_the_old_checkpoint_or_the_new_one_and_nothing_partial(tm
 
     seen = set()
     for count in crash_states(disk.operations, model, tmp_path / "after"):
-        storage = LocalStorage(tmp_path / "after")
+        storage = LocalStorage(tmp_path / "after", QuickDisk())
         entries = committed(storage)
         for entry in entries:
             check_whole(storage, entry)
@@ -71,11 +71,11 @@ def test_a_crash_leaves_the_old_checkpoint_or_the_new_one_and_nothing_partial(tm
         if count < done:
             assert old in orders
         seen.add(tuple(orders))
+        # The lease of this very process would count as long as it lives.
+        (storage.root / "step-00000020/data-000002-20/lease.json").unlink(missing_ok=True)
         then = storage.now() - LEASE_SECONDS - 60
         for path in storage.root.rglob("*"):
             os.utime(path, (then, then))
-        # The lease of this very process counts as long as it lives.
-        (storage.root / "step-00000020/data-000002-20/lease.json").unlink(missing_ok=True)
         assert remove_leftovers(storage) == []
         assert [entry.order for entry in committed(storage)] == orders
         for entry in entries:
@@ -87,7 +87,7 @@ def test_a_crash_leaves_the_old_checkpoint_or_the_new_one_and_nothing_partial(tm
 
 
 def test_the_model_finds_a_missing_sync(tmp_path):
-    """The test above can fail: without the sync of a file, or of a directory, it finds a partial checkpoint."""
+    """The test above can fail: without the syncs of files, or of directories, it finds partial checkpoints."""
     for missing in ("sync", "sync_directory"):
         root = tmp_path / missing
         write_checkpoint(LocalStorage(root), 10)
@@ -96,7 +96,7 @@ def test_the_model_finds_a_missing_sync(tmp_path):
         operations = [operation for operation in disk.operations if operation[0] != missing]
         failures = 0
         for count in crash_states(operations, model, tmp_path / "after"):
-            storage = LocalStorage(tmp_path / "after")
+            storage = LocalStorage(tmp_path / "after", QuickDisk())
             try:
                 entries = committed(storage)
                 for entry in entries:

@@ -67,9 +67,7 @@ def test_a_reused_process_number_is_not_the_writer(storage):
     assert not is_leased(storage, DATA)
 
 
-@pytest.mark.parametrize(
-    "holder", [b"", b"[]", b"[[[", b'{"host": "elsewhere", "boot": "x", "namespace": "y"}']
-)
+@pytest.mark.parametrize("holder", [b"", b"[]", b"[[[", b'{"host": "elsewhere", "boot": "x", "namespace": "y"}'])
 def test_the_age_decides_on_other_machines_and_on_damaged_leases(storage, holder):
     storage.write_bytes(f"{DATA}/lease.json", holder)
     assert is_leased(storage, DATA)

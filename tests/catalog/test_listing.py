@@ -22,9 +22,7 @@ from ckptengine.errors import CheckpointDamagedError, FormatVersionError, SaveFa
 def line(storage):
     """Return (generation, step) of what the lineage yields; of problems, with the generation negative."""
     return [
-        (-item.entry.generation, item.entry.step)
-        if isinstance(item, Problem)
-        else (item[0].generation, item[0].step)
+        (-item.entry.generation, item.entry.step) if isinstance(item, Problem) else (item[0].generation, item[0].step)
         for item in lineage(storage)
     ]
 

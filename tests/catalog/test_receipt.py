@@ -35,9 +35,7 @@ def store(request, storage):
 
 
 def is_empty(store):
-    return not (
-        store._values if isinstance(store, MemoryStore) else store._storage.exists("step/data-x/receipts")
-    )
+    return not (store._values if isinstance(store, MemoryStore) else store._storage.exists("step/data-x/receipts"))
 
 
 def test_a_receipt_comes_back_equal():

@@ -35,9 +35,7 @@ def test_all_gather_returns_every_value_in_rank_order():
 
 @pytest.mark.parametrize("root", [0, 2])
 def test_broadcast_returns_the_roots_value(root):
-    results, _ = on_all_ranks(
-        3, lambda comm: comm.broadcast(b"word" if comm.rank == root else None, 10, root=root)
-    )
+    results, _ = on_all_ranks(3, lambda comm: comm.broadcast(b"word" if comm.rank == root else None, 10, root=root))
     assert results == [b"word"] * 3
 
 
@@ -173,9 +171,7 @@ def test_a_second_life_ignores_what_the_first_left_in_the_store(tmp_path):
     context = multiprocessing.get_context("spawn")
     for world_size in (3, 2):
         results = context.Queue()
-        ranks = [
-            context.Process(target=_life, args=(tmp_path, r, world_size, results)) for r in range(world_size)
-        ]
+        ranks = [context.Process(target=_life, args=(tmp_path, r, world_size, results)) for r in range(world_size)]
         for process in ranks:
             process.start()
         got = dict(results.get(timeout=60) for _ in ranks)

@@ -157,7 +157,6 @@ LAYOUTS = {
     2: {
         "replicas": replicas,
         "fsdp": fsdp,
-        "hsdp-1x2": hsdp_of(1),
         "hsdp-2x1": hsdp_of(2),
         "tensor-rows": tensor_rows,
         "tensor-columns": tensor_columns,
@@ -170,7 +169,6 @@ LAYOUTS = {
     },
     4: {
         "replicas": replicas,
-        "fsdp": fsdp,
         "fsdp-by-layer": fsdp_by_layer,
         "hsdp-2x2": hsdp_of(2),
         "tensor-rows": tensor_rows,

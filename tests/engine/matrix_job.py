@@ -6,17 +6,14 @@ The processes form groups of 1, 2, 3 and 4 one after the other: what one group s
 from __future__ import annotations
 
 import json
-import os
 import sys
 import traceback
-from collections.abc import Iterator
-from contextlib import contextmanager
-from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from groups import group, process_rank, report
 from layouts import LAYOUTS, MOMENTS, Tensors, local, named, network, optimizer_of, reference, take_steps
 from torch import nn
 
@@ -24,21 +21,6 @@ import ckptengine as ce
 
 TABLE = np.arange(15, dtype=np.int32).reshape(5, 3)
 SIZES = (1, 2, 3, 4)
-
-
-@contextmanager
-def group(name: str, size: int) -> Iterator[bool]:
-    """Form a process group of the first ranks; yields whether this process is one of them."""
-    rank = int(os.environ["RANK"])
-    if rank >= size:
-        yield False
-        return
-    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    store = dist.TCPStore(address, port, None, False, timedelta(seconds=200))
-    dist.init_process_group("gloo", store=dist.PrefixStore(name, store), rank=rank, world_size=size)
-    yield True
-    dist.barrier()
-    dist.destroy_process_group()
 
 
 def table(filled: bool) -> ce.ShardedArray:
@@ -64,6 +46,16 @@ def held(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor
     for moment in MOMENTS:
         result[moment] = {name: local(optimizer.state[value][moment]) for name, value in named(model)}
     return result
+
+
+def spoil(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Overwrite what a load is to fill."""
+    with torch.no_grad():
+        for tensor in (*model.parameters(), *model.buffers()):
+            local(tensor).fill_(99)
+        for state in optimizer.state.values():
+            for tensor in state.values():
+                local(tensor).fill_(99)
 
 
 def bits(tensor: torch.Tensor) -> bytes:
@@ -109,11 +101,13 @@ def load_all(folder: Path, size: int) -> dict[str, str]:
     problems = {}
     for layout, build in LAYOUTS[size].items():
         want = expected(size, layout, kinds)
+        model = build(network(2))
+        used = optimizer_of(model)
+        take_steps(model, used)
         for number, source in enumerate(sources):
-            model = build(network(2))
-            optimizer = optimizer_of(model)
-            if number % 2:  # into an optimizer with state of its own, and into a fresh one
-                take_steps(model, optimizer)
+            # Into an optimizer with state of its own, and into a fresh one.
+            optimizer = used if number % 2 else optimizer_of(model)
+            spoil(model, optimizer)
             part = table(False)
             words = {"step": 0, "pi": 0.0}
             state = {"model": model, "optimizer": optimizer, "table": part, "words": words}
@@ -154,9 +148,9 @@ def main() -> None:
         with group(f"load-{size}", size) as mine:
             if mine:
                 problems |= load_all(folder, size)
-    if os.environ["RANK"] == "0":
+    if process_rank() == 0:
         write_reference(folder)
-    (folder / f"rank-{os.environ['RANK']}.json").write_text(json.dumps(problems))
+    report(folder, problems)
 
 
 if __name__ == "__main__":

@@ -107,9 +107,7 @@ def test_the_wheel_serves_every_python_from_3_11_on(distributions: tuple[Path, P
     assert not [name for name in names if name.startswith(("tests", "examples", "benchmarks", "csrc"))]
 
 
-def test_the_wheel_works_without_torch_zarr_and_click(
-    distributions: tuple[Path, Path], tmp_path: Path
-) -> None:
+def test_the_wheel_works_without_torch_zarr_and_click(distributions: tuple[Path, Path], tmp_path: Path) -> None:
     venv, linked = tmp_path / "venv", tmp_path / "linked"
     run(sys.executable, "-m", "venv", "--without-pip", venv, cwd=tmp_path)
     python = venv / "bin" / "python"

@@ -369,14 +369,15 @@ static void check_scatter(int turn, int fd) {
     }
 }
 
-int main(void) {
+int main(int n, char **arguments) {
+    int turns = n > 1 ? atoi(arguments[1]) : 200;
     ck_init();
     check_crc();
-    for (int turn = 0; turn < 200; turn++)
+    for (int turn = 0; turn < turns; turn++)
         check_pack(turn);
     FILE *file = tmpfile();
     CHECK(file != NULL, "a temporary file");
-    for (int turn = 0; turn < 200; turn++)
+    for (int turn = 0; turn < turns; turn++)
         check_scatter(turn, fileno(file));
     fclose(file);
     printf("all checks passed\n");

@@ -1,6 +1,7 @@
 """The extension under test, the tables that it takes, and numpy references for what it does."""
 
 import importlib.util
+import itertools
 import os
 import sys
 import zlib
@@ -18,7 +19,7 @@ DTYPES = {1: "u1", 2: "u2", 4: "u4", 8: "u8", 16: "c16"}
 SANITIZED = os.environ.get("CKPTENGINE_NATIVE_BUILD")
 
 # Under the sanitizers each example costs several times as much; the seeds differ from run to run anyway.
-settings.register_profile("native", deadline=None, max_examples=60 if SANITIZED else 250)
+settings.register_profile("native", deadline=None, max_examples=40 if SANITIZED else 250)
 examples = settings.get_profile("native")
 
 
@@ -138,7 +139,7 @@ def table(rows: Iterable[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
 def piece_bounds(position: int, nbytes: int, block: int) -> list[tuple[int, int]]:
     """Return the pieces of [position, position + nbytes), cut at multiples of block."""
     cuts = [position, *range((position // block + 1) * block, position + nbytes, block), position + nbytes]
-    return [(a, b) for a, b in zip(cuts, cuts[1:], strict=False) if a < b]
+    return [(a, b) for a, b in itertools.pairwise(cuts) if a < b]
 
 
 def pack_table(ops: Sequence[PackOp], block: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

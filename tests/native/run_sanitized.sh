@@ -19,7 +19,7 @@ make --no-print-directory -s -C "$root/csrc" sanitized CC=gcc PYTHON="$python" O
 
 # Leaks are not looked for: the interpreter itself leaves memory behind when it ends.
 env LD_PRELOAD="$asan $ubsan" \
-    ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 \
+    ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1:quarantine_size_mb=32 \
     UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1 \
     PYTHONMALLOC=malloc \
     CKPTENGINE_NATIVE_BUILD="$out/_native.abi3.so" \

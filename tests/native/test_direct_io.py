@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from native_tables import ScatterOp, aligned, block_crcs, examples, native, random_bytes, table
 
 BLOCK = 4096
+BIG = 2**63 - 1
 Open = Callable[[Path, int], int]
 
 
@@ -34,9 +35,7 @@ def open_file(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Open]:
         os.close(fd)
 
 
-def load_all(
-    fd: int, fixed: int, crcs: np.ndarray, target: np.ndarray, request: int = BLOCK, threads: int = 2
-) -> int:
+def load_all(fd: int, fixed: int, crcs: np.ndarray, target: np.ndarray, request: int = BLOCK, threads: int = 2) -> int:
     flat, index = table([ScatterOp(0, target.shape, (0,), target).row()])
     ranges = np.array([[0, fixed]], np.int64)
     return native.load(fd, fixed, BLOCK, crcs, ranges, flat, index, request, threads)

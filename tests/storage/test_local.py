@@ -130,9 +130,7 @@ def small_disk(tmp_path):
 
 def test_a_full_disk_says_what_is_needed_and_what_is_there(small_disk):
     data = aligned(4 << 20)
-    with pytest.raises(
-        StorageError, match=r"rank\.zip: 4194304 bytes are needed and \d+ are available"
-    ) as caught:
+    with pytest.raises(StorageError, match=r"rank\.zip: 4194304 bytes are needed and \d+ are available") as caught:
         small_disk.write_archive("rank.zip", data.ctypes.data, data.size)
     assert caught.value.errno == errno.ENOSPC
     with pytest.raises(StorageError, match="make room") as caught:
@@ -232,9 +230,7 @@ def test_where_links_are_refused_a_rename_publishes(storage, monkeypatch):
     assert all_files(storage) == ["manifest.json"]
 
 
-@pytest.mark.parametrize(
-    "name", ["", "/etc/passwd", "../x", "a/../../x", "a//b", "./a", "a/", "a\0b", "a\\b", ".."]
-)
+@pytest.mark.parametrize("name", ["", "/etc/passwd", "../x", "a/../../x", "a//b", "./a", "a/", "a\0b", "a\\b", ".."])
 def test_names_that_lead_out_of_the_storage_are_refused(storage, name):
     for call in (
         lambda: storage.read_bytes(name, 10),

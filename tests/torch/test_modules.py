@@ -84,9 +84,7 @@ def test_an_untied_checkpoint_key_fills_the_tied_weight() -> None:
 
 
 def bare() -> nn.Module:
-    return nn.Sequential(
-        OrderedDict(module=nn.Linear(2, 2), b=nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3)))
-    )
+    return nn.Sequential(OrderedDict(module=nn.Linear(2, 2), b=nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3))))
 
 
 def wrapped_inside() -> nn.Module:

@@ -143,10 +143,7 @@ def test_state_that_is_there_is_filled_in_place() -> None:
     step(net, optimizer, 9)
     tensors = [t for state in optimizer.state.values() for t in state.values()]
     assert load(stored, {"model": net, "opt": optimizer}).complete
-    assert all(
-        a is b
-        for a, b in zip(tensors, (t for s in optimizer.state.values() for t in s.values()), strict=True)
-    )
+    assert all(a is b for a, b in zip(tensors, (t for s in optimizer.state.values() for t in s.values()), strict=True))
     assert same(saved.state_dict(), optimizer.state_dict())
 
 
@@ -179,9 +176,7 @@ def test_groups_that_differ_are_explained() -> None:
     stored, _, _ = stored_after(1)
     net = model()
     fewer = torch.optim.AdamW(net[0].parameters())
-    with pytest.raises(
-        LoadMismatchError, match=r"group 0 has other parameters .*model\.2\.bias, model\.2\.weight"
-    ):
+    with pytest.raises(LoadMismatchError, match=r"group 0 has other parameters .*model\.2\.bias, model\.2\.weight"):
         load(stored, {"model": net, "opt": fewer})
     split = torch.optim.AdamW([{"params": net[0].parameters()}, {"params": net[2].parameters()}])
     with pytest.raises(LoadMismatchError, match="2 parameter groups here, 1 in the checkpoint"):

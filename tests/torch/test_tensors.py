@@ -146,9 +146,7 @@ def test_fake_and_freed_tensors_are_refused() -> None:
 
 def test_tied_memory_is_found_across_frameworks() -> None:
     tensor = torch.zeros(2, 3)
-    flat = flatten(
-        {"a": tensor, "b": tensor.detach(), "c": tensor.numpy(), "t": tensor.t(), "r": PerRank(tensor)}
-    )
+    flat = flatten({"a": tensor, "b": tensor.detach(), "c": tensor.numpy(), "t": tensor.t(), "r": PerRank(tensor)})
     assert flat.aliases == {("b",): ("a",), ("c",): ("a",)}
     assert [leaf.placement for leaf in flat.arrays] == [
         Placement.REPLICATED,
@@ -198,9 +196,7 @@ def test_torch_dtypes_sizes_and_devices_are_plain_values(value: Any) -> None:
     assert type(again) is type(value)
 
 
-@pytest.mark.parametrize(
-    "data", [{"$torch.dtype": "nn"}, {"$torch.device": "nodevice"}, {"$torch.size": "a"}]
-)
+@pytest.mark.parametrize("data", [{"$torch.dtype": "nn"}, {"$torch.device": "nodevice"}, {"$torch.size": "a"}])
 def test_torch_values_that_do_not_exist_are_damage(data: Any) -> None:
     with pytest.raises(CheckpointDamagedError):
         decode(data)

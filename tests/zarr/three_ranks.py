@@ -83,11 +83,13 @@ def main(path: str) -> None:
         local = np.ascontiguousarray(model[name][box])
         return ce.ShardedArray(tensor(local), model[name].shape, tuple(side.start for side in box))
 
+    bias = tensor(model["h.0.bias"])
     state = {
         "model": {
             "h.0.weight": part("h.0.weight", np.s_[4 * rank : 4 * rank + 4, 0:6]),
             "h.0.columns": part("h.0.columns", np.s_[0:5, 3 * rank : 3 * rank + 3]),
-            "h.0.bias": tensor(model["h.0.bias"]),
+            "h.0.bias": bias,
+            "tied": bias,
             "fp8": torch.from_numpy(model["fp8"].view("u1")).view(torch.float8_e4m3fn),
             "large": tensor(model["large"]),
             "fragments": part("fragments", BOXES[rank]),

@@ -1,0 +1,39 @@
+"""From each sharding to each, at 1 to 4 ranks, bit for bit."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from launch import HERE, environment, launch
+
+pytest.importorskip("torch")
+from layouts import LAYOUTS  # noqa: E402
+
+CASES = [f"{size}-{layout}" for size in LAYOUTS for layout in LAYOUTS[size]]
+
+
+@pytest.fixture(scope="module")
+def matrix(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("matrix")
+    return folder, launch("matrix_job.py", 4, folder)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_every_checkpoint_loads_into(case, matrix):
+    _, ranks = matrix
+    problems = {
+        f"{pair} on rank {rank}": problem
+        for rank, found in enumerate(ranks)
+        for pair, problem in found.items()
+        if pair.endswith(f" -> {case}")
+    }
+    assert not problems
+
+
+def test_every_checkpoint_is_read_without_torch(matrix):
+    folder, _ = matrix
+    command = [sys.executable, str(HERE / "numpy_reader.py"), str(folder)]
+    reader = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=120)
+    assert reader.returncode == 0, reader.stderr
+    assert json.loads(reader.stdout) == dict.fromkeys(CASES, [])

@@ -1,0 +1,190 @@
+"""Trainers that are killed: `kill_runs.py random RUN KILLS SEED` or `kill_runs.py sweep RUN`.
+
+This process forks one trainer after the other, so that Python's start is paid once, kills it (or has it kill
+itself at a chosen disk operation), and after each death checks that the newest committed state comes back.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import sys
+import time
+import traceback
+from collections import deque
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from trained import committed_steps, fill, same, state_at
+
+import ckptengine as ce
+from ckptengine.storage.disk import Disk
+
+OPERATIONS = (
+    "make_directory", "create", "write", "write_memory", "sync", "sync_directory", "rename", "publish", "unlink",
+    "remove_tree", "remove_directory",
+)  # fmt: skip
+
+
+def train(run: Path, log: Path, steps: int, notice: int = -1) -> None:
+    """Restore, compare, and train; a step is logged once its checkpoint is durable.
+
+    To the descriptor `notice` goes a byte before each save.
+    """
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    in_flight: deque[tuple[int, Any]] = deque()
+
+    def note() -> None:
+        while in_flight and in_flight[0][1].durable.done():
+            step, handle = in_flight.popleft()
+            handle.durable.result(0)
+            os.write(descriptor, f"{step}\n".encode())
+            os.fsync(descriptor)
+
+    with ce.Checkpointer(run, every=1, keep_last=3, on_error="raise", timeout=60) as checkpointer:
+        state = state_at(0)
+        start = checkpointer.restore(state) or 0
+        assert same(state, state_at(start)), f"step {start} did not come back as it was"
+        for step in range(start + 1, start + 1 + steps):
+            fill(state, step)
+            if notice >= 0:
+                os.write(notice, b".")
+            in_flight.append((step, checkpointer.step(step, state)))
+            note()
+        checkpointer.wait()
+        note()
+
+
+def forked(work: Callable[[], None]) -> int:
+    """Run something in a child and return its process id."""
+    process = os.fork()
+    if process == 0:
+        code = 1
+        try:
+            work()
+            code = 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stderr.flush()
+            os._exit(code)
+    return process
+
+
+def check(run: Path, log: Path) -> list[int]:
+    """Compare what is listed with what was logged; return the steps that are listed."""
+    steps = committed_steps(run)
+    logged = [int(line) for line in log.read_text().split()] if log.exists() else []
+    newest = max(logged, default=0)
+    assert (steps[-1] if steps else 0) >= newest, f"step {newest} was durable, there are {steps}"
+    if steps:
+        state = state_at(0)
+        ce.load(run, into=state)
+        assert same(state, state_at(steps[-1]))
+    return steps
+
+
+def kill_at_random(run: Path, kills: int, seed: int) -> dict[str, Any]:
+    """Kill `kills` trainers: each in one of its first saves, at a moment within it that a seed chooses.
+
+    How long a save takes here and now is measured all the time, so that a busy machine changes nothing.
+    """
+    chance, log = random.Random(seed), run.parent / "durable.log"
+    newest, certain, each = [], 0, 0.1
+    for _ in range(kills):
+        saves = chance.randint(0, 5)
+        ours, theirs = os.pipe()
+        process = forked(lambda theirs=theirs: train(run, log, 10**6, theirs))
+        os.close(theirs)
+        for number in range(saves):
+            began = time.monotonic()
+            assert os.read(ours, 1), "the trainer ended by itself"
+            if number:
+                each += 0.2 * (time.monotonic() - began - each)
+        time.sleep(chance.uniform(0.0, 1.2 * each))
+        os.kill(process, signal.SIGKILL)
+        _, status = os.waitpid(process, 0)
+        os.close(ours)
+        assert os.WIFSIGNALED(status), "the trainer ended by itself"
+        # A save begins when the one before is durable, except that the first two are told one after the other.
+        certain += max(0, saves - 2)
+        newest.append(max(check(run, log), default=0))
+        assert newest == sorted(newest), newest
+        assert newest[-1] >= certain, (newest, certain)
+    return {"newest": newest}
+
+
+def die_at(number: int, half: bool) -> None:
+    """Have this process killed at its `number`-th disk operation from now on: before it, or in its middle."""
+    count = 0
+
+    def counted(name: str) -> Callable[..., Any]:
+        original = getattr(Disk, name)
+
+        def operation(disk: Disk, *arguments: Any) -> Any:
+            nonlocal count
+            count += 1
+            if count != number:
+                return original(disk, *arguments)
+            if half:
+                do_half(name, disk, original, arguments)
+            os.kill(os.getpid(), signal.SIGKILL)
+            return time.sleep(60)
+
+        return operation
+
+    for name in OPERATIONS:
+        setattr(Disk, name, counted(name))
+
+
+def do_half(name: str, disk: Disk, original: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+    """Do a part of an operation that consists of several steps, the whole of another one."""
+    if name == "write":
+        fd, data = arguments
+        os.write(fd, data[: len(data) // 2])
+    elif name == "write_memory":
+        fd, address, nbytes = arguments
+        original(disk, fd, address, nbytes // 8192 * 4096)
+    elif name == "publish":
+        os.link(*arguments)
+    elif name == "remove_tree":
+        for path in sorted(Path(arguments[0]).iterdir())[:1]:
+            path.unlink()
+    else:
+        original(disk, *arguments)
+
+
+def kill_at_every_operation(run: Path) -> dict[str, Any]:
+    """Kill trainers at each disk operation of a life with one save, until a life has no further operation."""
+    log, lives, newest = run.parent / "durable.log", 0, 0
+    for half in (False, True):
+        number = 0
+        while True:
+            number += 1
+
+            def live(number: int = number, half: bool = half) -> None:
+                die_at(number, half)
+                train(run, log, 1)
+
+            _, status = os.waitpid(forked(live), 0)
+            lives += 1
+            now = max(check(run, log), default=0)
+            assert now >= newest, f"operation {number}: {now} after {newest}"
+            newest = now
+            if not os.WIFSIGNALED(status):
+                assert status == 0, f"operation {number}: the trainer failed"
+                break
+    return {"lives": lives, "newest": newest}
+
+
+def main() -> None:
+    kind, run, *rest = sys.argv[1:]
+    result = kill_at_random(Path(run), *map(int, rest)) if kind == "random" else kill_at_every_operation(Path(run))
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()
