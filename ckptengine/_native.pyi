@@ -1,12 +1,38 @@
-"""The C copy path. Tables are C-contiguous int64 arrays; all work is done without the GIL."""
+"""The C copy path: tensors to file bytes and back, checksummed, on several threads and without the GIL.
+
+Tables are C-contiguous buffers of 8-byte integers (`int64`) or 4-byte ones (CRCs, `uint32`); they and the memory
+that they name must stay as they are until the call returns. Every bound is checked before any memory is touched: a
+violation is a `ValueError` that names the op and what is out of bounds. A CRC32 is zlib's. `threads` is 1 to 256,
+the calling thread being one of them; fewer are used where there is less work or the system refuses more.
+
+`block_nbytes` is any positive number (files opened with `O_DIRECT` want a multiple of `BLOCK_ALIGNMENT`). A *piece*
+is what lies between two multiples of it in the file, cut to one op: byte ranges need not be aligned to it.
+"""
 
 from collections.abc import Buffer
 
 BLOCK_ALIGNMENT: int
+"""What `O_DIRECT` wants offsets, lengths and addresses to be a multiple of."""
 
-def variants() -> tuple[str, ...]: ...
-def crc32(data: Buffer, value: int = 0, variant: str | None = None) -> int: ...
-def crc32_combine(first: int, second: int, second_nbytes: int) -> int: ...
+def variants() -> tuple[str, ...]:
+    """Return the names of the CRC32 variants that this CPU can run, best first.
+
+    They are "vpclmul512" (AVX-512), "vpclmul" (AVX2) and "pclmul" on x86-64, "pmull" and "armcrc" on aarch64, and
+    "portable" everywhere. Each has been run against "portable" when the module was loaded.
+    """
+
+def crc32(data: Buffer, value: int = 0, variant: str | None = None) -> int:
+    """Return the CRC32 of `data`, which is C-contiguous, continued from `value`, with the best or the named variant.
+
+    Raises `ValueError` for a variant that this CPU lacks, naming those it has.
+    """
+
+def crc32_combine(first: int, second: int, second_nbytes: int) -> int:
+    """Return the CRC32 of two byte strings one after the other, from theirs and the length of the second.
+
+    The method is that of zlib's `crc32_combine`: powers of x modulo the polynomial, by squaring.
+    """
+
 def pack(
     image_address: int,
     image_nbytes: int,
@@ -16,7 +42,20 @@ def pack(
     crcs: Buffer,
     threads: int,
     variant: str | None = None,
-) -> None: ...
+) -> None:
+    """Copy strided tensors into the image of a file and checksum its pieces, in one pass over the memory.
+
+    `ops` (int64, flat) holds one op after the other, `index` (int64, one more than there are ops) where each begins:
+    `file_pos, nbytes, crc_index, itemsize, ndim, src_address, src_low, src_nbytes, dense_shape[ndim],
+    box_shape[ndim], strides[ndim]`. At image byte `file_pos` lies a dense C-order array of `dense_shape`, `nbytes`
+    in all. Its leading corner `box_shape` is filled from `src_address` with `strides` in bytes (of any sign, or 0;
+    itemsize 1, 2, 4, 8 or 16), all of it within `[src_low, src_low + src_nbytes)`; the rest becomes zero. The CRC32
+    of the op's piece k goes to `crcs[crc_index + k]` (uint32).
+
+    A `src_address` of 0 copies nothing: the bytes are in the image already. An `image_address` of 0 writes nothing,
+    and checksums what would have been written to an image of `image_nbytes`. Ops must not overlap in the image.
+    """
+
 def seal(
     image_address: int,
     fixed_nbytes: int,
@@ -26,7 +65,16 @@ def seal(
     entry_crcs: Buffer,
     block_crcs: Buffer,
     threads: int,
-) -> None: ...
+) -> None:
+    """Turn the CRCs of pieces into those of whole entries and of whole blocks.
+
+    `extents` (int64, rows of 4, sorted, disjoint): `file_pos, nbytes, crc_index, descriptor_pos`. `entry_crcs[i]`
+    (uint32) becomes the CRC32 of extent i, combined from its pieces in `piece_crcs`; unless `descriptor_pos` is
+    negative, it is also written to the 4 image bytes there, little-endian, which must lie outside of all extents.
+    Then `block_crcs[b]` (uint32) becomes that of block b of `[0, fixed_nbytes)`: the piece's where the block lies
+    within one extent, else computed from the image.
+    """
+
 def scatter(
     address: int,
     position: int,
@@ -37,7 +85,20 @@ def scatter(
     ops: Buffer,
     index: Buffer,
     threads: int,
-) -> int: ...
+) -> int:
+    """Verify file bytes that lie in memory, and scatter them into strided tensors.
+
+    At `address` lie the file's bytes `[position, position + nbytes)`, cut at multiples of `block_nbytes` or at
+    `fixed_nbytes`. `block_crcs` (uint32) is the table of the whole file. `ops` and `index` are as for `pack`, sorted
+    by `file_pos`, each op being `file_pos, nbytes, itemsize, ndim, dst_address, dst_low, dst_nbytes,
+    dense_shape[ndim], box_offset[ndim], box_shape[ndim], strides[ndim]`: the box (`box_offset`, `box_shape`) of the
+    dense array at `file_pos` goes to `dst_address`, as far as its bytes lie in the range; an element that the range
+    cuts is copied in part. Several ops may read the same bytes. Strides of a destination are any but those that are
+    shorter than an item where the box has more than one.
+
+    Returns -1, or the number of the first damaged block: of that block nothing has been scattered, of others some.
+    """
+
 def load(
     fd: int,
     fixed_nbytes: int,
@@ -48,5 +109,20 @@ def load(
     index: Buffer,
     request_nbytes: int,
     threads: int,
-) -> int: ...
-def write(fd: int, address: int, nbytes: int, position: int, request_nbytes: int, depth: int) -> None: ...
+) -> int:
+    """Read ranges of a file, verify and scatter them, with `threads` requests in flight.
+
+    `ranges` (int64, rows of `position, nbytes`, sorted, disjoint) are cut like those of `scatter`, and read in
+    requests of `request_nbytes`, a multiple of `block_nbytes`, into buffers that suit `O_DIRECT` and are kept for
+    the next call. The other tables are those of `scatter`.
+
+    Returns -1, or the lowest damaged block that was found; a file that ends too early is damaged where it ends.
+    Raises `OSError` with `errno` and the position where a read fails.
+    """
+
+def write(fd: int, address: int, nbytes: int, position: int, request_nbytes: int, depth: int) -> None:
+    """Write `nbytes` of memory at `address` to a file at `position`, `depth` requests (1 to 256) in flight.
+
+    With `O_DIRECT`, `address`, `nbytes`, `position` and `request_nbytes` must be multiples of `BLOCK_ALIGNMENT`.
+    Raises `OSError` with `errno` and the position where a write fails; short writes are continued.
+    """

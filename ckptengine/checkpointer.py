@@ -83,8 +83,9 @@ class Checkpointer:
         self._parent: tuple[int, int] | None = None
         self._generation: int | None = None
         self._last: tuple[int, SaveHandle] | None = None
-        self._last_time = self._checked_time = time.monotonic()
-        self._checked_step = self._next_check = 0
+        self._last_time = time.monotonic()
+        self._checked: tuple[int, float] | None = None  # step and time of the last look at the clock in this life
+        self._next_check = 0
         self._pending: list[SaveHandle] = []
         self._failures = 0
         self._open()
@@ -137,6 +138,7 @@ class Checkpointer:
         # What follows is a new life of the run, also where this process has saved before.
         self._generation = self._last = None
         self._last_time = time.monotonic()
+        self._checked, self._next_check = None, 0
         if loaded is None or loaded.step is None:
             self._parent = None
             return None
@@ -244,9 +246,12 @@ class Checkpointer:
             assert self._seconds is not None
             now = time.monotonic()
             left = self._seconds - (now - self._last_time)
-            each = (now - self._checked_time) / max(1, step - self._checked_step)
-            self._checked_time, self._checked_step = now, step
-            ahead = int(min(left / max(each, 1e-6) / 2, 1e6)) if left > 0 else 1
+            ahead = 1
+            if self._checked is not None and left > 0:
+                checked_step, checked_time = self._checked
+                each = (now - checked_time) / max(1, step - checked_step)
+                ahead = int(min(left / max(each, 1e-6) / 2, 1e6))
+            self._checked = step, now
             reply = struct.pack("<?q", left <= 0, step + max(1, ahead))
         due, self._next_check = struct.unpack("<?q", self._comm.broadcast(reply, self._timeout))
         return bool(due)

@@ -8,6 +8,7 @@
 
 #if defined(__x86_64__)
 
+#include <cpuid.h>
 #include <immintrin.h>
 #include <string.h>
 
@@ -15,7 +16,7 @@
 #define TARGET_256 __attribute__((target("avx2,pclmul,vpclmulqdq")))
 #ifndef TARGET_512 /* tests/native/emulated_avx512.h has its own, for machines without it */
 #define TARGET_512 __attribute__((target("avx512f,avx2,pclmul,vpclmulqdq")))
-#define HAS_512 __builtin_cpu_supports("avx512f")
+#define NEEDED_512 (SSE41 | PCLMUL | AVX2 | VPCLMUL | AVX512)
 #endif
 #define INLINE static inline __attribute__((always_inline))
 
@@ -169,17 +170,38 @@ DEFINE(128, 64, TARGET_128)
 DEFINE(256, 128, TARGET_256)
 DEFINE(512, 256, TARGET_512)
 
-/* __builtin_cpu_supports also asks whether the system saves the wide registers. */
+/* Asked of the CPU itself: not every compiler's run-time library answers __builtin_cpu_supports. The bits are
+ * those of CPUID leaves 1 and 7 and of XCR0 in the "Intel 64 and IA-32 Architectures Software Developer's
+ * Manual". */
+enum { SSE41 = 1, PCLMUL = 2, AVX2 = 4, VPCLMUL = 8, AVX512 = 16 };
+
+static int features(void) {
+    unsigned a, b, c, d, low = 0, high = 0;
+    if (!__get_cpuid(1, &a, &b, &c, &d))
+        return 0;
+    int found = (c >> 19 & 1 ? SSE41 : 0) | (c >> 1 & 1 ? PCLMUL : 0);
+    if (c >> 27 & 1) /* the system saves what XCR0 names */
+        __asm__("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+    if ((low & 0x6) != 0x6 || !__get_cpuid_count(7, 0, &a, &b, &c, &d))
+        return found;
+    found |= (b >> 5 & 1 ? AVX2 : 0) | (c >> 10 & 1 ? VPCLMUL : 0);
+    return found | ((low & 0xE0) == 0xE0 && b >> 16 & 1 ? AVX512 : 0);
+}
+
+static bool have(int wanted) {
+    return (features() & wanted) == wanted;
+}
+
 static bool usable_128(void) {
-    return __builtin_cpu_supports("pclmul") && __builtin_cpu_supports("sse4.1");
+    return have(SSE41 | PCLMUL);
 }
 
 static bool usable_256(void) {
-    return usable_128() && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("vpclmulqdq");
+    return have(SSE41 | PCLMUL | AVX2 | VPCLMUL);
 }
 
 static bool usable_512(void) {
-    return usable_256() && HAS_512;
+    return have(NEEDED_512);
 }
 
 static const ck_variant variant_512 = {"vpclmul512", usable_512, update_512, copy_512};

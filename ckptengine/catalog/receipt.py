@@ -99,21 +99,25 @@ def _record(value: Any) -> ArchiveRecord:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """How an attempt ended, as rank 0 tells the others: committed where `error` is empty."""
+    """How an attempt ended, as rank 0 tells the others: committed where `error` is empty.
+
+    `kind` names the error's class in `ckptengine.errors`.
+    """
 
     error: str = ""
     plan_together: bool = False
+    kind: str = ""
 
     def encode(self) -> bytes:
         """Return the outcome as it travels."""
-        return json.dumps([self.error, self.plan_together]).encode()
+        return json.dumps([self.error, self.plan_together, self.kind]).encode()
 
     @classmethod
     def decode(cls, data: bytes) -> Outcome:
         """Return the outcome of a message; raises `SaveFailedError` where it is damaged."""
         try:
-            error, plan_together = json.loads(data)
-            return cls(_of(str, error), _of(bool, plan_together))
+            error, plan_together, kind = json.loads(data)
+            return cls(_of(str, error), _of(bool, plan_together), _of(str, kind))
         except (TypeError, ValueError, RecursionError) as problem:
             raise SaveFailedError(
                 f"rank 0's word on the commit is damaged ({problem}): the storage tells whether it came"

@@ -68,9 +68,8 @@ def structure_of(flat: FlatState) -> Structure:
 class Planner:
     """Keeps the plan between saves; its `plan` is the only exchange between ranks that a save may need."""
 
-    def __init__(self, comm: Communicator, timeout: float) -> None:
+    def __init__(self, comm: Communicator) -> None:
         self._comm = comm
-        self._timeout = timeout
         self._plan: Plan | None = None
         self._together = True
         self.session = ""
@@ -84,14 +83,16 @@ class Planner:
         """Have all ranks plan together at the next save. Every rank learns this from the commit's result."""
         self._together = True
 
-    def plan(self, flat: FlatState | None, values: StoredValues | None, error: Exception | None) -> Plan | None:
+    def plan(
+        self, flat: FlatState | None, values: StoredValues | None, error: Exception | None, timeout: float
+    ) -> Plan | None:
         """Return this rank's plan of a state; `error` is what kept this rank from flattening it.
 
         Raises, on all ranks, what any of them has to say in an exchange; without one, returns None where there
         is an error: the caller reports it in the background, as no other rank waits for it here.
         """
         if self._together:
-            self._exchange(flat, values, error)
+            self._exchange(flat, values, error, timeout)
             self._together = False
         elif flat is not None:
             assert self._plan is not None
@@ -99,7 +100,9 @@ class Planner:
                 self._plan = self._plan_alone(self._plan, flat)
         return None if error is not None else self._plan
 
-    def _exchange(self, flat: FlatState | None, values: StoredValues | None, error: Exception | None) -> None:
+    def _exchange(
+        self, flat: FlatState | None, values: StoredValues | None, error: Exception | None, timeout: float
+    ) -> None:
         mine: tuple[Holding, ...] = ()
         payload = b""
         if flat is not None and values is not None:
@@ -107,9 +110,9 @@ class Planner:
             token = secrets.token_hex(6) if self._comm.rank == 0 else ""
             head = json.dumps([token, [list(path) for path in values.paths]]).encode()
             payload = b"".join((_HEAD.pack(len(head), len(values.digests)), head, values.digests, encode(mine)))
-        agree(self._comm, error, self._timeout, "taking the state apart")
+        agree(self._comm, error, timeout, "taking the state apart")
         assert flat is not None
-        replies = self._comm.all_gather(payload, self._timeout)
+        replies = self._comm.all_gather(payload, timeout)
         parts = [_split(reply) for reply in replies]
         self.session = self.session or parts[0][0]
         compare_values([(paths, digests) for _, paths, digests, _ in parts])

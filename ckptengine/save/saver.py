@@ -25,7 +25,7 @@ from ckptengine.catalog.manifest import Manifest, checked_metadata
 from ckptengine.catalog.receipt import Channel, Outcome, Receipt, StorageStore, collect
 from ckptengine.comm.agree import agree
 from ckptengine.comm.base import Communicator
-from ckptengine.errors import CheckpointError, DeadlineError, SaveFailedError
+from ckptengine.errors import CheckpointError, DeadlineError, ReplicaMismatchError, SaveFailedError
 from ckptengine.save.coordinator import Coordinator
 from ckptengine.save.handle import SaveHandle, SaveStats
 from ckptengine.save.planner import Plan, Planner, replica_crcs
@@ -43,6 +43,9 @@ DEFAULT_TIMEOUT = 600.0
 
 _TAIL_ROOM = 1 << 20
 """What the arena holds beyond the fixed region from the start, so that the usual tail needs no growing."""
+
+# What keeps its class on all ranks; everything else that fails a save is a `SaveFailedError`.
+_KINDS: dict[str, type[CheckpointError]] = {kind.__name__: kind for kind in (DeadlineError, ReplicaMismatchError)}
 
 ReplicaCrcs = tuple[tuple[Path, int], ...]
 
@@ -98,7 +101,7 @@ class Saver:
     def __init__(self, comm: Communicator, timeout: float = DEFAULT_TIMEOUT) -> None:
         self._comm = comm
         self._timeout = timeout
-        self._planner = Planner(comm, timeout)
+        self._planner = Planner(comm)
         self._coordinator = Coordinator(comm.world_size) if comm.rank == 0 else None
         self._arena = Arena()
         self._count = 0
@@ -158,8 +161,8 @@ class Saver:
             values = stored_values(flat)
         except Exception as problem:
             error = problem
-        generation = self._open(target, self._planner.changed(flat))
-        plan = self._planner.plan(flat, values, error)
+        generation = self._open(target, self._planner.changed(flat), timeout)
+        plan = self._planner.plan(flat, values, error, timeout)
         job = _Job(
             target=target,
             generation=generation,
@@ -179,14 +182,16 @@ class Saver:
                 job.error = problem
         job.stall = time.monotonic() - started
         self._job = job
+        failed = job.error
+        if failed is None:
+            job.handle.staged.reach()
         job.thread = threading.Thread(target=self._finish, args=(job,), name="ckptengine-save", daemon=True)
         job.thread.start()
-        if job.error is not None:
-            raise job.error
-        job.handle.staged.reach()
+        if failed is not None:
+            raise failed
         return job.handle
 
-    def _open(self, target: Target, changed: bool) -> int:
+    def _open(self, target: Target, changed: bool, timeout: float) -> int:
         """Return the generation to write under; where rank 0 has yet to claim it, all ranks exchange a word.
 
         That exchange also tells whether any rank's structure changed: then all plan together.
@@ -202,8 +207,8 @@ class Saver:
                 word["generation"] = target.claim()
             except Exception as problem:
                 error = problem
-        agree(self._comm, error, self._timeout, f"opening {target.location}")
-        words = [json.loads(reply) for reply in self._comm.all_gather(json.dumps(word).encode(), self._timeout)]
+        agree(self._comm, error, timeout, f"opening {target.location}")
+        words = [json.loads(reply) for reply in self._comm.all_gather(json.dumps(word).encode(), timeout)]
         if any(word["changed"] for word in words):
             self._planner.together_next()
         self.generation = int(words[0]["generation"])
@@ -247,7 +252,7 @@ class Saver:
         if outcome.plan_together:
             self._planner.together_next()
         if outcome.error:
-            raise SaveFailedError(f"{target.location} was not committed: {outcome.error}")
+            raise _KINDS.get(outcome.kind, SaveFailedError)(f"{target.location} was not committed: {outcome.error}")
         assert receipt.archive is not None
         return SaveStats(
             step=target.step,
@@ -318,7 +323,8 @@ class Saver:
                 publish(storage, target.directory, manifest)
             outcome = Outcome(plan_together=any(item.alone for item in receipts))
         except Exception as problem:
-            outcome = Outcome(error=f"{problem}" or type(problem).__name__, plan_together=True)
+            kind = type(problem).__name__
+            outcome = Outcome(error=f"{problem}" or kind, plan_together=True, kind=kind)
         channel.announce(outcome)
         if outcome.error:
             self._discard(job, data)

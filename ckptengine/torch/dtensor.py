@@ -39,9 +39,7 @@ def is_dtensor(tensor: Any) -> bool:
     return module is not None and isinstance(tensor, module.DTensor)
 
 
-def dtensor_pieces(
-    tensor: Any, path: Path
-) -> tuple[tuple[int, ...], Placement, list[tuple[Box, torch.Tensor]]]:
+def dtensor_pieces(tensor: Any, path: Path) -> tuple[tuple[int, ...], Placement, list[tuple[Box, torch.Tensor]]]:
     """Return global shape, placement, and this rank's boxes, each with its view of the local tensor.
 
     Raises `StateError` naming the path for `Partial`, for placements that are unknown, and where the local

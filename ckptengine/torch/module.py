@@ -25,9 +25,7 @@ def module_entries(module: torch.nn.Module, path: Path) -> list[ModuleEntry]:
     Raises `StateError` for FullyShardedDataParallel (version 1), and where two entries have the same name.
     """
     _refuse_fsdp1(module, path)
-    state = module.state_dict(
-        keep_vars=True
-    )  # before the ids: under FSDP2 this puts the sharded parameters back
+    state = module.state_dict(keep_vars=True)  # before the ids: under FSDP2 this puts the sharded parameters back
     parameters = {id(parameter) for parameter in module.parameters()}
     buffers = {id(buffer) for buffer in module.buffers()}
     wrapped = _data_parallel_children(module)
@@ -59,17 +57,14 @@ def _refuse_fsdp1(module: torch.nn.Module, path: Path) -> None:
     fsdp = sys.modules.get("torch.distributed.fsdp")
     if fsdp is not None and any(isinstance(m, fsdp.FullyShardedDataParallel) for m in module.modules()):
         raise StateError(
-            f"{dotted(path)}: FullyShardedDataParallel hides its parameters; use `fully_shard` (FSDP2) "
-            "instead"
+            f"{dotted(path)}: FullyShardedDataParallel hides its parameters; use `fully_shard` (FSDP2) instead"
         )
 
 
 def _data_parallel_children(module: torch.nn.Module) -> frozenset[str]:
     """Return the full names of the modules inside DataParallel and DistributedDataParallel."""
     kinds = (torch.nn.DataParallel, torch.nn.parallel.DistributedDataParallel)
-    return frozenset(
-        f"{name}.module".lstrip(".") for name, child in module.named_modules() if isinstance(child, kinds)
-    )
+    return frozenset(f"{name}.module".lstrip(".") for name, child in module.named_modules() if isinstance(child, kinds))
 
 
 def _bare(key: str, wrapped: frozenset[str]) -> str:

@@ -117,13 +117,9 @@ def _distributed_zeros(parameter: Any, dtype: torch.dtype, shape: tuple[int, ...
     coordinate = mesh.get_coordinate()
     splits = splits_of(placements, tuple(mesh.shape), coordinate, len(shape), ())
     local_shape = [
-        local.shape[dim]
-        if dim_splits and local_runs(length, dim_splits, local.shape[dim]) is not None
-        else length
+        local.shape[dim] if dim_splits and local_runs(length, dim_splits, local.shape[dim]) is not None else length
         for dim, (length, dim_splits) in enumerate(zip(shape, splits, strict=True))
     ]
     zeros = torch.zeros(local_shape, dtype=dtype, device=local.device)
     stride = torch.empty(shape, device="meta").stride()
-    return DTensor.from_local(
-        zeros, mesh, placements, run_check=False, shape=torch.Size(shape), stride=stride
-    )
+    return DTensor.from_local(zeros, mesh, placements, run_check=False, shape=torch.Size(shape), stride=stride)

@@ -38,9 +38,7 @@ def torch_dtype(name: str) -> torch.dtype:
     """Return the dtype of a logical name; raises `StateError` where this version of torch has none."""
     dtype = getattr(torch, name, None)
     if not isinstance(dtype, torch.dtype):
-        raise StateError(
-            f"torch {torch.__version__} has no dtype {name}; install a newer one or load without torch"
-        )
+        raise StateError(f"torch {torch.__version__} has no dtype {name}; install a newer one or load without torch")
     return dtype
 
 
@@ -72,24 +70,16 @@ def _check(tensor: torch.Tensor, path: Path) -> str:
     if tensor.is_quantized:
         raise StateError(f"{where}: quantized tensor ({tensor.dtype}); save `int_repr()` and its scales")
     if tensor.is_nested or tensor.layout is not torch.strided:
-        raise StateError(
-            f"{where}: tensor with layout {tensor.layout}; save its values and indices, or a dense copy"
-        )
+        raise StateError(f"{where}: tensor with layout {tensor.layout}; save its values and indices, or a dense copy")
     if tensor.is_meta or (tensor.device.type == "cpu" and tensor.untyped_storage().device.type == "meta"):
-        raise StateError(
-            f"{where}: tensor on the meta device has no memory; materialize it first (`to_empty`)"
-        )
+        raise StateError(f"{where}: tensor on the meta device has no memory; materialize it first (`to_empty`)")
     name = dtype_name(tensor.dtype)
     if name not in DTYPES:
-        raise StateError(
-            f"{where}: tensors of dtype {tensor.dtype} can't be saved; convert it to another dtype"
-        )
+        raise StateError(f"{where}: tensors of dtype {tensor.dtype} can't be saved; convert it to another dtype")
     return name
 
 
-def _pieces(
-    tensor: torch.Tensor, path: Path
-) -> tuple[tuple[int, ...], Placement, list[tuple[Box, torch.Tensor]]]:
+def _pieces(tensor: torch.Tensor, path: Path) -> tuple[tuple[int, ...], Placement, list[tuple[Box, torch.Tensor]]]:
     if is_dtensor(tensor):
         return dtensor_pieces(tensor, path)
     shape = tuple(tensor.shape)
@@ -105,11 +95,7 @@ def _identity(tensor: torch.Tensor, name: str) -> Hashable | None:
     strides = tuple(stride * tensor.element_size() for stride in tensor.stride())
     lazy = (tensor.is_conj(), tensor.is_neg())
     identity = (tensor.data_ptr(), name, tuple(tensor.shape), strides)
-    return (
-        identity
-        if tensor.device.type == "cpu" and lazy == (False, False)
-        else (*identity, tensor.device, lazy)
-    )
+    return identity if tensor.device.type == "cpu" and lazy == (False, False) else (*identity, tensor.device, lazy)
 
 
 def _memory(piece: torch.Tensor, path: Path, *, target: bool) -> Memory:
@@ -117,13 +103,10 @@ def _memory(piece: torch.Tensor, path: Path, *, target: bool) -> Memory:
     lazy = piece.is_conj() or piece.is_neg()
     if target and lazy:
         raise StateError(
-            f"{dotted(path)}: a lazily conjugated or negated view can't be filled; pass "
-            "`tensor.resolve_conj()`"
+            f"{dotted(path)}: a lazily conjugated or negated view can't be filled; pass `tensor.resolve_conj()`"
         )
     if target and may_overlap(piece.shape, strides, piece.element_size()):
-        raise StateError(
-            f"{dotted(path)}: the tensor's elements share memory, so it can't be filled; pass a clone"
-        )
+        raise StateError(f"{dotted(path)}: the tensor's elements share memory, so it can't be filled; pass a clone")
     if lazy or piece.device.type != "cpu":
         return _copied(piece)
     storage = piece.untyped_storage()

@@ -24,11 +24,11 @@ from ckptengine.load.checkpoint import Checkpoint
 from ckptengine.load.choose import newest_checkpoint
 from ckptengine.storage.open import open_storage
 
-__all__ = ["CheckpointStore"]
+__all__ = ["CheckpointStore", "StoreIndex"]
 
 
 @dataclass(frozen=True, slots=True)
-class _Index:
+class StoreIndex:
     """Which rank's archive holds each key, and the names right below each prefix (without a slash at the end)."""
 
     entries: dict[str, tuple[int, DirectoryEntry]]
@@ -58,7 +58,7 @@ class CheckpointStore(Store):
         if not isinstance(checkpoint, Checkpoint):
             checkpoint = newest_checkpoint(open_storage(checkpoint))
         self.checkpoint = checkpoint
-        self._index: _Index | None = None
+        self._index: StoreIndex | None = None
         self._lock = threading.Lock()
 
     def __eq__(self, other: object) -> bool:
@@ -87,7 +87,7 @@ class CheckpointStore(Store):
             super().with_read_only(read_only)
         return CheckpointStore(self.checkpoint)
 
-    def index(self) -> _Index:
+    def index(self) -> StoreIndex:
         """Return the index of all keys; the first call reads the archives' directories."""
         with self._lock:
             if self._index is None:
@@ -134,6 +134,12 @@ class CheckpointStore(Store):
             raise FileNotFoundError(key)
         return entries[key][1].nbytes
 
+    async def getsize_prefix(self, prefix: str) -> int:
+        """Return the bytes of all keys below a node: those of `a/b/…` for `a/b`, not those of `a/bc/…`."""
+        below = f"{prefix.rstrip('/')}/" if prefix else ""
+        entries = (await self._indexed()).entries
+        return sum(entry.nbytes for key, (_, entry) in entries.items() if key.startswith(below))
+
     async def set(self, key: str, value: Buffer) -> None:
         """Refuse with `ValueError`: a checkpoint is never changed."""
         self._check_writable()
@@ -158,7 +164,7 @@ class CheckpointStore(Store):
         for name in (await self._indexed()).children.get(prefix.rstrip("/"), ()):
             yield name
 
-    async def _indexed(self) -> _Index:
+    async def _indexed(self) -> StoreIndex:
         await self._ensure_open()
         index = self._index
         return index if index is not None else await asyncio.to_thread(self.index)
@@ -170,7 +176,7 @@ def _restored(location: str, directory: str, manifest: bytes) -> CheckpointStore
     return CheckpointStore(Checkpoint(storage, directory, Manifest.decode(manifest, storage.location(directory))))
 
 
-def _index_of(checkpoint: Checkpoint) -> _Index:
+def _index_of(checkpoint: Checkpoint) -> StoreIndex:
     entries: dict[str, tuple[int, DirectoryEntry]] = {}
     children: dict[str, dict[str, None]] = {}
     for rank in range(checkpoint.manifest.world_size):
@@ -186,7 +192,7 @@ def _index_of(checkpoint: Checkpoint) -> _Index:
                 break
             names[name] = None
             key = above
-    return _Index(entries, children)
+    return StoreIndex(entries, children)
 
 
 def _is_padding(key: str) -> bool:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
 from typing import Any
 
-from ckptengine.zarr.store import CheckpointStore
+from ckptengine.zarr.store import CheckpointStore, StoreIndex
 
 __all__ = ["tensorstore_spec"]
 
@@ -53,10 +54,18 @@ def _fragment(store: CheckpointStore, node: str) -> dict[str, Any]:
 
 def _array(store: CheckpointStore, node: str) -> dict[str, Any]:
     """Return the spec of a Zarr array, each of its keys a layer that names the archive in which it lies."""
+    index = store.index()
     layers = []
-    for key, (rank, _) in store.index().entries.items():
-        if key != f"{node}/zarr.json" and key != f"{node}/c" and not key.startswith(f"{node}/c/"):
-            continue
+    for key in _keys_below(index, node):
+        rank, _ = index.entries[key]
         file = {"driver": "file", "path": store.checkpoint.archive(rank).location}
         layers.append({"base": {"driver": "zip", "base": file, "path": key}, "exact": key})
     return {"driver": "zarr3", "kvstore": {"driver": "kvstack", "layers": layers, "path": f"{node}/"}}
+
+
+def _keys_below(index: StoreIndex, node: str) -> Iterator[str]:
+    for name in index.children.get(node, ()):
+        key = f"{node}/{name}"
+        if key in index.entries:
+            yield key
+        yield from _keys_below(index, key)

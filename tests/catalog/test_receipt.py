@@ -42,7 +42,7 @@ def test_a_receipt_comes_back_equal():
     assert Receipt.decode(GOOD.encode()) == GOOD
     failed = Receipt(rank=3, archive=None, error="the disk is full")
     assert Receipt.decode(failed.encode()) == failed
-    for outcome in (Outcome(), Outcome("why", True)):
+    for outcome in (Outcome(), Outcome("why", True, "DeadlineError")):
         assert Outcome.decode(outcome.encode()) == outcome
 
 

@@ -72,6 +72,6 @@ def files_of(run: str | os.PathLike[str]) -> list[str]:
 
 def age(run: str | os.PathLike[str], seconds: float = 1000.0) -> None:
     """Make everything in a run older: what has no living owner then is a leftover."""
-    for path in (Path(run), *Path(run).rglob("*")):
+    for path in (Path(run), *Path(run).rglob("*")) if Path(run).exists() else ():
         status = path.stat()
         os.utime(path, (status.st_atime - seconds, status.st_mtime - seconds))

@@ -5,7 +5,7 @@
 #include <stdbool.h>
 
 #define TARGET_512 __attribute__((target("pclmul,sse4.1")))
-#define HAS_512 true
+#define NEEDED_512 (SSE41 | PCLMUL)
 #define EMULATED TARGET_512 static inline __attribute__((always_inline))
 
 typedef struct {

@@ -39,8 +39,8 @@ def test_the_core_works_on_aarch64(tmp_path: Path):
 def test_the_path_for_avx512_works_where_it_is_emulated(tmp_path: Path):
     from native_tables import native
 
-    if "vpclmul" not in native.variants():
-        pytest.skip("the emulation needs a CPU with VPCLMULQDQ")
+    if "pclmul" not in native.variants():
+        pytest.skip("the emulation needs a CPU with PCLMULQDQ")
     assert "variant vpclmul512" in make("check-avx512", tmp_path)
 
 
@@ -51,10 +51,11 @@ def test_no_data_race_is_found_in_the_core(tmp_path: Path):
     make("check-threads", tmp_path)
 
 
+@pytest.mark.timeout(900)
 def test_the_extension_runs_clean_under_the_sanitizers():
     environment = {**os.environ, "PYTHON": sys.executable}
     result = subprocess.run(
-        ["bash", str(HERE / "run_sanitized.sh")], env=environment, capture_output=True, text=True, timeout=280
+        ["bash", str(HERE / "run_sanitized.sh")], env=environment, capture_output=True, text=True, timeout=800
     )
     if result.returncode == 77:
         pytest.skip(result.stderr.strip())

@@ -255,9 +255,7 @@ def test_each_rank_gets_its_own_back() -> None:
 
 def test_another_world_size_needs_resize_and_says_so() -> None:
     stored = save(*({"x": {"cursor": PerRank([rank])}} for rank in range(3)))
-    with pytest.raises(
-        LoadMismatchError, match=r"x\.cursor: saved per rank by 3 ranks, loaded by 2; pass PerRank"
-    ):
+    with pytest.raises(LoadMismatchError, match=r"x\.cursor: saved per rank by 3 ranks, loaded by 2; pass PerRank"):
         load(stored, {"x": {"cursor": PerRank([0])}}, rank=0, world_size=2)
 
 
@@ -288,9 +286,7 @@ def test_resize_gets_what_all_ranks_saved() -> None:
 
 def test_per_rank_in_the_checkpoint_and_not_in_the_state_is_explained() -> None:
     stored = save({"a": PerRank(1), "b": 2}, {"a": PerRank(2), "b": 2})
-    with pytest.raises(
-        LoadMismatchError, match=r"a: each rank has its own in the checkpoint; wrap it in ce\.PerRank"
-    ):
+    with pytest.raises(LoadMismatchError, match=r"a: each rank has its own in the checkpoint; wrap it in ce\.PerRank"):
         load(stored, {"a": 0, "b": 0})
     target = {"a": PerRank(0), "b": PerRank(0)}
     assert load(stored, target, rank=1).complete

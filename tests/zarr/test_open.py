@@ -101,7 +101,7 @@ def test_a_damaged_tail_is_named(copy: Path) -> None:
     content = bytearray(archive.read_bytes())
     content[-100] ^= 1
     archive.write_bytes(content)
-    with pytest.raises(CheckpointDamagedError, match="rank-00002.*tail"):
+    with pytest.raises(CheckpointDamagedError, match=r"rank-00002.*tail"):
         ckptengine.zarr.open(copy)
 
 
@@ -110,7 +110,7 @@ def test_a_missing_checkpoint_and_a_missing_archive_are_named(copy: Path, tmp_pa
         ckptengine.zarr.open(tmp_path / "nothing")
     (archive,) = copy.glob("data-*/rank-00000.zarr.zip")
     archive.unlink()
-    with pytest.raises(CheckpointDamagedError, match="rank-00000.* is missing"):
+    with pytest.raises(CheckpointDamagedError, match=r"rank-00000.* is missing"):
         ckptengine.zarr.open(copy)
 
 
@@ -123,11 +123,10 @@ def test_a_run_opens_at_its_newest_step_and_a_step_by_its_directory(tmp_path: Pa
 
 
 def test_an_open_store_stays_at_its_checkpoint_and_so_do_its_copies(tmp_path: Path) -> None:
-    checkpointer = ce.Checkpointer(str(tmp_path / "run"), every=1)
-    checkpointer.save(1, {"w": np.full(3, 1)})
-    store = CheckpointStore(tmp_path / "run")
-    checkpointer.save(2, {"w": np.full(3, 2)})
-    checkpointer.close()
+    with ce.Checkpointer(str(tmp_path / "run"), every=1) as checkpointer:
+        checkpointer.save(1, {"w": np.full(3, 1)}).durable.result()
+        store = CheckpointStore(tmp_path / "run")
+        checkpointer.save(2, {"w": np.full(3, 2)})
     for copied in (store, pickle.loads(pickle.dumps(store)), store.with_read_only(True)):
         assert copied == store
         assert zarr.open_group(copied, mode="r")["state/w"][0] == 1
@@ -145,6 +144,13 @@ def test_leaves_may_be_called_like_padding(tmp_path: Path) -> None:
     assert sync(all_keys(CheckpointStore(tmp_path / "one"))).isdisjoint(
         {"checksums/rank-00000/padding-fixed", "checksums/rank-00000/padding-tail"}
     )
+
+
+def test_the_bytes_of_an_array_are_its_own(tmp_path: Path) -> None:
+    ce.save(tmp_path / "one", {"h.1": np.zeros(8, "u1"), "h.10": np.zeros(80, "u1")})
+    array = ckptengine.zarr.open(tmp_path / "one")["state/h.1"]
+    metadata = sync(array.store_path.store.getsize("state/h.1/zarr.json"))
+    assert array.nbytes_stored() == 8 + metadata
 
 
 async def all_keys(store: CheckpointStore) -> set[str]:
