@@ -29,9 +29,12 @@ MEASURES = ("stall", "durable", "load")
 
 def drop_cache(folder: Path) -> None:
     """Write back and forget the cached pages of all files below a folder."""
-    for file in folder.rglob("*"):
+    for file in list(folder.rglob("*")):
         if file.is_file():
-            fd = os.open(file, os.O_RDONLY)
+            try:
+                fd = os.open(file, os.O_RDONLY)
+            except FileNotFoundError:
+                continue  # of the checkpoint before, which is being deleted
             os.fsync(fd)
             os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
             os.close(fd)

@@ -123,6 +123,7 @@ def load(
     rename: Mapping[str, str] | None = None,
     strict: bool = True,
     cast: bool = False,
+    rank: int | None = None,
     timeout: float = DEFAULT_TIMEOUT,
     comm: Communicator | None = None,
 ) -> Any:
@@ -131,7 +132,7 @@ def load(
     `path` is a checkpoint directory or a run. With `into`, all ranks call it, at any world size and sharding, and
     get a `LoadReport`; tensors are filled in place, objects through `load_state_dict`. Without, this process alone
     gets nested dicts of numpy arrays (bfloat16 and float8 as `ml_dtypes`' types) and plain values; no framework
-    is needed.
+    is needed. What ranks have of their own (`PerRank`) is left out, or with `rank` that rank's is included.
 
     `only` restricts to parts of the state, by dotted prefixes (`["model", "optimizer.state"]`); `rename` maps
     dotted prefixes of the checkpoint to those of the state; with `strict=False` missing and unexpected leaves are
@@ -146,6 +147,6 @@ def load(
         only = [only]
     options = LoadOptions(None if only is None else tuple(only), rename, strict, cast)
     if into is None:
-        return load_arrays(storage, options)
+        return load_arrays(storage, options, rank)
     report: LoadReport = load_newest(storage, into, comm or current(), timeout, options).report
     return report

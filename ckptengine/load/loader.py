@@ -97,29 +97,40 @@ def restore_newest(
     return None
 
 
-def load_arrays(storage: Storage, options: LoadOptions) -> dict[Any, Any]:
-    """Return the newest checkpoint as nested dicts of numpy arrays and plain values, in this process alone."""
+def load_arrays(storage: Storage, options: LoadOptions, rank: int | None = None) -> dict[Any, Any]:
+    """Return the newest checkpoint as nested dicts of numpy arrays and plain values, in this process alone.
+
+    With `rank`, also what that rank has of its own.
+    """
     if not options.strict or options.cast:
         raise ValueError("strict and cast are for loading into a state: load() without `into` returns what there is")
     checkpoint = newest_checkpoint(storage)
     saved = describe(checkpoint)
+    if rank is not None and not 0 <= rank < saved.world_size:
+        raise ValueError(f"rank {rank}: {checkpoint.location} was saved by {saved.world_size} ranks")
     selection, rename = Selection(options.only), renamer(options.rename, {})
     # Where each array comes from: tied ones come from the first of their names, which may itself not be wanted.
-    names = {path: path for path in saved.leaves} | dict(saved.aliases)
-    wanted = {path: first for path, first in names.items() if selection.holds(rename(path))}
-    values = {rename(path): value for path, value in saved.values.items() if selection.holds(rename(path))}
+    names: dict[Path, tuple[Path, int | None]] = {path: (path, None) for path in saved.leaves}
+    names |= {path: (first, None) for path, first in saved.aliases.items()}
+    values, containers = dict(saved.values), dict(saved.containers)
+    if rank is not None:
+        names |= {path: (path, rank) for path in saved.rank_leaves[rank]}
+        values |= saved.rank_values[rank]
+        containers |= saved.rank_containers[rank]
+    wanted = {path: source for path, source in names.items() if selection.holds(rename(path))}
+    values = {rename(path): value for path, value in values.items() if selection.holds(rename(path))}
     selection.check()
-    arrays: dict[Path, Any] = {}
+    arrays: dict[tuple[Path, int | None], Any] = {}
     reads = []
-    for first in dict.fromkeys(wanted.values()):
-        leaf = saved.leaves[first]
-        arrays[first] = array = _new_array(leaf.shape, leaf.dtype, first)
-        parts = (Part(Box.whole(leaf.shape), host_memory(array)),) if array.size else ()
-        target = ArrayLeaf(first, leaf.dtype, leaf.shape, leaf.placement, parts, "numpy")
-        reads.append((checkpoint.rows.index[first, None], target))
+    for source in dict.fromkeys(wanted.values()):
+        record = checkpoint.rows.leaves[checkpoint.rows.index[source]]
+        arrays[source] = array = _new_array(record.shape, record.dtype, record.path)
+        parts = (Part(Box.whole(record.shape), host_memory(array)),) if array.size else ()
+        target = ArrayLeaf(record.path, record.dtype, record.shape, record.placement, parts, "numpy")
+        reads.append((checkpoint.rows.index[source], target))
     fill(checkpoint, reads)
-    containers = {rename(path): kind for path, kind in saved.containers.items()}
-    return unflatten(values, {rename(path): arrays[first] for path, first in wanted.items()}, containers, {})
+    containers = {rename(path): kind for path, kind in containers.items()}
+    return unflatten(values, {rename(path): arrays[source] for path, source in wanted.items()}, containers, {})
 
 
 def _new_array(shape: tuple[int, ...], dtype: str, path: Path) -> NDArray[Any]:

@@ -1,4 +1,4 @@
-"""Trainers that are killed: `kill_runs.py random RUN KILLS SEED` or `kill_runs.py sweep RUN`.
+"""Trainers that are killed: `kill_runs.py random RUN KILLS SEED` or `kill_runs.py sweep FOLDER`.
 
 This process forks one trainer after the other, so that Python's start is paid once, kills it (or has it kill
 itself at a chosen disk operation), and after each death checks that the newest committed state comes back.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import signal
 import sys
 import time
@@ -153,28 +154,44 @@ def do_half(name: str, disk: Disk, original: Callable[..., Any], arguments: tupl
         original(disk, *arguments)
 
 
-def kill_at_every_operation(run: Path) -> dict[str, Any]:
-    """Kill trainers at each disk operation of a life with one save, until a life has no further operation."""
-    log, lives, newest = run.parent / "durable.log", 0, 0
+def kill_at_every_operation(folder: Path) -> dict[str, Any]:
+    """Kill a life with one save at each of its disk operations, every time from the same start."""
+    start, log = folder / "start", folder / "durable.log"
+    wait_for(forked(lambda: train(start, log, 4, elements=1000)))
+    attempt = next((start / "step-00000004").glob("data-*"))
+    shutil.copytree(attempt, start / "step-00000005" / "data-0123456789ab-1")  # what a dead attempt has left
+    (start / "step-00000005" / ".tmp-layout.zarr.zip.0123456789ab").write_bytes(b"half")
+    age(start)
+    outcomes = []
     for half in (False, True):
         number = 0
         while True:
             number += 1
+            run, own_log = folder / f"run-{number}-{half}", folder / f"{number}-{half}.log"
+            shutil.copytree(start, run, copy_function=shutil.copy2)
+            own_log.write_text("4\n")
 
-            def live(number: int = number, half: bool = half) -> None:
+            def live(run: Path = run, log: Path = own_log, number: int = number, half: bool = half) -> None:
                 die_at(number, half)
                 train(run, log, 1, elements=1000)
 
             _, status = os.waitpid(forked(live), 0)
-            lives += 1
-            now = max(check(run, log), default=0)
-            assert now >= newest, f"operation {number}: {now} after {newest}"
-            newest = now
-            age(run)  # so that later lives also sweep, and are killed at that
+            steps = check(run, own_log)
+            outcomes.append(steps[-1])
+            wait_for(forked(lambda run=run, log=own_log: train(run, log, 1, elements=1000)))
+            after = check(run, own_log)
+            assert after == list(range(steps[-1] - 1, steps[-1] + 2)), f"operation {number}: {after} after {steps}"
+            shutil.rmtree(run)
             if not os.WIFSIGNALED(status):
                 assert status == 0, f"operation {number}: the trainer failed"
                 break
-    return {"lives": lives, "newest": newest}
+    return {"lives": len(outcomes), "newest": sorted(set(outcomes))}
+
+
+def wait_for(process: int) -> None:
+    """Wait for a child that must succeed."""
+    _, status = os.waitpid(process, 0)
+    assert status == 0, status
 
 
 def main() -> None:

@@ -46,6 +46,10 @@ EMULATED emulated_512 emulated_multiply(emulated_512 a, emulated_512 b, bool hig
     return a;
 }
 
+/* where the compiler's own are macros */
+#undef _mm512_clmulepi64_epi128
+#undef _mm512_ternarylogic_epi64
+
 #define __m512i emulated_512
 #define _mm512_loadu_si512(from) emulated_load(from)
 #define _mm512_storeu_si512(to, value) emulated_store(to, value)
