@@ -13,7 +13,7 @@ from ckptengine.archive.image import BLOCK_NBYTES
 from ckptengine.archive.reader import Archive, open_archive
 from ckptengine.archive.record import ArchiveRecord
 from ckptengine.catalog import listing
-from ckptengine.errors import CheckpointDamagedError, CheckpointError, CheckpointNotFoundError, FormatVersionError
+from ckptengine.errors import CheckpointDamagedError, CheckpointError, CheckpointNotFoundError
 from ckptengine.layout.rows import RowTable
 from ckptengine.load.checkpoint import Checkpoint
 from ckptengine.load.choose import newest_checkpoint
@@ -121,9 +121,7 @@ def list_run(path: str | os.PathLike[str]) -> list[CheckpointSummary]:
     storage = open_storage(path)
     sound = (item for item in listing.lineage(storage) if not isinstance(item, listing.Problem))
     newest = next(sound, None)
-    return [
-        _summary(storage, entry, newest is not None and entry == newest[0]) for entry in _committed(storage)
-    ]
+    return [_summary(storage, entry, newest is not None and entry == newest[0]) for entry in _committed(storage)]
 
 
 def describe(path: str | os.PathLike[str]) -> CheckpointDescription:
@@ -139,9 +137,7 @@ def describe(path: str | os.PathLike[str]) -> CheckpointDescription:
         archives = tuple(np.unique(rows.archive[slice(*record.rows)]).tolist())
         nbytes = record.itemsize * int(np.prod(record.shape, dtype=object))
         leaves.append(
-            LeafSummary(
-                record.name, record.dtype, record.shape, nbytes, record.placement.value, archives, record.rank
-            )
+            LeafSummary(record.name, record.dtype, record.shape, nbytes, record.placement.value, archives, record.rank)
         )
     return CheckpointDescription(
         path=checkpoint.location,
@@ -268,9 +264,7 @@ def _verify_file(checkpoint: Checkpoint, record: ArchiveRecord) -> Iterator[int 
             yield (
                 start,
                 stop,
-                (
-                    f"{archive.location}: bytes {start} to {stop} are not those that were written (CRC32 differs)"
-                ),
+                (f"{archive.location}: bytes {start} to {stop} are not those that were written (CRC32 differs)"),
             )
 
 

@@ -147,6 +147,8 @@ typedef struct {
 void ck_walk_start(ck_walk *walk, const ck_view *view, int64_t begin, int64_t end);
 bool ck_walk_next(ck_walk *walk, ck_part *part);
 
+/* ---- copies of views (gather.c) ---- */
+
 /* Fills linear (the dense bytes [begin, end)) from memory, zero outside of the box. */
 void ck_gather(const ck_view *view, int64_t begin, int64_t end, unsigned char *linear);
 /* Writes the box's part of linear (the dense bytes [begin, end)) to memory. */

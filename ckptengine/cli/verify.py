@@ -37,9 +37,7 @@ def verify(checkpoint: str, as_json: bool) -> None:
     """
     total = 0
     columns = (TextColumn("verifying"), BarColumn(), DownloadColumn(binary_units=True))
-    bar = Progress(
-        *columns, TransferSpeedColumn(), TimeRemainingColumn(), console=Console(stderr=True), transient=True
-    )
+    bar = Progress(*columns, TransferSpeedColumn(), TimeRemainingColumn(), console=Console(stderr=True), transient=True)
     with failures(), bar:
         task = bar.add_task("verify", total=None)
 

@@ -118,9 +118,7 @@ def assign_alone(
         else:
             offsets, lengths = _sorted(holding, rank)
             chunk = zero_sized_chunk(holding.shape) if is_zero_sized(holding.shape) else None
-            names = (
-                () if chunk is not None else tuple(f"r{rank}-{index}" for index in range(offsets.shape[0]))
-            )
+            names = () if chunk is not None else tuple(f"r{rank}-{index}" for index in range(offsets.shape[0]))
             writes = chunk is not None or offsets.shape[0] > 0
             result.append(_assigned(holding, chunk, writes, offsets, lengths, names))
     return sorted(result, key=lambda leaf: path_order(leaf.path))
@@ -132,9 +130,7 @@ def _by_path(holdings: Iterable[tuple[int, Sequence[Holding]]]) -> dict[Path, li
         for holding in of_rank:
             held = result.setdefault(holding.path, [])
             if held and held[-1][0] == rank:
-                raise StateError(
-                    f"{holding.name}: rank {rank} holds two leaves under this key; give each its own key"
-                )
+                raise StateError(f"{holding.name}: rank {rank} holds two leaves under this key; give each its own key")
             held.append((rank, holding))
     return result
 
@@ -174,9 +170,7 @@ def _check_inside(head: LeafHead, offsets: Int64s, lengths: Int64s, ranks: Int64
         )
 
 
-def _check_tiling(
-    head: LeafHead, offsets: Int64s, lengths: Int64s, ranks: Sequence[int], holders: _Held
-) -> None:
+def _check_tiling(head: LeafHead, offsets: Int64s, lengths: Int64s, ranks: Sequence[int], holders: _Held) -> None:
     """Raise where these distinct boxes overlap or leave elements out; `ranks` has one holder of each box."""
     if tiles(head.shape, offsets, lengths):
         return
@@ -199,9 +193,7 @@ def _check_tiling(
 
 
 def _box(offset: Int64s, length: Int64s) -> str:
-    return (
-        "[" + ", ".join(f"{o}:{o + n}" for o, n in zip(offset.tolist(), length.tolist(), strict=True)) + "]"
-    )
+    return "[" + ", ".join(f"{o}:{o + n}" for o, n in zip(offset.tolist(), length.tolist(), strict=True)) + "]"
 
 
 def _sorted(holding: Holding, rank: int) -> tuple[Int64s, Int64s]:
@@ -252,9 +244,7 @@ def _plan(held: _Held) -> _Plan:
         cells = None
     alone = (bounds[:, 1] - bounds[:, 0] == 1) | (head.placement is Placement.WHOLE)
     writers = np.where(alone, ranks[bounds[:, 0]], -1) if starts.size else np.zeros(0, np.int64)
-    return _Plan(
-        head, tuple(rank for rank, _ in held), cells, offsets, lengths, ranks, bounds.reshape(-1), writers
-    )
+    return _Plan(head, tuple(rank for rank, _ in held), cells, offsets, lengths, ranks, bounds.reshape(-1), writers)
 
 
 def _split(head: LeafHead, cells: tuple[int, ...], holders: int) -> tuple[tuple[int, ...], int]:

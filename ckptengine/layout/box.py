@@ -29,8 +29,6 @@ class Box:
 def intersect(a: Box, b: Box) -> Box | None:
     """Return the elements that both boxes cover, or None where there are none."""
     offset = tuple(map(max, a.offset, b.offset))
-    end = tuple(
-        min(ao + al, bo + bl) for ao, al, bo, bl in zip(a.offset, a.shape, b.offset, b.shape, strict=True)
-    )
+    end = tuple(min(ao + al, bo + bl) for ao, al, bo, bl in zip(a.offset, a.shape, b.offset, b.shape, strict=True))
     shape = tuple(e - o for o, e in zip(offset, end, strict=True))
     return Box(offset, shape) if all(length > 0 for length in shape) else None

@@ -16,9 +16,7 @@ _PADDING_SHARE = 0.25
 _PADDING_NBYTES = 1 << 20
 
 
-def regular_grid(
-    shape: Sequence[int], offsets: Int64s, lengths: Int64s, itemsize: int = 1
-) -> tuple[int, ...] | None:
+def regular_grid(shape: Sequence[int], offsets: Int64s, lengths: Int64s, itemsize: int = 1) -> tuple[int, ...] | None:
     """Return the chunk shape under which these boxes are a leaf's chunks, or None: then they are fragments.
 
     `offsets` and `lengths` are int64 [n, ndim], equal boxes allowed. The distinct ones must be all cells of

@@ -148,11 +148,7 @@ def _head_values(fields: dict[str, Any]) -> tuple[Path, str, tuple[int, ...], Pl
 
 
 def _shape(value: object, what: str, path: Path) -> tuple[int, ...]:
-    if (
-        not isinstance(value, list)
-        or len(value) > MAX_NDIM
-        or not all(type(length) is int for length in value)
-    ):
+    if not isinstance(value, list) or len(value) > MAX_NDIM or not all(type(length) is int for length in value):
         raise ValueError(f"leaf {dotted(path)}: {what} must be a list of at most {MAX_NDIM} integers")
     if any(not 0 <= length <= MAX_LEAF_NBYTES for length in value):
         raise ValueError(f"leaf {dotted(path)}: {what} {value} has a length out of range")

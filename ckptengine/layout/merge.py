@@ -40,9 +40,7 @@ class _Leaves:
             known = self._tables[id(rows.leaves)] = np.asarray(numbers, np.int64), own
             listed = [(leaf.path, leaf.placement is Placement.PER_RANK) for leaf in rows.leaves]
             if len({path for path, _ in listed}) != len(listed):
-                raise SaveFailedError(
-                    f"rank {rows.rank} lists a leaf twice; the save was not committed, save again"
-                )
+                raise SaveFailedError(f"rank {rows.rank} lists a leaf twice; the save was not committed, save again")
         numbers_of, own = known[0], known[1]
         if own:
             numbers_of = numbers_of.copy()
@@ -169,9 +167,7 @@ def _check(table: RowTable, counts: Int64s, per_rank: Sequence[RankRows]) -> Non
     more = f" (and {wrong.size - 1} leaves more)" if wrong.size > 1 else ""
     if found.rows:
         ranks = table.archive[[record.rows[0] + row for row in found.rows]].tolist()
-        problem = (
-            f"element {list(found.element)} was written {len(found.rows)} times, by {named_ranks(ranks)}"
-        )
+        problem = f"element {list(found.element)} was written {len(found.rows)} times, by {named_ranks(ranks)}"
     else:
         missing = max(1, math.prod(record.shape) - sum(lengths.prod(axis=1).tolist()))
         holders = [rows.rank for rows in per_rank if any(leaf.path == record.path for leaf in rows.leaves)]

@@ -79,8 +79,7 @@ class RankRows:
                 raise ValueError("its counts don't fit its boxes")
         except ValueError as error:
             raise SaveFailedError(
-                f"a rank's table of what it wrote is damaged ({error}); the save was not committed, save "
-                "again"
+                f"a rank's table of what it wrote is damaged ({error}); the save was not committed, save again"
             ) from error
         return cls(int(rank[0]), leaves, counts, position, nbytes, offsets, lengths)
 
@@ -149,9 +148,7 @@ def from_columns(
     try:
         return _from_columns(leaves, columns, fixed_nbytes)
     except ValueError as error:
-        raise CheckpointDamagedError(
-            f"the layout file is damaged: {error}; restore an older checkpoint"
-        ) from error
+        raise CheckpointDamagedError(f"the layout file is damaged: {error}; restore an older checkpoint") from error
 
 
 def faulty_row(
@@ -169,9 +166,7 @@ def faulty_row(
     leaf_starts = np.cumsum(ndims) - ndims
     shapes = np.asarray([length for leaf in leaves for length in leaf.shape], np.int64)
     # A chunk length of 0 stands for fragments, which are as large as their boxes.
-    chunks = np.asarray(
-        [length for leaf in leaves for length in leaf.chunk_shape or (0,) * len(leaf.shape)], np.int64
-    )
+    chunks = np.asarray([length for leaf in leaves for length in leaf.chunk_shape or (0,) * len(leaf.shape)], np.int64)
     outside = np.zeros(leaf_of_row.size, np.bool_)
     no_cell = outside.copy()
     dense = np.asarray([leaf.itemsize for leaf in leaves], np.int64)[leaf_of_row]
@@ -180,12 +175,7 @@ def faulty_row(
         offset, length = offsets[starts[rows] + dim], lengths[starts[rows] + dim]
         shape = shapes[leaf_starts[leaf_of_row[rows]] + dim]
         chunk = chunks[leaf_starts[leaf_of_row[rows]] + dim]
-        good = (
-            (offset >= 0)
-            & (length >= 1)
-            & (length <= shape)
-            & (offset <= shape - np.where(length > 0, length, 0))
-        )
+        good = (offset >= 0) & (length >= 1) & (length <= shape) & (offset <= shape - np.where(length > 0, length, 0))
         offset, length = np.where(good, offset, 0), np.where(good, length, 0)
         step = np.where(chunk > 0, chunk, 1)
         cell = (offset % step == 0) & (length == np.minimum(chunk, shape - offset))
@@ -204,9 +194,7 @@ def faulty_row(
     return None
 
 
-def _from_columns(
-    leaves: object, columns: Mapping[str, NDArray[Any]], fixed_nbytes: Sequence[int] | None
-) -> RowTable:
+def _from_columns(leaves: object, columns: Mapping[str, NDArray[Any]], fixed_nbytes: Sequence[int] | None) -> RowTable:
     if not isinstance(leaves, list):
         raise ValueError("its leaves are no list")
     if columns.keys() != set(_COLUMNS):
@@ -214,9 +202,7 @@ def _from_columns(
     for name, column in columns.items():
         if column.ndim != 1 or column.dtype.kind != "i":
             raise ValueError(f"column {name} is no one-dimensional array of signed integers")
-    archive, position, nbytes, offsets, lengths = (
-        columns[name].astype(np.int64, copy=False) for name in _COLUMNS
-    )
+    archive, position, nbytes, offsets, lengths = (columns[name].astype(np.int64, copy=False) for name in _COLUMNS)
     if not archive.size == position.size == nbytes.size:
         raise ValueError("its columns differ in length")
     records = tuple(map(_record, leaves))
@@ -239,23 +225,17 @@ def _from_columns(
     return RowTable(records, archive.astype(np.int32), position, nbytes, offsets, lengths)
 
 
-def _check_places(
-    archive: Int64s, position: Int64s, nbytes: Int64s, fixed_nbytes: Sequence[int] | None
-) -> None:
+def _check_places(archive: Int64s, position: Int64s, nbytes: Int64s, fixed_nbytes: Sequence[int] | None) -> None:
     limits = None if fixed_nbytes is None else np.asarray(fixed_nbytes, np.int64)
     bad = (archive < 0) | (archive >= (2**31 if limits is None else limits.size))
     if bad.any():
         row = int(np.argmax(bad))
         raise ValueError(f"row {row} names archive {archive[row]}, which there is not")
     room = _MAX_POSITION if limits is None else limits[archive]
-    bad = (
-        (position < 0) | (nbytes < 0) | (nbytes > room) | (position > room - np.where(nbytes > 0, nbytes, 0))
-    )
+    bad = (position < 0) | (nbytes < 0) | (nbytes > room) | (position > room - np.where(nbytes > 0, nbytes, 0))
     if bad.any():
         row = int(np.argmax(bad))
-        raise ValueError(
-            f"row {row}: {nbytes[row]} bytes at {position[row]} do not lie within archive {archive[row]}"
-        )
+        raise ValueError(f"row {row}: {nbytes[row]} bytes at {position[row]} do not lie within archive {archive[row]}")
 
 
 def _check_order(records: Sequence[LeafRecord]) -> None:
@@ -273,9 +253,7 @@ def _record(value: object) -> LeafRecord:
     layout = layout_from_json({name: item for name, item in value.items() if name not in ("rank", "rows")})
     own = layout.placement is Placement.PER_RANK
     if (own and (type(rank) is not int or not 0 <= rank < 2**31)) or (not own and rank is not None):
-        raise ValueError(
-            f"leaf {layout.name}: the rank {rank!r} does not fit the placement {layout.placement.value}"
-        )
+        raise ValueError(f"leaf {layout.name}: the rank {rank!r} does not fit the placement {layout.placement.value}")
     if not isinstance(rows, list) or len(rows) != 2 or not all(type(row) is int for row in rows):
         raise ValueError(f"leaf {layout.name}: rows must be two integers")
     return _recorded(layout, rank, (rows[0], rows[1]))

@@ -84,9 +84,7 @@ def untiled(shapes: Sequence[tuple[int, ...]], counts: Int64s, offsets: Int64s, 
     for seed in _SEEDS:
         whole = _weights(seed, ndims, np.zeros_like(whole_lengths), whole_lengths)
         # uint64 sums wrap, which the differences undo: each tensor's own sum is below 2**64.
-        sums = np.concatenate(
-            [np.zeros(1, np.uint64), np.cumsum(_weights(seed, row_ndims, offsets, lengths))]
-        )
+        sums = np.concatenate([np.zeros(1, np.uint64), np.cumsum(_weights(seed, row_ndims, offsets, lengths))])
         bad |= (sums[bounds[1:]] - sums[bounds[:-1]]) % _PRIME != whole
     return np.flatnonzero(bad)
 

@@ -15,9 +15,7 @@ def test_sizes_are_short(nbytes: int | None, text: str) -> None:
     assert size_text(nbytes) == text
 
 
-@pytest.mark.parametrize(
-    ("ranks", "text"), [((), ""), ((4,), "4"), ((0, 1, 2), "0-2"), ((0, 2, 3, 9), "0, 2-3, 9")]
-)
+@pytest.mark.parametrize(("ranks", "text"), [((), ""), ((4,), "4"), ((0, 1, 2), "0-2"), ((0, 2, 3, 9), "0, 2-3, 9")])
 def test_runs_of_ranks_are_joined(ranks: tuple[int, ...], text: str) -> None:
     assert ranks_text(ranks) == text
 

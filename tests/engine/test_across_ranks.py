@@ -4,7 +4,7 @@ import pytest
 from launch import launch
 
 pytest.importorskip("torch")
-from scenarios import SCENARIOS  # noqa: E402
+from scenarios import SCENARIOS
 
 
 @pytest.fixture(scope="module")

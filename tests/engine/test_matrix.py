@@ -8,7 +8,7 @@ import pytest
 from launch import HERE, environment, launch
 
 pytest.importorskip("torch")
-from layouts import LAYOUTS  # noqa: E402
+from layouts import LAYOUTS
 
 CASES = [f"{size}-{layout}" for size in LAYOUTS for layout in LAYOUTS[size]]
 

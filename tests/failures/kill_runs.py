@@ -28,6 +28,8 @@ OPERATIONS = (
     "make_directory", "create", "write", "write_memory", "sync", "sync_directory", "rename", "publish", "unlink",
     "remove_tree", "remove_directory",
 )  # fmt: skip
+DIVISIBLE = ("write", "write_memory", "publish", "remove_tree")
+"""Those that are several steps for the kernel; after any other one is before the next."""
 
 
 def train(run: Path, log: Path, steps: int, notice: int = -1, elements: int = ELEMENTS) -> None:
@@ -115,7 +117,9 @@ def kill_at_random(run: Path, kills: int, seed: int) -> dict[str, Any]:
 
 
 def die_at(number: int, half: bool) -> None:
-    """Have this process killed at its `number`-th disk operation from now on: before it, or in its middle."""
+    """Have this process killed at its `number`-th disk operation from now on: before it, or in the
+    middle of one that is divisible.
+    """
     count = 0
 
     def counted(name: str) -> Callable[..., Any]:
@@ -133,12 +137,12 @@ def die_at(number: int, half: bool) -> None:
 
         return operation
 
-    for name in OPERATIONS:
+    for name in DIVISIBLE if half else OPERATIONS:
         setattr(Disk, name, counted(name))
 
 
 def do_half(name: str, disk: Disk, original: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
-    """Do a part of an operation that consists of several steps, the whole of another one."""
+    """Do the first part of a divisible operation."""
     if name == "write":
         fd, data = arguments
         os.write(fd, data[: len(data) // 2])
@@ -147,11 +151,9 @@ def do_half(name: str, disk: Disk, original: Callable[..., Any], arguments: tupl
         original(disk, fd, address, nbytes // 8192 * 4096)
     elif name == "publish":
         os.link(*arguments)
-    elif name == "remove_tree":
+    else:
         for path in sorted(Path(arguments[0]).iterdir())[:1]:
             path.unlink()
-    else:
-        original(disk, *arguments)
 
 
 def kill_at_every_operation(folder: Path) -> dict[str, Any]:

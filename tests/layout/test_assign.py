@@ -225,9 +225,7 @@ def test_sizes_are_counted_in_bytes_of_the_dtype() -> None:
         assigned = assign(holdings(shape, [[Box.whole(shape)]] * 2, dtype))
         assert [int(leaves[0].lengths.sum()) for leaves in assigned] == [shape[0] // 2] * 2
         fewer = (shape[0] - 1,)
-        assert (
-            sum(leaves[0].writes for leaves in assign(holdings(fewer, [[Box.whole(fewer)]] * 2, dtype))) == 1
-        )
+        assert sum(leaves[0].writes for leaves in assign(holdings(fewer, [[Box.whole(fewer)]] * 2, dtype))) == 1
 
 
 def test_a_world_of_a_thousand_ranks_is_planned() -> None:

@@ -52,9 +52,7 @@ def test_boxes_outside_of_the_shape_are_no_grid() -> None:
 
 
 @pytest.mark.parametrize(("itemsize", "expected"), [(4, (512, 1024)), (8, None)])
-def test_padding_of_a_third_is_accepted_up_to_one_mebibyte(
-    itemsize: int, expected: tuple[int, ...] | None
-) -> None:
+def test_padding_of_a_third_is_accepted_up_to_one_mebibyte(itemsize: int, expected: tuple[int, ...] | None) -> None:
     offsets, lengths = np.array([[0, 0], [512, 0]]), np.array([[512, 1024], [256, 1024]])
     assert regular_grid((768, 1024), offsets, lengths, itemsize) == expected
 
@@ -65,6 +63,4 @@ def test_a_grid_that_is_found_has_the_boxes_as_cells(sharding: Sharding) -> None
     if chunk is not None:
         boxes = {box.offset for boxes in sharding for box in boxes}
         cells = {cell_index(offset, chunk) for offset in boxes}
-        assert cells == set(
-            itertools.product(*(range(-(-n // c)) for n, c in zip((10, 6), chunk, strict=True)))
-        )
+        assert cells == set(itertools.product(*(range(-(-n // c)) for n, c in zip((10, 6), chunk, strict=True))))

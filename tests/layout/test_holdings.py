@@ -49,9 +49,7 @@ def test_what_is_encoded_comes_back(table: list[Holding]) -> None:
     back = decode(encode(table))
     assert len(back) == len(table)
     assert all(map(same_holding, back, table))
-    assert [[type(key) for key in held.path] for held in back] == [
-        [type(key) for key in held.path] for held in table
-    ]
+    assert [[type(key) for key in held.path] for held in back] == [[type(key) for key in held.path] for held in table]
 
 
 def test_ranks_with_the_same_leaves_send_the_same_leaf_table() -> None:

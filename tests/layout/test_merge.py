@@ -22,9 +22,7 @@ from ckptengine.state.leaf import Placement
 
 def rows_of(rank: int, assigned: list[Assigned]) -> RankRows:
     sizes = [
-        np.prod(leaf.chunk_shape or length) * leaf.itemsize
-        for leaf in assigned
-        for length in leaf.lengths.tolist()
+        np.prod(leaf.chunk_shape or length) * leaf.itemsize for leaf in assigned for length in leaf.lengths.tolist()
     ]
     nbytes = np.asarray(sizes, np.int64)
     return RankRows.of(rank, assigned, np.cumsum(nbytes) - nbytes, nbytes)

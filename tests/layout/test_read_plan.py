@@ -27,9 +27,7 @@ from ckptengine.layout.rows import LeafRecord, RowTable
 from ckptengine.state.leaf import Placement
 
 
-def check_reading(
-    shape: tuple[int, ...], stored: Sharding, wanted: Sharding, dtype: str, block_nbytes: int
-) -> None:
+def check_reading(shape: tuple[int, ...], stored: Sharding, wanted: Sharding, dtype: str, block_nbytes: int) -> None:
     """Save one way, read another from nothing but the planned blocks, and compare every byte."""
     table, archives = save(shape, stored, dtype)
     tensor = values(shape, dtype)
@@ -56,17 +54,11 @@ def check_ranges(ranges: np.ndarray, copies: list[Copy], block_nbytes: int, fixe
     assert (ranges[:, 0] < ranges[:, 1]).all()
     assert (ranges[:, 0] % block_nbytes == 0).all()
     assert ((ranges[:, 1] % block_nbytes == 0) | (ranges[:, 1] == fixed_nbytes)).all()
-    read = {
-        block
-        for start, end in ranges.tolist()
-        for block in range(start // block_nbytes, -(-end // block_nbytes))
-    }
+    read = {block for start, end in ranges.tolist() for block in range(start // block_nbytes, -(-end // block_nbytes))}
     assert read == touched_blocks(copies, block_nbytes)
 
 
-@given(
-    st.data(), shapes, st.sampled_from(["uint8", "float32", "complex128"]), st.sampled_from([1, 8, 64, 512])
-)
+@given(st.data(), shapes, st.sampled_from(["uint8", "float32", "complex128"]), st.sampled_from([1, 8, 64, 512]))
 def test_every_element_is_read_from_where_it_lies(
     data: st.DataObject, shape: tuple[int, ...], dtype: str, block_nbytes: int
 ) -> None:
@@ -142,9 +134,7 @@ def test_an_edge_chunk_is_read_from_its_padded_place() -> None:
     assert plan == {3: [Copy(0, 3, 0, 9, 1, (3, 3), (1, 1), (1, 1), (0, 0))]}
 
 
-def copy_of(
-    dense: tuple[int, ...], offset: tuple[int, ...], shape: tuple[int, ...], position: int = 0
-) -> Copy:
+def copy_of(dense: tuple[int, ...], offset: tuple[int, ...], shape: tuple[int, ...], position: int = 0) -> Copy:
     return Copy(0, 0, position, int(np.prod(dense)), 1, dense, offset, shape, (0,) * len(shape))
 
 

@@ -24,9 +24,7 @@ def cover(shape: tuple[int, ...], offsets: np.ndarray, lengths: np.ndarray) -> n
     st.integers(0, 3),
     st.booleans(),
 )
-def test_tiling_is_told_from_gaps_and_overlaps(
-    shape: tuple[int, ...], seed: int, changes: int, add: bool
-) -> None:
+def test_tiling_is_told_from_gaps_and_overlaps(shape: tuple[int, ...], seed: int, changes: int, add: bool) -> None:
     rng = random.Random(seed)
     boxes = kd_split(Box.whole(shape), rng.randint(1, 10), rng)
     for _ in range(changes):

@@ -1,0 +1,448 @@
+"""The policy in one process: when it saves, what it keeps, what it restores, what a failed save does."""
+
+import hashlib
+import json
+import logging
+import resource
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import ckptengine as ce
+from ckptengine.errors import (
+    CheckpointDamagedError,
+    CheckpointError,
+    CheckpointNotFoundError,
+    FormatVersionError,
+    LoadMismatchError,
+    SaveFailedError,
+    StateError,
+)
+
+
+def state_at(step):
+    return {"a": np.arange(3000.0) + step, "step": step}
+
+
+def blank():
+    return state_at(-1)
+
+
+def save_steps(run, steps, **options):
+    with ce.Checkpointer(run, every=1, timeout=20, **options) as ckpt:
+        for step in steps:
+            ckpt.step(step, state_at(step))
+        ckpt.wait()
+        return [stats.step for stats in ckpt.history]
+
+
+def steps_in(run):
+    """Return the steps that have a manifest."""
+    return [int(path.name[5:]) for path in sorted(Path(run).glob("step-*")) if list(path.glob("manifest-*"))]
+
+
+def restored(run, step=None):
+    """Restore into a new Checkpointer and return the step, after a look at every element."""
+    state = blank()
+    with ce.Checkpointer(run, timeout=20) as ckpt:
+        found = ckpt.restore(state, step)
+    if found is not None:
+        assert state["step"] == found
+        assert np.array_equal(state["a"], state_at(found)["a"])
+    return found
+
+
+def file_of(run, step, pattern):
+    (path,) = Path(run).glob(f"step-{step:08d}/{pattern}")
+    return path
+
+
+def archive(run, step):
+    return file_of(run, step, "data-*/rank-00000.zarr.zip")
+
+
+@contextmanager
+def no_room():
+    """Make files of more than a page impossible: the system's own refusal. Snapshots in new memory fail too."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+# When it saves.
+
+
+def test_every_n_steps_saves_at_the_multiples(tmp_path):
+    with ce.Checkpointer(tmp_path, every=3) as ckpt:
+        saved = [step for step in range(1, 11) if ckpt.step(step, state_at(step)) is not None]
+        ckpt.wait()
+        assert saved == [3, 6, 9] == [stats.step for stats in ckpt.history]
+    assert steps_in(tmp_path) == [3, 6, 9]
+
+
+@pytest.mark.parametrize("first", [1, 1_000_000])
+def test_a_time_interval_is_kept_wherever_a_life_begins(first, tmp_path):
+    with ce.Checkpointer(tmp_path, every="0.2s") as ckpt:
+        deadline, saved = time.monotonic() + 60, 0
+        while saved < 3 and time.monotonic() < deadline:
+            time.sleep(0.01)
+            first += 1
+            saved += ckpt.step(first, {"a": 1}) is not None
+        assert saved == 3
+
+
+def test_a_time_interval_is_kept_after_going_back(tmp_path):
+    with ce.Checkpointer(tmp_path, every="0.1s") as ckpt:
+        ckpt.save(5, state_at(5)).durable.result(20)
+        for step in range(100_000, 100_003):
+            ckpt.step(step, state_at(step))
+        assert ckpt.restore(blank(), step=5) == 5
+        for step in range(6, 200):
+            time.sleep(0.01)
+            if ckpt.step(step, state_at(step)) is not None:
+                return
+    pytest.fail("no save fell due")
+
+
+def test_without_an_interval_only_save_saves(tmp_path):
+    with ce.Checkpointer(tmp_path) as ckpt:
+        assert all(ckpt.step(step, state_at(step)) is None for step in range(10))
+        ckpt.save(7, state_at(7))
+    assert steps_in(tmp_path) == [7]
+
+
+def test_the_same_step_is_saved_once_in_a_life(tmp_path):
+    with ce.Checkpointer(tmp_path, every=5) as ckpt:
+        first = ckpt.step(5, state_at(5))
+        assert ckpt.save(5, state_at(5)) is first
+        ckpt.wait()
+        assert len(ckpt.history) == 1
+
+
+@pytest.mark.parametrize("every", [0, -1, True, "10", "0s", "ten s", 1.5])
+def test_an_interval_that_makes_no_sense_is_refused(every, tmp_path):
+    with pytest.raises(ValueError, match="every="):
+        ce.Checkpointer(tmp_path, every=every)
+
+
+# What it keeps.
+
+
+def test_keep_last_keeps_the_newest(tmp_path):
+    save_steps(tmp_path, range(1, 8), keep_last=2)
+    assert steps_in(tmp_path) == [6, 7]
+    assert sorted(path.name for path in tmp_path.glob("step-*")) == ["step-00000006", "step-00000007"]
+    assert restored(tmp_path) == 7
+
+
+def test_keep_every_keeps_multiples_too(tmp_path):
+    save_steps(tmp_path, range(1, 12), keep_last=2, keep_every=4)
+    assert steps_in(tmp_path) == [4, 8, 10, 11]
+
+
+def test_keep_last_counts_along_the_line_that_led_to_the_newest(tmp_path):
+    save_steps(tmp_path, [70, 80, 90, 100, 110])
+    with ce.Checkpointer(tmp_path, keep_last=3) as ckpt:
+        assert ckpt.restore(blank(), step=90) == 90
+        ckpt.save(91, state_at(91))
+    assert steps_in(tmp_path) == [80, 90, 91]
+
+
+# What it restores.
+
+
+def test_nothing_there_restores_nothing(tmp_path):
+    state = blank()
+    with ce.Checkpointer(tmp_path / "new" / "run") as ckpt:
+        assert ckpt.restore(state) is None
+        with pytest.raises(CheckpointNotFoundError, match="no committed checkpoint of step 3"):
+            ckpt.restore(state, step=3)
+    assert state["step"] == -1
+
+
+def test_the_newest_is_by_generation_then_step(tmp_path):
+    save_steps(tmp_path, [80, 90, 100])
+    with ce.Checkpointer(tmp_path) as ckpt:
+        assert ckpt.restore(blank(), step=90) == 90
+        for step in (91, 92):
+            ckpt.save(step, state_at(step))
+    assert steps_in(tmp_path) == [80, 90, 91, 92, 100]
+    assert restored(tmp_path) == 92
+    manifest = json.loads(file_of(tmp_path, 91, "manifest-0002.json").read_text())
+    assert (manifest["generation"], manifest["parent"]) == (2, [1, 90])
+    # Damage on the new branch leads along the parents, past the abandoned 100.
+    for step in (91, 92):
+        archive(tmp_path, step).unlink()
+    assert restored(tmp_path) == 90
+
+
+def flip(run, step):
+    path = archive(run, step)
+    data = bytearray(path.read_bytes())
+    data[data.index(np.float64(step + 1500.0).tobytes())] ^= 0x40
+    path.write_bytes(data)
+
+
+def truncate(run, step):
+    path = archive(run, step)
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def delete_archive(run, step):
+    archive(run, step).unlink()
+
+
+def delete_layout(run, step):
+    file_of(run, step, "data-*/layout.zarr.zip").unlink()
+
+
+def flip_layout(run, step):
+    path = file_of(run, step, "data-*/layout.zarr.zip")
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def flip_tail(run, step):
+    path = archive(run, step)
+    data = bytearray(path.read_bytes())
+    data[data.rindex(b"zarr.json")] ^= 1
+    path.write_bytes(data)
+
+
+def garble_manifest(run, step):
+    file_of(run, step, "manifest-0001.json").write_text("this is not JSON {")
+
+
+def empty_manifest(run, step):
+    file_of(run, step, "manifest-0001.json").write_bytes(b"")
+
+
+def change_manifest(run, step):
+    path = file_of(run, step, "manifest-0001.json")
+    path.write_text(path.read_text().replace('"world_size":1', '"world_size":2'))
+
+
+DAMAGES = [
+    flip,
+    truncate,
+    delete_archive,
+    delete_layout,
+    flip_layout,
+    flip_tail,
+    garble_manifest,
+    empty_manifest,
+    change_manifest,
+]
+
+
+@pytest.mark.parametrize("damage", DAMAGES, ids=lambda damage: damage.__name__)
+def test_a_damaged_newest_is_reported_and_replaced(damage, tmp_path, caplog):
+    save_steps(tmp_path, [80, 90, 100])
+    damage(tmp_path, 100)
+    with pytest.raises(CheckpointDamagedError, match="step-00000100"):
+        ce.load(tmp_path, into=blank())
+    with pytest.raises(CheckpointDamagedError, match="step-00000100"):
+        ce.load(tmp_path)
+    state = blank()
+    with caplog.at_level(logging.WARNING, "ckptengine"), ce.Checkpointer(tmp_path, timeout=20) as ckpt:
+        assert ckpt.restore(state) == 90
+        assert any("step-00000100" in record.getMessage() for record in caplog.records)
+        assert np.array_equal(state["a"], state_at(90)["a"])
+        ckpt.save(100, state_at(100)).durable.result(20)
+        assert ckpt.restore(state) == 100
+    assert restored(tmp_path) == 100
+    # Older ones are still there, and what was damaged is not in the way of what comes.
+    assert restored(tmp_path, step=80) == 80
+    assert save_steps(tmp_path, [110], keep_last=1) == [110]
+    assert restored(tmp_path) == 110
+
+
+def test_where_all_are_damaged_the_error_names_each(tmp_path):
+    save_steps(tmp_path, [1, 2])
+    delete_layout(tmp_path, 1)
+    flip(tmp_path, 2)
+    with (
+        ce.Checkpointer(tmp_path) as ckpt,
+        pytest.raises(CheckpointDamagedError, match="no checkpoint is whole.*step-00000002.*step-00000001"),
+    ):
+        ckpt.restore(blank())
+
+
+def test_a_step_asked_for_that_is_damaged_is_an_error(tmp_path):
+    save_steps(tmp_path, [1, 2])
+    flip(tmp_path, 2)
+    with ce.Checkpointer(tmp_path) as ckpt, pytest.raises(CheckpointDamagedError, match="step-00000002"):
+        ckpt.restore(blank(), step=2)
+    assert restored(tmp_path, step=1) == 1
+
+
+def test_a_newer_format_is_an_error_and_not_skipped(tmp_path):
+    save_steps(tmp_path, [1, 2])
+    path = file_of(tmp_path, 2, "manifest-0001.json")
+    document = json.loads(path.read_text())
+    document["format_version"] = 99
+    del document["sha256"]
+    canonical = json.dumps(document, sort_keys=True, separators=(",", ":")).encode()
+    document["sha256"] = hashlib.sha256(canonical).hexdigest()
+    path.write_text(json.dumps(document, sort_keys=True, separators=(",", ":")))
+    with ce.Checkpointer(tmp_path) as ckpt:
+        with pytest.raises(FormatVersionError, match="99.*upgrade ckptengine"):
+            ckpt.restore(blank())
+        assert ckpt.restore(blank(), step=1) == 1
+    with pytest.raises(FormatVersionError, match="manifest-0001.json"):
+        ce.load(tmp_path)
+
+
+def test_a_state_that_does_not_fit_is_not_taken_for_damage(tmp_path):
+    save_steps(tmp_path, [1, 2])
+    with ce.Checkpointer(tmp_path) as ckpt:
+        with pytest.raises(LoadMismatchError, match=r"step-00000002: (?s:.*)a: shape \(2,\) here, \(3000,\)"):
+            ckpt.restore({"a": np.zeros(2), "step": 0})
+        target = np.full(3000, -1.0)
+        with pytest.raises(LoadMismatchError, match="missing in the checkpoint"):
+            ckpt.restore({"a": target, "step": 0, "more": 1})
+        assert (target == -1).all()  # nothing is read before everything fits
+        assert ckpt.restore({"a": target}, only="a") == 2
+        assert np.array_equal(target, state_at(2)["a"])
+
+
+# What a failed save does.
+
+
+def test_a_failed_save_is_a_warning_and_the_next_one_works(tmp_path, caplog):
+    with ce.Checkpointer(tmp_path, every=1, timeout=20) as ckpt, caplog.at_level(logging.ERROR, "ckptengine"):
+        ckpt.step(1, state_at(1))
+        ckpt.wait()
+        with no_room():
+            handle = ckpt.step(2, state_at(2))
+            with pytest.raises(CheckpointError, match="step-00000002.*File too large"):
+                handle.durable.result(20)
+            ckpt.wait()
+        assert "step-00000002 was NOT saved" in caplog.text
+        assert steps_in(tmp_path) == [1]
+        ckpt.step(3, state_at(3)).durable.result(20)
+        ckpt.wait()
+        assert [stats.step for stats in ckpt.history] == [1, 3]
+    assert restored(tmp_path) == 3
+
+
+def test_failures_in_a_row_raise_in_the_end(tmp_path):
+    for first in (1, 0):  # failing in the background, and in the call
+        run = tmp_path / str(first)
+        with pytest.raises(SaveFailedError, match=r"2 failure\(s\) in a row.*not affected"):  # noqa: SIM117
+            with ce.Checkpointer(run, every=1, max_failures=2) as ckpt:
+                for step in range(1, first + 1):
+                    ckpt.step(step, state_at(step)).durable.result(20)
+                with no_room():
+                    for step in range(first + 1, 9):
+                        ckpt.step(step, state_at(step))
+        assert step <= first + 3
+        assert steps_in(run) == list(range(1, first + 1))
+
+
+def test_on_error_raise_raises_at_the_next_call(tmp_path):
+    with ce.Checkpointer(tmp_path, every=1, on_error="raise") as ckpt:
+        ckpt.step(1, state_at(1)).durable.result(20)
+        with no_room():
+            handle = ckpt.step(2, state_at(2))
+            assert handle.durable.wait(20)
+            with pytest.raises(SaveFailedError, match="step-00000002 was not saved"):
+                ckpt.step(3, state_at(3))
+    assert steps_in(tmp_path) == [1]
+
+
+def test_a_state_that_can_not_be_saved_raises_at_once(tmp_path):
+    with ce.Checkpointer(tmp_path, every=1) as ckpt:
+        for _ in range(2):
+            with pytest.raises(StateError, match="thing.inner"):
+                ckpt.step(1, {"thing": {"inner": object()}})
+        ckpt.step(2, state_at(2))
+    assert steps_in(tmp_path) == [2]
+
+
+def test_metadata_that_is_not_json_raises_before_anything_is_written(tmp_path):
+    with pytest.raises(StateError, match="metadata"):
+        ce.save(tmp_path / "single", {"a": 1}, metadata={"thing": object()})
+    with pytest.raises(StateError, match="metadata"):  # noqa: SIM117
+        with ce.Checkpointer(tmp_path / "run", every=1, metadata={"thing": object()}) as ckpt:
+            ckpt.step(1, {"a": 1})
+    assert not [path for path in tmp_path.rglob("*") if path.name.startswith(("data-", "manifest-"))]
+    ce.save(tmp_path / "single", {"a": 1}, metadata={"names": ["x", 1, None]})
+    (manifest,) = (tmp_path / "single").glob("manifest-*")
+    assert json.loads(manifest.read_text())["metadata"] == {"names": ["x", 1, None]}
+
+
+def test_an_error_of_the_training_is_not_replaced_by_one_of_the_save(tmp_path, caplog):
+    with pytest.raises(ZeroDivisionError):  # noqa: SIM117
+        with ce.Checkpointer(tmp_path, every=1, on_error="raise") as ckpt:
+            ckpt.step(1, state_at(1)).durable.result(20)
+            with no_room():
+                ckpt.step(2, state_at(2)).durable.wait(20)
+            1 / 0  # noqa: B018
+    assert "was not saved" in caplog.text
+
+
+# Single checkpoints, and the handle.
+
+
+def test_a_checkpoint_that_is_saved_over_is_there_until_the_new_one_is(tmp_path):
+    ce.save(tmp_path, state_at(1))
+    with no_room(), pytest.raises(CheckpointError, match="File too large"):
+        ce.save(tmp_path, state_at(2))
+    assert ce.load(tmp_path)["step"] == 1
+    ce.save(tmp_path, state_at(3))
+    assert ce.load(tmp_path)["step"] == 3
+    assert len(list(tmp_path.glob("manifest-*"))) == len(list(tmp_path.glob("data-*"))) == 1
+
+
+def test_what_changes_after_staged_does_not_change_the_checkpoint(tmp_path):
+    array = np.arange(2_000_000.0)
+    values = {"list": [1, 2]}
+    handle = ce.async_save(tmp_path, {"array": array, "values": values})
+    assert handle.staged.done()
+    assert handle.staged.result() is None
+    array[:] = -1
+    values["list"].append(3)
+    stats = handle.durable.result(60)
+    assert handle.durable.done()
+    assert (stats.step, stats.path) == (None, str(tmp_path))
+    assert stats.nbytes > array.nbytes
+    assert 0 < stats.stall_seconds <= stats.durable_seconds
+    loaded = ce.load(tmp_path)
+    assert np.array_equal(loaded["array"], np.arange(2_000_000.0))
+    assert loaded["values"] == {"list": [1, 2]}
+
+
+def test_saves_of_one_group_follow_each_other(tmp_path):
+    array = np.zeros(1_000_000)
+    handles = []
+    for number in range(4):
+        array[:] = number
+        handles.append(ce.async_save(tmp_path / str(number), {"array": array}))
+    for number, handle in enumerate(handles):
+        handle.durable.result(60)
+        assert (ce.load(tmp_path / str(number))["array"] == number).all()
+
+
+def test_nothing_partial_is_listed(tmp_path):
+    # As a process leaves it that is killed before the commit.
+    save_steps(tmp_path, [1, 2])
+    file_of(tmp_path, 2, "manifest-0001.json").unlink()
+    assert ce.load(tmp_path)["step"] == 1
+    with pytest.raises(CheckpointNotFoundError, match="no committed checkpoint"):
+        ce.load(tmp_path / "step-00000002")
+    assert restored(tmp_path) == 1
+    file_of(tmp_path, 1, "manifest-0001.json").unlink()
+    with ce.Checkpointer(tmp_path) as ckpt:
+        assert ckpt.restore(blank()) is None
+    with pytest.raises(CheckpointNotFoundError, match="no committed checkpoint"):
+        ce.load(tmp_path)
+    assert save_steps(tmp_path, [2]) == [2]
+    assert restored(tmp_path) == 2

@@ -1,0 +1,81 @@
+"""Two real ranks, of which one fails, or dies, in a save."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import ckptengine as ce
+from ckptengine.inspect import list_run, verify
+
+pytest.importorskip("torch")
+HERE = Path(__file__).parent
+
+
+@pytest.fixture(scope="module", params=[1, 0], ids=["rank1", "rank0"])
+def jobs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[int, Path]:
+    """The folder of two jobs; in the first one the victim fails in several ways and is killed."""
+    folder = tmp_path_factory.mktemp("jobs")
+    command = [sys.executable, str(HERE / "kill_ranks.py"), str(folder), str(request.param)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE.parent.parent)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200, check=False)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-8000:]
+    return request.param, folder
+
+
+def said(folder: Path, job: int, rank: int) -> Any:
+    return json.loads((folder / f"job-{job}-rank-{rank}.json").read_text())
+
+
+def test_a_rank_that_dies_in_a_save_is_named_within_the_deadline(jobs: tuple[int, Path]) -> None:
+    victim, folder = jobs
+    last = said(folder, 0, 1 - victim)[-1]
+    assert last["kind"] in ("SaveFailedError", "DeadlineError")
+    assert f"rank {victim} " in last["text"]
+    assert last["seconds"] < 60, "a timeout of 5 s must not become minutes"
+
+
+def test_a_rank_without_memory_at_the_first_save_does_not_mispair_the_ranks(jobs: tuple[int, Path]) -> None:
+    victim, folder = jobs
+    first, second, *_ = said(folder, 0, 1 - victim)
+    assert first["kind"] == "SaveFailedError"
+    assert f"rank {victim}: no memory for the snapshot" in first["text"]
+    assert second["kind"] == "", second["text"]
+
+
+def test_a_rank_that_cannot_write_fails_the_save_and_the_next_one_succeeds(jobs: tuple[int, Path]) -> None:
+    victim, folder = jobs
+    _, _, failed, after, _ = said(folder, 0, 1 - victim)
+    assert failed["kind"] == "SaveFailedError"
+    assert f"rank {victim}: cannot write {folder}" in failed["text"]
+    assert f"rank-{victim:05d}.zarr.zip" in failed["text"]
+    assert after["kind"] == "", after["text"]
+
+
+def test_the_next_job_restores_the_last_commit_and_saves_the_lost_step(jobs: tuple[int, Path]) -> None:
+    _, folder = jobs
+    for rank in range(2):
+        restored, again = said(folder, 1, rank)
+        assert restored == {"restored": 4}
+        assert again["kind"] == "", again["text"]
+    assert [summary.step for summary in list_run(folder / "run")] == [2, 4, 5]
+    assert verify(folder / "run") == []
+    loaded = ce.load(folder / "run")
+    assert loaded["step"] == 5
+    assert np.array_equal(loaded["half"], np.arange(6000, dtype=np.float32) * 5)
+
+
+def test_nothing_of_failed_and_killed_attempts_is_left(jobs: tuple[int, Path]) -> None:
+    victim, folder = jobs
+    # Rank 0 clears up after a failed save; where it died itself, the next job does.
+    left = json.loads((folder / "left.json").read_text())
+    assert (left == []) is (victim == 1)
+    steps = sorted(path.name for path in (folder / "run").glob("step-*"))
+    assert steps == ["step-00000002", "step-00000004", "step-00000005"]
+    for step in steps:
+        assert len(list((folder / "run" / step).glob("data-*"))) == 1
