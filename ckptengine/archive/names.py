@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 
-from ckptengine.state.leaf import Key, Path
+from ckptengine.errors import StateError
+from ckptengine.state.leaf import Key, Path, dotted
 
 __all__ = [
     "OBJECTS",
@@ -24,6 +25,7 @@ OBJECTS = "objects"
 # leading `#` marks an integer key. Control characters and backslashes would not survive `unzip` everywhere.
 _UNSAFE = re.compile(r"[%/\\\x00-\x1f\x7f]")
 _ONLY_DOTS = re.compile(r"\.+")
+_LONGEST_NODE = 60_000  # a ZIP entry's name holds 65,535 bytes; chunk keys need some of them
 
 
 def escape(key: Key) -> str:
@@ -52,9 +54,21 @@ def unescape(name: str) -> Key:
 
 
 def leaf_node(path: Path, rank: int | None = None) -> str:
-    """Return the Zarr node of a leaf: below `state`, or below its rank's group where it is per rank."""
+    """Return the Zarr node of a leaf: below `state`, or below its rank's group where it is per rank.
+
+    Raises `StateError` where no ZIP entry can have such a name.
+    """
     root = "state" if rank is None else rank_node(rank)
-    return "/".join((root, *map(escape, path)))
+    node = "/".join((root, *map(escape, path)))
+    try:
+        nbytes = len(node.encode())
+    except UnicodeEncodeError:
+        raise StateError(
+            f"{dotted(path)!r:.200}: a lone surrogate can't be part of an array's key; rename it"
+        ) from None
+    if nbytes > _LONGEST_NODE:
+        raise StateError(f"{dotted(path):.100}…: the key has {nbytes} bytes, at most {_LONGEST_NODE} fit; shorten it")
+    return node
 
 
 def rank_node(rank: int) -> str:

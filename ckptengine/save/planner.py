@@ -85,44 +85,48 @@ class Planner:
 
     def plan(
         self, flat: FlatState | None, values: StoredValues | None, error: Exception | None, timeout: float
-    ) -> Plan | None:
-        """Return this rank's plan of a state; `error` is what kept this rank from flattening it.
+    ) -> tuple[Plan | None, Exception | None]:
+        """Return this rank's plan of a state, or what keeps this rank from one; `error` is what kept it from leaves.
 
-        Raises, on all ranks, what any of them has to say in an exchange; without one, returns None where there
-        is an error: the caller reports it in the background, as no other rank waits for it here.
+        Raises, on all ranks, what any of them has to say in an exchange. What concerns this rank alone is returned:
+        the caller reports it in the background, as no other rank waits for it here.
         """
-        if self._together:
-            self._exchange(flat, values, error, timeout)
+        previous = None if self._together else self._plan
+        if previous is None:
+            holdings, assigned = self._exchange(flat, values, error, timeout)
             self._together = False
-        elif flat is not None:
-            assert self._plan is not None
-            if self.changed(flat):
-                self._plan = self._plan_alone(self._plan, flat)
-        return None if error is not None else self._plan
+        elif flat is None or error is not None or not self.changed(flat):
+            return (None if error is not None else previous), error
+        assert flat is not None
+        try:
+            if previous is not None:
+                holdings = tuple(holdings_of(flat.arrays))
+                assigned = assign_alone(previous.assigned, previous.holdings, holdings, self._comm.rank)
+            self._plan = self._lay_out(structure_of(flat), holdings, assigned, alone=previous is not None)
+        except Exception as problem:
+            return None, problem
+        return self._plan, None
 
     def _exchange(
         self, flat: FlatState | None, values: StoredValues | None, error: Exception | None, timeout: float
-    ) -> None:
+    ) -> tuple[tuple[Holding, ...], list[Assigned]]:
+        """Tell all ranks what this one holds; return that, and what this one is to write."""
         mine: tuple[Holding, ...] = ()
         payload = b""
-        if flat is not None and values is not None:
-            mine = tuple(holdings_of(flat.arrays))
-            token = secrets.token_hex(6) if self._comm.rank == 0 else ""
-            head = json.dumps([token, [list(path) for path in values.paths]]).encode()
-            payload = b"".join((_HEAD.pack(len(head), len(values.digests)), head, values.digests, encode(mine)))
+        if flat is not None and values is not None and error is None:
+            try:
+                mine = tuple(holdings_of(flat.arrays))
+                token = secrets.token_hex(6) if self._comm.rank == 0 else ""
+                head = json.dumps([token, [list(path) for path in values.paths]]).encode()
+                payload = b"".join((_HEAD.pack(len(head), len(values.digests)), head, values.digests, encode(mine)))
+            except Exception as problem:
+                error = problem
         agree(self._comm, error, timeout, "taking the state apart")
-        assert flat is not None
         replies = self._comm.all_gather(payload, timeout)
         parts = [_split(reply) for reply in replies]
         self.session = self.session or parts[0][0]
         compare_values([(paths, digests) for _, paths, digests, _ in parts])
-        assigned = assign([decode(holdings) for *_, holdings in parts])
-        self._plan = self._lay_out(structure_of(flat), mine, assigned[self._comm.rank], alone=False)
-
-    def _plan_alone(self, plan: Plan, flat: FlatState) -> Plan:
-        mine = tuple(holdings_of(flat.arrays))
-        assigned = assign_alone(plan.assigned, plan.holdings, mine, self._comm.rank)
-        return self._lay_out(structure_of(flat), mine, assigned, alone=True)
+        return mine, assign([decode(holdings) for *_, holdings in parts])[self._comm.rank]
 
     def _lay_out(
         self, structure: Structure, holdings: tuple[Holding, ...], assigned: list[Assigned], alone: bool

@@ -161,8 +161,8 @@ class Saver:
             values = stored_values(flat)
         except Exception as problem:
             error = problem
-        generation = self._open(target, self._planner.changed(flat), timeout)
-        plan = self._planner.plan(flat, values, error, timeout)
+        generation = self._open(target, flat, timeout)
+        plan, error = self._planner.plan(flat, values, error, timeout)
         job = _Job(
             target=target,
             generation=generation,
@@ -191,7 +191,7 @@ class Saver:
             raise failed
         return job.handle
 
-    def _open(self, target: Target, changed: bool, timeout: float) -> int:
+    def _open(self, target: Target, flat: FlatState | None, timeout: float) -> int:
         """Return the generation to write under; where rank 0 has yet to claim it, all ranks exchange a word.
 
         That exchange also tells whether any rank's structure changed: then all plan together.
@@ -200,7 +200,7 @@ class Saver:
         if target.generation is not None:
             return target.generation
         assert target.claim is not None
-        word: dict[str, Any] = {"changed": changed}
+        word: dict[str, Any] = {"changed": self._planner.changed(flat)}
         error = None
         if self._comm.rank == 0:
             try:

@@ -66,8 +66,16 @@ class Counting(Communicator):
         return self.inner.store()
 
     def taken(self) -> int:
+        """Return the count since the last call."""
         count, self.count = self.count, 0
         return count
+
+
+class WithoutStore(Counting):
+    """A group that has no store for background messages: they go through the checkpoint's storage."""
+
+    def store(self) -> None:
+        return None
 
 
 def rows(comm: Communicator, fill: float, total: int = 7) -> ce.ShardedArray:
@@ -175,9 +183,7 @@ def an_optimizer_that_gets_its_state_between_saves_is_saved_right(comm: Communic
 
 
 @smaller
-def an_optimizer_that_gets_its_state_between_saves_is_saved_right_by_two(
-    comm: Communicator, folder: Path
-) -> None:
+def an_optimizer_that_gets_its_state_between_saves_is_saved_right_by_two(comm: Communicator, folder: Path) -> None:
     for step in (1, 2, 3):
         arrays = ce.load(step_of(folder, step))
         assert np.array_equal(arrays["rows"], table(step))
@@ -265,6 +271,40 @@ def a_large_replica_is_written_by_all_ranks_together(comm: Communicator, folder:
     ce.load(folder, into=target, comm=comm)
     assert np.array_equal(target["large"], large)
     assert np.array_equal(target["small"], np.arange(3))
+
+
+@scenario
+def a_key_that_one_rank_alone_can_not_write_fails_on_all_ranks(comm: Communicator, folder: Path) -> None:
+    state: dict[str, Any] = {"a": np.arange(5.0)}
+    with checkpointer(comm, folder) as ckpt:
+        ckpt.save(1, state).durable.result(30)
+        if comm.rank == 2:
+            with pytest.raises(StateError, match=r"kkk.*the key has 70006 bytes"):
+                ckpt.save(2, {**state, "k" * 70_000: np.arange(3)})
+        else:
+            with pytest.raises(SaveFailedError, match=r"rank 2: kkk"):
+                ckpt.save(2, state).durable.result(30)
+        ckpt.save(3, state).durable.result(30)
+    # Found after the ranks have planned together, by the one that would write it.
+    own = {"own": ce.PerRank({"\ud800" if comm.rank == 1 else "k": np.arange(3)})}
+    with pytest.raises(CheckpointError, match="lone surrogate"):
+        ce.save(folder / "single", own, comm=comm, timeout=20)
+    ce.save(folder / "single", state, comm=comm, timeout=20)
+
+
+@scenario
+def a_job_without_a_store_reports_through_the_storage(comm: Communicator, folder: Path) -> None:
+    own = WithoutStore(comm)
+    with checkpointer(own, folder) as ckpt:
+        for step in (1, 2):
+            ckpt.save(step, {"rows": rows(comm, step), "step": step}).durable.result(30)
+        with pytest.raises(ReplicaMismatchError, match="step: not rank 0's on rank 1"):
+            ckpt.save(3, {"rows": rows(comm, 3), "step": comm.rank % 2}).durable.result(30)
+        dist.barrier()
+        ckpt.save(3, {"rows": rows(comm, 4), "step": 3}).durable.result(30)
+    dist.barrier()
+    assert np.array_equal(ce.load(folder)["rows"], table(4))
+    assert not list(folder.glob("step-*/data-*/receipts"))
 
 
 # Replicas, and state of each rank's own.

@@ -54,9 +54,11 @@ plain = st.recursive(
     | st.complex_numbers(allow_nan=False)
     | st.text(max_size=8)
     | st.binary(max_size=8),
-    lambda inner: st.lists(inner, max_size=3)
-    | st.dictionaries(st.text(max_size=4) | st.integers(), inner, max_size=3)
-    | st.tuples(inner, inner),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.text(max_size=4) | st.integers(), inner, max_size=3)
+        | st.tuples(inner, inner)
+    ),
     max_leaves=6,
 )
 keys = st.text(max_size=6) | st.integers(-(2**40), 2**40)

@@ -23,6 +23,7 @@ from kill_runs import forked, wait_for
 
 import ckptengine as ce
 from ckptengine.catalog import receipt
+from ckptengine.errors import CheckpointError
 from ckptengine.storage.disk import Disk
 
 TIMEOUT = 5.0
@@ -57,7 +58,7 @@ def saved(checkpointer: ce.Checkpointer, rank: int, step: int) -> dict[str, Any]
     text = kind = ""
     try:
         checkpointer.save(step, state_of(rank, step)).durable.result()
-    except ce.CheckpointError as error:
+    except CheckpointError as error:
         text, kind = str(error), type(error).__name__
     return {"step": step, "kind": kind, "text": text, "seconds": time.monotonic() - began}
 
@@ -109,6 +110,7 @@ def second_job(run: Path, rank: int, victim: int) -> list[dict[str, Any]]:
 
 def main() -> None:
     folder, victim = Path(sys.argv[1]), int(sys.argv[2])
+    parent = os.getpid()
     receipt._GRACE = 2.0  # how much longer than its timeout a rank waits for the word of rank 0
     for number, job in enumerate((first_job, second_job)):
         port_file = folder / f"port-{number}"
@@ -117,7 +119,8 @@ def main() -> None:
             store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
             port_file.with_suffix(".part").write_text(str(store.port))
             port_file.with_suffix(".part").rename(port_file)
-            time.sleep(600)
+            while os.getppid() == parent:
+                time.sleep(0.05)
 
         def rank_of(rank: int, number: int = number, job: Any = job, port_file: Path = port_file) -> None:
             port = int(port_file.read_text())

@@ -5,8 +5,6 @@ import os
 import re
 import subprocess
 import sys
-import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -60,13 +58,3 @@ def test_a_kill_before_or_within_any_disk_operation_never_loses_a_committed_stat
     result = killed("sweep", folder)
     assert result["lives"] > 60
     assert result["newest"] == [4, 5], "some of the kills come before the commit, some after it"
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Iterator[Path]:
-    """A folder in memory where there is one: a process dies in the same way there, and nothing waits for a disk."""
-    if not os.access("/dev/shm", os.W_OK):
-        yield tmp_path
-        return
-    with tempfile.TemporaryDirectory(dir="/dev/shm") as name:
-        yield Path(name)
