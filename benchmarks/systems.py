@@ -42,6 +42,7 @@ class Limit:
             position += tensor.nbytes
 
     def save(self, state: State) -> tuple[float, float]:
+        self.file.unlink(missing_ok=True)  # a checkpoint is a new file each time, with blocks to allocate
         began = time.perf_counter()
         for place, tensor in self._places(state):
             place.copy_(tensor)

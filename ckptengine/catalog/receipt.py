@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import base64
+import contextlib
+import errno
 import json
 import time
 from dataclasses import dataclass
@@ -12,13 +14,14 @@ from ckptengine.archive.record import ArchiveRecord
 from ckptengine.comm.base import KeyValueStore
 from ckptengine.comm.keyvalue import delete_large, get_large, poll, put_large
 from ckptengine.comm.ranks import name_ranks
-from ckptengine.errors import DeadlineError, SaveFailedError
+from ckptengine.errors import CheckpointError, DeadlineError, SaveFailedError, StorageError
 from ckptengine.storage.base import Storage, join
 
 __all__ = ["Channel", "Outcome", "Receipt", "StorageStore", "collect"]
 
 _T = TypeVar("_T")
 _MAX_FILE_NBYTES = 1 << 30
+_MAX_TRIES = 100
 _GRACE = 15.0
 """Seconds that the other ranks wait longer than rank 0, so that they hear from it who is missing."""
 
@@ -135,7 +138,13 @@ class StorageStore(KeyValueStore):
 
     def set(self, key: str, value: bytes) -> None:
         """Store a value."""
-        self._storage.write_bytes(self._name(key), value)
+        for attempt in range(_MAX_TRIES):
+            try:
+                return self._storage.write_bytes(self._name(key), value)
+            except StorageError as error:
+                # Another rank has just removed the directory, because it was empty for a moment.
+                if error.errno != errno.ENOENT or attempt == _MAX_TRIES - 1:
+                    raise
 
     def get(self, key: str, timeout: float) -> bytes | None:
         """Return the value as soon as it is there, None after `timeout` seconds without it."""
@@ -143,8 +152,12 @@ class StorageStore(KeyValueStore):
 
     def delete(self, key: str) -> None:
         """Remove a key, and with the last one the directory."""
-        self._storage.delete(self._name(key))
-        self._storage.remove_directory(self._directory)
+        try:
+            self._storage.delete(self._name(key))
+            self._storage.remove_directory(self._directory)
+        except StorageError as error:
+            if error.errno != errno.ENOENT:  # as above: what is to go is gone
+                raise
 
     def _look(self, name: str) -> bytes | None:
         return self._storage.read_bytes(name, _MAX_FILE_NBYTES) if self._storage.size(name) is not None else None
@@ -160,6 +173,7 @@ class Channel:
         self._store = store
         self._prefix = f"ckptengine/save/{attempt}"
         self.rank, self.world_size = rank, world_size
+        self._came: set[int] = {rank}
 
     def send(self, receipt: Receipt) -> None:
         """Send this rank's receipt."""
@@ -172,7 +186,18 @@ class Channel:
         if data is None:
             return None
         delete_large(self._store, key)
+        self._came.add(rank)
         return Receipt.decode(data)
+
+    def drain(self, deadline: float) -> bool:
+        """Take the receipts of a failed attempt that have yet to come; return whether all came in time.
+
+        Then no rank writes for this attempt any more.
+        """
+        for rank in range(self.world_size):
+            if rank not in self._came and self.receive(rank, max(0.0, deadline - time.monotonic())) is None:
+                return False
+        return True
 
     def announce(self, outcome: Outcome) -> None:
         """Tell all other ranks how the attempt ended."""
@@ -185,7 +210,9 @@ class Channel:
         data = get_large(self._store, key, max(0.0, deadline - time.monotonic()) + _GRACE)
         if data is None:
             raise DeadlineError("rank 0 did not say in time whether the checkpoint was committed; it may have died")
-        delete_large(self._store, key)
+        # The outcome is known: a key that stays, because rank 0 has ended and its store with it, does no harm.
+        with contextlib.suppress(CheckpointError):
+            delete_large(self._store, key)
         return Outcome.decode(data)
 
 

@@ -15,9 +15,6 @@ __all__ = ["current"]
 
 _WORLD_SIZES = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
 
-_single = SingleProcess()  # one for the process: plans and memory are kept by communicator
-
-
 # One for the life of the process: what is cached for a communicator stays.
 _alone = SingleProcess()
 

@@ -22,6 +22,7 @@ __all__ = ["TorchStore", "from_torch"]
 _CONNECT_TIMEOUT = 600.0
 _CALL_TIMEOUT = timedelta(seconds=30)
 _lock = threading.Lock()
+_alone = SingleProcess()  # one for the process: plans and memory are kept by communicator
 # Of the default process group that was seen last: its store, which no other group shares.
 _current: tuple[weakref.ref[Any], Communicator] | None = None
 
@@ -38,7 +39,7 @@ def from_torch(timeout: float = _CONNECT_TIMEOUT) -> Communicator:
     if not dist.is_initialized():
         raise CheckpointError("torch.distributed is not initialized: call init_process_group first")
     if dist.get_world_size() == 1:
-        return SingleProcess()
+        return _alone
     store = c10d._get_default_store()
     if store is None:
         raise CheckpointError(

@@ -47,6 +47,9 @@ _TAIL_ROOM = 1 << 20
 # What keeps its class on all ranks; everything else that fails a save is a `SaveFailedError`.
 _KINDS: dict[str, type[CheckpointError]] = {kind.__name__: kind for kind in (DeadlineError, ReplicaMismatchError)}
 
+_DRAIN_SECONDS = 10.0
+"""How long rank 0 waits, after a failed attempt, for ranks that are still writing, before it cleans up."""
+
 ReplicaCrcs = tuple[tuple[Path, int], ...]
 
 _log = logging.getLogger("ckptengine")
@@ -327,15 +330,17 @@ class Saver:
             outcome = Outcome(error=f"{problem}" or kind, plan_together=True, kind=kind)
         channel.announce(outcome)
         if outcome.error:
-            self._discard(job, data)
+            self._discard(job, data, channel)
         return receipt, written, outcome
 
-    def _discard(self, job: _Job, data: str) -> None:
-        """Give back the room that a failed attempt takes: the next one may need it."""
+    def _discard(self, job: _Job, data: str, channel: Channel) -> None:
+        """Give back the room that a failed attempt takes, once no rank writes into it: the next one may need it."""
         target, storage = job.target, job.target.storage
         if self._comm.store() is None:
             return  # the other ranks find the outcome in there; it is swept as a leftover
         try:
+            if not channel.drain(min(job.deadline, time.monotonic() + _DRAIN_SECONDS)):
+                return  # a rank may still be writing, or is dead: swept as well
             # A publication whose own sync failed may have come all the same.
             if not storage.exists(join(target.directory, manifest_name(job.generation))):
                 storage.delete_tree(data)

@@ -8,9 +8,9 @@ from pathlib import Path
 
 sys.modules["torch"] = None  # every import of it fails from here on
 
-import numpy as np
+import numpy as np  # noqa: E402
 
-import ckptengine as ce
+import ckptengine as ce  # noqa: E402
 
 
 def compare(path: Path, raw: dict[str, np.ndarray], names: dict[str, list]) -> list[str]:

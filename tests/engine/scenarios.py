@@ -442,6 +442,16 @@ def a_rank_that_does_not_come_is_named_in_time(comm: Communicator, folder: Path)
 
 
 @scenario
+def each_save_has_a_timeout_of_its_own(comm: Communicator, folder: Path) -> None:
+    ce.save(folder, {"a": 1}, comm=comm, timeout=60)
+    if comm.rank != 2:
+        with pytest.raises(DeadlineError, match="rank 2 did not come within 2 s"):
+            ce.save(folder, {"a": 2}, comm=comm, timeout=2)
+    dist.barrier()
+    assert ce.load(folder) == {"a": 1}
+
+
+@scenario
 def a_rank_that_can_not_write_fails_the_save_on_all_ranks(comm: Communicator, folder: Path) -> None:
     state = {"rows": ce.ShardedArray(np.zeros(1 << 18), ((1 << 18) * comm.world_size,), (comm.rank << 18,))}
     with checkpointer(comm, folder, on_error="warn") as ckpt:
@@ -467,6 +477,8 @@ def a_rank_that_can_not_write_fails_the_save_on_all_ranks(comm: Communicator, fo
         again.durable.result(30)
         ckpt.wait()
         assert [stats.step for stats in ckpt.history] == [1, 2]
+    dist.barrier()
+    assert len(list(folder.glob("step-00000002/data-*"))) == 1  # the failed attempt left nothing
 
 
 @scenario

@@ -4,12 +4,15 @@ import hashlib
 import json
 import logging
 import resource
+import subprocess
+import sys
 import time
 from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import pytest
+from launch import environment
 
 import ckptengine as ce
 from ckptengine.errors import (
@@ -429,6 +432,26 @@ def test_saves_of_one_group_follow_each_other(tmp_path):
     for number, handle in enumerate(handles):
         handle.durable.result(60)
         assert (ce.load(tmp_path / str(number))["array"] == number).all()
+
+
+SCRIPT = """
+import sys
+import numpy as np
+import ckptengine as ce
+
+ce.async_save(sys.argv[1] + "/single", {"a": np.arange(3_000_000)})
+ckpt = ce.Checkpointer(sys.argv[1] + "/run", every=1)
+ckpt.step(7, {"a": np.arange(3_000_000)})
+"""
+
+
+def test_a_process_that_ends_waits_for_its_saves(tmp_path):
+    job = subprocess.run(
+        [sys.executable, "-c", SCRIPT, str(tmp_path)], env=environment(), capture_output=True, text=True, timeout=60
+    )
+    assert (job.returncode, job.stderr) == (0, "")
+    assert np.array_equal(ce.load(tmp_path / "single")["a"], np.arange(3_000_000))
+    assert steps_in(tmp_path / "run") == [7]
 
 
 def test_nothing_partial_is_listed(tmp_path):
