@@ -2,19 +2,32 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
+from collections.abc import Iterator
 from typing import Any
 
 from ckptengine.archive.layout_file import read_layout
 from ckptengine.archive.names import OBJECTS, rank_node
 from ckptengine.archive.reader import Archive, open_archive
 from ckptengine.catalog.manifest import Manifest
-from ckptengine.errors import CheckpointDamagedError
+from ckptengine.errors import CheckpointDamagedError, LoadMismatchError
 from ckptengine.layout.rows import RowTable
 from ckptengine.storage.base import Storage
 
-__all__ = ["Checkpoint"]
+__all__ = ["Checkpoint", "naming"]
+
+
+@contextlib.contextmanager
+def naming(location: str) -> Iterator[None]:
+    """Have every error that says what is wrong with a checkpoint also say with which."""
+    try:
+        yield
+    except (CheckpointDamagedError, LoadMismatchError) as error:
+        if location in str(error):
+            raise
+        raise type(error)(f"{location}: {error}") from error
 
 
 class Checkpoint:
@@ -51,13 +64,15 @@ class Checkpoint:
         """Which box of which leaf lies where: the layout file, verified."""
         record = self.manifest.layout
         fixed_nbytes = [archive.tail_position for archive in self.manifest.archives]
-        rows = read_layout(self.storage, self.file(record.name), record, fixed_nbytes)
+        name = self.file(record.name)
+        with naming(self.storage.location(name)):
+            rows = read_layout(self.storage, name, record, fixed_nbytes)
         # Each element is stored once, so what is allocated for the arrays is bounded by the files that are there.
         claimed = sum(math.prod(leaf.shape) * leaf.itemsize for leaf in rows.leaves)
         if claimed > sum(fixed_nbytes):
             raise CheckpointDamagedError(
-                f"{self.storage.location(self.file(record.name))}: its arrays would take {claimed:,} bytes, the "
-                f"archives have {sum(fixed_nbytes):,}"
+                f"{self.storage.location(name)}: its arrays would take {claimed:,} bytes, the archives have "
+                f"{sum(fixed_nbytes):,}"
             )
         return rows
 

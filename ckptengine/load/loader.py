@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 
 from ckptengine.comm.agree import agree
 from ckptengine.comm.base import Communicator
-from ckptengine.errors import CheckpointDamagedError, CheckpointError, LoadMismatchError
+from ckptengine.errors import CheckpointDamagedError, CheckpointError
 from ckptengine.layout.box import Box
-from ckptengine.load.checkpoint import Checkpoint
+from ckptengine.load.checkpoint import Checkpoint, naming
 from ckptengine.load.choose import Chooser, newest_checkpoint
 from ckptengine.load.describe import describe
 from ckptengine.load.fill import fill, host_memory
@@ -105,6 +105,11 @@ def load_arrays(storage: Storage, options: LoadOptions, rank: int | None = None)
     if not options.strict or options.cast:
         raise ValueError("strict and cast are for loading into a state: load() without `into` returns what there is")
     checkpoint = newest_checkpoint(storage)
+    with naming(checkpoint.location):
+        return _arrays_of(checkpoint, options, rank)
+
+
+def _arrays_of(checkpoint: Checkpoint, options: LoadOptions, rank: int | None) -> dict[Any, Any]:
     saved = describe(checkpoint)
     if rank is not None and not 0 <= rank < saved.world_size:
         raise ValueError(f"rank {rank}: {checkpoint.location} was saved by {saved.world_size} ranks")
@@ -149,24 +154,26 @@ def _load(
     binding: Binding | None = None
     error: Exception | None = None
     try:
-        binding = bind(
-            state,
-            describe(checkpoint),
-            comm.rank,
-            comm.world_size,
-            only=options.only,
-            rename=options.rename,
-            strict=options.strict,
-            cast=options.cast,
-        )
+        with naming(checkpoint.location):
+            binding = bind(
+                state,
+                describe(checkpoint),
+                comm.rank,
+                comm.world_size,
+                only=options.only,
+                rename=options.rename,
+                strict=options.strict,
+                cast=options.cast,
+            )
     except Exception as problem:
-        error = _named(problem, checkpoint)
+        error = problem
     agree(comm, error, timeout, f"matching {checkpoint.location} with the state")
     assert binding is not None
     nbytes = 0
     try:
         index = checkpoint.rows.index
-        nbytes = fill(checkpoint, [(index[read.path, read.rank], read.target) for read in binding.reads])
+        with naming(checkpoint.location):
+            nbytes = fill(checkpoint, [(index[read.path, read.rank], read.target) for read in binding.reads])
     except Exception as problem:
         error = problem
     agree(comm, error, timeout, f"reading {checkpoint.location}")
@@ -177,10 +184,3 @@ def _load(
     agree(comm, error, timeout, f"setting the state from {checkpoint.location}")
     manifest = checkpoint.manifest
     return Loaded(manifest.step, manifest.generation, checkpoint.location, binding.report, nbytes)
-
-
-def _named(error: Exception, checkpoint: Checkpoint) -> Exception:
-    """Return a mismatch with the checkpoint's place in its message."""
-    if isinstance(error, LoadMismatchError):
-        return LoadMismatchError(f"{checkpoint.location}: {error}")
-    return error

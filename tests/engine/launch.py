@@ -17,7 +17,7 @@ def environment(**more: str) -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **more}
 
 
-def launch(script: str, ranks: int, folder: Path, *arguments: str, timeout: float = 240) -> list[dict]:
+def launch(script: str, ranks: int, folder: Path, *arguments: str, timeout: float = 280) -> list[dict]:
     """Run a script of this folder under torchrun; return what each rank wrote to `FOLDER/rank-N.json`."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
     command += [str(HERE / script), str(folder), *arguments]

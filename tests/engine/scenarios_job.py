@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from groups import group, report
-from scenarios import SCENARIOS, SMALLER, Scenario
+from scenario_tools import Scenario, all_scenarios
 from torch.distributed.distributed_c10d import _get_default_store
 
 from ckptengine.comm.exchange import StoreCommunicator
@@ -36,7 +36,7 @@ def main() -> None:
     only = set(sys.argv[2:])
     torch.set_num_threads(1)
     problems: dict[str, str] = {}
-    for scenarios, size in ((SCENARIOS, 3), (SMALLER, 2)):
+    for scenarios, size in zip(all_scenarios(), (3, 2), strict=True):
         chosen = {name: scenario for name, scenario in scenarios.items() if not only or name in only}
         with group(f"size-{size}", size) as mine:
             if mine:

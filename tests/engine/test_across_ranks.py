@@ -4,7 +4,7 @@ import pytest
 from launch import launch
 
 pytest.importorskip("torch")
-from scenarios import SCENARIOS
+from scenario_tools import all_scenarios
 
 
 @pytest.fixture(scope="module")
@@ -12,7 +12,7 @@ def ranks(tmp_path_factory):
     return launch("scenarios_job.py", 3, tmp_path_factory.mktemp("scenarios"))
 
 
-@pytest.mark.parametrize("name", SCENARIOS)
+@pytest.mark.parametrize("name", all_scenarios()[0])
 def test_that(name, ranks):
     problems = [f"rank {rank}: {found[name]}" for rank, found in enumerate(ranks) if name in found]
     assert not problems, "\n".join(problems)

@@ -127,11 +127,11 @@ def with_column(rows: RowTable, name: str, number: int, value: int) -> RowTable:
     return replace(rows, **{name: column})
 
 
-def with_leaf(rows: RowTable, number: int, **changes: Any) -> RowTable:
+def with_leaf(table: RowTable, number: int, **changes: Any) -> RowTable:
     """Return rows with one leaf changed."""
-    leaves = list(rows.leaves)
+    leaves = list(table.leaves)
     leaves[number] = replace(leaves[number], **changes)
-    return replace(rows, leaves=tuple(leaves))
+    return replace(table, leaves=tuple(leaves))
 
 
 CHECKSUMS = checksums_node("rank-00000.zarr.zip")

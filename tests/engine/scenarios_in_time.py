@@ -1,0 +1,226 @@
+"""Scenarios of waits, failures and the lives of a run."""
+
+from __future__ import annotations
+
+import json
+import resource
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from scenario_tools import (
+    archive_of,
+    checkpointer,
+    net,
+    rows,
+    scenario,
+    smaller,
+    step_of,
+    table,
+)
+
+import ckptengine as ce
+from ckptengine.comm.base import Communicator
+from ckptengine.errors import (
+    CheckpointDamagedError,
+    CheckpointError,
+    CheckpointNotFoundError,
+    DeadlineError,
+    LoadMismatchError,
+    SaveFailedError,
+)
+
+# Time.
+
+
+@scenario
+def what_changes_after_staged_does_not_change_the_checkpoint(comm: Communicator, folder: Path) -> None:
+    model, part = net(), rows(comm, 4)
+    before = {name: value.detach().clone() for name, value in model.named_parameters()}
+    handle = ce.async_save(folder, {"model": model, "rows": part}, comm=comm, timeout=20)
+    assert handle.staged.done()
+    handle.staged.result(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(99)
+    part.local[...] = 99
+    assert handle.durable.result(30).nbytes > 0
+    arrays = ce.load(folder)
+    assert np.array_equal(arrays["rows"], table(4))
+    for name, value in before.items():
+        assert np.array_equal(arrays["model"][name], value.numpy())
+
+
+@scenario
+def a_rank_that_does_not_come_is_named_in_time(comm: Communicator, folder: Path) -> None:
+    ckpt = checkpointer(comm, folder, timeout=3.0)
+    ckpt.save(1, {"a": 1}).durable.result(30)
+    if comm.rank != 1:
+        handle = ckpt.save(2, {"a": 2})
+        assert handle.staged.done()
+        began = time.monotonic()
+        with pytest.raises(DeadlineError, match="rank 1 did not report in time"):
+            handle.durable.result()
+        assert time.monotonic() - began < 25
+    dist.barrier()
+    assert ce.load(folder) == {"a": 1}
+    assert not [path for path in folder.rglob("manifest-*") if "step-00000002" in str(path)]
+
+
+@scenario
+def each_save_has_a_timeout_of_its_own(comm: Communicator, folder: Path) -> None:
+    ce.save(folder, {"a": 1}, comm=comm, timeout=60)
+    if comm.rank != 2:
+        with pytest.raises(DeadlineError, match="rank 2 did not come within 2 s"):
+            ce.save(folder, {"a": 2}, comm=comm, timeout=2)
+    dist.barrier()
+    assert ce.load(folder) == {"a": 1}
+
+
+@scenario
+def a_rank_that_can_not_write_fails_the_save_on_all_ranks(comm: Communicator, folder: Path) -> None:
+    state = {"rows": ce.ShardedArray(np.zeros(1 << 18), ((1 << 18) * comm.world_size,), (comm.rank << 18,))}
+    with checkpointer(comm, folder, on_error="warn") as ckpt:
+        ckpt.step(1, state)
+        ckpt.wait()
+        limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+        if comm.rank == 1:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 19, limit[1]))
+        handle = ckpt.step(2, state)
+        assert handle is not None
+        with pytest.raises(CheckpointError, match=r"rank-00001.zarr.zip.*File too large"):
+            handle.durable.result(30)
+        if comm.rank == 1:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+        else:
+            with pytest.raises(SaveFailedError, match="rank 1: "):
+                handle.durable.result(30)
+        dist.barrier()
+        assert not list(folder.glob("step-00000002/manifest*"))
+        # The same step may be tried again.
+        again = ckpt.step(2, state)
+        assert again is not None
+        again.durable.result(30)
+        ckpt.wait()
+        assert [stats.step for stats in ckpt.history] == [1, 2]
+    dist.barrier()
+    assert len(list(folder.glob("step-00000002/data-*"))) == 1  # the failed attempt left nothing
+
+
+@scenario
+def all_ranks_agree_on_the_steps_of_a_time_interval(comm: Communicator, folder: Path) -> None:
+    saved = []
+    with checkpointer(comm, folder, every="0.2s") as ckpt:
+        # A life may begin at any step, and go back.
+        for first in (5000, 100):
+            assert ckpt.restore({"a": 0, "rows": rows(comm, 0)}) == (saved[-1] if saved else None)
+            steps = 0
+            for step in range(first, first + 40):
+                time.sleep(0.02 + 0.01 * comm.rank)
+                if ckpt.step(step, {"a": step, "rows": rows(comm, step)}) is not None:
+                    saved.append(step)
+                    steps += 1
+            assert 0 < steps < 35, saved
+        ckpt.wait()
+        assert [stats.step for stats in ckpt.history] == saved
+    (folder / f"steps-{comm.rank}.json").write_text(json.dumps(saved))
+    dist.barrier()
+    assert json.loads((folder / "steps-0.json").read_text()) == saved
+
+
+@scenario
+def a_save_that_falls_due_while_one_is_in_flight_is_skipped_by_all(comm: Communicator, folder: Path) -> None:
+    with checkpointer(comm, folder, when_busy="skip") as ckpt:
+        first = ckpt.step(1, {"a": 1})
+        assert first is not None
+        first.durable.result(30)
+        if comm.rank == 1:
+            time.sleep(1.5)  # until it comes, the save is in flight on the others
+        second = ckpt.step(2, {"a": 2})
+        assert second is not None
+        assert ckpt.step(3, {"a": 3}) is None
+        second.durable.result(30)
+        dist.barrier()
+        assert ckpt.step(4, {"a": 4}) is not None
+        ckpt.wait()
+        assert [stats.step for stats in ckpt.history] == [1, 2, 4]
+
+
+# Lives of a run.
+
+
+@scenario
+def a_run_goes_on_at_another_world_size(comm: Communicator, folder: Path) -> None:
+    with checkpointer(comm, folder, every=10, keep_last=2) as ckpt:
+        assert ckpt.restore({"rows": rows(comm, 0), "step": 0}) is None
+        for step in range(1, 101):
+            ckpt.step(step, {"rows": rows(comm, step), "step": step})
+    state = {"rows": rows(comm, 0), "step": 0}
+    with checkpointer(comm, folder, every=10, keep_last=3) as ckpt:
+        assert ckpt.restore(state) == 100
+        assert state["step"] == 100
+        assert np.array_equal(state["rows"].local, rows(comm, 100).local)
+        assert ckpt.restore(state, step=90) == 90
+        assert np.array_equal(state["rows"].local, rows(comm, 90).local)
+        for step in range(91, 96):
+            ckpt.save(step, {"rows": rows(comm, -step), "step": step})
+        with pytest.raises(CheckpointNotFoundError, match="no committed checkpoint of step 50; there are steps"):
+            ckpt.restore(state, step=50)
+    # A new life, told by nobody: 95 is newer than the 100 of the life before.
+    with checkpointer(comm, folder) as ckpt:
+        assert ckpt.restore(state) == 95
+        assert np.array_equal(state["rows"].local, rows(comm, -95).local)
+
+
+@smaller
+def a_run_goes_on_at_another_world_size_by_two(comm: Communicator, folder: Path) -> None:
+    state = {"rows": rows(comm, 0), "step": 0}
+    with checkpointer(comm, folder, keep_last=2) as ckpt:
+        assert ckpt.restore(state) == 95
+        assert np.array_equal(state["rows"].local, rows(comm, -95).local)
+        ckpt.save(96, {"rows": rows(comm, 960), "step": 96}).durable.result(30)
+    dist.barrier()  # rank 0 has cleaned up
+    assert np.array_equal(ce.load(folder)["rows"], table(960))
+    assert sorted(path.name for path in folder.glob("step-*")) == ["step-00000095", "step-00000096"]
+
+
+@scenario
+def damage_that_one_rank_meets_sends_all_ranks_to_the_checkpoint_before(comm: Communicator, folder: Path) -> None:
+    with checkpointer(comm, folder) as ckpt:
+        for step in (10, 20):
+            ckpt.save(step, {"rows": rows(comm, step, 90), "step": step}).durable.result(30)
+        dist.barrier()
+        if comm.rank == 0:
+            path = archive_of(step_of(folder, 20), 2)
+            data = bytearray(path.read_bytes())
+            place = data.index(np.float64(20 + 10.0 * 70).tobytes())
+            data[place] ^= 1
+            path.write_bytes(data)
+        dist.barrier()
+        state = {"rows": rows(comm, 0, 90), "step": 0}
+        with pytest.raises(CheckpointDamagedError, match="rank-00002.zarr.zip"):
+            ce.load(step_of(folder, 20), into=state, comm=comm, timeout=20)
+        assert ckpt.restore(state) == 10
+        assert state["step"] == 10
+        assert np.array_equal(state["rows"].local, rows(comm, 10, 90).local)
+        ckpt.save(20, {"rows": rows(comm, 21, 90), "step": 20}).durable.result(30)
+        assert ckpt.restore(state) == 20
+        assert np.array_equal(state["rows"].local, rows(comm, 21, 90).local)
+
+
+@scenario
+def a_run_that_can_not_be_opened_is_an_error_on_all_ranks(comm: Communicator, folder: Path) -> None:
+    (folder / f"file-{comm.rank}").write_text("")
+    dist.barrier()
+    with pytest.raises(CheckpointError, match="file-0"):
+        checkpointer(comm, folder / "file-0" / "run")
+    with pytest.raises(CheckpointError, match="file-0"):
+        ce.save(folder / "file-0" / "single", {"a": 1}, comm=comm, timeout=20)
+    with pytest.raises(CheckpointNotFoundError, match="no committed checkpoint"):
+        ce.load(folder, into={"a": 1}, comm=comm, timeout=20)
+    ce.save(folder / "single", {"a": 1}, comm=comm, timeout=20)
+    with pytest.raises(LoadMismatchError, match=r"missing in the checkpoint:\n  b"):
+        ce.load(folder / "single", into={"a": 1, **({"b": 1} if comm.rank == 1 else {})}, comm=comm, timeout=20)
