@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import logging
 import os
-import weakref
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -25,8 +24,8 @@ __all__ = ["async_save", "load", "save"]
 
 _log = logging.getLogger("ckptengine")
 
-# One for each group of ranks: plans and memory are reused from call to call.
-_savers: weakref.WeakKeyDictionary[Communicator, Saver] = weakref.WeakKeyDictionary()
+# Plans and memory are reused from call to call; one group of ranks at a time, so that those of an ended one are freed.
+_savers: dict[Communicator, Saver] = {}
 
 
 def save(
@@ -73,9 +72,7 @@ def async_save(
     Takes and raises what `save` does; what happens after the snapshot is raised by `handle.durable.result()`.
     """
     comm = comm or current()
-    saver = _savers.get(comm)
-    if saver is None:
-        saver = _savers[comm] = Saver(comm, timeout)
+    saver = _saver(comm, timeout)
     storage = open_storage(path)
 
     def claim() -> int:
@@ -98,6 +95,14 @@ def async_save(
         committed=clean_up,
     )
     return saver.start(target, state, check_replicas=check_replicas, timeout=timeout)
+
+
+def _saver(comm: Communicator, timeout: float) -> Saver:
+    if comm not in _savers:
+        for other in [other for other, saver in _savers.items() if not saver.busy]:
+            _savers.pop(other).close()
+        _savers[comm] = Saver(comm, timeout)
+    return _savers[comm]
 
 
 def _refuse_run(storage: Storage) -> None:

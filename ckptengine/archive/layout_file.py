@@ -30,6 +30,7 @@ CHUNK_ROWS = 1 << 16
 
 _LEVEL = 1  # the columns are regular; higher levels gain next to nothing and cost time on the coordinator
 
+_COLUMN_TYPES = ("uint8", "int32", "int64")
 _MAX_COLUMN_NBYTES = 1 << 36
 
 
@@ -88,8 +89,10 @@ def _column(entries: dict[str, bytes], name: str, where: str) -> NDArray[Any]:
     try:
         metadata = json.loads(entries[f"layout/{name}/zarr.json"])
         (size,), (rows,) = metadata["shape"], metadata["chunk_grid"]["configuration"]["chunk_shape"]
+        if metadata["data_type"] not in _COLUMN_TYPES:
+            raise ValueError(f"data type {metadata['data_type']!r:.40}")
         dtype = np.dtype(metadata["data_type"])
-        if type(size) is not int or type(rows) is not int or dtype.kind not in "iu" or size < 0 or rows < 1:
+        if type(size) is not int or type(rows) is not int or size < 0 or rows < 1:
             raise ValueError("not a column of integers")
         if size * dtype.itemsize > _MAX_COLUMN_NBYTES or rows > CHUNK_ROWS:
             raise ValueError(f"{size} elements in chunks of {rows} are more than a layout has")
@@ -103,7 +106,23 @@ def _column(entries: dict[str, bytes], name: str, where: str) -> NDArray[Any]:
 
 
 def _decompressed(data: bytes, nbytes: int) -> bytes:
-    """Return a chunk, decoded into memory of the expected size: what the frame claims to need does not count."""
+    """Return a chunk, decoded into memory of the expected size, which must be what its frame holds."""
+    if _content_nbytes(data) != nbytes:
+        raise ValueError(f"a chunk does not hold {nbytes} bytes")
     out = np.zeros(nbytes, np.uint8)
     Zstd().decode(data, out)
     return out.tobytes()
+
+
+def _content_nbytes(frame: bytes) -> int | None:
+    """Return the bytes that a zstd frame says it holds (RFC 8878, 3.1.1.1), None where it doesn't say."""
+    if len(frame) < 5 or frame[:4] != b"\x28\xb5\x2f\xfd":
+        return None
+    descriptor = frame[4]
+    single_segment = bool(descriptor & 0x20)
+    width = (1 if single_segment else 0, 2, 4, 8)[descriptor >> 6]
+    start = 5 + (0 if single_segment else 1) + (0, 1, 2, 4)[descriptor & 3]
+    field = frame[start : start + width]
+    if width == 0 or len(field) < width:
+        return None
+    return int.from_bytes(field, "little") + (256 if width == 2 else 0)

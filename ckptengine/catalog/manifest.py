@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -160,7 +161,9 @@ def parse_document(data: bytes, where: str) -> dict[str, Any]:
     if len(data) > MAX_MANIFEST_NBYTES:
         raise CheckpointDamagedError(f"{where}: {len(data)} bytes, a manifest has at most {MAX_MANIFEST_NBYTES}")
     try:
-        document = json.loads(data.decode(), object_pairs_hook=_unique, parse_constant=_no_constant)
+        document = json.loads(
+            data.decode(), object_pairs_hook=_unique, parse_constant=_no_constant, parse_float=_finite
+        )
     except (ValueError, RecursionError) as error:
         raise CheckpointDamagedError(f"{where}: not JSON: {str(error) or type(error).__name__}") from None
     if type(document) is not dict:
@@ -171,7 +174,10 @@ def parse_document(data: bytes, where: str) -> dict[str, Any]:
 def checked_metadata(metadata: Mapping[str, Any] | None) -> dict[str, Any]:
     """Return a user's metadata as the manifest takes it; raises `StateError` where it is not plain JSON."""
     result = dict(metadata or {})
-    plain_json(result, "metadata")
+    try:
+        plain_json(result, "metadata")
+    except RecursionError:
+        raise StateError("metadata: nested too deep, or inside itself; make it flat") from None
     return result
 
 
@@ -261,6 +267,13 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _no_constant(name: str) -> None:
     raise ValueError(f"{name} is not JSON")
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if math.isinf(number):
+        raise ValueError(f"{text} is more than a float holds")
+    return number
 
 
 def _natural(value: Any) -> int:

@@ -14,20 +14,21 @@ __all__ = ["agree", "share"]
 def agree(comm: Communicator, error: Exception | None, timeout: float, doing: str) -> None:
     """Return on all ranks where no rank has an error, else raise on all.
 
-    A rank with an error raises its own; the others raise one of the same class (where it is ckptengine's) that
-    names the ranks and repeats their messages. `doing` says what was being done.
+    Where all errors are of one class, the ranks that have one raise their own, and the others one of that class
+    (where it is ckptengine's) that names the ranks and repeats their messages. Errors of several classes become a
+    `RankFailedError` on all: what a caller does next must not differ between ranks. `doing` says what was being done.
     """
     own = b"" if error is None else _pack(error)
     replies = [own] if comm.world_size == 1 else comm.all_gather(own, timeout)
     failed = {rank: json.loads(reply) for rank, reply in enumerate(replies) if reply}
     if not failed:
         return
-    if error is not None:
+    kinds = {kind for kind, _ in failed.values()}
+    if error is not None and len(kinds) == 1:
         raise error
     text = "; ".join(f"rank {rank}: {message}" for rank, (_, message) in failed.items())
-    kinds = {kind for kind, _ in failed.values()}
     ranks = ", ".join(map(str, failed))
-    raise _class(kinds.pop() if len(kinds) == 1 else "")(f"{doing} failed on rank(s) {ranks}: {text}")
+    raise _class(kinds.pop() if len(kinds) == 1 else "")(f"{doing} failed on rank(s) {ranks}: {text}") from error
 
 
 def share(comm: Communicator, value: bytes | None, error: Exception | None, timeout: float, doing: str) -> bytes:

@@ -72,8 +72,13 @@ class Planner:
         self._comm = comm
         self._plan: Plan | None = None
         self._together = True
-        self.session = ""
-        """Part of every attempt's id; chosen by rank 0 in the first exchange."""
+        self._session = ""
+        self._attempts = 0
+
+    def next_attempt(self) -> str:
+        """Return the next attempt's id, the same on all ranks: each exchange begins a new series under a new token."""
+        self._attempts += 1
+        return f"{self._session}-{self._attempts}"
 
     def changed(self, flat: FlatState | None) -> bool:
         """Return whether a state has another structure than the plan."""
@@ -124,7 +129,7 @@ class Planner:
         agree(self._comm, error, timeout, "taking the state apart")
         replies = self._comm.all_gather(payload, timeout)
         parts = [_split(reply) for reply in replies]
-        self.session = self.session or parts[0][0]
+        self._session, self._attempts = parts[0][0], 0
         compare_values([(paths, digests) for _, paths, digests, _ in parts])
         return mine, assign([decode(holdings) for *_, holdings in parts])[self._comm.rank]
 

@@ -107,7 +107,6 @@ class Saver:
         self._planner = Planner(comm)
         self._coordinator = Coordinator(comm.world_size) if comm.rank == 0 else None
         self._arena = Arena()
-        self._count = 0
         self._reported: Plan | None = None  # whose rows rank 0 has
         self._job: _Job | None = None
         self.generation: int | None = None
@@ -152,9 +151,13 @@ class Saver:
         """
         timeout = self._timeout if timeout is None else timeout
         called = time.monotonic()
-        self.wait(timeout)
+        try:
+            self.wait(timeout)
+        except DeadlineError:
+            # The others may have gone on to an attempt that now fails; then all meet in the next exchange.
+            self._planner.together_next()
+            raise
         started = time.monotonic()
-        self._count += 1
         flat: FlatState | None = None
         values: StoredValues | None = None
         error: Exception | None = None
@@ -169,7 +172,7 @@ class Saver:
         job = _Job(
             target=target,
             generation=generation,
-            attempt=f"{self._planner.session}-{self._count}",
+            attempt=self._planner.next_attempt(),
             handle=SaveHandle(target.location, timeout),
             deadline=started + timeout,
             started=started,

@@ -186,12 +186,7 @@ def test_a_manifest_that_is_none_is_refused(place: Path, text: str, bounded: Non
     assert str(manifest_path(place)) in refused(place)
 
 
-INFINITE = pytest.mark.xfail(strict=True, raises=ValueError, reason="parse_document takes 1e999 for infinity")
-
-
-@pytest.mark.parametrize(
-    "number", [*(pytest.param(text, marks=INFINITE) for text in ("1e999", "-1e999", "1e400")), "1" + "0" * 5000]
-)
+@pytest.mark.parametrize("number", ["1e999", "-1e999", "1e400", "1" + "0" * 5000])
 def test_a_number_that_json_can_write_and_python_cannot_hold_is_harmless(
     place: Path, number: str, bounded: None
 ) -> None:
@@ -309,13 +304,7 @@ METADATA = [
 ]
 
 
-GRAMMAR = pytest.mark.xfail(strict=True, raises=SyntaxError, reason="_column lets numpy parse any dtype text")
-
-
-@pytest.mark.parametrize(
-    "number",
-    [pytest.param(n, marks=GRAMMAR) if b"(1,,2)" in text else n for n, text in enumerate(METADATA)],
-)
+@pytest.mark.parametrize("number", range(len(METADATA)))
 @pytest.mark.parametrize("column", ["archive", "leaves", "offsets"])
 def test_evil_metadata_of_a_column_is_refused(place: Path, number: int, column: str, bounded: None) -> None:
     entry = f"layout/{column}/zarr.json"
@@ -339,14 +328,7 @@ CHUNKS = {
 }
 
 
-SHORT = pytest.mark.xfail(strict=True, raises=AssertionError, reason="_decompressed takes a short frame")
-
-
-@pytest.mark.parametrize(
-    "chunk",
-    [pytest.param(c, marks=SHORT) if name == "a frame of another size" else c for name, c in CHUNKS.items()],
-    ids=CHUNKS,
-)
+@pytest.mark.parametrize("chunk", CHUNKS.values(), ids=CHUNKS)
 def test_an_evil_chunk_of_a_column_is_refused(place: Path, chunk: bytes, bounded: None) -> None:
     change_columns(place, lambda name, data: chunk if name == "layout/position/c/0" else data)
     refused(place)
