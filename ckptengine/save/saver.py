@@ -11,8 +11,6 @@ import time
 import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
-from importlib.metadata import version
 from typing import Any
 
 from ckptengine.archive.image import BLOCK_NBYTES
@@ -323,8 +321,6 @@ class Saver:
                     archives=tuple(item.archive for item in receipts if item.archive is not None),
                     layout=layout_record,
                     metadata=dict(target.metadata),
-                    created=datetime.now(UTC).isoformat(timespec="seconds"),
-                    writer=f"ckptengine {version('ckptengine')}",
                 )
                 publish(storage, target.directory, manifest)
             outcome = Outcome(plan_together=any(item.alone for item in receipts))
