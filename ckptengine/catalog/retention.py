@@ -32,7 +32,8 @@ def retain(storage: Storage, keep_last: int, keep_every: int | None = None) -> l
 
     What lies on an abandoned branch goes; so that a life that has not saved yet can fall back, what it was
     restored from stays. A manifest that can't be read stays, for people to look at. Returns what could not be
-    deleted; raises nothing that a delete says.
+    deleted; raises nothing that a delete says. Where the line began without a restore, earlier lives are no branch of
+    it and stay: a job that forgot to restore must not delete what was trained before.
     """
     if keep_last < 1:
         raise ValueError(f"keep_last={keep_last}: at least one checkpoint is kept")
@@ -40,11 +41,12 @@ def retain(storage: Storage, keep_last: int, keep_every: int | None = None) -> l
         # Listed first: a checkpoint that another life commits meanwhile is in no danger.
         entries = committed(storage)
         kept: set[Entry] = set()
-        line = 0
+        line = root = 0
         for item in lineage(storage):
             if isinstance(item, Problem):
                 continue
-            entry, _ = item
+            entry, manifest = item
+            root = entry.generation if manifest.parent is None else 0
             if line < keep_last or _is_multiple(entry.step, keep_every):
                 kept.add(entry)
             line += 1
@@ -53,7 +55,10 @@ def retain(storage: Storage, keep_last: int, keep_every: int | None = None) -> l
         return [f"nothing was deleted: {error}"]
     if not kept:
         return []
-    return _delete(storage, [entry for entry in entries if entry not in kept and entry.order not in parents])
+    return _delete(
+        storage,
+        [entry for entry in entries if entry not in kept and entry.order not in parents and entry.generation >= root],
+    )
 
 
 def replace_older(storage: Storage, generation: int) -> list[str]:
