@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import threading
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -26,6 +27,7 @@ _log = logging.getLogger("ckptengine")
 
 # Plans and memory are reused from call to call; one group of ranks at a time, so that those of an ended one are freed.
 _savers: dict[Communicator, Saver] = {}
+_lock = threading.Lock()
 
 
 def save(
@@ -50,9 +52,10 @@ def save(
     was there before then still is.
     """
     comm = comm or current()
+    saver = _saver(comm, timeout)
     handle = async_save(path, state, metadata=metadata, check_replicas=check_replicas, timeout=timeout, comm=comm)
     stats = handle.durable.result()
-    _savers[comm].settle(timeout)
+    saver.settle(timeout)
     if stats is None:
         raise SaveFailedError(f"{handle.path}: the save ended without figures")
     return stats
@@ -98,11 +101,20 @@ def async_save(
 
 
 def _saver(comm: Communicator, timeout: float) -> Saver:
-    if comm not in _savers:
-        for other in [other for other, saver in _savers.items() if not saver.busy]:
-            _savers.pop(other).close()
-        _savers[comm] = Saver(comm, timeout)
-    return _savers[comm]
+    with _lock:
+        if comm not in _savers:
+            for other in [other for other, saver in _savers.items() if not saver.busy]:
+                _savers.pop(other).close()
+            _savers[comm] = Saver(comm, timeout)
+        return _savers[comm]
+
+
+def _after_fork() -> None:
+    global _lock
+    _lock = threading.Lock()
+
+
+os.register_at_fork(after_in_child=_after_fork)
 
 
 def _refuse_run(storage: Storage) -> None:

@@ -25,6 +25,10 @@ __all__ = ["remove_leftovers", "replace_older", "retain"]
 # What an attempt's directory may hold. One with anything else in it belongs to somebody else: people keep
 # directories such as `data-train` beside their checkpoints.
 _OURS = re.compile(r"lease\.json|layout\.zarr\.zip|rank-\d+\.zarr\.zip|receipts")
+_OUR_ATTEMPT = re.compile(r"[0-9a-f]{12}-\d+")  # what the planner makes; a user's `data-train` is not ours to delete
+_OUR_TEMPORARY = re.compile(
+    r"\.tmp-(manifest-\d+\.json|generation-\d+\.json|lease\.json|clock|.+\.zarr\.zip)\.[0-9a-f]{12}"
+)
 
 
 def retain(storage: Storage, keep_last: int, keep_every: int | None = None) -> list[str]:
@@ -94,7 +98,7 @@ def _sweep(storage: Storage, directory: str, now: float) -> None:
     swept = False
     for name in storage.list(directory):
         attempt, path = attempt_of(name), join(directory, name)
-        if attempt is None or storage.size(path) is not None:
+        if attempt is None or not _OUR_ATTEMPT.fullmatch(attempt) or storage.size(path) is not None:
             continue
         if not all(map(_OURS.fullmatch, storage.list(path))) or is_leased(storage, path):
             continue
@@ -102,7 +106,7 @@ def _sweep(storage: Storage, directory: str, now: float) -> None:
         if attempt not in _attempts_in_use(storage, directory):
             storage.delete_tree(path)
             swept = True
-    for name in storage.temporaries(directory):
+    for name in filter(_OUR_TEMPORARY.fullmatch, storage.temporaries(directory)):
         path = join(directory, name)
         modified = storage.modified(path)
         if modified is not None and now - modified > LEASE_SECONDS:

@@ -37,6 +37,8 @@ class Moment:
         self._reached = threading.Event()
         self._error: BaseException | None = None
         self._stats: SaveStats | None = None
+        self.observed = False
+        """Whether somebody has asked for the result."""
 
     def done(self) -> bool:
         """Return whether it has been reached or has failed."""
@@ -54,6 +56,7 @@ class Moment:
         """
         if not self.wait(timeout):
             raise DeadlineError(f"{self._name} was not reached in time; the save is still running")
+        self.observed = True
         if self._error is not None:
             raise self._error
         return self._stats
@@ -62,6 +65,18 @@ class Moment:
         """Mark it as reached, or as failed."""
         if not self._reached.is_set():
             self._stats, self._error = stats, error
+            self._reached.set()
+
+    @property
+    def error(self) -> BaseException | None:
+        """What made it fail, None where it was reached or is still to come."""
+        return self._error
+
+    def abandon(self, error: BaseException) -> None:
+        """Fail it in a forked process, where nothing will reach it and another thread may have held its locks."""
+        if not self._reached.is_set():
+            self._reached = threading.Event()
+            self._error = error
             self._reached.set()
 
 

@@ -6,10 +6,12 @@ import atexit
 import hashlib
 import json
 import logging
+import os
 import threading
 import time
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,7 +25,7 @@ from ckptengine.catalog.manifest import Manifest, checked_metadata
 from ckptengine.catalog.receipt import Channel, Outcome, Receipt, StorageStore, collect
 from ckptengine.comm.agree import agree
 from ckptengine.comm.base import Communicator
-from ckptengine.errors import CheckpointError, DeadlineError, ReplicaMismatchError, SaveFailedError
+from ckptengine.errors import CheckpointError, DeadlineError, RankFailedError, ReplicaMismatchError, SaveFailedError
 from ckptengine.save.coordinator import Coordinator
 from ckptengine.save.handle import SaveHandle, SaveStats
 from ckptengine.save.planner import Plan, Planner, replica_crcs
@@ -97,7 +99,11 @@ class _Job:
 
 
 class Saver:
-    """Saves one job's states, one at a time, through one arena. Lives as long as the job; not thread-safe."""
+    """Saves one job's states, one at a time, through one arena. Lives as long as the job.
+
+    Several threads may save: one after the other, in an order that all ranks must share. A forked process gets an
+    arena of its own, since the memory of its parent's is shared with it.
+    """
 
     def __init__(self, comm: Communicator, timeout: float = DEFAULT_TIMEOUT) -> None:
         self._comm = comm
@@ -107,6 +113,8 @@ class Saver:
         self._arena = Arena()
         self._reported: Plan | None = None  # whose rows rank 0 has
         self._job: _Job | None = None
+        self._lock = threading.Lock()
+        self._usable = True
         self.generation: int | None = None
         """The generation of the last save that was started; None where it could not be claimed."""
         _living.add(self)
@@ -130,8 +138,41 @@ class Saver:
     def close(self) -> None:
         """Wait for the save in flight and give the memory back."""
         self.settle(self._timeout)
-        self._arena.close()
+        with self._held(self._timeout):
+            self._arena.close()
+        self.report()
         _living.discard(self)
+
+    def report(self) -> None:
+        """Log the failure of the last save where nobody has asked for its result: no failure stays silent."""
+        durable = None if self._job is None else self._job.handle.durable
+        if durable is not None and durable.done() and durable.error is not None and not durable.observed:
+            assert self._job is not None
+            durable.observed = True
+            _log.error("%s was NOT saved: %s", self._job.handle.path, durable.error)
+
+    @contextmanager
+    def _held(self, timeout: float) -> Iterator[None]:
+        if not self._lock.acquire(timeout=timeout):
+            raise DeadlineError(f"another thread has been starting a save for {timeout:g} s")
+        try:
+            yield
+        finally:
+            self._lock.release()
+
+    def after_fork(self) -> None:
+        """Cut what a forked process shares with its parent: the arena, the save in flight, the series of attempts."""
+        self._lock = threading.Lock()
+        self._usable = self._comm.world_size == 1
+        if self._job is not None:
+            self._job.handle.staged.abandon(RankFailedError("this save belongs to the parent process"))
+            self._job.handle.durable.abandon(RankFailedError("this save belongs to the parent process"))
+            self._job.handle.durable.observed = True
+            self._job = None
+        inherited, self._arena = self._arena, Arena()
+        inherited.close()
+        self._reported = None
+        self._planner.together_next()
 
     def start(
         self,
@@ -148,6 +189,14 @@ class Saver:
         Raises `StateError`, `ReplicaMismatchError`, `StorageError`, `DeadlineError`.
         """
         timeout = self._timeout if timeout is None else timeout
+        with self._held(timeout):
+            return self._start(target, state, check_replicas, timeout)
+
+    def _start(self, target: Target, state: Mapping[str, Any], check_replicas: bool, timeout: float) -> SaveHandle:
+        if not self._usable:
+            raise CheckpointError(
+                f"this process was forked from rank {self._comm.rank}: only the rank itself can save with the others"
+            )
         called = time.monotonic()
         try:
             self.wait(timeout)
@@ -155,6 +204,7 @@ class Saver:
             # The others may have gone on to an attempt that now fails; then all meet in the next exchange.
             self._planner.together_next()
             raise
+        self.report()
         started = time.monotonic()
         flat: FlatState | None = None
         values: StoredValues | None = None
@@ -190,8 +240,18 @@ class Saver:
         if failed is None:
             job.handle.staged.reach()
         job.thread = threading.Thread(target=self._finish, args=(job,), name="ckptengine-save", daemon=True)
-        job.thread.start()
+        try:
+            job.thread.start()
+        except BaseException as problem:
+            # No thread will end this save: end it here, or every later one would wait for it.
+            job.thread = None
+            self._planner.together_next()
+            job.handle.staged.reach(error=problem)
+            job.handle.durable.reach(error=problem)
+            job.handle.durable.observed = True
+            raise SaveFailedError(f"{target.location} was not saved, its thread did not start: {problem}") from problem
         if failed is not None:
+            job.handle.durable.observed = True
             raise failed
         return job.handle
 
@@ -327,7 +387,11 @@ class Saver:
         except Exception as problem:
             kind = type(problem).__name__
             outcome = Outcome(error=f"{problem}" or kind, plan_together=True, kind=kind)
-        channel.announce(outcome)
+        try:
+            channel.announce(outcome)
+        except CheckpointError as problem:
+            # What is published is durable, whoever hears of it.
+            _log.warning("%s: the other ranks could not be told how the save ended: %s", target.location, problem)
         if outcome.error:
             self._discard(job, data, channel)
         return receipt, written, outcome
@@ -359,6 +423,13 @@ def _wait_for_all() -> None:
             saver.settle(DEFAULT_TIMEOUT)
         except DeadlineError as error:
             _log.error("%s", error)
+        saver.report()
+
+
+def _after_fork() -> None:
+    for saver in list(_living):
+        saver.after_fork()
 
 
 atexit.register(_wait_for_all)
+os.register_at_fork(after_in_child=_after_fork)

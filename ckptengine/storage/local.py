@@ -7,6 +7,7 @@ import errno
 import fcntl
 import logging
 import os
+import re
 import secrets
 import stat
 import threading
@@ -30,6 +31,7 @@ LOAD_THREADS = 4
 """Read requests in flight at most; each thread also verifies and scatters what it has read."""
 
 _TEMPORARY = ".tmp-"
+_OUR_TEMPORARY = re.compile(r"\.tmp-.+\.[0-9a-f]{12}")  # other names of this kind are somebody else's
 _ADVICE = {
     errno.ENOSPC: "make room or save elsewhere",
     errno.EDQUOT: "the quota is used up: make room or save elsewhere",
@@ -181,11 +183,11 @@ class LocalStorage(Storage):
 
     def list(self, directory: str = "") -> _Names:
         """Return the sorted names right below a directory, without temporaries; [] where there is none."""
-        return [name for name in self._names(directory) if not name.startswith(_TEMPORARY)]
+        return [name for name in self._names(directory) if not _OUR_TEMPORARY.fullmatch(name)]
 
     def temporaries(self, directory: str = "") -> _Names:
         """Return the sorted names of the temporary files right below a directory."""
-        return [name for name in self._names(directory) if name.startswith(_TEMPORARY)]
+        return [name for name in self._names(directory) if _OUR_TEMPORARY.fullmatch(name)]
 
     def delete(self, name: str) -> None:
         """Delete a file and sync its directory; one that is missing is no error."""

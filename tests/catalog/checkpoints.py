@@ -20,7 +20,7 @@ def manifest_of(step, generation=1, parent=None, attempt=None, world_size=2, nby
         step=step,
         generation=generation,
         parent=parent,
-        attempt=attempt or f"{generation:06x}-{step or 0}",
+        attempt=attempt or f"{generation:012x}-{step or 0}",
         world_size=world_size,
         block_nbytes=65536,
         archives=tuple(ArchiveRecord(f"rank-{r:05d}.zarr.zip", nbytes, 4096, TAIL) for r in range(world_size)),

@@ -26,7 +26,7 @@ def check_whole(storage, entry):
 
 def save_next_step(storage):
     generation = claim_generation(storage, (1, 10))
-    with Lease(storage, "step-00000020/data-000002-20"):
+    with Lease(storage, "step-00000020/data-000000000002-20"):
         write_checkpoint(storage, 20, generation, (1, 10))
     return (2, 20), lambda: retain(storage, 1)
 
@@ -72,7 +72,7 @@ def test_a_crash_leaves_the_old_checkpoint_or_the_new_one_and_nothing_partial(tm
             assert old in orders
         seen.add(tuple(orders))
         # The lease of this very process would count as long as it lives.
-        (storage.root / "step-00000020/data-000002-20/lease.json").unlink(missing_ok=True)
+        (storage.root / "step-00000020/data-000000000002-20/lease.json").unlink(missing_ok=True)
         then = storage.now() - LEASE_SECONDS - 60
         for path in storage.root.rglob("*"):
             os.utime(path, (then, then))

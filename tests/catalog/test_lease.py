@@ -13,7 +13,7 @@ from ckptengine.catalog import lease as lease_module
 from ckptengine.catalog.lease import LEASE_SECONDS, Lease, is_leased
 from ckptengine.catalog.retention import remove_leftovers
 
-DATA = "step-00000010/data-000001-10"
+DATA = "step-00000010/data-000000000001-10"
 
 
 def age(storage, name, seconds):

@@ -54,7 +54,7 @@ def test_nothing_but_manifests_is_listed(storage):
         "step-00000020/manifest-1.json",
         "step-00000020/manifest-0000.json",
         "step-00000020/manifest-00001.json",
-        "step-00000020/.tmp-manifest-0001.json.0123",
+        "step-00000020/.tmp-manifest-0001.json.0123456789ab",
         "step-20/manifest-0001.json",
         "step-٠٠٠٠٠٠٢٠/manifest-0001.json",
         "other/manifest-0001.json",
@@ -160,10 +160,10 @@ def test_a_newer_version_is_a_problem_on_the_way(storage):
 def test_a_commit_wants_all_files(storage):
     manifest = manifest_of(10)
     write_data(storage, manifest)
-    os.truncate(storage.location("step-00000010/data-000001-10/rank-00001.zarr.zip"), 4096)
+    os.truncate(storage.location("step-00000010/data-000000000001-10/rank-00001.zarr.zip"), 4096)
     with pytest.raises(SaveFailedError, match=r"rank-00001\.zarr\.zip has 4096 bytes instead of 8192"):
         publish(storage, "step-00000010", manifest)
-    os.unlink(storage.location("step-00000010/data-000001-10/rank-00001.zarr.zip"))
+    os.unlink(storage.location("step-00000010/data-000000000001-10/rank-00001.zarr.zip"))
     with pytest.raises(SaveFailedError, match=r"rank-00001\.zarr\.zip is missing"):
         publish(storage, "step-00000010", manifest)
     assert committed(storage) == []

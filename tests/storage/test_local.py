@@ -300,10 +300,10 @@ def test_a_directory_that_was_removed_meanwhile_is_made_again(storage):
 
 def test_temporaries_are_listed_apart(storage):
     storage.write_bytes("file", b"1")
-    with open(storage.location(".tmp-file.0123"), "w"):
+    with open(storage.location(".tmp-file.0123456789ab"), "w"):
         pass
     assert storage.list() == ["file"]
-    assert storage.temporaries() == [".tmp-file.0123"]
+    assert storage.temporaries() == [".tmp-file.0123456789ab"]
 
 
 def test_ages_are_told_by_the_file_systems_clock(storage):
