@@ -38,8 +38,9 @@ class Checkpointer:
     (rank 0's clock decides), or None: then only `save` saves. `keep_last` committed checkpoints are kept along
     the line that led to the newest (None: all), and those whose step is a multiple of `keep_every`. `on_error`:
     `"warn"` logs a failed save and lets training go on, until `max_failures` in a row; `"raise"` raises at the
-    next call. `when_busy`: a save that falls due while one is in flight waits for it, or is skipped on all ranks.
-    `timeout`, in seconds, bounds every wait for other ranks or for the storage.
+    next call, after that call's own save has been started, so that the ranks stay in step. `when_busy`: a save that
+    falls due while one is in flight waits for it, or is skipped on all ranks. `timeout`, in seconds, bounds
+    every wait for other ranks or for the storage.
 
     All ranks call the same methods in the same order.
     """
@@ -88,6 +89,7 @@ class Checkpointer:
         self._next_check = 0
         self._pending: list[SaveHandle] = []
         self._failures = 0
+        self._failure: SaveFailedError | None = None
         self._open()
 
     def _open(self) -> None:
@@ -151,25 +153,36 @@ class Checkpointer:
         A save that fails is treated as `on_error` says, except that a state which can't be saved at all
         (`StateError`) is raised at once: it won't get better.
         """
+        handle = None
         self._reap()
-        if not self._due(step):
-            return None
-        if self._when_busy == "skip" and self._is_busy():
-            _log.warning("step %d: not saved, the save before it is still in flight", step)
-            return None
-        try:
-            return self.save(step, state)
-        except (StateError, SaveFailedError):
-            raise  # the latter is this policy's own word on an earlier save
-        except CheckpointError as error:
-            self._failed(error, f"step {step} of {self.run}")
-            return None
+        if self._due(step):
+            if self._when_busy == "skip" and self._is_busy():
+                _log.warning("step %d: not saved, the save before it is still in flight", step)
+            else:
+                try:
+                    handle = self._save(step, state)
+                except StateError:
+                    raise
+                except CheckpointError as error:
+                    self._failed(error, f"step {step} of {self.run}")
+        self._raise_failure()
+        return handle
 
     def save(self, step: int, state: Mapping[str, Any]) -> SaveHandle:
         """Save now, in the background; return the handle, or that of the save of this very step in this life.
 
         Raises what makes the snapshot impossible (`StateError`, `StorageError`, `DeadlineError`), with
         `on_error="raise"` also what made an earlier save fail.
+        """
+        handle = self._save(step, state)
+        self._raise_failure()
+        return handle
+
+    def _save(self, step: int, state: Mapping[str, Any]) -> SaveHandle:
+        """Save; what became of earlier saves is raised afterwards.
+
+        Ranks learn of a failure at different steps. Raised before the save, it would keep one rank out of a save that
+        the others are in, and if the caller goes on after it, each rank would save another step from then on.
         """
         step = operator.index(step)
         if step < 0:
@@ -207,6 +220,7 @@ class Checkpointer:
             if not handle.durable.wait(timeout):
                 handle.durable.result(0)
         self._reap()
+        self._raise_failure()
 
     def close(self) -> None:
         """Wait for the saves in flight and give the memory back. The Checkpointer can't be used afterwards."""
@@ -287,14 +301,22 @@ class Checkpointer:
                 self.history.append(stats)
                 self._failures = 0
 
+    def _raise_failure(self) -> None:
+        """Raise what the policy has to say of failed saves, once."""
+        failure, self._failure = self._failure, None
+        if failure is not None:
+            raise failure
+
     def _failed(self, error: Exception, path: str) -> None:
         self._failures += 1
         self._last = None  # the same step may be tried again
         if self._on_error == "raise" or self._failures >= self._max_failures:
-            raise SaveFailedError(
+            self._failure = SaveFailedError(
                 f"{path} was not saved ({self._failures} failure(s) in a row): {error}; "
                 "checkpoints committed earlier are not affected"
-            ) from error
+            )
+            self._failure.__cause__ = error
+            return
         _log.error("%s was NOT saved, training goes on (failure %d of %d in a row): %s",
                    path, self._failures, self._max_failures, error)  # fmt: skip
 

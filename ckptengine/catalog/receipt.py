@@ -33,7 +33,7 @@ class Receipt:
     `error` says why there is none; then `archive` is None. `value_paths` and `digests` are those of its
     replicated plain values (`ckptengine.save.values`), `replica_crcs` of its replicated arrays where they are
     to be compared, `rows` its encoded `RankRows` where rank 0 doesn't know them, `alone` whether the others
-    don't know its plan.
+    don't know its plan, `directory` the checkpoint's, where this rank has written.
     """
 
     rank: int
@@ -44,6 +44,7 @@ class Receipt:
     replica_crcs: tuple[tuple[tuple[str | int, ...], int], ...] = ()
     rows: bytes = b""
     alone: bool = False
+    directory: str = ""
 
     def encode(self) -> bytes:
         """Return the receipt as it travels."""
@@ -60,6 +61,7 @@ class Receipt:
                 "replica_crcs": self.replica_crcs,
                 "rows": base64.b64encode(self.rows).decode(),
                 "alone": self.alone,
+                "directory": self.directory,
             }
         ).encode()
 
@@ -78,6 +80,7 @@ class Receipt:
                 replica_crcs=tuple((_path(path), _of(int, crc)) for path, crc in document["replica_crcs"]),
                 rows=base64.b64decode(document["rows"], validate=True),
                 alone=_of(bool, document["alone"]),
+                directory=_of(str, document["directory"]),
             )
         except (KeyError, TypeError, ValueError, RecursionError) as error:
             raise SaveFailedError(f"a rank's receipt is damaged ({error}); the save was not committed") from None

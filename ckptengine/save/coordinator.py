@@ -8,7 +8,7 @@ from ckptengine.archive.layout_file import encode_layout
 from ckptengine.archive.record import ArchiveRecord
 from ckptengine.catalog.receipt import Receipt
 from ckptengine.comm.ranks import name_ranks
-from ckptengine.errors import ReplicaMismatchError
+from ckptengine.errors import ReplicaMismatchError, SaveFailedError
 from ckptengine.layout.merge import merge
 from ckptengine.layout.rows import RankRows
 from ckptengine.save.values import compare_values
@@ -42,6 +42,14 @@ class Coordinator:
 
 def _compare(receipts: Sequence[Receipt]) -> None:
     """Compare what the ranks say of what they all hold."""
+    places = {receipt.rank: receipt.directory for receipt in receipts}
+    others = {rank: place for rank, place in places.items() if place != places[0]}
+    if others:
+        rank, place = next(iter(others.items()))
+        raise SaveFailedError(
+            f"the ranks are not at the same step: rank 0 saves {places[0]!r}, rank {rank} saves {place!r}; all ranks "
+            "must call save and step with the same steps in the same order"
+        )
     compare_values([(receipt.value_paths, receipt.digests) for receipt in receipts])
     crcs = [dict(receipt.replica_crcs) for receipt in receipts]
     for path in dict.fromkeys(path for own in crcs for path in own):

@@ -20,7 +20,7 @@ from ckptengine.archive.record import ArchiveRecord
 from ckptengine.archive.tail import build_tail
 from ckptengine.catalog.commit import attempt_directory, publish
 from ckptengine.catalog.lease import Lease
-from ckptengine.catalog.listing import manifest_name
+from ckptengine.catalog.listing import Entry, claimed_generations, manifest_name, read_manifest
 from ckptengine.catalog.manifest import Manifest, checked_metadata
 from ckptengine.catalog.receipt import Channel, Outcome, Receipt, StorageStore, collect
 from ckptengine.comm.agree import agree
@@ -252,7 +252,9 @@ class Saver:
             raise SaveFailedError(f"{target.location} was not saved, its thread did not start: {problem}") from problem
         if failed is not None:
             job.handle.durable.observed = True
-            raise failed
+            if isinstance(failed, CheckpointError):
+                raise failed
+            raise SaveFailedError(f"{target.location} was not saved: {type(failed).__name__}: {failed}") from failed
         return job.handle
 
     def _open(self, target: Target, flat: FlatState | None, timeout: float) -> int:
@@ -310,7 +312,13 @@ class Saver:
         if self._comm.rank != 0:
             receipt, written = self._write(job, data)
             channel.send(receipt)
-            outcome = channel.outcome(job.deadline)
+            try:
+                outcome = channel.outcome(job.deadline)
+            except CheckpointError:
+                # Rank 0 may have published and then lost its voice: our own attempt in the manifest means success.
+                if not self._published(job):
+                    raise
+                outcome = Outcome(plan_together=True)
         else:
             receipt, written, outcome = self._coordinate(job, data, channel)
         if outcome.plan_together:
@@ -327,6 +335,13 @@ class Saver:
             written_seconds=written,
             durable_seconds=time.monotonic() - job.started,
         )
+
+    def _published(self, job: _Job) -> bool:
+        entry = Entry(step=job.target.step, generation=job.generation, directory=job.target.directory)
+        try:
+            return read_manifest(job.target.storage, entry).attempt == job.attempt
+        except CheckpointError:
+            return False
 
     def _write(self, job: _Job, data: str) -> tuple[Receipt, float]:
         """Write this rank's archive; what goes wrong is in the receipt, and in `job.error`."""
@@ -355,6 +370,7 @@ class Saver:
             replica_crcs=job.replica_crcs,
             rows=rows,
             alone=job.plan.alone,
+            directory=job.target.directory,
         )
         self._reported = job.plan
         return receipt, time.monotonic() - began
@@ -369,6 +385,12 @@ class Saver:
             with Lease(storage, data):
                 receipt, written = self._write(job, data)
                 receipts = collect(channel, receipt, job.deadline)
+                later = [number for number in claimed_generations(storage) if number > job.generation]
+                if later:
+                    raise SaveFailedError(
+                        f"this run was taken over by generation {max(later)}, this job writes generation "
+                        f"{job.generation}: end it, or restore and go on from what the other has saved"
+                    )
                 layout, layout_record = self._coordinator.layout(receipts)
                 storage.write_bytes(join(data, layout_record.name), layout)
                 manifest = Manifest(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import resource
 import time
@@ -23,6 +24,7 @@ from scenario_tools import (
 )
 
 import ckptengine as ce
+from ckptengine.catalog import receipt
 from ckptengine.comm.base import Communicator
 from ckptengine.errors import (
     CheckpointDamagedError,
@@ -224,3 +226,42 @@ def a_run_that_can_not_be_opened_is_an_error_on_all_ranks(comm: Communicator, fo
     ce.save(folder / "single", {"a": 1}, comm=comm, timeout=20)
     with pytest.raises(LoadMismatchError, match=r"missing in the checkpoint:\n  b"):
         ce.load(folder / "single", into={"a": 1, **({"b": 1} if comm.rank == 1 else {})}, comm=comm, timeout=20)
+
+
+@scenario
+def after_a_failure_of_one_rank_that_the_caller_survives_all_ranks_save_the_same_steps(
+    comm: Communicator, folder: Path
+) -> None:
+    ckpt = checkpointer(comm, folder, on_error="raise")
+    for step in range(1, 6):
+        value = object() if step == 2 and comm.rank == 1 else step
+        with contextlib.suppress(CheckpointError):
+            ckpt.step(step, {"value": value})
+    with contextlib.suppress(CheckpointError):
+        ckpt.close()
+    committed = sorted(int(path.parent.name[5:]) for path in folder.glob("step-*/manifest-*.json"))
+    assert committed == [1, 3, 4, 5]
+
+
+@scenario
+def ranks_at_different_steps_are_told_so(comm: Communicator, folder: Path) -> None:
+    with checkpointer(comm, folder) as ckpt:
+        ckpt.save(1, {"value": 1}).durable.result(30)
+        with pytest.raises(SaveFailedError, match="not at the same step.*step-00000002.*step-00000003"):
+            ckpt.save(3 if comm.rank == 2 else 2, {"value": 2}).durable.result(30)
+        ckpt.save(4, {"value": 4}).durable.result(30)
+    assert ce.load(folder) == {"value": 4}
+
+
+@scenario
+def a_commit_that_rank_0_can_not_announce_is_found_by_the_others(comm: Communicator, folder: Path) -> None:
+    def fail(channel: receipt.Channel, outcome: receipt.Outcome) -> None:
+        raise CheckpointError("the store is gone")
+
+    with pytest.MonkeyPatch.context() as patched, checkpointer(comm, folder, timeout=4.0) as ckpt:
+        patched.setattr(receipt, "_GRACE", 0.5)
+        ckpt.save(1, {"value": 1}).durable.result(30)
+        patched.setattr(receipt.Channel, "announce", fail)
+        ckpt.save(2, {"value": 2}).durable.result(30)
+        comm.barrier(30)
+    assert ce.load(folder) == {"value": 2}

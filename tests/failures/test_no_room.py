@@ -77,6 +77,8 @@ def test_failures_in_a_row_raise_in_the_end(small_disk: Path) -> None:
     checkpointer.step(4, state_at(4))
     with pytest.raises(SaveFailedError, match=rf"step-00000004 was not saved \(3 failure.*{NEEDED}.*not affected"):
         checkpointer.step(5, state_at(5))
+    with pytest.raises(SaveFailedError, match=r"step-00000005 was not saved \(4 failure"):
+        checkpointer.wait()
     assert checkpointer.restore(state_at(0)) == 1
     checkpointer.close()
 
