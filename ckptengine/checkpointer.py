@@ -317,8 +317,8 @@ class Checkpointer:
             )
             self._failure.__cause__ = error
             return
-        _log.error("%s was NOT saved, training goes on (failure %d of %d in a row): %s",
-                   path, self._failures, self._max_failures, error)  # fmt: skip
+        counted = f"failure {self._failures} of {self._max_failures} in a row"
+        _log.error("%s was NOT saved, training goes on (%s): %s", path, counted, error)
 
 
 def _interval(every: int | str | None) -> tuple[int | None, float | None]:

@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 
-from ckptengine.archive.image import BLOCK_NBYTES
 from ckptengine.archive.reader import Archive, open_archive
 from ckptengine.archive.record import ArchiveRecord
 from ckptengine.catalog import listing
@@ -261,33 +260,24 @@ def _verify_file(checkpoint: Checkpoint, record: ArchiveRecord) -> Iterator[int 
         if start == stop:
             yield stop
         else:
-            yield (
-                start,
-                stop,
-                (f"{archive.location}: bytes {start} to {stop} are not those that were written (CRC32 differs)"),
-            )
+            yield start, stop, archive.damage(start, stop)
 
 
 def _damaged_blocks(archive: Archive) -> Iterator[tuple[int, int]]:
     """Yield damaged ranges of the fixed region, neighbours joined, and between them (n, n): n bytes are done."""
-    no_ops, no_index = np.zeros(0, np.int64), np.zeros(1, np.int64)
     pending: tuple[int, int] | None = None
     position = 0
     while position < archive.fixed_nbytes:
         end = min(position + _STEP_NBYTES, archive.fixed_nbytes)
-        ranges = np.array([[position, end - position]], np.int64)
-        block = archive.storage.load_archive(
-            archive.name, archive.fixed_nbytes, BLOCK_NBYTES, archive.checksums, ranges, no_ops, no_index
-        )
-        if block >= 0:
-            start = block * BLOCK_NBYTES
-            position = min(start + BLOCK_NBYTES, archive.fixed_nbytes)
+        block = archive.damaged(position, end - position)
+        if block is None:
+            position = end
+        else:
+            start, position = block
             if pending is not None and pending[1] != start:
                 yield pending
                 pending = None
             pending = (start if pending is None else pending[0], position)
-        else:
-            position = end
         yield position, position
     if pending is not None:
         yield pending

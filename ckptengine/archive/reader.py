@@ -16,7 +16,7 @@ from ckptengine.archive.zip import walk_entries
 from ckptengine.errors import CheckpointDamagedError
 from ckptengine.storage.base import Storage
 
-__all__ = ["Archive", "open_archive"]
+__all__ = ["Archive", "check_size", "open_archive"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,15 +52,29 @@ class Archive:
 
         Raises `CheckpointDamagedError` naming file and place of the first damaged block.
         """
-        damaged = self.storage.load_archive(
+        block = self._load(ranges, ops, index)
+        if block is not None:
+            raise CheckpointDamagedError(self.damage(*block))
+
+    def damaged(self, position: int, nbytes: int) -> tuple[int, int] | None:
+        """Return start and stop of the first damaged block in a range of whole blocks, None where all are well."""
+        ranges = np.array([[position, nbytes]], np.int64)
+        return self._load(ranges, np.zeros(0, np.int64), np.zeros(1, np.int64))
+
+    def damage(self, start: int, stop: int) -> str:
+        """Return what to say of damaged bytes."""
+        return f"{self.location}: bytes {start} to {stop} are not those that were written (CRC32 differs)"
+
+    def _load(
+        self, ranges: NDArray[np.int64], ops: NDArray[np.int64], index: NDArray[np.int64]
+    ) -> tuple[int, int] | None:
+        block = self.storage.load_archive(
             self.name, self.fixed_nbytes, BLOCK_NBYTES, self.checksums, ranges, ops, index
         )
-        if damaged >= 0:
-            start = damaged * BLOCK_NBYTES
-            end = min(start + BLOCK_NBYTES, self.fixed_nbytes)
-            raise CheckpointDamagedError(
-                f"{self.location}: bytes {start} to {end} are not those that were written (CRC32 differs)"
-            )
+        if block < 0:
+            return None
+        start = block * BLOCK_NBYTES
+        return start, min(start + BLOCK_NBYTES, self.fixed_nbytes)
 
     def read(self, position: int, nbytes: int) -> bytes:
         """Return bytes of the fixed region, verified; raises `CheckpointDamagedError` where they are damaged."""
@@ -83,17 +97,21 @@ class Archive:
         return out.tobytes()
 
 
+def check_size(storage: Storage, name: str, record: ArchiveRecord) -> None:
+    """Check that a file is there with the size of its record; raises `CheckpointDamagedError` naming it."""
+    size = storage.size(name)
+    if size != record.nbytes:
+        found = "the file is missing" if size is None else f"{size} bytes long, {record.nbytes} expected"
+        raise CheckpointDamagedError(f"{storage.location(name)}: {found}")
+
+
 def open_archive(storage: Storage, name: str, record: ArchiveRecord) -> Archive:
     """Return an archive after verifying its size and its tail against the manifest's record.
 
     `name` is the file, relative to the storage. Raises `CheckpointDamagedError` naming the file.
     """
     where = storage.location(name)
-    size = storage.size(name)
-    if size is None:
-        raise CheckpointDamagedError(f"{where}: the file is missing")
-    if size != record.nbytes:
-        raise CheckpointDamagedError(f"{where}: {size} bytes long, {record.nbytes} expected")
+    check_size(storage, name, record)
     tail = storage.read_range(name, record.tail_position, record.nbytes - record.tail_position)
     if hashlib.sha256(tail).hexdigest() != record.tail_sha256:
         raise CheckpointDamagedError(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ckptengine.archive.record import ArchiveRecord
-from ckptengine.catalog.listing import Entry, manifest_name, read_manifest
+from ckptengine.catalog.listing import Entry, claimed_generations, manifest_name, read_manifest
 from ckptengine.catalog.manifest import Manifest
 from ckptengine.errors import SaveFailedError
 from ckptengine.storage.base import Storage, join
@@ -19,9 +19,15 @@ def attempt_directory(directory: str, attempt: str) -> str:
 def publish(storage: Storage, directory: str, manifest: Manifest) -> None:
     """Commit an attempt: check once more that all its files are there, then publish the manifest.
 
-    Raises `SaveFailedError` where a file is missing or has another size, or where another attempt has
-    committed the same step in the same generation.
+    Raises `SaveFailedError` where a file is missing or has another size, where another attempt has committed the
+    same step in the same generation, or where a later generation has been claimed: then this job's life is over.
     """
+    later = [number for number in claimed_generations(storage) if number > manifest.generation]
+    if later:
+        raise SaveFailedError(
+            f"this run was taken over by generation {max(later)}, this job writes generation "
+            f"{manifest.generation}: end it, or restore and go on from what the other has saved"
+        )
     data = attempt_directory(directory, manifest.attempt)
     for record in (*manifest.archives, manifest.layout):
         _check(storage, join(data, record.name), record)

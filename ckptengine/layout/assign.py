@@ -8,13 +8,13 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from ckptengine.comm.ranks import name_ranks
 from ckptengine.errors import StateError
 from ckptengine.layout.grid import cells_of, padding_is_acceptable, regular_grid
 from ckptengine.layout.head import (
     LeafHead,
     LeafLayout,
     is_zero_sized,
-    named_ranks,
     path_order,
     zero_sized_chunk,
 )
@@ -152,8 +152,8 @@ def _check_agreement(path: Path, held: _Held) -> None:
     differing = [rank for rank, holding in held if said(holding) == said(other)]
     raise StateError(
         f"{first.name}: {first.placement.value} {first.dtype} of shape {first.shape} on "
-        f"{named_ranks(agreeing)}, but {other.placement.value} {other.dtype} of shape {other.shape} on "
-        f"{named_ranks(differing)}; all ranks must have the same, or wrap the value in PerRank where each "
+        f"{name_ranks(agreeing)}, but {other.placement.value} {other.dtype} of shape {other.shape} on "
+        f"{name_ranks(differing)}; all ranks must have the same, or wrap the value in PerRank where each "
         "rank's own is wanted"
     )
 
@@ -187,7 +187,7 @@ def _check_tiling(head: LeafHead, offsets: Int64s, lengths: Int64s, ranks: Seque
     missing = max(1, total - sum(lengths.prod(axis=1).tolist()))
     raise StateError(
         f"{head.name}: {missing} of {total} elements of shape {head.shape} are held by no rank, for example "
-        f"{list(fault.element)}; the leaf is in the state of {named_ranks(rank for rank, _ in holders)}: all "
+        f"{list(fault.element)}; the leaf is in the state of {name_ranks(rank for rank, _ in holders)}: all "
         "parts of a sharded leaf must be in the ranks' states"
     )
 

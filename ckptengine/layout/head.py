@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +19,6 @@ __all__ = [
     "is_zero_sized",
     "layout_from_json",
     "layout_to_json",
-    "named_ranks",
     "path_order",
     "zero_sized_chunk",
 ]
@@ -75,15 +73,6 @@ def is_zero_sized(shape: tuple[int, ...]) -> bool:
 def zero_sized_chunk(shape: tuple[int, ...]) -> tuple[int, ...]:
     """Return the chunk shape of a leaf without elements: Zarr wants every chunk length to be at least 1."""
     return tuple(max(1, length) for length in shape)
-
-
-def named_ranks(ranks: Iterable[int]) -> str:
-    """Return ranks as people read them: `rank 3`, `ranks 0, 1, 2`, `ranks 0, 1, …, 9 and 12 more`."""
-    distinct = sorted({int(rank) for rank in ranks})
-    if len(distinct) == 1:
-        return f"rank {distinct[0]}"
-    shown = ", ".join(map(str, distinct[:8]))
-    return f"ranks {shown} and {len(distinct) - 8} more" if len(distinct) > 8 else f"ranks {shown}"
 
 
 def head_to_json(head: LeafHead) -> dict[str, Any]:

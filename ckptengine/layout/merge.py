@@ -7,8 +7,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from ckptengine.comm.ranks import name_ranks
 from ckptengine.errors import SaveFailedError
-from ckptengine.layout.head import LeafLayout, named_ranks, path_order
+from ckptengine.layout.head import LeafLayout, path_order
 from ckptengine.layout.rows import LeafRecord, RankRows, RowTable, faulty_row
 from ckptengine.layout.tiling import Int64s, find_fault, strides_of, untiled
 from ckptengine.state.leaf import Path, Placement
@@ -167,13 +168,13 @@ def _check(table: RowTable, counts: Int64s, per_rank: Sequence[RankRows]) -> Non
     more = f" (and {wrong.size - 1} leaves more)" if wrong.size > 1 else ""
     if found.rows:
         ranks = table.archive[[record.rows[0] + row for row in found.rows]].tolist()
-        problem = f"element {list(found.element)} was written {len(found.rows)} times, by {named_ranks(ranks)}"
+        problem = f"element {list(found.element)} was written {len(found.rows)} times, by {name_ranks(ranks)}"
     else:
         missing = max(1, math.prod(record.shape) - sum(lengths.prod(axis=1).tolist()))
         holders = [rows.rank for rows in per_rank if any(leaf.path == record.path for leaf in rows.leaves)]
         problem = (
             f"{missing} of {math.prod(record.shape)} elements were written by no rank, for example "
-            f"{list(found.element)}; the leaf is in the state of {named_ranks(holders)}"
+            f"{list(found.element)}; the leaf is in the state of {name_ranks(holders)}"
         )
     raise SaveFailedError(
         f"{record.name}{more}: {problem}; the save was not committed: the ranks' states changed in different "

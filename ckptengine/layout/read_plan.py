@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ckptengine.comm.ranks import name_ranks
 from ckptengine.errors import CheckpointDamagedError, LoadMismatchError
 from ckptengine.layout.box import Box
-from ckptengine.layout.head import named_ranks
 from ckptengine.layout.rows import LeafRecord, RowTable
 from ckptengine.layout.tiling import Int64s, find_fault, inside, strides_of, untiled
 
@@ -183,7 +183,7 @@ def _check_covered(table: RowTable, pieces: Sequence[_Pieces]) -> None:
     found = "no stored box"
     if fault.rows:
         ranks = table.archive[one.rows[list(fault.rows)] + record.rows[0]].tolist()
-        found = f"{len(fault.rows)} stored boxes in the archives of {named_ranks(ranks)}"
+        found = f"{len(fault.rows)} stored boxes in the archives of {name_ranks(ranks)}"
     raise CheckpointDamagedError(
         f"{record.name}: element {element} of shape {record.shape} lies in {found} instead of one; the "
         "layout file is damaged: restore an older checkpoint"

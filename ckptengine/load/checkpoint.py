@@ -10,11 +10,12 @@ from typing import Any
 
 from ckptengine.archive.layout_file import read_layout
 from ckptengine.archive.names import OBJECTS, rank_node
-from ckptengine.archive.reader import Archive, open_archive
+from ckptengine.archive.reader import Archive, check_size, open_archive
+from ckptengine.catalog.commit import attempt_directory
 from ckptengine.catalog.manifest import Manifest
 from ckptengine.errors import CheckpointDamagedError, LoadMismatchError
 from ckptengine.layout.rows import RowTable
-from ckptengine.storage.base import Storage
+from ckptengine.storage.base import Storage, join
 
 __all__ = ["Checkpoint", "naming"]
 
@@ -49,8 +50,7 @@ class Checkpoint:
 
     def file(self, name: str) -> str:
         """Return a file of this checkpoint's attempt, relative to the storage."""
-        parts = (self.directory, f"data-{self.manifest.attempt}", name)
-        return "/".join(part for part in parts if part)
+        return join(attempt_directory(self.directory, self.manifest.attempt), name)
 
     def archive(self, rank: int) -> Archive:
         """Return the archive of a rank that saved, with its tail verified."""
@@ -88,8 +88,4 @@ class Checkpoint:
     def check_files(self) -> None:
         """Check that every file is there with its size; raises `CheckpointDamagedError` naming the first that isn't."""
         for record in (self.manifest.layout, *self.manifest.archives):
-            name = self.file(record.name)
-            size = self.storage.size(name)
-            if size != record.nbytes:
-                found = "is missing" if size is None else f"is {size} bytes long, {record.nbytes} expected"
-                raise CheckpointDamagedError(f"{self.storage.location(name)}: the file {found}")
+            check_size(self.storage, self.file(record.name), record)

@@ -20,7 +20,7 @@ from ckptengine.archive.record import ArchiveRecord
 from ckptengine.archive.tail import build_tail
 from ckptengine.catalog.commit import attempt_directory, publish
 from ckptengine.catalog.lease import Lease
-from ckptengine.catalog.listing import Entry, claimed_generations, manifest_name, read_manifest
+from ckptengine.catalog.listing import Entry, manifest_name, read_manifest
 from ckptengine.catalog.manifest import Manifest, checked_metadata
 from ckptengine.catalog.receipt import Channel, Outcome, Receipt, StorageStore, collect
 from ckptengine.comm.agree import agree
@@ -235,8 +235,13 @@ class Saver:
             except Exception as problem:
                 job.error = problem
         job.stall = time.monotonic() - started
+        self._launch(job)
+        return job.handle
+
+    def _launch(self, job: _Job) -> None:
+        """Send a save on its way through the background; raises what kept this rank from its snapshot."""
         self._job = job
-        failed = job.error
+        failed, path = job.error, job.handle.path  # the thread may add an error of its own
         if failed is None:
             job.handle.staged.reach()
         job.thread = threading.Thread(target=self._finish, args=(job,), name="ckptengine-save", daemon=True)
@@ -249,13 +254,12 @@ class Saver:
             job.handle.staged.reach(error=problem)
             job.handle.durable.reach(error=problem)
             job.handle.durable.observed = True
-            raise SaveFailedError(f"{target.location} was not saved, its thread did not start: {problem}") from problem
+            raise SaveFailedError(f"{path} was not saved, its thread did not start: {problem}") from problem
         if failed is not None:
             job.handle.durable.observed = True
             if isinstance(failed, CheckpointError):
                 raise failed
-            raise SaveFailedError(f"{target.location} was not saved: {type(failed).__name__}: {failed}") from failed
-        return job.handle
+            raise SaveFailedError(f"{path} was not saved: {type(failed).__name__}: {failed}") from failed
 
     def _open(self, target: Target, flat: FlatState | None, timeout: float) -> int:
         """Return the generation to write under; where rank 0 has yet to claim it, all ranks exchange a word.
@@ -385,12 +389,6 @@ class Saver:
             with Lease(storage, data):
                 receipt, written = self._write(job, data)
                 receipts = collect(channel, receipt, job.deadline)
-                later = [number for number in claimed_generations(storage) if number > job.generation]
-                if later:
-                    raise SaveFailedError(
-                        f"this run was taken over by generation {max(later)}, this job writes generation "
-                        f"{job.generation}: end it, or restore and go on from what the other has saved"
-                    )
                 layout, layout_record = self._coordinator.layout(receipts)
                 storage.write_bytes(join(data, layout_record.name), layout)
                 manifest = Manifest(
