@@ -42,6 +42,8 @@ def pack(
     crcs: Buffer,
     threads: int,
     variant: str | None = None,
+    begin: int = 0,
+    end: int = -1,
 ) -> None:
     """Copy strided tensors into the image of a file and checksum its pieces, in one pass over the memory.
 
@@ -54,6 +56,9 @@ def pack(
 
     A `src_address` of 0 copies nothing: the bytes are in the image already. An `image_address` of 0 writes nothing,
     and checksums what would have been written to an image of `image_nbytes`. Ops must not overlap in the image.
+
+    Only the window `[begin, end)` of the image is filled, and only its pieces get CRCs; `image_address` is where byte
+    `begin` lies. It is cut at multiples of `block_nbytes`, or at the image's end (-1).
     """
 
 def seal(
@@ -65,6 +70,8 @@ def seal(
     entry_crcs: Buffer,
     block_crcs: Buffer,
     threads: int,
+    begin: int = 0,
+    end: int = -1,
 ) -> None:
     """Turn the CRCs of pieces into those of whole entries and of whole blocks.
 
@@ -73,6 +80,9 @@ def seal(
     negative, it is also written to the 4 image bytes there, little-endian, which must lie outside of all extents.
     Then `block_crcs[b]` (uint32) becomes that of block b of `[0, fixed_nbytes)`: the piece's where the block lies
     within one extent, else computed from the image.
+
+    Only what lies in the window `[begin, end)`, as `pack` has it, is written: blocks, and entries whose descriptor
+    (or, without one, whose end) lies in it. `image_address` is where byte `begin` lies.
     """
 
 def scatter(

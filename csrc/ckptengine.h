@@ -166,8 +166,9 @@ typedef struct {
 } ck_unit;
 
 typedef struct {
-    unsigned char *image;
+    unsigned char *image; /* of byte `begin` */
     int64_t image_nbytes;
+    int64_t begin, end; /* the window: what of the image is filled */
     const int64_t *ops, *index;
     int64_t ops_length, n_ops;
     int64_t block;
@@ -182,6 +183,16 @@ typedef struct {
     int64_t scratch_nbytes;
 } ck_pack;
 
+/* A window is cut at multiples of `block`, or at the end of the bytes. */
+static inline bool ck_window_check(int64_t begin, int64_t end, int64_t nbytes, int64_t block,
+                                   ck_error *error) {
+    if (begin >= 0 && begin <= end && end <= nbytes && begin % block == 0 &&
+        (end % block == 0 || end == nbytes))
+        return true;
+    return ck_value_error(error, "the window [%lld, %lld) is not cut at multiples of %lld within %lld bytes",
+                          (long long)begin, (long long)end, (long long)block, (long long)nbytes);
+}
+
 bool ck_pack_prepare(ck_pack *pack, ck_error *error);
 void ck_pack_run(ck_pack *pack);
 void ck_pack_free(ck_pack *pack);
@@ -189,8 +200,9 @@ void ck_pack_free(ck_pack *pack);
 /* ---- seal (seal.c) ---- */
 
 typedef struct {
-    unsigned char *image;
+    unsigned char *image; /* of byte `begin` */
     int64_t fixed;
+    int64_t begin, end;     /* the window: blocks and descriptors outside of it are left alone */
     const int64_t *extents; /* rows of 4 */
     int64_t n_extents;
     int64_t block;

@@ -159,13 +159,14 @@ static PyObject *native_crc32_combine(PyObject *module, PyObject *args, PyObject
 
 static PyObject *native_pack(PyObject *module, PyObject *args, PyObject *keywords) {
     (void)module;
-    static char *names[] = {"image_address", "image_nbytes", "ops",     "index", "block_nbytes",
-                            "crcs",          "threads",      "variant", NULL};
-    long long address, nbytes, block, threads;
+    static char *names[] = {"image_address", "image_nbytes", "ops",     "index",
+                            "block_nbytes",  "crcs",         "threads", "variant",
+                            "begin",         "end",          NULL};
+    long long address, nbytes, block, threads, begin = 0, end = -1;
     PyObject *ops, *index, *crcs;
     const char *name = NULL;
-    if (!PyArg_ParseTupleAndKeywords(args, keywords, "LLOOLOL|z:pack", names, &address, &nbytes, &ops, &index,
-                                     &block, &crcs, &threads, &name))
+    if (!PyArg_ParseTupleAndKeywords(args, keywords, "LLOOLOL|zLL:pack", names, &address, &nbytes, &ops,
+                                     &index, &block, &crcs, &threads, &name, &begin, &end))
         return NULL;
     const ck_variant *variant = get_variant(name);
     if (variant == NULL || !check_threads("threads", threads))
@@ -188,6 +189,8 @@ static PyObject *native_pack(PyObject *module, PyObject *args, PyObject *keyword
     }
     ck_pack pack = {.image = (unsigned char *)(uintptr_t)address,
                     .image_nbytes = nbytes,
+                    .begin = begin,
+                    .end = end < 0 ? nbytes : end,
                     .ops = views[OPS].buf,
                     .index = views[INDEX].buf,
                     .ops_length = items(&views[OPS]),
@@ -214,13 +217,13 @@ static PyObject *native_pack(PyObject *module, PyObject *args, PyObject *keyword
 
 static PyObject *native_seal(PyObject *module, PyObject *args, PyObject *keywords) {
     (void)module;
-    static char *names[] = {"image_address", "fixed_nbytes", "extents",
-                            "block_nbytes",  "piece_crcs",   "entry_crcs",
-                            "block_crcs",    "threads",      NULL};
-    long long address, fixed, block, threads;
+    static char *names[] = {"image_address", "fixed_nbytes", "extents",    "block_nbytes",
+                            "piece_crcs",    "entry_crcs",   "block_crcs", "threads",
+                            "begin",         "end",          NULL};
+    long long address, fixed, block, threads, begin = 0, end = -1;
     PyObject *extents, *pieces, *entries, *blocks;
-    if (!PyArg_ParseTupleAndKeywords(args, keywords, "LLOLOOOL:seal", names, &address, &fixed, &extents,
-                                     &block, &pieces, &entries, &blocks, &threads))
+    if (!PyArg_ParseTupleAndKeywords(args, keywords, "LLOLOOOL|LL:seal", names, &address, &fixed, &extents,
+                                     &block, &pieces, &entries, &blocks, &threads, &begin, &end))
         return NULL;
     if (!check_threads("threads", threads))
         return NULL;
@@ -243,6 +246,8 @@ static PyObject *native_seal(PyObject *module, PyObject *args, PyObject *keyword
     }
     ck_seal seal = {.image = (unsigned char *)(uintptr_t)address,
                     .fixed = fixed,
+                    .begin = begin,
+                    .end = end < 0 ? fixed : end,
                     .extents = views[EXTENTS].buf,
                     .n_extents = items(&views[EXTENTS]) / 4,
                     .block = block,

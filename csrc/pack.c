@@ -72,15 +72,29 @@ static int64_t share(const ck_pack *pack, int64_t total, int64_t most) {
     return part > most ? most : part < UNIT_LEAST ? UNIT_LEAST : part;
 }
 
+/* The start of a piece in its op's dense array. */
+static int64_t piece_start(const ck_pack *pack, const int64_t *op, int64_t piece) {
+    return piece == 0 ? 0 : (op[FILE_POS] / pack->block + piece) * pack->block - op[FILE_POS];
+}
+
+/* The pieces of an op that lie in the window, [*first, returned). */
+static int64_t pieces_within(const ck_pack *pack, const int64_t *op, int64_t *first) {
+    int64_t pieces = ck_pieces(op[FILE_POS], op[NBYTES], pack->block), block = op[FILE_POS] / pack->block;
+    int64_t low = pack->begin / pack->block, high = ck_pieces(0, pack->end, pack->block);
+    *first = low > block ? low - block : 0;
+    return high - block < pieces ? high - block : pieces;
+}
+
 /* Cuts the ops into units at piece boundaries; only counts them where units is NULL. */
 static int64_t cut(const ck_pack *pack, int64_t total, ck_unit *units) {
     int64_t n = 0, room = 0;
     int64_t usual = share(pack, total, UNIT_MOST), large = share(pack, total, UNIT_STRIDED);
     for (int64_t number = 0; number < pack->n_ops; number++) {
         const int64_t *op = pack->ops + pack->index[number];
-        int64_t pieces = ck_pieces(op[FILE_POS], op[NBYTES], pack->block), left = op[NBYTES];
+        int64_t piece, pieces = pieces_within(pack, op, &piece),
+                       left = op[NBYTES] - piece_start(pack, op, piece);
         int64_t most = pieces > 1 && strided(op) ? large : usual;
-        for (int64_t piece = 0; piece < pieces;) {
+        while (piece < pieces) {
             if (room <= 0) {
                 if (units != NULL)
                     units[n] = (ck_unit){number, piece};
@@ -108,6 +122,8 @@ bool ck_pack_prepare(ck_pack *pack, ck_error *error) {
     pack->units = NULL;
     pack->scratch = NULL;
     pack->scratch_nbytes = STEP;
+    if (!ck_window_check(pack->begin, pack->end, pack->image_nbytes, pack->block, error))
+        return false;
     for (int64_t number = 0; number < pack->n_ops; number++) {
         if (!check_op(pack, number, error))
             return false;
@@ -117,6 +133,8 @@ bool ck_pack_prepare(ck_pack *pack, ck_error *error) {
         if (op[NBYTES] > STEP && strided(op))
             pack->scratch_nbytes = UNIT_STRIDED;
     }
+    if (total > pack->end - pack->begin)
+        total = pack->end - pack->begin;
     pack->n_units = cut(pack, total, NULL);
     if (pack->n_units == 0)
         return true;
@@ -214,7 +232,11 @@ static void pack_op(const ck_pack *pack, int64_t number, int64_t begin, int64_t 
                            .piece_left = pack->block - at % pack->block,
                            .left = end - begin,
                            .state = ~0u};
-    unsigned char *dense = pack->image != NULL ? pack->image + op[FILE_POS] : NULL;
+    /* of byte 0 of the dense array, which may lie before the window: never touched there */
+    unsigned char *dense =
+        pack->image != NULL
+            ? (unsigned char *)((uintptr_t)pack->image + (uintptr_t)(op[FILE_POS] - pack->begin))
+            : NULL;
     if (op[ADDRESS] == 0) {
         take(&cursor, NULL, dense + begin, end - begin);
         return;
@@ -234,11 +256,6 @@ static void pack_op(const ck_pack *pack, int64_t number, int64_t begin, int64_t 
     }
 }
 
-/* The start of a piece in its op's dense array. */
-static int64_t piece_start(const ck_pack *pack, const int64_t *op, int64_t piece) {
-    return piece == 0 ? 0 : (op[FILE_POS] / pack->block + piece) * pack->block - op[FILE_POS];
-}
-
 static bool pack_unit(void *context, int64_t unit, int worker) {
     const ck_pack *pack = context;
     ck_unit from = pack->units[unit],
@@ -248,6 +265,9 @@ static bool pack_unit(void *context, int64_t unit, int worker) {
         const int64_t *op = pack->ops + pack->index[number];
         int64_t begin = number == from.op ? piece_start(pack, op, from.piece) : 0;
         int64_t end = number == to.op ? piece_start(pack, op, to.piece) : op[NBYTES];
+        int64_t low = pack->begin - op[FILE_POS], high = pack->end - op[FILE_POS];
+        begin = begin < low ? low : begin;
+        end = end > high ? high : end;
         if (begin < end)
             pack_op(pack, number, begin, end, scratch);
     }

@@ -1,8 +1,6 @@
 /* seal: the pieces' CRCs, combined to those of whole entries and of whole blocks. */
 #include "ckptengine.h"
 
-#include <string.h>
-
 #define EXTENTS_PER_UNIT 512
 #define BYTES_PER_UNIT (1 << 20)
 
@@ -44,6 +42,8 @@ bool ck_seal_prepare(ck_seal *seal, ck_error *error) {
     if (seal->block <= 0 || seal->fixed < 0)
         return ck_value_error(error, "block_nbytes %lld must be positive, fixed_nbytes %lld not negative",
                               (long long)seal->block, (long long)seal->fixed);
+    if (!ck_window_check(seal->begin, seal->end, seal->fixed, seal->block, error))
+        return false;
     if (seal->image == NULL && seal->fixed > 0)
         return ck_value_error(error, "image_address is 0");
     if (seal->n_entries < seal->n_extents)
@@ -79,6 +79,14 @@ bool ck_seal_prepare(ck_seal *seal, ck_error *error) {
     return true;
 }
 
+/* Whether an extent's CRC is wanted in this window: where its descriptor lies, or its end if it has none. */
+static bool within(const ck_seal *seal, const int64_t *extent) {
+    int64_t end = extent[FILE_POS] + extent[NBYTES];
+    if (extent[DESCRIPTOR] >= 0)
+        return extent[DESCRIPTOR] + 4 > seal->begin && extent[DESCRIPTOR] < seal->end;
+    return (end > seal->begin || seal->begin == 0) && end <= seal->end;
+}
+
 static bool seal_extents(void *context, int64_t unit, int worker) {
     (void)worker;
     const ck_seal *seal = context;
@@ -87,6 +95,8 @@ static bool seal_extents(void *context, int64_t unit, int worker) {
         const int64_t *extent = extent_at(seal, number);
         int64_t pieces = ck_pieces(extent[FILE_POS], extent[NBYTES], seal->block);
         const uint32_t *crcs = seal->piece_crcs + extent[CRC_INDEX];
+        if (!within(seal, extent))
+            continue;
         uint32_t crc = 0;
         if (pieces > 0)
             crc = crcs[0];
@@ -98,8 +108,12 @@ static bool seal_extents(void *context, int64_t unit, int worker) {
                              tail == seal->block ? seal->shift : ck_shift((uint64_t)tail));
         }
         seal->entry_crcs[number] = crc;
-        if (extent[DESCRIPTOR] >= 0)
-            memcpy(seal->image + extent[DESCRIPTOR], &crc, 4);
+        for (int i = 0; extent[DESCRIPTOR] >= 0 && i < 4;
+             i++) { /* a window may begin or end within the 4 bytes */
+            int64_t at = extent[DESCRIPTOR] + i;
+            if (at >= seal->begin && at < seal->end)
+                seal->image[at - seal->begin] = (unsigned char)(crc >> 8 * i);
+        }
     }
     return true;
 }
@@ -111,8 +125,8 @@ static int64_t blocks_per_unit(const ck_seal *seal) {
 static bool seal_blocks(void *context, int64_t unit, int worker) {
     (void)worker;
     const ck_seal *seal = context;
-    int64_t count = ck_pieces(0, seal->fixed, seal->block), per = blocks_per_unit(seal);
-    int64_t from = unit * per, to = count - from < per ? count : from + per;
+    int64_t count = ck_pieces(0, seal->end, seal->block), per = blocks_per_unit(seal);
+    int64_t from = seal->begin / seal->block + unit * per, to = count - from < per ? count : from + per;
     for (int64_t block = from; block < to; block++) {
         int64_t begin = block * seal->block;
         int64_t end = seal->fixed - begin < seal->block ? seal->fixed : begin + seal->block;
@@ -122,7 +136,8 @@ static bool seal_blocks(void *context, int64_t unit, int worker) {
             seal->block_crcs[block] =
                 seal->piece_crcs[extent[CRC_INDEX] + block - extent[FILE_POS] / seal->block];
         else
-            seal->block_crcs[block] = ~seal->variant->update(~0u, seal->image + begin, (size_t)(end - begin));
+            seal->block_crcs[block] =
+                ~seal->variant->update(~0u, seal->image + (begin - seal->begin), (size_t)(end - begin));
     }
     return true;
 }
@@ -130,7 +145,7 @@ static bool seal_blocks(void *context, int64_t unit, int worker) {
 void ck_seal_run(ck_seal *seal) {
     seal->shift = ck_shift((uint64_t)seal->block);
     seal->variant = ck_variant_named(NULL);
-    int64_t blocks = ck_pieces(0, seal->fixed, seal->block), per = blocks_per_unit(seal);
+    int64_t blocks = ck_pieces(0, seal->end - seal->begin, seal->block), per = blocks_per_unit(seal);
     ck_parallel((seal->n_extents + EXTENTS_PER_UNIT - 1) / EXTENTS_PER_UNIT, seal->threads, seal_extents,
                 seal);
     /* only now are the descriptors in the image */

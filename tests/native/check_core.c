@@ -222,9 +222,9 @@ static void check_pack(int turn) {
     const ck_variant *const *list;
     int variants = ck_variants(&list);
     ck_error error = {.kind = CK_OK};
+    int64_t split = below(position / block + 1) * block; /* two windows, one of which may be empty */
     for (int only_crcs = 1; only_crcs >= 0; only_crcs--) {
-        ck_pack pack = {.image = only_crcs ? NULL : image + GUARD,
-                        .image_nbytes = position,
+        ck_pack pack = {.image_nbytes = position,
                         .ops = ops,
                         .index = index,
                         .ops_length = length,
@@ -235,9 +235,14 @@ static void check_pack(int turn) {
                         .threads = 1 + (int)below(3),
                         .variant = list[below(variants)]};
         memset(crcs, 0, (size_t)pieces * 4);
-        CHECK(ck_pack_prepare(&pack, &error), "%s", error.text);
-        ck_pack_run(&pack);
-        ck_pack_free(&pack);
+        for (int window = 0; window < 2; window++) {
+            pack.begin = window ? split : 0;
+            pack.end = window ? position : split;
+            pack.image = only_crcs ? NULL : image + GUARD + pack.begin;
+            CHECK(ck_pack_prepare(&pack, &error), "%s", error.text);
+            ck_pack_run(&pack);
+            ck_pack_free(&pack);
+        }
         for (int64_t i = 0; i < n; i++) {
             int64_t begin = extents[4 * i], stop = begin + extents[4 * i + 1], piece = extents[4 * i + 2];
             while (begin < stop) {
@@ -253,8 +258,7 @@ static void check_pack(int turn) {
     CHECK(memcmp(image + GUARD, wanted, (size_t)position) == 0, "turn %d", turn);
     CHECK(filled(image + GUARD + position, GUARD), "turn %d", turn);
 
-    ck_seal seal = {.image = image + GUARD,
-                    .fixed = position,
+    ck_seal seal = {.fixed = position,
                     .extents = extents,
                     .n_extents = n,
                     .block = block,
@@ -265,8 +269,13 @@ static void check_pack(int turn) {
                     .block_crcs = sealed,
                     .n_blocks = ck_pieces(0, position, block),
                     .threads = 2};
-    CHECK(ck_seal_prepare(&seal, &error), "%s", error.text);
-    ck_seal_run(&seal);
+    for (int window = 0; window < 2; window++) {
+        seal.begin = window ? split : 0;
+        seal.end = window ? position : split;
+        seal.image = image + GUARD + seal.begin;
+        CHECK(ck_seal_prepare(&seal, &error), "%s", error.text);
+        ck_seal_run(&seal);
+    }
     for (int64_t i = 0; i < n; i++) {
         uint32_t crc = reference_crc(0, wanted + extents[4 * i], extents[4 * i + 1]);
         CHECK(entries[i] == crc, "turn %d, entry %d", turn, (int)i);

@@ -74,6 +74,31 @@ def test_any_strided_arrays_are_packed_as_numpy_would(ops, block, threads, varia
     check(ops, block, threads, variant, offset)
 
 
+@given(pack_ops(), st.sampled_from(BLOCKS), st.integers(1, 3), st.integers(1, 9))
+@examples
+def test_an_image_that_is_filled_window_by_window_through_less_memory_is_the_same(ops, block, threads, blocks):
+    nbytes = max((op.position + op.nbytes for op in ops), default=0)
+    image, wanted = expected(ops, nbytes, block)
+    flat, index, crcs = pack_table(ops, block)
+    for begin in range(0, nbytes, blocks * block):
+        end = min(begin + blocks * block, nbytes)
+        memory = np.full(end - begin + 2 * GUARD, FILL, np.uint8)
+        address = memory.ctypes.data + GUARD
+        native.pack(address, nbytes, flat, index, block, crcs, threads, None, begin, end)
+        np.testing.assert_array_equal(memory[GUARD:-GUARD], image[begin:end])
+        assert (memory[:GUARD] == FILL).all()
+        assert (memory[-GUARD:] == FILL).all()
+    assert crcs.tolist() == wanted
+
+
+@pytest.mark.parametrize("window", [(1, 128), (0, 100), (-64, 64), (128, 64), (0, 192 + 64), (0, 190)])
+def test_a_window_that_is_not_cut_at_blocks_of_the_image_is_refused(window):
+    flat, index, crcs = pack_table([PackOp(0, (180,), random_bytes(1, 180))], 64)
+    image = aligned(192)
+    with pytest.raises(ValueError, match="the window"):
+        native.pack(image.ctypes.data, 192, flat, index, 64, crcs, 1, None, *window)
+
+
 LAYOUTS = {
     "contiguous": lambda a: a,
     "transposed": lambda a: a.T,

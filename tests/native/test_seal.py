@@ -52,6 +52,29 @@ def check(rows: list[EXTENT], fixed: int, block: int, threads: int, seed: int = 
     np.testing.assert_array_equal(block_table, block_crcs(final, block))
     assert (guarded[:GUARD] == FILL).all()
     assert (guarded[GUARD + fixed :] == FILL).all()
+    image[:] = random_bytes(seed, fixed)
+    entry_table[:] = 0
+    block_table[:] = 0
+    step = (seed % 3 + 1) * block
+    for begin in range(0, fixed, step):
+        end = min(begin + step, fixed)
+        rows_of_4 = np.array(table, np.int64).reshape(-1, 4)
+        piece_table = np.array(pieces, np.uint32)
+        native.seal(
+            image.ctypes.data + begin,
+            fixed,
+            rows_of_4,
+            block,
+            piece_table,
+            entry_table,
+            block_table,
+            threads,
+            begin,
+            end,
+        )
+    assert entry_table.tolist() == entries, "window by window"
+    np.testing.assert_array_equal(image, final)
+    np.testing.assert_array_equal(block_table, block_crcs(final, block))
 
 
 @given(extents(), st.sampled_from(BLOCKS), st.integers(1, 3), st.integers(0, 99))
