@@ -16,7 +16,8 @@ from ckptengine.comm.select import current
 from ckptengine.errors import CheckpointDamagedError, SaveFailedError, StorageError
 from ckptengine.load.loader import LoadOptions, load_arrays, load_newest
 from ckptengine.save.handle import SaveHandle, SaveStats
-from ckptengine.save.saver import DEFAULT_TIMEOUT, Saver, Target
+from ckptengine.save.job import Target
+from ckptengine.save.saver import DEFAULT_TIMEOUT, Saver
 from ckptengine.state.bind import LoadReport
 from ckptengine.storage.base import Storage
 from ckptengine.storage.open import open_storage

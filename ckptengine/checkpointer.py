@@ -23,7 +23,8 @@ from ckptengine.comm.select import current
 from ckptengine.errors import CheckpointError, SaveFailedError, StateError, StorageError
 from ckptengine.load.loader import LoadOptions, restore_newest
 from ckptengine.save.handle import SaveHandle, SaveStats
-from ckptengine.save.saver import DEFAULT_TIMEOUT, Saver, Target
+from ckptengine.save.job import Target
+from ckptengine.save.saver import DEFAULT_TIMEOUT, Saver
 from ckptengine.storage.open import open_storage
 
 __all__ = ["Checkpointer"]

@@ -8,7 +8,21 @@ from dataclasses import dataclass
 
 from ckptengine.errors import DeadlineError
 
-__all__ = ["Moment", "SaveHandle", "SaveStats"]
+__all__ = ["Moment", "Phase", "SaveHandle", "SaveStats"]
+
+
+@dataclass(frozen=True, slots=True)
+class Phase:
+    """What a rank did from when to when, in seconds from the call: `read`, `plan`, `copy`, `write` or `commit`."""
+
+    name: str
+    began: float
+    ended: float
+
+    @property
+    def seconds(self) -> float:
+        """How long it took."""
+        return self.ended - self.began
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,6 +31,7 @@ class SaveStats:
 
     `waited_seconds` were spent on the save before it, `stall_seconds` is what the call took after that,
     `durable_seconds` runs from the call to the commit, `written_seconds` is the writing of this rank's file.
+    `phases` may overlap: a file is begun before its copy is complete.
     """
 
     step: int | None
@@ -26,6 +41,7 @@ class SaveStats:
     stall_seconds: float
     written_seconds: float
     durable_seconds: float
+    phases: tuple[Phase, ...] = ()
 
 
 class Moment:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import secrets
 import struct
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
@@ -18,16 +18,15 @@ from ckptengine.comm.base import Communicator
 from ckptengine.layout.assign import Assigned, assign, assign_alone
 from ckptengine.layout.holdings import Holding, decode, encode, holdings_of
 from ckptengine.layout.rows import RankRows
+from ckptengine.save.reading import Reading, Structure
 from ckptengine.save.values import StoredValues, compare_values
 from ckptengine.snapshot.pack import copy_threads
 from ckptengine.state.dtypes import DTYPES
 from ckptengine.state.leaf import ArrayLeaf, HostMemory, Path, Placement
-from ckptengine.state.tree import FlatState
 
 __all__ = ["Plan", "Planner", "replica_crcs"]
 
 _HEAD = struct.Struct("<QQ")
-Structure = tuple[tuple[Any, ...], ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,26 +42,6 @@ class Plan:
     image: Image
     rows: RankRows
     alone: bool
-
-    def leaves_in_order(self, flat: FlatState) -> list[ArrayLeaf]:
-        """Return the state's leaves in the order to which the image's chunks refer."""
-        leaves = {leaf.path: leaf for leaf in flat.arrays}
-        return [leaves[item.path] for item in self.assigned]
-
-
-def structure_of(flat: FlatState) -> Structure:
-    """Return what of a state the plan depends on: everything but addresses and bytes."""
-    return tuple(
-        (
-            leaf.path,
-            leaf.dtype,
-            leaf.shape,
-            leaf.placement,
-            leaf.container,
-            tuple(part.box for part in leaf.parts),
-        )
-        for leaf in flat.arrays
-    )
 
 
 class Planner:
@@ -80,16 +59,18 @@ class Planner:
         self._attempts += 1
         return f"{self._session}-{self._attempts}"
 
-    def changed(self, flat: FlatState | None) -> bool:
+    def changed(self, reading: Reading | None) -> bool:
         """Return whether a state has another structure than the plan."""
-        return flat is None or self._plan is None or structure_of(flat) != self._plan.structure
+        if reading is None or self._plan is None:
+            return True
+        return reading.structure is not self._plan.structure and reading.structure != self._plan.structure
 
     def together_next(self) -> None:
         """Have all ranks plan together at the next save. Every rank learns this from the commit's result."""
         self._together = True
 
     def plan(
-        self, flat: FlatState | None, values: StoredValues | None, error: Exception | None, timeout: float
+        self, reading: Reading | None, values: StoredValues | None, error: Exception | None, timeout: float
     ) -> tuple[Plan | None, Exception | None]:
         """Return this rank's plan of a state, or what keeps this rank from one; `error` is what kept it from leaves.
 
@@ -98,29 +79,29 @@ class Planner:
         """
         previous = None if self._together else self._plan
         if previous is None:
-            holdings, assigned = self._exchange(flat, values, error, timeout)
+            holdings, assigned = self._exchange(reading, values, error, timeout)
             self._together = False
-        elif flat is None or error is not None or not self.changed(flat):
+        elif reading is None or error is not None or not self.changed(reading):
             return (None if error is not None else previous), error
-        assert flat is not None
+        assert reading is not None
         try:
             if previous is not None:
-                holdings = tuple(holdings_of(flat.arrays))
+                holdings = tuple(holdings_of(reading.leaves))
                 assigned = assign_alone(previous.assigned, previous.holdings, holdings, self._comm.rank)
-            self._plan = self._lay_out(structure_of(flat), holdings, assigned, alone=previous is not None)
+            self._plan = self._lay_out(reading.structure, holdings, assigned, alone=previous is not None)
         except Exception as problem:
             return None, problem
         return self._plan, None
 
     def _exchange(
-        self, flat: FlatState | None, values: StoredValues | None, error: Exception | None, timeout: float
+        self, reading: Reading | None, values: StoredValues | None, error: Exception | None, timeout: float
     ) -> tuple[tuple[Holding, ...], list[Assigned]]:
         """Tell all ranks what this one holds; return that, and what this one is to write."""
         mine: tuple[Holding, ...] = ()
         payload = b""
-        if flat is not None and values is not None and error is None:
+        if reading is not None and values is not None and error is None:
             try:
-                mine = tuple(holdings_of(flat.arrays))
+                mine = tuple(holdings_of(reading.leaves))
                 token = secrets.token_hex(6) if self._comm.rank == 0 else ""
                 head = json.dumps([token, [list(path) for path in values.paths]]).encode()
                 payload = b"".join((_HEAD.pack(len(head), len(values.digests)), head, values.digests, encode(mine)))
@@ -150,10 +131,10 @@ def rows_of(image: Image, assigned: list[Assigned], rank: int) -> RankRows:
     return RankRows.of(rank, assigned, position, nbytes)
 
 
-def replica_crcs(flat: FlatState) -> tuple[tuple[Path, int], ...]:
+def replica_crcs(leaves: Iterable[ArrayLeaf]) -> tuple[tuple[Path, int], ...]:
     """Return path and the CRC32 of each replicated array, of its bytes in C order; reads every byte of them."""
     result = []
-    for leaf in flat.arrays:
+    for leaf in leaves:
         if leaf.placement is not Placement.REPLICATED or not leaf.parts:
             continue
         (part,) = leaf.parts

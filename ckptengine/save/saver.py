@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import atexit
-import hashlib
 import json
 import logging
 import os
@@ -12,90 +11,32 @@ import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any
 
-from ckptengine.archive.image import BLOCK_NBYTES
-from ckptengine.archive.record import ArchiveRecord
-from ckptengine.archive.tail import build_tail
-from ckptengine.catalog.commit import attempt_directory, publish
-from ckptengine.catalog.lease import Lease
-from ckptengine.catalog.listing import Entry, manifest_name, read_manifest
-from ckptengine.catalog.manifest import Manifest, checked_metadata
-from ckptengine.catalog.receipt import Channel, Outcome, Receipt, StorageStore, collect
+from ckptengine.catalog.manifest import checked_metadata
 from ckptengine.comm.agree import agree
 from ckptengine.comm.base import Communicator
-from ckptengine.errors import CheckpointError, DeadlineError, RankFailedError, ReplicaMismatchError, SaveFailedError
-from ckptengine.save.coordinator import Coordinator
-from ckptengine.save.handle import SaveHandle, SaveStats
+from ckptengine.errors import CheckpointError, DeadlineError, RankFailedError, SaveFailedError, StateError
+from ckptengine.save.committer import Committer
+from ckptengine.save.handle import Phase, SaveHandle
+from ckptengine.save.job import Job, Target
 from ckptengine.save.planner import Plan, Planner, replica_crcs
+from ckptengine.save.reading import Reading, StateReader
 from ckptengine.save.values import StoredValues, stored_values
-from ckptengine.snapshot.arena import Arena
-from ckptengine.snapshot.pack import Checksums, snapshot
-from ckptengine.state.leaf import Path
-from ckptengine.state.tree import FlatState, flatten
-from ckptengine.storage.base import Storage, join
+from ckptengine.snapshot.feed import Feed
+from ckptengine.snapshot.pack import Checksums, CopyTable
+from ckptengine.snapshot.snapshotter import Snapshotter
+from ckptengine.state.adapters import adapters
+from ckptengine.state.dtypes import DTYPES
+from ckptengine.state.leaf import ArrayLeaf, Placement, dotted
+from ckptengine.state.tree import flatten
 
-__all__ = ["DEFAULT_TIMEOUT", "Saver", "Target"]
+__all__ = ["DEFAULT_TIMEOUT", "Saver"]
 
 DEFAULT_TIMEOUT = 600.0
 """Seconds after which a wait for other ranks or for the storage is an error; torch's own default is 600 to 1,800."""
 
-_TAIL_ROOM = 1 << 20
-"""What the arena holds beyond the fixed region from the start, so that the usual tail needs no growing."""
-
-# What keeps its class on all ranks; everything else that fails a save is a `SaveFailedError`.
-_KINDS: dict[str, type[CheckpointError]] = {kind.__name__: kind for kind in (DeadlineError, ReplicaMismatchError)}
-
-_DRAIN_SECONDS = 10.0
-"""How long rank 0 waits, after a failed attempt, for ranks that are still writing, before it cleans up."""
-
-ReplicaCrcs = tuple[tuple[Path, int], ...]
-
 _log = logging.getLogger("ckptengine")
-
-
-@dataclass(frozen=True, slots=True)
-class Target:
-    """Where a checkpoint goes.
-
-    `directory` is relative to the storage's root. `claim` is called on rank 0, where the generation is not known
-    yet. `committed` is called on rank 0 in the background after the commit.
-    """
-
-    storage: Storage
-    directory: str
-    step: int | None
-    parent: tuple[int, int] | None
-    generation: int | None
-    claim: Callable[[], int] | None
-    metadata: Mapping[str, Any]
-    committed: Callable[[int], None] | None = None
-
-    @property
-    def location(self) -> str:
-        """The checkpoint's directory, as messages name it."""
-        return self.storage.location(self.directory)
-
-
-@dataclass(slots=True)
-class _Job:
-    """One save on its way through the background."""
-
-    target: Target
-    generation: int
-    attempt: str
-    handle: SaveHandle
-    deadline: float
-    started: float
-    waited: float
-    plan: Plan | None = None
-    values: StoredValues | None = None
-    checksums: Checksums | None = None
-    replica_crcs: ReplicaCrcs = ()
-    stall: float = 0.0
-    error: Exception | None = None
-    thread: threading.Thread | None = field(default=None, repr=False)
 
 
 class Saver:
@@ -105,14 +46,25 @@ class Saver:
     arena of its own, since the memory of its parent's is shared with it.
     """
 
-    def __init__(self, comm: Communicator, timeout: float = DEFAULT_TIMEOUT) -> None:
+    def __init__(
+        self,
+        comm: Communicator,
+        timeout: float = DEFAULT_TIMEOUT,
+        *,
+        overlap: bool = False,
+        arena_nbytes: int | None = None,
+    ) -> None:
         self._comm = comm
         self._timeout = timeout
+        self._overlap, self._arena_nbytes = overlap, arena_nbytes
         self._planner = Planner(comm)
-        self._coordinator = Coordinator(comm.world_size) if comm.rank == 0 else None
-        self._arena = Arena()
-        self._reported: Plan | None = None  # whose rows rank 0 has
-        self._job: _Job | None = None
+        self._reader = StateReader()
+        self._table: CopyTable | None = None
+        self._snapshotter = Snapshotter(arena_nbytes)
+        self._committer = Committer(comm, self._planner, self._snapshotter)
+        self._prepared = False
+        self._unhook: list[Callable[[], None]] = []
+        self._job: Job | None = None
         self._lock = threading.Lock()
         self._usable = True
         self.generation: int | None = None
@@ -139,7 +91,9 @@ class Saver:
         """Wait for the save in flight and give the memory back."""
         self.settle(self._timeout)
         with self._held(self._timeout):
-            self._arena.close()
+            self._snapshotter.close()
+        while self._unhook:
+            self._unhook.pop()()
         self.report()
         _living.discard(self)
 
@@ -169,9 +123,10 @@ class Saver:
             self._job.handle.durable.abandon(RankFailedError("this save belongs to the parent process"))
             self._job.handle.durable.observed = True
             self._job = None
-        inherited, self._arena = self._arena, Arena()
-        inherited.close()
-        self._reported = None
+        self._snapshotter.abandon()
+        self._reader, self._table = StateReader(), None
+        self._snapshotter = Snapshotter(self._arena_nbytes)
+        self._committer = Committer(self._comm, self._planner, self._snapshotter)
         self._planner.together_next()
 
     def start(
@@ -206,18 +161,20 @@ class Saver:
             raise
         self.report()
         started = time.monotonic()
-        flat: FlatState | None = None
+        table, self._table = self._table, None  # good again when it has been told what has moved
+        reading: Reading | None = None
         values: StoredValues | None = None
         error: Exception | None = None
         try:
             checked_metadata(target.metadata)
-            flat = flatten(state)
-            values = stored_values(flat)
+            reading = self._reader.read(state)
+            values = stored_values(reading.plain)
         except Exception as problem:
             error = problem
-        generation = self._open(target, flat, timeout)
-        plan, error = self._planner.plan(flat, values, error, timeout)
-        job = _Job(
+        read = time.monotonic()
+        generation = self._open(target, reading, timeout)
+        plan, error = self._planner.plan(reading, values, error, timeout)
+        job = Job(
             target=target,
             generation=generation,
             attempt=self._planner.next_attempt(),
@@ -225,25 +182,32 @@ class Saver:
             deadline=started + timeout,
             started=started,
             waited=started - called,
+            feed=Feed(started + timeout),
             plan=plan,
             values=values,
             error=error,
         )
-        if flat is not None and plan is not None:
-            try:
-                self._fill(job, plan, flat, check_replicas)
-            except Exception as problem:
-                job.error = problem
-        job.stall = time.monotonic() - started
+        job.phases.append(Phase("read", 0.0, read - started))
+        job.phase("plan", read)
+        # The background makes its directory and reserves its file while this thread copies.
         self._launch(job)
+        try:
+            if error is not None:
+                raise error
+            assert reading is not None
+            assert plan is not None
+            self._snapshot(job, plan, reading, table, check_replicas, timeout)
+        except BaseException as problem:
+            job.feed.finish(problem)
+            job.handle.durable.observed = True
+            if isinstance(problem, CheckpointError) or not isinstance(problem, Exception):
+                raise
+            raise SaveFailedError(f"{job.handle.path} was not saved: {type(problem).__name__}: {problem}") from problem
         return job.handle
 
-    def _launch(self, job: _Job) -> None:
-        """Send a save on its way through the background; raises what kept this rank from its snapshot."""
+    def _launch(self, job: Job) -> None:
+        """Send a save on its way through the background."""
         self._job = job
-        failed, path = job.error, job.handle.path  # the thread may add an error of its own
-        if failed is None:
-            job.handle.staged.reach()
         job.thread = threading.Thread(target=self._finish, args=(job,), name="ckptengine-save", daemon=True)
         try:
             job.thread.start()
@@ -254,14 +218,114 @@ class Saver:
             job.handle.staged.reach(error=problem)
             job.handle.durable.reach(error=problem)
             job.handle.durable.observed = True
-            raise SaveFailedError(f"{path} was not saved, its thread did not start: {problem}") from problem
-        if failed is not None:
-            job.handle.durable.observed = True
-            if isinstance(failed, CheckpointError):
-                raise failed
-            raise SaveFailedError(f"{path} was not saved: {type(failed).__name__}: {failed}") from failed
+            raise SaveFailedError(f"{job.handle.path} was not saved, its thread did not start: {problem}") from problem
 
-    def _open(self, target: Target, flat: FlatState | None, timeout: float) -> int:
+    def _snapshot(
+        self,
+        job: Job,
+        plan: Plan,
+        reading: Reading,
+        table: CopyTable | None,
+        check_replicas: bool,
+        timeout: float,
+    ) -> None:
+        """Copy the state, or have it copied until the optimizer's next step."""
+        if table is None or table.image is not plan.image or reading.moved is None:
+            numbers = {leaf.path: number for number, leaf in enumerate(reading.leaves)}
+            order = [numbers[item.path] for item in plan.assigned]
+            table = CopyTable(plan.image, reading.leaves, order, self._overlap)
+        else:
+            table.move(reading.moved)
+        job.checksums = Checksums(plan.image)
+        job.whole = self._snapshotter.reserve(plan.image, timeout)
+        if check_replicas:
+            job.replica_crcs = replica_crcs(reading.leaves)
+        began = time.monotonic()
+        if job.whole:
+            self._snapshotter.fill(table, job.checksums, job.feed)
+        else:
+            self._snapshotter.stream(table, job.checksums, job.feed)
+        self._table = table
+        if job.whole and table.has_fenced:
+            self._hook()
+            job.kept = reading
+            copier = threading.Thread(target=self._copy_fenced, args=(job, table), name="ckptengine-copy", daemon=True)
+            job.stall = time.monotonic() - job.started
+            copier.start()
+        else:
+            table.release()
+            job.phase("copy", began)
+            job.stall = time.monotonic() - job.started
+            job.handle.staged.reach()
+            job.feed.finish()
+
+    def _copy_fenced(self, job: Job, table: CopyTable) -> None:
+        """Copy what only an optimizer's step changes, while forward and backward run; the step waits for it."""
+        began, reading = time.monotonic(), job.kept
+        error: Exception | None
+        try:
+            assert isinstance(reading, Reading)
+            assert job.checksums is not None
+            before = reading.versions()
+            self._snapshotter.fill_fenced(table, job.checksums, job.feed)
+            changed = [
+                path for path, old, new in zip(reading.fenced, before, reading.versions(), strict=True) if old != new
+            ]
+            if changed:
+                raise StateError(
+                    f"{dotted(changed[0])}: changed by something other than an optimizer's step while it was being "
+                    f"copied ({len(changed)} leaves were): call fence() before such a change, or save without overlap"
+                )
+            error = None
+        except Exception as problem:
+            error = problem
+        table.release()
+        job.kept = None
+        job.phase("copy", began)
+        job.handle.staged.reach(error=error)
+        job.feed.finish(error)
+
+    def fence(self, timeout: float | None = None) -> None:
+        """Wait until the snapshot under way is complete: from then on the state's tensors may be changed.
+
+        Raises `DeadlineError` where it isn't in time.
+        """
+        job, timeout = self._job, self._timeout if timeout is None else timeout
+        if job is not None and not job.handle.staged.done() and not job.handle.staged.wait(timeout):
+            raise DeadlineError(f"the snapshot for {job.handle.path} was not complete after {timeout:g} s")
+
+    def _hook(self) -> None:
+        """Have every optimizer of every framework wait for the snapshot before it steps."""
+        if self._unhook:
+            return
+        saver = weakref.ref(self)
+
+        def wait() -> None:
+            living = saver()
+            if living is not None:
+                living.fence()
+
+        self._unhook = [adapter.before_optimizer_step(wait) for adapter in adapters()]
+
+    def prepare(self, state: Mapping[str, Any]) -> None:
+        """Reserve memory for snapshots of a state in the background, once: the first save then finds it there."""
+        if self._prepared or self._job is not None:
+            return
+        self._prepared = True
+        try:
+            leaves = flatten(state).arrays
+        except StateError:
+            return  # the save will say so
+        self._snapshotter.prepare(sum(self._share(leaf) for leaf in leaves))
+
+    def _share(self, leaf: ArrayLeaf) -> int:
+        """Return about how many bytes of a leaf this rank will write."""
+        held = sum(part.box.volume for part in leaf.parts) * DTYPES[leaf.dtype].itemsize
+        if leaf.placement is Placement.REPLICATED:
+            return held // self._comm.world_size
+        return held if leaf.placement is not Placement.WHOLE or self._comm.rank == 0 else 0
+
+    def _open(self, target: Target, reading: Reading | None, timeout: float) -> int:
         """Return the generation to write under; where rank 0 has yet to claim it, all ranks exchange a word.
 
         That exchange also tells whether any rank's structure changed: then all plan together.
@@ -270,7 +334,7 @@ class Saver:
         if target.generation is not None:
             return target.generation
         assert target.claim is not None
-        word: dict[str, Any] = {"changed": self._planner.changed(flat)}
+        word: dict[str, Any] = {"changed": self._planner.changed(reading)}
         error = None
         if self._comm.rank == 0:
             try:
@@ -284,17 +348,11 @@ class Saver:
         self.generation = int(words[0]["generation"])
         return self.generation
 
-    def _fill(self, job: _Job, plan: Plan, flat: FlatState, check_replicas: bool) -> None:
-        self._arena.reserve(plan.image.fixed_nbytes + _TAIL_ROOM)
-        job.checksums = snapshot(plan.image, plan.leaves_in_order(flat), self._arena)
-        if check_replicas:
-            job.replica_crcs = replica_crcs(flat)
-
-    def _finish(self, job: _Job) -> None:
+    def _finish(self, job: Job) -> None:
         """Bring a snapshot through the background part of a save, and tell the handle how it ended."""
         stats = None
         try:
-            stats = self._commit(job)
+            stats = self._committer.commit(job)
         except Exception as problem:
             # Every rank comes here where the attempt failed on any, so all plan together at the next save.
             job.error = job.error or problem
@@ -306,131 +364,6 @@ class Saver:
                 job.target.committed(job.generation)
             except Exception as problem:
                 _log.warning("%s: cleaning up after the commit failed: %s", job.handle.path, problem)
-
-    def _commit(self, job: _Job) -> SaveStats:
-        """Bring a snapshot to the storage and through the commit; returns when the outcome is known."""
-        target = job.target
-        data = attempt_directory(target.directory, job.attempt)
-        store = self._comm.store() or StorageStore(target.storage, join(data, "receipts"))
-        channel = Channel(store, job.attempt, self._comm.rank, self._comm.world_size)
-        if self._comm.rank != 0:
-            receipt, written = self._write(job, data)
-            channel.send(receipt)
-            try:
-                outcome = channel.outcome(job.deadline)
-            except CheckpointError:
-                # Rank 0 may have published and then lost its voice: our own attempt in the manifest means success.
-                if not self._published(job):
-                    raise
-                outcome = Outcome(plan_together=True)
-        else:
-            receipt, written, outcome = self._coordinate(job, data, channel)
-        if outcome.plan_together:
-            self._planner.together_next()
-        if outcome.error:
-            raise _KINDS.get(outcome.kind, SaveFailedError)(f"{target.location} was not committed: {outcome.error}")
-        assert receipt.archive is not None
-        return SaveStats(
-            step=target.step,
-            path=target.location,
-            nbytes=receipt.archive.nbytes,
-            waited_seconds=job.waited,
-            stall_seconds=job.stall,
-            written_seconds=written,
-            durable_seconds=time.monotonic() - job.started,
-        )
-
-    def _published(self, job: _Job) -> bool:
-        entry = Entry(step=job.target.step, generation=job.generation, directory=job.target.directory)
-        try:
-            return read_manifest(job.target.storage, entry).attempt == job.attempt
-        except CheckpointError:
-            return False
-
-    def _write(self, job: _Job, data: str) -> tuple[Receipt, float]:
-        """Write this rank's archive; what goes wrong is in the receipt, and in `job.error`."""
-        rank, began = self._comm.rank, time.monotonic()
-        try:
-            if job.error is not None:
-                raise job.error
-            assert job.plan is not None
-            assert job.values is not None
-            assert job.checksums is not None
-            image = job.plan.image
-            tail = build_tail(image, job.values.entries(rank), job.checksums.entries, job.checksums.blocks)
-            nbytes = image.fixed_nbytes + len(tail)
-            self._arena.append(image.fixed_nbytes, tail)
-            job.target.storage.write_archive(join(data, image.name), self._arena.address, nbytes)
-            record = ArchiveRecord(image.name, nbytes, image.fixed_nbytes, hashlib.sha256(tail).hexdigest())
-        except Exception as problem:
-            job.error = problem
-            return Receipt(rank, None, error=f"{problem}" or type(problem).__name__), time.monotonic() - began
-        rows = b"" if self._reported is job.plan else job.plan.rows.encode()
-        receipt = Receipt(
-            rank=rank,
-            archive=record,
-            value_paths=job.values.paths,
-            digests=job.values.digests,
-            replica_crcs=job.replica_crcs,
-            rows=rows,
-            alone=job.plan.alone,
-            directory=job.target.directory,
-        )
-        self._reported = job.plan
-        return receipt, time.monotonic() - began
-
-    def _coordinate(self, job: _Job, data: str, channel: Channel) -> tuple[Receipt, float, Outcome]:
-        """Rank 0: write, collect, compare, publish; whatever happens, all ranks hear of it."""
-        target, storage = job.target, job.target.storage
-        receipt, written = Receipt(0, None, error="it did not come to write"), 0.0
-        try:
-            assert self._coordinator is not None
-            storage.make_directory(data)
-            with Lease(storage, data):
-                receipt, written = self._write(job, data)
-                receipts = collect(channel, receipt, job.deadline)
-                layout, layout_record = self._coordinator.layout(receipts)
-                storage.write_bytes(join(data, layout_record.name), layout)
-                manifest = Manifest(
-                    step=target.step,
-                    generation=job.generation,
-                    parent=target.parent,
-                    attempt=job.attempt,
-                    world_size=self._comm.world_size,
-                    block_nbytes=BLOCK_NBYTES,
-                    archives=tuple(item.archive for item in receipts if item.archive is not None),
-                    layout=layout_record,
-                    metadata=dict(target.metadata),
-                )
-                publish(storage, target.directory, manifest)
-            outcome = Outcome(plan_together=any(item.alone for item in receipts))
-        except Exception as problem:
-            kind = type(problem).__name__
-            outcome = Outcome(error=f"{problem}" or kind, plan_together=True, kind=kind)
-        try:
-            channel.announce(outcome)
-        except CheckpointError as problem:
-            # What is published is durable, whoever hears of it.
-            _log.warning("%s: the other ranks could not be told how the save ended: %s", target.location, problem)
-        if outcome.error:
-            self._discard(job, data, channel)
-        return receipt, written, outcome
-
-    def _discard(self, job: _Job, data: str, channel: Channel) -> None:
-        """Give back the room that a failed attempt takes, once no rank writes into it: the next one may need it."""
-        target, storage = job.target, job.target.storage
-        if self._comm.store() is None:
-            return  # the other ranks find the outcome in there; it is swept as a leftover
-        try:
-            if not channel.drain(min(job.deadline, time.monotonic() + _DRAIN_SECONDS)):
-                return  # a rank may still be writing, or is dead: swept as well
-            # A publication whose own sync failed may have come all the same.
-            if not storage.exists(join(target.directory, manifest_name(job.generation))):
-                storage.delete_tree(data)
-                if target.directory:
-                    storage.remove_directory(target.directory)
-        except CheckpointError as problem:
-            _log.warning("%s: what the failed save left is swept later: %s", target.location, problem)
 
 
 # Saves in flight when the interpreter ends are waited for: a checkpoint that was asked for is not dropped silently.

@@ -1,9 +1,10 @@
-"""The copy: what each chunk of an image is filled from, as a table for the C code."""
+"""The copy: what each chunk of an image is filled from, as tables for the C code that outlive a save."""
 
 from __future__ import annotations
 
+import ctypes
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,19 +15,22 @@ from ckptengine import _native
 from ckptengine.archive.image import BLOCK_NBYTES, Chunk, Image
 from ckptengine.errors import StateError
 from ckptengine.layout.box import Box
-from ckptengine.snapshot.arena import Arena
+from ckptengine.layout.tiling import strides_of
 from ckptengine.state.dtypes import DTYPES
-from ckptengine.state.leaf import ArrayLeaf, DeviceMemory, HostMemory, Part, dotted
+from ckptengine.state.leaf import ArrayLeaf, DeviceMemory, HostMemory, Part, Path, dotted
 
-__all__ = ["Checksums", "copy_threads", "snapshot"]
+__all__ = ["Checksums", "CopyTable", "copy_threads"]
+
+_SOURCE = slice(5, 8)  # where an operation of `_native.pack` has its source: address, low, nbytes
 
 
-@dataclass(frozen=True, slots=True)
 class Checksums:
-    """CRC32s of a filled image: of each chunk, and of each block of the fixed region (uint32, 1-D)."""
+    """CRC32s of an image that is being filled, uint32, 1-D: of pieces, of entries, of blocks of the fixed region."""
 
-    entries: NDArray[np.uint32]
-    blocks: NDArray[np.uint32]
+    def __init__(self, image: Image) -> None:
+        self.pieces = np.zeros(image.pieces, np.uint32)
+        self.entries = np.zeros(len(image.chunks), np.uint32)
+        self.blocks = np.zeros(image.blocks, np.uint32)
 
 
 def copy_threads() -> int:
@@ -42,82 +46,188 @@ def copy_threads() -> int:
     return max(1, min(8, cores // max(1, ranks)))
 
 
-def snapshot(image: Image, leaves: Sequence[ArrayLeaf], arena: Arena) -> Checksums:
-    """Fill the arena with the image's fixed region and return its checksums.
+@dataclass(frozen=True, slots=True)
+class _Operations:
+    """Operations of `_native.pack`: `table` and `index` as it takes them; `of_chunk` leads from chunks to their own."""
 
-    `leaves` are the leaves to which the image's chunks refer, by number. The arena must have been reserved.
+    table: NDArray[np.int64]
+    index: NDArray[np.int64]
+    of_chunk: dict[int, int]
+
+    @classmethod
+    def of(cls, rows: Iterable[tuple[int, list[int]]]) -> _Operations:
+        table: list[int] = []
+        index, of_chunk = [0], {}
+        for number, (chunk, row) in enumerate(rows):
+            table += row
+            index.append(len(table))
+            of_chunk[chunk] = number
+        return cls(np.array(table, np.int64), np.array(index, np.int64), of_chunk)
+
+    def row(self, chunk: int) -> NDArray[np.int64]:
+        """Return a chunk's operation, to be changed in place."""
+        number = self.of_chunk[chunk]
+        return self.table[self.index[number] : self.index[number + 1]]
+
+
+@dataclass(frozen=True, slots=True)
+class _DeviceChunk:
+    """A chunk whose bytes the CPU can't address: the part that holds it, and its box within that."""
+
+    part: Part
+    box: Box
+    dtype: np.dtype[Any]
+
+    def fetch(self, target: NDArray[Any]) -> None:
+        """Copy the box to an array of its shape."""
+        memory = self.part.memory
+        assert isinstance(memory, DeviceMemory)
+        if self.box.shape == self.part.box.shape:
+            memory.copy_to_host(target)
+            return
+        whole = np.empty(self.part.box.shape, self.dtype)
+        memory.copy_to_host(whole)
+        target[...] = whole[tuple(slice(o, o + n) for o, n in zip(self.box.offset, self.box.shape, strict=True))]
+
+
+class CopyTable:
+    """What an image is filled from. It holds addresses: it is good for as long as `move` is told what has moved.
+
+    `leaves` are the state's, in its order; `numbers` leads from the leaf numbers of the image's chunks to theirs. With
+    `overlap`, host memory that only an optimizer's step changes is left to `fill(..., fenced=True)`.
     """
-    if arena.contents is not image:
-        for position, data in image.static:
-            arena.view(position, len(data))[:] = data
-        arena.contents = image
-    sources = [_source(chunk, leaves[chunk.leaf]) for chunk in image.chunks]
-    table: list[int] = []
-    index = [0]
-    for chunk, (part, box), (_, _, piece, _) in zip(image.chunks, sources, image.extents.tolist(), strict=True):
-        table += _op(chunk, leaves[chunk.leaf], part, box, piece, arena)
-        index.append(len(table))
-    pieces = np.zeros(image.pieces, np.uint32)
-    threads = copy_threads()
-    _native.pack(
-        arena.address,
-        image.fixed_nbytes,
-        np.array(table, np.int64),
-        np.array(index, np.int64),
-        BLOCK_NBYTES,
-        pieces,
-        threads,
-    )
-    entries = np.zeros(len(image.chunks), np.uint32)
-    blocks = np.zeros(image.blocks, np.uint32)
-    _native.seal(
-        arena.address,
-        image.fixed_nbytes,
-        image.extents,
-        BLOCK_NBYTES,
-        pieces,
-        entries,
-        blocks,
-        threads,
-    )
-    return Checksums(entries, blocks)
+
+    def __init__(self, image: Image, leaves: Sequence[ArrayLeaf], numbers: Sequence[int], overlap: bool) -> None:
+        self.image = image
+        self._itemsizes = [DTYPES[leaf.dtype].itemsize for leaf in leaves]
+        self._dtypes = [DTYPES[leaf.dtype].numpy for leaf in leaves]
+        self._paths = [leaf.path for leaf in leaves]
+        self._pieces: list[int] = image.extents[:, 2].tolist()
+        self._places: dict[int, list[int]] = {}  # the chunks of each leaf
+        self._devices: dict[int, _DeviceChunk] = {}
+        self._staged: dict[int, NDArray[Any]] = {}
+        rows: tuple[list[tuple[int, list[int]]], list[tuple[int, list[int]]]] = ([], [])
+        for place, chunk in enumerate(image.chunks):
+            number = numbers[chunk.leaf]
+            self._places.setdefault(number, []).append(place)
+            row = self._row(place, number, leaves[number].parts)
+            rows[overlap and leaves[number].fenced and place not in self._devices].append((place, row))
+        self._operations = (_Operations.of(rows[False]), _Operations.of(rows[True]))
+
+    @property
+    def has_fenced(self) -> bool:
+        """Whether anything is left to `fill(..., fenced=True)`."""
+        return bool(self._operations[True].of_chunk)
+
+    def move(self, moved: Mapping[int, tuple[Part, ...]]) -> None:
+        """Take other memory for some leaves, by their numbers in the state; their boxes are as before."""
+        for number, parts in moved.items():
+            for place in self._places.get(number, ()):
+                operations = self._operations[place in self._operations[True].of_chunk]
+                operations.row(place)[:] = self._row(place, number, parts)
+
+    def fill(self, address: int, checksums: Checksums, begin: int = 0, end: int = -1, *, fenced: bool = False) -> None:
+        """Copy a window of the image to where its byte `begin` lies, and checksum its pieces.
+
+        The window `[begin, end)` is cut as `_native.pack` has it; -1 is the image's end.
+        """
+        operations = self._operations[fenced]
+        if not fenced and self._devices:
+            self._fetch(address, begin, self.image.fixed_nbytes if end < 0 else end)
+        if operations.of_chunk:
+            _native.pack(
+                address,
+                self.image.fixed_nbytes,
+                operations.table,
+                operations.index,
+                BLOCK_NBYTES,
+                checksums.pieces,
+                copy_threads(),
+                None,
+                begin,
+                end,
+            )
+
+    def seal(self, address: int, checksums: Checksums, begin: int = 0, end: int = -1) -> None:
+        """Turn the CRCs of a window's pieces into those of entries and blocks, and put them into the image."""
+        _native.seal(
+            address,
+            self.image.fixed_nbytes,
+            self.image.extents,
+            BLOCK_NBYTES,
+            checksums.pieces,
+            checksums.entries,
+            checksums.blocks,
+            copy_threads(),
+            begin,
+            end,
+        )
+
+    def release(self) -> None:
+        """Let go of devices' memory: the table outlives the save, the tensors need not."""
+        self._devices.clear()
+        self._staged.clear()
+
+    def _row(self, place: int, number: int, parts: Sequence[Part]) -> list[int]:
+        """Return one operation of `_native.pack`."""
+        chunk = self.image.chunks[place]
+        part, box = _source(chunk, parts, self._paths[number])
+        itemsize = self._itemsizes[number]
+        head = [chunk.position, chunk.nbytes, self._pieces[place], itemsize, len(chunk.dense_shape)]
+        if isinstance(part.memory, HostMemory):
+            memory = part.memory
+            address = memory.address + sum(o * s for o, s in zip(box.offset, memory.strides, strict=True))
+            return [*head, address, memory.low, memory.nbytes, *chunk.dense_shape, *box.shape, *memory.strides]
+        self._devices[place] = _DeviceChunk(part, box, self._dtypes[number])
+        strides = [stride * itemsize for stride in strides_of(box.shape)]
+        return [*head, 0, 0, 0, *chunk.dense_shape, *box.shape, *strides]
+
+    def _fetch(self, address: int, begin: int, end: int) -> None:
+        """Bring over the chunks in a window that the CPU can't address.
+
+        Those that lie in it whole go to their place, where `_native.pack` only checksums them. Others go to memory of
+        their own, for as long as windows need them.
+        """
+        for place, device in self._devices.items():
+            chunk = self.image.chunks[place]
+            if chunk.position >= end or chunk.position + chunk.nbytes <= begin:
+                continue
+            row = self._operations[False].row(place)
+            if begin <= chunk.position and chunk.position + chunk.nbytes <= end:
+                row[_SOURCE] = 0
+                device.fetch(_dense(address + chunk.position - begin, chunk, device))
+                continue
+            staged = self._staged.get(place)
+            if staged is None:
+                staged = self._staged[place] = np.empty(device.box.shape, device.dtype)
+                device.fetch(staged)
+            row[_SOURCE] = staged.ctypes.data, staged.ctypes.data, staged.nbytes
+        self._staged = {
+            place: staged
+            for place, staged in self._staged.items()
+            if self.image.chunks[place].position + self.image.chunks[place].nbytes > end
+        }
 
 
-def _source(chunk: Chunk, leaf: ArrayLeaf) -> tuple[Part, Box]:
+def _dense(address: int, chunk: Chunk, device: _DeviceChunk) -> NDArray[Any]:
+    """Return the corner of a chunk's place in memory that its box fills; the rest of the place becomes zero."""
+    memory = (ctypes.c_uint8 * chunk.nbytes).from_address(address)
+    dense: NDArray[Any] = np.frombuffer(memory, device.dtype).reshape(chunk.dense_shape)
+    corner = dense[tuple(slice(0, length) for length in device.box.shape)]
+    if corner.size != dense.size:
+        dense[...] = 0
+    return corner
+
+
+def _source(chunk: Chunk, parts: Sequence[Part], path: Path) -> tuple[Part, Box]:
     """Return the part of a leaf that holds a chunk, and the chunk's box within it."""
-    for part in leaf.parts:
+    for part in parts:
+        if part.box == chunk.box:
+            return part, Box((0,) * len(chunk.box.shape), chunk.box.shape)
         start = tuple(c - p for c, p in zip(chunk.box.offset, part.box.offset, strict=True))
         if all(
             s >= 0 and s + length <= have
             for s, length, have in zip(start, chunk.box.shape, part.box.shape, strict=True)
         ):
             return part, Box(start, chunk.box.shape)
-    raise StateError(f"{dotted(leaf.path)}: no memory of this rank holds its planned box {chunk.box}")
-
-
-def _op(chunk: Chunk, leaf: ArrayLeaf, part: Part, box: Box, piece: int, arena: Arena) -> list[int]:
-    """Return one operation of `_native.pack`."""
-    itemsize = DTYPES[leaf.dtype].itemsize
-    head = [chunk.position, chunk.nbytes, piece, itemsize, len(chunk.dense_shape)]
-    if isinstance(part.memory, HostMemory):
-        memory = part.memory
-        address = memory.address + sum(o * s for o, s in zip(box.offset, memory.strides, strict=True))
-        return [*head, address, memory.low, memory.nbytes, *chunk.dense_shape, *box.shape, *memory.strides]
-    _copy_from_device(chunk, leaf, part.memory, part, box, arena)
-    zeros = (0,) * len(chunk.dense_shape)
-    return [*head, 0, 0, 0, *chunk.dense_shape, *box.shape, *zeros]
-
-
-def _copy_from_device(chunk: Chunk, leaf: ArrayLeaf, memory: DeviceMemory, part: Part, box: Box, arena: Arena) -> None:
-    """Copy a chunk that the CPU can't address into its place; the C code then only checksums it."""
-    dtype = DTYPES[leaf.dtype].numpy
-    dense: NDArray[Any] = np.frombuffer(arena.view(chunk.position, chunk.nbytes), dtype).reshape(chunk.dense_shape)
-    corner = dense[tuple(slice(0, length) for length in box.shape)]
-    if corner.size != dense.size:
-        dense[...] = 0
-    if box.shape == part.box.shape:
-        memory.copy_to_host(corner)
-        return
-    whole = np.empty(part.box.shape, dtype)
-    memory.copy_to_host(whole)
-    corner[...] = whole[tuple(slice(o, o + n) for o, n in zip(box.offset, box.shape, strict=True))]
+    raise StateError(f"{dotted(path)}: no memory of this rank holds its planned box {chunk.box}")

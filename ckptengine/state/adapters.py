@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,6 +62,17 @@ class Adapter:
         """
         raise NotImplementedError
 
+    def fingerprints(self, tensors: Sequence[Any]) -> Sequence[Sequence[Any]]:
+        """Return what of a tensor can change while it stays the same object: columns, one item for each tensor.
+
+        That is the address of its memory, its shape, its strides and its dtype, and whatever else a view depends on.
+        """
+        raise NotImplementedError
+
+    def versions(self, tensors: Sequence[Any]) -> Sequence[Any]:
+        """Return a number for each tensor that changes when it is written to, as far as the framework counts that."""
+        return [0] * len(tensors)
+
     def empty(self, dtype: str, shape: tuple[int, ...]) -> Any:
         """Return a new tensor in host memory, contents undefined."""
         raise NotImplementedError
@@ -77,6 +88,10 @@ class Adapter:
     def module_entries(self, module: Any, path: Path) -> list[ModuleEntry]:
         """Return the module's state in its own order."""
         raise NotImplementedError
+
+    def module_values(self, module: Any) -> dict[str, Any]:
+        """Return the values of `module_entries` by their keys, as fast as the framework can."""
+        return {entry.key: entry.value for entry in self.module_entries(module, ())}
 
     def load_module(self, module: Any, entries: Mapping[str, Any]) -> None:
         """Hand over what could not be filled in place, by the module's own keys."""
@@ -94,12 +109,20 @@ class Adapter:
         """Return the live state of one parameter, an empty dict where it has none; creates nothing."""
         raise NotImplementedError
 
+    def optimizer_states(self, optimizer: Any, parameters: Sequence[Any]) -> list[dict[str, Any]] | None:
+        """Return `optimizer_state` of each parameter; None where the optimizer has state for anything else."""
+        return [self.optimizer_state(optimizer, parameter) for parameter in parameters]
+
     def check_optimizer(self, optimizer: Any, path: Path) -> None:
         """Raise `StateError` where the state can't be told apart by parameter, or by placement."""
 
     def set_optimizer_state(self, optimizer: Any, parameter: Any, state: dict[str, Any] | None) -> None:
         """Replace the state of one parameter; None removes it."""
         raise NotImplementedError
+
+    def before_optimizer_step(self, call: Callable[[], None]) -> Callable[[], None]:
+        """Have something called before any of the framework's optimizers steps; return what undoes it."""
+        return lambda: None
 
     def state_fits(self, parameter: Any, key: str, shape: tuple[int, ...]) -> bool:
         """Whether an item of a parameter's state may have this shape."""

@@ -67,6 +67,16 @@ class NumpyAdapter(Adapter):
         identity = (memory.address, name, array.shape, array.strides) if array.size else None
         return TensorView(name, array.shape, Placement.REPLICATED, parts, identity)
 
+    def fingerprints(self, tensors: Sequence[Any]) -> Sequence[Sequence[Any]]:
+        """Return addresses, shapes, strides and dtypes."""
+        interfaces = [array.__array_interface__ for array in tensors]
+        return (
+            [interface["data"] for interface in interfaces],
+            [array.shape for array in tensors],
+            [array.strides for array in tensors],
+            [array.dtype for array in tensors],
+        )
+
     def empty(self, dtype: str, shape: tuple[int, ...]) -> np.ndarray[Any, Any]:
         """Return a new array."""
         return np.empty(shape, DTYPES[dtype].numpy)

@@ -14,7 +14,7 @@ from ckptengine.state.per_rank import PerRank
 from ckptengine.state.sharded import ShardedArray
 from ckptengine.state.values import MAX_DEPTH
 
-__all__ = ["Inspector", "Kind", "children", "optimizer_names"]
+__all__ = ["SCALARS", "Inspector", "Kind", "children", "optimizer_names"]
 
 
 class Kind(Enum):
@@ -34,7 +34,8 @@ class Kind(Enum):
     PLAIN = auto()
 
 
-_SCALARS = frozenset({type(None), bool, int, float, str, bytes, complex})
+SCALARS = frozenset({type(None), bool, int, float, str, bytes, complex})
+"""What is plain whatever it holds."""
 
 
 class Inspector:
@@ -50,7 +51,7 @@ class Inspector:
         Raises `StateError` where tensors lie in a dict whose keys can't be part of a path, or nesting has no
         end.
         """
-        if type(value) in _SCALARS:
+        if type(value) in SCALARS:
             return Kind.PLAIN, None
         known = self._framework_kind(value)
         if known is not None:
@@ -101,7 +102,7 @@ class Inspector:
         if depth > MAX_DEPTH:
             raise StateError(f"{dotted(path)}: nested more than {MAX_DEPTH} deep (or inside itself); flatten it")
         for item in items:
-            if type(item) in _SCALARS:
+            if type(item) in SCALARS:
                 continue
             if self._framework_kind(item) is not None:
                 return True

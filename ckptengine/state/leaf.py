@@ -92,7 +92,8 @@ class ArrayLeaf:
 
     `path` is its identity. `dtype` is a logical name of `ckptengine.state.dtypes`. `shape` is the global
     shape. `parts` are this rank's boxes, none empty, none overlapping. `container` says what it was, `torch`,
-    `numpy` or `mindspore`, so that objects with `load_state_dict` get the same back.
+    `numpy` or `mindspore`, so that objects with `load_state_dict` get the same back. `fenced` tells that nothing but
+    an optimizer's step changes it, so that a copy may go on until the next one.
     """
 
     path: Path
@@ -101,3 +102,4 @@ class ArrayLeaf:
     placement: Placement
     parts: tuple[Part, ...]
     container: str
+    fenced: bool = False

@@ -3,17 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ckptengine.errors import CheckpointDamagedError, StateError
 from ckptengine.state.adapters import Adapter, TensorView, describe_type
 from ckptengine.state.kinds import Inspector, Kind, children, optimizer_names
-from ckptengine.state.leaf import ArrayLeaf, Key, Part, Path, Placement, dotted
+from ckptengine.state.leaf import ArrayLeaf, DeviceMemory, Key, Part, Path, Placement, dotted
 from ckptengine.state.sharded import ShardedArray
+from ckptengine.state.trace import (
+    DictStep,
+    ModuleStep,
+    ObjectStep,
+    OptimizerStep,
+    PerRankStep,
+    PlainStep,
+    SequenceStep,
+    ShardedStep,
+    Step,
+    TensorStep,
+    Trace,
+    Visited,
+    head_of,
+)
 from ckptengine.state.values import MAX_DEPTH
 
-__all__ = ["FlatState", "flatten", "sharded_parts", "unflatten"]
+__all__ = ["FlatState", "flatten", "flatten_traced", "sharded_parts", "unflatten"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,9 +55,15 @@ def flatten(state: Mapping[str, Any]) -> FlatState:
     Takes a mapping with keys that are str or int. Raises `StateError` naming path and type of what can't be
     saved (what is wrong inside a plain value is found by `encode`).
     """
+    return flatten_traced(state)[0]
+
+
+def flatten_traced(state: Mapping[str, Any]) -> tuple[FlatState, Trace]:
+    """Return `flatten`'s leaves, and the trace by which the next state is compared with this one."""
     if not isinstance(state, Mapping):
         raise StateError(f"the state is {describe_type(state)}; pass a dict such as {{'model': model}}")
-    return _Walk(state).result()
+    walk = _Walk(state)
+    return walk.result(), walk.trace()
 
 
 def sharded_parts(array: ShardedArray, path: Path, *, target: bool) -> TensorView:
@@ -62,76 +83,122 @@ class _Walk:
         self._values: tuple[dict[Path, Any], dict[Path, Any]] = ({}, {})
         self._containers: tuple[dict[Path, str], dict[Path, str]] = ({}, {})
         self._aliases: dict[Path, Path] = {}
-        self._first: dict[Hashable, Path] = {}
-        self._keep: list[Any] = []  # an `id` says something only while its object lives
-        for key, value in children(state, ()):
-            self._visit(value, (key,), per_rank=False)
+        self._first: dict[Hashable, int] = {}
+        self._visited: list[Visited] = []
+        self._fenced: set[int] = set()  # leaves of optimizers' state
+        self._stepped: set[int] = set()  # ids of optimizers' parameters
+        self._root = self._visit_items(state, (), per_rank=False)
+        self._fenced |= {one.leaf for one in self._visited if id(one.tensor) in self._stepped}
+        # Scalars, such as the step that Adam keeps on the CPU, are copied at once: waiting for them would cost more.
+        self._fenced = {number for number in self._fenced if self._arrays[number].shape}
 
     def result(self) -> FlatState:
         """Return what was found."""
-        return FlatState(tuple(self._arrays), *self._values, self._aliases, *self._containers)
+        arrays = tuple(
+            replace(leaf, fenced=True) if number in self._fenced else leaf for number, leaf in enumerate(self._arrays)
+        )
+        return FlatState(arrays, *self._values, self._aliases, *self._containers)
 
-    def _visit(self, value: Any, path: Path, *, per_rank: bool, buffer: bool = False) -> None:
+    def trace(self) -> Trace:
+        """Return what was met."""
+        fenced = [number for number, one in enumerate(self._visited) if one.leaf in self._fenced and not one.tied]
+        return Trace(self._root, self._visited, fenced)
+
+    def _visit(self, value: Any, path: Path, *, per_rank: bool, buffer: bool = False) -> Step:
         if len(path) > MAX_DEPTH:
             raise StateError(f"{dotted(path[:3])}…: nested more than {MAX_DEPTH} deep (or inside itself); flatten it")
         kind, adapter = self._inspector.kind(value, path)
         match kind:
             case Kind.PLAIN:
                 self._values[per_rank][path] = value
+                return PlainStep(path, per_rank)
             case Kind.TENSOR:
                 assert adapter is not None
-                self._add(value, adapter.view(value, path, target=False), adapter, path, per_rank, buffer)
+                view = adapter.view(value, path, target=False)
+                self._add(value, view, adapter, path, per_rank=per_rank, buffer=buffer)
+                return TensorStep(type(value))
             case Kind.SHARDED:
                 assert adapter is not None
                 if per_rank:
                     raise StateError(f"{dotted(path)}: a ShardedArray inside PerRank; pass its local part instead")
-                self._add(value, sharded_parts(value, path, target=False), adapter, path, per_rank, buffer)
+                view = adapter.view(value.local, path, target=False)
+                self._add(value.local, view, adapter, path, sharded=value)
+                return ShardedStep(value)
             case Kind.PER_RANK:
                 if per_rank:
                     raise StateError(f"{dotted(path)}: a PerRank inside a PerRank; take the inner one away")
-                self._visit(value.value, path, per_rank=True)
+                return PerRankStep(type(value), self._visit(value.value, path, per_rank=True))
             case Kind.MODULE:
                 assert adapter is not None
+                steps: dict[Any, Step] = {}
                 for entry in self._inspector.entries(value, adapter, path):
-                    self._visit(entry.value, (*path, entry.name), per_rank=per_rank, buffer=entry.buffer)
+                    where = (*path, entry.name)
+                    steps[entry.key] = self._visit(entry.value, where, per_rank=per_rank, buffer=entry.buffer)
+                return ModuleStep(value, adapter, steps)
             case Kind.OPTIMIZER:
                 assert adapter is not None
-                self._visit_optimizer(value, adapter, path, per_rank)
+                return self._visit_optimizer(value, adapter, path, per_rank)
             case Kind.OBJECT:
-                self._visit(value.state_dict(), path, per_rank=per_rank)
+                return ObjectStep(type(value), self._visit(value.state_dict(), path, per_rank=per_rank))
             case Kind.DICT | Kind.SEQUENCE:
                 if kind is Kind.SEQUENCE:
                     self._containers[per_rank][path] = _sequence_kind(value, path)
-                for key, item in children(value, path):
-                    self._visit(item, (*path, key), per_rank=per_rank)
+                return self._visit_items(value, path, per_rank)
 
-    def _add(self, value: Any, view: TensorView, adapter: Adapter, path: Path, per_rank: bool, buffer: bool) -> None:
-        self._keep.append(value)
-        placement = view.placement
+    def _visit_items(self, value: Any, path: Path, per_rank: bool) -> DictStep | SequenceStep:
+        steps = {key: self._visit(item, (*path, key), per_rank=per_rank) for key, item in children(value, path)}
+        if isinstance(value, Mapping):
+            return DictStep(type(value), steps)
+        return SequenceStep(type(value), list(steps.values()))
+
+    def _add(
+        self,
+        tensor: Any,
+        view: TensorView,
+        adapter: Adapter,
+        path: Path,
+        *,
+        per_rank: bool = False,
+        buffer: bool = False,
+        sharded: ShardedArray | None = None,
+    ) -> None:
+        placement, parts, identity, shape = view.placement, view.parts, view.identity, view.shape
+        if sharded is not None:
+            placement, identity, shape = Placement.SHARDED, None, sharded.global_shape
+            parts = tuple(Part(sharded.box, part.memory) for part in parts)
         if per_rank:
             if placement is Placement.SHARDED:
                 raise StateError(f"{dotted(path)}: a distributed tensor inside PerRank; take the PerRank away")
-            placement = Placement.PER_RANK
-        elif view.identity is not None:
-            first = self._first.setdefault(view.identity, path)
-            if first != path:
-                self._aliases[path] = first
-                return
+            placement, identity = Placement.PER_RANK, None
+        number = len(self._arrays) if identity is None else self._first.setdefault(identity, len(self._arrays))
+        tied = number < len(self._arrays)
+        head = head_of(view.dtype, view.shape, view.placement, view.parts)
+        box = None if sharded is None else sharded.box
+        on_device = any(isinstance(part.memory, DeviceMemory) for part in parts)
+        # The tensors are kept: an `id` says something only while its object lives.
+        self._visited.append(Visited(tensor, adapter, path, number, tied, identity, box, head, on_device))
+        if tied:
+            self._aliases[path] = self._arrays[number].path
+            return
         if buffer and placement is Placement.REPLICATED:
             placement = Placement.WHOLE
-        self._arrays.append(ArrayLeaf(path, view.dtype, view.shape, placement, view.parts, adapter.name))
+        self._arrays.append(ArrayLeaf(path, view.dtype, shape, placement, parts, adapter.name))
 
-    def _visit_optimizer(self, optimizer: Any, adapter: Adapter, path: Path, per_rank: bool) -> None:
+    def _visit_optimizer(self, optimizer: Any, adapter: Adapter, path: Path, per_rank: bool) -> OptimizerStep:
         adapter.check_optimizer(optimizer, path)
         groups = adapter.optimizer_groups(optimizer)
         names = optimizer_names(groups, self._names)
+        states: list[Step] = []
         for group, group_names in zip(groups, names, strict=True):
             for parameter, name in zip(group["params"], group_names, strict=True):
-                state_path = (*path, "state", name)
-                for key, item in children(adapter.optimizer_state(optimizer, parameter), state_path):
-                    self._visit(item, (*state_path, key), per_rank=per_rank)
+                before = len(self._arrays)
+                state = adapter.optimizer_state(optimizer, parameter)
+                states.append(self._visit_items(state, (*path, "state", name), per_rank))
+                self._fenced.update(range(before, len(self._arrays)))
+                self._stepped.add(id(parameter))
         plain_groups = [{**group, "params": group_names} for group, group_names in zip(groups, names, strict=True)]
-        self._visit(plain_groups, (*path, "param_groups"), per_rank=per_rank)
+        group_step = self._visit(plain_groups, (*path, "param_groups"), per_rank=per_rank)
+        return OptimizerStep(optimizer, adapter, names, states, group_step)
 
 
 def _sequence_kind(value: Any, path: Path) -> str:

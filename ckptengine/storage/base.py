@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import errno
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING
+from types import TracebackType
+from typing import TYPE_CHECKING, Self
 
 from ckptengine.errors import StorageError
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
-__all__ = ["Storage", "check_name", "join"]
+__all__ = ["ArchiveWriter", "Storage", "check_name", "join"]
 
 _Names = list[str]
 
@@ -33,6 +34,33 @@ def check_name(name: str, *, allow_root: bool = False) -> str:
 def join(*parts: str) -> str:
     """Return a name below a directory; empty parts (the storage's root) are left out."""
     return "/".join(part for part in parts if part)
+
+
+class ArchiveWriter(ABC):
+    """A large file on its way into a storage; a context manager, which leaves nothing behind unless it was finished."""
+
+    @abstractmethod
+    def write(self, address: int, nbytes: int, position: int) -> None:
+        """Write memory to a position of the file; positions follow each other. Releases the GIL.
+
+        `address`, `nbytes` and `position` are multiples of 4096; the memory must not change meanwhile.
+        """
+
+    @abstractmethod
+    def finish(self) -> None:
+        """Make the file durable under its name."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Let go of the file; what was not finished is removed."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
 
 
 class Storage(ABC):
@@ -62,11 +90,8 @@ class Storage(ABC):
         """
 
     @abstractmethod
-    def write_archive(self, name: str, address: int, nbytes: int) -> None:
-        """Write a large file from memory.
-
-        `address` and `nbytes` are multiples of 4096; the memory must not change meanwhile. Releases the GIL.
-        """
+    def create_archive(self, name: str, nbytes: int) -> ArchiveWriter:
+        """Return a writer of a large file of at least `nbytes`, whose room is reserved where that is possible."""
 
     @abstractmethod
     def load_archive(

@@ -41,11 +41,11 @@ class Disk:
         while data:
             data = data[os.write(fd, data) :]
 
-    def write_memory(self, fd: int, address: int, nbytes: int) -> None:
-        """Write a file from memory, several requests in flight, without the GIL."""
+    def write_memory(self, fd: int, address: int, nbytes: int, position: int) -> None:
+        """Write memory to a position of a file, several requests in flight, without the GIL."""
         from ckptengine import _native
 
-        _native.write(fd, address, nbytes, 0, REQUEST_NBYTES, WRITE_DEPTH)
+        _native.write(fd, address, nbytes, position, REQUEST_NBYTES, WRITE_DEPTH)
 
     def sync(self, fd: int) -> None:
         """Make a file's bytes durable."""

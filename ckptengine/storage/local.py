@@ -16,14 +16,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from ckptengine.errors import CheckpointDamagedError, StorageError
-from ckptengine.storage.base import Storage, check_name
+from ckptengine.storage.base import ArchiveWriter, Storage, check_name
 from ckptengine.storage.disk import REFUSALS, REQUEST_NBYTES, Disk
 from ckptengine.storage.system import allocate
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
-__all__ = ["ALIGNMENT", "LOAD_THREADS", "LocalStorage"]
+__all__ = ["ALIGNMENT", "LOAD_THREADS", "LocalArchiveWriter", "LocalStorage"]
 
 ALIGNMENT = 4096
 """What direct I/O wants of addresses, positions and lengths: the largest logical block size in common use."""
@@ -71,9 +71,13 @@ class LocalStorage(Storage):
         self._synced: set[str] = set()
 
     def create(self) -> None:
-        """Make the root where it is missing, and check that it can be written to."""
-        self._make_directories(str(self.root))
-        self.now()
+        """Make the root where it is missing, and check that it can be written to.
+
+        A root that is there costs no sync: the first file in it syncs what leads to it.
+        """
+        if not self.root.is_dir():
+            self._make_directories(str(self.root))
+        self._stamp(durable=False)
 
     def make_directory(self, name: str) -> None:
         """Make a directory and those above it, each with its parent synced."""
@@ -96,30 +100,12 @@ class LocalStorage(Storage):
         self._sync_directory(os.path.dirname(target))
         return won
 
-    def write_archive(self, name: str, address: int, nbytes: int) -> None:
-        """Write a large file from memory with `O_DIRECT`, buffered where the file system refuses that.
+    def create_archive(self, name: str, nbytes: int) -> LocalArchiveWriter:
+        """Return a writer of a large file, with `O_DIRECT`, buffered where the file system refuses that.
 
-        `address` and `nbytes` are multiples of 4096. The space is reserved first, so that a full disk shows
-        before anything is written. A failed fsync fails the write and is never repeated: the kernel may have
-        dropped the pages, and a second fsync would report success.
+        The space is reserved first, so that a full disk shows before anything is written.
         """
-        if address % ALIGNMENT or nbytes % ALIGNMENT:
-            raise ValueError(f"{name}: address {address:#x} and length {nbytes} must be multiples of {ALIGNMENT}")
-        target = self._path(name)
-        temporary = self._temporary(target)
-        with self._removed_on_failure(temporary):
-            fd = self._create(temporary, target)
-            try:
-                self._reserve(fd, nbytes, target)
-                self._write_direct(fd, address, nbytes, target)
-                self._do("sync", target, lambda: self._disk.sync(fd))
-            except BaseException:
-                os.close(fd)
-                raise
-            # Network file systems report write errors at close.
-            self._do("close", target, lambda: os.close(fd))
-            self._do("rename the finished file to", target, lambda: self._disk.rename(temporary, target))
-        self._sync_directory(os.path.dirname(target))
+        return LocalArchiveWriter(self, self._path(name), nbytes)
 
     def load_archive(
         self,
@@ -237,13 +223,18 @@ class LocalStorage(Storage):
 
     def now(self) -> float:
         """Return the present time as the file system sees it: that of a file just written."""
+        return self._stamp(durable=True)
+
+    def _stamp(self, durable: bool) -> float:
+        """Write a file and remove it again; return when the file system says that it was written."""
         path = self._temporary(str(self.root / "clock"))
         with self._removed_on_failure(path):
             fd = self._create(path, str(self.root))
             try:
                 # A byte, because a network server stamps a write with its own clock.
                 self._do("write", path, lambda: os.write(fd, b"."))
-                self._do("sync", path, lambda: self._disk.sync(fd))
+                if durable:
+                    self._do("sync", path, lambda: self._disk.sync(fd))
                 return self._do("look up", path, lambda: os.fstat(fd).st_mtime)
             finally:
                 os.close(fd)
@@ -375,16 +366,6 @@ class LocalStorage(Storage):
                 f"{_ADVICE[code]}",
             )
 
-    def _write_direct(self, fd: int, address: int, nbytes: int, target: str) -> None:
-        def write() -> None:
-            self._disk.write_memory(fd, address, nbytes)
-
-        _, direct = self._directly(fd, "write", target, write)
-        if direct:
-            self.direct_writes += 1
-        else:
-            self.buffered_writes += 1
-
     def _directly(self, fd: int, operation: str, path: str, call: Callable[[], _T]) -> tuple[_T, bool]:
         """Run I/O with `O_DIRECT`, and again without where the file system refuses; say which it was."""
         device = os.fstat(fd).st_dev
@@ -461,6 +442,63 @@ class LocalStorage(Storage):
             return []
         except OSError as error:
             raise _error("list", path, error) from error
+
+
+class LocalArchiveWriter(ArchiveWriter):
+    """A file under a temporary name until it is finished."""
+
+    def __init__(self, storage: LocalStorage, target: str, nbytes: int) -> None:
+        self._storage, self._target = storage, target
+        self._temporary = storage._temporary(target)
+        self._direct = True
+        self._fd = storage._create(self._temporary, target)
+        try:
+            storage._reserve(self._fd, nbytes, target)
+        except BaseException:
+            self.close()
+            raise
+
+    def write(self, address: int, nbytes: int, position: int) -> None:
+        """Write memory to a position, several requests in flight."""
+        if address % ALIGNMENT or nbytes % ALIGNMENT or position % ALIGNMENT:
+            raise ValueError(
+                f"{self._target}: address {address:#x}, length {nbytes} and position {position} must be multiples of "
+                f"{ALIGNMENT}"
+            )
+        disk = self._storage._disk
+        _, direct = self._storage._directly(
+            self._fd, "write", self._target, lambda: disk.write_memory(self._fd, address, nbytes, position)
+        )
+        self._direct = self._direct and direct
+
+    def finish(self) -> None:
+        """Sync, close, rename, sync the directory.
+
+        A failed sync fails the file and is never repeated: the kernel may have dropped the pages, and a second one
+        would report success.
+        """
+        storage, target = self._storage, self._target
+        storage._do("sync", target, lambda: storage._disk.sync(self._fd))
+        fd, self._fd = self._fd, -1
+        # Network file systems report write errors at close.
+        storage._do("close", target, lambda: os.close(fd))
+        storage._do("rename the finished file to", target, lambda: storage._disk.rename(self._temporary, target))
+        self._temporary = ""
+        storage._sync_directory(os.path.dirname(target))
+        if self._direct:
+            storage.direct_writes += 1
+        else:
+            storage.buffered_writes += 1
+
+    def close(self) -> None:
+        """Close the file, and remove it where it was not finished."""
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            os.close(fd)
+        temporary, self._temporary = self._temporary, ""
+        if temporary:
+            with contextlib.suppress(OSError):
+                os.unlink(temporary)
 
 
 def _error(operation: str, path: str, error: OSError) -> StorageError:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,7 +12,7 @@ from ckptengine.state.adapters import Adapter, ModuleEntry, TensorView
 from ckptengine.state.leaf import Path
 from ckptengine.torch import module as _module
 from ckptengine.torch import optimizer as _optimizer
-from ckptengine.torch.tensor import convert_tensor, dtype_name, torch_dtype, view_tensor
+from ckptengine.torch.tensor import convert_tensor, dtype_name, fingerprints, torch_dtype, view_tensor
 
 __all__ = ["TorchAdapter"]
 
@@ -30,6 +30,14 @@ class TorchAdapter(Adapter):
         """Return dtype, global shape and this rank's parts."""
         return view_tensor(tensor, path, target=target)
 
+    def fingerprints(self, tensors: Sequence[Any]) -> Sequence[Sequence[Any]]:
+        """Return addresses, shapes, strides and dtypes of what this rank holds."""
+        return fingerprints(tensors)
+
+    def versions(self, tensors: Sequence[Any]) -> Sequence[Any]:
+        """Return the counters by which autograd sees changes in place; fused optimizers and `.data` go past them."""
+        return [tensor._version for tensor in tensors]
+
     def empty(self, dtype: str, shape: tuple[int, ...]) -> torch.Tensor:
         """Return a new CPU tensor."""
         return torch.empty(shape, dtype=torch_dtype(dtype))
@@ -45,6 +53,10 @@ class TorchAdapter(Adapter):
     def module_entries(self, module: Any, path: Path) -> list[ModuleEntry]:
         """Return a module's state by names without wrappers' prefixes."""
         return _module.module_entries(module, path)
+
+    def module_values(self, module: Any) -> dict[str, Any]:
+        """Return the module's state by its own keys; under FSDP2 this puts the sharded parameters back."""
+        return dict(module.state_dict(keep_vars=True))
 
     def load_module(self, module: Any, entries: Mapping[str, Any]) -> None:
         """Hand over what could not be filled in place."""
@@ -63,6 +75,10 @@ class TorchAdapter(Adapter):
         """Return one parameter's live state; creates none."""
         return _optimizer.optimizer_state(optimizer, parameter)
 
+    def optimizer_states(self, optimizer: Any, parameters: Sequence[Any]) -> list[dict[str, Any]] | None:
+        """Return the live states of parameters; None where there is state for anything else."""
+        return _optimizer.optimizer_states(optimizer, parameters)
+
     def check_optimizer(self, optimizer: Any, path: Path) -> None:
         """Raise `StateError` for optimizers that can't be saved."""
         _optimizer.check_optimizer(optimizer, path)
@@ -70,6 +86,10 @@ class TorchAdapter(Adapter):
     def set_optimizer_state(self, optimizer: Any, parameter: Any, state: dict[str, Any] | None) -> None:
         """Replace or remove one parameter's state."""
         _optimizer.set_optimizer_state(optimizer, parameter, state)
+
+    def before_optimizer_step(self, call: Callable[[], None]) -> Callable[[], None]:
+        """Register torch's global hook, which runs before the step of every optimizer, fused and compiled ones too."""
+        return _optimizer.before_optimizer_step(call)
 
     def state_fits(self, parameter: Any, key: str, shape: tuple[int, ...]) -> bool:
         """Whether an item of a parameter's state may have this shape."""

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from ckptengine.errors import StateError
 from ckptengine.state.leaf import Path, dotted
@@ -12,9 +14,11 @@ from ckptengine.torch.dtensor import is_dtensor, local_runs, splits_of
 from ckptengine.torch.tensor import torch_dtype
 
 __all__ = [
+    "before_optimizer_step",
     "check_optimizer",
     "new_state_tensor",
     "optimizer_state",
+    "optimizer_states",
     "set_hyperparameter",
     "set_optimizer_state",
     "state_fits",
@@ -55,6 +59,24 @@ def optimizer_state(optimizer: torch.optim.Optimizer, parameter: torch.Tensor) -
     """Return a parameter's state, an empty dict where it has none; `optimizer.state[p]` would add one."""
     state: dict[str, Any] = optimizer.state.get(parameter, {})
     return state
+
+
+def optimizer_states(
+    optimizer: torch.optim.Optimizer, parameters: Sequence[torch.Tensor]
+) -> list[dict[str, Any]] | None:
+    """Return the states of parameters, empty dicts where there is none; None where there is state for anything else."""
+    get = optimizer.state.get
+    states: list[dict[str, Any]] = [get(parameter, {}) for parameter in parameters]
+    return states if sum(map(bool, states)) == sum(map(bool, optimizer.state.values())) else None
+
+
+def before_optimizer_step(call: Callable[[], None]) -> Callable[[], None]:
+    """Have something called before any optimizer steps; return what undoes it."""
+
+    def hook(optimizer: torch.optim.Optimizer, arguments: Any, keywords: Any) -> None:
+        call()
+
+    return register_optimizer_step_pre_hook(torch.compiler.disable(hook)).remove  # type: ignore[no-untyped-call]
 
 
 def set_optimizer_state(

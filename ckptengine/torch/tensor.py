@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Hashable, Sequence
 from typing import Any
 
@@ -17,7 +18,7 @@ from ckptengine.state.dtypes import DTYPES
 from ckptengine.state.leaf import DeviceMemory, HostMemory, Memory, Part, Path, Placement, dotted
 from ckptengine.torch.dtensor import dtensor_pieces, is_dtensor
 
-__all__ = ["convert_tensor", "dtype_name", "torch_dtype", "view_tensor"]
+__all__ = ["convert_tensor", "dtype_name", "fingerprints", "torch_dtype", "view_tensor"]
 
 # Types of equal size that numpy and torch share, to move bits between them.
 _BITS = {
@@ -51,6 +52,22 @@ def view_tensor(tensor: torch.Tensor, path: Path, *, target: bool) -> TensorView
     shape, placement, pieces = _pieces(tensor, path)
     parts = tuple(Part(box, _memory(piece, path, target=target)) for box, piece in pieces)
     return TensorView(name, shape, placement, parts, _identity(tensor, name))
+
+
+def fingerprints(tensors: Sequence[torch.Tensor]) -> tuple[list[Any], ...]:
+    """Return addresses, shapes, strides and dtypes of what this rank holds, a list of each.
+
+    A DTensor's placement never changes, its local tensor's memory may.
+    """
+    if "torch.distributed.tensor" in sys.modules:
+        tensors = [tensor._local_tensor if is_dtensor(tensor) else tensor for tensor in tensors]  # type: ignore[attr-defined]
+    kind = torch.Tensor
+    return (
+        list(map(kind.data_ptr, tensors)),
+        list(map(kind.size, tensors)),
+        list(map(kind.stride, tensors)),
+        [tensor.dtype for tensor in tensors],
+    )
 
 
 def convert_tensor(tensor: torch.Tensor, buffers: Sequence[np.ndarray[Any, Any]], dtype: str) -> None:

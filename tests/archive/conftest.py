@@ -1,4 +1,6 @@
+import ctypes
 import hashlib
+import time
 
 import numpy as np
 import pytest
@@ -9,8 +11,9 @@ from ckptengine.archive.tail import build_tail
 from ckptengine.layout.assign import assign
 from ckptengine.layout.holdings import holdings_of
 from ckptengine.save.values import stored_values
-from ckptengine.snapshot.arena import Arena
-from ckptengine.snapshot.pack import snapshot
+from ckptengine.snapshot.feed import Feed
+from ckptengine.snapshot.pack import Checksums, CopyTable
+from ckptengine.snapshot.snapshotter import Snapshotter
 from ckptengine.state.tree import flatten
 
 
@@ -22,14 +25,17 @@ def archive_of(tmp_path):
         flat = flatten(state)
         assigned = assign([holdings_of(flat.arrays)])[0]
         image = plan_image(archive_name(0), 0, assigned)
-        arena = Arena()
-        arena.reserve(image.fixed_nbytes)
-        leaves = {leaf.path: leaf for leaf in flat.arrays}
-        checksums = snapshot(image, [leaves[item.path] for item in assigned], arena)
+        numbers = {leaf.path: number for number, leaf in enumerate(flat.arrays)}
+        table = CopyTable(image, flat.arrays, [numbers[item.path] for item in assigned], overlap=False)
+        snapshotter, checksums, feed = Snapshotter(), Checksums(image), Feed(time.monotonic() + 60)
+        assert snapshotter.reserve(image, 60)
+        snapshotter.fill(table, checksums, feed)
+        feed.finish()
+        fixed = b"".join(ctypes.string_at(window.address, window.end - window.begin) for window in feed)
         tail = build_tail(image, stored_values(flat).entries(0), checksums.entries, checksums.blocks)
         path = tmp_path / image.name
-        path.write_bytes(bytes(arena.view(0, image.fixed_nbytes)) + tail)
-        arena.close()
+        path.write_bytes(fixed + tail)
+        snapshotter.close()
         return path, image, checksums, hashlib.sha256(tail).hexdigest()
 
     return build

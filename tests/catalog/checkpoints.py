@@ -38,7 +38,9 @@ def write_data(storage, manifest):
     data = attempt_directory(directory_of(manifest), manifest.attempt)
     MEMORY[:] = (manifest.generation * 16 + (manifest.step or 0)) % 256
     for record in manifest.archives:
-        storage.write_archive(join(data, record.name), MEMORY.ctypes.data, record.nbytes)
+        with storage.create_archive(join(data, record.name), record.nbytes) as archive:
+            archive.write(MEMORY.ctypes.data, record.nbytes, 0)
+            archive.finish()
     storage.write_bytes(join(data, manifest.layout.name), bytes(MEMORY[: manifest.layout.nbytes]))
 
 

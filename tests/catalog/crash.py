@@ -30,9 +30,9 @@ class RecordingDisk(Disk):
         self.operations.append(("write", self._paths[fd], bytes(data)))
         super().write(fd, data)
 
-    def write_memory(self, fd, address, nbytes):
+    def write_memory(self, fd, address, nbytes, position):
         self.operations.append(("write", self._paths[fd], ctypes.string_at(address, nbytes)))
-        super().write_memory(fd, address, nbytes)
+        super().write_memory(fd, address, nbytes, position)
 
     def sync(self, fd):
         super().sync(fd)

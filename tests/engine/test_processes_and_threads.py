@@ -61,8 +61,8 @@ import os, sys, threading
 import numpy as np
 import ckptengine as ce
 from ckptengine.storage.local import LocalStorage
-go, write = threading.Event(), LocalStorage.write_archive
-LocalStorage.write_archive = lambda *arguments: (go.wait(), write(*arguments))
+go, write = threading.Event(), LocalStorage.create_archive
+LocalStorage.create_archive = lambda *arguments: (go.wait(), write(*arguments))[1]
 handle = ce.async_save(sys.argv[1], {"a": np.arange(9.0)})
 pid = os.fork()
 if pid == 0:
@@ -128,7 +128,7 @@ from ckptengine.storage.local import LocalStorage
 def fail(*arguments):
     raise StorageError(5, "the disk is gone")
 
-LocalStorage.write_archive = fail
+LocalStorage.create_archive = fail
 ce.async_save(sys.argv[1], {"a": np.arange(9.0)})
 """
 

@@ -88,8 +88,8 @@ def first_job(run: Path, rank: int, victim: int) -> list[dict[str, Any]]:
     said.append(saved(checkpointer, rank, 4))
     if rank == victim:
 
-        def die(disk: Disk, fd: int, address: int, nbytes: int) -> None:
-            write(disk, fd, address, 4096)
+        def die(disk: Disk, fd: int, address: int, nbytes: int, position: int) -> None:
+            write(disk, fd, address, 4096, position)
             os.kill(os.getpid(), signal.SIGKILL)
             time.sleep(60)
 

@@ -147,8 +147,8 @@ def do_half(name: str, disk: Disk, original: Callable[..., Any], arguments: tupl
         fd, data = arguments
         os.write(fd, data[: len(data) // 2])
     elif name == "write_memory":
-        fd, address, nbytes = arguments
-        original(disk, fd, address, nbytes // 8192 * 4096)
+        fd, address, nbytes, position = arguments
+        original(disk, fd, address, nbytes // 8192 * 4096, position)
     elif name == "publish":
         os.link(*arguments)
     else:

@@ -177,17 +177,17 @@ def test_no_memory_for_the_snapshot_says_how_much_and_training_goes_on(
     assert committed_steps(tmp_path / "run") == [1, 3, 4]
 
 
-def test_an_address_space_that_is_too_small_is_an_error_that_says_how_much(tmp_path: Path) -> None:
-    state = {"large": np.zeros(96 * MIB, np.uint8)}
+def test_a_snapshot_that_memory_is_too_short_for_goes_through_what_there_is_and_says_how_much_is_missing(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    state = {"large": np.arange(12 * MIB)}
     ce.save(tmp_path / "point", {"small": np.arange(10)})
     kept = resource.getrlimit(resource.RLIMIT_AS)
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + 64 * MIB, kept[1]))
     try:
-        with pytest.raises(StorageError, match=r"no memory for the snapshot: 10[\d,]{9} bytes are needed"):
-            ce.save(tmp_path / "point", state)
+        ce.save(tmp_path / "point", state)
     finally:
         resource.setrlimit(resource.RLIMIT_AS, kept)
-    assert same(ce.load(tmp_path / "point"), {"small": np.arange(10)})
-    ce.save(tmp_path / "point", state)
+    assert re.search(r"no memory for the snapshot: 10[\d,]{9} bytes are needed.*through [\d,]{10} bytes", caplog.text)
     assert same(ce.load(tmp_path / "point"), state)

@@ -27,6 +27,13 @@ def aligned(nbytes, seed=0):
     return memory
 
 
+def write_archive(storage, name, address, nbytes):
+    """Write memory as one archive."""
+    with storage.create_archive(name, nbytes) as archive:
+        archive.write(address, nbytes, 0)
+        archive.finish()
+
+
 @pytest.fixture
 def storage(tmp_path):
     return LocalStorage(tmp_path / "a" / "run")
@@ -39,44 +46,61 @@ def all_files(storage):
 @pytest.mark.parametrize("nbytes", [0, 4096, (20 << 20) + 8192])
 def test_an_archive_is_written_whole(storage, nbytes):
     data = aligned(nbytes)
-    storage.write_archive("step/data/rank.zip", data.ctypes.data, nbytes)
+    write_archive(storage, "step/data/rank.zip", data.ctypes.data, nbytes)
     assert storage.size("step/data/rank.zip") == nbytes
     assert storage.read_range("step/data/rank.zip", 0, nbytes) == data.tobytes()
     assert all_files(storage) == ["step/data/rank.zip"]
     assert storage.direct_writes + storage.buffered_writes == 1
 
 
+def test_an_archive_comes_in_parts_and_is_not_there_before_it_is_finished(storage):
+    data = aligned(3 * 4096)
+    with storage.create_archive("rank.zip", 4096) as archive:
+        for position in range(0, data.size, 4096):
+            archive.write(data.ctypes.data + position, 4096, position)
+        assert storage.size("rank.zip") is None
+        archive.finish()
+    assert storage.read_range("rank.zip", 0, data.size) == data.tobytes()
+
+
+def test_an_archive_that_is_not_finished_leaves_nothing_behind(storage):
+    data = aligned(4096)
+    with storage.create_archive("rank.zip", 1 << 20) as archive:
+        archive.write(data.ctypes.data, 4096, 0)
+    assert all_files(storage) == []
+
+
 def test_an_archive_replaces_one_of_the_same_name(storage):
     first, second = aligned(8192, 1), aligned(4096, 2)
-    storage.write_archive("rank.zip", first.ctypes.data, 8192)
-    storage.write_archive("rank.zip", second.ctypes.data, 4096)
+    write_archive(storage, "rank.zip", first.ctypes.data, 8192)
+    write_archive(storage, "rank.zip", second.ctypes.data, 4096)
     assert storage.read_bytes("rank.zip", 10000) == second.tobytes()
 
 
 def test_memory_that_is_not_aligned_is_refused(storage):
     data = aligned(8192)
     with pytest.raises(ValueError, match="multiples of 4096"):
-        storage.write_archive("rank.zip", data.ctypes.data + 64, 4096)
+        write_archive(storage, "rank.zip", data.ctypes.data + 64, 4096)
     with pytest.raises(ValueError, match="multiples of 4096"):
-        storage.write_archive("rank.zip", data.ctypes.data, 100)
+        write_archive(storage, "rank.zip", data.ctypes.data, 100)
 
 
 class Refusing(Disk):
     """A file system that takes no direct I/O, as some network file systems."""
 
-    def write_memory(self, fd, address, nbytes):
+    def write_memory(self, fd, address, nbytes, position):
         import fcntl
 
         if fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_DIRECT:
             raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
-        super().write_memory(fd, address, nbytes)
+        super().write_memory(fd, address, nbytes, position)
 
 
 def test_where_direct_writes_are_refused_it_is_said_once_and_written_buffered(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr("ckptengine.storage.local._refusing", set())
     storage, data = LocalStorage(tmp_path, Refusing()), aligned(1 << 20)
     for number in range(2):
-        storage.write_archive(f"{number}.zip", data.ctypes.data, data.size)
+        write_archive(storage, f"{number}.zip", data.ctypes.data, data.size)
         assert storage.read_bytes(f"{number}.zip", 1 << 20) == data.tobytes()
     assert (storage.direct_writes, storage.buffered_writes) == (0, 2)
     assert caplog.text.count("refuses direct I/O") == 1
@@ -95,7 +119,7 @@ def test_a_failed_fsync_fails_the_write_and_is_not_repeated(tmp_path):
     disk = FailingSync()
     storage, data = LocalStorage(tmp_path, disk), aligned(4096)
     with pytest.raises(StorageError, match=r"cannot sync .*rank\.zip.*see the kernel's log") as caught:
-        storage.write_archive("rank.zip", data.ctypes.data, 4096)
+        write_archive(storage, "rank.zip", data.ctypes.data, 4096)
     assert caught.value.errno == errno.EIO
     with pytest.raises(StorageError):
         storage.write_bytes("small", b"1")
@@ -131,13 +155,13 @@ def small_disk(tmp_path):
 def test_a_full_disk_says_what_is_needed_and_what_is_there(small_disk):
     data = aligned(4 << 20)
     with pytest.raises(StorageError, match=r"rank\.zip: 4194304 bytes are needed and \d+ are available") as caught:
-        small_disk.write_archive("rank.zip", data.ctypes.data, data.size)
+        write_archive(small_disk, "rank.zip", data.ctypes.data, data.size)
     assert caught.value.errno == errno.ENOSPC
     with pytest.raises(StorageError, match="make room") as caught:
         small_disk.write_bytes("small", bytes(4 << 20))
     assert caught.value.errno == errno.ENOSPC
     assert os.listdir(small_disk.root) == []
-    small_disk.write_archive("rank.zip", data.ctypes.data, 512 << 10)
+    write_archive(small_disk, "rank.zip", data.ctypes.data, 512 << 10)
     assert small_disk.size("rank.zip") == 512 << 10
 
 
@@ -148,7 +172,8 @@ from ckptengine.storage.local import LocalStorage
 resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))
 data = np.frombuffer(mmap.mmap(-1, 4 << 20), np.uint8)
 try:
-    LocalStorage(sys.argv[1]).write_archive("rank.zip", data.ctypes.data, data.size)
+    with LocalStorage(sys.argv[1]).create_archive("rank.zip", data.size) as archive:
+        archive.write(data.ctypes.data, data.size, 0)
 except StorageError as error:
     print(error)
 """
@@ -177,7 +202,7 @@ def load(storage, name, data, target, expected=None):
 
 def test_an_archive_comes_back_verified(storage):
     data = aligned(BLOCK * 5 + 4096)
-    storage.write_archive("rank.zip", data.ctypes.data, data.size)
+    write_archive(storage, "rank.zip", data.ctypes.data, data.size)
     target = np.zeros_like(data)
     assert load(storage, "rank.zip", data, target) == -1
     assert np.array_equal(target, data)
@@ -189,7 +214,7 @@ def test_an_archive_comes_back_verified(storage):
 
 def test_a_shorter_archive_is_damaged(storage):
     data = aligned(BLOCK)
-    storage.write_archive("rank.zip", data.ctypes.data, data.size)
+    write_archive(storage, "rank.zip", data.ctypes.data, data.size)
     os.truncate(storage.location("rank.zip"), 4096)
     with pytest.raises(CheckpointDamagedError, match=r"rank\.zip: 4096 bytes long, at least 65536"):
         load(storage, "rank.zip", data, np.zeros_like(data))
@@ -238,7 +263,7 @@ def test_names_that_lead_out_of_the_storage_are_refused(storage, name):
         lambda: storage.size(name),
         lambda: storage.write_bytes(name, b""),
         lambda: storage.put_if_absent(name, b""),
-        lambda: storage.write_archive(name, 4096, 0),
+        lambda: write_archive(storage, name, 4096, 0),
         lambda: storage.delete(name),
         lambda: storage.delete_tree(name),
         lambda: storage.touch(name),

@@ -1,0 +1,184 @@
+"""A save's way through the background: archive, receipt, commit."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import time
+
+from ckptengine.archive.image import BLOCK_NBYTES, Image
+from ckptengine.archive.record import ArchiveRecord
+from ckptengine.archive.tail import build_tail
+from ckptengine.catalog.commit import attempt_directory, publish
+from ckptengine.catalog.lease import Lease
+from ckptengine.catalog.listing import Entry, manifest_name, read_manifest
+from ckptengine.catalog.manifest import Manifest
+from ckptengine.catalog.receipt import Channel, Outcome, Receipt, StorageStore, collect
+from ckptengine.comm.base import Communicator
+from ckptengine.errors import CheckpointError, DeadlineError, ReplicaMismatchError, SaveFailedError
+from ckptengine.save.coordinator import Coordinator
+from ckptengine.save.handle import SaveStats
+from ckptengine.save.job import Job
+from ckptengine.save.planner import Plan, Planner
+from ckptengine.snapshot.snapshotter import Snapshotter
+from ckptengine.storage.base import join
+
+__all__ = ["Committer"]
+
+# What keeps its class on all ranks; everything else that fails a save is a `SaveFailedError`.
+_KINDS: dict[str, type[CheckpointError]] = {kind.__name__: kind for kind in (DeadlineError, ReplicaMismatchError)}
+
+_DRAIN_SECONDS = 10.0
+"""How long rank 0 waits, after a failed attempt, for ranks that are still writing, before it cleans up."""
+
+_log = logging.getLogger("ckptengine")
+
+
+class Committer:
+    """Writes this rank's archives and, on rank 0, commits everybody's. Works in the thread of one save at a time."""
+
+    def __init__(self, comm: Communicator, planner: Planner, snapshotter: Snapshotter) -> None:
+        self._comm, self._planner, self._snapshotter = comm, planner, snapshotter
+        self._coordinator = Coordinator(comm.world_size) if comm.rank == 0 else None
+        self._reported: Plan | None = None  # whose rows rank 0 has
+
+    def commit(self, job: Job) -> SaveStats:
+        """Bring a snapshot to the storage and through the commit; returns when the outcome is known."""
+        target = job.target
+        data = attempt_directory(target.directory, job.attempt)
+        store = self._comm.store() or StorageStore(target.storage, join(data, "receipts"))
+        channel = Channel(store, job.attempt, self._comm.rank, self._comm.world_size)
+        if self._comm.rank != 0:
+            receipt = self._write(job, data)
+            began = time.monotonic()
+            channel.send(receipt)
+            try:
+                outcome = channel.outcome(job.deadline)
+            except CheckpointError:
+                # Rank 0 may have published and then lost its voice: our own attempt in the manifest means success.
+                if not self._published(job):
+                    raise
+                outcome = Outcome(plan_together=True)
+        else:
+            receipt, outcome, began = self._coordinate(job, data, channel)
+        if outcome.plan_together:
+            self._planner.together_next()
+        if outcome.error:
+            raise _KINDS.get(outcome.kind, SaveFailedError)(f"{target.location} was not committed: {outcome.error}")
+        assert receipt.archive is not None
+        job.phase("commit", began)
+        return SaveStats(
+            step=target.step,
+            path=target.location,
+            nbytes=receipt.archive.nbytes,
+            waited_seconds=job.waited,
+            stall_seconds=job.stall,
+            written_seconds=next(phase.seconds for phase in job.phases if phase.name == "write"),
+            durable_seconds=time.monotonic() - job.started,
+            phases=tuple(sorted(job.phases, key=lambda phase: phase.began)),
+        )
+
+    def _published(self, job: Job) -> bool:
+        entry = Entry(step=job.target.step, generation=job.generation, directory=job.target.directory)
+        try:
+            return read_manifest(job.target.storage, entry).attempt == job.attempt
+        except CheckpointError:
+            return False
+
+    def _write(self, job: Job, data: str) -> Receipt:
+        """Write this rank's archive; what goes wrong is in the receipt, and in `job.error`."""
+        rank = self._comm.rank
+        try:
+            if job.error is not None:
+                raise job.error
+            assert job.plan is not None
+            assert job.values is not None
+            record = self._write_archive(job, job.plan.image, data)
+        except Exception as problem:
+            job.error = problem
+            return Receipt(rank, None, error=f"{problem}" or type(problem).__name__)
+        finally:
+            job.feed.give_up()
+        rows = b"" if self._reported is job.plan else job.plan.rows.encode()
+        receipt = Receipt(
+            rank=rank,
+            archive=record,
+            value_paths=job.values.paths,
+            digests=job.values.digests,
+            replica_crcs=job.replica_crcs,
+            rows=rows,
+            alone=job.plan.alone,
+            directory=job.target.directory,
+        )
+        self._reported = job.plan
+        return receipt
+
+    def _write_archive(self, job: Job, image: Image, data: str) -> ArchiveRecord:
+        """Write the windows of the image as they come, then the tail."""
+        assert job.values is not None
+        with job.target.storage.create_archive(join(data, image.name), image.fixed_nbytes) as archive:
+            began = None
+            for window in job.feed:
+                began = began or time.monotonic()
+                archive.write(window.address, window.end - window.begin, window.begin)
+            assert job.checksums is not None
+            entries = job.values.entries(self._comm.rank)
+            tail = build_tail(image, entries, job.checksums.entries, job.checksums.blocks)
+            archive.write(self._snapshotter.tail(image, tail, job.whole), len(tail), image.fixed_nbytes)
+            archive.finish()
+        job.phase("write", began or time.monotonic())
+        nbytes = image.fixed_nbytes + len(tail)
+        return ArchiveRecord(image.name, nbytes, image.fixed_nbytes, hashlib.sha256(tail).hexdigest())
+
+    def _coordinate(self, job: Job, data: str, channel: Channel) -> tuple[Receipt, Outcome, float]:
+        """Rank 0: write, collect, compare, publish; whatever happens, all ranks hear of it."""
+        target, storage = job.target, job.target.storage
+        receipt, began = Receipt(0, None, error="it did not come to write"), time.monotonic()
+        try:
+            assert self._coordinator is not None
+            storage.make_directory(data)
+            with Lease(storage, data):
+                receipt, began = self._write(job, data), time.monotonic()
+                receipts = collect(channel, receipt, job.deadline)
+                layout, layout_record = self._coordinator.layout(receipts)
+                storage.write_bytes(join(data, layout_record.name), layout)
+                manifest = Manifest(
+                    step=target.step,
+                    generation=job.generation,
+                    parent=target.parent,
+                    attempt=job.attempt,
+                    world_size=self._comm.world_size,
+                    block_nbytes=BLOCK_NBYTES,
+                    archives=tuple(item.archive for item in receipts if item.archive is not None),
+                    layout=layout_record,
+                    metadata=dict(target.metadata),
+                )
+                publish(storage, target.directory, manifest)
+            outcome = Outcome(plan_together=any(item.alone for item in receipts))
+        except Exception as problem:
+            kind = type(problem).__name__
+            outcome = Outcome(error=f"{problem}" or kind, plan_together=True, kind=kind)
+        try:
+            channel.announce(outcome)
+        except CheckpointError as problem:
+            # What is published is durable, whoever hears of it.
+            _log.warning("%s: the other ranks could not be told how the save ended: %s", target.location, problem)
+        if outcome.error:
+            self._discard(job, data, channel)
+        return receipt, outcome, began
+
+    def _discard(self, job: Job, data: str, channel: Channel) -> None:
+        """Give back the room that a failed attempt takes, once no rank writes into it: the next one may need it."""
+        target, storage = job.target, job.target.storage
+        if self._comm.store() is None:
+            return  # the other ranks find the outcome in there; it is swept as a leftover
+        try:
+            if not channel.drain(min(job.deadline, time.monotonic() + _DRAIN_SECONDS)):
+                return  # a rank may still be writing, or is dead: swept as well
+            # A publication whose own sync failed may have come all the same.
+            if not storage.exists(join(target.directory, manifest_name(job.generation))):
+                storage.delete_tree(data)
+                if target.directory:
+                    storage.remove_directory(target.directory)
+        except CheckpointError as problem:
+            _log.warning("%s: what the failed save left is swept later: %s", target.location, problem)

@@ -1,0 +1,98 @@
+"""What a save sees of the state: walked once, then only compared with what was there before."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from ckptengine.state.leaf import ArrayLeaf, Part, Path
+from ckptengine.state.trace import Trace
+from ckptengine.state.tree import FlatState, flatten_traced
+
+__all__ = ["Reading", "StateReader", "Structure"]
+
+Structure = tuple[tuple[Any, ...], ...]
+"""What of a state a plan depends on: everything but addresses and bytes."""
+
+
+class Reading:
+    """A state at one moment.
+
+    `plain` has its plain values, aliases and containers. `moved` has the new parts of the leaves, by number, whose
+    memory is elsewhere than in the reading before; it is None where all may be.
+    """
+
+    def __init__(
+        self,
+        state: Mapping[str, Any],
+        plain: FlatState,
+        structure: Structure,
+        leaves: tuple[ArrayLeaf, ...] | None,
+        moved: dict[int, tuple[Part, ...]] | None,
+        trace: Trace,
+        tensors: list[Any],
+    ) -> None:
+        self.plain, self.structure, self.moved = plain, structure, moved
+        self._state, self._leaves, self._trace = state, leaves, trace
+        self._tensors = tensors  # they stay where they are for as long as this lives
+
+    @property
+    def leaves(self) -> tuple[ArrayLeaf, ...]:
+        """The arrays, in the order of the structure; walks the state where it was only compared."""
+        if self._leaves is None:
+            self._leaves = flatten_traced(self._state)[0].arrays
+        return self._leaves
+
+    @property
+    def fenced(self) -> list[Path]:
+        """The paths of what only an optimizer's step changes, in the order of `versions`."""
+        return self._trace.fenced
+
+    def versions(self) -> list[Any]:
+        """Return numbers that change when what is fenced is written to, as far as its framework counts that."""
+        return self._trace.versions(self._tensors)
+
+
+class StateReader:
+    """Reads the states of successive saves; keeps no tensor alive in between."""
+
+    def __init__(self) -> None:
+        self._trace: Trace | None = None
+        self._plain: FlatState | None = None
+        self._structure: Structure = ()
+
+    def read(self, state: Mapping[str, Any]) -> Reading:
+        """Return a reading; raises `StateError` naming what can't be saved."""
+        trace, self._trace = self._trace, None  # where it raises, the next reading walks
+        again = None if trace is None else trace.again(state)
+        if again is None:
+            return self._walk(state)
+        assert trace is not None
+        assert self._plain is not None
+        self._trace = trace
+        plain = replace(self._plain, values=again.values, rank_values=again.rank_values)
+        return Reading(state, plain, self._structure, None, again.moved, trace, again.tensors)
+
+    def _walk(self, state: Mapping[str, Any]) -> Reading:
+        flat, trace = flatten_traced(state)
+        self._trace = trace
+        structure = _structure_of(flat)
+        if structure != self._structure:
+            self._structure = structure
+        self._plain = replace(flat, arrays=(), values={}, rank_values={})
+        return Reading(state, replace(flat, arrays=()), self._structure, flat.arrays, None, trace, trace.tensors())
+
+
+def _structure_of(flat: FlatState) -> Structure:
+    return tuple(
+        (
+            leaf.path,
+            leaf.dtype,
+            leaf.shape,
+            leaf.placement,
+            leaf.container,
+            tuple(part.box for part in leaf.parts),
+        )
+        for leaf in flat.arrays
+    )

@@ -1,0 +1,164 @@
+"""From a state's memory to windows of its image: eagerly, under overlap, or through less memory than the image."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import threading
+from bisect import bisect_left, bisect_right
+from collections.abc import Sequence
+
+from ckptengine.archive.image import BLOCK_NBYTES, Image
+from ckptengine.errors import StorageError
+from ckptengine.snapshot.arena import Arena
+from ckptengine.snapshot.feed import Feed, Window
+from ckptengine.snapshot.pack import Checksums, CopyTable
+
+__all__ = ["LEAST_ARENA_NBYTES", "Snapshotter"]
+
+_TAIL_ROOM = 1 << 20
+"""What the arena holds beyond the fixed region from the start, so that the usual tail needs no growing."""
+
+LEAST_ARENA_NBYTES = 16 << 20
+"""Below this a bounded arena would spend its time on calls instead of bytes."""
+
+_WINDOW_NBYTES = 1 << 40
+
+_log = logging.getLogger("ckptengine")
+
+
+class Snapshotter:
+    """Owns the arena of one saver. `limit` bounds it, in bytes; None: as large as the image."""
+
+    def __init__(self, limit: int | None = None) -> None:
+        self._arena = Arena()
+        self._limit = limit
+        self._told = False
+        self._preparing: threading.Thread | None = None
+
+    def prepare(self, nbytes: int) -> None:
+        """Reserve memory for a snapshot of about `nbytes` in the background; `reserve` waits for that."""
+        if self._limit is not None:
+            nbytes = min(nbytes, self._limit)
+
+        def populate() -> None:
+            try:
+                self._arena.reserve(nbytes + _TAIL_ROOM, populate=True)
+            except StorageError as error:
+                _log.info("the snapshot's memory can't be prepared beforehand: %s", error)
+
+        self._preparing = threading.Thread(target=populate, name="ckptengine-arena", daemon=True)
+        self._preparing.start()
+
+    def reserve(self, image: Image, timeout: float) -> bool:
+        """Reserve memory for an image; return whether it is there for the whole of it.
+
+        Where memory is short, the snapshot goes through what there is: from `LEAST_ARENA_NBYTES` on. Raises
+        `StorageError` saying how much is missing where there isn't even that.
+        """
+        preparing, self._preparing = self._preparing, None
+        if preparing is not None:
+            preparing.join(timeout)
+        whole = image.fixed_nbytes + _TAIL_ROOM
+        if self._limit is not None and self._limit < image.fixed_nbytes:
+            self._arena.reserve(self._limit)
+            return False
+        try:
+            self._arena.reserve(whole)
+            return True
+        except StorageError as error:
+            if error.errno not in (errno.ENOMEM, errno.ENOSPC):
+                raise
+            self._reserve_less(whole, error)
+            return False
+
+    def _reserve_less(self, whole: int, shortage: StorageError) -> None:
+        nbytes = whole // 2
+        while nbytes >= max(LEAST_ARENA_NBYTES, self._arena.nbytes):
+            try:
+                self._arena.reserve(nbytes)
+                break
+            except StorageError:
+                nbytes //= 2
+        if self._arena.nbytes < LEAST_ARENA_NBYTES:
+            raise shortage
+        if not self._told:
+            self._told = True
+            _log.warning(
+                "%s. Until then the snapshot goes through %s bytes at the storage's speed, and training waits for it",
+                shortage,
+                f"{self._arena.nbytes:,}",
+            )
+
+    def fill(self, table: CopyTable, checksums: Checksums, feed: Feed) -> None:
+        """Fill the reserved memory with an image, and feed its windows to the writer; all but what is fenced.
+
+        Where anything is, `fill_fenced` must follow, and feeds them.
+        """
+        image, arena = table.image, self._arena
+        if arena.contents is not image:
+            for position, data in image.static:
+                arena.view(position, len(data))[:] = data
+            arena.contents = image
+        if table.has_fenced:
+            table.fill(arena.address, checksums)
+            return
+        for begin in range(0, image.fixed_nbytes, _WINDOW_NBYTES):
+            self._complete(table, checksums, feed, begin, min(begin + _WINDOW_NBYTES, image.fixed_nbytes))
+
+    def fill_fenced(self, table: CopyTable, checksums: Checksums, feed: Feed) -> None:
+        """Fill in what only an optimizer's step changes, and feed the windows; the step waits until this is done."""
+        table.fill(self._arena.address, checksums, fenced=True)
+        table.seal(self._arena.address, checksums)
+        feed.put(Window(0, table.image.fixed_nbytes, self._arena.address))
+
+    def _complete(self, table: CopyTable, checksums: Checksums, feed: Feed, begin: int, end: int) -> None:
+        address = self._arena.address + begin
+        table.fill(address, checksums, begin, end)
+        table.seal(address, checksums, begin, end)
+        feed.put(Window(begin, end, address))
+
+    def stream(self, table: CopyTable, checksums: Checksums, feed: Feed) -> None:
+        """Bring an image through memory that is smaller: one half of that is filled while the other is written.
+
+        Returns when all is copied, which takes about as long as the storage takes.
+        """
+        image, arena = table.image, self._arena
+        arena.contents = None
+        half = arena.nbytes // 2 // BLOCK_NBYTES * BLOCK_NBYTES
+        starts = [position for position, _ in image.static]
+        for number, begin in enumerate(range(0, image.fixed_nbytes, half)):
+            end = min(begin + half, image.fixed_nbytes)
+            feed.wait_taken(number - 1)
+            offset = number % 2 * half
+            self._put_static(image, starts, begin, end, offset)
+            address = arena.address + offset
+            for fenced in (False, True):
+                table.fill(address, checksums, begin, end, fenced=fenced)
+            table.seal(address, checksums, begin, end)
+            feed.put(Window(begin, end, address))
+
+    def _put_static(self, image: Image, starts: Sequence[int], begin: int, end: int, offset: int) -> None:
+        """Put the bytes that no save changes into the window `[begin, end)` at an offset of the arena."""
+        first = max(0, bisect_right(starts, begin) - 1)
+        for position, data in image.static[first : bisect_left(starts, end)]:
+            low, high = max(position, begin), min(position + len(data), end)
+            if low < high:
+                self._arena.view(offset + low - begin, high - low)[:] = data[low - position : high - position]
+
+    def tail(self, image: Image, tail: bytes, whole: bool) -> int:
+        """Put an archive's tail into the memory and return its address; the image's windows have been written."""
+        position = image.fixed_nbytes if whole else 0
+        self._arena.put(position, tail)
+        return self._arena.address + position
+
+    def close(self) -> None:
+        """Give the memory back."""
+        preparing, self._preparing = self._preparing, None
+        if preparing is not None:
+            preparing.join()
+        self._arena.close()
+
+    def abandon(self) -> None:
+        """Give this process's share of the memory back, in a forked process."""
+        self._arena.close()
