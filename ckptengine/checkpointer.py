@@ -25,6 +25,7 @@ from ckptengine.load.loader import LoadOptions, restore_newest
 from ckptengine.save.handle import SaveHandle, SaveStats
 from ckptengine.save.job import Target
 from ckptengine.save.saver import DEFAULT_TIMEOUT, Saver
+from ckptengine.snapshot.snapshotter import LEAST_ARENA_NBYTES
 from ckptengine.storage.open import open_storage
 
 __all__ = ["Checkpointer"]
@@ -43,6 +44,12 @@ class Checkpointer:
     falls due while one is in flight waits for it, or is skipped on all ranks. `timeout`, in seconds, bounds
     every wait for other ranks or for the storage.
 
+    `overlap`: what only an optimizer's step changes (parameters that an optimizer in the state has, and that
+    optimizer's own tensors) is copied while training goes on; the next step of any optimizer waits for the copy, and
+    `fence` does for code that changes parameters otherwise. Without it all is copied before the call returns.
+    `arena_nbytes` bounds the host memory that holds the snapshot, by default as large as what the rank writes: less
+    than that makes the call last as long as the storage takes.
+
     All ranks call the same methods in the same order.
     """
 
@@ -57,6 +64,8 @@ class Checkpointer:
         max_failures: int = 3,
         when_busy: Literal["wait", "skip"] = "wait",
         check_replicas: bool = False,
+        overlap: bool = False,
+        arena_nbytes: int | None = None,
         metadata: Mapping[str, Any] | None = None,
         timeout: float = DEFAULT_TIMEOUT,
         comm: Communicator | None = None,
@@ -67,6 +76,8 @@ class Checkpointer:
             raise ValueError(f"keep_every={keep_every}: give a number of steps from 1 on, or None")
         if max_failures < 1:
             raise ValueError(f"max_failures={max_failures}: how many failed saves in a row raise, from 1 on")
+        if arena_nbytes is not None and arena_nbytes < LEAST_ARENA_NBYTES:
+            raise ValueError(f"arena_nbytes={arena_nbytes}: give at least {LEAST_ARENA_NBYTES} bytes, or None")
         if on_error not in ("warn", "raise") or when_busy not in ("wait", "skip"):
             raise ValueError(f"on_error={on_error!r}, when_busy={when_busy!r}: see the signature for the choices")
         self.run = os.fspath(run)
@@ -81,7 +92,7 @@ class Checkpointer:
         self._timeout = timeout
         self._comm = comm or current()
         self._storage = open_storage(self.run)
-        self._saver = Saver(self._comm, timeout)
+        self._saver = Saver(self._comm, timeout, overlap=overlap, arena_nbytes=arena_nbytes)
         self._parent: tuple[int, int] | None = None
         self._generation: int | None = None
         self._last: tuple[int, SaveHandle] | None = None
@@ -145,6 +156,7 @@ class Checkpointer:
         if loaded is None or loaded.step is None:
             self._parent = None
             return None
+        self._saver.prepare(state)
         self._parent = (loaded.generation, loaded.step)
         return loaded.step
 
@@ -166,6 +178,8 @@ class Checkpointer:
                     raise
                 except CheckpointError as error:
                     self._failed(error, f"step {step} of {self.run}")
+        else:
+            self._saver.prepare(state)
         self._raise_failure()
         return handle
 
@@ -211,6 +225,13 @@ class Checkpointer:
         self._last = (step, handle)
         self._pending.append(handle)
         return handle
+
+    def fence(self, timeout: float | None = None) -> None:
+        """Wait until the snapshot under way is complete, before a change of the state that is no optimizer's step.
+
+        Needed with `overlap` only. Raises `DeadlineError` after `timeout` seconds (None: the Checkpointer's own).
+        """
+        self._saver.fence(timeout)
 
     def wait(self, timeout: float | None = None) -> None:
         """Wait until the saves in flight are durable; failed ones are treated as `on_error` says.

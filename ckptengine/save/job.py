@@ -12,7 +12,7 @@ from ckptengine.save.handle import Phase, SaveHandle
 from ckptengine.save.planner import Plan
 from ckptengine.save.values import StoredValues
 from ckptengine.snapshot.feed import Feed
-from ckptengine.snapshot.pack import Checksums, CopyTable
+from ckptengine.snapshot.pack import Checksums
 from ckptengine.state.leaf import Path
 from ckptengine.storage.base import Storage
 
@@ -58,13 +58,10 @@ class Job:
     feed: Feed
     plan: Plan | None = None
     values: StoredValues | None = None
-    table: CopyTable | None = None
     checksums: Checksums | None = None
     replica_crcs: ReplicaCrcs = ()
     whole: bool = True
     """Whether the memory holds the whole image."""
-    kept: object = field(default=None, repr=False)
-    """What keeps the state's memory alive while it is copied in the background."""
     stall: float = 0.0
     error: Exception | None = None
     thread: threading.Thread | None = field(default=None, repr=False)

@@ -248,8 +248,8 @@ class Saver:
         self._table = table
         if job.whole and table.has_fenced:
             self._hook()
-            job.kept = reading
-            copier = threading.Thread(target=self._copy_fenced, args=(job, table), name="ckptengine-copy", daemon=True)
+            rest = (job, table, reading, reading.versions())
+            copier = threading.Thread(target=self._copy_fenced, args=rest, name="ckptengine-copy", daemon=True)
             job.stall = time.monotonic() - job.started
             copier.start()
         else:
@@ -259,20 +259,18 @@ class Saver:
             job.handle.staged.reach()
             job.feed.finish()
 
-    def _copy_fenced(self, job: Job, table: CopyTable) -> None:
+    def _copy_fenced(self, job: Job, table: CopyTable, reading: Reading, before: list[Any]) -> None:
         """Copy what only an optimizer's step changes, while forward and backward run; the step waits for it."""
-        began, reading = time.monotonic(), job.kept
+        began = time.monotonic()
         error: Exception | None
         try:
-            assert isinstance(reading, Reading)
             assert job.checksums is not None
-            before = reading.versions()
             self._snapshotter.fill_fenced(table, job.checksums, job.feed)
             changed = [
                 path for path, old, new in zip(reading.fenced, before, reading.versions(), strict=True) if old != new
             ]
             if changed:
-                raise StateError(
+                raise SaveFailedError(
                     f"{dotted(changed[0])}: changed by something other than an optimizer's step while it was being "
                     f"copied ({len(changed)} leaves were): call fence() before such a change, or save without overlap"
                 )
@@ -280,7 +278,6 @@ class Saver:
         except Exception as problem:
             error = problem
         table.release()
-        job.kept = None
         job.phase("copy", began)
         job.handle.staged.reach(error=error)
         job.feed.finish(error)

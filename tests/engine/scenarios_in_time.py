@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import json
 import resource
+import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,6 +24,9 @@ from scenario_tools import (
     step_of,
     table,
 )
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 
 import ckptengine as ce
 from ckptengine.catalog import receipt
@@ -34,6 +39,7 @@ from ckptengine.errors import (
     LoadMismatchError,
     SaveFailedError,
 )
+from ckptengine.snapshot.snapshotter import Snapshotter
 
 # Time.
 
@@ -54,6 +60,53 @@ def what_changes_after_staged_does_not_change_the_checkpoint(comm: Communicator,
     assert np.array_equal(arrays["rows"], table(4))
     for name, value in before.items():
         assert np.array_equal(arrays["model"][name], value.numpy())
+
+
+@scenario
+def a_sharded_state_that_is_copied_while_training_goes_on_is_not_torn(comm: Communicator, folder: Path) -> None:
+    mesh = init_device_mesh("cpu", (comm.world_size,))
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(13, 11), torch.nn.BatchNorm1d(11), torch.nn.Linear(11, 5))
+    for layer in model:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    asked, fill = threading.Event(), Snapshotter.fill_fenced
+
+    def slow(*arguments: Any) -> None:
+        assert asked.wait(20)
+        time.sleep(0.1)
+        fill(*arguments)
+
+    def train() -> None:
+        model(torch.randn(6, 13)).square().sum().backward()
+        asked.set()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    def whole() -> dict[str, np.ndarray]:
+        tensors = {name: value for name, value in model.state_dict().items() if isinstance(value, DTensor)}
+        tensors |= {f"{n}.{key}": optimizer.state[p][key] for n, p in model.named_parameters() for key in ("exp_avg",)}
+        return {name: value.full_tensor().clone().numpy() for name, value in tensors.items()}
+
+    train()
+    try:
+        Snapshotter.fill_fenced = slow  # type: ignore[method-assign]
+        with ce.Checkpointer(folder / "run", overlap=True, comm=comm, timeout=30) as run:
+            expected = whole()
+            asked.clear()
+            handle = run.save(1, {"model": model, "optimizer": optimizer})
+            assert not handle.staged.done()
+            train()
+            assert handle.staged.done()
+            handle.durable.result(30)
+            assert any(not np.array_equal(now, expected[name]) for name, now in whole().items())
+    finally:
+        Snapshotter.fill_fenced = fill  # type: ignore[method-assign]
+    stored = ce.load(folder / "run")
+    for name in dict(model.named_parameters()):
+        assert np.array_equal(stored["model"][name], expected[name])
+        assert np.array_equal(stored["optimizer"]["state"][f"model.{name}"]["exp_avg"], expected[f"{name}.exp_avg"])
 
 
 @scenario
