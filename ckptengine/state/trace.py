@@ -353,9 +353,12 @@ class Trace:
         """Raise `Changed` where tensors are tied that were not, or no longer are."""
         first: dict[Hashable, int] = {}
         for row, identity in zip(self._rows, self._identities, strict=True):
-            leaf = row.leaf if identity is None else first.setdefault(identity, row.leaf)
-            if leaf != row.leaf or (row.tied and identity is None):
+            if identity is None:
+                continue
+            leaf = first.get(identity)
+            if (leaf != row.leaf) if row.tied else (leaf is not None):
                 raise Changed
+            first[identity] = row.leaf
 
 
 class _Row:
