@@ -21,6 +21,9 @@ def variants() -> tuple[str, ...]:
     "portable" everywhere. Each has been run against "portable" when the module was loaded.
     """
 
+def counters() -> tuple[int, int, int, int, int]:
+    """Return what this process has done: bytes copied, bytes written, writes, bytes read, reads."""
+
 def crc32(data: Buffer, value: int = 0, variant: str | None = None) -> int:
     """Return the CRC32 of `data`, which is C-contiguous, continued from `value`, with the best or the named variant.
 

@@ -39,6 +39,20 @@ typedef struct {
 bool ck_value_error(ck_error *error, const char *format, ...) __attribute__((format(printf, 2, 3)));
 bool ck_memory_error(ck_error *error);
 
+/* ---- counters (counters.c) ---- */
+
+typedef enum {
+    CK_COPIED, /* bytes brought from tensors into images, or from files' bytes into tensors */
+    CK_WRITTEN,
+    CK_WRITE_CALLS,
+    CK_READ,
+    CK_READ_CALLS,
+    CK_COUNTERS
+} ck_counter;
+
+void ck_count(ck_counter counter, int64_t n);
+int64_t ck_counted(ck_counter counter);
+
 /* ---- CRC32 (crc32*.c) ---- */
 
 typedef uint32_t (*ck_update)(uint32_t state, const unsigned char *data, size_t nbytes);

@@ -138,6 +138,8 @@ static int64_t read_fully(int fd, unsigned char *bytes, int64_t nbytes, int64_t 
         /* a short read is continued from an aligned place, because O_DIRECT would refuse any other */
         int64_t from = done / CK_ALIGNMENT * CK_ALIGNMENT;
         ssize_t got = pread(fd, bytes + from, (size_t)(nbytes - from), (off_t)(position + from));
+        ck_count(CK_READ_CALLS, 1);
+        ck_count(CK_READ, got > 0 ? got : 0);
         if (got < 0) {
             if (errno == EINTR)
                 continue;
@@ -220,6 +222,8 @@ static int write_fully(int fd, const unsigned char *bytes, int64_t nbytes, int64
     int64_t from = *done = 0;
     while (*done < nbytes) {
         ssize_t put = pwrite(fd, bytes + from, (size_t)(nbytes - from), (off_t)(position + from));
+        ck_count(CK_WRITE_CALLS, 1);
+        ck_count(CK_WRITTEN, put > 0 ? put : 0);
         if (put < 0) {
             if (errno == EINTR)
                 continue;

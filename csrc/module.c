@@ -399,12 +399,23 @@ static PyObject *native_write(PyObject *module, PyObject *args, PyObject *keywor
     Py_RETURN_NONE;
 }
 
+/* ---- counters ---- */
+
+static PyObject *native_counters(PyObject *module, PyObject *unused) {
+    (void)module;
+    (void)unused;
+    return Py_BuildValue("(LLLLL)", (long long)ck_counted(CK_COPIED), (long long)ck_counted(CK_WRITTEN),
+                         (long long)ck_counted(CK_WRITE_CALLS), (long long)ck_counted(CK_READ),
+                         (long long)ck_counted(CK_READ_CALLS));
+}
+
 /* ---- module ---- */
 
 #define METHOD(name, flags, text) {#name, (PyCFunction)(void (*)(void))native_##name, flags, text}
 
 static PyMethodDef methods[] = {
     METHOD(variants, METH_NOARGS, "Names of the CRC32 variants that this CPU can run, best first."),
+    METHOD(counters, METH_NOARGS, "Bytes copied, bytes written, writes, bytes read, reads of this process."),
     METHOD(crc32, METH_VARARGS | METH_KEYWORDS, "zlib's CRC32 of data, continued from value."),
     METHOD(crc32_combine, METH_VARARGS | METH_KEYWORDS,
            "The CRC32 of two byte strings, one after the other."),

@@ -241,6 +241,8 @@ static void pack_op(const ck_pack *pack, int64_t number, int64_t begin, int64_t 
         take(&cursor, NULL, dense + begin, end - begin);
         return;
     }
+    if (dense != NULL)
+        ck_count(CK_COPIED, end - begin);
     ck_view_row row = row_of(op, number);
     ck_view view;
     ck_view_set(&view, &row);

@@ -143,6 +143,7 @@ static void scatter_bytes(const ck_scatter *scatter, const unsigned char *bytes,
         ck_view view;
         ck_view_set(&view, &row);
         ck_scatter_view(&view, from - op[FILE_POS], to - op[FILE_POS], bytes + (from - position));
+        ck_count(CK_COPIED, to - from);
     }
 }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import gc
 import json
 import logging
 import os
@@ -167,13 +168,15 @@ class Saver:
         error: Exception | None = None
         try:
             checked_metadata(target.metadata)
-            reading = self._reader.read(state)
-            values = stored_values(reading.plain)
+            with _collection_later():
+                reading = self._reader.read(state)
+                values = stored_values(reading.plain)
         except Exception as problem:
             error = problem
         read = time.monotonic()
         generation = self._open(target, reading, timeout)
-        plan, error = self._planner.plan(reading, values, error, timeout)
+        with _collection_later():
+            plan, error = self._planner.plan(reading, values, error, timeout)
         job = Job(
             target=target,
             generation=generation,
@@ -231,9 +234,10 @@ class Saver:
     ) -> None:
         """Copy the state, or have it copied until the optimizer's next step."""
         if table is None or table.image is not plan.image or reading.moved is None:
-            numbers = {leaf.path: number for number, leaf in enumerate(reading.leaves)}
-            order = [numbers[item.path] for item in plan.assigned]
-            table = CopyTable(plan.image, reading.leaves, order, self._overlap)
+            with _collection_later():
+                numbers = {leaf.path: number for number, leaf in enumerate(reading.leaves)}
+                order = [numbers[item.path] for item in plan.assigned]
+                table = CopyTable(plan.image, reading.leaves, order, self._overlap)
         else:
             table.move(reading.moved)
         job.checksums = Checksums(plan.image)
@@ -361,6 +365,22 @@ class Saver:
                 job.target.committed(job.generation)
             except Exception as problem:
                 _log.warning("%s: cleaning up after the commit failed: %s", job.handle.path, problem)
+
+
+@contextmanager
+def _collection_later() -> Iterator[None]:
+    """Keep the garbage collector out of work that makes many objects and no cycles.
+
+    It would look at every object of the job several times, which takes longer than the work (100,000 leaves: 7 instead
+    of 1.5 microseconds for each).
+    """
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 # Saves in flight when the interpreter ends are waited for: a checkpoint that was asked for is not dropped silently.

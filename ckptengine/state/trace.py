@@ -241,7 +241,7 @@ class OptimizerStep(Step):
 
 
 def _same(known: Sequence[weakref.ref[Any]], values: Sequence[Any]) -> bool:
-    return len(known) == len(values) and all(map(operator.is_, (ref() for ref in known), values))
+    return len(known) == len(values) and all(map(operator.is_, [ref() for ref in known], values))
 
 
 @dataclass(frozen=True, slots=True)

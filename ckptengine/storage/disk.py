@@ -6,6 +6,7 @@ import errno
 import os
 import shutil
 
+from ckptengine.counters import note_file, note_sync
 from ckptengine.storage.system import rename_no_replace
 
 __all__ = ["REFUSALS", "REQUEST_NBYTES", "WRITE_DEPTH", "Disk"]
@@ -34,6 +35,7 @@ class Disk:
 
     def create(self, path: str) -> int:
         """Return the descriptor of a new, empty file."""
+        note_file()
         return os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
 
     def write(self, fd: int, data: memoryview) -> None:
@@ -49,10 +51,12 @@ class Disk:
 
     def sync(self, fd: int) -> None:
         """Make a file's bytes durable."""
+        note_sync()
         os.fsync(fd)
 
     def sync_directory(self, path: str) -> None:
         """Make the entries of a directory durable."""
+        note_sync()
         fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
             os.fsync(fd)
