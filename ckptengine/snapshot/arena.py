@@ -7,6 +7,7 @@ import errno
 import mmap
 import os
 import threading
+from collections.abc import Callable
 
 from ckptengine.errors import StorageError
 
@@ -32,6 +33,7 @@ class Arena:
         self._lock = threading.Lock()
         self.nbytes = 0
         self.address = 0
+        self._unpin: Callable[[], None] | None = None
         self.contents: object = None
         """What lies in it now, set by its user; None after it has moved."""
 
@@ -76,12 +78,22 @@ class Arena:
             raise ValueError(f"bytes {position} to {position + nbytes} lie outside of an arena of {self.nbytes}")
         return memoryview(self._map)[position : position + nbytes]
 
+    def pin(self, pin: Callable[[int, int], Callable[[], None] | None]) -> None:
+        """Have the memory pinned by a call that takes address and size and returns what undoes it, or None; once."""
+        if self._unpin is None and self._map is not None:
+            self._unpin = pin(self.address, self.nbytes)
+
     def put(self, position: int, data: bytes) -> None:
         """Put bytes at a position, growing the arena where they don't fit; what lies before stays."""
         contents = self.contents
         self.reserve(position + len(data))
         self.view(position, len(data))[:] = data
         self.contents = contents
+
+    def abandon(self) -> None:
+        """Give up a forked process's share of the memory; what pinned it belongs to the parent."""
+        self._unpin = None
+        self.close()
 
     def close(self) -> None:
         """Give the memory back; the arena can't be used afterwards. Closing twice is no error."""
@@ -93,6 +105,9 @@ class Arena:
             os.close(fd)
 
     def _release(self) -> None:
+        unpin, self._unpin = self._unpin, None
+        if unpin is not None:
+            unpin()
         if self._map is not None:
             # A memory map refuses to close while a view of it is alive; dropping it closes it after the last.
             self._map = None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -78,23 +78,27 @@ class _DeviceChunk:
     box: Box
     dtype: np.dtype[Any]
 
-    def fetch(self, target: NDArray[Any]) -> None:
-        """Copy the box to an array of its shape."""
+    def begin(self, target: NDArray[Any], beside: bool) -> Callable[[], None]:
+        """Begin to copy the box to an array of its shape; return what waits for the end of that."""
         memory = self.part.memory
         assert isinstance(memory, DeviceMemory)
         if self.box.shape == self.part.box.shape:
-            memory.copy_to_host(target)
-            return
+            return memory.begin_copy(target, beside)
         whole = np.empty(self.part.box.shape, self.dtype)
-        memory.copy_to_host(whole)
-        target[...] = whole[tuple(slice(o, o + n) for o, n in zip(self.box.offset, self.box.shape, strict=True))]
+        wait = memory.begin_copy(whole, beside)
+
+        def cut() -> None:
+            wait()
+            target[...] = whole[tuple(slice(o, o + n) for o, n in zip(self.box.offset, self.box.shape, strict=True))]
+
+        return cut
 
 
 class CopyTable:
     """What an image is filled from. It holds addresses: it is good for as long as `move` is told what has moved.
 
     `leaves` are the state's, in its order; `numbers` leads from the leaf numbers of the image's chunks to theirs. With
-    `overlap`, host memory that only an optimizer's step changes is left to `fill(..., fenced=True)`.
+    `overlap`, what only an optimizer's step changes is left to `fill(..., fenced=True)`.
     """
 
     def __init__(self, image: Image, leaves: Sequence[ArrayLeaf], numbers: Sequence[int], overlap: bool) -> None:
@@ -106,13 +110,19 @@ class CopyTable:
         self._places: dict[int, list[int]] = {}  # the chunks of each leaf
         self._devices: dict[int, _DeviceChunk] = {}
         self._staged: dict[int, NDArray[Any]] = {}
+        self._waits: list[Callable[[], None]] = []
         rows: tuple[list[tuple[int, list[int]]], list[tuple[int, list[int]]]] = ([], [])
         for place, chunk in enumerate(image.chunks):
             number = numbers[chunk.leaf]
             self._places.setdefault(number, []).append(place)
             row = self._row(place, number, leaves[number].parts)
-            rows[overlap and leaves[number].fenced and place not in self._devices].append((place, row))
+            rows[overlap and leaves[number].fenced].append((place, row))
         self._operations = (_Operations.of(rows[False]), _Operations.of(rows[True]))
+
+    @property
+    def has_devices(self) -> bool:
+        """Whether there is memory that the CPU can't address."""
+        return bool(self._devices)
 
     @property
     def has_fenced(self) -> bool:
@@ -132,8 +142,13 @@ class CopyTable:
         The window `[begin, end)` is cut as `_native.pack` has it; -1 is the image's end.
         """
         operations = self._operations[fenced]
-        if not fenced and self._devices:
-            self._fetch(address, begin, self.image.fixed_nbytes if end < 0 else end)
+        whole = begin == 0 and end in (-1, self.image.fixed_nbytes)
+        if whole and not fenced:
+            self._begin_devices(address)
+        elif not whole and not fenced:
+            self._stage_devices(begin, end)
+        if whole and fenced:
+            self._wait()
         if operations.of_chunk:
             _native.pack(
                 address,
@@ -167,6 +182,7 @@ class CopyTable:
         """Let go of devices' memory: the table outlives the save, the tensors need not."""
         self._devices.clear()
         self._staged.clear()
+        self._waits.clear()
 
     def _row(self, place: int, number: int, parts: Sequence[Part]) -> list[int]:
         """Return one operation of `_native.pack`."""
@@ -182,30 +198,41 @@ class CopyTable:
         strides = [stride * itemsize for stride in strides_of(box.shape)]
         return [*head, 0, 0, 0, *chunk.dense_shape, *box.shape, *strides]
 
-    def _fetch(self, address: int, begin: int, end: int) -> None:
-        """Bring over the chunks in a window that the CPU can't address.
+    def _begin_devices(self, address: int) -> None:
+        """Begin to bring over what the CPU can't address, and wait for what is not fenced.
 
-        Those that lie in it whole go to their place, where `_native.pack` only checksums them. Others go to memory of
-        their own, for as long as windows need them.
+        It goes to its place, where `_native.pack` only checksums it.
         """
+        waits: tuple[list[Callable[[], None]], list[Callable[[], None]]] = ([], [])
+        for place, device in self._devices.items():
+            chunk, fenced = self.image.chunks[place], place in self._operations[True].of_chunk
+            self._operations[fenced].row(place)[_SOURCE] = 0
+            waits[fenced].append(device.begin(_dense(address + chunk.position, chunk, device), beside=fenced))
+        for wait in waits[False]:
+            wait()
+        self._waits = waits[True]
+
+    def _wait(self) -> None:
+        waits, self._waits = self._waits, []
+        for wait in waits:
+            wait()
+
+    def _stage_devices(self, begin: int, end: int) -> None:
+        """Bring over what the CPU can't address of a window, to memory of its own for as long as windows need it."""
         for place, device in self._devices.items():
             chunk = self.image.chunks[place]
             if chunk.position >= end or chunk.position + chunk.nbytes <= begin:
                 continue
-            row = self._operations[False].row(place)
-            if begin <= chunk.position and chunk.position + chunk.nbytes <= end:
-                row[_SOURCE] = 0
-                device.fetch(_dense(address + chunk.position - begin, chunk, device))
-                continue
             staged = self._staged.get(place)
             if staged is None:
                 staged = self._staged[place] = np.empty(device.box.shape, device.dtype)
-                device.fetch(staged)
+                device.begin(staged, beside=False)()
+            row = self._operations[place in self._operations[True].of_chunk].row(place)
             row[_SOURCE] = staged.ctypes.data, staged.ctypes.data, staged.nbytes
         self._staged = {
             place: staged
             for place, staged in self._staged.items()
-            if self.image.chunks[place].position + self.image.chunks[place].nbytes > end
+            if self.image.chunks[place].position + self.image.chunks[place].nbytes > begin
         }
 
 
@@ -213,7 +240,7 @@ def _dense(address: int, chunk: Chunk, device: _DeviceChunk) -> NDArray[Any]:
     """Return the corner of a chunk's place in memory that its box fills; the rest of the place becomes zero."""
     memory = (ctypes.c_uint8 * chunk.nbytes).from_address(address)
     dense: NDArray[Any] = np.frombuffer(memory, device.dtype).reshape(chunk.dense_shape)
-    corner = dense[tuple(slice(0, length) for length in device.box.shape)]
+    corner = dense[(*(slice(0, length) for length in device.box.shape), ...)]  # the dots: else a scalar is a copy
     if corner.size != dense.size:
         dense[...] = 0
     return corner

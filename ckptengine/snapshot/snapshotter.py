@@ -13,6 +13,7 @@ from ckptengine.errors import StorageError
 from ckptengine.snapshot.arena import Arena
 from ckptengine.snapshot.feed import Feed, Window
 from ckptengine.snapshot.pack import Checksums, CopyTable
+from ckptengine.state.adapters import adapters
 
 __all__ = ["LEAST_ARENA_NBYTES", "Snapshotter"]
 
@@ -96,6 +97,9 @@ class Snapshotter:
         Where anything is, `fill_fenced` must follow, and feeds them.
         """
         image, arena = table.image, self._arena
+        if table.has_devices:
+            for adapter in adapters():
+                arena.pin(adapter.pin_host_memory)
         if arena.contents is not image:
             for position, data in image.static:
                 arena.view(position, len(data))[:] = data
@@ -161,4 +165,4 @@ class Snapshotter:
 
     def abandon(self) -> None:
         """Give this process's share of the memory back, in a forked process."""
-        self._arena.close()
+        self._arena.abandon()

@@ -120,6 +120,10 @@ class Adapter:
         """Replace the state of one parameter; None removes it."""
         raise NotImplementedError
 
+    def pin_host_memory(self, address: int, nbytes: int) -> Callable[[], None] | None:
+        """Pin host memory for copies from devices, and return what undoes it; None where that is not possible."""
+        return None
+
     def before_optimizer_step(self, call: Callable[[], None]) -> Callable[[], None]:
         """Have something called before any of the framework's optimizers steps; return what undoes it."""
         return lambda: None

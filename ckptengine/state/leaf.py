@@ -67,12 +67,14 @@ class DeviceMemory:
 
     `copy_to_host(dst)` fills a numpy array (dtype: unsigned bytes-equivalent storage dtype of the leaf,
     shape: the part's box; possibly strided) and returns when the bytes are there. `copy_from_host(src)` is
-    the reverse.
+    the reverse. `begin_copy(dst, beside)` begins the former and returns what waits for its end; with `beside` the
+    device goes on with its work meanwhile.
     """
 
     copy_to_host: Callable[[np.ndarray[Any, Any]], None]
     copy_from_host: Callable[[np.ndarray[Any, Any]], None]
     owner: object = field(repr=False, compare=False)
+    begin_copy: Callable[[np.ndarray[Any, Any], bool], Callable[[], None]] = field(repr=False, compare=False)
 
 
 Memory = HostMemory | DeviceMemory

@@ -10,6 +10,7 @@ import torch
 
 from ckptengine.state.adapters import Adapter, ModuleEntry, TensorView
 from ckptengine.state.leaf import Path
+from ckptengine.torch import accelerator
 from ckptengine.torch import module as _module
 from ckptengine.torch import optimizer as _optimizer
 from ckptengine.torch.tensor import convert_tensor, dtype_name, fingerprints, torch_dtype, view_tensor
@@ -86,6 +87,10 @@ class TorchAdapter(Adapter):
     def set_optimizer_state(self, optimizer: Any, parameter: Any, state: dict[str, Any] | None) -> None:
         """Replace or remove one parameter's state."""
         _optimizer.set_optimizer_state(optimizer, parameter, state)
+
+    def pin_host_memory(self, address: int, nbytes: int) -> Callable[[], None] | None:
+        """Pin host memory where the accelerator can, and return what undoes it."""
+        return accelerator.pin_host_memory(address, nbytes)
 
     def before_optimizer_step(self, call: Callable[[], None]) -> Callable[[], None]:
         """Register torch's global hook, which runs before the step of every optimizer, fused and compiled ones too."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,7 @@ from ckptengine.state.adapters import TensorView
 from ckptengine.state.arrays import may_overlap
 from ckptengine.state.dtypes import DTYPES
 from ckptengine.state.leaf import DeviceMemory, HostMemory, Memory, Part, Path, Placement, dotted
+from ckptengine.torch import accelerator
 from ckptengine.torch.dtensor import dtensor_pieces, is_dtensor
 
 __all__ = ["convert_tensor", "dtype_name", "fingerprints", "torch_dtype", "view_tensor"]
@@ -59,13 +60,14 @@ def fingerprints(tensors: Sequence[torch.Tensor]) -> tuple[list[Any], ...]:
 
     A DTensor's placement never changes, its local tensor's memory may.
     """
-    if "torch.distributed.tensor" in sys.modules:
-        tensors = [tensor._local_tensor if is_dtensor(tensor) else tensor for tensor in tensors]  # type: ignore[attr-defined]
-    kind = torch.Tensor
+    distributed = sys.modules.get("torch.distributed.tensor")
+    if distributed is not None:
+        kind = distributed.DTensor
+        tensors = [tensor._local_tensor if isinstance(tensor, kind) else tensor for tensor in tensors]
     return (
-        list(map(kind.data_ptr, tensors)),
-        list(map(kind.size, tensors)),
-        list(map(kind.stride, tensors)),
+        list(map(torch.Tensor.data_ptr, tensors)),
+        list(map(torch.Tensor.size, tensors)),
+        list(map(torch.Tensor.stride, tensors)),
         [tensor.dtype for tensor in tensors],
     )
 
@@ -145,11 +147,17 @@ def _copied(piece: torch.Tensor) -> DeviceMemory:
         with torch.no_grad():
             _bits_of(dst).copy_(piece.resolve_conj().resolve_neg().view(bits))
 
+    def begin_copy(dst: np.ndarray[Any, Any], beside: bool) -> Callable[[], None]:
+        if piece.device.type == "cpu":
+            copy_to_host(dst)
+            return lambda: None
+        return accelerator.begin_copy(piece, bits, _bits_of(dst), beside)
+
     def copy_from_host(src: np.ndarray[Any, Any]) -> None:
         with torch.no_grad():
             piece.view(bits).copy_(_bits_of(src))
 
-    return DeviceMemory(copy_to_host, copy_from_host, piece)
+    return DeviceMemory(copy_to_host, copy_from_host, piece, begin_copy)
 
 
 def _bits_of(array: np.ndarray[Any, Any]) -> torch.Tensor:
