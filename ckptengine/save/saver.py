@@ -37,6 +37,9 @@ __all__ = ["DEFAULT_TIMEOUT", "Saver"]
 DEFAULT_TIMEOUT = 600.0
 """Seconds after which a wait for other ranks or for the storage is an error; torch's own default is 600 to 1,800."""
 
+_LEAF_NBYTES = 1536
+"""About what an archive has of a leaf beside its bytes: headers, metadata, directory."""
+
 _log = logging.getLogger("ckptengine")
 
 
@@ -317,7 +320,7 @@ class Saver:
             leaves = flatten(state).arrays
         except StateError:
             return  # the save will say so
-        self._snapshotter.prepare(sum(self._share(leaf) for leaf in leaves))
+        self._snapshotter.prepare(sum(self._share(leaf) + _LEAF_NBYTES for leaf in leaves))
 
     def _share(self, leaf: ArrayLeaf) -> int:
         """Return about how many bytes of a leaf this rank will write."""
