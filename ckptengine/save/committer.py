@@ -137,23 +137,28 @@ class Committer:
         try:
             assert self._coordinator is not None
             storage.make_directory(data)
-            with Lease(storage, data):
-                receipt, began = self._write(job, data), time.monotonic()
-                receipts = collect(channel, receipt, job.deadline)
-                layout, layout_record = self._coordinator.layout(receipts)
+            job.held.enter_context(Lease(storage, data))
+            # While the copy runs: most saves have the layout of the one before.
+            early = self._coordinator.expected()
+            if early is not None:
+                storage.write_bytes(join(data, early[1].name), early[0])
+            receipt, began = self._write(job, data), time.monotonic()
+            receipts = collect(channel, receipt, job.deadline)
+            layout, layout_record = self._coordinator.layout(receipts)
+            if early is None or early[1] != layout_record:
                 storage.write_bytes(join(data, layout_record.name), layout)
-                manifest = Manifest(
-                    step=target.step,
-                    generation=job.generation,
-                    parent=target.parent,
-                    attempt=job.attempt,
-                    world_size=self._comm.world_size,
-                    block_nbytes=BLOCK_NBYTES,
-                    archives=tuple(item.archive for item in receipts if item.archive is not None),
-                    layout=layout_record,
-                    metadata=dict(target.metadata),
-                )
-                publish(storage, target.directory, manifest)
+            manifest = Manifest(
+                step=target.step,
+                generation=job.generation,
+                parent=target.parent,
+                attempt=job.attempt,
+                world_size=self._comm.world_size,
+                block_nbytes=BLOCK_NBYTES,
+                archives=tuple(item.archive for item in receipts if item.archive is not None),
+                layout=layout_record,
+                metadata=dict(target.metadata),
+            )
+            publish(storage, target.directory, manifest)
             outcome = Outcome(plan_together=any(item.alone for item in receipts))
         except Exception as problem:
             kind = type(problem).__name__
@@ -164,6 +169,7 @@ class Committer:
             # What is published is durable, whoever hears of it.
             _log.warning("%s: the other ranks could not be told how the save ended: %s", target.location, problem)
         if outcome.error:
+            job.held.close()
             self._discard(job, data, channel)
         return receipt, outcome, began
 

@@ -24,6 +24,10 @@ class Coordinator:
         self._rows: list[RankRows | None] = [None] * world_size
         self._layout: tuple[bytes, ArchiveRecord] | None = None
 
+    def expected(self) -> tuple[bytes, ArchiveRecord] | None:
+        """Return the layout file and record that the next receipts will make unless they bring other rows."""
+        return self._layout
+
     def layout(self, receipts: Sequence[Receipt]) -> tuple[bytes, ArchiveRecord]:
         """Return the layout file of these receipts and its record; made anew only where a plan has changed.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -62,9 +63,13 @@ class Job:
     replica_crcs: ReplicaCrcs = ()
     whole: bool = True
     """Whether the memory holds the whole image."""
+    held: ExitStack = field(default_factory=ExitStack, repr=False)
+    """What rank 0 holds until the end is known, and lets go of after it has told."""
     stall: float = 0.0
     error: Exception | None = None
     thread: threading.Thread | None = field(default=None, repr=False)
+    previous: threading.Thread | None = field(default=None, repr=False)
+    """The thread of the save before, which may still be cleaning up."""
     phases: list[Phase] = field(default_factory=list)
 
     def phase(self, name: str, began: float) -> None:

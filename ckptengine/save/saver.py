@@ -213,6 +213,7 @@ class Saver:
 
     def _launch(self, job: Job) -> None:
         """Send a save on its way through the background."""
+        job.previous = None if self._job is None else self._job.thread
         self._job = job
         job.thread = threading.Thread(target=self._finish, args=(job,), name="ckptengine-save", daemon=True)
         try:
@@ -363,6 +364,10 @@ class Saver:
             self._planner.together_next()
         job.handle.staged.reach(error=job.error)
         job.handle.durable.reach(stats, job.error)
+        job.held.close()
+        if job.previous is not None:
+            job.previous.join(self._timeout)  # its cleaning and this one's must not meet in the same directories
+            job.previous = None
         if job.error is None and self._comm.rank == 0 and job.target.committed is not None:
             try:
                 job.target.committed(job.generation)

@@ -240,7 +240,9 @@ def _dense(address: int, chunk: Chunk, device: _DeviceChunk) -> NDArray[Any]:
     """Return the corner of a chunk's place in memory that its box fills; the rest of the place becomes zero."""
     memory = (ctypes.c_uint8 * chunk.nbytes).from_address(address)
     dense: NDArray[Any] = np.frombuffer(memory, device.dtype).reshape(chunk.dense_shape)
-    corner = dense[(*(slice(0, length) for length in device.box.shape), ...)]  # the dots: else a scalar is a copy
+    # As many indices as there are dimensions give a copy where there are none: the view of a scalar needs the dots.
+    inside: Any = (*(slice(0, length) for length in device.box.shape), ...)
+    corner: NDArray[Any] = dense[inside]
     if corner.size != dense.size:
         dense[...] = 0
     return corner
