@@ -73,11 +73,15 @@ class LocalStorage(Storage):
     def create(self) -> None:
         """Make the root where it is missing, and check that it can be written to.
 
-        A root that is there costs no sync: the first file in it syncs what leads to it.
+        A root that is there is only asked for its permissions: a file made for the purpose may wait for a busy disk.
         """
         if not self.root.is_dir():
             self._make_directories(str(self.root))
-        self._stamp(durable=False)
+            self.now()
+        elif not os.access(self.root, os.W_OK | os.X_OK):
+            read_only = os.statvfs(self.root).f_flag & os.ST_RDONLY
+            code = errno.EROFS if read_only else errno.EACCES
+            raise _error("write to", str(self.root), OSError(code, os.strerror(code)))
 
     def make_directory(self, name: str) -> None:
         """Make a directory and those above it, each with its parent synced."""
@@ -223,18 +227,13 @@ class LocalStorage(Storage):
 
     def now(self) -> float:
         """Return the present time as the file system sees it: that of a file just written."""
-        return self._stamp(durable=True)
-
-    def _stamp(self, durable: bool) -> float:
-        """Write a file and remove it again; return when the file system says that it was written."""
         path = self._temporary(str(self.root / "clock"))
         with self._removed_on_failure(path):
             fd = self._create(path, str(self.root))
             try:
                 # A byte, because a network server stamps a write with its own clock.
                 self._do("write", path, lambda: os.write(fd, b"."))
-                if durable:
-                    self._do("sync", path, lambda: self._disk.sync(fd))
+                self._do("sync", path, lambda: self._disk.sync(fd))
                 return self._do("look up", path, lambda: os.fstat(fd).st_mtime)
             finally:
                 os.close(fd)

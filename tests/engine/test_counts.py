@@ -44,9 +44,9 @@ def test_a_save_makes_few_system_calls_and_files_however_large_it_is(tmp_path, l
     small = state_of(3, 40)
     ce.save(tmp_path / "small", small)
     other = counted(lambda: ce.save(tmp_path / "small", small))
-    # Archive, layout, lease, manifest, a look whether the place can be written to, and two at its clock.
+    # Archive, layout, lease, manifest, and two looks at the clock of the storage.
     assert (second.files, second.syncs) == (other.files, other.syncs)
-    assert second.files <= 7
+    assert second.files <= 6
     assert second.syncs <= 16
 
 
