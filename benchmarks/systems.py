@@ -203,6 +203,14 @@ class TorchCheckpointing:
         )
         self._manager = config.build()
 
+    def prepare(self, state: State) -> None:
+        """Let it allocate and touch its staging memory, and start its process, before the first save.
+
+        It starts the process in the background, which takes seconds; a job is seldom that quick, so it's waited for.
+        """
+        self._manager.prewarm_staging({"state": state})
+        self._manager._saver._checkpoint_process.wait_for_init()
+
     def begin(self, state: State) -> Any:
         """Start a save and return the future of its end; training may go on."""
         return self._manager.save(str(self.path), {"state": state})
