@@ -6,6 +6,7 @@ kernel's high-water mark of the process, and the memory of the process and its c
 """
 
 import ctypes
+import functools
 import gc
 import statistics
 import time
@@ -59,9 +60,8 @@ def _both(name: str, options: Options) -> Callable[[], dict[str, int]]:
         for what in ("save", "load"):
             samples: list[Sample] = []
             arguments = {"system": name, "scale": options.scale, "folder": str(folder), "what": what}
-            reply = fresh(
-                "benchmarks.memory", arguments, options.folder, options.timeout, watch=lambda pid: sample(pid, samples)
-            )
+            watch = functools.partial(sample, samples)
+            reply = fresh("benchmarks.memory", arguments, options.folder, options.timeout, watch)
             found[what] = max(above(samples, reply["began"], reply["ended"]), reply["own"])
             found |= {"nbytes": reply["nbytes"], "tensors": reply["tensors"]}
         return found
@@ -69,7 +69,7 @@ def _both(name: str, options: Options) -> Callable[[], dict[str, int]]:
     return measure
 
 
-def sample(pid: int, samples: list[Sample]) -> None:
+def sample(samples: list[Sample], pid: int) -> None:
     """Add the memory of a process and its children at this moment; what has ended meanwhile counts as nothing."""
     now, total, pids = time.monotonic(), 0, [pid]
     while pids:

@@ -61,11 +61,15 @@ def _wait(process: subprocess.Popen[bytes], deadline: float, watch: Callable[[in
             raise TimeoutError(late)
         if watch is not None:
             watch(process.pid)
-        time.sleep(0.02)
+        time.sleep(0.1)  # watching costs the watched process time, too
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """Kill what is left of a process's own session: its children too."""
+    """End what still runs: the process is asked first, so that a launcher ends its workers, then its session killed."""
+    if process.poll() is None:
+        process.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(30)
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()

@@ -49,6 +49,12 @@ def best_of(columns: Sequence[Sequence[float]]) -> list[float]:
     return [min(values) for values in zip(*columns, strict=True)]
 
 
+def rotated(names: tuple[str, ...], number: int) -> tuple[str, ...]:
+    """Return the order of a round: one place further for each round."""
+    start = number % len(names)
+    return names[start:] + names[:start]
+
+
 def interleaved(
     subjects: Mapping[str, Callable[[], Measured]], rounds: int, warmup: int = 1
 ) -> tuple[dict[str, list[Measured]], dict[str, str]]:
@@ -58,9 +64,9 @@ def interleaved(
     """
     measured: dict[str, list[Measured]] = {name: [] for name in subjects}
     errors: dict[str, str] = {}
-    names = list(subjects)
+    names = tuple(subjects)
     for number in range(rounds + warmup):
-        for name in names[number % len(names) :] + names[: number % len(names)]:
+        for name in rotated(names, number):
             if name in errors:
                 continue
             gc.collect()
