@@ -24,6 +24,9 @@ REQUEST = 8 << 20
 Piece = tuple[int, int, int]
 """Address in the memory, address in a tensor, bytes."""
 
+Way = tuple[Callable[[], None], Callable[[], None]]
+"""What copies in, and what copies out."""
+
 
 def warm_memory(size: int) -> mmap.mmap:
     """Return shared memory of this many bytes, allocated and touched.
@@ -76,13 +79,13 @@ class Copier:
             position += tensor.nbytes
         cores = len(os.sched_getaffinity(0))
         self._pool = ThreadPoolExecutor(cores)
-        ways: dict[str, tuple[Callable[[], None], Callable[[], None]]] = {"torch": (self._torch_in, self._torch_out)}
+        self.ways: dict[str, Way] = {"torch": (self._torch_in, self._torch_out)}
         for threads in sorted({1, cores}):
-            ways[f"memmove, threads: {threads}"] = self._memmove(shares(pieces, threads))
-        seconds = {name: [self._timed(copy_in) for _ in range(tries)] for name, (copy_in, _) in ways.items()}
+            self.ways[f"memmove, threads: {threads}"] = self._memmove(shares(pieces, threads))
+        seconds = {name: [self._timed(copy_in) for _ in range(tries)] for name, (copy_in, _) in self.ways.items()}
         self.way = min(seconds, key=lambda name: statistics.median(seconds[name]))
         """The fastest way, in words."""
-        self.copy_in, self.copy_out = ways[self.way]
+        self.copy_in, self.copy_out = self.ways[self.way]
 
     def close(self) -> None:
         self._pool.shutdown()
@@ -102,7 +105,7 @@ class Copier:
         for place, tensor in self._tensors:
             tensor.copy_(place)
 
-    def _memmove(self, parts: list[list[Piece]]) -> tuple[Callable[[], None], Callable[[], None]]:
+    def _memmove(self, parts: list[list[Piece]]) -> Way:
         def copy(part: list[Piece]) -> None:
             for target, source, size in part:
                 ctypes.memmove(target, source, size)

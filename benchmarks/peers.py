@@ -89,13 +89,13 @@ def _subject(system: Any, state: State, expected: State) -> Callable[[], Measure
 def measured(system: Any, state: State, expected: State) -> Measured:
     """Save and load once; raise `AssertionError` where a value came back changed."""
     stall, durable = system.save(state)
-    files = count_files(system.path)
     drop_cache(system.path)
     for tensor in state.values():
         tensor.zero_()
     began = time.perf_counter()
     system.load(state)
     load = time.perf_counter() - began
+    files = count_files(system.path)
     changed = [name for name, tensor in expected.items() if not torch.equal(state[name], tensor)]
     if changed:
         raise AssertionError(f"{len(changed)} tensors came back changed, the first is {changed[0]}")
