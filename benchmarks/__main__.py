@@ -10,6 +10,7 @@ import argparse
 import importlib
 import inspect
 import json
+import signal
 import sys
 import traceback
 from collections.abc import Callable
@@ -50,6 +51,8 @@ def main(arguments: list[str] | None = None) -> int:
             parser.error("plots needs --json FILE, written by an earlier run")
         return _plots(json.loads(given.json.read_text()), given.plots)
 
+    # So that an ended run cleans up, too.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     chosen = [name for name in BENCHMARKS if name in what or "all" in what]
     console = Console(width=None if sys.stdout.isatty() else 150)
     with scratch(given.folder) as folder:

@@ -96,12 +96,9 @@ def run(options: Options) -> dict[str, Any]:
             continue
         try:
             savers[name] = make()
-        except TypeError as error:
-            if "overlap" not in str(error):
-                raise
-            errors[name] = "this version's Checkpointer has no overlap"
         except Exception as error:
-            errors[name] = f"{type(error).__name__}: {error}"
+            absent = isinstance(error, TypeError) and "'overlap'" in str(error)
+            errors[name] = "this version has no overlap" if absent else f"{type(error).__name__}: {error}"
     try:
         systems = _measure(training, savers, options.rounds(7), errors)
     finally:

@@ -83,6 +83,8 @@ def interleaved(
 
 
 def progress(line: str) -> None:
-    """Show on a terminal what is being measured; elsewhere stay silent."""
+    """Say what is being measured: in one line of a terminal, else line by line."""
     if sys.stderr.isatty():
         print(f"\r\033[K{line[:110]}", end="", file=sys.stderr, flush=True)
+    else:
+        print(line, file=sys.stderr, flush=True)

@@ -11,6 +11,8 @@ from benchmarks.limit import Copier, shares, warm_memory
 from benchmarks.peers import measured
 from benchmarks.systems import SYSTEMS
 
+pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+
 
 def small_state() -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(1)
