@@ -8,18 +8,17 @@ all targets. Each benchmark is described in its own file of this folder.
 
 import argparse
 import importlib
-import inspect
 import json
 import signal
+import subprocess
 import sys
 import traceback
-from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 from rich.console import Console
 
+from benchmarks import beside
 from benchmarks.disk import scratch
 from benchmarks.machine import facts
 from benchmarks.options import Options
@@ -41,7 +40,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, help="write all figures there; `plots` reads them from there")
     parser.add_argument("--plots", type=Path, default=Path("docs"), help="the folder for plots (default: docs)")
     parser.add_argument("--quick", action="store_true", help="one run at a quarter of the size: does it work?")
-    parser.add_argument("--timeout", type=float, default=1800, help="seconds for each process that is started")
+    parser.add_argument("--timeout", type=float, default=3600, help="seconds for each process that is started")
     given = parser.parse_args(arguments)
     what = given.what or ["all"]
     if unknown := set(what) - {"all", "plots", *BENCHMARKS}:
@@ -54,6 +53,7 @@ def main(arguments: list[str] | None = None) -> int:
     # So that an ended run cleans up, too.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     chosen = [name for name in BENCHMARKS if name in what or "all" in what]
+    chosen = [name for name in chosen if name not in beside.NAMES or beside.present(name)]
     console = Console(width=None if sys.stdout.isatty() else 150)
     with scratch(given.folder) as folder:
         options = Options(
@@ -67,19 +67,11 @@ def main(arguments: list[str] | None = None) -> int:
         failed = False
         for name in chosen:
             try:
-                module = importlib.import_module(f"benchmarks.{name}")
-            except ModuleNotFoundError as error:
-                if error.name != f"benchmarks.{name}":
-                    raise
-                continue
-            try:
-                results[name] = call(module.run, options)
+                results[name] = _run(name, options, console) if len(chosen) == 1 else _run_apart(name, options)
             except Exception as error:
                 traceback.print_exc()
                 results[name] = {"error": f"{type(error).__name__}: {error}"}
-                failed = True
-            else:
-                _show(name, module, results[name], console)
+            failed = failed or "error" in results[name]
             if given.json:
                 given.json.write_text(json.dumps(results, indent=1))
     if len(chosen) > 1:
@@ -89,13 +81,28 @@ def main(arguments: list[str] | None = None) -> int:
     return int(failed)
 
 
-def call(run: Callable[..., dict[str, Any]], options: Options) -> dict[str, Any]:
-    """Run a benchmark with the options themselves, or with those of them that it takes by name."""
-    names = inspect.signature(run).parameters
-    if "options" in names:
-        return run(options)
-    offered = {"runs": options.runs, "scale": options.scale, "folder": options.folder, "timeout": options.timeout}
-    return run(**{name: value for name, value in offered.items() if name in names and value is not None})
+def _run(name: str, options: Options, console: Console) -> dict[str, Any]:
+    """Run one benchmark and print what it found."""
+    if name in beside.NAMES:
+        result = beside.run(name, options)
+        show_targets(console, (Target.of(plain) for plain in result["targets"]), f"{name}: targets")
+        return result
+    module = importlib.import_module(f"benchmarks.{name}")
+    found: dict[str, Any] = module.run(options)
+    module.show(found, console)
+    return found
+
+
+def _run_apart(name: str, options: Options) -> dict[str, Any]:
+    """Run one of several benchmarks in a process of its own, so that it begins with no memory of those before."""
+    file = options.folder / f"{name}-figures.json"
+    command = [sys.executable, "-m", "benchmarks", name, "--scale", str(options.scale), "--json", str(file)]
+    command += ["--folder", str(options.folder), "--timeout", str(options.timeout)]
+    command += [] if options.runs is None else ["--runs", str(options.runs)]
+    command += [part for word in options.only for part in ("--only", word)]
+    subprocess.run(command, timeout=options.timeout, check=False)
+    found: dict[str, Any] = json.loads(file.read_text())[name]
+    return found
 
 
 def all_targets(results: dict[str, Any]) -> list[Target]:
@@ -105,14 +112,6 @@ def all_targets(results: dict[str, Any]) -> list[Target]:
         for name in BENCHMARKS
         for plain in results.get(name, {}).get("targets", ())
     ]
-
-
-def _show(name: str, module: ModuleType, result: dict[str, Any], console: Console) -> None:
-    if hasattr(module, "show"):
-        module.show(result, console)
-    else:
-        console.print_json(data=result)
-        show_targets(console, (Target.of(plain) for plain in result.get("targets", ())), f"{name}: targets")
 
 
 def _plots(results: dict[str, Any], folder: Path) -> int:

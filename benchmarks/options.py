@@ -16,7 +16,7 @@ class Options:
     runs: int | None = None
     scale: float = 1.0
     only: tuple[str, ...] = ()
-    timeout: float = 1800.0
+    timeout: float = 3600.0
 
     def rounds(self, default: int) -> int:
         """Return the number of counted rounds."""

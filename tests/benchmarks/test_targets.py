@@ -5,7 +5,7 @@ import io
 import pytest
 from rich.console import Console
 
-from benchmarks import first, leaves, memory, overhead, peers, suite
+from benchmarks import beside, first, leaves, memory, overhead, peers, suite
 from benchmarks.__main__ import all_targets
 from benchmarks.table import Target, show_targets
 
@@ -98,3 +98,16 @@ def test_all_targets_name_their_benchmark() -> None:
     plain = Target("stall", 1.0, 1.1).as_json()
     found = all_targets({"peers": {"targets": [plain]}, "scale": {"targets": [{**plain, "note": "x"}]}, "suite": {}})
     assert [target.what for target in found] == ["peers: stall", "scale: stall"]
+
+
+def test_reshard_takes_the_worst_round() -> None:
+    rounds = [{"counted": 100, "needed": 100}, {"counted": 106, "needed": 100}, {"counted": 210, "needed": 0}]
+    result = {"nbytes": 200, "cases": {"4 to 2": {"ckptengine": rounds, "DCP": []}}}
+    (target,) = beside.reshard_targets(result)
+    assert target.figure == pytest.approx(1.06)
+    assert target.met is False
+
+
+def test_scale() -> None:
+    result = {"ranks": 16, "leaves": 2, "layout_bytes_per_chunk": 3.5, "first_plan_seconds": 2, "later_plan_seconds": 0}
+    assert [target.met for target in beside.scale_targets(result)] == [True, False, True]
