@@ -63,7 +63,8 @@ def main(arguments: list[str] | None = None) -> int:
             only=tuple(given.only),
             timeout=given.timeout,
         )
-        results: dict[str, Any] = {"machine": facts(folder), "runs": options.runs, "scale": options.scale}
+        chosen_options = {"runs": options.runs, "scale": options.scale, "only": options.only}
+        results: dict[str, Any] = {"machine": facts(folder), "options": chosen_options}
         failed = False
         for name in chosen:
             try:
