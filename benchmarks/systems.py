@@ -214,13 +214,13 @@ class TorchCheckpointing:
         )
         self._manager = config.build()
 
-    def prepare(self, state: State) -> None:
-        """Let it allocate and touch its staging memory, and start its process, before the first save.
-
-        It starts the process in the background, which takes seconds; a job is seldom that quick, so it's waited for.
-        """
-        self._manager.prewarm_staging(self._items(state))
+    def wait_for_process(self) -> None:
+        """Wait until its process has started, which takes seconds in the background; a job is seldom that quick."""
         self._manager._saver._checkpoint_process.wait_for_init()
+
+    def prewarm(self, state: State) -> None:
+        """Let it allocate and touch its staging memory before the first save."""
+        self._manager.prewarm_staging(self._items(state))
 
     def _items(self, state: State) -> dict[str, State]:
         return {f"part{number}": {name: state[name] for name in names} for number, names in enumerate(self._parts)}

@@ -67,9 +67,11 @@ def test_first() -> None:
     measured = {
         "ckptengine": {"stall": [1.0], "durable": [2.0]},
         "DCP async": {"stall": [2.0], "durable": [1.0]},
-        "torch_checkpointing": {"stall": [4.0], "durable": [4.0]},
+        first.PREWARMED: {"stall": [0.5], "durable": [4.0]},
     }
     assert [target.figure for target in first.targets(measured)] == [0.5, 2.0, None, None]
+    measured[first.SEEN] = {"stall": [1.0], "durable": [2.0]}
+    assert [target.figure for target in first.targets(measured)] == [0.5, 2.0, 2.0, 2.0]
 
 
 def test_memory_above() -> None:
