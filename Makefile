@@ -41,13 +41,14 @@ lint: setup
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run -Werror $(C_FILES)
 
+# make bench ARGS="peers --runs 3 --only DCP": python -m benchmarks --help names all.
 bench: setup
-	$(BIN)/python -m benchmarks
+	$(BIN)/python -m benchmarks --json benchmarks.json $(ARGS)
 
 sanitize: setup
 	PYTHON=$(abspath $(BIN)/python) bash tests/native/run_sanitized.sh
 
 clean:
 	rm -rf $(VENV) build dist ckptengine.egg-info demo .pytest_cache .mypy_cache .ruff_cache .hypothesis
-	rm -f ckptengine/_native.*.so
+	rm -f ckptengine/_native.*.so benchmarks.json
 	find ckptengine tests examples benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,108 +1,127 @@
-"""Save and load the same state by every system in turn, and print medians, spread and ratios.
+"""Measure ckptengine beside the machine's limit and its peers, on the same work.
 
-    python -m benchmarks [--runs 5] [--scale 1.0] [--folder DIR] [--json FILE]
+    python -m benchmarks [what ...] [--runs N] [--scale S] [--only NAME] [--folder DIR] [--json FILE] [--quick]
 
-Runs are interleaved: each round takes every system once, so that a slow minute of the machine falls on all. A first
-round, not counted, warms up. Loads are cold: the page cache of the files is dropped before. Ratios are medians of the
-ratios within the rounds.
+Each `what` prints its table with every target beside its figure; `all`, the default, runs everything and ends with
+all targets. Each benchmark is described in its own file of this folder.
 """
 
 import argparse
-import gc
+import importlib
 import json
-import os
-import statistics
-import tempfile
-import time
-import warnings
+import signal
+import subprocess
+import sys
+import traceback
 from pathlib import Path
+from typing import Any
 
-import torch
 from rich.console import Console
-from rich.table import Table
 
-from benchmarks.state import gpt2_small, nbytes
-from benchmarks.systems import SYSTEMS, CkptEngine, Limit
+from benchmarks import beside
+from benchmarks.disk import scratch
+from benchmarks.machine import facts
+from benchmarks.options import Options
+from benchmarks.table import Target, show_targets
 
-MEASURES = ("stall", "durable", "load")
+BENCHMARKS = ("peers", "first", "overhead", "leaves", "memory", "reshard", "scale", "suite")
 
 
-def drop_cache(folder: Path) -> None:
-    """Write back and forget the cached pages of all files below a folder."""
-    for file in list(folder.rglob("*")):
-        if file.is_file():
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command; 0 where all was measured, met or not."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("what", nargs="*", help=f"all, plots, or any of: {', '.join(BENCHMARKS)}")
+    parser.add_argument("--runs", type=int, help="counted rounds (default: each benchmark's own number)")
+    parser.add_argument("--scale", type=float, default=1.0, help="of the states' sizes (default 1)")
+    parser.add_argument("--only", action="append", default=[], metavar="NAME", help="only peers with this in the name")
+    parser.add_argument("--folder", type=Path, default=Path.cwd(), help="on the disk to measure (default: here)")
+    parser.add_argument("--json", type=Path, help="write all figures there; `plots` reads them from there")
+    parser.add_argument("--plots", type=Path, default=Path("docs"), help="the folder for plots (default: docs)")
+    parser.add_argument("--quick", action="store_true", help="one run at a quarter of the size: does it work?")
+    parser.add_argument("--timeout", type=float, default=3600, help="seconds for each process that is started")
+    given = parser.parse_args(arguments)
+    what = given.what or ["all"]
+    if unknown := set(what) - {"all", "plots", *BENCHMARKS}:
+        parser.error(f"unknown: {', '.join(sorted(unknown))}")
+    if what == ["plots"]:
+        if given.json is None:
+            parser.error("plots needs --json FILE, written by an earlier run")
+        return _plots(json.loads(given.json.read_text()), given.plots)
+
+    # So that an ended run cleans up, too.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    chosen = [name for name in BENCHMARKS if name in what or "all" in what]
+    chosen = [name for name in chosen if name not in beside.NAMES or beside.present(name)]
+    console = Console(width=None if sys.stdout.isatty() else 150)
+    with scratch(given.folder) as folder:
+        options = Options(
+            folder=folder,
+            runs=given.runs or (1 if given.quick else None),
+            scale=0.25 if given.quick and given.scale == 1.0 else given.scale,
+            only=tuple(given.only),
+            timeout=given.timeout,
+        )
+        chosen_options = {"runs": options.runs, "scale": options.scale, "only": options.only}
+        results: dict[str, Any] = {"machine": facts(folder), "options": chosen_options}
+        failed = False
+        for name in chosen:
             try:
-                fd = os.open(file, os.O_RDONLY)
-            except FileNotFoundError:
-                continue  # of the checkpoint before, which is being deleted
-            os.fsync(fd)
-            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
-            os.close(fd)
+                results[name] = _run(name, options, console) if len(chosen) == 1 else _run_apart(name, options)
+            except Exception as error:
+                traceback.print_exc()
+                results[name] = {"error": f"{type(error).__name__}: {error}"}
+            failed = failed or "error" in results[name]
+            if given.json:
+                given.json.write_text(json.dumps(results, indent=1))
+    if len(chosen) > 1:
+        show_targets(console, all_targets(results), "all targets")
+    if "plots" in what:
+        _plots(results, given.plots)
+    return int(failed)
 
 
-def measure(runs: int, scale: float, folder: Path) -> dict[str, object]:
-    """Return all seconds, by system and measure."""
-    state = gpt2_small(scale)
-    expected = {name: tensor.clone() for name, tensor in list(state.items())[:3]}
-    systems = [system(folder, state) for system in SYSTEMS]
-    seconds: dict[str, dict[str, list[float]]] = {s.name: {m: [] for m in MEASURES} for s in systems}
-    for number in range(runs + 1):
-        for system in systems:
-            gc.collect()
-            stall, durable = system.save(state)
-            drop_cache(folder)
-            for name in expected:
-                state[name].zero_()
-            began = time.perf_counter()
-            system.load(state)
-            load = time.perf_counter() - began
-            for name, tensor in expected.items():
-                if not torch.equal(state[name], tensor):
-                    raise AssertionError(f"{system.name}: {name} came back changed")
-            if number:
-                for measure_name, value in zip(MEASURES, (stall, durable, load), strict=True):
-                    seconds[system.name][measure_name].append(value)
-    return {"nbytes": nbytes(state), "tensors": len(state), "runs": runs, "seconds": seconds}
+def _run(name: str, options: Options, console: Console) -> dict[str, Any]:
+    """Run one benchmark and print what it found."""
+    if name in beside.NAMES:
+        result = beside.run(name, options)
+        show_targets(console, (Target.of(plain) for plain in result["targets"]), f"{name}: targets")
+        return result
+    module = importlib.import_module(f"benchmarks.{name}")
+    found: dict[str, Any] = module.run(options)
+    module.show(found, console)
+    return found
 
 
-def ratio(a: list[float], b: list[float]) -> float:
-    """Return the median over the rounds of a / b."""
-    return statistics.median(x / y for x, y in zip(a, b, strict=True))
+def _run_apart(name: str, options: Options) -> dict[str, Any]:
+    """Run one of several benchmarks in a process of its own, so that it begins with no memory of those before."""
+    file = options.folder / f"{name}-figures.json"
+    command = [sys.executable, "-m", "benchmarks", name, "--scale", str(options.scale), "--json", str(file)]
+    command += ["--folder", str(options.folder), "--timeout", str(options.timeout)]
+    command += [] if options.runs is None else ["--runs", str(options.runs)]
+    command += [part for word in options.only for part in ("--only", word)]
+    subprocess.run(command, timeout=options.timeout, check=False)
+    found: dict[str, Any] = json.loads(file.read_text())[name]
+    return found
 
 
-def show(result: dict) -> None:
-    """Print the table."""
-    console = Console(width=120)
-    size = f"{result['nbytes'] / 1e9:.2f} GB in {result['tensors']} tensors, {result['runs']} rounds"
-    table = Table(title=f"{size}: median seconds (min to max), and the median ratio to the limit's")
-    table.add_column("system")
-    for name in MEASURES:
-        table.add_column("cold load" if name == "load" else name, justify="right")
-    limit = result["seconds"][Limit.name]
-    for system, measures in result["seconds"].items():
-        cells = [
-            f"{statistics.median(v):.2f} ({min(v):.2f} to {max(v):.2f})  {ratio(v, limit[name]):.2f}x"
-            for name, v in measures.items()
-        ]
-        table.add_row(system, *cells, style="bold" if system == CkptEngine.name else None)
-    console.print(table)
+def all_targets(results: dict[str, Any]) -> list[Target]:
+    """Return the targets of all benchmarks, those of one together."""
+    return [
+        Target.of({**plain, "what": f"{name}: {plain['what']}"})
+        for name in BENCHMARKS
+        for plain in results.get(name, {}).get("targets", ())
+    ]
 
 
-def main() -> None:
-    """Run the command."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__.splitlines()[0])
-    parser.add_argument("--runs", type=int, default=5)
-    parser.add_argument("--scale", type=float, default=1.0, help="of the model's width")
-    parser.add_argument("--folder", type=Path, default=None, help="on the disk to measure (default: a new one here)")
-    parser.add_argument("--json", type=Path, default=None, help="also write all figures there")
-    arguments = parser.parse_args()
-    warnings.filterwarnings("ignore")
-    with tempfile.TemporaryDirectory(dir=arguments.folder or Path.cwd(), prefix="bench-") as folder:
-        result = measure(arguments.runs, arguments.scale, Path(folder))
-    show(result)
-    if arguments.json:
-        arguments.json.write_text(json.dumps(result, indent=1))
+def _plots(results: dict[str, Any], folder: Path) -> int:
+    from benchmarks import plots
+
+    for file in plots.draw(results, folder):
+        print(file)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,12 +1,18 @@
-"""The state that is measured: the shapes of GPT-2 small, as fp32 weights and Adam moments."""
+"""The states that are measured."""
 
 import torch
 
 LAYERS, WIDTH, VOCABULARY, CONTEXT = 12, 768, 50257, 1024
 
+State = dict[str, torch.Tensor]
+"""Tensors under their names; most are contiguous fp32."""
 
-def gpt2_small(scale: float = 1.0) -> dict[str, torch.Tensor]:
-    """Return 444 tensors of 1.49 GB (at scale 1) under the names of their use."""
+
+def gpt2_small(scale: float = 1.0) -> State:
+    """Return 444 tensors of 1.49 GB (at scale 1, which is that of the width): fp32 weights and Adam moments.
+
+    The shapes and names are those of GPT-2 small. All memory has been written to.
+    """
     width = max(64, int(WIDTH * scale) // 64 * 64)
     shapes = {"wte.weight": (VOCABULARY, width), "wpe.weight": (CONTEXT, width)}
     for layer in range(LAYERS):
@@ -34,6 +40,12 @@ def gpt2_small(scale: float = 1.0) -> dict[str, torch.Tensor]:
     }
 
 
-def nbytes(state: dict[str, torch.Tensor]) -> int:
+def many_leaves(count: int, leaf_nbytes: int = 4096) -> State:
+    """Return many small fp32 tensors, each with memory of its own."""
+    generator = torch.Generator().manual_seed(0)
+    return {f"group{i // 1000}.leaf{i}": torch.randn(leaf_nbytes // 4, generator=generator) for i in range(count)}
+
+
+def nbytes(state: State) -> int:
     """Return the bytes of all tensors."""
     return sum(tensor.nbytes for tensor in state.values())

@@ -1,0 +1,69 @@
+"""The disk that is measured: room, syncing, forgetting cached pages, counting files."""
+
+import errno
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def scratch(parent: Path) -> Iterator[Path]:
+    """Give a new folder on the disk to measure, and remove it whatever happens."""
+    folder = Path(tempfile.mkdtemp(dir=parent, prefix="bench-")).resolve()
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def require_room(folder: Path, nbytes: int) -> None:
+    """Raise `OSError` (ENOSPC) where the disk has fewer free bytes than the checkpoints will take."""
+    free = shutil.disk_usage(folder).free
+    if free < nbytes:
+        raise OSError(errno.ENOSPC, f"{folder} has {free:,} bytes free, and the checkpoints take {nbytes:,}")
+
+
+def sync_tree(path: Path) -> None:
+    """Make a file, or all files and directories below a path, durable, and the path's own entry with it."""
+    for entry in (*path.rglob("*"), path, path.parent):
+        fd = os.open(entry, os.O_RDONLY)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+
+
+def sync_directories(path: Path) -> None:
+    """Make the entries of a directory, and its own, durable; for those who sync their files but not these."""
+    for directory in (path, path.parent):
+        fd = os.open(directory, os.O_RDONLY)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+
+
+def drop_cache(path: Path) -> None:
+    """Write back and forget the cached pages of all files below a path."""
+    for file in path.rglob("*"):
+        if file.is_file():
+            fd = os.open(file, os.O_RDONLY)
+            try:
+                os.fsync(fd)
+                os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+            finally:
+                os.close(fd)
+
+
+def count_files(path: Path) -> int:
+    """Return the number of files below a path."""
+    return sum(1 for file in path.rglob("*") if file.is_file())
+
+
+def remove(path: Path) -> None:
+    """Remove a checkpoint and let the disk finish what it has to write, so that the next timing starts at rest."""
+    shutil.rmtree(path, ignore_errors=True)
+    os.sync()
