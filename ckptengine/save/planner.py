@@ -17,7 +17,7 @@ from ckptengine.comm.agree import agree
 from ckptengine.comm.base import Communicator
 from ckptengine.layout.assign import Assigned, assign, assign_alone
 from ckptengine.layout.holdings import Holding, decode, encode, holdings_of
-from ckptengine.layout.rows import RankRows
+from ckptengine.layout.rank_rows import RankRows
 from ckptengine.save.values import StoredValues, compare_values
 from ckptengine.snapshot.pack import copy_threads
 from ckptengine.state.dtypes import DTYPES
@@ -144,10 +144,9 @@ class Planner:
 def rows_of(image: Image, assigned: list[Assigned], rank: int) -> RankRows:
     """Return where in a rank's archive each box lies that it writes."""
     position = np.zeros(len(image.chunks), np.int64)
-    nbytes = np.zeros(len(image.chunks), np.int64)
     for chunk in image.chunks:
-        position[chunk.order], nbytes[chunk.order] = chunk.position, chunk.nbytes
-    return RankRows.of(rank, assigned, position, nbytes)
+        position[chunk.order] = chunk.position
+    return RankRows.of(rank, assigned, position)
 
 
 def replica_crcs(flat: FlatState) -> tuple[tuple[Path, int], ...]:

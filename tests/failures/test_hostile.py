@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from forged import (
     CHECKSUMS,
+    as_fragments,
     change_columns,
     change_manifest,
     change_rows,
@@ -215,15 +216,17 @@ ROWS: list[tuple[str, Callable[[Any], Any]]] = [
     ("a position in the tail", lambda r: with_column(r, "position", 0, 500_000)),
     ("a position beyond the file", lambda r: with_column(r, "position", 0, 1 << 61)),
     ("a position that overflows", lambda r: with_column(r, "position", 0, (1 << 63) - 1)),
-    ("a negative length", lambda r: with_column(r, "nbytes", 0, -1)),
-    ("no length", lambda r: with_column(r, "nbytes", 0, 0)),
-    ("a length that overflows", lambda r: with_column(r, "nbytes", 0, (1 << 63) - 1)),
-    ("a box outside", lambda r: with_column(r, "offsets", 0, 5)),
-    ("a box before", lambda r: with_column(r, "offsets", 0, -5)),
-    ("a box far away", lambda r: with_column(r, "offsets", 0, (1 << 63) - 1)),
-    ("a box too large", lambda r: with_column(r, "lengths", 0, 101)),
-    ("an empty box", lambda r: with_column(r, "lengths", 0, 0)),
-    ("a negative box", lambda r: with_column(r, "lengths", 0, -100)),
+    ("a box outside", lambda r: with_column(as_fragments(r), "offsets", 0, 5)),
+    ("a box before", lambda r: with_column(as_fragments(r), "offsets", 0, -5)),
+    ("a box far away", lambda r: with_column(as_fragments(r), "offsets", 0, (1 << 63) - 1)),
+    ("a box too large", lambda r: with_column(as_fragments(r), "lengths", 0, 101)),
+    ("a box too small", lambda r: with_column(as_fragments(r), "lengths", 0, 99)),
+    ("an empty box", lambda r: with_column(as_fragments(r), "lengths", 0, 0)),
+    ("a negative box", lambda r: with_column(as_fragments(r), "lengths", 0, -100)),
+    ("more boxes than rows", lambda r: dataclasses.replace(as_fragments(r), lengths=np.ones(4, np.int64))),
+    ("fewer boxes than rows", lambda r: with_leaf(r, 0, chunk_shape=None)),
+    ("more fragments than elements", lambda r: with_leaf(as_fragments(r), 0, shape=(0, 1000))),
+    ("a chunk of another size", lambda r: with_leaf(r, 0, chunk_shape=(50, 1000))),
     ("another dtype", lambda r: with_leaf(r, 0, dtype="float64")),
     ("an unknown dtype", lambda r: with_leaf(r, 0, dtype="object")),
     ("a larger array", lambda r: with_leaf(r, 0, shape=(200, 1000))),
@@ -243,7 +246,7 @@ ROWS: list[tuple[str, Callable[[Any], Any]]] = [
 
 
 def without_rows(rows: Any) -> Any:
-    empty = {name: np.array(getattr(rows, name))[:0] for name in ("archive", "position", "nbytes")}
+    empty = {name: np.array(getattr(rows, name))[:0] for name in ("archive", "position")}
     return dataclasses.replace(rows, leaves=(), offsets=rows.offsets[:0], lengths=rows.lengths[:0], **empty)
 
 
@@ -256,14 +259,21 @@ def test_an_evil_layout_is_refused(place: Path, change: Callable[[Any], Any], bo
         assert str(place) in str(error), error
 
 
+def test_a_layout_of_fragments_is_read_as_that_of_a_grid(place: Path) -> None:
+    change_rows(place, as_fragments)
+    assert not any(read_all(place))
+    assert ce.load(place)["a"].tobytes() == state()["a"].tobytes()
+
+
 def test_a_huge_leaf_that_no_byte_backs_allocates_nothing(place: Path, bounded: None) -> None:
     change_rows(place, lambda r: with_leaf(r, 0, shape=(0, 1 << 60), rows=(0, 0), chunk_shape=None))
     read_all(place)
 
 
-def column_metadata(shape: Any, dtype: Any, chunk: Any) -> bytes:
-    grid = {"configuration": {"chunk_shape": chunk}}
-    return json.dumps({"shape": shape, "data_type": dtype, "chunk_grid": grid}).encode()
+def column_metadata(shape: Any, dtype: Any, chunk: Any, shard: Any = None) -> bytes:
+    grid = {"configuration": {"chunk_shape": chunk if shard is None else shard}}
+    codecs = [{"configuration": {"chunk_shape": chunk}}]
+    return json.dumps({"shape": shape, "data_type": dtype, "chunk_grid": grid, "codecs": codecs}).encode()
 
 
 METADATA = [
@@ -274,16 +284,19 @@ METADATA = [
     b"{" * 50_000,
     b"[" * 100_000,
     *(
-        json.dumps(
-            {"shape": shape, "data_type": dtype, "chunk_grid": {"configuration": {"chunk_shape": chunk}}}
-        ).encode()
-        for shape, dtype, chunk in (
+        column_metadata(shape, dtype, *chunks)
+        for shape, dtype, *chunks in (
             ([-1], "int64", [1]),
             ([1 << 62], "int64", [1]),
+            ([1 << 62], "int64", [1], [1 << 62]),
             ([1 << 32], "int64", [65536]),
+            ([1 << 32], "int64", [65536], [1 << 32]),
+            ([1 << 80], "int64", [65536], [1 << 80]),
             ([10], "int64", [1 << 40]),
             ([10], "int64", [0]),
             ([10], "int64", [-1]),
+            ([10], "int64", [1], [5]),
+            ([10], "int64", [5], [15]),
             ([10.5], "int64", [1]),
             ([0], "int64", [1]),
             ([True], "int64", [True]),
@@ -305,7 +318,7 @@ METADATA = [
 
 
 @pytest.mark.parametrize("number", range(len(METADATA)))
-@pytest.mark.parametrize("column", ["archive", "leaves", "offsets"])
+@pytest.mark.parametrize("column", ["archive", "leaves", "position"])
 def test_evil_metadata_of_a_column_is_refused(place: Path, number: int, column: str, bounded: None) -> None:
     entry = f"layout/{column}/zarr.json"
     change_columns(place, lambda name, data: METADATA[number] if name == entry else data)
@@ -328,10 +341,68 @@ CHUNKS = {
 }
 
 
+def shard(chunk: bytes, start: int = 0, nbytes: int | None = None) -> bytes:
+    """An entry of one chunk and its index, which may lie."""
+    return chunk + struct.pack("<QQ", start, len(chunk) if nbytes is None else nbytes)
+
+
 @pytest.mark.parametrize("chunk", CHUNKS.values(), ids=CHUNKS)
 def test_an_evil_chunk_of_a_column_is_refused(place: Path, chunk: bytes, bounded: None) -> None:
-    change_columns(place, lambda name, data: chunk if name == "layout/position/c/0" else data)
+    change_columns(place, lambda name, data: shard(chunk) if name == "layout/position/c/0" else data)
     refused(place)
+
+
+@pytest.mark.parametrize(
+    ("start", "nbytes"),
+    [
+        (0, 0),
+        (0, 1),
+        (1, 40),
+        (0, 1 << 20),
+        (41, 1),
+        (1 << 40, 40),
+        (2**64 - 1, 40),
+        (2**64 - 1, 2**64 - 1),
+        (8, 2**63),
+    ],
+)
+@pytest.mark.parametrize("column", ["position", "leaves"])
+def test_an_evil_index_of_a_column_is_refused(place: Path, start: int, nbytes: int, column: str, bounded: None) -> None:
+    chunk = frame(4 * 8).ljust(40, b"\x00")
+    data = shard(chunk, start, nbytes)
+    change_columns(place, lambda name, old: data if name == f"layout/{column}/c/0" else old)
+    refused(place)
+
+
+@pytest.mark.parametrize("data", [b"", b"\x00" * 15, b"\x00" * 16], ids=len)
+def test_an_entry_without_room_for_its_index_is_refused(place: Path, data: bytes, bounded: None) -> None:
+    change_columns(place, lambda name, old: data if name == "layout/archive/c/0" else old)
+    refused(place)
+
+
+@pytest.mark.parametrize("column", ["archive", "position"])
+def test_many_claims_of_one_chunk_allocate_nothing(place: Path, column: str, bounded: None) -> None:
+    kind = {"archive": "int32", "position": "int64"}[column]
+    count, items = 1 << 18, 1 << 16
+    chunk = frame(items * np.dtype(kind).itemsize)
+    data = chunk + struct.pack("<QQ", 0, len(chunk)) * count
+    forged = {
+        f"layout/{column}/zarr.json": column_metadata([count * items], kind, [items], [count * items]),
+        f"layout/{column}/c/0": data,
+    }
+    change_columns(place, lambda name, old: forged.get(name, old))
+    refused(place)
+
+
+def test_a_table_of_leaves_that_claims_gibibytes_is_refused(place: Path, bounded: None) -> None:
+    count, items = 1 << 16, 1 << 16
+    chunk = frame(items)
+    forged = {
+        "layout/leaves/zarr.json": column_metadata([count * items], "uint8", [items], [count * items]),
+        "layout/leaves/c/0": chunk + struct.pack("<QQ", 0, len(chunk)) * count,
+    }
+    change_columns(place, lambda name, old: forged.get(name, old))
+    assert "at most 268435456 bytes" in refused(place)
 
 
 LEAVES = {
@@ -346,12 +417,9 @@ LEAVES = {
 @pytest.mark.parametrize("leaves", LEAVES.values(), ids=LEAVES)
 def test_an_evil_table_of_leaves_is_refused(place: Path, leaves: Any, bounded: None) -> None:
     data = json.dumps(leaves).encode()
-    about = {
-        "shape": [len(data)], "data_type": "uint8", "chunk_grid": {"configuration": {"chunk_shape": [len(data)]}},
-    }  # fmt: skip
     forged = {
-        "layout/leaves/zarr.json": json.dumps(about).encode(),
-        "layout/leaves/c/0": bytes(Zstd(level=1).encode(data)),
+        "layout/leaves/zarr.json": column_metadata([len(data)], "uint8", [len(data)]),
+        "layout/leaves/c/0": shard(bytes(Zstd(level=1).encode(data))),
     }
     change_columns(place, lambda name, old: forged.get(name, old))
     refused(place)

@@ -14,8 +14,9 @@ from ckptengine.layout.assign import Assigned, assign
 from ckptengine.layout.box import Box
 from ckptengine.layout.holdings import Holding
 from ckptengine.layout.merge import merge
+from ckptengine.layout.rank_rows import PackedRows, RankRows
 from ckptengine.layout.read_plan import Copy
-from ckptengine.layout.rows import RankRows, RowTable
+from ckptengine.layout.rows import RowTable
 from ckptengine.state.dtypes import DTYPES
 from ckptengine.state.leaf import Placement
 
@@ -121,7 +122,7 @@ def write(
     """Write each rank's archive as the writer does, dense chunks with zero padding, and merge the rows."""
     archives, tables = [], []
     for rank, leaves in enumerate(assigned):
-        image, position, nbytes = bytearray(), [], []
+        image, position = bytearray(), []
         for leaf in leaves:
             for offset, length in zip(leaf.offsets.tolist(), leaf.lengths.tolist(), strict=True):
                 dense = leaf.chunk_shape if leaf.chunk_shape is not None else length
@@ -129,11 +130,10 @@ def write(
                 chunk[region([0] * len(length), length)] = tensors[leaf.path][region(offset, length)]
                 image += b"\xee" * gap
                 position.append(len(image))
-                nbytes.append(chunk.nbytes)
                 image += chunk.tobytes()
         archives.append(bytes(image))
-        rows = RankRows.of(rank, leaves, np.asarray(position, np.int64), np.asarray(nbytes, np.int64))
-        tables.append(RankRows.decode(rows.encode()))
+        rows = RankRows.of(rank, leaves, np.asarray(position, np.int64))
+        tables.append(PackedRows.decode(rows.encode()))
     return merge(tables[::-1]), archives
 
 
