@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from shardings import holding, holdings, save, shapes, shardings, spread, values, write
+from shardings import assign_all, holding, holdings, save, shapes, shardings, spread, values, write
 
 from ckptengine.errors import CheckpointError, SaveFailedError
 from ckptengine.layout import merge as merging
-from ckptengine.layout.assign import Assigned, assign, assign_alone
+from ckptengine.layout.assign import Assigned, assign_alone
 from ckptengine.layout.box import Box
 from ckptengine.layout.head import LeafLayout
 from ckptengine.layout.merge import merge
@@ -54,7 +54,7 @@ def test_leaves_of_many_kinds_are_kept_apart() -> None:
         ]
         for rank in range(3)
     ]
-    tables = [rows_of(rank, leaves) for rank, leaves in enumerate(assign(held))]
+    tables = [rows_of(rank, leaves) for rank, leaves in enumerate(assign_all(held))]
     table = merge(tables)
     assert [(leaf.path, leaf.rank, leaf.rows) for leaf in table.leaves] == [
         (("none",), None, (0, 0)),
@@ -79,7 +79,7 @@ def test_boxes_that_several_ranks_wrote_become_one_row_of_the_lowest() -> None:
 
 def test_what_ranks_wrote_alone_fits_what_others_wrote_by_the_plan() -> None:
     held = [[holding(("w",), (8,), [Box((4 * rank,), (4,))])] for rank in range(2)]
-    common = assign(held)
+    common = assign_all(held)
     now = [[*of_rank, holding(("new",), (2, 2), [Box.whole((2, 2))])] for of_rank in held]
     alone = [assign_alone(common[rank], held[rank], now[rank], rank) for rank in range(2)]
     tensors = {("w",): values((8,), "float32"), ("new",): values((2, 2), "float32")}
@@ -181,7 +181,7 @@ def test_more_rows_than_are_placed_at_a_time_find_their_places(monkeypatch: pyte
     held = [[holding((name,), (7,), boxes[rank]) for name in "abc"] for rank in range(3)]
     tables = [rows_of(rank, assign_alone([], [], held[rank], rank)) for rank in range(3)]
     assert merge(tables).archive.tolist() == [0, 0, 0]
-    assigned = assign([[holding((name,), (9, 2), boxes) for name in "abc"] for boxes in dim0((9, 2), 9)])
+    assigned = assign_all([[holding((name,), (9, 2), boxes) for name in "abc"] for boxes in dim0((9, 2), 9)])
     assert merge([rows_of(rank, leaves) for rank, leaves in enumerate(assigned)]).archive.tolist() == [*range(9)] * 3
 
 
@@ -191,7 +191,7 @@ def dim0(shape: tuple[int, ...], world: int) -> list[list[Box]]:
 
 def test_a_leaf_that_a_rank_holds_and_nobody_wrote_is_refused() -> None:
     held = [[holding(("w",), (4,), [Box.whole((4,))])] for _ in range(2)]
-    common = assign(held)
+    common = assign_all(held)
     writer = next(rank for rank in range(2) if common[rank][0].writes)
     assert writer == 0
     with pytest.raises(SaveFailedError, match="w: 4 of 4 elements were written by no rank"):
@@ -199,7 +199,7 @@ def test_a_leaf_that_a_rank_holds_and_nobody_wrote_is_refused() -> None:
 
 
 def test_ranks_with_equal_tables_share_them_when_decoded() -> None:
-    assigned = assign(holdings((8,), spread("dim0", (8,), 4, random.Random(0))))
+    assigned = assign_all(holdings((8,), spread("dim0", (8,), 4, random.Random(0))))
     tables = [PackedRows.decode(rows_of(rank, leaves).encode()) for rank, leaves in enumerate(assigned)]
     assert all(table.leaves is tables[0].leaves for table in tables)
     assert [table.rank for table in tables] == [0, 1, 2, 3]
@@ -208,7 +208,7 @@ def test_ranks_with_equal_tables_share_them_when_decoded() -> None:
 @given(st.data())
 def test_damaged_messages_raise_only_errors_of_ours(data: st.DataObject) -> None:
     shape = data.draw(shapes)
-    assigned = assign(holdings(shape, data.draw(shardings(shape))))
+    assigned = assign_all(holdings(shape, data.draw(shardings(shape))))
     messages = [bytearray(rows_of(rank, leaves).encode()) for rank, leaves in enumerate(assigned)]
     damaged = data.draw(st.sampled_from(messages))
     for _ in range(data.draw(st.integers(1, 3))):
@@ -227,7 +227,7 @@ numbers = st.one_of(st.integers(-3, 9), st.sampled_from([2**63 - 1, -(2**63), 1 
 @given(st.data())
 def test_rows_with_wild_numbers_raise_only_errors_of_ours(data: st.DataObject) -> None:
     shape = data.draw(shapes)
-    assigned = assign(holdings(shape, data.draw(shardings(shape))))
+    assigned = assign_all(holdings(shape, data.draw(shardings(shape))))
     tables = [rows_of(rank, leaves) for rank, leaves in enumerate(assigned)]
     for name in ("position", "cells", "offsets", "lengths"):
         column = getattr(tables[0], name)
@@ -264,7 +264,7 @@ def test_a_thousand_ranks_with_a_hundred_leaves_are_merged() -> None:
 
 
 def test_a_world_without_leaves_makes_an_empty_table() -> None:
-    assert assign([[], []]) == [[], []]
+    assert assign_all([[], []]) == [[], []]
     table = merge([rows_of(rank, []) for rank in range(2)])
     assert table.leaves == ()
     assert plan_read(table, []) == {}
