@@ -90,8 +90,13 @@ class Column:
         order = np.argsort(places, kind="stable")
         chunks, begins = np.unique(places[order] // self.chunk_items, return_index=True)
         bounds = itertools.pairwise(np.append(begins, places.size).tolist())
+        summed = np.empty(self.chunk_items, np.int64)
         for values, number, (begin, end) in zip(self._decoded(chunks), chunks.tolist(), bounds, strict=True):
-            result[order[begin:end]] = values[places[order[begin:end]] - number * self.chunk_items]
+            inside = places[order[begin:end]] - number * self.chunk_items
+            if self.differences:
+                length = int(inside[-1]) + 1
+                values = np.cumsum(values[:length], out=summed[:length])
+            result[order[begin:end]] = values[inside]
         return result
 
     def all_bytes(self) -> bytes:
@@ -99,9 +104,8 @@ class Column:
         return b"".join(values.tobytes() for values in self._decoded(np.arange(self.starts.size)))[: self.size]
 
     def _decoded(self, chunks: NDArray[np.int64]) -> Iterator[Integers]:
-        """Yield the values of these chunks, each in the memory of the one before: fresh memory is slow to touch."""
+        """Yield what these chunks store, each in the memory of the one before: fresh memory is slow to touch."""
         raw = np.empty(self.chunk_items, self.dtype)
-        summed = np.empty(self.chunk_items, np.int64)
         codec = Zstd()
         for batch in self._batches(chunks):
             sizes = self.sizes[batch]
@@ -117,7 +121,7 @@ class Column:
                     codec.decode(frame, raw)
                 except (ValueError, RuntimeError) as error:
                     raise unreadable(self.archive, self.name, error) from None
-                yield np.cumsum(raw, out=summed) if self.differences else raw
+                yield raw
 
     def _batches(self, chunks: NDArray[np.int64]) -> Iterator[NDArray[np.int64]]:
         """Cut the chunks so that each batch has about `_BATCH_NBYTES` compressed bytes."""

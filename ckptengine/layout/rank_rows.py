@@ -62,11 +62,14 @@ class RankRows:
 
     def encode(self) -> bytes:
         """Return the rows as one message; ranks with the same leaves send the same leaf table."""
+        table = pack([layout_to_json(leaf) for leaf in self.leaves], [])
+        return _TABLE_NBYTES.pack(len(table)) + table + self.columns()
+
+    def columns(self) -> bytes:
+        """Return the rows without the leaf table, compressed."""
         # Positions ascend in steps that repeat, which compress to a tenth of what the positions do.
         steps = np.diff(self.position, prepend=np.zeros(1, np.int64))
-        columns = pack([self.rank, self.count], [self.counts, steps, self.cells, self.offsets, self.lengths])
-        table = pack([layout_to_json(leaf) for leaf in self.leaves], [])
-        return _TABLE_NBYTES.pack(len(table)) + table + columns
+        return pack([self.rank, self.count], [self.counts, steps, self.cells, self.offsets, self.lengths])
 
     @property
     def count(self) -> int:

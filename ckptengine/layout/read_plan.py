@@ -13,7 +13,7 @@ from ckptengine.errors import CheckpointDamagedError, LoadMismatchError
 from ckptengine.layout.box import Box
 from ckptengine.layout.grid import cell_counts
 from ckptengine.layout.rows import LeafRecord, Rows
-from ckptengine.layout.tiling import Int64s, find_fault, inside, strides_of, untiled
+from ckptengine.layout.tiling import Int64s, find_fault, strides_of, untiled
 
 __all__ = ["Copy", "WantedPart", "blocks", "plan_read"]
 
@@ -157,8 +157,10 @@ def _check_within(record: LeafRecord, box: Box) -> None:
             f"{record.name}: a part of {len(box.shape)} dimensions is wanted, the checkpoint has shape "
             f"{record.shape}; load into a state of the same shapes"
         )
-    low, shape = np.asarray([box.offset], np.int64), np.asarray([box.shape], np.int64)
-    if box.volume and not inside(record.shape, low, shape).all():
+    if box.volume and not all(
+        offset >= 0 and size >= 1 and offset + size <= length
+        for offset, size, length in zip(box.offset, box.shape, record.shape, strict=True)
+    ):
         raise LoadMismatchError(
             f"{record.name}: the part at {box.offset} with shape {box.shape} is not within the checkpoint's "
             f"shape {record.shape}; load into a state of the same shapes"

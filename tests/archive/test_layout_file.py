@@ -1,0 +1,90 @@
+"""The layout file at a scale where its size per chunk and what a reader touches of it show."""
+
+import numpy as np
+import pytest
+
+from ckptengine.archive import layout_file
+from ckptengine.archive.layout_file import LAYOUT_NAME, encode_layout, open_layout
+from ckptengine.archive.reader import Archive
+from ckptengine.layout.box import Box
+from ckptengine.layout.head import LeafLayout
+from ckptengine.layout.merge import merge
+from ckptengine.layout.rank_rows import RankRows
+from ckptengine.layout.read_plan import WantedPart, plan_read
+from ckptengine.state.leaf import Placement
+from ckptengine.storage.local import LocalStorage
+
+RANKS, LEAVES = 1000, 100
+NONE = np.zeros(0, np.int64)
+
+
+@pytest.fixture(scope="module")
+def table():
+    """Rows of a model that is cut along dimension 0 over all ranks; names of entries grow with the rank's digits."""
+    leaves = tuple(
+        LeafLayout(("model", f"h.{n}.w"), "float32", (RANKS, 64), Placement.SHARDED, "torch", (1, 64))
+        for n in range(LEAVES)
+    )
+    return merge(
+        [
+            RankRows(
+                rank,
+                leaves,
+                np.ones(LEAVES, np.int64),
+                np.arange(LEAVES) * (400 + len(str(rank))),
+                np.full(LEAVES, rank),
+                NONE,
+                NONE,
+            )
+            for rank in range(RANKS)
+        ]
+    )
+
+
+@pytest.fixture
+def rows(table, tmp_path):
+    data, record = encode_layout(table)
+    (tmp_path / LAYOUT_NAME).write_bytes(data)
+    return open_layout(LocalStorage(tmp_path), LAYOUT_NAME, record, [1 << 20] * RANKS)
+
+
+def test_a_regular_layout_takes_far_less_than_four_bytes_per_chunk(table):
+    assert len(encode_layout(table)[0]) < 0.5 * RANKS * LEAVES
+
+
+def test_a_layout_without_any_order_takes_at_most_eight_bytes_per_chunk(table):
+    rng = np.random.default_rng(0)
+    table = layout_file.RowTable(
+        table.leaves,
+        rng.integers(0, RANKS, table.archive.size).astype(np.int32),
+        rng.integers(0, 1 << 30, table.archive.size),
+        NONE,
+        NONE,
+    )
+    assert len(encode_layout(table)[0]) < 8 * RANKS * LEAVES
+
+
+def test_a_reader_of_one_cell_of_each_leaf_fetches_the_chunks_of_these_rows_once(rows, monkeypatch):
+    fetched = []
+    original = Archive.gather
+    monkeypatch.setattr(Archive, "gather", lambda self, p, s: fetched.append(p.size) or original(self, p, s))
+    plan = plan_read(rows, [WantedPart(leaf, Box((7, 0), (1, 64))) for leaf in range(LEAVES)])
+    assert [copy.position for copy in plan[7]] == [leaf * 401 for leaf in range(LEAVES)]
+    chunks = -(-RANKS * LEAVES // layout_file.CHUNK_ROWS)
+    assert fetched == [chunks, chunks]
+
+
+def test_a_reader_of_one_leaf_fetches_one_chunk_of_archives_and_one_of_positions(rows, monkeypatch):
+    fetched = []
+    original = Archive.gather
+    monkeypatch.setattr(Archive, "gather", lambda self, p, s: fetched.append(p.size) or original(self, p, s))
+    plan_read(rows, [WantedPart(40, Box((7, 3), (80, 1)))])
+    assert fetched == [1, 1]
+
+
+def test_all_rows_can_be_checked(rows, table):
+    rows.check()
+    archive, position, nbytes = rows.places_of(99)
+    assert archive.tolist() == list(range(RANKS))
+    assert position.tolist() == table.position[99 * RANKS :].tolist()
+    assert set(nbytes.tolist()) == {256}
