@@ -207,9 +207,9 @@ def table(result: dict[str, Any]) -> str:
     """Return the figures as a Markdown table, each beside its target."""
     scale = f"{result['ranks']:,} ranks × {result['leaves']:,} leaves, {result['chunks']:,} chunks"
     lines = [
-        f"{scale}; seconds of CPU, and on the wall:",
+        f"{scale}; seconds of CPU, and by the clock:",
         "",
-        "| what | measured | wall | target |",
+        "| what | CPU | clock | target |",
         "|---|---|---|---|",
     ]
     for name, label in _LABELS.items():

@@ -1,5 +1,8 @@
 """The layout file at a scale where its size per chunk and what a reader touches of it show."""
 
+import json
+import zipfile
+
 import numpy as np
 import pytest
 
@@ -88,3 +91,20 @@ def test_all_rows_can_be_checked(rows, table):
     assert archive.tolist() == list(range(RANKS))
     assert position.tolist() == table.position[99 * RANKS :].tolist()
     assert set(nbytes.tolist()) == {256}
+
+
+def test_the_columns_are_what_the_format_says(table, tmp_path):
+    """Read with zarr-python, from docs/format.md alone."""
+    zarr = pytest.importorskip("zarr")
+    (tmp_path / LAYOUT_NAME).write_bytes(encode_layout(table)[0])
+    with zipfile.ZipFile(tmp_path / LAYOUT_NAME) as archive:
+        assert archive.testzip() is None
+        archive.extractall(tmp_path / "hierarchy")
+    columns = zarr.open_group(tmp_path / "hierarchy" / "layout", mode="r")
+    leaves = json.loads(columns["leaves"][:].tobytes())
+    assert [leaf["rows"] for leaf in leaves] == [[n * RANKS, (n + 1) * RANKS] for n in range(LEAVES)]
+    for name in ("archive", "position"):
+        stored, (chunk,) = columns[name][:].astype(np.int64), columns[name].chunks
+        values = [stored[start : start + chunk].cumsum() for start in range(0, stored.size, chunk)]
+        assert np.concatenate(values).tolist() == getattr(table, name).tolist()
+    assert columns["offsets"].shape == columns["lengths"].shape == (0,)
