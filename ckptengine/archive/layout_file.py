@@ -47,6 +47,9 @@ _COLUMNS = {
 }
 _MAX_LEAVES_NBYTES = 1 << 28
 
+_WHOLE_NBYTES = 1 << 20
+"""Files up to this size are read at once: their metadata, indices and chunks share blocks, or are a few of them."""
+
 
 def encode_layout(table: RowTable) -> tuple[bytes, ArchiveRecord]:
     """Return the bytes of a layout file, and its record for the manifest."""
@@ -136,13 +139,15 @@ class StoredRows:
 
 
 def open_layout(storage: Storage, name: str, record: ArchiveRecord, fixed_nbytes: Sequence[int]) -> StoredRows:
-    """Return the rows of a checkpoint; only the table of leaves is read now. Every byte that is read is verified.
+    """Return the rows of a checkpoint; of a large file only the table of leaves is read now, all of it verified.
 
     `fixed_nbytes` are the sizes of the archives' fixed regions, in which all rows must lie.
 
     Raises `CheckpointDamagedError` naming the file where its bytes or its leaves are not what they must be.
     """
     archive = open_archive(storage, name, record)
+    if archive.fixed_nbytes <= _WHOLE_NBYTES:
+        archive = archive.holding()
     directory = read_directory(archive)
     text = open_column(archive, directory, "leaves", "uint8", differences=False)
     columns = {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -21,7 +21,10 @@ __all__ = ["Archive", "check_size", "open_archive"]
 
 @dataclass(frozen=True, slots=True)
 class Archive:
-    """An archive whose tail has been verified. `checksums` are uint32, one for each block of the fixed region."""
+    """An archive whose tail has been verified. `checksums` are uint32, one for each block of the fixed region.
+
+    `held` is the verified fixed region, uint8, where it is kept in memory (`holding`).
+    """
 
     storage: Storage
     name: str
@@ -29,6 +32,7 @@ class Archive:
     checksums: NDArray[np.uint32]
     tail: dict[str, bytes]
     tail_bytes: bytes
+    held: NDArray[np.uint8] | None = None
 
     @property
     def location(self) -> str:
@@ -91,6 +95,9 @@ class Archive:
             raise CheckpointDamagedError(
                 f"{self.location}: {sizes[place]} bytes at {positions[place]} lie outside of the fixed region"
             )
+        if self.held is not None:
+            spans = zip(positions.tolist(), sizes.tolist(), strict=True)
+            return np.concatenate([self.held[:0], *(self.held[start : start + size] for start, size in spans)])
         out = np.empty(int(sizes.sum()), np.uint8)
         address = out.ctypes.data + np.cumsum(sizes) - sizes
         there = sizes > 0
@@ -101,6 +108,10 @@ class Archive:
             ops = np.stack(table, axis=1).reshape(-1)
             self.load(self._blocks(positions, positions + sizes), ops, np.arange(sizes.size + 1) * len(table))
         return out
+
+    def holding(self) -> Archive:
+        """Return the archive with its fixed region in memory, read and verified once: for small ones."""
+        return replace(self, held=self.gather(np.zeros(1, np.int64), np.array([self.fixed_nbytes], np.int64)))
 
     def _blocks(self, begins: NDArray[np.int64], ends: NDArray[np.int64]) -> NDArray[np.int64]:
         """Return the ranges (position, bytes) of whole blocks that hold these bytes; `begins` ascend."""

@@ -85,6 +85,32 @@ def test_a_reader_of_one_leaf_fetches_one_chunk_of_archives_and_one_of_positions
     assert fetched == [1, 1]
 
 
+def test_a_small_file_is_read_once(table, tmp_path, monkeypatch):
+    loads = []
+    original = Archive.load
+    monkeypatch.setattr(Archive, "load", lambda self, *tables: loads.append(tables[0]) or original(self, *tables))
+    data, record = encode_layout(table)
+    (tmp_path / LAYOUT_NAME).write_bytes(data)
+    rows = open_layout(LocalStorage(tmp_path), LAYOUT_NAME, record, [1 << 20] * RANKS)
+    plan_read(rows, [WantedPart(leaf, Box((7, 0), (1, 64))) for leaf in range(LEAVES)])
+    assert [ranges.tolist() for ranges in loads] == [[[0, record.tail_position]]]
+
+
+def test_a_large_file_is_read_in_part(table, tmp_path, monkeypatch):
+    monkeypatch.setattr(layout_file, "_WHOLE_NBYTES", 0)
+    rng = np.random.default_rng(0)
+    position = rng.integers(0, 1 << 19, table.archive.size)
+    data, record = encode_layout(layout_file.RowTable(table.leaves, table.archive, position, NONE, NONE))
+    (tmp_path / LAYOUT_NAME).write_bytes(data)
+    rows = open_layout(LocalStorage(tmp_path), LAYOUT_NAME, record, [1 << 20] * RANKS)
+    read = []
+    original = Archive.load
+    monkeypatch.setattr(Archive, "load", lambda self, *t: read.append(int(t[0][:, 1].sum())) or original(self, *t))
+    (copy,) = plan_read(rows, [WantedPart(40, Box((7, 3), (1, 1)))])[7]
+    assert copy.position == position[40 * RANKS + 7]
+    assert sum(read) <= 3 * 65536 < record.tail_position
+
+
 def test_all_rows_can_be_checked(rows, table):
     rows.check()
     archive, position, nbytes = rows.places_of(99)
