@@ -9,11 +9,11 @@ from typing import Any
 
 import numpy as np
 
+from ckptengine.archive.layout_file import StoredRows
 from ckptengine.archive.reader import Archive, open_archive
 from ckptengine.archive.record import ArchiveRecord
 from ckptengine.catalog import listing
 from ckptengine.errors import CheckpointDamagedError, CheckpointError, CheckpointNotFoundError
-from ckptengine.layout.rows import RowTable
 from ckptengine.load.checkpoint import Checkpoint
 from ckptengine.load.choose import newest_checkpoint
 from ckptengine.load.describe import describe as saved_of
@@ -132,8 +132,8 @@ def describe(path: str | os.PathLike[str]) -> CheckpointDescription:
     manifest, rows = checkpoint.manifest, checkpoint.rows
     saved = saved_of(checkpoint)
     leaves = []
-    for record in rows.leaves:
-        archives = tuple(np.unique(rows.archive[slice(*record.rows)]).tolist())
+    for number, record in enumerate(rows.leaves):
+        archives = tuple(np.unique(rows.places_of(number)[0]).tolist())
         nbytes = record.itemsize * int(np.prod(record.shape, dtype=object))
         leaves.append(
             LeafSummary(record.name, record.dtype, record.shape, nbytes, record.placement.value, archives, record.rank)
@@ -173,7 +173,7 @@ def verify(path: str | os.PathLike[str], progress: Callable[[int, int], None] | 
     total = sum(record.nbytes for checkpoint in checkpoints for record in _records(checkpoint))
     done = 0
     for checkpoint in checkpoints:
-        rows: RowTable | None = None
+        rows: StoredRows | None = None
         for rank, record in enumerate(_records(checkpoint), start=-1):
             damaged = False
             for item in _verify_file(checkpoint, record):
@@ -188,6 +188,7 @@ def verify(path: str | os.PathLike[str], progress: Callable[[int, int], None] | 
                 problems.append(Problem(file, start, stop - start, leaves, message))
             if rank < 0 and not damaged:
                 try:
+                    checkpoint.rows.check()
                     rows = checkpoint.rows
                 except CheckpointDamagedError as error:
                     file = storage.location(checkpoint.file(record.name))
@@ -235,12 +236,12 @@ def _named(values: Any) -> dict[str, Any]:
     return {dotted(path): value for path, value in sorted(values.items(), key=lambda item: dotted(item[0]))}
 
 
-def _leaves_at(rows: RowTable, rank: int, start: int, stop: int) -> tuple[str, ...]:
+def _leaves_at(rows: StoredRows, rank: int, start: int, stop: int) -> tuple[str, ...]:
     """Return the names of the leaves that have bytes of an archive between two positions."""
-    hit = (rows.archive == rank) & (rows.position < stop) & (rows.position + rows.nbytes > start)
     names: dict[Path, str] = {}
-    for leaf in rows.leaves:
-        if hit[slice(*leaf.rows)].any():
+    for number, leaf in enumerate(rows.leaves):
+        archive, position, nbytes = rows.places_of(number)
+        if ((archive == rank) & (position < stop) & (position + nbytes > start)).any():
             names[leaf.path] = leaf.name
     return tuple(names.values())
 

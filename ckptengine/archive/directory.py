@@ -9,7 +9,7 @@ from ckptengine.archive import zip as zipfmt
 from ckptengine.archive.reader import Archive
 from ckptengine.errors import CheckpointDamagedError
 
-__all__ = ["DirectoryEntry", "read_directory", "read_entry"]
+__all__ = ["DirectoryEntry", "entry_position", "read_directory", "read_entry"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +51,14 @@ def read_entry(archive: Archive, name: str, entry: DirectoryEntry, start: int, s
         if len(data) != entry.nbytes:
             raise CheckpointDamagedError(f"{archive.location}: the tail has no entry {name!r} as its directory tells")
         return data[start:stop]
+    return archive.read(entry_position(archive, name, entry) + start, stop - start)
+
+
+def entry_position(archive: Archive, name: str, entry: DirectoryEntry) -> int:
+    """Return where the data of an entry of the fixed region starts in the file, by its header, verified.
+
+    Raises `CheckpointDamagedError` naming the file where there is no such header.
+    """
     space = zipfmt.max_header_nbytes(name)
     head = archive.read(entry.header_position, min(space, archive.fixed_nbytes - entry.header_position))
     header = zipfmt.parse_local_header(head, 0, archive.location, partial=True)
@@ -58,4 +66,4 @@ def read_entry(archive: Archive, name: str, entry: DirectoryEntry, start: int, s
         raise CheckpointDamagedError(
             f"{archive.location}: the header at byte {entry.header_position} is not that of entry {name!r}"
         )
-    return archive.read(entry.header_position + header.data_position + start, stop - start)
+    return entry.header_position + header.data_position

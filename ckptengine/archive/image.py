@@ -104,9 +104,9 @@ def array_metadata(
     data_type: str,
     fill_value: Any,
     attributes: dict[str, Any] | None = None,
-    codecs: Sequence[dict[str, Any]] = (),
+    serializer: dict[str, Any] | None = None,
 ) -> bytes:
-    """Return the `zarr.json` of an array with a regular grid, little-endian, `codecs` after the bytes codec."""
+    """Return the `zarr.json` of an array with a regular grid; its one codec is `serializer`, or little-endian bytes."""
     return _json(
         {
             "zarr_format": 3,
@@ -116,7 +116,7 @@ def array_metadata(
             "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": list(chunk_shape)}},
             "chunk_key_encoding": {"name": "default", "configuration": {"separator": "/"}},
             "fill_value": fill_value,
-            "codecs": [{"name": "bytes", "configuration": {"endian": "little"}}, *codecs],
+            "codecs": [serializer or {"name": "bytes", "configuration": {"endian": "little"}}],
             "attributes": attributes or {},
         }
     )

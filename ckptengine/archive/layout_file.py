@@ -5,124 +5,167 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from typing import Any
+from functools import cached_property
 
 import numpy as np
-from numcodecs.zstd import Zstd
-from numpy.typing import NDArray
 
 from ckptengine import _native
-from ckptengine.archive.image import BLOCK_NBYTES, array_metadata, group_metadata, plan_entries
-from ckptengine.archive.reader import open_archive
+from ckptengine.archive.column import MAX_CHUNK_ITEMS, Column, encode_column, open_column
+from ckptengine.archive.directory import read_directory
+from ckptengine.archive.image import BLOCK_NBYTES, group_metadata, plan_entries
+from ckptengine.archive.reader import Archive, open_archive
 from ckptengine.archive.record import ArchiveRecord
 from ckptengine.archive.tail import build_tail
-from ckptengine.archive.zip import walk_entries
 from ckptengine.errors import CheckpointDamagedError
-from ckptengine.layout.rows import RowTable, columns, from_columns, leaves_to_json
+from ckptengine.layout.rows import (
+    LeafRecord,
+    RowTable,
+    check_boxes,
+    check_places,
+    index_of,
+    leaves_from_json,
+    leaves_to_json,
+    number_starts,
+)
+from ckptengine.layout.tiling import Int64s, tiles
+from ckptengine.state.leaf import Path
 from ckptengine.storage.base import Storage
 
-__all__ = ["LAYOUT_NAME", "encode_layout", "read_layout"]
+__all__ = ["LAYOUT_NAME", "StoredRows", "encode_layout", "open_layout"]
 
 LAYOUT_NAME = "layout.zarr.zip"
 
-CHUNK_ROWS = 1 << 16
-"""Elements per chunk of a column: small enough that a reader of few leaves reads little, large enough to compress."""
+CHUNK_ROWS = 1 << 12
+"""Rows per chunk: a reader of one row decodes this many, a chunk costs 16 bytes of index."""
 
-_LEVEL = 1  # the columns are regular; higher levels gain next to nothing and cost time on the coordinator
+# Which columns there are: their type, and whether neighbours differ so little that differences are stored.
+_COLUMNS = {
+    "archive": ("int32", True),
+    "position": ("int64", True),
+    "offsets": ("int64", False),
+    "lengths": ("int64", False),
+}
+_MAX_LEAVES_NBYTES = 1 << 28
 
-_COLUMN_TYPES = ("uint8", "int32", "int64")
-_MAX_COLUMN_NBYTES = 1 << 36
+_WHOLE_NBYTES = 1 << 20
+"""Files up to this size are read at once: their metadata, indices and chunks share blocks, or are a few of them."""
 
 
 def encode_layout(table: RowTable) -> tuple[bytes, ArchiveRecord]:
     """Return the bytes of a layout file, and its record for the manifest."""
-    leaves = json.dumps(leaves_to_json(table), separators=(",", ":")).encode()
-    arrays = {"leaves": np.frombuffer(leaves, np.uint8), **columns(table)}
+    leaves = json.dumps(leaves_to_json(table.leaves), separators=(",", ":")).encode()
+    columns = {"leaves": encode_column(np.frombuffer(leaves, np.uint8), MAX_CHUNK_ITEMS, differences=False)}
+    for name, (_, differences) in _COLUMNS.items():
+        columns[name] = encode_column(getattr(table, name), CHUNK_ROWS, differences=differences)
     entries = [("layout/zarr.json", group_metadata())]
-    for name, column in arrays.items():
-        entries += _column_entries(f"layout/{name}", column)
+    # All metadata first, and close together, so that a reader finds it in one or two blocks.
+    entries += [(f"layout/{name}/zarr.json", metadata) for name, (metadata, _) in columns.items()]
+    entries += [(f"layout/{name}/c/0", data) for name, (_, data) in columns.items()]
     image = plan_entries(LAYOUT_NAME, entries)
-    fixed = np.zeros(image.fixed_nbytes, np.uint8)
-    for position, data in image.static:
-        fixed[position : position + len(data)] = np.frombuffer(data, np.uint8)
-    blocks = [_native.crc32(fixed[start : start + BLOCK_NBYTES]) for start in range(0, fixed.size, BLOCK_NBYTES)]
+    content = bytearray().join(data for _, data in image.static)
+    view = memoryview(content)
+    blocks = [_native.crc32(view[start : start + BLOCK_NBYTES]) for start in range(0, len(view), BLOCK_NBYTES)]
     tail = build_tail(image, [], np.zeros(0, np.uint32), np.array(blocks, np.uint32))
-    record = ArchiveRecord(LAYOUT_NAME, fixed.size + len(tail), fixed.size, hashlib.sha256(tail).hexdigest())
-    return fixed.tobytes() + tail, record
+    record = ArchiveRecord(
+        LAYOUT_NAME, image.fixed_nbytes + len(tail), image.fixed_nbytes, hashlib.sha256(tail).hexdigest()
+    )
+    return b"".join((view, tail)), record
 
 
-def read_layout(storage: Storage, name: str, record: ArchiveRecord, fixed_nbytes: Sequence[int]) -> RowTable:
-    """Return the rows of a checkpoint, every byte verified.
+class StoredRows:
+    """The rows of a checkpoint; of the file, only the chunks of the rows that are asked for are read.
+
+    `leaves` are all leaves. `fixed_nbytes` are the sizes of the archives' fixed regions, in which chunks must lie.
+    """
+
+    def __init__(
+        self, archive: Archive, leaves: tuple[LeafRecord, ...], columns: dict[str, Column], fixed_nbytes: Int64s
+    ) -> None:
+        self.leaves = leaves
+        self._archive = archive
+        self._columns = columns
+        self._fixed_nbytes = fixed_nbytes
+        self._starts = number_starts(leaves)
+
+    @cached_property
+    def index(self) -> dict[tuple[Path, int | None], int]:
+        """The place in `leaves` of each path and rank (None where the leaf is not `PER_RANK`)."""
+        return index_of(self.leaves)
+
+    def places(self, rows: Int64s, nbytes: Int64s) -> tuple[Int64s, Int64s]:
+        """Return archive and position of the chunks of these rows, whose sizes are `nbytes`; all int64 [n].
+
+        Raises `CheckpointDamagedError` where the file is damaged, or a chunk does not lie in its archive.
+        """
+        archive, position = self._columns["archive"].take(rows), self._columns["position"].take(rows)
+        try:
+            check_places(archive, position, nbytes, self._fixed_nbytes)
+        except ValueError as error:
+            raise _damaged(self._archive, error) from None
+        return archive, position
+
+    def boxes(self, leaf: int) -> tuple[Int64s, Int64s]:
+        """Return offsets and lengths, int64 [rows, ndim], of all fragments of `leaves[leaf]`, which is no grid.
+
+        Raises `CheckpointDamagedError` where the file is damaged, or a box is not in the leaf.
+        """
+        record = self.leaves[leaf]
+        numbers = np.arange(*self._starts[leaf : leaf + 2])
+        shape = (record.rows[1] - record.rows[0], len(record.shape))
+        offsets, lengths = (self._columns[name].take(numbers).reshape(shape) for name in ("offsets", "lengths"))
+        try:
+            check_boxes(record, offsets, lengths)
+        except ValueError as error:
+            raise _damaged(self._archive, error) from None
+        return offsets, lengths
+
+    def places_of(self, leaf: int) -> tuple[Int64s, Int64s, Int64s]:
+        """Return archive, position and bytes of all chunks of `leaves[leaf]`, int64 [rows]; raises as `places`."""
+        record = self.leaves[leaf]
+        rows = np.arange(*record.rows)
+        if record.is_grid:
+            nbytes = np.full(rows.size, record.chunk_nbytes, np.int64)
+        else:
+            nbytes = self.boxes(leaf)[1].prod(axis=1) * record.itemsize
+        return *self.places(rows, nbytes), nbytes
+
+    def check(self) -> None:
+        """Read all rows; raises `CheckpointDamagedError` where any is not what it must be."""
+        for leaf, record in enumerate(self.leaves):
+            self.places_of(leaf)
+            if not record.is_grid and not tiles(record.shape, *self.boxes(leaf)):
+                error = ValueError(f"leaf {record.name}: its boxes overlap or leave elements out")
+                raise _damaged(self._archive, error)
+
+
+def open_layout(storage: Storage, name: str, record: ArchiveRecord, fixed_nbytes: Sequence[int]) -> StoredRows:
+    """Return the rows of a checkpoint; of a large file only the table of leaves is read now, all of it verified.
 
     `fixed_nbytes` are the sizes of the archives' fixed regions, in which all rows must lie.
 
-    Raises `CheckpointDamagedError` naming the file where its bytes or its rows are not what they must be.
+    Raises `CheckpointDamagedError` naming the file where its bytes or its leaves are not what they must be.
     """
     archive = open_archive(storage, name, record)
-    where = archive.location
-    fixed = archive.read(0, archive.fixed_nbytes)
-    entries = walk_entries(fixed, where)
-    leaves = _column(entries, "leaves", where).tobytes()
-    arrays = {name: _column(entries, name, where) for name in ("archive", "position", "nbytes", "offsets", "lengths")}
+    if archive.fixed_nbytes <= _WHOLE_NBYTES:
+        archive = archive.holding()
+    directory = read_directory(archive)
+    text = open_column(archive, directory, "leaves", "uint8", differences=False)
+    columns = {
+        name: open_column(archive, directory, name, dtype, differences=differences)
+        for name, (dtype, differences) in _COLUMNS.items()
+    }
     try:
-        document = json.loads(leaves)
+        if text.size > _MAX_LEAVES_NBYTES:
+            raise ValueError(f"a table of leaves has at most {_MAX_LEAVES_NBYTES} bytes, not {text.size}")
+        leaves = leaves_from_json(json.loads(text.all_bytes()))
+        rows, numbers = leaves[-1].rows[1] if leaves else 0, number_starts(leaves)[-1]
+        for column, size in zip(columns.values(), (rows, rows, numbers, numbers), strict=True):
+            if column.size != size:
+                raise ValueError(f"column {column.name!r} has {column.size} numbers, the leaves have {size}")
     except (ValueError, RecursionError) as error:
-        raise CheckpointDamagedError(f"{where}: the table of leaves is not JSON: {error}") from None
-    return from_columns(document, arrays, fixed_nbytes)
+        raise _damaged(archive, error) from None
+    return StoredRows(archive, leaves, columns, np.asarray(fixed_nbytes, np.int64))
 
 
-def _column_entries(node: str, column: NDArray[Any]) -> list[tuple[str, bytes]]:
-    rows = max(1, min(CHUNK_ROWS, column.size))
-    codec = {"name": "zstd", "configuration": {"level": _LEVEL, "checksum": False}}
-    metadata = array_metadata(column.shape, (rows,), column.dtype.name, 0, codecs=[codec])
-    entries = [(f"{node}/zarr.json", metadata)]
-    for number, start in enumerate(range(0, column.size, rows)):
-        chunk = np.zeros(rows, column.dtype.newbyteorder("<"))
-        part = column[start : start + rows]
-        chunk[: part.size] = part
-        entries.append((f"{node}/c/{number}", bytes(Zstd(level=_LEVEL).encode(chunk))))
-    return entries
-
-
-def _column(entries: dict[str, bytes], name: str, where: str) -> NDArray[Any]:
-    """Return one column; the sizes that the file claims are compared before anything is allocated by them."""
-    try:
-        metadata = json.loads(entries[f"layout/{name}/zarr.json"])
-        (size,), (rows,) = metadata["shape"], metadata["chunk_grid"]["configuration"]["chunk_shape"]
-        if metadata["data_type"] not in _COLUMN_TYPES:
-            raise ValueError(f"data type {metadata['data_type']!r:.40}")
-        dtype = np.dtype(metadata["data_type"])
-        if type(size) is not int or type(rows) is not int or size < 0 or rows < 1:
-            raise ValueError("not a column of integers")
-        if size * dtype.itemsize > _MAX_COLUMN_NBYTES or rows > CHUNK_ROWS:
-            raise ValueError(f"{size} elements in chunks of {rows} are more than a layout has")
-        chunks = [
-            _decompressed(entries[f"layout/{name}/c/{number}"], rows * dtype.itemsize)
-            for number in range(-(-size // rows))
-        ]
-    except (KeyError, TypeError, ValueError, RuntimeError, RecursionError) as error:
-        raise CheckpointDamagedError(f"{where}: column {name!r} is unreadable: {error!r}") from None
-    return np.frombuffer(b"".join(chunks), dtype.newbyteorder("<"))[:size].astype(dtype)
-
-
-def _decompressed(data: bytes, nbytes: int) -> bytes:
-    """Return a chunk, decoded into memory of the expected size, which must be what its frame holds."""
-    if _content_nbytes(data) != nbytes:
-        raise ValueError(f"a chunk does not hold {nbytes} bytes")
-    out = np.zeros(nbytes, np.uint8)
-    Zstd().decode(data, out)
-    return out.tobytes()
-
-
-def _content_nbytes(frame: bytes) -> int | None:
-    """Return the bytes that a zstd frame says it holds (RFC 8878, 3.1.1.1), None where it doesn't say."""
-    if len(frame) < 5 or frame[:4] != b"\x28\xb5\x2f\xfd":
-        return None
-    descriptor = frame[4]
-    single_segment = bool(descriptor & 0x20)
-    width = (1 if single_segment else 0, 2, 4, 8)[descriptor >> 6]
-    start = 5 + (0 if single_segment else 1) + (0, 1, 2, 4)[descriptor & 3]
-    field = frame[start : start + width]
-    if width == 0 or len(field) < width:
-        return None
-    return int.from_bytes(field, "little") + (256 if width == 2 else 0)
+def _damaged(archive: Archive, error: Exception) -> CheckpointDamagedError:
+    return CheckpointDamagedError(f"{archive.location}: the layout is damaged: {error}; restore an older checkpoint")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -21,7 +21,10 @@ __all__ = ["Archive", "check_size", "open_archive"]
 
 @dataclass(frozen=True, slots=True)
 class Archive:
-    """An archive whose tail has been verified. `checksums` are uint32, one for each block of the fixed region."""
+    """An archive whose tail has been verified. `checksums` are uint32, one for each block of the fixed region.
+
+    `held` is the verified fixed region, uint8, where it is kept in memory (`holding`).
+    """
 
     storage: Storage
     name: str
@@ -29,6 +32,7 @@ class Archive:
     checksums: NDArray[np.uint32]
     tail: dict[str, bytes]
     tail_bytes: bytes
+    held: NDArray[np.uint8] | None = None
 
     @property
     def location(self) -> str:
@@ -78,23 +82,44 @@ class Archive:
 
     def read(self, position: int, nbytes: int) -> bytes:
         """Return bytes of the fixed region, verified; raises `CheckpointDamagedError` where they are damaged."""
-        if position < 0 or nbytes < 0 or position + nbytes > self.fixed_nbytes:
+        return self.gather(np.array([position], np.int64), np.array([nbytes], np.int64)).tobytes()
+
+    def gather(self, positions: NDArray[np.int64], sizes: NDArray[np.int64]) -> NDArray[np.uint8]:
+        """Return bytes of several places of the fixed region, one after the other, uint8, verified.
+
+        `positions` ascend; `sizes` are in bytes. Raises `CheckpointDamagedError` where they are damaged.
+        """
+        outside = (positions < 0) | (sizes < 0) | (sizes > self.fixed_nbytes) | (positions > self.fixed_nbytes - sizes)
+        if outside.any():
+            place = int(np.argmax(outside))
             raise CheckpointDamagedError(
-                f"{self.location}: bytes {position} to {position + nbytes} lie outside of the fixed region"
+                f"{self.location}: {sizes[place]} bytes at {positions[place]} lie outside of the fixed region"
             )
-        if nbytes == 0:
-            return b""
-        out = np.empty(nbytes, np.uint8)
-        start = position // BLOCK_NBYTES * BLOCK_NBYTES
-        end = min(-(-(position + nbytes) // BLOCK_NBYTES) * BLOCK_NBYTES, self.fixed_nbytes)
-        address = out.ctypes.data
-        op = [position, nbytes, 1, 1, address, address, nbytes, nbytes, 0, nbytes, 1]
-        self.load(
-            np.array([[start, end - start]], np.int64),
-            np.array(op, np.int64),
-            np.array([0, len(op)], np.int64),
-        )
-        return out.tobytes()
+        if self.held is not None:
+            spans = zip(positions.tolist(), sizes.tolist(), strict=True)
+            return np.concatenate([self.held[:0], *(self.held[start : start + size] for start, size in spans)])
+        out = np.empty(int(sizes.sum()), np.uint8)
+        address = out.ctypes.data + np.cumsum(sizes) - sizes
+        there = sizes > 0
+        positions, sizes, address = positions[there], sizes[there], address[there]
+        if positions.size:
+            zero, one = np.zeros_like(sizes), np.ones_like(sizes)
+            table = [positions, sizes, one, one, address, address, sizes, sizes, zero, sizes, one]
+            ops = np.stack(table, axis=1).reshape(-1)
+            self.load(self._blocks(positions, positions + sizes), ops, np.arange(sizes.size + 1) * len(table))
+        return out
+
+    def holding(self) -> Archive:
+        """Return the archive with its fixed region in memory, read and verified once: for small ones."""
+        return replace(self, held=self.gather(np.zeros(1, np.int64), np.array([self.fixed_nbytes], np.int64)))
+
+    def _blocks(self, begins: NDArray[np.int64], ends: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return the ranges (position, bytes) of whole blocks that hold these bytes; `begins` ascend."""
+        begins = begins // BLOCK_NBYTES * BLOCK_NBYTES
+        reach = np.maximum.accumulate(-(-ends // BLOCK_NBYTES) * BLOCK_NBYTES)
+        new = np.flatnonzero(np.append(True, begins[1:] > reach[:-1]))
+        stops = np.minimum(np.append(reach[new[1:] - 1], reach[-1]), self.fixed_nbytes)
+        return np.stack([begins[new], stops - begins[new]], axis=1)
 
 
 def check_size(storage: Storage, name: str, record: ArchiveRecord) -> None:

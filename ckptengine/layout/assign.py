@@ -1,15 +1,16 @@
-"""Who writes what: the same answer on every rank, from what all ranks hold."""
+"""Who writes what: each rank finds its own part, from what all ranks hold; the parts fit together."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from ckptengine.comm.ranks import name_ranks
 from ckptengine.errors import StateError
+from ckptengine.layout.balance import Run, balance, runs_of
 from ckptengine.layout.grid import cells_of, padding_is_acceptable, regular_grid
 from ckptengine.layout.head import (
     LeafHead,
@@ -19,15 +20,14 @@ from ckptengine.layout.head import (
     zero_sized_chunk,
 )
 from ckptengine.layout.holdings import Holding, same_holding
+from ckptengine.layout.survey import Boxes, Group, Kind, Survey, by_path, even_part
 from ckptengine.layout.tiling import Int64s, find_fault, inside, linear, tiles
-from ckptengine.state.leaf import Path, Placement
+from ckptengine.state.leaf import Placement
 
-__all__ = ["Assigned", "assign", "assign_alone"]
+__all__ = ["Assigned", "assign", "assign_alone", "check_own"]
 
 _SPLIT_NBYTES = 4 << 20  # boxes that several ranks hold are split from here on
 _PIECE_NBYTES = 1 << 20  # and never into smaller pieces: archives align entries from this size on
-
-_Held = Sequence[tuple[int, Holding]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,50 +48,55 @@ class Assigned(LeafLayout):
 
 @dataclass(frozen=True, slots=True)
 class _Plan:
-    """One shared leaf: its pieces, sorted by place, and for each the ranks that hold it."""
+    """How the leaves of a group are stored: their pieces, sorted by place, and who writes each.
 
-    head: LeafHead
-    holders: tuple[int, ...]
+    `writers` are -1 where they are open: `runs` has these pieces. The leaves that are spread evenly have no pieces
+    here, since each rank knows its own by arithmetic.
+    """
+
     chunk_shape: tuple[int, ...] | None
     offsets: Int64s
     lengths: Int64s
-    ranks: Int64s  # the holders of piece i are ranks[bounds[2 * i] : bounds[2 * i + 1]], ascending
-    bounds: Int64s
-    writers: Int64s  # filled by _balance
-
-    @property
-    def nbytes(self) -> Int64s:
-        result: Int64s = self.lengths.prod(axis=1) * self.head.itemsize
-        return result
+    writers: Int64s
+    runs: tuple[Run, ...]
 
 
-def assign(holdings: Sequence[Sequence[Holding]]) -> list[list[Assigned]]:
-    """Return what each rank writes (index: rank), one `Assigned` for each leaf it holds, sorted by path.
+def check_own(holdings: Sequence[Holding], rank: int) -> None:
+    """Check what a rank can know alone of what it holds: boxes lie within their leaves, per-rank leaves are whole.
 
-    `holdings` is what each rank holds. A box that one rank holds is written by it. Boxes that several hold
-    are spread by bytes, the largest first, each to the least loaded of its holders (Graham 1969, "Bounds on
-    multiprocessing timing anomalies": at most 4/3 of the best possible); those of 4 MiB and more are split
-    first where the leaf stays one regular grid. `WHOLE` leaves are written by their lowest holder, `PER_RANK`
-    leaves by each rank for itself.
-
-    Raises StateError where the ranks disagree about a leaf, or their boxes leave the leaf, overlap without
-    being equal, or leave elements out.
+    Raises StateError naming leaf and rank. Done before the exchange, so that all ranks hear of it.
     """
-    result: list[list[Assigned]] = [[] for _ in holdings]
-    plans = []
-    for path, held in sorted(_by_path(enumerate(holdings)).items(), key=lambda item: path_order(item[0])):
-        _check_agreement(path, held)
-        if held[0][1].placement is Placement.PER_RANK:
-            for rank, holding in held:
-                result[rank].append(_own(rank, holding))
-        else:
-            plans.append(_plan(held))
-    _balance(plans, len(holdings))
-    for plan in plans:
-        _hand_out(plan, result)
-    for assigned in result:
-        assigned.sort(key=lambda leaf: path_order(leaf.path))
-    return result
+    for holding in holdings:
+        offsets, lengths = _sorted(holding, rank)
+        if holding.placement is Placement.PER_RANK:
+            _check_tiling(holding, offsets, lengths, [rank] * offsets.shape[0], np.asarray([rank]))
+
+
+def assign(survey: Survey, boxes: Mapping[int, Boxes], rank: int, held: Sequence[Holding]) -> list[Assigned]:
+    """Return what a rank writes, one `Assigned` for each leaf that it holds, sorted by path.
+
+    `survey` and `boxes`, of the groups that tell theirs, are what all ranks hold; `held` is what this one does. All
+    ranks' answers fit together. A box that one rank holds is written by it. Boxes that several hold are spread by
+    bytes (`balance`); those of 4 MiB and more are split first where the leaf stays one regular grid. `WHOLE` leaves
+    are written by their lowest holder, `PER_RANK` leaves by each rank for itself.
+
+    Raises StateError, the same on all ranks, where boxes leave the leaf, overlap without being equal, or leave
+    elements out.
+    """
+    plans = [_plan(group, boxes.get(number)) for number, group in enumerate(survey.groups)]
+    writers = [plans[number].writers for _, number in survey.leaves]
+    shared = [place for place, (_, number) in enumerate(survey.leaves) if plans[number].runs]
+    if shared:
+        for place in shared:
+            writers[place] = writers[place].copy()
+        runs = [plans[survey.leaves[place][1]].runs for place in shared]
+        balance(list(zip(runs, (writers[place] for place in shared), strict=True)), _settled(survey, plans))
+    mine = {holding.path for holding in held}
+    result = [_own(rank, holding) for holding in held if holding.placement is Placement.PER_RANK]
+    for (head, number), of_leaf in zip(survey.leaves, writers, strict=True):
+        if head.path in mine:
+            result.append(_handed_out(head, survey.groups[number], plans[number], of_leaf, rank, survey.world_size))
+    return sorted(result, key=lambda leaf: path_order(leaf.path))
 
 
 def assign_alone(
@@ -108,11 +113,10 @@ def assign_alone(
     kept = {assigned.path: assigned for assigned in previous}
     before = {holding.path: holding for holding in held_before}
     result = []
-    for path, held in _by_path([(rank, held_now)]).items():
-        holding = held[0][1]
-        old = before.get(path)
-        if old is not None and path in kept and same_holding(old, holding):
-            result.append(kept[path])
+    for holding in by_path(held_now, rank):
+        old = before.get(holding.path)
+        if old is not None and holding.path in kept and same_holding(old, holding):
+            result.append(kept[holding.path])
         elif holding.placement is Placement.PER_RANK:
             result.append(_own(rank, holding))
         else:
@@ -122,40 +126,6 @@ def assign_alone(
             writes = chunk is not None or offsets.shape[0] > 0
             result.append(_assigned(holding, chunk, writes, offsets, lengths, names))
     return sorted(result, key=lambda leaf: path_order(leaf.path))
-
-
-def _by_path(holdings: Iterable[tuple[int, Sequence[Holding]]]) -> dict[Path, list[tuple[int, Holding]]]:
-    result: dict[Path, list[tuple[int, Holding]]] = {}
-    for rank, of_rank in holdings:
-        for holding in of_rank:
-            held = result.setdefault(holding.path, [])
-            if held and held[-1][0] == rank:
-                raise StateError(f"{holding.name}: rank {rank} holds two leaves under this key; give each its own key")
-            held.append((rank, holding))
-    return result
-
-
-def _check_agreement(path: Path, held: _Held) -> None:
-    first = held[0][1]
-    per_rank = first.placement is Placement.PER_RANK
-
-    def said(holding: Holding) -> tuple[str, ...]:
-        kept_apart = per_rank and holding.placement is Placement.PER_RANK
-        facts = (holding.placement.value,)
-        return facts if kept_apart else (*facts, holding.dtype, str(holding.shape))
-
-    expected = said(first)
-    other = next((holding for _, holding in held if said(holding) != expected), None)
-    if other is None:
-        return
-    agreeing = [rank for rank, holding in held if said(holding) == expected]
-    differing = [rank for rank, holding in held if said(holding) == said(other)]
-    raise StateError(
-        f"{first.name}: {first.placement.value} {first.dtype} of shape {first.shape} on "
-        f"{name_ranks(agreeing)}, but {other.placement.value} {other.dtype} of shape {other.shape} on "
-        f"{name_ranks(differing)}; all ranks must have the same, or wrap the value in PerRank where each "
-        "rank's own is wanted"
-    )
 
 
 def _check_inside(head: LeafHead, offsets: Int64s, lengths: Int64s, ranks: Int64s) -> None:
@@ -170,7 +140,7 @@ def _check_inside(head: LeafHead, offsets: Int64s, lengths: Int64s, ranks: Int64
         )
 
 
-def _check_tiling(head: LeafHead, offsets: Int64s, lengths: Int64s, ranks: Sequence[int], holders: _Held) -> None:
+def _check_tiling(head: LeafHead, offsets: Int64s, lengths: Int64s, ranks: Sequence[int], holders: Int64s) -> None:
     """Raise where these distinct boxes overlap or leave elements out; `ranks` has one holder of each box."""
     if tiles(head.shape, offsets, lengths):
         return
@@ -187,7 +157,7 @@ def _check_tiling(head: LeafHead, offsets: Int64s, lengths: Int64s, ranks: Seque
     missing = max(1, total - sum(lengths.prod(axis=1).tolist()))
     raise StateError(
         f"{head.name}: {missing} of {total} elements of shape {head.shape} are held by no rank, for example "
-        f"{list(fault.element)}; the leaf is in the state of {name_ranks(rank for rank, _ in holders)}: all "
+        f"{list(fault.element)}; the leaf is in the state of {name_ranks(holders)}: all "
         "parts of a sharded leaf must be in the ranks' states"
     )
 
@@ -206,18 +176,46 @@ def _sorted(holding: Holding, rank: int) -> tuple[Int64s, Int64s]:
 def _own(rank: int, holding: Holding) -> Assigned:
     """Assign a per-rank leaf: the rank holds all of it and writes all of it."""
     offsets, lengths = _sorted(holding, rank)
-    _check_tiling(holding, offsets, lengths, [rank] * offsets.shape[0], [(rank, holding)])
+    _check_tiling(holding, offsets, lengths, [rank] * offsets.shape[0], np.asarray([rank]))
     chunk = regular_grid(holding.shape, offsets, lengths, holding.itemsize)
     names = () if chunk is not None else tuple(map(str, range(offsets.shape[0])))
     return _assigned(holding, chunk, True, offsets, lengths, names)
 
 
-def _plan(held: _Held) -> _Plan:
-    """Plan one shared leaf: distinct boxes, who holds them, how they are split; open writers are -1."""
-    head = held[0][1]
-    offsets = np.concatenate([holding.offsets for _, holding in held])
-    lengths = np.concatenate([holding.lengths for _, holding in held])
-    ranks = np.repeat([rank for rank, _ in held], [holding.offsets.shape[0] for _, holding in held])
+def _plan(group: Group, told: Boxes | None) -> _Plan:
+    """Plan the leaves of a group, given their boxes where ranks had to tell them."""
+    head, holders = group.head, group.holders
+    if group.kind is Kind.EVEN:
+        chunk = (-(-head.shape[0] // holders.size), *head.shape[1:])
+        acceptable = padding_is_acceptable(head.shape, chunk, head.itemsize)
+        nothing, no_box = np.zeros(0, np.int64), np.zeros((0, len(head.shape)), np.int64)
+        return _Plan(chunk if acceptable else None, no_box, no_box, nothing, ())
+    if group.kind is Kind.WHOLE:
+        count = 0 if is_zero_sized(head.shape) else 1
+        offsets = np.zeros((count, len(head.shape)), np.int64)
+        lengths = np.asarray([head.shape] * count, np.int64).reshape(offsets.shape)
+        ranks, bounds = holders, np.asarray([[0, holders.size]] * count, np.int64).reshape(count, 2)
+    else:
+        assert told is not None
+        offsets, lengths, ranks, bounds = _distinct(head, told)
+    cells = cells_of(head.shape, offsets, lengths)
+    if cells is None:
+        _check_tiling(head, offsets, lengths, ranks[bounds[:, 0]].tolist(), holders)
+    elif offsets.shape[0] and head.placement is not Placement.WHOLE:
+        cells, dim = _split(head, cells, int((bounds[:, 1] - bounds[:, 0]).min()))
+        offsets, lengths, parents = _pieces(head.shape, offsets, lengths, cells, dim)
+        bounds = bounds[parents]
+    if cells is not None and not padding_is_acceptable(head.shape, cells, head.itemsize):
+        cells = None
+    alone = (bounds[:, 1] - bounds[:, 0] == 1) | (head.placement is Placement.WHOLE)
+    writers = np.where(alone, ranks[bounds[:, 0]], -1)
+    nbytes = lengths.prod(axis=1) * head.itemsize
+    return _Plan(cells, offsets, lengths, writers, runs_of(nbytes, writers, ranks, bounds))
+
+
+def _distinct(head: LeafHead, told: Boxes) -> tuple[Int64s, Int64s, Int64s, Int64s]:
+    """Return the distinct boxes by place, and the ranks that hold them: those of box i are from `bounds[i, 0]` on."""
+    offsets, lengths, ranks = told.offsets, told.lengths, told.ranks
     _check_inside(head, offsets, lengths, ranks)
     first, last = linear(head.shape, offsets), linear(head.shape, offsets + lengths - 1)
     order = np.lexsort((ranks, last, first))
@@ -231,20 +229,7 @@ def _plan(held: _Held) -> _Plan:
     starts = np.flatnonzero(new_box)
     bounds = np.stack([starts, np.append(starts[1:], order.size)[: starts.size]], axis=1)
     offsets, lengths, ranks = offsets[order[starts]], lengths[order[starts]], ranks[order]
-
-    cells = cells_of(head.shape, offsets, lengths)
-    if cells is None:
-        _check_tiling(head, offsets, lengths, ranks[starts].tolist(), held)
-    elif starts.size and head.placement is not Placement.WHOLE:
-        holders = int((bounds[:, 1] - bounds[:, 0]).min())
-        cells, dim = _split(head, cells, holders)
-        offsets, lengths, parents = _pieces(head.shape, offsets, lengths, cells, dim)
-        bounds = bounds[parents]
-    if cells is not None and not padding_is_acceptable(head.shape, cells, head.itemsize):
-        cells = None
-    alone = (bounds[:, 1] - bounds[:, 0] == 1) | (head.placement is Placement.WHOLE)
-    writers = np.where(alone, ranks[bounds[:, 0]], -1) if starts.size else np.zeros(0, np.int64)
-    return _Plan(head, tuple(rank for rank, _ in held), cells, offsets, lengths, ranks, bounds.reshape(-1), writers)
+    return offsets, lengths, ranks, bounds
 
 
 def _split(head: LeafHead, cells: tuple[int, ...], holders: int) -> tuple[tuple[int, ...], int]:
@@ -279,38 +264,36 @@ def _pieces(
     return offsets[order], lengths[order], parents[order]
 
 
-def _balance(plans: Sequence[_Plan], world_size: int) -> None:
-    """Choose the open writers, the largest piece first, each the least loaded of its holders."""
-    load = np.zeros(world_size, np.int64)
-    sizes = [plan.nbytes for plan in plans]
-    for plan, nbytes in zip(plans, sizes, strict=True):
-        settled = plan.writers >= 0
-        np.add.at(load, plan.writers[settled], nbytes[settled])
-    open_pieces = [np.flatnonzero(plan.writers < 0) for plan in plans]
-    leaves = np.repeat(np.arange(len(plans)), [pieces.size for pieces in open_pieces])
-    pieces = np.concatenate([np.zeros(0, np.int64), *open_pieces])
-    nbytes = np.concatenate([np.zeros(0, np.int64), *(s[p] for s, p in zip(sizes, open_pieces, strict=True))])
-    # lexsort is stable and argmin takes the first of equals: ties go by path, place in the leaf, lowest rank.
-    for index in np.lexsort((pieces, leaves, -nbytes)).tolist():
-        plan, piece = plans[leaves[index]], pieces[index]
-        holders = plan.ranks[plan.bounds[2 * piece] : plan.bounds[2 * piece + 1]]
-        writer = holders[np.argmin(load[holders])]
-        load[writer] += nbytes[index]
-        plan.writers[piece] = writer
+def _settled(survey: Survey, plans: Sequence[_Plan]) -> Int64s:
+    """Return the bytes that each rank writes of what no other rank could write, int64."""
+    load = np.zeros(survey.world_size, np.int64)
+    for group, plan in zip(survey.groups, plans, strict=True):
+        head = group.head
+        if group.kind is Kind.EVEN:
+            step = -(-head.shape[0] // survey.world_size)
+            starts = np.arange(survey.world_size, dtype=np.int64) * step
+            rows = np.clip(head.shape[0] - starts, 0, step)
+            load += rows * (math.prod(head.shape[1:]) * head.itemsize * group.count)
+        else:
+            settled = plan.writers >= 0
+            nbytes = plan.lengths[settled].prod(axis=1) * (head.itemsize * group.count)
+            np.add.at(load, plan.writers[settled], nbytes)
+    return load
 
 
-def _hand_out(plan: _Plan, result: list[list[Assigned]]) -> None:
-    """Give each holder its pieces."""
-    by_writer = np.argsort(plan.writers, kind="stable")
-    begins = np.searchsorted(plan.writers, plan.holders, "left", sorter=by_writer).tolist()
-    ends = np.searchsorted(plan.writers, plan.holders, "right", sorter=by_writer).tolist()
-    lowest = plan.holders[0]
-    for rank, begin, end in zip(plan.holders, begins, ends, strict=True):
-        mine = by_writer[begin:end]
-        names = tuple(map(str, mine.tolist())) if plan.chunk_shape is None else ()
-        writes = mine.size > 0 or (is_zero_sized(plan.head.shape) and rank == lowest)
-        offsets, lengths = plan.offsets[mine], plan.lengths[mine]
-        result[rank].append(_assigned(plan.head, plan.chunk_shape, writes, offsets, lengths, names))
+def _handed_out(head: LeafHead, group: Group, plan: _Plan, writers: Int64s, rank: int, world_size: int) -> Assigned:
+    """Return a holder's part of one leaf."""
+    if group.kind is Kind.EVEN:
+        start, length = even_part(head.shape[0], rank, world_size)
+        shape, rest = (int(length > 0), len(head.shape)), head.shape[1:]
+        offsets = np.asarray([start, *(0 for _ in rest)] if length else [], np.int64).reshape(shape)
+        lengths = np.asarray([length, *rest] if length else [], np.int64).reshape(shape)
+        fragments = [str(rank)] if length and plan.chunk_shape is None else []
+        return _assigned(head, plan.chunk_shape, length > 0, offsets, lengths, fragments)
+    mine = np.flatnonzero(writers == rank)
+    names = tuple(map(str, mine.tolist())) if plan.chunk_shape is None else ()
+    writes = mine.size > 0 or (is_zero_sized(head.shape) and rank == int(group.holders[0]))
+    return _assigned(head, plan.chunk_shape, writes, plan.offsets[mine], plan.lengths[mine], names)
 
 
 def _assigned(

@@ -10,7 +10,7 @@ import numpy as np
 from ckptengine.layout.head import is_zero_sized, zero_sized_chunk
 from ckptengine.layout.tiling import Int64s, inside, linear
 
-__all__ = ["cell_index", "cells_of", "padding_is_acceptable", "regular_grid"]
+__all__ = ["cell_boxes", "cell_counts", "cell_index", "cells_of", "padding_is_acceptable", "regular_grid"]
 
 _PADDING_SHARE = 0.25
 _PADDING_NBYTES = 1 << 20
@@ -63,3 +63,20 @@ def padding_is_acceptable(shape: Sequence[int], chunk: Sequence[int], itemsize: 
 def cell_index(offset: Sequence[int], chunk: Sequence[int]) -> tuple[int, ...]:
     """Return the index of the chunk that starts at this offset, as it stands in its Zarr key."""
     return tuple(int(o) // int(c) for o, c in zip(offset, chunk, strict=True))
+
+
+def cell_counts(shape: Sequence[int], chunk: Sequence[int]) -> tuple[int, ...]:
+    """Return how many cells a grid has in each dimension; none where the tensor has no elements."""
+    return tuple(-(-length // step) for length, step in zip(shape, chunk, strict=True))
+
+
+def cell_boxes(shape: Sequence[int], chunk: Sequence[int], cells: Int64s) -> tuple[Int64s, Int64s]:
+    """Return offsets and lengths, int64 [n, ndim], of cells given by their numbers in C order (int64 [n])."""
+    counts = np.asarray(cell_counts(shape, chunk), np.int64)
+    offsets = np.empty((cells.size, counts.size), np.int64)
+    rest = cells
+    for dim in reversed(range(counts.size)):
+        rest, offsets[:, dim] = np.divmod(rest, counts[dim])
+    step = np.asarray(chunk, np.int64)
+    offsets *= step
+    return offsets, np.minimum(step, np.asarray(shape, np.int64) - offsets)

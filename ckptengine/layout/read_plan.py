@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -10,15 +11,16 @@ import numpy as np
 from ckptengine.comm.ranks import name_ranks
 from ckptengine.errors import CheckpointDamagedError, LoadMismatchError
 from ckptengine.layout.box import Box
-from ckptengine.layout.rows import LeafRecord, RowTable
-from ckptengine.layout.tiling import Int64s, find_fault, inside, strides_of, untiled
+from ckptengine.layout.grid import cell_counts
+from ckptengine.layout.rows import LeafRecord, Rows
+from ckptengine.layout.tiling import Int64s, find_fault, strides_of, untiled
 
 __all__ = ["Copy", "WantedPart", "blocks", "plan_read"]
 
 
 @dataclass(frozen=True, slots=True)
 class WantedPart:
-    """One box that a reader wants of `table.leaves[leaf]`."""
+    """One box that a reader wants of `rows.leaves[leaf]`."""
 
     leaf: int
     box: Box
@@ -71,27 +73,33 @@ class _Intervals:
         return np.sort(rows[hit])
 
 
-def plan_read(table: RowTable, wanted: Sequence[WantedPart]) -> dict[int, list[Copy]]:
+def plan_read(rows: Rows, wanted: Sequence[WantedPart]) -> dict[int, list[Copy]]:
     """Return for each archive that is needed its copies, by position; together they fill every wanted part.
 
-    Finds the stored boxes by interval search in the rows of the wanted leaves only. Raises
-    CheckpointDamagedError, naming the leaf, where the stored boxes don't cover each element of a part exactly
-    once, and LoadMismatchError where a part is not within its leaf.
+    The cells of a grid that a part meets are known by arithmetic, fragments are found by interval search: the
+    work and the rows that are looked at grow with what is wanted. Raises CheckpointDamagedError, naming the
+    leaf, where the stored boxes don't cover each element of a part exactly once, and LoadMismatchError where a
+    part is not within its leaf.
     """
-    by_leaf: dict[int, list[int]] = {}
-    for part, one in enumerate(wanted):
-        by_leaf.setdefault(one.leaf, []).append(part)
+    intervals: dict[int, _Intervals] = {}
     pieces: list[_Pieces] = []
-    for leaf, parts in by_leaf.items():
-        intervals = _Intervals(*table.boxes(leaf))
-        for part in parts:
-            _check_within(table.leaves[leaf], wanted[part].box)
-            pieces.append(_cut(part, leaf, wanted[part].box, intervals))
-    _check_covered(table, pieces)
+    for part, one in enumerate(wanted):
+        record = rows.leaves[one.leaf]
+        _check_within(record, one.box)
+        if record.chunk_shape is not None:
+            pieces.append(_cut_grid(part, record, record.chunk_shape, one.box))
+            continue
+        if one.leaf not in intervals:
+            intervals[one.leaf] = _Intervals(*rows.boxes(one.leaf))
+        pieces.append(_cut(part, record, one.box, intervals[one.leaf]))
+    archive, position = rows.places(
+        np.asarray([row for one in pieces for row in one.rows], np.int64),
+        np.asarray([nbytes for one in pieces for nbytes in one.nbytes], np.int64),
+    )
+    _check_covered(pieces, archive)
     result: dict[int, list[Copy]] = {}
-    for one_part in pieces:
-        for copy in _copies(table, one_part):
-            result.setdefault(copy.archive, []).append(copy)
+    for copy in _copies(pieces, archive.tolist(), position.tolist()):
+        result.setdefault(copy.archive, []).append(copy)
     for copies in result.values():
         copies.sort(key=lambda copy: (copy.position, copy.part))
     return dict(sorted(result.items()))
@@ -128,16 +136,18 @@ def blocks(copies: Iterable[Copy], block_nbytes: int, fixed_nbytes: int) -> Int6
 
 @dataclass(frozen=True, slots=True)
 class _Pieces:
-    """What the stored boxes have of one wanted part: int64 [n, ndim], and their rows in the leaf."""
+    """What stored chunks have of one wanted part, one item of each list per chunk."""
 
     part: int
-    leaf: int
+    leaf: LeafRecord
     box: Box
-    rows: Int64s
-    stored_offsets: Int64s
-    stored_lengths: Int64s
-    targets: Int64s  # within the part
-    sizes: Int64s
+    stored: bool  # whether the boxes were read from a file, so that they may overlap or leave holes
+    rows: list[int]
+    nbytes: list[int]
+    dense: list[tuple[int, ...]]
+    inner: list[tuple[int, ...]]  # within the chunk
+    sizes: list[tuple[int, ...]]
+    targets: list[tuple[int, ...]]  # within the part
 
 
 def _check_within(record: LeafRecord, box: Box) -> None:
@@ -147,75 +157,90 @@ def _check_within(record: LeafRecord, box: Box) -> None:
             f"{record.name}: a part of {len(box.shape)} dimensions is wanted, the checkpoint has shape "
             f"{record.shape}; load into a state of the same shapes"
         )
-    low, shape = np.asarray([box.offset], np.int64), np.asarray([box.shape], np.int64)
-    if box.volume and not inside(record.shape, low, shape).all():
+    if box.volume and not all(
+        offset >= 0 and size >= 1 and offset + size <= length
+        for offset, size, length in zip(box.offset, box.shape, record.shape, strict=True)
+    ):
         raise LoadMismatchError(
             f"{record.name}: the part at {box.offset} with shape {box.shape} is not within the checkpoint's "
             f"shape {record.shape}; load into a state of the same shapes"
         )
 
 
-def _cut(part: int, leaf: int, box: Box, intervals: _Intervals) -> _Pieces:
-    rows = intervals.meeting(box) if box.volume else np.zeros(0, np.int64)
+def _cut_grid(part: int, record: LeafRecord, chunk: tuple[int, ...], box: Box) -> _Pieces:
+    """Return the cells of a grid that a part meets; they cover it exactly once because a grid does."""
+    numbers, cuts = [0], []
+    for offset, length, step, count in zip(box.offset, box.shape, chunk, cell_counts(record.shape, chunk), strict=True):
+        cells = range(offset // step, -(-(offset + length) // step))
+        numbers = [number * count + cell for number in numbers for cell in cells]
+        cut = []
+        for cell in cells:
+            low, high = max(offset, cell * step), min(offset + length, cell * step + step)
+            cut.append((low - cell * step, high - low, low - offset))
+        cuts.append(cut)
+    rows = [record.rows[0] + number for number in numbers] if box.volume else []
+    found = list(itertools.product(*cuts)) if box.volume else []
+    inner, sizes, targets = ([tuple(dim[kind] for dim in piece) for piece in found] for kind in range(3))
+    count = len(rows)
+    return _Pieces(
+        part, record, box, False, rows, [record.chunk_nbytes] * count, [chunk] * count, inner, sizes, targets
+    )
+
+
+def _cut(part: int, record: LeafRecord, box: Box, intervals: _Intervals) -> _Pieces:
+    """Return the fragments that a part meets."""
+    found = intervals.meeting(box) if box.volume else np.zeros(0, np.int64)
     low = np.asarray(box.offset, np.int64)
-    offsets, ends = intervals.offsets[rows], intervals.ends[rows]
+    offsets, ends = intervals.offsets[found], intervals.ends[found]
     starts = np.maximum(offsets, low)
     sizes = np.minimum(ends, low + np.asarray(box.shape, np.int64)) - starts
-    return _Pieces(part, leaf, box, rows, offsets, ends - offsets, starts - low, sizes)
+    lengths = ends - offsets
+    rows = (found + record.rows[0]).tolist()
+    nbytes = (lengths.prod(axis=1) * record.itemsize).tolist()
+    dense, inner, reach, targets = (
+        list(map(tuple, numbers.tolist())) for numbers in (lengths, starts - offsets, sizes, starts - low)
+    )
+    return _Pieces(part, record, box, True, rows, nbytes, dense, inner, reach, targets)
 
 
-def _check_covered(table: RowTable, pieces: Sequence[_Pieces]) -> None:
-    """Raise where the pieces of a part don't cover each of its elements exactly once; all parts in one go."""
-    empty = np.zeros(0, np.int64)
+def _check_covered(pieces: Sequence[_Pieces], archive: Int64s) -> None:
+    """Raise where stored pieces of a part don't cover each of its elements exactly once; all parts in one go.
+
+    `archive` has the archive of each piece's rows, one piece after the other.
+    """
+    stored = [one for one in pieces if one.stored]
     wrong = untiled(
-        [one.box.shape for one in pieces],
-        np.asarray([one.rows.size for one in pieces], np.int64),
-        np.concatenate([empty, *(one.targets.reshape(-1) for one in pieces)]),
-        np.concatenate([empty, *(one.sizes.reshape(-1) for one in pieces)]),
+        [one.box.shape for one in stored],
+        np.asarray([len(one.rows) for one in stored], np.int64),
+        np.asarray([number for one in stored for piece in one.targets for number in piece], np.int64),
+        np.asarray([number for one in stored for piece in one.sizes for number in piece], np.int64),
     )
     if not wrong.size:
         return
-    one = pieces[int(wrong[0])]
-    record = table.leaves[one.leaf]
-    fault = find_fault(one.box.shape, one.targets, one.sizes)
+    one = stored[int(wrong[0])]
+    shape = (len(one.rows), len(one.box.shape))
+    fault = find_fault(one.box.shape, *(np.asarray(n, np.int64).reshape(shape) for n in (one.targets, one.sizes)))
     assert fault is not None
     element = [o + e for o, e in zip(one.box.offset, fault.element, strict=True)]
     found = "no stored box"
     if fault.rows:
-        ranks = table.archive[one.rows[list(fault.rows)] + record.rows[0]].tolist()
+        start = sum(len(before.rows) for before in itertools.takewhile(lambda other: other is not one, pieces))
+        ranks = archive[start + np.asarray(fault.rows)].tolist()
         found = f"{len(fault.rows)} stored boxes in the archives of {name_ranks(ranks)}"
     raise CheckpointDamagedError(
-        f"{record.name}: element {element} of shape {record.shape} lies in {found} instead of one; the "
+        f"{one.leaf.name}: element {element} of shape {one.leaf.shape} lies in {found} instead of one; the "
         "layout file is damaged: restore an older checkpoint"
     )
 
 
-def _copies(table: RowTable, pieces: _Pieces) -> Iterator[Copy]:
-    record = table.leaves[pieces.leaf]
-    stored = pieces.rows + record.rows[0]
-    chunk = record.chunk_shape
-    for archive, position, nbytes, length, inner, size, target in zip(
-        table.archive[stored].tolist(),
-        table.position[stored].tolist(),
-        table.nbytes[stored].tolist(),
-        pieces.stored_lengths.tolist(),
-        (pieces.targets + np.asarray(pieces.box.offset, np.int64) - pieces.stored_offsets).tolist(),
-        pieces.sizes.tolist(),
-        pieces.targets.tolist(),
-        strict=True,
-    ):
-        dense = tuple(length) if chunk is None else chunk
-        yield Copy(
-            pieces.part,
-            archive,
-            position,
-            nbytes,
-            record.itemsize,
-            dense,
-            tuple(inner),
-            tuple(size),
-            tuple(target),
-        )
+def _copies(pieces: Sequence[_Pieces], archive: Iterable[int], position: Iterable[int]) -> Iterator[Copy]:
+    """Yield the copy of each piece; `archive` and `position` go on over all pieces."""
+    places = zip(archive, position, strict=True)
+    for one in pieces:
+        lists = zip(one.nbytes, one.dense, one.inner, one.sizes, one.targets, strict=True)
+        for nbytes, dense, inner, size, target in lists:
+            number, place = next(places)
+            yield Copy(one.part, number, place, nbytes, one.leaf.itemsize, dense, inner, size, target)
 
 
 def _runs(copy: Copy, block_nbytes: int) -> tuple[Int64s, int]:

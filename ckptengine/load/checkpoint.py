@@ -8,13 +8,12 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
-from ckptengine.archive.layout_file import read_layout
+from ckptengine.archive.layout_file import StoredRows, open_layout
 from ckptengine.archive.names import OBJECTS, rank_node
 from ckptengine.archive.reader import Archive, check_size, open_archive
 from ckptengine.catalog.commit import attempt_directory
 from ckptengine.catalog.manifest import Manifest
 from ckptengine.errors import CheckpointDamagedError, LoadMismatchError
-from ckptengine.layout.rows import RowTable
 from ckptengine.storage.base import Storage, join
 
 __all__ = ["Checkpoint", "naming"]
@@ -60,13 +59,13 @@ class Checkpoint:
         return self._archives[rank]
 
     @functools.cached_property
-    def rows(self) -> RowTable:
-        """Which box of which leaf lies where: the layout file, verified."""
+    def rows(self) -> StoredRows:
+        """Which box of which leaf lies where: the layout file, of which each part is verified when it is read."""
         record = self.manifest.layout
         fixed_nbytes = [archive.tail_position for archive in self.manifest.archives]
         name = self.file(record.name)
         with naming(self.storage.location(name)):
-            rows = read_layout(self.storage, name, record, fixed_nbytes)
+            rows = open_layout(self.storage, name, record, fixed_nbytes)
         # Each element is stored once, so what is allocated for the arrays is bounded by the files that are there.
         claimed = sum(math.prod(leaf.shape) * leaf.itemsize for leaf in rows.leaves)
         if claimed > sum(fixed_nbytes):

@@ -10,7 +10,7 @@ from ckptengine.catalog.receipt import Receipt
 from ckptengine.comm.ranks import name_ranks
 from ckptengine.errors import ReplicaMismatchError, SaveFailedError
 from ckptengine.layout.merge import merge
-from ckptengine.layout.rows import RankRows
+from ckptengine.layout.rank_rows import PackedRows
 from ckptengine.save.values import compare_values
 from ckptengine.state.leaf import dotted
 
@@ -21,7 +21,7 @@ class Coordinator:
     """Keeps what the ranks said of their plans, so that later receipts need not repeat it."""
 
     def __init__(self, world_size: int) -> None:
-        self._rows: list[RankRows | None] = [None] * world_size
+        self._rows: list[PackedRows | None] = [None] * world_size
         self._layout: tuple[bytes, ArchiveRecord] | None = None
 
     def expected(self) -> tuple[bytes, ArchiveRecord] | None:
@@ -37,7 +37,7 @@ class Coordinator:
         _compare(receipts)
         changed = [receipt for receipt in receipts if receipt.rows]
         for receipt in changed:
-            self._rows[receipt.rank] = RankRows.decode(receipt.rows)
+            self._rows[receipt.rank] = PackedRows.decode(receipt.rows)
         if changed or self._layout is None:
             self._layout = None
             self._layout = encode_layout(merge([rows for rows in self._rows if rows is not None]))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import secrets
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,9 +15,11 @@ from ckptengine.archive.image import BLOCK_NBYTES, Image, plan_image
 from ckptengine.archive.names import archive_name
 from ckptengine.comm.agree import agree
 from ckptengine.comm.base import Communicator
-from ckptengine.layout.assign import Assigned, assign, assign_alone
-from ckptengine.layout.holdings import Holding, decode, encode, holdings_of
-from ckptengine.layout.rows import RankRows
+from ckptengine.comm.distinct import gather_distinct
+from ckptengine.layout.assign import Assigned, assign, assign_alone, check_own
+from ckptengine.layout.holdings import Holding, holdings_of
+from ckptengine.layout.rank_rows import RankRows
+from ckptengine.layout.survey import Boxes, Table, by_path, decode_boxes, encode_boxes, survey_of, table_of
 from ckptengine.save.reading import Reading, Structure
 from ckptengine.save.values import StoredValues, compare_values
 from ckptengine.snapshot.pack import copy_threads
@@ -26,7 +28,7 @@ from ckptengine.state.leaf import ArrayLeaf, HostMemory, Path, Placement
 
 __all__ = ["Plan", "Planner", "replica_crcs"]
 
-_HEAD = struct.Struct("<QQ")
+_PATHS_NBYTES = struct.Struct("<Q")
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,23 +98,33 @@ class Planner:
     def _exchange(
         self, reading: Reading | None, values: StoredValues | None, error: Exception | None, timeout: float
     ) -> tuple[tuple[Holding, ...], list[Assigned]]:
-        """Tell all ranks what this one holds; return that, and what this one is to write."""
+        """Find out what all ranks hold; return what this one holds, by path, and what it is to write.
+
+        Ranks whose leaves are spread in the same way say the same, so mostly digests travel, in one exchange. Raises
+        the same on all ranks, from the same data, before anything is written.
+        """
+        rank, world_size = self._comm.rank, self._comm.world_size
         mine: tuple[Holding, ...] = ()
-        payload = b""
+        said: list[bytes] = []
         if reading is not None and values is not None and error is None:
             try:
-                mine = tuple(holdings_of(reading.leaves))
-                token = secrets.token_hex(6) if self._comm.rank == 0 else ""
-                head = json.dumps([token, [list(path) for path in values.paths]]).encode()
-                payload = b"".join((_HEAD.pack(len(head), len(values.digests)), head, values.digests, encode(mine)))
+                mine = tuple(by_path(holdings_of(reading.leaves), rank))
+                check_own(mine, rank)
+                said = [_packed_values(values), table_of(mine, rank, world_size).encode()]
             except Exception as problem:
                 error = problem
         agree(self._comm, error, timeout, "taking the state apart")
-        replies = self._comm.all_gather(payload, timeout)
-        parts = [_split(reply) for reply in replies]
-        self._session, self._attempts = parts[0][0], 0
-        compare_values([(paths, digests) for _, paths, digests, _ in parts])
-        return mine, assign([decode(holdings) for *_, holdings in parts])[self._comm.rank]
+        token = secrets.token_hex(6).encode() if rank == 0 else b""
+        tokens, (distinct_values, tables) = gather_distinct(self._comm, token, said, timeout)
+        self._session, self._attempts = tokens[0].decode(), 0
+        if len(distinct_values.documents) > 1:
+            unpacked = [_unpacked_values(document) for document in distinct_values.documents]
+            compare_values([unpacked[number] for number in distinct_values.of_rank])
+        survey = survey_of([Table.decode(table) for table in tables.documents], np.asarray(tables.of_rank, np.int64))
+        boxes: Mapping[int, Boxes] = {}
+        if survey.told:
+            boxes = decode_boxes(survey, self._comm.all_gather(encode_boxes(survey, mine), timeout))
+        return mine, assign(survey, boxes, rank, mine)
 
     def _lay_out(
         self, structure: Structure, holdings: tuple[Holding, ...], assigned: list[Assigned], alone: bool
@@ -125,10 +137,9 @@ class Planner:
 def rows_of(image: Image, assigned: list[Assigned], rank: int) -> RankRows:
     """Return where in a rank's archive each box lies that it writes."""
     position = np.zeros(len(image.chunks), np.int64)
-    nbytes = np.zeros(len(image.chunks), np.int64)
     for chunk in image.chunks:
-        position[chunk.order], nbytes[chunk.order] = chunk.position, chunk.nbytes
-    return RankRows.of(rank, assigned, position, nbytes)
+        position[chunk.order] = chunk.position
+    return RankRows.of(rank, assigned, position)
 
 
 def replica_crcs(leaves: Iterable[ArrayLeaf]) -> tuple[tuple[Path, int], ...]:
@@ -155,14 +166,12 @@ def replica_crcs(leaves: Iterable[ArrayLeaf]) -> tuple[tuple[Path, int], ...]:
     return tuple(result)
 
 
-def _split(message: bytes) -> tuple[str, tuple[Path, ...], bytes, bytes]:
-    """Return what a rank said in the exchange: session token, value paths, value digests, encoded holdings."""
-    head_nbytes, digests_nbytes = _HEAD.unpack_from(message)
-    start = _HEAD.size + head_nbytes
-    token, paths = json.loads(message[_HEAD.size : start])
-    return (
-        token,
-        tuple(tuple(path) for path in paths),
-        message[start : start + digests_nbytes],
-        message[start + digests_nbytes :],
-    )
+def _packed_values(values: StoredValues) -> bytes:
+    """Return the paths of the plain values and their digests as one document."""
+    paths = json.dumps([list(path) for path in values.paths]).encode()
+    return _PATHS_NBYTES.pack(len(paths)) + paths + values.digests
+
+
+def _unpacked_values(document: bytes) -> tuple[tuple[Path, ...], bytes]:
+    end = _PATHS_NBYTES.size + _PATHS_NBYTES.unpack_from(document)[0]
+    return tuple(tuple(path) for path in json.loads(document[_PATHS_NBYTES.size : end])), document[end:]

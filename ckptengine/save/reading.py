@@ -10,7 +10,7 @@ from ckptengine.state.leaf import ArrayLeaf, Part, Path
 from ckptengine.state.trace import Trace
 from ckptengine.state.tree import FlatState, flatten_traced
 
-__all__ = ["Reading", "StateReader", "Structure"]
+__all__ = ["Reading", "StateReader", "Structure", "structure_of"]
 
 Structure = tuple[tuple[Any, ...], ...]
 """What of a state a plan depends on: everything but addresses and bytes."""
@@ -77,14 +77,15 @@ class StateReader:
     def _walk(self, state: Mapping[str, Any]) -> Reading:
         flat, trace = flatten_traced(state)
         self._trace = trace
-        structure = _structure_of(flat)
+        structure = structure_of(flat)
         if structure != self._structure:
             self._structure = structure
         self._plain = replace(flat, arrays=(), values={}, rank_values={})
         return Reading(state, replace(flat, arrays=()), self._structure, flat.arrays, None, trace, trace.tensors())
 
 
-def _structure_of(flat: FlatState) -> Structure:
+def structure_of(flat: FlatState) -> Structure:
+    """Return what of a flattened state a plan depends on."""
     return tuple(
         (
             leaf.path,

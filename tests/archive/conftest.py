@@ -10,6 +10,7 @@ from ckptengine.archive.names import archive_name
 from ckptengine.archive.tail import build_tail
 from ckptengine.layout.assign import assign
 from ckptengine.layout.holdings import holdings_of
+from ckptengine.layout.survey import by_path, survey_of, table_of
 from ckptengine.save.values import stored_values
 from ckptengine.snapshot.feed import Feed
 from ckptengine.snapshot.pack import Checksums, CopyTable
@@ -23,7 +24,9 @@ def archive_of(tmp_path):
 
     def build(state):
         flat = flatten(state)
-        assigned = assign([holdings_of(flat.arrays)])[0]
+        held = by_path(holdings_of(flat.arrays), 0)
+        survey = survey_of([table_of(held, 0, 1)], np.zeros(1, np.int64))
+        assigned = assign(survey, {}, 0, held)
         image = plan_image(archive_name(0), 0, assigned)
         numbers = {leaf.path: number for number, leaf in enumerate(flat.arrays)}
         table = CopyTable(image, flat.arrays, [numbers[item.path] for item in assigned], overlap=False)

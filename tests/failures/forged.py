@@ -96,14 +96,28 @@ def replace_entry(tail: bytearray, name: str, data: bytes) -> None:
 
 def change_rows(place: Path, change: Callable[[RowTable], RowTable]) -> None:
     """Write another layout file, whole and with digests that fit."""
-    rows = change(newest_checkpoint(LocalStorage(place)).rows)
-    write_layout(place, *encode_layout(rows))
+    write_layout(place, *encode_layout(change(table_of(place))))
+
+
+def table_of(place: Path) -> RowTable:
+    """Return all rows of a checkpoint."""
+    rows = newest_checkpoint(LocalStorage(place)).rows
+    numbers = range(len(rows.leaves))
+    places = [rows.places_of(number) for number in numbers]
+    boxes = [rows.boxes(number) for number in numbers if not rows.leaves[number].is_grid]
+    empty = np.zeros(0, np.int64)
+    return RowTable(
+        rows.leaves,
+        np.concatenate([empty, *(archive for archive, _, _ in places)]).astype(np.int32),
+        np.concatenate([empty, *(position for _, position, _ in places)]),
+        *(np.concatenate([empty, *(pair[column].reshape(-1) for pair in boxes)]) for column in (0, 1)),
+    )
 
 
 def change_columns(place: Path, change: Callable[[str, bytes], bytes]) -> None:
     """Write a layout file whose entries are changed, given name and bytes of each, with digests that fit."""
     original = layout_file.plan_entries
-    rows = newest_checkpoint(LocalStorage(place)).rows
+    rows = table_of(place)
     try:
         layout_file.plan_entries = lambda name, entries: original(  # type: ignore[assignment]
             name, [(entry, change(entry, data)) for entry, data in entries]
@@ -132,6 +146,17 @@ def with_leaf(table: RowTable, number: int, **changes: Any) -> RowTable:
     leaves = list(table.leaves)
     leaves[number] = replace(leaves[number], **changes)
     return replace(table, leaves=tuple(leaves))
+
+
+def as_fragments(table: RowTable) -> RowTable:
+    """Return rows in which leaf 0, one chunk, is a group of one fragment instead: the same bytes, with a box."""
+    shape = np.asarray(table.leaves[0].shape, np.int64)
+    changed = with_leaf(table, 0, chunk_shape=None)
+    return replace(
+        changed,
+        offsets=np.concatenate([np.zeros_like(shape), table.offsets]),
+        lengths=np.concatenate([shape, table.lengths]),
+    )
 
 
 CHECKSUMS = checksums_node("rank-00000.zarr.zip")

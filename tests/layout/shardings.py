@@ -10,12 +10,14 @@ from collections.abc import Sequence
 import numpy as np
 from hypothesis import strategies as st
 
-from ckptengine.layout.assign import Assigned, assign
+from ckptengine.layout.assign import Assigned, assign, check_own
 from ckptengine.layout.box import Box
 from ckptengine.layout.holdings import Holding
 from ckptengine.layout.merge import merge
+from ckptengine.layout.rank_rows import PackedRows, RankRows
 from ckptengine.layout.read_plan import Copy
-from ckptengine.layout.rows import RankRows, RowTable
+from ckptengine.layout.rows import RowTable
+from ckptengine.layout.survey import Table, by_path, decode_boxes, encode_boxes, survey_of, table_of
 from ckptengine.state.dtypes import DTYPES
 from ckptengine.state.leaf import Placement
 
@@ -104,6 +106,19 @@ def holdings(shape: tuple[int, ...], sharding: Sharding, dtype: str = "float32")
     return [[holding(("w",), shape, boxes, dtype)] for boxes in sharding]
 
 
+def assign_all(held: Sequence[Sequence[Holding]]) -> list[list[Assigned]]:
+    """What each rank is assigned, after an exchange in memory of what all hold."""
+    mine = [by_path(of_rank, rank) for rank, of_rank in enumerate(held)]
+    for rank, of_rank in enumerate(mine):
+        check_own(of_rank, rank)
+    said = [table_of(of_rank, rank, len(held)).encode() for rank, of_rank in enumerate(mine)]
+    distinct = list(dict.fromkeys(said))
+    tables = [Table.decode(table) for table in distinct]
+    survey = survey_of(tables, np.asarray([distinct.index(table) for table in said]))
+    boxes = decode_boxes(survey, [encode_boxes(survey, of_rank) for of_rank in mine])
+    return [assign(survey, boxes, rank, of_rank) for rank, of_rank in enumerate(mine)]
+
+
 def values(shape: tuple[int, ...], dtype: str) -> np.ndarray:
     """A tensor whose bytes are all different as far as they can be."""
     nbytes = math.prod(shape) * DTYPES[dtype].itemsize
@@ -121,7 +136,7 @@ def write(
     """Write each rank's archive as the writer does, dense chunks with zero padding, and merge the rows."""
     archives, tables = [], []
     for rank, leaves in enumerate(assigned):
-        image, position, nbytes = bytearray(), [], []
+        image, position = bytearray(), []
         for leaf in leaves:
             for offset, length in zip(leaf.offsets.tolist(), leaf.lengths.tolist(), strict=True):
                 dense = leaf.chunk_shape if leaf.chunk_shape is not None else length
@@ -129,16 +144,15 @@ def write(
                 chunk[region([0] * len(length), length)] = tensors[leaf.path][region(offset, length)]
                 image += b"\xee" * gap
                 position.append(len(image))
-                nbytes.append(chunk.nbytes)
                 image += chunk.tobytes()
         archives.append(bytes(image))
-        rows = RankRows.of(rank, leaves, np.asarray(position, np.int64), np.asarray(nbytes, np.int64))
-        tables.append(RankRows.decode(rows.encode()))
+        rows = RankRows.of(rank, leaves, np.asarray(position, np.int64))
+        tables.append(PackedRows.decode(rows.encode()))
     return merge(tables[::-1]), archives
 
 
 def save(shape: tuple[int, ...], sharding: Sharding, dtype: str = "float32") -> tuple[RowTable, list[bytes]]:
-    return write(assign(holdings(shape, sharding, dtype)), {("w",): values(shape, dtype)}, gap=3)
+    return write(assign_all(holdings(shape, sharding, dtype)), {("w",): values(shape, dtype)}, gap=3)
 
 
 def perform(copy: Copy, archive: bytes, target: np.ndarray) -> None:

@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from shardings import KINDS, Sharding, holding, holdings, region, shapes, shardings, spread
+from shardings import KINDS, Sharding, assign_all, holding, holdings, region, shapes, shardings, spread
 
 from ckptengine.errors import StateError
-from ckptengine.layout.assign import Assigned, assign, assign_alone
+from ckptengine.layout.assign import Assigned, assign_alone
 from ckptengine.layout.box import Box
-from ckptengine.layout.holdings import Holding, decode, encode
+from ckptengine.layout.holdings import Holding
 from ckptengine.state.dtypes import DTYPES
 from ckptengine.state.leaf import Placement
 
@@ -50,14 +50,8 @@ def check_every_element_once(
 @given(st.data(), shapes)
 def test_every_element_is_written_exactly_once(data: st.DataObject, shape: tuple[int, ...]) -> None:
     held = holdings(shape, data.draw(shardings(shape)))
-    assigned = assign(held)
+    assigned = assign_all(held)
     check_every_element_once(assigned, held)
-    again = assign([decode(encode(of_rank)) for of_rank in held])
-    for mine, other in zip(assigned, again, strict=True):
-        assert mine == other
-        for a, b in zip(mine, other, strict=True):
-            assert np.array_equal(a.offsets, b.offsets)
-            assert np.array_equal(a.lengths, b.lengths)
 
 
 @settings(max_examples=40, deadline=None)
@@ -72,7 +66,7 @@ def test_large_boxes_are_split_and_still_written_exactly_once(
     kind: str, world: int, shape: tuple[int, ...], dtype: str, seed: int
 ) -> None:
     held = holdings(shape, spread(kind, shape, world, random.Random(seed)), dtype)
-    assigned = assign(held)
+    assigned = assign_all(held)
     check_every_element_once(assigned, held)
     if kind == "replicas" and shape == (2_000_003,):  # large in all dtypes, and rows for all ranks
         mine = [sum(leaf.lengths.prod(axis=1).sum() for leaf in leaves) for leaves in assigned]
@@ -93,7 +87,7 @@ def test_the_load_of_a_replicated_transformer_is_even() -> None:
             table.append(((f"h.{layer}.{name}",), shape))
     for world in (1, 2, 3, 4, 8):
         of_rank = [holding(p, s, [Box.whole(s)], "float32", Placement.REPLICATED) for p, s in table]
-        assigned = assign([of_rank] * world)
+        assigned = assign_all([of_rank] * world)
         load = [4 * sum(int(leaf.lengths.prod(axis=1).sum()) for leaf in leaves) for leaves in assigned]
         assert sum(load) == 4 * sum(math.prod(shape) for _, shape in table)
         assert max(load) <= 1.03 * sum(load) / world
@@ -104,7 +98,7 @@ def test_hybrid_shards_are_split_between_their_replicas() -> None:
     shape = (4096, 1024)
     halves = [Box((0, 0), (2048, 1024)), Box((2048, 0), (2048, 1024))]
     held = holdings(shape, [[halves[0]], [halves[1]], [halves[0]], [halves[1]]])
-    assigned = assign(held)
+    assigned = assign_all(held)
     assert [leaf.chunk_shape for leaves in assigned for leaf in leaves] == [(1024, 1024)] * 4
     assert [leaf.offsets[:, 0].tolist() for leaves in assigned for leaf in leaves] == [
         [0],
@@ -116,7 +110,7 @@ def test_hybrid_shards_are_split_between_their_replicas() -> None:
 
 def test_no_piece_is_smaller_than_a_mebibyte() -> None:
     shape = (1024, 1024)
-    assigned = assign(holdings(shape, [[Box.whole(shape)]] * 64))
+    assigned = assign_all(holdings(shape, [[Box.whole(shape)]] * 64))
     assert sum(leaf.writes for leaves in assigned for leaf in leaves) == 4
 
 
@@ -127,7 +121,7 @@ def test_whole_leaves_are_written_by_their_lowest_holder() -> None:
         [holding(("bn",), shape, [Box.whole(shape)], "float32", Placement.WHOLE)],
         [holding(("bn",), shape, [Box.whole(shape)], "float32", Placement.WHOLE)],
     ]
-    assigned = assign(held)
+    assigned = assign_all(held)
     assert assigned[0] == []
     assert assigned[1][0].offsets.tolist() == [[0, 0]]
     assert assigned[1][0].chunk_shape == shape
@@ -139,14 +133,14 @@ def test_per_rank_leaves_may_differ_between_ranks() -> None:
         [holding(("rng",), (n,), [Box.whole((n,))] if n else [], dtype, Placement.PER_RANK)]
         for n, dtype in ((4, "uint8"), (0, "uint8"), (5, "int64"))
     ]
-    assigned = assign(held)
+    assigned = assign_all(held)
     assert [leaves[0].chunk_shape for leaves in assigned] == [(4,), (1,), (5,)]
     assert all(leaves[0].writes for leaves in assigned)
 
 
 def test_leaves_come_sorted_with_string_keys_before_numbers() -> None:
     paths: list[tuple[str | int, ...]] = [("b", 10), ("b", 9), ("b", "10"), ("a",), ("b",)]
-    assigned = assign([[holding(path, (), [Box((), ())]) for path in paths]])
+    assigned = assign_all([[holding(path, (), [Box((), ())]) for path in paths]])
     assert [leaf.path for leaf in assigned[0]] == [("a",), ("b",), ("b", "10"), ("b", 9), ("b", 10)]
 
 
@@ -188,7 +182,7 @@ def test_leaves_come_sorted_with_string_keys_before_numbers() -> None:
 )
 def test_states_that_do_not_fit_together_are_refused(held: list[list[Holding]], message: str) -> None:
     with pytest.raises(StateError, match=message):
-        assign(held)
+        assign_all(held)
 
 
 def test_a_rank_that_changed_alone_keeps_what_did_not_change() -> None:
@@ -208,7 +202,7 @@ def test_a_rank_that_changed_alone_keeps_what_did_not_change() -> None:
         holding(("rng",), (3,), [Box.whole((3,))], placement=Placement.PER_RANK),
         holding(("empty",), (0, 2), []),
     ]
-    common = assign(before)
+    common = assign_all(before)
     alone = {leaf.path: leaf for leaf in assign_alone(common[1], before[1], now, rank=1)}
     assert list(alone) == [("empty",), ("grown",), ("new",), ("rng",), ("same",)]
     assert alone[("same",)] is common[1][2]
@@ -222,15 +216,15 @@ def test_a_rank_that_changed_alone_keeps_what_did_not_change() -> None:
 def test_sizes_are_counted_in_bytes_of_the_dtype() -> None:
     for dtype in ("float32", "complex128"):
         shape = ((4 << 20) // DTYPES[dtype].itemsize,)
-        assigned = assign(holdings(shape, [[Box.whole(shape)]] * 2, dtype))
+        assigned = assign_all(holdings(shape, [[Box.whole(shape)]] * 2, dtype))
         assert [int(leaves[0].lengths.sum()) for leaves in assigned] == [shape[0] // 2] * 2
         fewer = (shape[0] - 1,)
-        assert sum(leaves[0].writes for leaves in assign(holdings(fewer, [[Box.whole(fewer)]] * 2, dtype))) == 1
+        assert sum(leaves[0].writes for leaves in assign_all(holdings(fewer, [[Box.whole(fewer)]] * 2, dtype))) == 1
 
 
 def test_a_world_of_a_thousand_ranks_is_planned() -> None:
     world = 1000
     shape = (world * 4 - 3, 8)
     sharding: Sharding = spread("dim0", shape, world, random.Random(0))
-    assigned = assign(holdings(shape, sharding))
+    assigned = assign_all(holdings(shape, sharding))
     assert all(leaves[0].chunk_shape == (4, 8) and leaves[0].writes for leaves in assigned)

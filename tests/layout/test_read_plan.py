@@ -85,15 +85,15 @@ def test_ten_rows_nested_two_by_two_are_read_by_three() -> None:
 
 
 def one_leaf(shape: tuple[int, ...], boxes: list[Box], chunk: tuple[int, ...] | None = None) -> RowTable:
-    nbytes = np.array([np.prod(chunk or box.shape) for box in boxes], np.int64)
+    """Rows of one leaf of bytes, each in an archive of its own; the boxes of a grid are all of its cells."""
     leaf = LeafLayout(("m", "w"), "uint8", shape, Placement.SHARDED, "torch", chunk)
+    stored = boxes if chunk is None else []
     return RowTable(
         (LeafRecord(*(getattr(leaf, name) for name in LEAF_FIELDS), None, (0, len(boxes))),),
         np.arange(len(boxes), dtype=np.int32),
         np.zeros(len(boxes), np.int64),
-        nbytes,
-        np.asarray([o for box in boxes for o in box.offset], np.int64),
-        np.asarray([n for box in boxes for n in box.shape], np.int64),
+        np.asarray([o for box in stored for o in box.offset], np.int64),
+        np.asarray([n for box in stored for n in box.shape], np.int64),
     )
 
 
@@ -169,3 +169,27 @@ def test_a_row_of_a_leaf_with_a_hundred_thousand_chunks_is_found_without_looking
     wanted = [WantedPart(0, Box((0, column), (rows * 2, 1))) for column in range(columns)]
     plan = plan_read(table, wanted)
     assert sum(map(len, plan.values())) == rows * columns
+
+
+class Watched:
+    """Rows of which it is noted what is asked for."""
+
+    def __init__(self, table: RowTable) -> None:
+        self.leaves, self.index = table.leaves, table.index
+        self.table = table
+        self.asked: list[int] = []
+
+    def places(self, rows: np.ndarray, nbytes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        self.asked += rows.tolist()
+        return self.table.places(rows, nbytes)
+
+    def boxes(self, leaf: int) -> tuple[np.ndarray, np.ndarray]:
+        assert not self.leaves[leaf].is_grid
+        return self.table.boxes(leaf)
+
+
+def test_only_the_rows_of_the_cells_that_are_wanted_are_asked_for() -> None:
+    boxes = [Box((row * 2, column * 2), (2, 2)) for row in range(300) for column in range(300)]
+    rows = Watched(one_leaf((600, 600), boxes, (2, 2)))
+    plan_read(rows, [WantedPart(0, Box((7, 9), (2, 1))), WantedPart(0, Box((0, 0), (0, 5)))])
+    assert rows.asked == [3 * 300 + 4, 4 * 300 + 4]
