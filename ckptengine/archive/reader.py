@@ -56,6 +56,18 @@ class Archive:
         if block is not None:
             raise CheckpointDamagedError(self.damage(*block))
 
+    def read_into(self, position: int, nbytes: int, address: int) -> None:
+        """Read one range of whole blocks into memory at `address`, a multiple of 4096, and verify it.
+
+        Raises `CheckpointDamagedError` naming file and place of the first damaged block.
+        """
+        number = self.storage.read_archive(
+            self.name, self.fixed_nbytes, BLOCK_NBYTES, self.checksums, position, nbytes, address
+        )
+        block = self._bounds(number)
+        if block is not None:
+            raise CheckpointDamagedError(self.damage(*block))
+
     def damaged(self, position: int, nbytes: int) -> tuple[int, int] | None:
         """Return start and stop of the first damaged block in a range of whole blocks, None where all are well."""
         ranges = np.array([[position, nbytes]], np.int64)
@@ -68,9 +80,13 @@ class Archive:
     def _load(
         self, ranges: NDArray[np.int64], ops: NDArray[np.int64], index: NDArray[np.int64]
     ) -> tuple[int, int] | None:
-        block = self.storage.load_archive(
+        number = self.storage.load_archive(
             self.name, self.fixed_nbytes, BLOCK_NBYTES, self.checksums, ranges, ops, index
         )
+        return self._bounds(number)
+
+    def _bounds(self, block: int) -> tuple[int, int] | None:
+        """Return start and stop of a block, None for the number that stands for none."""
         if block < 0:
             return None
         start = block * BLOCK_NBYTES
