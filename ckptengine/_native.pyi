@@ -126,15 +126,6 @@ def load(
     Raises `OSError` with `errno` and the position where a read fails.
     """
 
-def read(
-    fd: int, fixed_nbytes: int, block_nbytes: int, block_crcs: Buffer, position: int, nbytes: int, address: int
-) -> int:
-    """Read one range of a file into memory at `address` and verify it.
-
-    The range is cut like that of `scatter`; with `O_DIRECT`, `address` must be a multiple of `BLOCK_ALIGNMENT`.
-    Returns and raises what `load` does.
-    """
-
 def window_control(slots: int, ranks: int) -> int:
     """Return the bytes of a window's control words; its slots follow."""
 

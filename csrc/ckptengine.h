@@ -260,11 +260,6 @@ bool ck_load_prepare(ck_load *load, ck_error *error);
 int64_t ck_load_run(ck_load *load, ck_error *error);
 void ck_load_free(ck_load *load);
 
-/* Reads one range, checked as those of a load are, into memory, and verifies it; returns as ck_load_run does.
- */
-int64_t ck_read_run(int fd, const ck_scatter *scatter, unsigned char *bytes, int64_t position, int64_t nbytes,
-                    ck_error *error);
-
 bool ck_write_run(int fd, const unsigned char *bytes, int64_t nbytes, int64_t position,
                   int64_t request_nbytes, int depth, ck_error *error);
 

@@ -150,20 +150,6 @@ static int64_t read_fully(int fd, unsigned char *bytes, int64_t nbytes, int64_t 
     return done;
 }
 
-int64_t ck_read_run(int fd, const ck_scatter *scatter, unsigned char *bytes, int64_t position, int64_t nbytes,
-                    ck_error *error) {
-    int64_t got = read_fully(fd, bytes, nbytes, position);
-    if (got < 0) {
-        system_error(error, errno, "reading", nbytes, position, fd);
-        return -1;
-    }
-    int64_t complete = got == nbytes ? got : got / scatter->block * scatter->block;
-    int64_t damaged = ck_scatter_range(scatter, bytes, position, complete);
-    if (damaged < 0 && complete < nbytes)
-        damaged = (position + complete) / scatter->block;
-    return damaged;
-}
-
 typedef struct {
     ck_load *load;
     ck_error *error;
@@ -184,14 +170,18 @@ static bool load_request(void *context, int64_t unit, int worker) {
             ck_memory_error(job->error);
         return false;
     }
-    ck_error error = {.kind = CK_OK};
-    int64_t damaged = ck_read_run(load->fd, &load->scatter, job->buffers[worker]->bytes, request.position,
-                                  request.nbytes, &error);
-    if (error.kind != CK_OK) {
+    unsigned char *bytes = job->buffers[worker]->bytes;
+    int64_t got = read_fully(load->fd, bytes, request.nbytes, request.position);
+    if (got < 0) {
+        int number = errno;
         if (!atomic_flag_test_and_set(&job->failed))
-            *job->error = error;
+            system_error(job->error, number, "reading", request.nbytes, request.position, load->fd);
         return false;
     }
+    int64_t complete = got == request.nbytes ? got : got / load->scatter.block * load->scatter.block;
+    int64_t damaged = ck_scatter_range(&load->scatter, bytes, request.position, complete);
+    if (damaged < 0 && complete < request.nbytes)
+        damaged = (request.position + complete) / load->scatter.block;
     if (damaged < 0)
         return true;
     /* requests are pulled in order and finished, so the lowest damaged block is always found */

@@ -367,42 +367,6 @@ static PyObject *native_load(PyObject *module, PyObject *args, PyObject *keyword
     return PyLong_FromLongLong(damaged);
 }
 
-/* ---- read ---- */
-
-static PyObject *native_read(PyObject *module, PyObject *args, PyObject *keywords) {
-    (void)module;
-    static char *names[] = {"fd",       "fixed_nbytes", "block_nbytes", "block_crcs",
-                            "position", "nbytes",       "address",      NULL};
-    int fd;
-    long long fixed, block, position, nbytes, address;
-    PyObject *crcs;
-    if (!PyArg_ParseTupleAndKeywords(args, keywords, "iLLOLLL:read", names, &fd, &fixed, &block, &crcs,
-                                     &position, &nbytes, &address))
-        return NULL;
-    if (address < 0 || (address == 0 && nbytes != 0)) {
-        PyErr_Format(PyExc_ValueError, "address is %lld", address);
-        return NULL;
-    }
-    Py_buffer view;
-    if (!get_table(crcs, "block_crcs", 4, 0, &view))
-        return NULL;
-    ck_scatter scatter = {.fixed = fixed, .block = block, .block_crcs = view.buf, .n_blocks = items(&view)};
-    ck_error error = {.kind = CK_OK};
-    int64_t damaged = -1;
-    if (ck_scatter_prepare(&scatter, &error)) {
-        if (ck_range_check(&scatter, position, nbytes, "range", &error)) {
-            Py_BEGIN_ALLOW_THREADS damaged =
-                ck_read_run(fd, &scatter, (unsigned char *)(uintptr_t)address, position, nbytes, &error);
-            Py_END_ALLOW_THREADS
-        }
-        ck_scatter_free(&scatter);
-    }
-    PyBuffer_Release(&view);
-    if (error.kind != CK_OK)
-        return raise_error(&error);
-    return PyLong_FromLongLong(damaged);
-}
-
 /* ---- the window ---- */
 
 /* A table of address, nbytes, slots, slot_nbytes, ranks, rank. */
@@ -603,7 +567,6 @@ static PyMethodDef methods[] = {
     METHOD(scatter, METH_VARARGS | METH_KEYWORDS,
            "Verifies file bytes in memory and scatters them into tensors."),
     METHOD(load, METH_VARARGS | METH_KEYWORDS, "Reads ranges of a file, verifies and scatters them."),
-    METHOD(read, METH_VARARGS | METH_KEYWORDS, "Reads a range of a file into memory and verifies it."),
     METHOD(window_control, METH_VARARGS | METH_KEYWORDS, "Bytes of a window before its slots."),
     METHOD(share_wait, METH_VARARGS | METH_KEYWORDS, "Waits until the slot of a request is free."),
     METHOD(share_publish, METH_VARARGS | METH_KEYWORDS, "Hands a request to its consumers."),

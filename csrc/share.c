@@ -30,8 +30,8 @@ bool ck_window_check(const ck_window *window, ck_error *error) {
         window->slot_nbytes % CK_ALIGNMENT != 0)
         return ck_value_error(error, "window: its address and slot_nbytes %lld must be multiples of %d",
                               (long long)window->slot_nbytes, CK_ALIGNMENT);
-    int64_t most = window->nbytes - ck_window_control(window->slots, window->ranks);
-    if (most < 0 || window->slot_nbytes > most / window->slots)
+    int64_t control = ck_window_control(window->slots, window->ranks);
+    if (window->nbytes < control || window->slot_nbytes > (window->nbytes - control) / window->slots)
         return ck_value_error(
             error, "window: %lld bytes are too few for %lld slots of %lld bytes and the words of %lld ranks",
             (long long)window->nbytes, (long long)window->slots, (long long)window->slot_nbytes,
@@ -105,13 +105,13 @@ ck_outcome ck_share_wait(const ck_window *window, int64_t request, const int64_t
     if (atomic_load_explicit(words(window), memory_order_relaxed) != 0)
         return CK_STOPPED;
     int64_t before = request - window->slots, deadline = now() + nanoseconds;
-    for (int64_t i = 0; before >= 0 && i < n; i++) {
-        ck_outcome outcome =
-            wait_for(window, done_word(window, before, consumers[i]), (uint64_t)before + 1, deadline);
-        if (outcome != CK_READY)
-            return outcome;
-    }
-    return CK_READY;
+    if (before < 0)
+        return CK_READY;
+    /* one that nobody wants is over when it has been published: words must not fall */
+    ck_outcome outcome = wait_for(window, filled_word(window, before), (uint64_t)before + 1, deadline);
+    for (int64_t i = 0; i < n && outcome == CK_READY; i++)
+        outcome = wait_for(window, done_word(window, before, consumers[i]), (uint64_t)before + 1, deadline);
+    return outcome;
 }
 
 void ck_share_publish(const ck_window *window, int64_t request) {

@@ -56,18 +56,6 @@ class Archive:
         if block is not None:
             raise CheckpointDamagedError(self.damage(*block))
 
-    def read_into(self, position: int, nbytes: int, address: int) -> None:
-        """Read one range of whole blocks into memory at `address`, a multiple of 4096, and verify it.
-
-        Raises `CheckpointDamagedError` naming file and place of the first damaged block.
-        """
-        number = self.storage.read_archive(
-            self.name, self.fixed_nbytes, BLOCK_NBYTES, self.checksums, position, nbytes, address
-        )
-        block = self._bounds(number)
-        if block is not None:
-            raise CheckpointDamagedError(self.damage(*block))
-
     def damaged(self, position: int, nbytes: int) -> tuple[int, int] | None:
         """Return start and stop of the first damaged block in a range of whole blocks, None where all are well."""
         ranges = np.array([[position, nbytes]], np.int64)
@@ -80,17 +68,27 @@ class Archive:
     def _load(
         self, ranges: NDArray[np.int64], ops: NDArray[np.int64], index: NDArray[np.int64]
     ) -> tuple[int, int] | None:
-        number = self.storage.load_archive(
+        block = self.storage.load_archive(
             self.name, self.fixed_nbytes, BLOCK_NBYTES, self.checksums, ranges, ops, index
         )
-        return self._bounds(number)
-
-    def _bounds(self, block: int) -> tuple[int, int] | None:
-        """Return start and stop of a block, None for the number that stands for none."""
         if block < 0:
             return None
         start = block * BLOCK_NBYTES
         return start, min(start + BLOCK_NBYTES, self.fixed_nbytes)
+
+    def read_into(self, position: int, address: int, nbytes: int) -> None:
+        """Read bytes of the fixed region into memory, verified.
+
+        Raises `CheckpointDamagedError` naming file and place of the first damaged block.
+        """
+        start = position // BLOCK_NBYTES * BLOCK_NBYTES
+        end = min(-(-(position + nbytes) // BLOCK_NBYTES) * BLOCK_NBYTES, self.fixed_nbytes)
+        op = [position, nbytes, 1, 1, address, address, nbytes, nbytes, 0, nbytes, 1]
+        self.load(
+            np.array([[start, end - start]], np.int64),
+            np.array(op, np.int64),
+            np.array([0, len(op)], np.int64),
+        )
 
     def read(self, position: int, nbytes: int) -> bytes:
         """Return bytes of the fixed region, verified; raises `CheckpointDamagedError` where they are damaged."""
@@ -101,15 +99,7 @@ class Archive:
         if nbytes == 0:
             return b""
         out = np.empty(nbytes, np.uint8)
-        start = position // BLOCK_NBYTES * BLOCK_NBYTES
-        end = min(-(-(position + nbytes) // BLOCK_NBYTES) * BLOCK_NBYTES, self.fixed_nbytes)
-        address = out.ctypes.data
-        op = [position, nbytes, 1, 1, address, address, nbytes, nbytes, 0, nbytes, 1]
-        self.load(
-            np.array([[start, end - start]], np.int64),
-            np.array(op, np.int64),
-            np.array([0, len(op)], np.int64),
-        )
+        self.read_into(position, out.ctypes.data, nbytes)
         return out.tobytes()
 
 

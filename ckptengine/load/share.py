@@ -205,7 +205,8 @@ class _Readers:
                     return
                 self._window.await_slot(request)
                 archive = self._filling.sources[request.archive].archive
-                archive.read_into(request.position, request.nbytes, self._window.slot(request))
+                # Through a private buffer: devices are slow at filling the small pages of shared memory.
+                archive.read_into(request.position, self._window.slot(request), request.nbytes)
                 self._window.publish(request)
         except Exception as problem:
             with self._lock:

@@ -86,23 +86,6 @@ class Storage(ABC):
         """
 
     @abstractmethod
-    def read_archive(
-        self,
-        name: str,
-        fixed_nbytes: int,
-        block_nbytes: int,
-        block_crcs: Buffer,
-        position: int,
-        nbytes: int,
-        address: int,
-    ) -> int:
-        """Read one range of an archive's fixed region into memory, and verify it block by block.
-
-        The range begins at a multiple of `block_nbytes` and ends at one or at `fixed_nbytes`; `address` is a multiple
-        of 4096. Returns and raises what `load_archive` does. Releases the GIL: several threads read at once.
-        """
-
-    @abstractmethod
     def read_bytes(self, name: str, limit: int) -> bytes:
         """Return a small file; raises `StorageError`: ENOENT if missing, EFBIG above `limit` bytes."""
 

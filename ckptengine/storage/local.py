@@ -135,39 +135,19 @@ class LocalStorage(Storage):
         """Read, verify and scatter with `O_DIRECT`, buffered where the file system refuses that."""
         from ckptengine import _native
 
-        def load(fd: int) -> int:
-            # A part that was scattered before a refusal of direct I/O is simply scattered again.
-            return _native.load(
-                fd, fixed_nbytes, block_nbytes, block_crcs, ranges, ops, index, REQUEST_NBYTES, LOAD_THREADS
-            )
-
-        return self._from_archive(name, fixed_nbytes, load)
-
-    def read_archive(
-        self,
-        name: str,
-        fixed_nbytes: int,
-        block_nbytes: int,
-        block_crcs: Buffer,
-        position: int,
-        nbytes: int,
-        address: int,
-    ) -> int:
-        """Read and verify one range with `O_DIRECT`, buffered where the file system refuses that."""
-        from ckptengine import _native
-
-        def read(fd: int) -> int:
-            return _native.read(fd, fixed_nbytes, block_nbytes, block_crcs, position, nbytes, address)
-
-        return self._from_archive(name, fixed_nbytes, read)
-
-    def _from_archive(self, name: str, fixed_nbytes: int, read: Callable[[int], int]) -> int:
         path = self._path(name)
         with self._opened(path) as fd:
             found = os.fstat(fd).st_size
             if found < fixed_nbytes:
                 raise CheckpointDamagedError(f"{path}: {found} bytes long, at least {fixed_nbytes} expected")
-            damaged, direct = self._directly(fd, "read", path, lambda: read(fd))
+
+            def load() -> int:
+                return _native.load(
+                    fd, fixed_nbytes, block_nbytes, block_crcs, ranges, ops, index, REQUEST_NBYTES, LOAD_THREADS
+                )
+
+            # A part that was scattered before a refusal is simply scattered again.
+            damaged, direct = self._directly(fd, "read", path, load)
         if direct:
             self.direct_reads += 1
         else:
