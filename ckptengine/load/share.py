@@ -7,13 +7,14 @@ import itertools
 import json
 import logging
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from ckptengine.comm.agree import gather
 from ckptengine.comm.base import Communicator
 from ckptengine.load.fill import Filling, read_ranges
-from ckptengine.load.node import Neighbour, Offer, members
+from ckptengine.load.node import Member, Neighbour, Offer, members
 from ckptengine.load.schedule import Request, Schedule, make_schedule, needed_nbytes
 from ckptengine.load.window import LOOK, MOST_RANKS, MOST_SLOTS, StoppedElsewhere, Window, window_nbytes
 
@@ -69,16 +70,16 @@ def together(
         yield None
         return
     node = next(node for node in nodes if any(member.rank == comm.rank for member in node))
+    alone = len(node) == 1
     with contextlib.ExitStack() as stack:
-        reason, error, slots, neighbours = "", None, 0, []
+        reason, error, slots = "", None, 0
         try:
-            neighbours = [stack.enter_context(contextlib.closing(Neighbour(member))) for member in node]
-            if len(node) > MOST_RANKS:
-                raise OSError(f"more than {MOST_RANKS} ranks")
-            schedule = make_schedule([one.needs for one in neighbours])
-            memory = neighbours[0].map() if schedule.requests else None
-            if schedule.requests and node[0].rank == comm.rank:
-                slots = _allocate(offer, len(node), len(schedule.requests))
+            if not alone:
+                neighbours = [stack.enter_context(contextlib.closing(one)) for one in _meet(node)]
+                schedule = make_schedule([one.needs for one in neighbours])
+                memory = neighbours[0].map() if schedule.requests else None  # the first rank's is the window
+                if schedule.requests and node[0].rank == comm.rank:
+                    slots = _allocate(offer, len(node), len(schedule.requests))
         except OSError as problem:
             reason = f"rank {comm.rank}: {problem}"
         except Exception as problem:
@@ -86,7 +87,7 @@ def together(
         replies = gather(comm, json.dumps([slots, reason]).encode(), error, timeout, doing)
         said = [json.loads(replies[member.rank]) for member in node]
         reasons = [why for _, why in said if why]
-        if reasons or len(node) == 1:
+        if reasons or alone:
             _tell(reasons)
             yield None
             return
@@ -118,6 +119,13 @@ def read(filling: Filling, group: Together | None, timeout: float) -> Counts:
             window.stop()
         raise
     return Counts(nbytes, needed, schedule.node_nbytes)
+
+
+def _meet(node: Sequence[Member]) -> Iterator[Neighbour]:
+    """Yield the ranks of this node, each opened; raises `OSError` where that can't be."""
+    if len(node) > MOST_RANKS:
+        raise OSError(f"more than {MOST_RANKS} ranks")
+    yield from map(Neighbour, node)
 
 
 def _allocate(offer: Offer, ranks: int, requests: int) -> int:
@@ -192,9 +200,10 @@ class _Readers:
 
     def give_up(self, timeout: float) -> None:
         """Return when no thread reads any more, or after the timeout; the window has been stopped."""
+        deadline = time.monotonic() + timeout
         for thread in self._threads:
-            if thread.ident is not None:
-                thread.join(timeout)
+            if thread.ident is not None:  # it could be started
+                thread.join(max(0.0, deadline - time.monotonic()))
 
     def _run(self) -> None:
         try:

@@ -100,6 +100,8 @@ def prepare(scenario: str, rank: int) -> None:
         node.identity = lambda: bytes([rank]) * 16
     elif name == "pairs":
         node.identity = lambda: bytes([rank // 2]) * 16
+    elif name == "odd-one":
+        node.identity = lambda: bytes([rank == 3]) * 16
     elif name == "memory":
         limit_memory(int(argument))
     elif name in ("kill", "hang") and rank == int(argument):

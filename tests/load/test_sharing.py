@@ -103,11 +103,12 @@ def test_ranks_on_different_nodes_read_for_themselves(saved):
         assert one["messages"] == []
 
 
-def test_each_node_reads_once(saved):
-    found = run_job(saved(4), 4, "replicas", "pairs")
-    assert all(one["same"] for one in found)
-    for pair in (found[:2], found[2:]):
-        assert read_over_needed(pair) <= 1.05
+@pytest.mark.parametrize(("scenario", "first"), [("pairs", 2), ("odd-one", 3)])
+def test_each_node_reads_once(saved, scenario, first):
+    found = run_job(saved(4), 4, "replicas", scenario)
+    assert all(one["same"] and one["messages"] == [] for one in found)
+    for node in (found[:first], found[first:]):
+        assert read_over_needed(node) <= 1.05
 
 
 def test_a_node_short_of_memory_takes_a_smaller_window(saved):
