@@ -13,6 +13,12 @@ from collections.abc import Buffer
 
 BLOCK_ALIGNMENT: int
 """What `O_DIRECT` wants offsets, lengths and addresses to be a multiple of."""
+READY: int
+"""What was waited for is there."""
+STOPPED: int
+"""The window was stopped, by any rank: nothing more comes through it."""
+LATE: int
+"""What was waited for was not there in the time given; the same call may be made again."""
 
 def variants() -> tuple[str, ...]:
     """Return the names of the CRC32 variants that this CPU can run, best first.
@@ -131,6 +137,42 @@ def load(
 
     Returns -1, or the lowest damaged block that was found; a file that ends too early is damaged where it ends.
     Raises `OSError` with `errno` and the position where a read fails.
+    """
+
+def window_control(slots: int, ranks: int) -> int:
+    """Return the bytes of a window's control words; its slots follow."""
+
+def share_wait(window: Buffer, request: int, consumers: Buffer, seconds: float) -> int:
+    """Wait until a request may be put into its slot, number `request % slots`; return READY, STOPPED or LATE.
+
+    `window` (int64) is `address, nbytes, slots, slot_nbytes, ranks, rank`: page-aligned memory, zero before its first
+    use, that all `ranks` of a node have mapped, and which of them this is. It holds `window_control(slots, ranks)`
+    bytes of control words and then the slots. `consumers` (int64) are the ranks that want request `request - slots`,
+    which had the slot before; the slot is free when they are done with it.
+    """
+
+def share_publish(window: Buffer, request: int) -> None:
+    """Hand a request, whose verified bytes lie in its slot, to its consumers."""
+
+def share_stop(window: Buffer) -> None:
+    """Stop a window for good: all present and future waits of all ranks return STOPPED, at once."""
+
+def share_consume(
+    window: Buffer,
+    requests: Buffer,
+    fixed_nbytes: int,
+    block_nbytes: int,
+    block_crcs: Buffer,
+    ops: Buffer,
+    index: Buffer,
+    threads: int,
+    seconds: float,
+) -> int:
+    """Scatter requests of one file from the window, each as soon as it is published; return READY, STOPPED or LATE.
+
+    `requests` (int64, rows of `number, position, nbytes`, by number) are cut like the ranges of `load` and fit into a
+    slot; the other tables are those of `load`. Nothing is verified again. The calling rank must be one of the
+    consumers of each. Each wait may take `seconds`; after LATE the same call goes on where it was.
     """
 
 def write(fd: int, address: int, nbytes: int, position: int, request_nbytes: int, depth: int) -> None:

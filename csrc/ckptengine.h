@@ -198,8 +198,7 @@ typedef struct {
 } ck_pack;
 
 /* A window is cut at multiples of `block`, or at the end of the bytes. */
-static inline bool ck_window_check(int64_t begin, int64_t end, int64_t nbytes, int64_t block,
-                                   ck_error *error) {
+static inline bool ck_cut_check(int64_t begin, int64_t end, int64_t nbytes, int64_t block, ck_error *error) {
     if (begin >= 0 && begin <= end && end <= nbytes && begin % block == 0 &&
         (end % block == 0 || end == nbytes))
         return true;
@@ -256,7 +255,10 @@ void ck_scatter_free(ck_scatter *scatter);
 /* Verifies, then scatters, one range on the calling thread. Returns -1 or the first damaged block. */
 int64_t ck_scatter_range(const ck_scatter *scatter, const unsigned char *bytes, int64_t position,
                          int64_t nbytes);
-/* The same on several threads. */
+/* Scatters one range that somebody has verified. */
+void ck_scatter_verified(const ck_scatter *scatter, const unsigned char *bytes, int64_t position,
+                         int64_t nbytes);
+/* Verifies and scatters one range on several threads. */
 int64_t ck_scatter_run(const ck_scatter *scatter, const unsigned char *bytes, int64_t position,
                        int64_t nbytes, int threads);
 
@@ -285,5 +287,48 @@ void ck_load_free(ck_load *load);
 
 bool ck_write_run(int fd, const unsigned char *bytes, int64_t nbytes, int64_t position,
                   int64_t request_nbytes, int depth, ck_error *error);
+
+/* ---- the window that the ranks of a node share (share.c) ---- */
+
+#define CK_MAX_RANKS 4096
+#define CK_MAX_SLOTS 4096
+
+typedef enum { CK_READY = 0, CK_STOPPED, CK_LATE } ck_outcome;
+
+typedef struct {
+    unsigned char *base; /* control words, then the slots */
+    int64_t nbytes;
+    int64_t slots, slot_nbytes;
+    int64_t ranks, rank; /* of the node; this one */
+} ck_window;
+
+typedef struct {
+    ck_window window;
+    ck_scatter scatter;
+    const int64_t *requests; /* rows of 3: number, position, nbytes */
+    int64_t n_requests;
+    int64_t nanoseconds; /* how long each wait may take */
+    int threads;
+} ck_consume;
+
+/* Bytes of the control words, a multiple of CK_ALIGNMENT; only for numbers that ck_window_check admits. */
+int64_t ck_window_control(int64_t slots, int64_t ranks);
+bool ck_window_check(const ck_window *window, ck_error *error);
+unsigned char *ck_window_slot(const ck_window *window, int64_t request);
+
+/* The reader: once checked, waits until the slot of a request is free, which `consumers`, those of the
+ * request that had it before, decide; then publishes what it has put there. */
+bool ck_share_check(const ck_window *window, int64_t request, const int64_t *ranks, int64_t n,
+                    ck_error *error);
+ck_outcome ck_share_wait(const ck_window *window, int64_t request, const int64_t *consumers, int64_t n,
+                         int64_t nanoseconds);
+void ck_share_publish(const ck_window *window, int64_t request);
+void ck_share_stop(const ck_window *window); /* ends all waits on all ranks, for good */
+
+/* A consumer: scatters its requests as they are published. After CK_LATE the same call goes on where it was.
+ */
+bool ck_consume_prepare(ck_consume *consume, ck_error *error);
+ck_outcome ck_consume_run(const ck_consume *consume);
+void ck_consume_free(ck_consume *consume);
 
 #endif

@@ -372,6 +372,165 @@ static PyObject *native_load(PyObject *module, PyObject *args, PyObject *keyword
     return PyLong_FromLongLong(damaged);
 }
 
+/* ---- the window ---- */
+
+/* A table of address, nbytes, slots, slot_nbytes, ranks, rank. */
+static int get_window(PyObject *object, ck_window *window) {
+    Py_buffer view;
+    if (!get_table(object, "window", 8, 0, &view))
+        return 0;
+    int complete = items(&view) == 6;
+    if (complete) {
+        const int64_t *row = view.buf;
+        *window = (ck_window){.base = (unsigned char *)(uintptr_t)row[0],
+                              .nbytes = row[1],
+                              .slots = row[2],
+                              .slot_nbytes = row[3],
+                              .ranks = row[4],
+                              .rank = row[5]};
+    } else {
+        PyErr_SetString(PyExc_ValueError,
+                        "window must hold address, nbytes, slots, slot_nbytes, ranks and rank");
+    }
+    PyBuffer_Release(&view);
+    return complete;
+}
+
+static int get_nanoseconds(double seconds, int64_t *nanoseconds) {
+    if (!(seconds >= 0 && seconds <= 3600)) {
+        PyErr_SetString(PyExc_ValueError, "seconds must be 0 to 3600");
+        return 0;
+    }
+    *nanoseconds = (int64_t)(seconds * 1e9);
+    return 1;
+}
+
+static PyObject *native_window_control(PyObject *module, PyObject *args, PyObject *keywords) {
+    (void)module;
+    static char *names[] = {"slots", "ranks", NULL};
+    long long slots, ranks;
+    if (!PyArg_ParseTupleAndKeywords(args, keywords, "LL:window_control", names, &slots, &ranks))
+        return NULL;
+    if (slots < 1 || slots > CK_MAX_SLOTS || ranks < 1 || ranks > CK_MAX_RANKS) {
+        PyErr_Format(PyExc_ValueError, "%lld slots of at most %d, %lld ranks of at most %d", slots,
+                     CK_MAX_SLOTS, ranks, CK_MAX_RANKS);
+        return NULL;
+    }
+    return PyLong_FromLongLong(ck_window_control(slots, ranks));
+}
+
+static PyObject *native_share_wait(PyObject *module, PyObject *args, PyObject *keywords) {
+    (void)module;
+    static char *names[] = {"window", "request", "consumers", "seconds", NULL};
+    long long request;
+    double seconds;
+    PyObject *object, *consumers;
+    if (!PyArg_ParseTupleAndKeywords(args, keywords, "OLOd:share_wait", names, &object, &request, &consumers,
+                                     &seconds))
+        return NULL;
+    ck_window window;
+    int64_t nanoseconds;
+    Py_buffer view;
+    if (!get_window(object, &window) || !get_nanoseconds(seconds, &nanoseconds) ||
+        !get_table(consumers, "consumers", 8, 0, &view))
+        return NULL;
+    ck_error error = {.kind = CK_OK};
+    ck_outcome outcome = CK_STOPPED;
+    if (ck_share_check(&window, request, view.buf, items(&view), &error)) {
+        Py_BEGIN_ALLOW_THREADS outcome = ck_share_wait(&window, request, view.buf, items(&view), nanoseconds);
+        Py_END_ALLOW_THREADS
+    }
+    PyBuffer_Release(&view);
+    if (error.kind != CK_OK)
+        return raise_error(&error);
+    return PyLong_FromLong(outcome);
+}
+
+static PyObject *native_share_publish(PyObject *module, PyObject *args, PyObject *keywords) {
+    (void)module;
+    static char *names[] = {"window", "request", NULL};
+    long long request;
+    PyObject *object;
+    ck_window window;
+    if (!PyArg_ParseTupleAndKeywords(args, keywords, "OL:share_publish", names, &object, &request) ||
+        !get_window(object, &window))
+        return NULL;
+    ck_error error = {.kind = CK_OK};
+    if (!ck_share_check(&window, request, NULL, 0, &error))
+        return raise_error(&error);
+    ck_share_publish(&window, request);
+    Py_RETURN_NONE;
+}
+
+static PyObject *native_share_stop(PyObject *module, PyObject *args, PyObject *keywords) {
+    (void)module;
+    static char *names[] = {"window", NULL};
+    PyObject *object;
+    ck_window window;
+    if (!PyArg_ParseTupleAndKeywords(args, keywords, "O:share_stop", names, &object) ||
+        !get_window(object, &window))
+        return NULL;
+    ck_error error = {.kind = CK_OK};
+    if (!ck_window_check(&window, &error))
+        return raise_error(&error);
+    ck_share_stop(&window);
+    Py_RETURN_NONE;
+}
+
+static PyObject *native_share_consume(PyObject *module, PyObject *args, PyObject *keywords) {
+    (void)module;
+    static char *names[] = {"window", "requests", "fixed_nbytes", "block_nbytes", "block_crcs",
+                            "ops",    "index",    "threads",      "seconds",      NULL};
+    long long fixed, block, threads;
+    double seconds;
+    PyObject *object, *requests, *crcs, *ops, *index;
+    if (!PyArg_ParseTupleAndKeywords(args, keywords, "OOLLOOOLd:share_consume", names, &object, &requests,
+                                     &fixed, &block, &crcs, &ops, &index, &threads, &seconds))
+        return NULL;
+    ck_window window;
+    int64_t nanoseconds;
+    if (!check_threads("threads", threads) || !get_window(object, &window) ||
+        !get_nanoseconds(seconds, &nanoseconds))
+        return NULL;
+    enum { REQUESTS, CRCS, OPS, INDEX, N };
+    const table tables[N] = {
+        {requests, "requests", 8, 0}, {crcs, "block_crcs", 4, 0}, {ops, "ops", 8, 0}, {index, "index", 8, 0}};
+    Py_buffer views[N];
+    if (!get_tables(tables, N, views))
+        return NULL;
+    if (!check_index(&views[INDEX]) || items(&views[REQUESTS]) % 3 != 0) {
+        release_tables(views, N);
+        if (!PyErr_Occurred())
+            PyErr_SetString(PyExc_ValueError, "requests must have rows of 3");
+        return NULL;
+    }
+    ck_consume consume = {.window = window,
+                          .scatter = {.fixed = fixed,
+                                      .block = block,
+                                      .block_crcs = views[CRCS].buf,
+                                      .n_blocks = items(&views[CRCS]),
+                                      .ops = views[OPS].buf,
+                                      .index = views[INDEX].buf,
+                                      .ops_length = items(&views[OPS]),
+                                      .n_ops = items(&views[INDEX]) - 1},
+                          .requests = views[REQUESTS].buf,
+                          .n_requests = items(&views[REQUESTS]) / 3,
+                          .nanoseconds = nanoseconds,
+                          .threads = (int)threads};
+    ck_error error = {.kind = CK_OK};
+    ck_outcome outcome = CK_STOPPED;
+    int ready = ck_consume_prepare(&consume, &error);
+    if (ready) {
+        Py_BEGIN_ALLOW_THREADS outcome = ck_consume_run(&consume);
+        ck_consume_free(&consume);
+        Py_END_ALLOW_THREADS
+    }
+    release_tables(views, N);
+    if (!ready)
+        return raise_error(&error);
+    return PyLong_FromLong(outcome);
+}
+
 /* ---- write ---- */
 
 static PyObject *native_write(PyObject *module, PyObject *args, PyObject *keywords) {
@@ -424,12 +583,21 @@ static PyMethodDef methods[] = {
     METHOD(scatter, METH_VARARGS | METH_KEYWORDS,
            "Verifies file bytes in memory and scatters them into tensors."),
     METHOD(load, METH_VARARGS | METH_KEYWORDS, "Reads ranges of a file, verifies and scatters them."),
+    METHOD(window_control, METH_VARARGS | METH_KEYWORDS, "Bytes of a window before its slots."),
+    METHOD(share_wait, METH_VARARGS | METH_KEYWORDS, "Waits until the slot of a request is free."),
+    METHOD(share_publish, METH_VARARGS | METH_KEYWORDS, "Hands a request to its consumers."),
+    METHOD(share_stop, METH_VARARGS | METH_KEYWORDS, "Ends all waits for a window on all ranks."),
+    METHOD(share_consume, METH_VARARGS | METH_KEYWORDS, "Scatters requests from the window as they come."),
     METHOD(write, METH_VARARGS | METH_KEYWORDS, "Writes memory to a file, several requests in flight."),
     {NULL, NULL, 0, NULL},
 };
 
 static int execute(PyObject *module) {
     ck_init();
+    if (PyModule_AddIntConstant(module, "READY", CK_READY) != 0 ||
+        PyModule_AddIntConstant(module, "STOPPED", CK_STOPPED) != 0 ||
+        PyModule_AddIntConstant(module, "LATE", CK_LATE) != 0)
+        return -1;
     return PyModule_AddIntConstant(module, "BLOCK_ALIGNMENT", CK_ALIGNMENT);
 }
 

@@ -122,7 +122,7 @@ bool ck_pack_prepare(ck_pack *pack, ck_error *error) {
     pack->units = NULL;
     pack->scratch = NULL;
     pack->scratch_nbytes = STEP;
-    if (!ck_window_check(pack->begin, pack->end, pack->image_nbytes, pack->block, error))
+    if (!ck_cut_check(pack->begin, pack->end, pack->image_nbytes, pack->block, error))
         return false;
     for (int64_t number = 0; number < pack->n_ops; number++) {
         if (!check_op(pack, number, error))

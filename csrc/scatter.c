@@ -166,6 +166,12 @@ int64_t ck_scatter_range(const ck_scatter *scatter, const unsigned char *bytes, 
     return -1;
 }
 
+void ck_scatter_verified(const ck_scatter *scatter, const unsigned char *bytes, int64_t position,
+                         int64_t nbytes) {
+    scatter_bytes(scatter, bytes, position, nbytes);
+    ck_fence();
+}
+
 typedef struct {
     const ck_scatter *scatter;
     const unsigned char *bytes;

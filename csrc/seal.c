@@ -42,7 +42,7 @@ bool ck_seal_prepare(ck_seal *seal, ck_error *error) {
     if (seal->block <= 0 || seal->fixed < 0)
         return ck_value_error(error, "block_nbytes %lld must be positive, fixed_nbytes %lld not negative",
                               (long long)seal->block, (long long)seal->fixed);
-    if (!ck_window_check(seal->begin, seal->end, seal->fixed, seal->block, error))
+    if (!ck_cut_check(seal->begin, seal->end, seal->fixed, seal->block, error))
         return false;
     if (seal->image == NULL && seal->fixed > 0)
         return ck_value_error(error, "image_address is 0");

@@ -80,6 +80,20 @@ class Archive:
         start = block * BLOCK_NBYTES
         return start, min(start + BLOCK_NBYTES, self.fixed_nbytes)
 
+    def read_into(self, position: int, address: int, nbytes: int) -> None:
+        """Read bytes of the fixed region into memory, verified.
+
+        Raises `CheckpointDamagedError` naming file and place of the first damaged block.
+        """
+        start = position // BLOCK_NBYTES * BLOCK_NBYTES
+        end = min(-(-(position + nbytes) // BLOCK_NBYTES) * BLOCK_NBYTES, self.fixed_nbytes)
+        op = [position, nbytes, 1, 1, address, address, nbytes, nbytes, 0, nbytes, 1]
+        self.load(
+            np.array([[start, end - start]], np.int64),
+            np.array(op, np.int64),
+            np.array([0, len(op)], np.int64),
+        )
+
     def read(self, position: int, nbytes: int) -> bytes:
         """Return bytes of the fixed region, verified; raises `CheckpointDamagedError` where they are damaged."""
         return self.gather(np.array([position], np.int64), np.array([nbytes], np.int64)).tobytes()

@@ -6,23 +6,32 @@ import json
 
 from ckptengine import errors
 from ckptengine.comm.base import Communicator
-from ckptengine.errors import CheckpointError, RankFailedError
+from ckptengine.errors import CheckpointError, DeadlineError, RankFailedError
 
-__all__ = ["agree", "share"]
+__all__ = ["agree", "gather", "share"]
 
 
 def agree(comm: Communicator, error: Exception | None, timeout: float, doing: str) -> None:
-    """Return on all ranks where no rank has an error, else raise on all.
+    """Return on all ranks where no rank has an error, else raise on all; see `gather`."""
+    gather(comm, b"", error, timeout, doing)
+
+
+def gather(comm: Communicator, value: bytes, error: Exception | None, timeout: float, doing: str) -> list[bytes]:
+    """Return every rank's value where no rank has an error, else raise on all.
 
     Where all errors are of one class, the ranks that have one raise their own, and the others one of that class
     (where it is ckptengine's) that names the ranks and repeats their messages. Errors of several classes become a
     `RankFailedError` on all: what a caller does next must not differ between ranks. `doing` says what was being done.
     """
-    own = b"" if error is None else _pack(error)
-    replies = [own] if comm.world_size == 1 else comm.all_gather(own, timeout)
-    failed = {rank: json.loads(reply) for rank, reply in enumerate(replies) if reply}
+    own = _reply(value, error)
+    try:
+        replies = [own] if comm.world_size == 1 else comm.all_gather(own, timeout)
+    except DeadlineError as missing:
+        # What this rank found may well be why others did not come.
+        raise missing from error
+    failed = {rank: json.loads(reply[1:]) for rank, reply in enumerate(replies) if reply[:1] == b"!"}
     if not failed:
-        return
+        return [reply[1:] for reply in replies]
     kinds = {kind for kind, _ in failed.values()}
     if error is not None and len(kinds) == 1:
         raise error

@@ -4,18 +4,44 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ckptengine.archive.image import BLOCK_NBYTES
+from ckptengine.archive.reader import Archive
 from ckptengine.layout.read_plan import Copy, WantedPart, blocks, plan_read
+from ckptengine.layout.tiling import Int64s
 from ckptengine.load.checkpoint import Checkpoint
+from ckptengine.load.schedule import needed_nbytes
 from ckptengine.state.dtypes import DTYPES
 from ckptengine.state.leaf import ArrayLeaf, DeviceMemory, HostMemory
 
-__all__ = ["fill", "host_memory"]
+__all__ = ["Filling", "Source", "host_memory", "plan_filling", "read_ranges"]
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """An archive that this rank needs, opened, and what goes where (`_native.load` has the tables)."""
+
+    archive: Archive
+    ops: NDArray[np.int64]
+    index: NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True)
+class Filling:
+    """How this rank's parts of leaves are filled: its archives by number, and the ranges that it needs of them.
+
+    `needs` are int64 rows of archive, start and stop, ascending. `finish` is called when all is read: it brings what
+    was read for devices there.
+    """
+
+    sources: dict[int, Source]
+    needs: Int64s
+    finish: Callable[[], None]
 
 
 def host_memory(array: NDArray[Any]) -> HostMemory:
@@ -23,37 +49,53 @@ def host_memory(array: NDArray[Any]) -> HostMemory:
     return HostMemory(array.ctypes.data, array.strides, array.ctypes.data, array.nbytes, array)
 
 
-def fill(checkpoint: Checkpoint, reads: Sequence[tuple[int, ArrayLeaf]]) -> int:
-    """Fill this rank's parts of leaves from a checkpoint, and return the bytes read.
+def plan_filling(checkpoint: Checkpoint, reads: Sequence[tuple[int, ArrayLeaf]]) -> Filling:
+    """Return how to fill this rank's parts of leaves from a checkpoint.
 
-    `reads` are pairs of a leaf's number in the checkpoint's rows and the leaf of the state that it fills. Every byte
-    is verified before it is used. Raises `CheckpointDamagedError` naming the file and the place, or the leaf that
-    the layout does not cover; some parts may then have been filled.
+    `reads` are pairs of a leaf's number in the checkpoint's rows and the leaf of the state that it fills. Raises
+    `CheckpointDamagedError` naming the leaf that the layout does not cover, or the archive whose tail is damaged.
     """
     wanted: list[WantedPart] = []
     memories: list[HostMemory] = []
-    finish: list[Callable[[], None]] = []
+    copies_to_devices: list[Callable[[], None]] = []
     for leaf, target in reads:
         dtype = DTYPES[target.dtype].numpy
         for part in target.parts:
             memory = part.memory
             if isinstance(memory, DeviceMemory):
                 staging = np.empty(part.box.shape, dtype)
-                finish.append(functools.partial(memory.copy_from_host, staging))
+                copies_to_devices.append(functools.partial(memory.copy_from_host, staging))
                 memory = host_memory(staging)
             wanted.append(WantedPart(leaf, part.box))
             memories.append(memory)
-    total = 0
+    sources = {}
+    needs = [np.zeros((0, 3), np.int64)]
     for number, copies in sorted(plan_read(checkpoint.rows, wanted).items()):
         archive = checkpoint.archive(number)
         spans = blocks(copies, BLOCK_NBYTES, archive.fixed_nbytes)
-        ranges = np.stack([spans[:, 0], spans[:, 1] - spans[:, 0]], axis=1)
-        ops, index = _table(copies, memories)
-        archive.load(ranges, ops, index)
-        total += int(ranges[:, 1].sum())
-    for copy in finish:
-        copy()
-    return total
+        needs.append(np.insert(spans, 0, number, axis=1))
+        sources[number] = Source(archive, *_table(copies, memories))
+
+    def finish() -> None:
+        for copy in copies_to_devices:
+            copy()
+
+    return Filling(sources, np.concatenate(needs), finish)
+
+
+def read_ranges(filling: Filling, ranges: Int64s) -> int:
+    """Read ranges, rows as those of `needs` and parts of them, for this rank alone; return their bytes.
+
+    Every byte is verified before it is used. Raises `CheckpointDamagedError` naming the file and the place; some parts
+    may then have been filled.
+    """
+    for number, source in filling.sources.items():
+        begin, end = np.searchsorted(ranges[:, 0], (number, number + 1))
+        mine = ranges[begin:end]
+        if mine.size:
+            spans = np.stack([mine[:, 1], mine[:, 2] - mine[:, 1]], axis=1)
+            source.archive.load(spans, source.ops, source.index)
+    return needed_nbytes(ranges)
 
 
 def _table(copies: Sequence[Copy], memories: Sequence[HostMemory]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

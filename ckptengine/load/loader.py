@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 from collections.abc import Mapping
@@ -11,14 +12,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ckptengine.comm.agree import agree
+from ckptengine.comm.agree import agree, gather
 from ckptengine.comm.base import Communicator
-from ckptengine.errors import CheckpointDamagedError, CheckpointError
+from ckptengine.errors import CheckpointDamagedError, CheckpointError, RankFailedError
 from ckptengine.layout.box import Box
 from ckptengine.load.checkpoint import Checkpoint, naming
 from ckptengine.load.choose import Chooser, newest_checkpoint
 from ckptengine.load.describe import describe
-from ckptengine.load.fill import fill, host_memory
+from ckptengine.load.fill import Filling, host_memory, plan_filling, read_ranges
+from ckptengine.load.node import Offer
+from ckptengine.load.share import Counts, make_offer, read, together
+from ckptengine.load.window import StoppedElsewhere
 from ckptengine.state.bind import Binding, LoadReport, bind
 from ckptengine.state.dtypes import DTYPES
 from ckptengine.state.leaf import ArrayLeaf, Part, Path, dotted
@@ -43,13 +47,16 @@ class LoadOptions:
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """What was loaded: the checkpoint's step (None: a single one), generation and place; the bytes this rank read."""
+    """What was loaded: the checkpoint's step (None: a single one), generation and place, and the bytes of its archives.
+
+    Over the ranks of a node, `counts.read` sums up to `counts.node_needed` where they could read together.
+    """
 
     step: int | None
     generation: int
     location: str
     report: LoadReport
-    nbytes: int
+    counts: Counts
 
 
 def load_newest(
@@ -133,7 +140,9 @@ def _arrays_of(checkpoint: Checkpoint, options: LoadOptions, rank: int | None) -
         parts = (Part(Box.whole(record.shape), host_memory(array)),) if array.size else ()
         target = ArrayLeaf(record.path, record.dtype, record.shape, record.placement, parts, "numpy")
         reads.append((checkpoint.rows.index[source], target))
-    fill(checkpoint, reads)
+    filling = plan_filling(checkpoint, reads)
+    read_ranges(filling, filling.needs)
+    filling.finish()
     containers = {rename(path): kind for path, kind in containers.items()}
     return unflatten(values, {rename(path): arrays[source] for path, source in wanted.items()}, containers, {})
 
@@ -152,9 +161,13 @@ def _load(
     checkpoint: Checkpoint, state: Mapping[str, Any], comm: Communicator, timeout: float, options: LoadOptions
 ) -> Loaded:
     binding: Binding | None = None
+    filling: Filling | None = None
+    offer: Offer | None = None
+    counts: Counts | None = None
     error: Exception | None = None
+    where = checkpoint.location
     try:
-        with naming(checkpoint.location):
+        with naming(where):
             binding = bind(
                 state,
                 describe(checkpoint),
@@ -165,22 +178,32 @@ def _load(
                 strict=options.strict,
                 cast=options.cast,
             )
+            index = checkpoint.rows.index
+            filling = plan_filling(checkpoint, [(index[one.path, one.rank], one.target) for one in binding.reads])
+            offer = make_offer(comm, filling)
     except Exception as problem:
         error = problem
-    agree(comm, error, timeout, f"matching {checkpoint.location} with the state")
-    assert binding is not None
-    nbytes = 0
-    try:
-        index = checkpoint.rows.index
-        with naming(checkpoint.location):
-            nbytes = fill(checkpoint, [(index[read.path, read.rank], read.target) for read in binding.reads])
-    except Exception as problem:
-        error = problem
-    agree(comm, error, timeout, f"reading {checkpoint.location}")
+    with offer or contextlib.nullcontext():
+        greetings = gather(comm, offer.greeting if offer else b"", error, timeout, f"matching {where} with the state")
+        assert binding is not None
+        assert filling is not None
+        assert offer is not None
+        with together(comm, offer, greetings, timeout, f"preparing to read {where}") as group:
+            try:
+                with naming(where):
+                    counts = read(filling, group, timeout)
+                filling.finish()
+            except StoppedElsewhere:
+                pass  # the rank that has the error raises it on all
+            except Exception as problem:
+                error = problem
+            agree(comm, error, timeout, f"reading {where}")
+    if counts is None:
+        raise RankFailedError(f"reading {where} was stopped by a rank that did not say why")
     try:
         binding.finish()
     except Exception as problem:
         error = problem
-    agree(comm, error, timeout, f"setting the state from {checkpoint.location}")
+    agree(comm, error, timeout, f"setting the state from {where}")
     manifest = checkpoint.manifest
-    return Loaded(manifest.step, manifest.generation, checkpoint.location, binding.report, nbytes)
+    return Loaded(manifest.step, manifest.generation, where, binding.report, counts)

@@ -27,8 +27,9 @@ __all__ = ["ALIGNMENT", "LOAD_THREADS", "LocalArchiveWriter", "LocalStorage"]
 
 ALIGNMENT = 4096
 """What direct I/O wants of addresses, positions and lengths: the largest logical block size in common use."""
-LOAD_THREADS = 4
-"""Read requests in flight at most; each thread also verifies and scatters what it has read."""
+LOAD_THREADS = 8
+"""Read requests in flight at most, whatever the number of cores: while a thread verifies and scatters what it has read,
+the others keep the device busy. Their buffers, of `REQUEST_NBYTES` each, are all the memory that a load needs."""
 
 _TEMPORARY = ".tmp-"
 _OUR_TEMPORARY = re.compile(r"\.tmp-.+\.[0-9a-f]{12}")  # other names of this kind are somebody else's
@@ -60,7 +61,7 @@ class LocalStorage(Storage):
     """A directory that this process sees, on a local or shared file system.
 
     `root` need not exist until `create` or the first write. `direct_writes` and `direct_reads` count the
-    archives that went by `O_DIRECT`; `buffered_writes` and `buffered_reads` those where the file system
+    calls for archives that went by `O_DIRECT`; `buffered_writes` and `buffered_reads` those where the file system
     refused. `disk` is for tests.
     """
 
@@ -125,7 +126,6 @@ class LocalStorage(Storage):
         from ckptengine import _native
 
         path = self._path(name)
-        threads = min(LOAD_THREADS, len(os.sched_getaffinity(0)))
         with self._opened(path) as fd:
             found = os.fstat(fd).st_size
             if found < fixed_nbytes:
@@ -133,7 +133,7 @@ class LocalStorage(Storage):
 
             def load() -> int:
                 return _native.load(
-                    fd, fixed_nbytes, block_nbytes, block_crcs, ranges, ops, index, REQUEST_NBYTES, threads
+                    fd, fixed_nbytes, block_nbytes, block_crcs, ranges, ops, index, REQUEST_NBYTES, LOAD_THREADS
                 )
 
             # A part that was scattered before a refusal is simply scattered again.

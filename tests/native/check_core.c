@@ -2,6 +2,7 @@
  * element by element. Everything comes from one fixed seed. It is what runs on an emulated aarch64. */
 #include "ckptengine.h"
 
+#include <pthread.h>
 #include <stdio.h>
 #include <string.h>
 #include <unistd.h>
@@ -378,6 +379,172 @@ static void check_scatter(int turn, int fd) {
     }
 }
 
+/* ---- the window that ranks share ---- */
+
+#define SHARE_RANKS 4
+#define SHARE_REQUESTS 40
+#define SHARE_FILE (SHARE_REQUESTS * CK_ALIGNMENT)
+
+typedef struct {
+    ck_window window;
+    const unsigned char *file;
+    const int64_t *requests, *readers;              /* of all ranks */
+    int64_t consumers[SHARE_REQUESTS][SHARE_RANKS]; /* of each request, n of them */
+    int64_t n_consumers[SHARE_REQUESTS];
+    int64_t n;
+} share_plan;
+
+typedef struct {
+    const share_plan *plan;
+    ck_window window; /* with this rank */
+    unsigned char *memory;
+} share_rank;
+
+static void *read_requests(void *argument) {
+    const share_rank *self = argument;
+    const share_plan *plan = self->plan;
+    for (int64_t i = 0; i < plan->n; i++) {
+        if (plan->readers[i] != self->window.rank)
+            continue;
+        int64_t before = i - self->window.slots;
+        while (ck_share_wait(&self->window, i, before < 0 ? NULL : plan->consumers[before],
+                             before < 0 ? 0 : plan->n_consumers[before], 1000000) != CK_READY) {
+        }
+        const int64_t *row = plan->requests + 3 * i;
+        memcpy(ck_window_slot(&self->window, i), plan->file + row[1], (size_t)row[2]);
+        ck_share_publish(&self->window, i);
+    }
+    return NULL;
+}
+
+static bool consumes(const share_plan *plan, int64_t request, int64_t rank) {
+    for (int64_t i = 0; i < plan->n_consumers[request]; i++)
+        if (plan->consumers[request][i] == rank)
+            return true;
+    return false;
+}
+
+static void *take_requests(void *argument) {
+    const share_rank *self = argument;
+    const share_plan *plan = self->plan;
+    static const uint32_t crcs[SHARE_FILE / CK_ALIGNMENT]; /* nothing is verified here: they may be wrong */
+    int64_t rows[3 * SHARE_REQUESTS], n = 0;
+    for (int64_t i = 0; i < plan->n; i++)
+        if (consumes(plan, i, self->window.rank))
+            memcpy(rows + 3 * n++, plan->requests + 3 * i, 3 * sizeof *rows);
+    const int64_t address = (int64_t)(uintptr_t)self->memory;
+    const int64_t op[] = {0, SHARE_FILE, 1, 1, address, address, SHARE_FILE, SHARE_FILE, 0, SHARE_FILE, 1};
+    const int64_t index[] = {0, 11};
+    ck_consume consume = {.window = self->window,
+                          .scatter = {.fixed = SHARE_FILE,
+                                      .block = CK_ALIGNMENT,
+                                      .block_crcs = crcs,
+                                      .n_blocks = SHARE_FILE / CK_ALIGNMENT,
+                                      .ops = op,
+                                      .index = index,
+                                      .ops_length = 11,
+                                      .n_ops = 1},
+                          .requests = rows,
+                          .n_requests = n,
+                          .nanoseconds = 1000000,
+                          .threads = 2};
+    ck_error error = {.kind = CK_OK};
+    CHECK(ck_consume_prepare(&consume, &error), "%s", error.text);
+    ck_outcome outcome;
+    while ((outcome = ck_consume_run(&consume)) == CK_LATE) {
+    }
+    ck_consume_free(&consume);
+    CHECK(outcome == CK_READY, "rank %d", (int)self->window.rank);
+    return NULL;
+}
+
+/* Ranks as threads: each gets the requests that it wants, whole, and nothing else. */
+static void check_share(int turn) {
+    static unsigned char file[SHARE_FILE], memory[SHARE_RANKS][SHARE_FILE];
+    int64_t requests[3 * SHARE_REQUESTS], readers[SHARE_REQUESTS], position = 0;
+    share_plan plan = {.file = file, .requests = requests, .readers = readers, .n = below(20)};
+    int64_t ranks = 1 + below(SHARE_RANKS), slots = 1 + below(4), most = 1 + below(3);
+    int64_t nbytes = ck_window_control(slots, ranks) + slots * most * CK_ALIGNMENT;
+    unsigned char *base = aligned_alloc(CK_ALIGNMENT, (size_t)nbytes);
+    CHECK(base != NULL, "memory");
+    memset(base, 0, (size_t)nbytes);
+    randomize(file, SHARE_FILE);
+    memset(memory, FILL, sizeof memory);
+    plan.window = (ck_window){base, nbytes, slots, most * CK_ALIGNMENT, ranks, 0};
+    for (int64_t i = 0; i < plan.n; i++) {
+        int64_t length = (1 + below(most)) * CK_ALIGNMENT;
+        position += below(2) * CK_ALIGNMENT;
+        if (position + length > SHARE_FILE) {
+            plan.n = i;
+            break;
+        }
+        const int64_t row[] = {i, position, length};
+        append(requests, 3 * i, row, 3);
+        position += length;
+        for (int64_t rank = 0; rank < ranks; rank++)
+            if (below(2))
+                plan.consumers[i][plan.n_consumers[i]++] = rank;
+        readers[i] = below(ranks);
+    }
+    share_rank all[SHARE_RANKS];
+    pthread_t threads[2 * SHARE_RANKS];
+    for (int64_t rank = 0; rank < ranks; rank++) {
+        all[rank] = (share_rank){&plan, plan.window, memory[rank]};
+        all[rank].window.rank = rank;
+        CHECK(pthread_create(&threads[2 * rank], NULL, read_requests, &all[rank]) == 0, "a thread");
+        CHECK(pthread_create(&threads[2 * rank + 1], NULL, take_requests, &all[rank]) == 0, "a thread");
+    }
+    for (int64_t i = 0; i < 2 * ranks; i++)
+        pthread_join(threads[i], NULL);
+    for (int64_t rank = 0; rank < ranks; rank++) {
+        int64_t at = 0;
+        for (int64_t i = 0; i < plan.n; i++) {
+            const int64_t *row = requests + 3 * i;
+            if (!consumes(&plan, i, rank))
+                continue;
+            CHECK(filled(memory[rank] + at, row[1] - at), "turn %d, before request %d", turn, (int)i);
+            CHECK(memcmp(memory[rank] + row[1], file + row[1], (size_t)row[2]) == 0, "turn %d, request %d",
+                  turn, (int)i);
+            at = row[1] + row[2];
+        }
+        CHECK(filled(memory[rank] + at, SHARE_FILE - at), "turn %d, after the last request", turn);
+    }
+    CHECK(ck_share_wait(&plan.window, plan.n + slots, &(int64_t){0}, 1, 0) == CK_LATE, "turn %d", turn);
+    ck_share_stop(&plan.window);
+    CHECK(ck_share_wait(&plan.window, plan.n + slots, &(int64_t){0}, 1, 1000000000) == CK_STOPPED, "turn %d",
+          turn);
+    free(base);
+}
+
+static void check_window_bounds(void) {
+    unsigned char *base = aligned_alloc(CK_ALIGNMENT, 4 * CK_ALIGNMENT);
+    CHECK(base != NULL, "memory");
+    const ck_window good = {base, 4 * CK_ALIGNMENT, 3, CK_ALIGNMENT, 2, 1};
+    ck_error error = {.kind = CK_OK};
+    CHECK(ck_window_check(&good, &error), "%s", error.text);
+    ck_window bad[] = {good, good, good, good, good, good, good, good, good, good, good, good, good};
+    bad[0].base = NULL;
+    bad[1].base = base + 64;
+    bad[2].nbytes = 4 * CK_ALIGNMENT - 1;
+    bad[3].nbytes = INT64_MIN;
+    bad[4].slots = 0;
+    bad[5].slots = 4;
+    bad[6].slots = INT64_MAX;
+    bad[7].slot_nbytes = 0;
+    bad[8].slot_nbytes = CK_ALIGNMENT + 1;
+    bad[9].slot_nbytes = INT64_MAX / CK_ALIGNMENT * CK_ALIGNMENT;
+    bad[10].ranks = INT64_MAX;
+    bad[11].rank = 2;
+    bad[12].rank = -1;
+    for (size_t i = 0; i < sizeof bad / sizeof *bad; i++)
+        CHECK(!ck_window_check(&bad[i], &error), "window %d", (int)i);
+    const int64_t ranks[] = {0, 2};
+    CHECK(!ck_share_check(&good, 0, ranks, 2, &error), "rank 2 of 2");
+    CHECK(!ck_share_check(&good, -1, ranks, 1, &error), "request -1");
+    CHECK(!ck_share_check(&good, INT64_MAX, ranks, 1, &error), "the last request");
+    free(base);
+}
+
 int main(int n, char **arguments) {
     int turns = n > 1 ? atoi(arguments[1]) : 200;
     ck_init();
@@ -389,6 +556,9 @@ int main(int n, char **arguments) {
     for (int turn = 0; turn < turns; turn++)
         check_scatter(turn, fileno(file));
     fclose(file);
+    check_window_bounds();
+    for (int turn = 0; turn < turns; turn++)
+        check_share(turn);
     printf("all checks passed\n");
     return 0;
 }
