@@ -4,6 +4,7 @@ Saving is a plain copy by several threads into memory that is warm, then one new
 `O_DIRECT` reads into that memory, then the copy back. Nothing of ckptengine is used.
 """
 
+import contextlib
 import ctypes
 import mmap
 import os
@@ -21,6 +22,8 @@ ALIGNMENT = 4096
 REQUEST = 8 << 20
 """Bytes of a read or write; four are in flight. Larger and more did not help."""
 
+_HUGE_PAGE = 2 << 20
+
 Piece = tuple[int, int, int]
 """Address in the memory, address in a tensor, bytes."""
 
@@ -28,19 +31,18 @@ Way = tuple[Callable[[], None], Callable[[], None]]
 """What copies in, and what copies out."""
 
 
-def warm_memory(size: int) -> mmap.mmap:
-    """Return shared memory of this many bytes, allocated and touched.
+def warm_memory(size: int) -> memoryview:
+    """Return memory of this many bytes, in huge pages where the system has them, all of it touched.
 
-    It is a memory file, which is copied to and written from at least as fast as anonymous memory.
+    From other memory `O_DIRECT` writes take up to three times as long.
     """
-    fd = os.memfd_create("limit", os.MFD_CLOEXEC)
-    try:
-        os.posix_fallocate(fd, 0, size)
-        memory = mmap.mmap(fd, size)
-    finally:
-        os.close(fd)
-    torch.frombuffer(memory, dtype=torch.uint8).zero_()
-    return memory
+    memory = mmap.mmap(-1, size + _HUGE_PAGE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with contextlib.suppress(OSError):
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    whole = torch.frombuffer(memory, dtype=torch.uint8)
+    start = -whole.data_ptr() % _HUGE_PAGE
+    whole.zero_()
+    return memoryview(memory)[start : start + size]
 
 
 def shares(pieces: Iterable[Piece], parts: int) -> list[list[Piece]]:
@@ -68,7 +70,7 @@ class Copier:
     the memory is the limit, and the neighbours of a virtual machine matter.
     """
 
-    def __init__(self, memory: mmap.mmap, state: State, tries: int = 3) -> None:
+    def __init__(self, memory: memoryview, state: State, tries: int = 3) -> None:
         self._bytes = torch.frombuffer(memory, dtype=torch.uint8)
         self._tensors: list[tuple[torch.Tensor, torch.Tensor]] = []
         pieces, position = [], 0

@@ -30,6 +30,16 @@ def variants() -> tuple[str, ...]:
 def counters() -> tuple[int, int, int, int, int]:
     """Return what this process has done: bytes copied, bytes written, writes, bytes read, reads."""
 
+def memory_map(nbytes: int, threads: int) -> int:
+    """Return the address of new, zeroed memory: a multiple of 2 MiB, as `nbytes` is.
+
+    It lies in huge pages where the system has them, every page of it is there when the call returns, and a forked
+    process does not have it. Raises `OSError` (ENOMEM) where it can't be had.
+    """
+
+def memory_unmap(address: int, nbytes: int) -> None:
+    """Give back memory that `memory_map` gave to this very process, which nobody may use any more."""
+
 def crc32(data: Buffer, value: int = 0, variant: str | None = None) -> int:
     """Return the CRC32 of `data`, which is C-contiguous, continued from `value`, with the best or the named variant.
 

@@ -24,6 +24,7 @@
 #define CK_ALIGNMENT 4096
 #define CK_MAX_NDIM 64
 #define CK_MAX_THREADS 256
+#define CK_HUGE_PAGE (2 << 20)
 
 /* ---- errors: filled in by the core, raised by module.c ---- */
 
@@ -103,6 +104,12 @@ typedef bool (*ck_body)(void *context, int64_t unit, int worker);
 /* Runs body(context, 0 ... units-1) on up to `threads` threads, the caller being one of them. Units are
  * pulled in ascending order. Runs on fewer threads where the system refuses more. */
 void ck_parallel(int64_t units, int threads, ck_body body, void *context);
+
+/* ---- memory (memory.c) ---- */
+
+/* nbytes is a multiple of CK_HUGE_PAGE; every page is there when it returns, zeroed. */
+bool ck_memory_map(int64_t nbytes, int threads, unsigned char **address, ck_error *error);
+void ck_memory_unmap(unsigned char *address, int64_t nbytes);
 
 /* ---- strided views (view.c) ---- */
 

@@ -558,6 +558,47 @@ static PyObject *native_write(PyObject *module, PyObject *args, PyObject *keywor
     Py_RETURN_NONE;
 }
 
+/* ---- memory ---- */
+
+static int check_memory(long long nbytes) {
+    if (nbytes > 0 && nbytes % CK_HUGE_PAGE == 0 && nbytes < (1LL << 62))
+        return 1;
+    PyErr_Format(PyExc_ValueError, "nbytes must be a positive multiple of %d, not %lld", CK_HUGE_PAGE,
+                 nbytes);
+    return 0;
+}
+
+static PyObject *native_memory_map(PyObject *module, PyObject *args, PyObject *keywords) {
+    (void)module;
+    static char *names[] = {"nbytes", "threads", NULL};
+    long long nbytes, threads;
+    if (!PyArg_ParseTupleAndKeywords(args, keywords, "LL:memory_map", names, &nbytes, &threads))
+        return NULL;
+    if (!check_memory(nbytes) || !check_threads("threads", threads))
+        return NULL;
+    ck_error error = {.kind = CK_OK};
+    unsigned char *address = NULL;
+    Py_BEGIN_ALLOW_THREADS ck_memory_map(nbytes, (int)threads, &address, &error);
+    Py_END_ALLOW_THREADS if (error.kind != CK_OK) return raise_error(&error);
+    return PyLong_FromVoidPtr(address);
+}
+
+static PyObject *native_memory_unmap(PyObject *module, PyObject *args, PyObject *keywords) {
+    (void)module;
+    static char *names[] = {"address", "nbytes", NULL};
+    long long address, nbytes;
+    if (!PyArg_ParseTupleAndKeywords(args, keywords, "LL:memory_unmap", names, &address, &nbytes))
+        return NULL;
+    if (!check_memory(nbytes))
+        return NULL;
+    if (address <= 0 || address % CK_HUGE_PAGE != 0) {
+        PyErr_Format(PyExc_ValueError, "address %lld is none that memory_map gave", address);
+        return NULL;
+    }
+    Py_BEGIN_ALLOW_THREADS ck_memory_unmap((unsigned char *)(uintptr_t)address, nbytes);
+    Py_END_ALLOW_THREADS Py_RETURN_NONE;
+}
+
 /* ---- counters ---- */
 
 static PyObject *native_counters(PyObject *module, PyObject *unused) {
@@ -575,6 +616,8 @@ static PyObject *native_counters(PyObject *module, PyObject *unused) {
 static PyMethodDef methods[] = {
     METHOD(variants, METH_NOARGS, "Names of the CRC32 variants that this CPU can run, best first."),
     METHOD(counters, METH_NOARGS, "Bytes copied, bytes written, writes, bytes read, reads of this process."),
+    METHOD(memory_map, METH_VARARGS | METH_KEYWORDS, "Maps memory in huge pages, every page of it at once."),
+    METHOD(memory_unmap, METH_VARARGS | METH_KEYWORDS, "Gives memory of memory_map back."),
     METHOD(crc32, METH_VARARGS | METH_KEYWORDS, "zlib's CRC32 of data, continued from value."),
     METHOD(crc32_combine, METH_VARARGS | METH_KEYWORDS,
            "The CRC32 of two byte strings, one after the other."),

@@ -124,7 +124,7 @@ class Committer:
             assert job.checksums is not None
             entries = job.values.entries(self._comm.rank)
             tail = build_tail(image, entries, job.checksums.entries, job.checksums.blocks)
-            archive.write(self._snapshotter.tail(image, tail, job.whole), len(tail), image.fixed_nbytes)
+            archive.write(self._snapshotter.tail(tail), len(tail), image.fixed_nbytes)
             archive.finish()
         job.phase("write", began or time.monotonic())
         nbytes = image.fixed_nbytes + len(tail)

@@ -61,8 +61,6 @@ class Job:
     values: StoredValues | None = None
     checksums: Checksums | None = None
     replica_crcs: ReplicaCrcs = ()
-    whole: bool = True
-    """Whether the memory holds the whole image."""
     held: ExitStack = field(default_factory=ExitStack, repr=False)
     """What rank 0 holds until the end is known, and lets go of after it has told."""
     stall: float = 0.0

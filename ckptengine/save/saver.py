@@ -245,16 +245,16 @@ class Saver:
         else:
             table.move(reading.moved)
         job.checksums = Checksums(plan.image)
-        job.whole = self._snapshotter.reserve(plan.image, timeout)
+        whole = self._snapshotter.reserve(plan.image, timeout)
         if check_replicas:
             job.replica_crcs = replica_crcs(reading.leaves)
         began = time.monotonic()
-        if job.whole:
+        if whole:
             self._snapshotter.fill(table, job.checksums, job.feed)
         else:
             self._snapshotter.stream(table, job.checksums, job.feed)
         self._table = table
-        if job.whole and table.has_fenced:
+        if whole and table.has_fenced:
             self._hook()
             rest = (job, table, reading, reading.versions())
             copier = threading.Thread(target=self._copy_fenced, args=rest, name="ckptengine-copy", daemon=True)

@@ -17,9 +17,6 @@ from ckptengine.state.adapters import adapters
 
 __all__ = ["LEAST_ARENA_NBYTES", "Snapshotter"]
 
-_TAIL_ROOM = 1 << 20
-"""What the arena holds beyond the fixed region from the start, so that the usual tail needs no growing."""
-
 LEAST_ARENA_NBYTES = 16 << 20
 """Below this a bounded arena would spend its time on calls instead of bytes."""
 
@@ -33,6 +30,7 @@ class Snapshotter:
 
     def __init__(self, limit: int | None = None) -> None:
         self._arena = Arena()
+        self._tail = Arena()
         self._limit = limit
         self._told = False
         self._preparing: threading.Thread | None = None
@@ -44,7 +42,7 @@ class Snapshotter:
 
         def populate() -> None:
             try:
-                self._arena.reserve(nbytes + _TAIL_ROOM, populate=True)
+                self._arena.reserve(nbytes)
             except StorageError as error:
                 _log.info("the snapshot's memory can't be prepared beforehand: %s", error)
 
@@ -60,22 +58,21 @@ class Snapshotter:
         preparing, self._preparing = self._preparing, None
         if preparing is not None:
             preparing.join(timeout)
-        whole = image.fixed_nbytes + _TAIL_ROOM
         if self._limit is not None and self._limit < image.fixed_nbytes:
             self._arena.reserve(self._limit)
             return False
         try:
-            self._arena.reserve(whole)
+            self._arena.reserve(image.fixed_nbytes)
             return True
         except StorageError as error:
             if error.errno not in (errno.ENOMEM, errno.ENOSPC):
                 raise
-            self._reserve_less(whole, error)
+            self._reserve_less(image.fixed_nbytes, error)
             return False
 
     def _reserve_less(self, whole: int, shortage: StorageError) -> None:
         nbytes = whole // 2
-        while nbytes >= max(LEAST_ARENA_NBYTES, self._arena.nbytes):
+        while nbytes >= LEAST_ARENA_NBYTES:
             try:
                 self._arena.reserve(nbytes)
                 break
@@ -150,11 +147,11 @@ class Snapshotter:
             if low < high:
                 self._arena.view(offset + low - begin, high - low)[:] = data[low - position : high - position]
 
-    def tail(self, image: Image, tail: bytes, whole: bool) -> int:
-        """Put an archive's tail into the memory and return its address; the image's windows have been written."""
-        position = image.fixed_nbytes if whole else 0
-        self._arena.put(position, tail)
-        return self._arena.address + position
+    def tail(self, tail: bytes) -> int:
+        """Put an archive's tail into memory that can be written from, and return its address."""
+        self._tail.reserve(len(tail))
+        self._tail.view(0, len(tail))[:] = tail
+        return self._tail.address
 
     def close(self) -> None:
         """Give the memory back."""
@@ -162,7 +159,9 @@ class Snapshotter:
         if preparing is not None:
             preparing.join()
         self._arena.close()
+        self._tail.close()
 
     def abandon(self) -> None:
-        """Give this process's share of the memory back, in a forked process."""
+        """Forget the memory, in a forked process: it is the parent's."""
         self._arena.abandon()
+        self._tail.abandon()

@@ -24,6 +24,7 @@ from kill_runs import forked, wait_for
 import ckptengine as ce
 from ckptengine.catalog import receipt
 from ckptengine.errors import CheckpointError
+from ckptengine.snapshot import arena
 from ckptengine.storage.disk import Disk
 
 TIMEOUT = 5.0
@@ -74,12 +75,12 @@ def first_job(run: Path, rank: int, victim: int) -> list[dict[str, Any]]:
     """Saves that fail on the victim in several ways, each followed by one that succeeds; then it dies in one."""
     said = []
     checkpointer = ce.Checkpointer(run, timeout=TIMEOUT, max_failures=100)
-    allocate, write = os.posix_fallocate, Disk.write_memory
+    available, write = arena.available_nbytes, Disk.write_memory
     # No memory at the very first save, on one rank only: the plans exist already.
     if rank == victim:
-        os.posix_fallocate = failing(errno.ENOSPC)
+        arena.available_nbytes = lambda: 0
     said.append(saved(checkpointer, rank, 1))
-    os.posix_fallocate = allocate
+    arena.available_nbytes = available
     said.append(saved(checkpointer, rank, 2))
     if rank == victim:
         Disk.write_memory = failing(errno.EIO)

@@ -15,6 +15,7 @@ from trained import committed_steps, files_of, same, state_at
 
 import ckptengine as ce
 from ckptengine.errors import CheckpointError, SaveFailedError, StorageError
+from ckptengine.snapshot import arena
 
 MIB = 1 << 20
 NEEDED = r"[\d,]+ bytes are needed and [\d,]+ are available \(No space left on device\)"
@@ -156,19 +157,14 @@ def test_a_directory_that_disappears_between_saves_is_made_again(tmp_path: Path)
 def test_no_memory_for_the_snapshot_says_how_much_and_training_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    allocate = os.posix_fallocate
-
-    def full(fd: int, offset: int, nbytes: int) -> None:
-        if nbytes > 4 * MIB:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        allocate(fd, offset, nbytes)
-
     with ce.Checkpointer(tmp_path / "run", every=1) as checkpointer:
         checkpointer.step(1, state_at(1, 1000))
-        monkeypatch.setattr(os, "posix_fallocate", full)
+        monkeypatch.setattr(arena, "available_nbytes", lambda: 4 * MIB)
         with caplog.at_level(logging.ERROR):
             assert checkpointer.step(2, state_at(2)) is None
-        assert re.search(r"no memory for the snapshot: [\d,]{9,} bytes are needed, [\d,]{9,} more", caplog.text)
+        assert re.search(
+            r"no memory for the snapshot: [\d,]{9,} bytes are needed, 4,194,304 are available", caplog.text
+        )
         checkpointer.step(3, state_at(3, 1000))
         checkpointer.wait()
         assert committed_steps(tmp_path / "run") == [1, 3]
