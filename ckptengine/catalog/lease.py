@@ -31,7 +31,8 @@ class Lease:
         self._thread = threading.Thread(target=self._renew, name="ckptengine-lease", daemon=True)
 
     def __enter__(self) -> Lease:
-        self._storage.write_bytes(self._name, json.dumps(_identity()).encode())
+        # After a crash of the machine the writer is gone, and so may its lease be.
+        self._storage.write_bytes(self._name, json.dumps(_identity()).encode(), durable=False)
         self._thread.start()
         return self
 

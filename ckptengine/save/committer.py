@@ -16,6 +16,7 @@ from ckptengine.catalog.manifest import Manifest
 from ckptengine.catalog.receipt import Channel, Outcome, Receipt, StorageStore, collect
 from ckptengine.comm.base import Communicator
 from ckptengine.errors import CheckpointError, DeadlineError, ReplicaMismatchError, SaveFailedError
+from ckptengine.save.aside import Aside
 from ckptengine.save.coordinator import Coordinator
 from ckptengine.save.handle import SaveStats
 from ckptengine.save.job import Job
@@ -134,18 +135,14 @@ class Committer:
         """Rank 0: write, collect, compare, publish; whatever happens, all ranks hear of it."""
         target, storage = job.target, job.target.storage
         receipt, began = Receipt(0, None, error="it did not come to write"), time.monotonic()
+        aside = Aside(lambda: self._prepare(job, data))
         try:
             assert self._coordinator is not None
-            storage.make_directory(data)
-            job.held.enter_context(Lease(storage, data))
-            # While the copy runs: most saves have the layout of the one before.
-            early = self._coordinator.expected()
-            if early is not None:
-                storage.write_bytes(join(data, early[1].name), early[0])
             receipt, began = self._write(job, data), time.monotonic()
             receipts = collect(channel, receipt, job.deadline)
+            early = aside.result()
             layout, layout_record = self._coordinator.layout(receipts)
-            if early is None or early[1] != layout_record:
+            if early != layout_record:
                 storage.write_bytes(join(data, layout_record.name), layout)
             manifest = Manifest(
                 step=target.step,
@@ -161,6 +158,7 @@ class Committer:
             publish(storage, target.directory, manifest)
             outcome = Outcome(plan_together=any(item.alone for item in receipts))
         except Exception as problem:
+            aside.settle()
             kind = type(problem).__name__
             outcome = Outcome(error=f"{problem}" or kind, plan_together=True, kind=kind)
         try:
@@ -172,6 +170,21 @@ class Committer:
             job.held.close()
             self._discard(job, data, channel)
         return receipt, outcome, began
+
+    def _prepare(self, job: Job, data: str) -> ArchiveRecord | None:
+        """Take the lease, and write the layout that this save will have unless the receipts bring other rows.
+
+        Returns the record of that layout. All of it goes on while the state is copied and the archive written.
+        """
+        storage = job.target.storage
+        storage.make_directory(data)
+        job.held.enter_context(Lease(storage, data))
+        assert self._coordinator is not None
+        expected = self._coordinator.expected()
+        if expected is None:
+            return None
+        storage.write_bytes(join(data, expected[1].name), expected[0])
+        return expected[1]
 
     def _discard(self, job: Job, data: str, channel: Channel) -> None:
         """Give back the room that a failed attempt takes, once no rank writes into it: the next one may need it."""

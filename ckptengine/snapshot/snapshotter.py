@@ -20,8 +20,6 @@ __all__ = ["LEAST_ARENA_NBYTES", "Snapshotter"]
 LEAST_ARENA_NBYTES = 16 << 20
 """Below this a bounded arena would spend its time on calls instead of bytes."""
 
-_WINDOW_NBYTES = 1 << 40
-
 _log = logging.getLogger("ckptengine")
 
 
@@ -104,20 +102,17 @@ class Snapshotter:
         if table.has_fenced:
             table.fill(arena.address, checksums)
             return
-        for begin in range(0, image.fixed_nbytes, _WINDOW_NBYTES):
-            self._complete(table, checksums, feed, begin, min(begin + _WINDOW_NBYTES, image.fixed_nbytes))
+        self._complete(table, checksums, feed)
 
     def fill_fenced(self, table: CopyTable, checksums: Checksums, feed: Feed) -> None:
         """Fill in what only an optimizer's step changes, and feed the windows; the step waits until this is done."""
-        table.fill(self._arena.address, checksums, fenced=True)
-        table.seal(self._arena.address, checksums)
-        feed.put(Window(0, table.image.fixed_nbytes, self._arena.address))
+        self._complete(table, checksums, feed, fenced=True)
 
-    def _complete(self, table: CopyTable, checksums: Checksums, feed: Feed, begin: int, end: int) -> None:
-        address = self._arena.address + begin
-        table.fill(address, checksums, begin, end)
-        table.seal(address, checksums, begin, end)
-        feed.put(Window(begin, end, address))
+    def _complete(self, table: CopyTable, checksums: Checksums, feed: Feed, fenced: bool = False) -> None:
+        address = self._arena.address
+        table.fill(address, checksums, fenced=fenced)
+        table.seal(address, checksums)
+        feed.put(Window(0, table.image.fixed_nbytes, address))
 
     def stream(self, table: CopyTable, checksums: Checksums, feed: Feed) -> None:
         """Bring an image through memory that is smaller: one half of that is filled while the other is written.

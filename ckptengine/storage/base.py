@@ -79,8 +79,8 @@ class Storage(ABC):
         """Make a directory and those above it; one that is there already is no error."""
 
     @abstractmethod
-    def write_bytes(self, name: str, data: Buffer) -> None:
-        """Write a small file, replacing one of the same name."""
+    def write_bytes(self, name: str, data: Buffer, *, durable: bool = True) -> None:
+        """Write a small file, replacing one of the same name; without `durable` a crash may lose it."""
 
     @abstractmethod
     def put_if_absent(self, name: str, data: Buffer) -> bool:

@@ -88,13 +88,14 @@ class LocalStorage(Storage):
         """Make a directory and those above it, each with its parent synced."""
         self._make_directories(self._path(name))
 
-    def write_bytes(self, name: str, data: Buffer) -> None:
-        """Write a small file: temporary name, fsync, rename, fsync of the directory."""
+    def write_bytes(self, name: str, data: Buffer, *, durable: bool = True) -> None:
+        """Write a small file: temporary name, fsync, rename, fsync of the directory; no fsync without `durable`."""
         target = self._path(name)
-        temporary = self._write_temporary(target, data)
+        temporary = self._write_temporary(target, data, durable)
         with self._removed_on_failure(temporary):
             self._do("rename the finished file to", target, lambda: self._disk.rename(temporary, target))
-        self._sync_directory(os.path.dirname(target))
+        if durable:
+            self._sync_directory(os.path.dirname(target))
 
     def put_if_absent(self, name: str, data: Buffer) -> bool:
         """Write a small file unless the name is taken: by `link`, which never replaces."""
@@ -308,14 +309,15 @@ class LocalStorage(Storage):
                 raise
         self._synced.add(path)
 
-    def _write_temporary(self, target: str, data: Buffer) -> str:
-        """Write a small file under a temporary name beside its target, synced; return that name."""
+    def _write_temporary(self, target: str, data: Buffer, durable: bool = True) -> str:
+        """Write a small file under a temporary name beside its target, synced if `durable`; return that name."""
         temporary = self._temporary(target)
         with self._removed_on_failure(temporary):
             fd = self._create(temporary, target)
             try:
                 self._do("write", target, lambda: self._disk.write(fd, memoryview(data).cast("B")))
-                self._do("sync", target, lambda: self._disk.sync(fd))
+                if durable:
+                    self._do("sync", target, lambda: self._disk.sync(fd))
             except BaseException:
                 os.close(fd)
                 raise

@@ -177,13 +177,14 @@ def test_a_snapshot_that_memory_is_too_short_for_goes_through_what_there_is_and_
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     state = {"large": np.arange(12 * MIB)}
-    ce.save(tmp_path / "point", {"small": np.arange(10)})
     kept = resource.getrlimit(resource.RLIMIT_AS)
-    pages = int(Path("/proc/self/statm").read_text().split()[0])
-    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + 64 * MIB, kept[1]))
-    try:
-        ce.save(tmp_path / "point", state)
-    finally:
-        resource.setrlimit(resource.RLIMIT_AS, kept)
+    with ce.Checkpointer(tmp_path / "run") as run:
+        run.save(1, {"small": np.arange(10)}).durable.result()
+        pages = int(Path("/proc/self/statm").read_text().split()[0])
+        resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + 64 * MIB, kept[1]))
+        try:
+            run.save(2, state).durable.result()
+        finally:
+            resource.setrlimit(resource.RLIMIT_AS, kept)
     assert re.search(r"no memory for the snapshot: 10[\d,]{9} bytes are needed.*through [\d,]{10} bytes", caplog.text)
-    assert same(ce.load(tmp_path / "point"), state)
+    assert same(ce.load(tmp_path / "run"), state)
