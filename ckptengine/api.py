@@ -81,7 +81,7 @@ def async_save(
 
     def claim() -> int:
         _refuse_run(storage)
-        storage.create()
+        storage.check_writable()
         return next_generation(storage)
 
     def clean_up(generation: int) -> None:

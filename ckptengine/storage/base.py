@@ -75,6 +75,10 @@ class Storage(ABC):
         """Make the root where it is missing, and check that it can be written to."""
 
     @abstractmethod
+    def check_writable(self) -> None:
+        """Raise where it is plain, without touching anything, that the root can't be made or written to."""
+
+    @abstractmethod
     def make_directory(self, name: str) -> None:
         """Make a directory and those above it; one that is there already is no error."""
 

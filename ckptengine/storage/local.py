@@ -72,17 +72,23 @@ class LocalStorage(Storage):
         self._synced: set[str] = set()
 
     def create(self) -> None:
-        """Make the root where it is missing, and check that it can be written to.
+        """Make the root where it is missing, and check that it can be written to."""
+        self._make_directories(str(self.root))
+        self.now()
 
-        A root that is there is only asked for its permissions: a file made for the purpose may wait for a busy disk.
-        """
-        if not self.root.is_dir():
-            self._make_directories(str(self.root))
-            self.now()
-        elif not os.access(self.root, os.W_OK | os.X_OK):
-            read_only = os.statvfs(self.root).f_flag & os.ST_RDONLY
-            code = errno.EROFS if read_only else errno.EACCES
-            raise _error("write to", str(self.root), OSError(code, os.strerror(code)))
+    def check_writable(self) -> None:
+        """Raise where the root, or what of its path is there, is no directory or may not be written to."""
+        path = self.root
+        while not path.exists() and path != path.parent:
+            path = path.parent
+        code = 0
+        if not path.is_dir():
+            code = errno.ENOTDIR
+        elif not os.access(path, os.W_OK | os.X_OK):
+            code = errno.EROFS if os.statvfs(path).f_flag & os.ST_RDONLY else errno.EACCES
+        if code:
+            what = "write to" if path == self.root else "make the directory"
+            raise _error(what, str(self.root), OSError(code, os.strerror(code)))
 
     def make_directory(self, name: str) -> None:
         """Make a directory and those above it, each with its parent synced."""

@@ -59,7 +59,7 @@ def test_overhead() -> None:
 
 
 def test_python_time_per_leaf() -> None:
-    measured = {"ckptengine": {"stall": [0.5, 0.7]}, leaves.COPY: {"stall": [0.3, 0.3]}}
+    measured = {"ckptengine": {"stall": [0.5, 0.7], "copied": [0.3, 0.3]}}
     assert leaves.python_us_per_leaf(measured, "ckptengine", 100_000) == pytest.approx(3.0)
 
 
