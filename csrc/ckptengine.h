@@ -1,4 +1,4 @@
-/* The C copy path: everything but module.c is free of Python.
+/* The C copy path: everything but module*.c and arguments.c is free of Python.
  *
  * Conventions. Tables come from Python as int64 or uint32 arrays. Each job has a prepare step, which checks
  * every bound and makes every allocation, and a run step, which touches memory and can't fail on bounds.
