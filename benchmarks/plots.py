@@ -96,11 +96,8 @@ def timelines(results: dict[str, Any]) -> list[tuple[str, list[Phase]]]:
 
 
 def phases(stats: dict[str, Any]) -> list[Phase]:
-    """Return a save's phases as it reported them, or what its durations say: copy, then write, then commit."""
-    if stats.get("phases"):
-        return [(name, start, end) for name, start, end in stats["phases"]]
-    stall, written = stats["stall_seconds"], stats["stall_seconds"] + stats["written_seconds"]
-    return [("copy", 0.0, stall), ("write", stall, written), ("commit", written, stats["durable_seconds"])]
+    """Return a save's phases as it reported them."""
+    return [(phase["name"], phase["began"], phase["ended"]) for phase in stats["phases"]]
 
 
 def timeline(rows: Sequence[tuple[str, list[Phase]]]) -> Figure:

@@ -20,6 +20,7 @@ from torch.distributed.tensor import DTensor, Shard
 
 from benchmarks.disk import drop_cache, remove, require_room, sync_directories
 from benchmarks.options import Options
+from benchmarks.peers import stats_of
 from benchmarks.processes import answer, fresh, job
 from benchmarks.rounds import best_of, median_ratio, rotated, spread
 from benchmarks.table import OURS, Target, show_table, show_targets
@@ -165,8 +166,7 @@ def write(system: str, begin: Callable[[State, Path], Callable[[], Any]], state:
         sync_directories(path)  # DCP syncs its files
     found: dict[str, Any] = {"stall": stall, "write": time.perf_counter() - began}
     if system == OURS:
-        fields = ("stall_seconds", "written_seconds", "durable_seconds", "phases")
-        found["stats"] = {name: getattr(stats, name) for name in fields if hasattr(stats, name)}
+        found["stats"] = stats_of(stats)
     return found
 
 
