@@ -45,9 +45,9 @@ def test_a_save_makes_few_system_calls_and_files_however_large_it_is(tmp_path, l
     ce.save(tmp_path / "small", small)
     other = counted(lambda: ce.save(tmp_path / "small", small))
     # Archive, layout, lease, manifest, and two looks at the clock of the storage.
-    assert (second.files, second.syncs) == (other.files, other.syncs)
-    assert second.files <= 6
-    assert second.syncs <= 16
+    assert second.files == other.files <= 6
+    # Two threads make the attempt's directories; either may be the one that syncs them.
+    assert max(second.syncs, other.syncs) <= 16
 
 
 def test_a_load_reads_and_copies_each_byte_once(tmp_path, large):

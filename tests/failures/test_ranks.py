@@ -45,7 +45,7 @@ def test_a_rank_without_memory_at_the_first_save_does_not_mispair_the_ranks(jobs
     victim, folder = jobs
     first, second, *_ = said(folder, 0, 1 - victim)
     assert first["kind"] == "SaveFailedError"
-    assert f"rank {victim}: [Errno 28] no memory for the snapshot" in first["text"]
+    assert f"rank {victim}: [Errno 12] no memory for the snapshot" in first["text"]
     assert second["kind"] == "", second["text"]
 
 
