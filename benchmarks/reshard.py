@@ -35,7 +35,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 import ckptengine as ce
-from benchmarks.__main__ import drop_cache
+from benchmarks.disk import drop_cache
 from ckptengine.comm.select import current
 from ckptengine.load.loader import LoadOptions, load_newest
 from ckptengine.storage.open import open_storage
