@@ -109,7 +109,7 @@ def test_a_full_disk_can_still_be_read(small_disk: Path) -> None:
         while filler.write(bytes(4096)):
             pass
     assert free(small_disk) == 0
-    with pytest.raises(StorageError, match=f"{small_disk}.*No space left on device.*make room"):
+    with pytest.raises(CheckpointError, match=f"{small_disk}.*No space left on device.*make room"):
         ce.save(small_disk / "other", state_at(2))
     with pytest.raises(StorageError, match=f"{small_disk}.*No space left on device.*make room"):
         ce.Checkpointer(small_disk / "run")
