@@ -22,7 +22,7 @@ from ckptengine.save.handle import SaveStats
 from ckptengine.save.job import Job
 from ckptengine.save.planner import Plan, Planner
 from ckptengine.snapshot.snapshotter import Snapshotter
-from ckptengine.storage.base import Storage, join
+from ckptengine.storage.base import join
 
 __all__ = ["Committer"]
 
@@ -135,13 +135,9 @@ class Committer:
         """Rank 0: write, collect, compare, publish; whatever happens, all ranks hear of it."""
         target, storage = job.target, job.target.storage
         receipt, began = Receipt(0, None, error="it did not come to write"), time.monotonic()
-        aside: Aside[ArchiveRecord | None] | None = None
+        aside = Aside(lambda: self._prepare(job, data))
         try:
             assert self._coordinator is not None
-            storage.make_directory(data)
-            # Before anything is written: what a killed writer leaves is known to be left by its lease.
-            job.held.enter_context(Lease(storage, data))
-            aside = Aside(lambda: self._write_expected(storage, data))
             receipt, began = self._write(job, data), time.monotonic()
             receipts = collect(channel, receipt, job.deadline)
             early = aside.result()
@@ -162,8 +158,7 @@ class Committer:
             publish(storage, target.directory, manifest)
             outcome = Outcome(plan_together=any(item.alone for item in receipts))
         except Exception as problem:
-            if aside is not None:
-                aside.settle()
+            aside.settle()
             kind = type(problem).__name__
             outcome = Outcome(error=f"{problem}" or kind, plan_together=True, kind=kind)
         try:
@@ -176,11 +171,14 @@ class Committer:
             self._discard(job, data, channel)
         return receipt, outcome, began
 
-    def _write_expected(self, storage: Storage, data: str) -> ArchiveRecord | None:
-        """Write the layout that this save will have unless the receipts bring other rows; return its record.
+    def _prepare(self, job: Job, data: str) -> ArchiveRecord | None:
+        """Take the lease, and write the layout that this save will have unless the receipts bring other rows.
 
-        It goes on while the state is copied and the archive written.
+        Returns the record of that layout. All of it goes on while the state is copied and the archive written.
         """
+        storage = job.target.storage
+        storage.make_directory(data)
+        job.held.enter_context(Lease(storage, data))
         assert self._coordinator is not None
         expected = self._coordinator.expected()
         if expected is None:

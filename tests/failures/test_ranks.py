@@ -76,7 +76,8 @@ def test_nothing_of_failed_and_killed_attempts_stays(jobs: tuple[int, Path]) -> 
     run = folder / "run"
     # Where rank 0 lived, it can't know that the other one won't write any more: time tells.
     assert len(json.loads((folder / "left.json").read_text())) == 1
-    assert len(list(run.glob("step-00000005/data-*"))) == (2 if victim == 1 else 1)
+    # Where rank 0 died, its lease tells at once, unless it died before it had one.
+    assert len(list(run.glob("step-00000005/data-*"))) in ((2,) if victim == 1 else (1, 2))
     age(run)
     ce.Checkpointer(run).close()
     steps = sorted(path.name for path in run.glob("step-*"))
