@@ -109,36 +109,47 @@ class ShardedStep(Step):
         met.tensors.append(value.local)
 
 
-class PerRankStep(Step):
+class _WrapperStep(Step):
+    """Something of one class around something else."""
+
+    __slots__ = ("inner", "kind")
+
+    def __init__(self, kind: type, inner: Step) -> None:
+        self.inner = inner
+        self.kind: Any = kind
+
+    def again(self, value: Any, met: _Met) -> None:
+        """Look at what is in it now."""
+        if type(value) is not self.kind:
+            raise Changed
+        self.inner.again(self.content(value), met)
+
+    @staticmethod
+    @abstractmethod
+    def content(value: Any) -> Any:
+        """Return what is in it."""
+
+
+class PerRankStep(_WrapperStep):
     """A `PerRank` around something."""
 
-    __slots__ = ("inner", "kind")
+    __slots__ = ()
 
-    def __init__(self, kind: type, inner: Step) -> None:
-        self.inner = inner
-        self.kind: Any = kind
-
-    def again(self, value: Any, met: _Met) -> None:
-        """Look at what is in it."""
-        if type(value) is not self.kind:
-            raise Changed
-        self.inner.again(value.value, met)
+    @staticmethod
+    def content(value: Any) -> Any:
+        """Return the value that each rank has of its own."""
+        return value.value
 
 
-class ObjectStep(Step):
+class ObjectStep(_WrapperStep):
     """An object with `state_dict`."""
 
-    __slots__ = ("inner", "kind")
+    __slots__ = ()
 
-    def __init__(self, kind: type, inner: Step) -> None:
-        self.inner = inner
-        self.kind: Any = kind
-
-    def again(self, value: Any, met: _Met) -> None:
-        """Look at the state that it gives now."""
-        if type(value) is not self.kind:
-            raise Changed
-        self.inner.again(value.state_dict(), met)
+    @staticmethod
+    def content(value: Any) -> Any:
+        """Return the state that it gives now."""
+        return value.state_dict()
 
 
 class SequenceStep(Step):
