@@ -4,6 +4,7 @@ import errno
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -58,9 +59,19 @@ def drop_cache(path: Path) -> None:
                 os.close(fd)
 
 
-def count_files(path: Path) -> int:
-    """Return the number of files below a path."""
-    return sum(1 for file in path.rglob("*") if file.is_file())
+def count_files(path: Path, pause: float = 0.05, tries: int = 100) -> int:
+    """Return the number of files below a path, once none has come or gone for `pause` seconds.
+
+    A save may be durable while what it worked with is still being cleared away (a lease, temporary files). Raises
+    `TimeoutError` where files keep coming and going over that many tries.
+    """
+    found: set[Path] | None = None
+    for _ in range(tries):
+        before, found = found, {file for file in path.rglob("*") if file.is_file()}
+        if found == before:
+            return len(found)
+        time.sleep(pause)
+    raise TimeoutError(f"{path}: files kept coming and going for {pause * tries:g} s")
 
 
 def remove(path: Path) -> None:
