@@ -20,12 +20,14 @@ from ckptengine.catalog.retention import remove_leftovers, retain
 from ckptengine.comm.agree import agree
 from ckptengine.comm.base import Communicator
 from ckptengine.comm.select import current
-from ckptengine.errors import CheckpointError, SaveFailedError, StateError, StorageError
-from ckptengine.load.loader import LoadOptions, restore_newest
+from ckptengine.errors import CheckpointError, LoadMismatchError, SaveFailedError, StateError, StorageError
+from ckptengine.load.loader import LoadOptions, load_newest, restore_newest
 from ckptengine.save.handle import SaveHandle, SaveStats
 from ckptengine.save.job import Target
 from ckptengine.save.saver import DEFAULT_TIMEOUT, Saver
 from ckptengine.snapshot.snapshotter import LEAST_ARENA_NBYTES
+from ckptengine.state.report import LoadReport
+from ckptengine.state.select import module_names
 from ckptengine.storage.open import open_storage
 
 __all__ = ["Checkpointer"]
@@ -159,6 +161,46 @@ class Checkpointer:
         self._saver.prepare(state)
         self._parent = (loaded.generation, loaded.step)
         return loaded.step
+
+    def warm_start(
+        self,
+        path: str | os.PathLike[str],
+        state: Mapping[str, Any],
+        *,
+        only: Iterable[str] | None = None,
+        rename: Mapping[str, str] | None = None,
+        strict: bool = False,
+        cast: bool = False,
+    ) -> LoadReport:
+        """Begin from the newest checkpoint of another run: its weights, for new data, another optimizer, a new head.
+
+        `path` is a run or a checkpoint directory. Without `only` the modules of `state` are filled and nothing else:
+        not the step, the optimizer, the scheduler, the cursor. What does not fit is left as it is and is in the report
+        that is returned, which prints as a table; with `strict=True` it is raised. The other options are those of
+        `ckptengine.load`. Call it where `restore` returned None, so that a restarted job goes on with its own work.
+
+        Raises `StateError` where this run has been restored or has saved already, or `state` has no modules and `only`
+        does not say what to load; `LoadMismatchError` where nothing fits at all; else what `ckptengine.load` raises.
+        """
+        if self._parent is not None or self._last is not None:
+            raise StateError(
+                f"{self.run}: warm_start would overwrite what this run has trained so far; call it only where restore "
+                "returned None"
+            )
+        names = [only] if isinstance(only, str) else module_names(state) if only is None else tuple(only)
+        if not names:
+            raise StateError("the state has no modules: say with `only` what warm_start is to load")
+        options = LoadOptions(tuple(names), rename, strict, cast)
+        loaded = load_newest(open_storage(path), state, self._comm, self._timeout, options)
+        if self._comm.rank == 0:
+            level = logging.INFO if loaded.report.complete else logging.WARNING
+            _log.log(level, "%s: warm start from %s: %s", self.run, loaded.location, loaded.report)
+        if not loaded.report.loaded:
+            raise LoadMismatchError(
+                f"warm start from {loaded.location}: nothing in it fits {', '.join(names)}; `rename` maps names\n"
+                f"{loaded.report}"
+            )
+        return loaded.report
 
     def step(self, step: int, state: Mapping[str, Any]) -> SaveHandle | None:
         """Save if a save is due after this step; return its handle, or None where none is or it failed.

@@ -9,7 +9,7 @@ from ckptengine.errors import LoadMismatchError
 from ckptengine.state.kinds import Inspector, Kind, children
 from ckptengine.state.leaf import Path, dotted
 
-__all__ = ["Selection", "renamer"]
+__all__ = ["Selection", "module_names", "renamer"]
 
 
 class Selection:
@@ -46,6 +46,25 @@ class Selection:
         unknown = [prefix for prefix in self._prefixes or () if prefix not in self._matched]
         if unknown:
             raise LoadMismatchError(f"only={unknown}: the state has nothing of that name; names are dotted paths")
+
+
+def module_names(state: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return the dotted names of the modules in a state, those in dicts, lists and `PerRank` included."""
+    inspector = Inspector()
+    names: list[str] = []
+
+    def look(value: Any, path: Path) -> None:
+        kind, _ = (Kind.DICT, None) if path == () else inspector.kind(value, path)
+        if kind is Kind.MODULE:
+            names.append(dotted(path))
+        elif kind is Kind.PER_RANK:
+            look(value.value, path)
+        elif kind in (Kind.DICT, Kind.SEQUENCE):
+            for key, item in children(value, path):
+                look(item, (*path, key))
+
+    look(state, ())
+    return tuple(names)
 
 
 def renamer(rename: Mapping[str, str] | None, state: Mapping[str, Any]) -> Callable[[Path], Path]:
