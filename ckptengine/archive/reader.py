@@ -85,14 +85,7 @@ class Archive:
 
         Raises `CheckpointDamagedError` naming file and place of the first damaged block.
         """
-        start = position // BLOCK_NBYTES * BLOCK_NBYTES
-        end = min(-(-(position + nbytes) // BLOCK_NBYTES) * BLOCK_NBYTES, self.fixed_nbytes)
-        op = [position, nbytes, 1, 1, address, address, nbytes, nbytes, 0, nbytes, 1]
-        self.load(
-            np.array([[start, end - start]], np.int64),
-            np.array(op, np.int64),
-            np.array([0, len(op)], np.int64),
-        )
+        self._copy(np.array([position], np.int64), np.array([nbytes], np.int64), np.array([address], np.int64))
 
     def read(self, position: int, nbytes: int) -> bytes:
         """Return bytes of the fixed region, verified; raises `CheckpointDamagedError` where they are damaged."""
@@ -114,18 +107,22 @@ class Archive:
             return np.concatenate([self.held[:0], *(self.held[start : start + size] for start, size in spans)])
         out = np.empty(int(sizes.sum()), np.uint8)
         address = out.ctypes.data + np.cumsum(sizes) - sizes
-        there = sizes > 0
-        positions, sizes, address = positions[there], sizes[there], address[there]
-        if positions.size:
-            zero, one = np.zeros_like(sizes), np.ones_like(sizes)
-            table = [positions, sizes, one, one, address, address, sizes, sizes, zero, sizes, one]
-            ops = np.stack(table, axis=1).reshape(-1)
-            self.load(self._blocks(positions, positions + sizes), ops, np.arange(sizes.size + 1) * len(table))
+        self._copy(positions, sizes, address)
         return out
 
     def holding(self) -> Archive:
         """Return the archive with its fixed region in memory, read and verified once: for small ones."""
         return replace(self, held=self.gather(np.zeros(1, np.int64), np.array([self.fixed_nbytes], np.int64)))
+
+    def _copy(self, positions: NDArray[np.int64], sizes: NDArray[np.int64], addresses: NDArray[np.int64]) -> None:
+        """Read bytes of several places, which ascend, to as many addresses; all arrays int64, one item for a place."""
+        there = sizes > 0
+        positions, sizes, addresses = positions[there], sizes[there], addresses[there]
+        if positions.size:
+            zero, one = np.zeros_like(sizes), np.ones_like(sizes)
+            table = [positions, sizes, one, one, addresses, addresses, sizes, sizes, zero, sizes, one]
+            ops = np.stack(table, axis=1).reshape(-1)
+            self.load(self._blocks(positions, positions + sizes), ops, np.arange(sizes.size + 1) * len(table))
 
     def _blocks(self, begins: NDArray[np.int64], ends: NDArray[np.int64]) -> NDArray[np.int64]:
         """Return the ranges (position, bytes) of whole blocks that hold these bytes; `begins` ascend."""
