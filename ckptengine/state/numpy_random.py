@@ -30,7 +30,7 @@ class NumpyStream(RandomStream):
         self._get: Callable[[], Mapping[str, Any]]
         self._set: Callable[[Any], None]
         if generator is None:
-            self._bits = np.random.get_bit_generator()
+            self._bits = np.random.get_bit_generator()  # type: ignore[attr-defined]
             self._get, self._set = _global_state, np.random.set_state
         elif self._legacy:
             self._bits = generator._bit_generator

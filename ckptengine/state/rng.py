@@ -49,13 +49,13 @@ class RNG:
     shared is remembered: a job of one rank (or whose ranks all have one `key`) shares what was shared before.
 
     `shared` are names of streams that all ranks hold in the same state. A save fails with `ReplicaMismatchError` where
-    they don't. `key` is an integer for ranks that must draw the same, such as those of a tensor-parallel group: they pass
-    the number of their group (their data-parallel index), which then takes the rank's place. At the same world size a
-    rank gets its own streams back whatever its key; a key that has changed is logged as a warning.
+    they don't. `key` is an integer for ranks that must draw the same, such as those of a tensor-parallel group: they
+    pass the number of their group (their data-parallel index), which then takes the rank's place. At the same world
+    size a rank gets its own streams back whatever its key; a key that has changed is logged as a warning.
 
-    **A stream that was saved and isn't here** (a device that is gone, a generator that is no longer given) is left out. **A
-    stream that is here and was not saved** (the job has moved to a device, another framework is imported) begins anew as
-    above, without digests; in the same way on every rank where it is in `shared`. Both are logged as a warning with the
+    **Saved and not here** (a device that is gone, a generator that is no longer given): the stream is left out.
+    **Here and not saved** (the job has moved to a device, another framework is imported): the stream begins anew as
+    above, without digests; in the same way on every rank where it is shared. Both are logged as a warning with the
     streams' names.
 
     Raises `TypeError` for a generator of another kind, `ValueError` for a name that can't be.
@@ -148,7 +148,7 @@ class RNG:
             )
         elif saved.records[0].key != self._key:
             _log.warning(
-                "%s: the key was %s and is %s; at the same world size the rank goes on with its own streams all the same",
+                "%s: the key was %s and is %s; at the same world size each rank goes on with its own streams",
                 where,
                 saved.records[0].key,
                 self._key,

@@ -13,8 +13,8 @@ from ckptengine.state.random_stream import RandomStream, expand
 
 __all__ = ["DeviceStream", "GeneratorStream", "process_streams", "unused_stream"]
 
-# Of a CPU generator's state (`CPUGeneratorImplState` in ATen/CPUGeneratorImpl.cpp): its size, and where the 624 words of
-# the Mersenne Twister lie, each in 8 bytes.
+# Of a CPU generator's state (`CPUGeneratorImplState` in ATen/CPUGeneratorImpl.cpp): its size, and where the 624 words
+# of the Mersenne Twister lie, each in 8 bytes.
 _CPU_NBYTES = 5056
 _CPU_WORDS = slice(24, 24 + 624 * 8)
 
