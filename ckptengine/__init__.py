@@ -6,9 +6,11 @@ from ckptengine.checkpointer import Checkpointer
 from ckptengine.save.handle import SaveHandle, SaveStats
 from ckptengine.state.per_rank import PerRank
 from ckptengine.state.report import LoadReport
+from ckptengine.state.rng import RNG
 from ckptengine.state.sharded import ShardedArray
 
 __all__ = [
+    "RNG",
     "Checkpointer",
     "LoadReport",
     "PerRank",

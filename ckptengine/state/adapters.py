@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from ckptengine.state.leaf import Part, Path, Placement
+from ckptengine.state.random_stream import RandomStream
 
 __all__ = ["Adapter", "ModuleEntry", "TensorView", "adapter_of_tensor", "adapters", "describe_type"]
 
@@ -149,6 +150,18 @@ class Adapter:
     def decode_value(self, kind: str, payload: Any) -> Any:
         """Return the plain value; raises `ValueError` or `AttributeError` where there is no such thing."""
         raise ValueError(kind)
+
+    def random_streams(self) -> dict[str, RandomStream]:
+        """Return the random streams of the process that the framework draws from, by name, `torch.cpu`."""
+        return {}
+
+    def unused_random_stream(self, name: str) -> RandomStream | None:
+        """Return a stream that the process could use and does not use yet; None where there is none of that name."""
+        return None
+
+    def random_stream_of(self, generator: Any) -> RandomStream | None:
+        """Return the stream of one of the framework's generators, None for anything else."""
+        return None
 
 
 _FRAMEWORKS = ("torch", "mindspore")

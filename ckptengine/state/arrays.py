@@ -13,6 +13,8 @@ from ckptengine.layout.box import Box
 from ckptengine.state.adapters import Adapter, TensorView
 from ckptengine.state.dtypes import DTYPES, name_of_numpy_dtype
 from ckptengine.state.leaf import HostMemory, Part, Path, Placement, dotted
+from ckptengine.state.numpy_random import NumpyStream
+from ckptengine.state.random_stream import RandomStream
 
 __all__ = ["NumpyAdapter", "may_overlap"]
 
@@ -87,6 +89,15 @@ class NumpyAdapter(Adapter):
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", RuntimeWarning)  # overflow to inf is what a cast asks for
                 np.copyto(tensor, buffer, casting="unsafe")
+
+    def random_streams(self) -> dict[str, RandomStream]:
+        """Return the stream that `np.random.seed` seeds, as `numpy`."""
+        return {"numpy": NumpyStream()}
+
+    def random_stream_of(self, generator: Any) -> RandomStream | None:
+        """Return the stream of a Generator, a RandomState or a bit generator."""
+        kinds = (np.random.Generator, np.random.RandomState, np.random.BitGenerator)
+        return NumpyStream(generator) if isinstance(generator, kinds) else None
 
 
 def _memory(array: np.ndarray[Any, Any]) -> HostMemory:

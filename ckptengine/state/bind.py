@@ -290,7 +290,7 @@ class _Binder:
             return
         current = target.state_dict()
         inner = [] if per_rank else list(per_rank_items(current, ()))
-        if node is None and not inner:
+        if node is None and not (inner and self._own.find(path)):
             self._absent(path, per_rank)
             return
         rebuilt: Any = {} if node is None else self._rebuild(node, path, current)
@@ -305,7 +305,7 @@ class _Binder:
         put = functools.partial(setattr, target, "value")
         if own is None:
             self._bind(target.value, put, path, shared, per_rank=True)
-        elif not self._resized:
+        elif not self._resized and target.ranks is None:
             self._bind(target.value, put, path, own, per_rank=True)
         elif self._selection.holds(path):
             self._resize(target, path, own)
@@ -320,9 +320,14 @@ class _Binder:
             self._mismatch(path, f"{reason} of it", own)
             return
         own.use()
+        mine = 0 if self._resized else self._rank
+        ranks = range(saved_size)
+        wanted = ranks if target.ranks is None else target.ranks(saved_size, self._rank, self._world_size)
         values = []
-        for rank in range(saved_size):
-            node = own if rank == 0 else own_tree(self._saved, rank, self._rename).find(path)
+        for rank in wanted:
+            if rank not in ranks:
+                raise ValueError(f"{dotted(path)}: PerRank's `ranks` asks for rank {rank} of {saved_size} that saved")
+            node = own if rank == mine else own_tree(self._saved, rank, self._rename).find(path)
             values.append(None if node is None else self._rebuild(node, path))
         self._loaded.append(dotted(path))
         self._act(_SET, functools.partial(self._set_resized, target, values, kind, adapter, path))

@@ -10,9 +10,11 @@ import torch
 
 from ckptengine.state.adapters import Adapter, ModuleEntry, TensorView
 from ckptengine.state.leaf import Path
+from ckptengine.state.random_stream import RandomStream
 from ckptengine.torch import accelerator
 from ckptengine.torch import module as _module
 from ckptengine.torch import optimizer as _optimizer
+from ckptengine.torch import random as _random
 from ckptengine.torch.tensor import convert_tensor, dtype_name, fingerprints, torch_dtype, view_tensor
 
 __all__ = ["TorchAdapter"]
@@ -109,6 +111,19 @@ class TorchAdapter(Adapter):
     ) -> torch.Tensor:
         """Return zeros, placed as the optimizer itself would place them."""
         return _optimizer.new_state_tensor(group, parameter, key, dtype, shape)
+
+    def random_streams(self) -> dict[str, RandomStream]:
+        """Return the streams of the CPU and of the devices in use: `torch.cpu`, `torch.cuda`, `torch.cuda:3`."""
+        return {f"torch.{name}": stream for name, stream in _random.process_streams().items()}
+
+    def unused_random_stream(self, name: str) -> RandomStream | None:
+        """Return the stream of a device that the process does not use yet."""
+        framework, _, device = name.partition(".")
+        return _random.unused_stream(device) if framework == "torch" else None
+
+    def random_stream_of(self, generator: Any) -> RandomStream | None:
+        """Return the stream of a `torch.Generator`."""
+        return _random.GeneratorStream(generator) if isinstance(generator, torch.Generator) else None
 
     def encode_value(self, value: Any) -> tuple[str, Any] | None:
         """Return a dtype's name, a size's lengths or a device's text."""

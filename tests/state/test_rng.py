@@ -1,0 +1,479 @@
+import logging
+import random
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from state_memory import load, save
+
+import ckptengine as ce
+from ckptengine.errors import CheckpointDamagedError, FormatVersionError, LoadMismatchError
+from ckptengine.save.reading import StateReader
+from ckptengine.state.numpy_random import NumpyStream
+from ckptengine.state.random_record import Record, digest_of, new_seed
+from ckptengine.state.random_stream import PythonStream
+from ckptengine.torch.random import GeneratorStream
+
+BITS = (np.random.PCG64, np.random.PCG64DXSM, np.random.MT19937, np.random.Philox, np.random.SFC64)
+
+
+@pytest.fixture(autouse=True)
+def _streams_as_they_were():
+    before = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    yield
+    random.setstate(before[0])
+    np.random.set_state(before[1])
+    torch.set_rng_state(before[2])
+
+
+def everything():
+    """Return generators of every kind, each in the middle of something."""
+    given = {
+        "random": random.Random(1),
+        "legacy": np.random.RandomState(2),
+        "bare": np.random.PCG64(3),
+        "torch": torch.Generator().manual_seed(4),
+    }
+    given |= {bits.__name__: np.random.Generator(bits(5)) for bits in BITS}
+    draw(given, 1)
+    return given
+
+
+def draw(given, count=3):
+    """Draw from everything in ways that leave something in store: half a pair of normals, half a word."""
+    drawn = []
+    for _ in range(count):
+        drawn += [random.gauss(0, 1), random.random(), np.random.randn(), np.random.random(), torch.randn(1).item()]
+        drawn += [torch.randn(3, dtype=torch.float64).tolist(), given["random"].gauss(0, 1), given["legacy"].randn()]
+        drawn += [given["bare"].random_raw(), torch.randn(1, generator=given["torch"]).item()]
+        drawn += [given[bits.__name__].integers(9999, dtype=np.uint32) for bits in BITS]
+    return drawn
+
+
+def ranks(count, seed=0, **options):
+    """Return the states of ranks: `own` differs, everything else is alike."""
+    return [
+        {"rng": ce.RNG({"own": random.Random(seed + rank), "alike": random.Random(seed)}, **options)}
+        for rank in range(count)
+    ]
+
+
+def numbers(state):
+    """Draw from the given streams of a state that `ranks` made."""
+    given = state["rng"]._given
+    return {name: given[name]._generator.random() for name in given}
+
+
+def resumed(stored, count, **options):
+    states = ranks(count, seed=9000, **options)
+    for rank, state in enumerate(states):
+        load(stored, state, rank=rank, world_size=count)
+    return states
+
+
+# The same world size.
+
+
+def test_every_stream_goes_on_bit_for_bit_in_the_middle_of_a_pair_of_normals(tmp_path):
+    given = everything()
+    ce.save(tmp_path / "point", {"rng": ce.RNG(given)})
+    expected = draw(given)
+    other = {
+        name: type(item)(0) if name != "torch" else torch.Generator()
+        for name, item in given.items()
+        if name[0] in "rlbt"
+    }
+    other |= {bits.__name__: np.random.Generator(bits(0)) for bits in BITS}
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+    assert ce.load(tmp_path / "point", into={"rng": ce.RNG(other)}).complete
+    assert draw(other) == expected
+
+
+def test_a_global_stream_of_another_bit_generator_goes_on(tmp_path):
+    usual = np.random.get_bit_generator()
+    try:
+        np.random.set_bit_generator(np.random.PCG64(3))
+        np.random.randn()
+        ce.save(tmp_path / "point", {"rng": ce.RNG()})
+        expected = np.random.randn(5).tolist()
+        np.random.set_bit_generator(np.random.PCG64(4))
+        ce.load(tmp_path / "point", into={"rng": ce.RNG()})
+        assert np.random.randn(5).tolist() == expected
+    finally:
+        np.random.set_bit_generator(usual)
+
+
+def test_shuffling_and_dropout_after_a_restore_are_those_of_the_uninterrupted_run(tmp_path):
+    def epoch():
+        model = torch.nn.Dropout(0.5)
+        batches = torch.utils.data.DataLoader(torch.arange(20.0), batch_size=4, shuffle=True)
+        return [model(batch).tolist() for batch in batches], torch.empty((), dtype=torch.int64).random_().item()
+
+    torch.manual_seed(3)
+    epoch()
+    with ce.Checkpointer(tmp_path / "run") as run:
+        run.save(1, {"rng": ce.RNG()})
+    expected = epoch(), epoch()
+    with ce.Checkpointer(tmp_path / "run") as run:
+        assert run.restore({"rng": ce.RNG()}) == 1
+        assert (epoch(), epoch()) == expected
+
+
+def test_the_engine_itself_draws_no_random_number(tmp_path):
+    def now():
+        return random.getstate(), str(np.random.get_state(legacy=False)), torch.get_rng_state().tolist()
+
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.BatchNorm1d(4))
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.randn(3, 4)).sum().backward()
+    optimizer.step()
+    before = now()
+    for overlap in (False, True):
+        state = {"model": model, "optimizer": optimizer, "rng": ce.RNG(), "own": ce.PerRank(1)}
+        with ce.Checkpointer(tmp_path / f"run-{overlap}", every=2, keep_last=1, overlap=overlap) as run:
+            assert run.restore(state) is None
+            for step in range(1, 7):
+                run.step(step, state)
+            run.save(7, state).durable.result()
+        assert now() == before
+    ce.save(tmp_path / "point", state)
+    ce.load(tmp_path / "point")
+    ce.async_save(tmp_path / "point", state).durable.result()
+    assert now() == before
+    fresh = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.BatchNorm1d(4))
+    target = {"model": fresh, "optimizer": torch.optim.AdamW(fresh.parameters()), "own": ce.PerRank(0)}
+    before = now()
+    with ce.Checkpointer(tmp_path / "run-True") as run:
+        assert run.restore(target, strict=False) == 7
+    assert now() == before
+
+
+def test_later_saves_find_the_states_where_they_were():
+    state, reader = {"rng": ce.RNG()}, StateReader()
+    first = reader.read(state)
+    random.gauss(0, 1)
+    again = reader.read(state)
+    assert again.moved == {}
+    assert again.structure is first.structure
+    assert again.plain.rank_values != first.plain.rank_values
+
+
+def test_a_state_that_is_kept_stays_what_it_was():
+    rng = ce.RNG()
+    kept = rng.state_dict()
+    expected = random.random(), np.random.random()
+    rng.state_dict()
+    rng.load_state_dict(kept)
+    assert (random.random(), np.random.random()) == expected
+
+
+# Another world size.
+
+
+def test_own_streams_begin_anew_and_shared_ones_go_on():
+    saving = ranks(3)
+    stored = save(*saving)
+    before = [numbers(state) for state in saving]
+    for count in (1, 2, 5):
+        after = [numbers(state) for state in resumed(stored, count)]
+        assert after == [numbers(state) for state in resumed(stored, count)]
+        assert {one["alike"] for one in after} == {before[0]["alike"]}
+        assert len({one["own"] for one in before + after}) == 3 + count
+
+
+def test_what_was_shared_stays_shared_through_a_job_of_one_rank_that_is_itself_resumed():
+    one = resumed(save(*ranks(4)), 1)
+    one = resumed(save(*one), 1)
+    stored = save(*one)
+    expected = numbers(one[0])
+    two = [numbers(state) for state in resumed(stored, 2)]
+    assert [rank["alike"] for rank in two] == [expected["alike"]] * 2
+    assert len({expected["own"], *(rank["own"] for rank in two)}) == 3
+
+
+def test_streams_that_have_gone_apart_are_no_longer_shared():
+    two = resumed(save(*ranks(4)), 2)
+    numbers(two[1])
+    after = [numbers(state) for state in resumed(save(*two), 3)]
+    assert len({rank["alike"] for rank in after}) == 3
+
+
+def test_ranks_of_one_key_share_nothing_by_drawing_the_same():
+    stored = save(*ranks(2, key=0))
+    after = [numbers(state) for state in resumed(stored, 3)]
+    assert len({rank["alike"] for rank in after}) == 3
+    keyed = ranks(4, key=5)
+    for rank, state in enumerate(keyed):
+        load(stored, state, rank=rank, world_size=4)
+    assert len({numbers(state)["own"] for state in keyed}) == 1
+
+
+def test_a_declared_stream_is_shared_whoever_saved_it():
+    state = ranks(1, shared=["alike"])
+    stored = save(*state)
+    expected = numbers(state[0])["alike"]
+    assert [numbers(rank)["alike"] for rank in resumed(stored, 3)] == [expected] * 3
+    late = [numbers(rank) for rank in resumed(save(*ranks(2)), 3, shared=["own"])]
+    assert len({rank["own"] for rank in late}) == 1, "declared when it is loaded: begun anew alike"
+
+
+def test_another_key_at_the_same_world_size_is_told(caplog):
+    stored = save(*ranks(2, key=1))
+    states = ranks(2, seed=50, key=0)
+    load(stored, states[1], rank=1)
+    assert numbers(states[1]) == numbers(ranks(2)[1])
+    assert "RNG, rank 1: the key was 1 and is 0" in caplog.text
+
+
+def test_the_rule_leads_to_the_same_numbers_on_every_machine_and_in_every_version():
+    records = [Record(None, 2, frozenset(), {"x": ("kind", digit * 64)}) for digit in "0a"]
+    seed = new_seed("x", records, {"rank": 1}, 3)
+    assert seed.hex() == "eb6b7dcdaccd6bc65a69485883f695bf39283df0125dced82d415118db01d40b"
+    generators = random.Random(), np.random.RandomState(), np.random.default_rng(), torch.Generator()
+    streams = PythonStream(generators[0]), *map(NumpyStream, generators[1:3]), GeneratorStream(generators[3])
+    for stream in streams:
+        stream.seed(seed)
+    assert generators[0].random() == 0.9109369378606176
+    assert generators[1].random() == 0.3336380382336219
+    assert generators[2].random() == 0.9345507191193926
+    assert torch.rand((), generator=generators[3], dtype=torch.float64).item() == 0.9977403371140984
+    others = {
+        new_seed("y", records, {"rank": 1}, 3),
+        new_seed("x", records[::-1], {"rank": 1}, 3),
+        new_seed("x", records, {"rank": 2}, 3),
+        new_seed("x", records, {"key": 1}, 3),
+        new_seed("x", records, {}, 3),
+        new_seed("x", records, {"rank": 1}, 4),
+    }
+    assert len({seed, *others}) == 7
+
+
+def test_a_begun_stream_of_torch_has_more_than_the_32_bits_of_its_seeds():
+    generator = torch.Generator()
+    GeneratorStream(generator).seed(bytes(32))
+    first = generator.get_state()[24 : 24 + 4992].numpy().view("<u8")
+    assert first.max() < 2**32
+    assert len(set(first.tolist())) > 600
+    assert 0.45 < torch.rand(10000, generator=generator).mean() < 0.55
+
+
+# Devices, on a pretended accelerator: there is none here.
+
+
+class Pretended(types.ModuleType):
+    """Stands in for `torch.cuda` with four devices, of which the process uses some."""
+
+    def __init__(self, patch, current=0, initialized=True, used=()):
+        super().__init__("pretended")
+        self.initialized, self.current, self.used = initialized, current, {current, *used}
+        self.states = [torch.full((16,), 10 + index, dtype=torch.uint8) for index in range(4)]
+        self.touched, self.late = set(), []
+        patch.setattr(torch.accelerator, "current_accelerator", lambda check_available=False: torch.device("cuda"))
+        patch.setattr(torch.accelerator, "is_available", lambda: True)
+        patch.setattr(torch.accelerator, "device_count", lambda: 4)
+        patch.setattr(torch.accelerator, "current_device_index", lambda: self.current)
+        patch.setattr(torch.accelerator, "device_index", self.device_index)
+        patch.setattr(torch, "get_device_module", lambda device=None: self)
+        patch.setattr("ckptengine.torch.random._used", set())
+        patch.setattr("ckptengine.torch.random._untouched", {})
+
+    def device_index(self, index):
+        class Selected:
+            def __enter__(inner):
+                inner.before, self.current = self.current, index
+
+            def __exit__(inner, *_):
+                self.current = inner.before
+
+        return Selected()
+
+    def is_initialized(self):
+        return self.initialized
+
+    def max_memory_reserved(self, index):
+        return 512 * (index in self.used)
+
+    def get_rng_state(self, index=None):
+        assert self.initialized, "asking for the state would initialize the device"
+        return self.states[self.current if index is None else index].clone()
+
+    def set_rng_state(self, state, index=None):
+        if not self.initialized:
+            self.late.append(state.clone())
+            return
+        index = self.current if index is None else index
+        self.touched.add(index)
+        self.states[index] = state.clone()
+
+    def manual_seed(self, seed):
+        self.touched.add(self.current)
+        self.states[self.current] = torch.from_numpy(np.frombuffer(bytearray(seed.to_bytes(8, "little") * 2), np.uint8))
+
+
+def test_on_a_pretended_accelerator_only_the_devices_in_use_are_saved(monkeypatch):
+    Pretended(monkeypatch, current=1, used=[3])
+    assert repr(ce.RNG()) == "RNG(python, numpy, torch.cpu, torch.cuda, torch.cuda:3)"
+    Pretended(monkeypatch, initialized=False)
+    assert repr(ce.RNG()) == "RNG(python, numpy, torch.cpu)"
+
+
+def test_on_a_pretended_accelerator_a_device_that_comes_into_use_later_is_saved(monkeypatch):
+    device, rng = Pretended(monkeypatch), ce.RNG()
+    assert "torch.cuda:2" not in repr(rng)
+    device.used.add(2)
+    device.states[2] += 1
+    assert "torch.cuda:2" in repr(rng)
+
+
+def test_on_a_pretended_accelerator_the_current_devices_stream_moves_to_another_number(monkeypatch):
+    Pretended(monkeypatch, current=1, used=[3])
+    stored = save({"rng": ce.RNG()})
+    device = Pretended(monkeypatch, current=2, used=[3])
+    device.states = [torch.zeros(16, dtype=torch.uint8) for _ in range(4)]
+    load(stored, {"rng": ce.RNG()})
+    assert [int(state[0]) for state in device.states] == [0, 0, 11, 13]
+    assert device.touched == {2, 3}
+
+
+def test_on_a_pretended_accelerator_a_stream_waits_until_the_device_is_used(monkeypatch, caplog):
+    Pretended(monkeypatch, current=1)
+    stored = save({"rng": ce.RNG()})
+    device = Pretended(monkeypatch, initialized=False)
+    load(stored, {"rng": ce.RNG()})
+    assert [int(state[0]) for state in device.late] == [11]
+    assert not caplog.records
+
+
+def test_on_a_pretended_accelerator_ranks_get_streams_of_their_own_and_warnings_where_one_moves(monkeypatch, caplog):
+    stored = save({"rng": ce.RNG()}, {"rng": ce.RNG()})
+    states = []
+    for rank in range(2):
+        device = Pretended(monkeypatch, current=rank)
+        load(stored, {"rng": ce.RNG()}, rank=rank)
+        states.append(device.states[rank].tolist())
+    assert states[0] != states[1]
+    assert "RNG, rank 1: here and not saved, begun anew: torch.cuda" in caplog.text
+    Pretended(monkeypatch, current=1, used=[3])
+    stored = save({"rng": ce.RNG()})
+    monkeypatch.undo()
+    before = torch.get_rng_state()
+    load(stored, {"rng": ce.RNG()})
+    assert "RNG, rank 0: saved and not here, left out: torch.cuda, torch.cuda:3" in caplog.text
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+# What can't be.
+
+
+def test_a_job_without_torch_is_resumed_by_one_with_torch(tmp_path, caplog):
+    program = "import sys, random, ckptengine as ce; random.seed(5); ce.save(sys.argv[1], {'rng': ce.RNG()})"
+    program += "; assert 'torch' not in sys.modules; print(random.random())"
+    run = subprocess.run(
+        [sys.executable, "-c", program, tmp_path / "point"],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=60,
+        cwd=Path(ce.__file__).parents[1],
+    )
+    states = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        ce.load(tmp_path / "point", into={"rng": ce.RNG()})
+        states.append(torch.get_rng_state().tolist())
+        assert random.random() == float(run.stdout)
+    assert states[0] == states[1], "whatever it was before"
+    assert caplog.text.count("here and not saved, begun anew: torch.cpu") == 2
+
+
+def test_a_generator_that_is_given_no_longer_or_for_the_first_time_is_told(caplog):
+    stored = save({"rng": ce.RNG({"old": random.Random(1)})})
+    new = random.Random(2)
+    load(stored, {"rng": ce.RNG({"new": new})})
+    assert [record.levelno for record in caplog.records] == [logging.WARNING] * 2
+    assert "RNG, rank 0: saved and not here, left out: old" in caplog.text
+    assert "RNG, rank 0: here and not saved, begun anew: new" in caplog.text
+    assert new.random() != random.Random(2).random()
+
+
+def snapshot():
+    return random.getstate(), str(np.random.get_state(legacy=False)), torch.get_rng_state().tolist()
+
+
+def changed(state, name, position=None):
+    """Return a state in which one byte of a stream is another one, or its array is too short."""
+    arrays = state["states"].value
+    arrays[name] = arrays[name][:-1].copy() if position is None else arrays[name].copy()
+    if position is not None:
+        arrays[name][position] ^= 1
+    return state
+
+
+@pytest.mark.parametrize("name", ["python", "numpy", "torch.cpu"])
+@pytest.mark.parametrize("position", [None, 0, -1])
+def test_a_damaged_state_is_named_and_nothing_is_set(name, position):
+    rng = ce.RNG()
+    state = changed(rng.state_dict(), name, position)
+    random.random(), np.random.random(), torch.rand(1)
+    before = snapshot()
+    with pytest.raises(CheckpointDamagedError, match=f"RNG: the state of '{name}' is not the one that was saved"):
+        rng.load_state_dict(state)
+    assert snapshot() == before
+
+
+@pytest.mark.parametrize("name", ["python", "numpy", "torch.cpu", "philox"])
+def test_a_state_that_was_made_up_is_refused_and_nothing_is_set(name):
+    rng = ce.RNG({"philox": np.random.Generator(np.random.Philox(1))})
+    state = rng.state_dict()
+    stream = rng._streams()[name]
+    for made in (np.full_like(state["states"].value[name], 255), np.zeros(7, np.uint8)):
+        state["states"].value[name] = made
+        record = Record.of_value(state["record"].value)
+        record.streams[name] = (stream.kind, digest_of(stream.kind, made))
+        state["record"].value = record.as_value()
+        before = snapshot()
+        with pytest.raises(CheckpointDamagedError, match=f"the state of '{name}' can't be set"):
+            rng.load_state_dict(state)
+        assert snapshot() == before
+
+
+def test_a_state_of_something_else_is_refused():
+    rng = ce.RNG()
+    for foreign in ({}, {"step": 3}, {**rng.state_dict(), "record": 5}, {**rng.state_dict(), "version": "1"}):
+        with pytest.raises(LoadMismatchError, match="this is not the state of an RNG"):
+            rng.load_state_dict(foreign)
+    with pytest.raises(FormatVersionError, match="version 2 is newer"):
+        rng.load_state_dict({**rng.state_dict(), "version": 2})
+    with pytest.raises(LoadMismatchError, match=r"rng\.record"):
+        load(save({"a": 1}), {"a": 1, "rng": ce.RNG()})
+
+
+def test_another_kind_of_generator_under_the_same_name_is_refused():
+    stored = save({"rng": ce.RNG({"x": np.random.default_rng(1)})})
+    before = snapshot()
+    with pytest.raises(LoadMismatchError, match="'x' was saved from numpy's Generator of PCG64, and is torch's Gener"):
+        load(stored, {"rng": ce.RNG({"x": torch.Generator()})})
+    assert snapshot() == before
+
+
+def test_impossible_arguments_are_refused():
+    for name in ("python", "torch.cpu", "a/b", "", 3):
+        with pytest.raises(ValueError, match="can't be called"):
+            ce.RNG({name: random.Random(1)})
+    for thing in (random.SystemRandom(), 5, np.random):
+        with pytest.raises(TypeError, match="'x' is .*; pass a random"):
+            ce.RNG({"x": thing})
+    with pytest.raises(ValueError, match="shared='nunpy': there is no such stream, but python, numpy"):
+        ce.RNG(shared=["nunpy"])
+    with pytest.raises(TypeError, match="one string"):
+        ce.RNG(shared="numpy")
+    with pytest.raises(TypeError):
+        ce.RNG(key="a")
+    with pytest.raises(ValueError, match="pass `resize` too"):
+        ce.PerRank(1, ranks=lambda saved, rank, world_size: [0])
