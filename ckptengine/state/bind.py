@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from ckptengine.errors import LoadMismatchError, StateError
+from ckptengine.errors import CheckpointError, LoadMismatchError, StateError
 from ckptengine.state.adapters import Adapter, TensorView, adapters, describe_type
 from ckptengine.state.arrays import NumpyAdapter
 from ckptengine.state.binding import Action, Binding, Read
@@ -298,7 +298,7 @@ class _Binder:
         for keys, holder in inner:
             self._bind_per_rank(holder, (*path, *keys), None if node is None else node.find(keys))
             self._act(_SET, functools.partial(put_at, rebuilt, keys, holder))
-        self._act(_OBJECTS, functools.partial(target.load_state_dict, rebuilt))
+        self._act(_OBJECTS, functools.partial(_hand_over, target, rebuilt, path))
 
     def _bind_per_rank(self, target: PerRank, path: Path, shared: Node | None) -> None:
         own = self._own.find(path)
@@ -473,6 +473,18 @@ class _Binder:
                     f" and {len(odd) - 8} more" if len(odd) > 8 else ""
                 )
         return None
+
+
+def _hand_over(target: Any, state: Any, path: Path) -> None:
+    try:
+        target.load_state_dict(state)
+    except CheckpointError:
+        raise
+    except Exception as error:
+        raise LoadMismatchError(
+            f"{dotted(path)}: load_state_dict of {describe_type(target)} refused what was saved: "
+            f"{type(error).__name__}: {error}"
+        ) from error
 
 
 def _target_view(tensor: Any, adapter: Adapter, path: Path) -> TensorView:

@@ -169,7 +169,10 @@ def _advice(value: Any) -> str:
         base = next(b.__name__ for b in type(value).__mro__ if b in (int, float, complex, str, bytes, list))
         return f"Its type would be lost: convert it with `{base}(value)`, or save its name."
     if callable(value):
-        return "Code isn't saved: save its name or its arguments, and build it again before loading."
+        return (
+            "Code isn't saved: save its name or its arguments, and build it again before loading (torch's schedulers "
+            "leave out plain functions and lambdas; of other callables they save the attributes)."
+        )
     return (
         "Give the object `state_dict()` and `load_state_dict()`, or convert it to numbers, strings, lists, "
         "dicts, arrays or tensors."

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch.optim.swa_utils import AveragedModel
 
 from ckptengine.errors import StateError
 from ckptengine.state.adapters import ModuleEntry
@@ -28,7 +29,7 @@ def module_entries(module: torch.nn.Module, path: Path) -> list[ModuleEntry]:
     state = module.state_dict(keep_vars=True)  # before the ids: under FSDP2 this puts the sharded parameters back
     parameters = {id(parameter) for parameter in module.parameters()}
     buffers = {id(buffer) for buffer in module.buffers()}
-    wrapped = _data_parallel_children(module)
+    wrapped = _wrapped_children(module)
     entries: dict[str, ModuleEntry] = {}
     for key, value in state.items():
         name = _bare(key, wrapped)
@@ -61,9 +62,9 @@ def _refuse_fsdp1(module: torch.nn.Module, path: Path) -> None:
         )
 
 
-def _data_parallel_children(module: torch.nn.Module) -> frozenset[str]:
-    """Return the full names of the modules inside DataParallel and DistributedDataParallel."""
-    kinds = (torch.nn.DataParallel, torch.nn.parallel.DistributedDataParallel)
+def _wrapped_children(module: torch.nn.Module) -> frozenset[str]:
+    """Return the full names of the modules inside DataParallel, DistributedDataParallel and AveragedModel."""
+    kinds = (torch.nn.DataParallel, torch.nn.parallel.DistributedDataParallel, AveragedModel)
     return frozenset(f"{name}.module".lstrip(".") for name, child in module.named_modules() if isinstance(child, kinds))
 
 
