@@ -3,6 +3,7 @@
 from ckptengine import errors
 from ckptengine.api import async_save, load, save
 from ckptengine.checkpointer import Checkpointer
+from ckptengine.data.sampler import ElasticSampler
 from ckptengine.save.handle import SaveHandle, SaveStats
 from ckptengine.state.per_rank import PerRank
 from ckptengine.state.report import LoadReport
@@ -12,6 +13,7 @@ from ckptengine.state.sharded import ShardedArray
 __all__ = [
     "RNG",
     "Checkpointer",
+    "ElasticSampler",
     "LoadReport",
     "PerRank",
     "SaveHandle",
