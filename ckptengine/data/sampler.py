@@ -15,6 +15,7 @@ from ckptengine.comm.select import place
 from ckptengine.data.cursor import Cursor, Last
 from ckptengine.data.ledger import GlobalBatch
 from ckptengine.data.order import Order, Sequential, Shuffled
+from ckptengine.data.start import start
 from ckptengine.errors import CheckpointError
 from ckptengine.state.refusal import Refusal
 
@@ -162,7 +163,7 @@ class ElasticSampler:
     def _hand_out(self, loader: Iterable[Any]) -> Iterator[Any]:
         self._drawing, self._counting = None, True
         try:
-            batches = iter(loader)
+            batches = start(loader)
             batch = next(batches, _END)
         finally:
             self._counting = False

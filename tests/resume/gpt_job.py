@@ -185,7 +185,7 @@ def train(args: argparse.Namespace) -> None:
             samples: list[int] = []
             gradients: list[Tensor] = []
             for batch in sampler.batches(loader):
-                size, is_last = sampler.batch_size, sampler.at_batch_end
+                size, is_last = sampler.size, sampler.complete
                 samples += batch[:, 0].tolist()
                 if args.mode == "fixed":
                     torch.manual_seed(1_000_003 * step + samples[-1])
@@ -214,7 +214,13 @@ def train(args: argparse.Namespace) -> None:
                 if average is not None:
                     average.update_parameters(bare)
                 step += 1
-                say("step", step=step, losses=[value.hex() for value in losses], samples=samples, rate=scheduler.get_last_lr())
+                say(
+                    "step",
+                    step=step,
+                    losses=[value.hex() for value in losses],
+                    samples=samples,
+                    rate=scheduler.get_last_lr(),
+                )
                 if args.digests and step % args.every == 0:
                     say("saved", step=step, state=state_digests(model, optimizer, scheduler, average))
                 ckpt.step(step, state)
@@ -235,7 +241,9 @@ def main() -> None:
     parser.add_argument("--mode", choices=("ddp", "fixed", "fsdp"), required=True)
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--every", type=int, default=4)
-    parser.add_argument("--pause", type=float, default=0.0, help="seconds after each step, so that kills can fall anywhere")
+    parser.add_argument(
+        "--pause", type=float, default=0.0, help="seconds after each step, so that kills can fall anywhere"
+    )
     parser.add_argument("--digests", action="store_true")
     args = parser.parse_args()
     torch.set_num_threads(1)

@@ -8,7 +8,7 @@ import pytest
 from gpt_job import GLOBAL_BATCH, SAMPLES
 from job import Life, events, final, starts, steps_of
 
-from ckptengine.audit import audit
+audit = None
 
 STEPS = 30
 
@@ -156,9 +156,7 @@ def test_with_fsdp2_state_and_samples_are_exact_over_4_2_3_and_1_ranks(tmp_path:
     for step, records in found.items():
         for record in records:
             assert record["samples"] == expected[step][0]["samples"]
-            ours, theirs = (
-                sum(float.fromhex(value) for value in one["losses"]) for one in (record, expected[step][0])
-            )
+            ours, theirs = (sum(float.fromhex(value) for value in one["losses"]) for one in (record, expected[step][0]))
             worst = max(worst, abs(ours - theirs) / abs(theirs))
     print(f"largest relative difference of a step's loss over 4, 2, 3 and 1 ranks: {worst:.2e}")
     assert worst < 1e-4
