@@ -122,7 +122,7 @@ class RNG:
         shared = shared_streams(saved.records, saved.declared) if saved.resized else frozenset(here)
         first = saved.records[0]
         data = {name: saved.state(name, here[name]) for name in here if name in shared and name in first.streams}
-        # Nothing has been changed so far, and nothing is refused from here on.
+        # Nothing has been changed so far, and no state is refused from here on.
         for name, stream in here.items():
             if name in data:
                 stream.set(data[name])

@@ -284,6 +284,36 @@ def test_resize_gets_what_all_ranks_saved() -> None:
     assert thing.state == {"r": 1}
 
 
+@pytest.mark.parametrize("world_size", [3, 2])
+def test_a_per_rank_that_says_whose_values_it_needs_gets_those_alone(world_size: int) -> None:
+    stored = save(*({"x": PerRank({"w": np.full(2, rank), "n": rank})} for rank in range(3)))
+    asked, given = [], []
+
+    def ranks(*sizes: int) -> list[int]:
+        asked.append(sizes)
+        return [2, 0]
+
+    def resize(saved: list[Any], rank: int, world_size: int) -> Any:
+        given.append([(int(item["w"][1]), item["n"]) for item in saved])
+        return {"w": saved[0]["w"], "n": rank}
+
+    target = {"x": PerRank({"w": np.zeros(2), "n": 9}, resize=resize, ranks=ranks)}
+    assert load(stored, target, rank=1, world_size=world_size).complete
+    assert (asked, given) == ([(3, 1, world_size)], [[(2, 2), (0, 0)]])
+    assert target["x"].value["w"].tolist() == [2, 2]
+    assert target["x"].value["n"] == 1
+    target["x"].ranks = lambda saved, rank, world_size: [saved]
+    with pytest.raises(ValueError, match="x: PerRank's `ranks` asks for rank 3 of 3 that saved"):
+        load(stored, target, rank=1, world_size=world_size)
+
+
+def test_an_object_with_values_per_rank_that_was_not_saved_is_left_alone() -> None:
+    thing = Thing(shared=1, own=PerRank("mine"))
+    report = load(save({"a": 1}), {"a": 0, "thing": thing}, strict=False)
+    assert report.missing == ("thing",)
+    assert thing.state["own"].value == "mine"
+
+
 def test_per_rank_in_the_checkpoint_and_not_in_the_state_is_explained() -> None:
     stored = save({"a": PerRank(1), "b": 2}, {"a": PerRank(2), "b": 2})
     with pytest.raises(LoadMismatchError, match=r"a: each rank has its own in the checkpoint; wrap it in ce\.PerRank"):
