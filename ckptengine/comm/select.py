@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from typing import Any
 
 from ckptengine.comm.base import Communicator
 from ckptengine.comm.single import SingleProcess
@@ -11,16 +12,15 @@ from ckptengine.errors import CheckpointError
 
 __all__ = ["current"]
 
-# Set by torchrun, Open MPI, and MPICH and Slurm's PMI, in this order.
-
-_WORLD_SIZES = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
+# Set by torchrun; Open MPI; MPICH, Intel MPI and Slurm's PMI; Slurm for the tasks of one srun, whatever its PMI.
+_WORLD_SIZES = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS")
 
 # One for the life of the process: what is cached for a communicator stays.
 _alone = SingleProcess()
 
 
 def current() -> Communicator:
-    """Return the communicator of what is initialized: torch.distributed, else a single process.
+    """Return the communicator of what is initialized: torch.distributed, else MPI (mpi4py), else a single process.
 
     Raises `CheckpointError` where a launcher has started several ranks and nothing is initialized: each would
     take itself for the only one, and all would write the same checkpoint.
@@ -30,12 +30,33 @@ def current() -> Communicator:
         from ckptengine.comm.torch import from_torch
 
         return from_torch()
+    mpi = sys.modules.get("mpi4py.MPI")
+    if mpi is not None and mpi.Is_initialized() and not mpi.Is_finalized() and mpi.COMM_WORLD.Get_size() > 1:
+        from ckptengine.comm.mpi import from_mpi
+
+        return from_mpi()
     for name in _WORLD_SIZES:
         value = os.environ.get(name, "")
         if value.isdigit() and int(value) > 1:
-            raise CheckpointError(
-                f"{name} is {value}, so this process is one of several ranks, but nothing is initialized by "
-                "which they could coordinate: call torch.distributed.init_process_group first, or pass "
-                f"`comm=`, or unset {name} where this process works alone"
-            )
+            raise CheckpointError(f"{name} is {value}, so this process is one of several ranks, {_advice(name, mpi)}")
     return _alone
+
+
+def _advice(name: str, mpi: Any) -> str:
+    unset = f"or pass `comm=`, or unset {name} where this process works alone"
+    if name == "WORLD_SIZE":
+        return (
+            "but nothing is initialized by which they could coordinate: call "
+            f"torch.distributed.init_process_group first (under torchrun), {unset}"
+        )
+    if mpi is not None:
+        return (
+            "but mpi4py sees no other rank: MPI is not initialized or finalized already, or mpi4py has loaded another "
+            f"MPI library than that of the launcher ({mpi.Get_library_version().splitlines()[0]:.60}): make them the "
+            f"same, {unset}"
+        )
+    return (
+        "but nothing is initialized by which they could coordinate: for MPI, put `from mpi4py import MPI` at the top "
+        "of the program (pip install 'ckptengine[mpi]'); with torch, call torch.distributed.init_process_group first; "
+        f"{unset}"
+    )
