@@ -22,7 +22,7 @@ def environment(**more: str) -> dict[str, str]:
 
 def command(ranks: int, script: Path, *arguments: object, options: tuple[str, ...] = ()) -> list[str]:
     """Return the command line that docs/mpi.md tells, with what root and a machine of few cores need."""
-    start = [MPIEXEC, "--allow-run-as-root", "--oversubscribe", *options, "-n", str(ranks)]
+    start = [MPIEXEC, "--allow-run-as-root", "--oversubscribe", "--bind-to", "none", *options, "-n", str(ranks)]
     return [*start, sys.executable, "-m", "mpi4py", str(script), *map(str, arguments)]
 
 

@@ -105,7 +105,7 @@ def said(handle: ce.SaveHandle) -> list[str]:
 def failures(folder: Path, report: dict[str, Any]) -> None:
     """Saves that fail: a replica that differs, at the first save and at a later one, and a rank that is late."""
     world = MPI.COMM_WORLD
-    with ce.Checkpointer(folder / "failing", timeout=1.5, max_failures=100) as checkpointer:
+    with ce.Checkpointer(folder / "failing", timeout=30, max_failures=100) as checkpointer:
         try:
             checkpointer.save(1, {"cursor": int(world.rank == 2)})
         except CheckpointError as error:
@@ -113,12 +113,18 @@ def failures(folder: Path, report: dict[str, Any]) -> None:
         report["agreeing"] = said(checkpointer.save(2, {"cursor": 2}))
         report["differing later"] = said(checkpointer.save(3, {"cursor": int(world.rank == 2)}))
         report["agreeing again"] = said(checkpointer.save(4, {"cursor": 4}))
+    with ce.Checkpointer(folder / "late", timeout=4, max_failures=100) as checkpointer:
+        said(checkpointer.save(1, {"cursor": 1}))
         world.Barrier()
-        if world.rank == 1:
-            time.sleep(3.0)
-        report["late"] = said(checkpointer.save(5, {"cursor": 5}))
+        given_up = folder / "given up"
+        deadline = time.monotonic() + 60
+        while world.rank == 1 and not given_up.exists():
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        report["late"] = said(checkpointer.save(2, {"cursor": 2}))
+        given_up.touch()
         world.Barrier()
-        report["after late"] = said(checkpointer.save(6, {"cursor": 6}))
+        report["after late"] = said(checkpointer.save(3, {"cursor": 3}))
 
 
 def main() -> None:
