@@ -27,7 +27,7 @@ def command(ranks: int, script: Path, *arguments: object, options: tuple[str, ..
 
 
 def mpirun(
-    ranks: int, script: Path, *arguments: object, options: tuple[str, ...] = (), timeout: float = 100, **env: str
+    ranks: int, script: Path, *arguments: object, options: tuple[str, ...] = (), timeout: float = 280, **env: str
 ) -> subprocess.CompletedProcess[str]:
     """Run a job to its end, whatever that is."""
     return subprocess.run(

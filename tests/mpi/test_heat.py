@@ -26,7 +26,7 @@ def test_a_plate_that_was_killed_and_went_on_on_other_ranks_is_the_same_to_the_l
     assert one.returncode == 0, one.stderr
 
     job = subprocess.Popen(command(4, SCRIPT, tmp_path / "many", STEPS), env=environment())
-    deadline = time.monotonic() + 100
+    deadline = time.monotonic() + 200
     while not list((tmp_path / "many").glob("step-*/manifest-*.json")):
         assert job.poll() is None
         assert time.monotonic() < deadline
