@@ -21,7 +21,6 @@ __all__ = ["Channel", "Outcome", "Receipt", "StorageStore", "collect"]
 
 _T = TypeVar("_T")
 _MAX_FILE_NBYTES = 1 << 30
-_MAX_TRIES = 100
 _GRACE = 15.0
 """Seconds that the other ranks wait longer than rank 0, so that they hear from it who is missing."""
 
@@ -131,35 +130,31 @@ class Outcome:
 
 
 class StorageStore(KeyValueStore):
-    """Keys as files of the checkpoint's storage: for jobs that have no key-value store. `get` polls."""
+    """Keys as files in an attempt's directory: for jobs that have no key-value store. `get` polls.
+
+    Nothing is synced: these are messages, not records, and a crash ends the attempt that they belong to.
+    """
 
     def __init__(self, storage: Storage, directory: str) -> None:
         self._storage, self._directory = storage, directory
 
     def _name(self, key: str) -> str:
-        return join(self._directory, key.replace("/", "-"))
+        return join(self._directory, f"message-{key.replace('/', '-')}")
 
     def set(self, key: str, value: bytes) -> None:
         """Store a value."""
-        for attempt in range(_MAX_TRIES):
-            try:
-                return self._storage.write_bytes(self._name(key), value)
-            except StorageError as error:
-                # Another rank has just removed the directory, because it was empty for a moment.
-                if error.errno != errno.ENOENT or attempt == _MAX_TRIES - 1:
-                    raise
+        self._storage.write_bytes(self._name(key), value, durable=False)
 
     def get(self, key: str, timeout: float) -> bytes | None:
         """Return the value as soon as it is there, None after `timeout` seconds without it."""
         return poll(lambda: self._look(self._name(key)), timeout)
 
     def delete(self, key: str) -> None:
-        """Remove a key, and with the last one the directory."""
+        """Remove a key; one that is not there is no error."""
         try:
-            self._storage.delete(self._name(key))
-            self._storage.remove_directory(self._directory)
+            self._storage.delete(self._name(key), durable=False)
         except StorageError as error:
-            if error.errno != errno.ENOENT:  # as above: what is to go is gone
+            if error.errno != errno.ENOENT:  # the whole attempt has been swept
                 raise
 
     def _look(self, name: str) -> bytes | None:
@@ -206,6 +201,18 @@ class Channel:
         """Tell all other ranks how the attempt ended."""
         for rank in range(1, self.world_size):
             put_large(self._store, f"{self._prefix}/outcome/{rank}", outcome.encode())
+
+    def heard(self, deadline: float) -> bool:
+        """Wait until all other ranks have taken the outcome; return whether they had by the deadline."""
+        for rank in range(1, self.world_size):
+            key = f"{self._prefix}/outcome/{rank}"
+            taken = poll(
+                lambda key=key: b"" if self._store.get(key, 0.0) is None else None,  # type: ignore[misc]
+                max(0.0, deadline - time.monotonic()),
+            )
+            if taken is None:
+                return False
+        return True
 
     def outcome(self, deadline: float) -> Outcome:
         """Wait for rank 0's word until a moment of `time.monotonic`; raises `DeadlineError` naming rank 0."""

@@ -23,8 +23,8 @@ from ckptengine.storage.base import Storage, join
 __all__ = ["remove_leftovers", "replace_older", "retain"]
 
 # What an attempt's directory may hold. One with anything else in it belongs to somebody else: people keep
-# directories such as `data-train` beside their checkpoints.
-_OURS = re.compile(r"lease\.json|layout\.zarr\.zip|rank-\d+\.zarr\.zip|receipts")
+# directories such as `data-train` beside their checkpoints. Messages once lay in a directory `receipts`.
+_OURS = re.compile(r"lease\.json|layout\.zarr\.zip|rank-\d+\.zarr\.zip|message-[\w-]+|receipts")
 _OUR_ATTEMPT = re.compile(r"[0-9a-f]{12}-\d+")  # what the planner makes; a user's `data-train` is not ours to delete
 _OUR_TEMPORARY = re.compile(
     r"\.tmp-(manifest-\d+\.json|generation-\d+\.json|lease\.json|clock|.+\.zarr\.zip)\.[0-9a-f]{12}"

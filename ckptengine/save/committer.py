@@ -47,7 +47,7 @@ class Committer:
         """Bring a snapshot to the storage and through the commit; returns when the outcome is known."""
         target = job.target
         data = attempt_directory(target.directory, job.attempt)
-        store = self._comm.store() or StorageStore(target.storage, join(data, "receipts"))
+        store = self._comm.store() or StorageStore(target.storage, data)
         channel = Channel(store, job.attempt, self._comm.rank, self._comm.world_size)
         if self._comm.rank != 0:
             receipt = self._write(job, data)
@@ -189,11 +189,12 @@ class Committer:
     def _discard(self, job: Job, data: str, channel: Channel) -> None:
         """Give back the room that a failed attempt takes, once no rank writes into it: the next one may need it."""
         target, storage = job.target, job.target.storage
-        if self._comm.store() is None:
-            return  # the other ranks find the outcome in there; it is swept as a leftover
+        deadline = min(job.deadline, time.monotonic() + _DRAIN_SECONDS)
         try:
-            if not channel.drain(min(job.deadline, time.monotonic() + _DRAIN_SECONDS)):
-                return  # a rank may still be writing, or is dead: swept as well
+            if not channel.drain(deadline):
+                return  # a rank may still be writing, or is dead: swept as a leftover
+            if self._comm.store() is None and not channel.heard(deadline):
+                return  # the outcome lies in there
             # A publication whose own sync failed may have come all the same.
             if not storage.exists(join(target.directory, manifest_name(job.generation))):
                 storage.delete_tree(data)

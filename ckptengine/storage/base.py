@@ -138,8 +138,8 @@ class Storage(ABC):
         """Return the sorted names of the temporary files right below a directory, in use or left behind."""
 
     @abstractmethod
-    def delete(self, name: str) -> None:
-        """Delete a file for good before returning; one that is missing is no error."""
+    def delete(self, name: str, *, durable: bool = True) -> None:
+        """Delete a file, without `durable` not yet for good; one that is missing is no error."""
 
     @abstractmethod
     def delete_tree(self, name: str) -> None:

@@ -186,8 +186,8 @@ class LocalStorage(Storage):
         """Return the sorted names of the temporary files right below a directory."""
         return [name for name in self._names(directory) if _OUR_TEMPORARY.fullmatch(name)]
 
-    def delete(self, name: str) -> None:
-        """Delete a file and sync its directory; one that is missing is no error."""
+    def delete(self, name: str, *, durable: bool = True) -> None:
+        """Delete a file and sync its directory (not without `durable`); one that is missing is no error."""
         path = self._path(name)
         try:
             self._disk.unlink(path)
@@ -195,7 +195,8 @@ class LocalStorage(Storage):
             return
         except OSError as error:
             raise _error("delete", path, error) from error
-        self._sync_directory(os.path.dirname(path))
+        if durable:
+            self._sync_directory(os.path.dirname(path))
 
     def delete_tree(self, name: str) -> None:
         """Delete a directory and all below it; one that is missing is no error."""

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from ckptengine.archive.record import ArchiveRecord
 from ckptengine.catalog.receipt import Channel, Outcome, Receipt, StorageStore, collect
 from ckptengine.comm.keyvalue import MemoryStore
+from ckptengine.counters import counters
 from ckptengine.errors import CheckpointError, DeadlineError, SaveFailedError
 
 RECORD = ArchiveRecord("rank-00001.zarr.zip", 8192, 4096, "0" * 64)
@@ -31,11 +32,11 @@ def soon(seconds):
 
 @pytest.fixture(params=["memory", "storage"])
 def store(request, storage):
-    return MemoryStore() if request.param == "memory" else StorageStore(storage, "step/data-x/receipts")
+    return MemoryStore() if request.param == "memory" else StorageStore(storage, "step/data-x")
 
 
 def is_empty(store):
-    return not (store._values if isinstance(store, MemoryStore) else store._storage.exists("step/data-x/receipts"))
+    return not (store._values if isinstance(store, MemoryStore) else store._storage.list("step/data-x"))
 
 
 def test_a_receipt_comes_back_equal():
@@ -56,6 +57,26 @@ def test_receipts_are_collected_and_the_outcome_is_told(store):
     for channel in channels[1:]:
         assert channel.outcome(soon(30)) == Outcome(plan_together=True)
     assert is_empty(store)
+
+
+def test_rank_0_sees_when_all_others_have_heard_the_outcome(store):
+    channels = [Channel(store, "attempt-1", rank, 3) for rank in range(3)]
+    channels[0].announce(Outcome("the disk is full", True, "SaveFailedError"))
+    channels[1].outcome(soon(30))
+    assert not channels[0].heard(soon(0.1))
+    threading.Timer(0.2, channels[2].outcome, (soon(30),)).start()
+    assert channels[0].heard(soon(30))
+
+
+def test_messages_in_the_storage_cost_no_sync(storage):
+    before = counters().syncs
+    store = StorageStore(storage, "data-x")
+    storage.make_directory("data-x")
+    made = counters().syncs
+    Channel(store, "attempt-1", 1, 2).send(GOOD)
+    collect(Channel(store, "attempt-1", 0, 2), Receipt(0, RECORD), soon(30))
+    assert counters().syncs == made > before
+    assert storage.list("data-x") == []
 
 
 def test_an_error_is_raised_at_once_though_other_ranks_are_missing(store):

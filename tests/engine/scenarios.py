@@ -215,7 +215,8 @@ def a_job_without_a_store_reports_through_the_storage(comm: Communicator, folder
         ckpt.save(3, {"rows": rows(comm, 4), "step": 3}).durable.result(30)
     dist.barrier()
     assert np.array_equal(ce.load(folder)["rows"], table(4))
-    assert not list(folder.glob("step-*/data-*/receipts"))
+    assert not list(folder.glob("step-*/data-*/message-*"))
+    assert len(list(folder.glob("step-*/data-*"))) == 3  # nothing of the attempt that failed
 
 
 # Replicas, and state of each rank's own.

@@ -1,0 +1,94 @@
+"""Four ranks that exchange values, come late, give up and contradict each other: `comm_job.py FOLDER`."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import mpi4py
+
+mpi4py.rc.thread_level = "single"
+
+from mpi4py import MPI  # noqa: E402
+
+from ckptengine.comm import mpi  # noqa: E402
+from ckptengine.comm.select import current  # noqa: E402
+from ckptengine.errors import CheckpointError  # noqa: E402
+
+TIMEOUT = 2.0
+
+
+def said(operation: Callable[[], Any]) -> list[str]:
+    """Return the class and the message of what an operation raises."""
+    try:
+        return ["returned", str(operation())]
+    except CheckpointError as error:
+        return [type(error).__name__, str(error)]
+
+
+def late(who: int, operation: Callable[[], Any]) -> list[str]:
+    """Have all ranks but one enter an operation; that one enters it when the others have come out of it."""
+    world, folder = MPI.COMM_WORLD, Path(sys.argv[1])
+    number = len(list(folder.glob(f"out-*-{world.rank}")))
+    world.Barrier()
+    others = [folder / f"out-{number}-{rank}" for rank in range(world.size) if rank != who]
+    deadline = time.monotonic() + 60
+    while world.rank == who and not all(path.exists() for path in others):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    result = said(operation)
+    (folder / f"out-{number}-{world.rank}").touch()
+    world.Barrier()
+    return result
+
+
+def main() -> None:
+    world, report = MPI.COMM_WORLD, {}
+    rank, size = world.rank, world.size
+
+    # Rank 2 is late for the very first meeting; then all meet.
+    report["late to connect"] = late(2, lambda: mpi.from_mpi(timeout=TIMEOUT))
+    comm = mpi.from_mpi(timeout=20)
+    assert comm is current()
+    assert (comm.rank, comm.world_size, comm.store()) == (rank, size, None)
+
+    # A receive that takes anything stays open on the job's own communicator: nothing of ours may fall into it.
+    trap = world.Irecv([bytearray(1000), MPI.BYTE], MPI.ANY_SOURCE, MPI.ANY_TAG)
+    report["gathered"] = [item.decode() for item in comm.all_gather(b"%d" % rank * rank, 20)]
+    report["empty"] = [item.decode() for item in comm.all_gather(b"", 20)]
+    report["broadcast"] = [
+        comm.broadcast(b"from %d" % root if rank == root else None, 20, root).decode() for root in range(size)
+    ]
+    comm.barrier(20)
+
+    mpi._PIECE_NBYTES = 1 << 20
+    value = bytes(range(256)) * 11_000
+    uneven = [value[: len(value) >> number] + b"%d" % number for number in range(size)]
+    report["pieces"] = comm.all_gather(uneven[rank], 20) == uneven
+    report["large broadcast"] = comm.broadcast(value if rank == 3 else None, 20, 3) == value
+
+    # Rank 2 comes after the others have stopped waiting; afterwards the group works.
+    report["late"] = late(2, lambda: comm.all_gather(b"late", TIMEOUT))
+    report["after late"] = [item.decode() for item in comm.all_gather(b"%d" % rank, 20)]
+
+    # Rank 0 comes after the others have given up.
+    report["leader late"] = late(0, lambda: comm.broadcast(None if rank else b"x", TIMEOUT))
+    report["after leader"] = [item.decode() for item in comm.all_gather(b"%d" % rank, 20)]
+
+    report["contradiction"] = said(lambda: comm.barrier(20) if rank == 1 else comm.all_gather(b"", 20))
+    report["after contradiction"] = [item.decode() for item in comm.all_gather(b"%d" % rank, 20)]
+
+    report["split"] = [item.decode() for item in mpi.from_mpi(world.Split(rank % 2, rank)).all_gather(b"%d" % rank, 20)]
+    assert mpi.from_mpi(MPI.COMM_SELF).world_size == 1
+
+    report["trap"] = trap.Test()
+    trap.Cancel()
+    trap.Wait()
+    Path(sys.argv[1], f"rank-{rank}.json").write_text(json.dumps(report))
+
+
+main()

@@ -1,0 +1,63 @@
+"""The communicator over MPI, with real ranks under mpiexec at thread level `single`."""
+
+import pytest
+from mpirun import reports
+
+RANKS = 4
+
+
+@pytest.fixture(scope="module")
+def said(tmp_path_factory):
+    return reports(RANKS, "comm_job.py", tmp_path_factory.mktemp("comm"))
+
+
+def test_every_value_comes_to_every_rank_in_rank_order(said):
+    for report in said:
+        assert report["gathered"] == ["", "1", "22", "333"]
+        assert report["empty"] == [""] * RANKS
+        assert report["broadcast"] == [f"from {root}" for root in range(RANKS)]
+
+
+def test_values_larger_than_one_collective_carries_come_whole(said):
+    assert all(report["pieces"] and report["large broadcast"] for report in said)
+
+
+def test_a_late_rank_is_named_on_all_ranks_and_on_itself(said):
+    for report in said:
+        assert report["late to connect"] == [
+            "DeadlineError",
+            "connecting (operation 0): rank 2 did not come within 2 s",
+        ]
+        kind, text = report["late"]
+        assert kind == "DeadlineError"
+        assert text.endswith("rank 2 did not come within 2 s")
+
+
+def test_a_late_rank_0_is_named_and_hears_who_gave_up(said):
+    leader, *others = (report["leader late"] for report in said)
+    assert leader[0] == "DeadlineError"
+    assert leader[1].endswith("ranks 1, 2, 3 gave up waiting before")
+    for kind, text in others:
+        assert kind == "DeadlineError"
+        assert text.endswith("rank 0 did not answer within 2 s")
+
+
+def test_the_group_works_again_after_a_failed_operation(said):
+    for report in said:
+        for name in ("after late", "after leader", "after contradiction"):
+            assert report[name] == ["0", "1", "2", "3"]
+
+
+def test_ranks_that_call_different_operations_are_told_so(said):
+    for report in said:
+        kind, text = report["contradiction"]
+        assert kind == "RankFailedError"
+        assert "rank 1 is in a barrier" in text
+
+
+def test_a_part_of_the_ranks_can_be_a_group_of_its_own(said):
+    assert [report["split"] for report in said] == [["0", "2"], ["1", "3"]] * 2
+
+
+def test_no_message_falls_into_a_receive_of_the_jobs_own(said):
+    assert not any(report["trap"] for report in said)
