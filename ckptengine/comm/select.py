@@ -29,7 +29,7 @@ def current() -> Communicator:
         from ckptengine.comm.torch import from_torch
 
         return from_torch()
-    mpi = sys.modules.get("mpi4py.MPI")
+    mpi = _mpi()
     if _has_ranks(mpi):
         from ckptengine.comm.mpi import from_mpi
 
@@ -46,7 +46,7 @@ def place() -> tuple[int, int]:
     dist = _torch_group()
     if dist is not None:
         return dist.get_rank(), dist.get_world_size()
-    mpi = sys.modules.get("mpi4py.MPI")
+    mpi = _mpi()
     if _has_ranks(mpi):
         return mpi.COMM_WORLD.Get_rank(), mpi.COMM_WORLD.Get_size()
     _refuse_several("`rank=` and `world_size=`", mpi)
@@ -57,6 +57,10 @@ def _torch_group() -> Any:
     """Return the module torch.distributed where it is initialized, else None."""
     dist = sys.modules.get("torch.distributed")
     return dist if dist is not None and dist.is_available() and dist.is_initialized() else None
+
+
+def _mpi() -> Any:
+    return sys.modules.get("mpi4py.MPI")
 
 
 def _has_ranks(mpi: Any) -> bool:
