@@ -3,15 +3,19 @@
 from ckptengine import errors
 from ckptengine.api import async_save, load, save
 from ckptengine.checkpointer import Checkpointer
+from ckptengine.policy.interval import Auto
+from ckptengine.policy.preemption import Preemption
 from ckptengine.save.handle import SaveHandle, SaveStats
 from ckptengine.state.per_rank import PerRank
 from ckptengine.state.report import LoadReport
 from ckptengine.state.sharded import ShardedArray
 
 __all__ = [
+    "Auto",
     "Checkpointer",
     "LoadReport",
     "PerRank",
+    "Preemption",
     "SaveHandle",
     "SaveStats",
     "ShardedArray",

@@ -1,0 +1,101 @@
+"""Starts jobs of several real processes, watches what their ranks log, and sends them signals."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+ROOT = HERE.parent.parent
+
+
+def environment(**more: str) -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "GLOO_SOCKET_IFNAME": "lo", **more}
+
+
+class Job:
+    """Ranks under torchrun's agent or, without it, as children of this process."""
+
+    def __init__(self, folder: Path, ranks: int, steps: int, *, restarts: int | None, **options: Any) -> None:
+        self.folder, self.ranks = folder, ranks
+        self.output = folder / f"output-{time.monotonic_ns()}.txt"
+        script = [str(HERE / "preempted_job.py"), str(folder), str(steps), json.dumps(options)]
+        with self.output.open("wb") as output:
+            if restarts is not None:
+                command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+                command += [f"--max-restarts={restarts}", "--monitor-interval=0.05", *script]
+                self.processes = [subprocess.Popen(command, stdout=output, stderr=output, env=environment())]
+            else:
+                with socket.socket() as probe:
+                    probe.bind(("127.0.0.1", 0))
+                    port = probe.getsockname()[1]
+                common = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+                self.processes = [
+                    subprocess.Popen(
+                        [sys.executable, *script],
+                        stdout=output,
+                        stderr=output,
+                        env=environment(RANK=str(rank), **common),
+                    )
+                    for rank in range(ranks)
+                ]
+
+    def __enter__(self) -> Job:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for process in self.processes:
+            process.kill()
+            process.wait()
+        for pid in {entry["pid"] for rank in range(self.ranks) for entry in self.log(rank)}:
+            try:
+                command = Path(f"/proc/{pid}/cmdline").read_bytes()
+                if str(self.folder).encode() in command:
+                    os.kill(pid, signal.SIGKILL)
+            except (FileNotFoundError, ProcessLookupError):
+                continue
+
+    def log(self, rank: int) -> list[dict[str, Any]]:
+        path = self.folder / f"rank-{rank}.log"
+        lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
+        return [json.loads(line) for line in lines]
+
+    def told(self, key: str, life: int = 0) -> list[Any]:
+        """Return what each rank said last under a key in a life; None for one that hasn't."""
+        return [
+            next((entry[key] for entry in reversed(self.log(rank)) if key in entry and entry["life"] == life), None)
+            for rank in range(self.ranks)
+        ]
+
+    def pid(self, rank: int) -> int:
+        return self.log(rank)[-1]["pid"]
+
+    def wait_for(self, condition: Callable[[], bool], what: str, seconds: float = 90) -> None:
+        deadline = time.monotonic() + seconds
+        while not condition():
+            assert time.monotonic() < deadline, f"{what}: not in {seconds} s\n{self.printed()}"
+            time.sleep(0.01)
+
+    def codes(self, seconds: float = 90) -> list[int]:
+        """Wait until all processes have ended; return their exit codes."""
+        deadline = time.monotonic() + seconds
+        try:
+            return [process.wait(max(0.1, deadline - time.monotonic())) for process in self.processes]
+        except subprocess.TimeoutExpired:
+            raise AssertionError(f"still running after {seconds} s\n{self.printed()}") from None
+
+    def printed(self) -> str:
+        return self.output.read_text(errors="replace")[-8000:]
+
+
+def steps_in(run: Path) -> list[int]:
+    """Return the steps that are committed."""
+    return [int(path.name[5:]) for path in sorted(run.glob("step-*")) if list(path.glob("manifest-*"))]
