@@ -114,7 +114,8 @@ class Checkpointer:
         self._pending: list[SaveHandle] = []
         self._failures = 0
         self._failure: SaveFailedError | None = None
-        self._unrestored: int | None = None  # on rank 0: the newest step that is there, until `restore` is called
+        self._found: int | None = None  # on rank 0: the newest step that was there
+        self._asked = False  # whether `restore` was called, or the lack of it told
         token = self._open()
         self._watch: Watch | None = None
         if preemption is not None:
@@ -141,7 +142,7 @@ class Checkpointer:
                 self._storage.create()
                 self._sweep(remove_leftovers(self._storage))
                 found = newest(self._storage)
-                self._unrestored = None if found is None else found.step
+                self._found = None if found is None else found.step
                 token = secrets.token_hex(8).encode()
             except Exception as problem:
                 error = problem
@@ -175,7 +176,7 @@ class Checkpointer:
         Raises `CheckpointNotFoundError` where `step` has no committed checkpoint, `CheckpointDamagedError` where
         all are damaged, `LoadMismatchError` where the state doesn't fit.
         """
-        self._unrestored = None
+        self._asked = True
         if self._watch is not None:
             self._watch.check()
         self.wait(self._timeout)
@@ -186,14 +187,13 @@ class Checkpointer:
         # What follows is a new life of the run, also where this process has saved before.
         self._generation = self._last = self._seen = None
         self._schedule.restart()
+        self._parent = None if loaded is None or loaded.step is None else (loaded.generation, loaded.step)
         if self._watch is not None:
             self._watch.restarted()
-        if loaded is None or loaded.step is None:
-            self._parent = None
+        if self._parent is None:
             return None
         self._saver.prepare(state)
-        self._parent = (loaded.generation, loaded.step)
-        return loaded.step
+        return self._parent[1]
 
     def step(self, step: int, state: Mapping[str, Any]) -> SaveHandle | None:
         """Save if a save is due after this step; return its handle, or None where none is or it failed.
@@ -355,18 +355,18 @@ class Checkpointer:
                 return None if stats is None else stats.step
         if self.history:
             return self.history[-1].step
-        return None if self._parent is None else self._parent[1]
+        return self._found if self._parent is None else self._parent[1]
 
     def _warn_unrestored(self) -> None:
         """Say, once, that a job which finds checkpoints begins without them."""
-        step, self._unrestored = self._unrestored, None
-        if step is not None:
+        asked, self._asked = self._asked, True
+        if not asked and self._found is not None:
             _log.warning(
                 "%s has checkpoints, the newest of step %d, and restore() was not called before the first step: this "
                 "job begins anew, and what it saves is the newest from then on. Call restore(state) before the first "
                 "step, or give the job a directory of its own",
                 self.run,
-                step,
+                self._found,
             )
 
     def _claim(self) -> int:

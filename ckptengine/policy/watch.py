@@ -308,9 +308,8 @@ class Watch:
             self._end_at = soon if self._end_at is None else min(self._end_at, soon)
             self._wake(_LOOK_AGAIN)
         elif verdict.kind == "stop" and self._rank == 0:
-            _log.warning(
-                "%s: all ranks save in the same step, which is rank 0's next but %d, and end", self._reason, calls - 1
-            )
+            which = "the next" if calls == 1 else f"the {calls}th from now on"
+            _log.warning("%s: all ranks save the same step, %s of rank 0, and end", self._reason, which)
 
     def _watch_file(self, path: str) -> None:
         """Rank 0: look for the file once a second; a thread of its own, since a file system may hang."""
@@ -345,11 +344,12 @@ class _FolderStore(StorageStore):
 
     def __init__(self, storage: Storage, directory: str) -> None:
         super().__init__(storage, directory)
-        self._make = lambda: storage.make_directory(directory)
+        self._place = storage, directory
 
     def set(self, key: str, value: bytes) -> None:
         """Store a value."""
-        self._make()
+        storage, directory = self._place
+        storage.make_directory(directory)
         super().set(key, value)
 
     def delete(self, key: str) -> None:

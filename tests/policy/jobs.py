@@ -18,14 +18,18 @@ ROOT = HERE.parent.parent
 
 
 def environment(**more: str) -> dict[str, str]:
-    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "GLOO_SOCKET_IFNAME": "lo", **more}
+    """Return the environment of a child. Each life of a job has a store of its own, as docs/torchrun.md tells."""
+    ours = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "GLOO_SOCKET_IFNAME": "lo"}
+    return {**os.environ, **ours, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", **more}
 
 
 class Job:
     """Ranks under torchrun's agent or, without it, as children of this process."""
 
     def __init__(self, folder: Path, ranks: int, steps: int, *, restarts: int | None, **options: Any) -> None:
+        folder.mkdir(exist_ok=True)
         self.folder, self.ranks = folder, ranks
+        self.run = Path(options.setdefault("run", str(folder / "run")))
         self.output = folder / f"output-{time.monotonic_ns()}.txt"
         script = [str(HERE / "preempted_job.py"), str(folder), str(steps), json.dumps(options)]
         with self.output.open("wb") as output:
@@ -93,7 +97,8 @@ class Job:
             raise AssertionError(f"still running after {seconds} s\n{self.printed()}") from None
 
     def printed(self) -> str:
-        return self.output.read_text(errors="replace")[-8000:]
+        text = self.output.read_text(errors="replace")
+        return text[:6000] + text[-3000:]
 
 
 def steps_in(run: Path) -> list[int]:

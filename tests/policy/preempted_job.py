@@ -42,7 +42,7 @@ def main() -> None:
     file = options.get("file")
     preemption = ce.Preemption(file=file, grace=options.get("grace"))
     try:
-        with ce.Checkpointer(folder / "run", every=options["every"], preemption=preemption, timeout=60) as ckpt:
+        with ce.Checkpointer(options["run"], every=options["every"], preemption=preemption, timeout=60) as ckpt:
             start = ckpt.restore(state) or 0
             assert (weights == start).all(), weights
             note(resumed=start, ranks=dist.get_world_size())
