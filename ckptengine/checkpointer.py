@@ -409,6 +409,7 @@ class Checkpointer:
 
     def _failed(self, error: Exception, path: str) -> None:
         self._failures += 1
+        self._schedule.failed()
         self._last = None  # the same step may be tried again
         if self._on_error == "raise" or self._failures >= self._max_failures:
             self._failure = SaveFailedError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import statistics
 import struct
 import time
@@ -24,6 +25,8 @@ _WORTH_TELLING = 0.2
 _MARGIN = 1.25
 """What the interval is longer than the slowest of the last saves, so that no save has to wait for the one before."""
 
+_RETRY_SECONDS = 60.0
+
 _log = logging.getLogger("ckptengine")
 
 
@@ -34,7 +37,7 @@ class Schedule:
     clock of rank 0 decides for all ranks, who ask together. `clock` returns seconds; it need not be the real one.
 
     With an `Auto` the first save comes at the first step, to find out what a save costs; it is slower than those that
-    follow (it plans and finds memory), so the second one comes soon after, and from then on the median of the last
+    follow (it plans and finds memory), so the second one comes sooner than its cost asks for, and from then on the median of the last
     five without the first counts, as rank 0 saw them: what each took from the training (stall and wait).
 
     Raises `ValueError` where `every` makes no sense.
@@ -57,11 +60,6 @@ class Schedule:
         self._told: float | None = None
 
     @property
-    def never(self) -> bool:
-        """Whether no save is ever due."""
-        return self._steps is None and self._seconds is None
-
-    @property
     def interval(self) -> float | None:
         """The interval in seconds that rank 0 keeps now; None where steps decide."""
         return self._seconds
@@ -74,6 +72,13 @@ class Schedule:
     def started(self) -> None:
         """Note that a save starts now, due or not."""
         self._last_time = self._clock()
+        if self._auto is not None and self._first is None:
+            self._seconds = math.inf  # nothing is due before it has told what it costs
+
+    def failed(self) -> None:
+        """Note that a save failed; where none has told its cost yet, the next one is due in a minute."""
+        if self._auto is not None and self._first is None:
+            self._seconds = _RETRY_SECONDS
 
     def learn(self, stats: SaveStats) -> None:
         """Take what a committed save cost into account."""
@@ -83,7 +88,7 @@ class Schedule:
             self._first = stats
             # Soon, but not while the first may be in the way, and never later than its own cost would have it.
             interval, _ = self._auto.interval(_cost(stats), 0.0)
-            self._seconds = max(_MARGIN * stats.durable_seconds, interval / 10)
+            self._seconds = max(_MARGIN * stats.durable_seconds, interval / 3)
             return
         self._later.append(stats)
         cost = statistics.median(map(_cost, self._later))
@@ -111,7 +116,8 @@ class Schedule:
         if self._comm.rank == 0:
             assert self._seconds is not None
             now = self._clock()
-            left = self._seconds - (now - self._last_time)
+            gone = now - self._last_time
+            left = gone if self._seconds == math.inf and gone > 0 else self._seconds - gone
             ahead = 1
             if self._checked is not None and left > 0:
                 checked_step, checked_time = self._checked
