@@ -292,12 +292,15 @@ class Checkpointer:
         self._close(failed=False)
 
     def _close(self, failed: bool) -> None:
+        if failed and self._watch is not None:
+            # At once: the others must not wait for this rank, nor the launcher's signal for the saves in flight.
+            self._watch.close(failed)
         try:
             self.wait(self._timeout)
         finally:
             self._saver.close()
             if self._watch is not None:
-                self._watch.close(failed)
+                self._watch.close()
 
     def __enter__(self) -> Checkpointer:
         return self

@@ -105,14 +105,17 @@ class Agreement:
     def _waited_for(self) -> str:
         return "request" if self._rank == 0 else f"wake/{self._rank}"
 
-    def close(self, thread: threading.Thread, failed: bool) -> None:
+    def close(self, failed: bool) -> None:
         """End the wait, and tell those who may still ask that this rank comes to no further call of `step`."""
         self._closed.set()
-        if self._store.blocks:
+        if self._store.blocks or failed:  # messages that are files are written where they are needed only
             self.publish(Limit(0, gone="failed" if failed else "closed"))
+        if self._store.blocks:
             self._set(self._waited_for, ["", None])
-            thread.join(_WORD_SECONDS)
-            self._store.delete(self._key(self._waited_for))
+
+    def forget(self) -> None:
+        """Remove the word that ended the wait, once it has."""
+        self._store.delete(self._key(self._waited_for))
 
     def publish(self, limit: Limit) -> None:
         """Tell this rank's limit."""

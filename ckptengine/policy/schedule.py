@@ -37,8 +37,8 @@ class Schedule:
     clock of rank 0 decides for all ranks, who ask together. `clock` returns seconds; it need not be the real one.
 
     With an `Auto` the first save comes at the first step, to find out what a save costs; it is slower than those that
-    follow (it plans and finds memory), so the second one comes sooner than its cost asks for, and from then on the median of the last
-    five without the first counts, as rank 0 saw them: what each took from the training (stall and wait).
+    follow (it plans and finds memory), so the second one comes sooner than its cost asks for. From then on the median
+    of the last five without the first counts, as rank 0 saw them: what each took from the training (stall and wait).
 
     Raises `ValueError` where `every` makes no sense.
     """

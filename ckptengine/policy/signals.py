@@ -81,7 +81,7 @@ class Signals:
             return
         for number, before in self._before.items():
             if signal.getsignal(number) == self._handle:
-                signal.signal(number, before)
+                signal.signal(number, _living(number, before))
         self._unhook()
 
     def ignore(self) -> None:
@@ -111,3 +111,10 @@ class Signals:
             if current not in (-1, self._pipe):
                 signal.set_wakeup_fd(current)
             self._wakes = False
+
+
+def _living(number: int, handler: signal.Handlers | signal._HANDLER) -> signal.Handlers | signal._HANDLER:
+    """Return a handler, or what it has replaced where it is one of ours that has let go since."""
+    while isinstance(owner := getattr(handler, "__self__", None), Signals) and owner._closed:
+        handler = owner._before[number]
+    return handler

@@ -37,6 +37,8 @@ _WORD_SECONDS = 2.0
 """How long threads may take for what they do at once, unless the machine is busy."""
 _DEPART_SECONDS = 10.0
 """How long ranks wait at most for each other before they exit: only so that none ends another's store."""
+_FOLDER = "preemption-"
+"""How the directories are named in which ranks without a store of their own leave their messages."""
 _CLOSE, _LOOK_AGAIN = b"\xff", b"\xfe"
 
 _log = logging.getLogger("ckptengine")
@@ -79,22 +81,22 @@ class Watch:
         if not self._alone:
             store, prefix = comm.store(), f"ckptengine/preemption/{token}"
             if store is None:
-                directory = f"preemption-{token}"
-                self._folder = storage, directory
-                store, prefix = _FolderStore(storage, directory), "ask"
+                self._folder = storage, f"{_FOLDER}{token}"
+                store, prefix = _FolderStore(*self._folder), "ask"
+                if self._rank == 0:
+                    _sweep(*self._folder)
             self._agreement = Agreement(store, comm.rank, comm.world_size, prefix)
-            self._agreeing = self._start("agree", self._agree)
+            self._start("agree", self._agree)
         if preemption.file is not None and self._rank == 0:
             self._start("file", self._watch_file, os.fspath(preemption.file))
         self._signals = Signals(preemption.numbers, self._writer)
         self._start("watch", self._run)
         _living.add(self)
 
-    def _start(self, name: str, work: Callable[..., None], *arguments: object) -> threading.Thread:
+    def _start(self, name: str, work: Callable[..., None], *arguments: object) -> None:
         thread = threading.Thread(target=work, args=arguments, name=f"ckptengine-{name}", daemon=True)
         thread.start()
         self._threads.append(thread)
-        return thread
 
     # What the training's thread calls.
 
@@ -182,14 +184,18 @@ class Watch:
         self._closed.set()
         if os.getpid() != self._process:
             return
-        if self._agreement is not None:
-            with contextlib.suppress(CheckpointError):
-                self._agreement.close(self._agreeing, failed)
         self._signals.restore()
         self._wake(_CLOSE)
+        # The store may be gone, with the rank that was its host.
+        with contextlib.suppress(CheckpointError):
+            if self._agreement is not None:
+                self._agreement.close(failed)
         for thread in self._threads:
             if thread is not threading.current_thread():
                 thread.join(_WORD_SECONDS)
+        with contextlib.suppress(CheckpointError):
+            if self._agreement is not None:
+                self._agreement.forget()
         os.close(self._writer)
         _living.discard(self)
         if not failed and threading.current_thread() is threading.main_thread():
@@ -354,6 +360,14 @@ class _FolderStore(StorageStore):
 
     def delete(self, key: str) -> None:
         """Leave it: the directory goes as a whole."""
+
+
+def _sweep(storage: Storage, own: str) -> None:
+    """Remove what lives that are over have left."""
+    for name in storage.list():
+        if name.startswith(_FOLDER) and name != own:
+            with contextlib.suppress(CheckpointError):
+                storage.delete_tree(name)
 
 
 def _standing(step: int | None) -> str:

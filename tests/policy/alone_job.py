@@ -1,4 +1,7 @@
-"""A job of one process without any framework: `alone_job.py RUN OPTIONS`. It prints what it does, line by line."""
+"""A process without any framework that trains alone, or with others who find each other through files.
+
+`alone_job.py RUN OPTIONS`; it prints what it does, line by line.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,8 @@ from typing import Any
 import numpy as np
 
 import ckptengine as ce
+from ckptengine.comm.exchange import connect
+from ckptengine.comm.keyvalue import FileStore
 from ckptengine.storage.local import LocalStorage
 
 OPTIONS = json.loads(sys.argv[2])
@@ -42,8 +47,13 @@ def main() -> None:
     for name, seconds in OPTIONS.get("slow", {}).items():
         slowed(name, seconds)
     preemption = ce.Preemption(grace=OPTIONS.get("grace"), file=OPTIONS.get("file"), exit_code=OPTIONS.get("code", 75))
+    comm, rank = None, OPTIONS.get("rank", 0)
+    if "ranks" in OPTIONS:
+        # No store for the background, as under MPI: its messages go through the run's directory.
+        comm = connect(FileStore(OPTIONS["meet"]), rank, OPTIONS["ranks"], 60)
+    every = OPTIONS.get("every", 1000)
     state = {"a": np.zeros(1000), "step": 0}
-    with ce.Checkpointer(sys.argv[1], every=OPTIONS.get("every", 1000), preemption=preemption, timeout=60) as ckpt:
+    with ce.Checkpointer(sys.argv[1], every=every, preemption=preemption, timeout=60, comm=comm) as ckpt:
         start = ckpt.restore(state) or 0
         assert (state["a"] == start).all()
         say(f"resumed {start}")
@@ -63,6 +73,8 @@ def main() -> None:
                 mutex, library = ctypes.create_string_buffer(64), ctypes.CDLL(None)
                 library.pthread_mutex_lock(mutex)
                 library.pthread_mutex_lock(mutex)
+            if step - start == OPTIONS.get("fail_at"):
+                raise ValueError("the training fails")
             say(f"step {step}")
             ckpt.step(step, state)
             if step - start == OPTIONS.get("wait_at"):

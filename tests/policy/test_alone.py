@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -187,6 +191,56 @@ def test_a_file_that_appears_ends_the_job_and_one_that_was_there_before_does_not
         file.write_text("again")
         assert job.code() == 75
     assert len(steps_in(run)) == 2
+
+
+def test_ranks_of_different_speed_without_a_store_stop_at_the_step_that_the_fastest_has_come_to(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+
+    def rank(number: int, **options: Any) -> AbstractContextManager[Process]:
+        return started(run, rank=number, ranks=2, meet=str(tmp_path / "meet"), pace=0.1 + 0.1 * number, **options)
+
+    with rank(0) as fast, rank(1) as slow:
+        slow.until("step 5")
+        slow.send()  # the other is ahead of it by some steps
+        assert [fast.code(), slow.code()] == [75, 75]
+        assert steps_in(run) == [fast.last_step()] == [slow.last_step()]
+    assert not list(run.glob("preemption-*"))
+    shutil.rmtree(tmp_path / "meet")
+    with rank(0) as sound, rank(1, fail_at=3) as failing:
+        assert failing.code() == 1
+        sound.until("step")
+        sound.send()
+        assert sound.code() == 75
+        assert sound.logged("rank 1 ended with an error; step")
+
+
+def test_in_another_thread_than_the_main_one_signals_are_left_alone(tmp_path: Path) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+
+    def use() -> None:
+        with ce.Checkpointer(tmp_path, every=1) as ckpt:
+            ckpt.step(1, {"a": 1})
+            assert signal.getsignal(signal.SIGTERM) == before
+
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(use).result()
+    assert steps_in(tmp_path) == [1]
+
+
+def test_without_preemption_signals_are_left_alone_and_several_checkpointers_give_them_back(tmp_path: Path) -> None:
+    before, wakeup = signal.getsignal(signal.SIGTERM), signal.set_wakeup_fd(-1)
+    with ce.Checkpointer(tmp_path / "none", preemption=None):
+        assert signal.getsignal(signal.SIGTERM) == before
+    first, second = (ce.Checkpointer(tmp_path / name) for name in ("first", "second"))
+    assert signal.getsignal(signal.SIGTERM) != before
+    first.close()  # not the last one that came
+    second.close()
+    forgotten = ce.Checkpointer(tmp_path / "forgotten")
+    del forgotten
+    gc.collect()
+    assert signal.getsignal(signal.SIGTERM) == before
+    assert not [thread for thread in threading.enumerate() if thread.name == "ckptengine-watch"]
+    assert signal.set_wakeup_fd(wakeup) == -1
 
 
 @pytest.mark.parametrize(

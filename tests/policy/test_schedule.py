@@ -93,7 +93,7 @@ def test_the_first_save_comes_at_once_and_its_cost_does_not_count() -> None:
     while len(training.starts) < 3:
         training.advance()
     assert training.starts[0] == 1.0
-    assert training.starts[1] < 100
+    assert training.starts[1] < 300  # not the 800 that its cost asks for
     assert training.schedule.interval == pytest.approx(200)
 
 
@@ -171,9 +171,8 @@ def test_under_random_failures_it_loses_little_more_than_the_best_fixed_interval
     fixed = [simulated(f"{center * factor:.0f}s", 1, cost, durable, mtbf) for factor in (0.4, 0.7, 1, 1.4, 2.5)]
     assert min(fixed[0], fixed[-1]) > 1.1 * min(fixed)  # the interval matters here
     auto = simulated(ce.Auto(mtbf=mtbf), 1, cost, durable, mtbf)
-    # What it costs more is the measuring: two early saves in every life, the first a slow one.
-    assert auto < 1.02 * min(fixed) + 2 * (FIRST_COSTS + 1) * cost / mtbf
-    assert auto < 1.25 * min(fixed)
+    # What it costs more is the measuring: a save at the beginning of every life.
+    assert auto < 1.1 * min(fixed)
     print(f"lost: {auto:.4f}, the best fixed interval {min(fixed):.4f}")
 
 
