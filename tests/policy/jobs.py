@@ -23,34 +23,51 @@ def environment(**more: str) -> dict[str, str]:
     return {**os.environ, **ours, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", **more}
 
 
-class Job:
-    """Ranks under torchrun's agent or, without it, as children of this process."""
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
-    def __init__(self, folder: Path, ranks: int, steps: int, *, restarts: int | None, **options: Any) -> None:
+
+class Job:
+    """Ranks under torchrun's agents or, without `restarts`, as children of this process.
+
+    With several `nodes`, each of an agent and as many ranks, the job goes on where one is lost.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        ranks: int,
+        steps: int,
+        *,
+        restarts: int | None,
+        nodes: int = 1,
+        script: str = "preempted_job.py",
+        **options: Any,
+    ) -> None:
         folder.mkdir(exist_ok=True)
-        self.folder, self.ranks = folder, ranks
+        self.folder, self.ranks = folder, ranks * nodes
         self.run = Path(options.setdefault("run", str(folder / "run")))
         self.output = folder / f"output-{time.monotonic_ns()}.txt"
-        script = [str(HERE / "preempted_job.py"), str(folder), str(steps), json.dumps(options)]
+        program = [str(HERE / script), str(folder), str(steps), json.dumps(options)]
+        agent = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={ranks}"]
+        agent += [f"--max-restarts={restarts}", "--monitor-interval=0.05"]
+        port, local = str(free_port()), {"MASTER_ADDR": "127.0.0.1", "WORLD_SIZE": str(ranks)}
+        if restarts is None:
+            starts = [([sys.executable], {**local, "MASTER_PORT": port, "RANK": str(rank)}) for rank in range(ranks)]
+        elif nodes == 1:
+            starts = [([*agent, "--standalone"], {})]
+        else:
+            agent += [f"--nnodes=1:{nodes}", "--local-addr=127.0.0.1", "--rdzv-backend=c10d"]
+            agent += [f"--rdzv-endpoint=127.0.0.1:{port}", "--rdzv-id=test"]
+            conf = "--rdzv-conf=join_timeout=60,last_call_timeout=3,is_host="
+            starts = [([*agent, conf + str(int(node == 0))], {}) for node in range(nodes)]
         with self.output.open("wb") as output:
-            if restarts is not None:
-                command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-                command += [f"--max-restarts={restarts}", "--monitor-interval=0.05", *script]
-                self.processes = [subprocess.Popen(command, stdout=output, stderr=output, env=environment())]
-            else:
-                with socket.socket() as probe:
-                    probe.bind(("127.0.0.1", 0))
-                    port = probe.getsockname()[1]
-                common = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-                self.processes = [
-                    subprocess.Popen(
-                        [sys.executable, *script],
-                        stdout=output,
-                        stderr=output,
-                        env=environment(RANK=str(rank), **common),
-                    )
-                    for rank in range(ranks)
-                ]
+            self.processes = [
+                subprocess.Popen([*command, *program], stdout=output, stderr=output, env=environment(**more))
+                for command, more in starts
+            ]
 
     def __enter__(self) -> Job:
         return self

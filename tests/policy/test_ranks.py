@@ -96,3 +96,26 @@ def test_where_a_rank_is_dead_the_others_do_not_wait_for_it(tmp_path: Path) -> N
         job.wait_for(lambda: None not in (job.processes[0].poll(), job.processes[2].poll()), "the others end", 60)
         assert [job.processes[0].returncode, job.processes[2].returncode] == [75, 75], job.printed()
         assert "the ranks could not agree on a step: rank 1 did not answer; step " in job.printed()
+
+
+def test_a_job_with_epochs_that_loses_a_node_ends_after_the_planned_epochs(tmp_path: Path) -> None:
+    epochs, batches = 4, 12
+    with Job(tmp_path, 1, epochs, restarts=3, nodes=2, script="epochs_job.py", pace=0.1) as job:
+        killed_in = batches + batches // 2 + 1  # in the second epoch
+        job.wait_for(lambda: min(step or 0 for step in job.told("did")) >= killed_in, "the second epoch")
+        assert {entry["ranks"] for entry in job.log(0)} == {2}
+        parents = [int(Path(f"/proc/{job.pid(rank)}/stat").read_text().split()[3]) for rank in range(2)]
+        lost = parents.index(job.processes[1].pid)
+        job.processes[1].kill()
+        os.kill(job.pid(lost), signal.SIGKILL)
+        assert job.processes[0].wait(120) == 0, job.printed()
+        entries = job.log(0)
+    first = next(place for place, entry in enumerate(entries) if entry["ranks"] == 1)
+    before, after = entries[:first], entries[first:]
+    resumed = after[0]["resumed"]
+    assert resumed % 5 == 0
+    assert batches < resumed <= before[-1].get("did", 0)
+    # Only what was left of the planned epochs, and in the end each sample was used once in each.
+    assert [entry["did"] for entry in after if "did" in entry] == list(range(resumed + 1, epochs * batches + 1))
+    assert set(after[-1]["ended"]) == {epochs}
+    assert steps_in(job.run)[-1] == epochs * batches
