@@ -37,6 +37,7 @@ _WORD_SECONDS = 2.0
 """How long threads may take for what they do at once, unless the machine is busy."""
 _DEPART_SECONDS = 10.0
 """How long ranks wait at most for each other before they exit: only so that none ends another's store."""
+_LAST_WORDS_SECONDS = 1.0
 _FOLDER = "preemption-"
 """How the directories are named in which ranks without a store of their own leave their messages."""
 _CLOSE, _LOOK_AGAIN = b"\xff", b"\xfe"
@@ -207,8 +208,9 @@ class Watch:
     def forked(self) -> None:
         """Let go in a forked process."""
         self._signals.forked()
+        # New ones: a thread that is not here may have held the locks of the old.
+        self._closed, self._changed = threading.Event(), threading.Condition()
         self._closed.set()
-        self._changed = threading.Condition()
         self._limit = None
         os.close(self._reader)
         os.close(self._writer)
@@ -336,13 +338,20 @@ class Watch:
     def _end(self, why: str, code: int | None = None) -> NoReturn:
         """End the process here and now, from whatever thread: its main thread may be anywhere."""
         code = self._preemption.exit_code if code is None else code
+        # Another thread may hold the lock of the log or of a stream, for ever: the words get a second.
+        words = threading.Thread(target=self._last_words, args=(why, code), name="ckptengine-end", daemon=True)
+        with contextlib.suppress(RuntimeError):
+            words.start()
+            words.join(_LAST_WORDS_SECONDS)
+        os._exit(code)
+
+    def _last_words(self, why: str, code: int) -> None:
         if self._rank == 0 or "rank 0" in why or code != self._preemption.exit_code:
             stands = _standing(self._stands())
             _log.error("%s: %s; %s; rank %d ends with code %d", self._reason, why, stands, self._rank, code)
         for stream in (sys.stdout, sys.stderr):
             with contextlib.suppress(Exception):
                 stream.flush()
-        os._exit(code)
 
 
 class _FolderStore(StorageStore):
@@ -364,9 +373,9 @@ class _FolderStore(StorageStore):
 
 def _sweep(storage: Storage, own: str) -> None:
     """Remove what lives that are over have left."""
-    for name in storage.list():
-        if name.startswith(_FOLDER) and name != own:
-            with contextlib.suppress(CheckpointError):
+    with contextlib.suppress(CheckpointError):
+        for name in storage.list():
+            if name.startswith(_FOLDER) and name != own:
                 storage.delete_tree(name)
 
 
