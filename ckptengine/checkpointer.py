@@ -215,6 +215,7 @@ class Checkpointer:
                 try:
                     handle = self._save(step, state)
                 except StateError:
+                    self._seen = None  # told; not to be tried again at the end
                     raise
                 except CheckpointError as error:
                     self._failed(error, f"step {step} of {self.run}")
@@ -321,14 +322,21 @@ class Checkpointer:
 
     def _finish(self) -> None:
         """Save the last step, if it isn't saved."""
-        if not self._save_last or self._seen is None or (self._last is not None and self._last[0] == self._seen[0]):
+        if not self._save_last or self._seen is None:
+            return
+        step, state = self._seen
+        # How the save of this very step ends must be known, and is then the same on all ranks.
+        for handle in self._pending:
+            handle.durable.wait()
+        self._reap()
+        if self._last is not None and self._last[0] == step:
             return
         try:
-            self._save(*self._seen)
+            self._save(step, state)
         except StateError:
             raise
         except CheckpointError as error:
-            self._failed(error, f"step {self._seen[0]} of {self.run}")
+            self._failed(error, f"step {step} of {self.run}")
 
     def _preempt(self, watch: Watch, step: int, state: Mapping[str, Any]) -> NoReturn:
         """Save the step at which all ranks stop, wait until it is durable, and leave."""
