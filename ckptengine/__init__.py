@@ -4,6 +4,8 @@ from ckptengine import errors
 from ckptengine.api import async_save, load, save
 from ckptengine.checkpointer import Checkpointer
 from ckptengine.data.sampler import ElasticSampler
+from ckptengine.policy.interval import Auto
+from ckptengine.policy.preemption import Preemption
 from ckptengine.save.handle import SaveHandle, SaveStats
 from ckptengine.state.per_rank import PerRank
 from ckptengine.state.report import LoadReport
@@ -12,10 +14,12 @@ from ckptengine.state.sharded import ShardedArray
 
 __all__ = [
     "RNG",
+    "Auto",
     "Checkpointer",
     "ElasticSampler",
     "LoadReport",
     "PerRank",
+    "Preemption",
     "SaveHandle",
     "SaveStats",
     "ShardedArray",

@@ -6,22 +6,25 @@ import errno
 import logging
 import operator
 import os
-import re
-import struct
-import time
+import secrets
+import weakref
 from collections.abc import Iterable, Mapping
 from types import TracebackType
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 from ckptengine.catalog.generation import claim_generation
-from ckptengine.catalog.listing import committed, manifest_name, step_directory
+from ckptengine.catalog.listing import committed, manifest_name, newest, step_directory
 from ckptengine.catalog.manifest import checked_metadata
 from ckptengine.catalog.retention import remove_leftovers, retain
-from ckptengine.comm.agree import agree
+from ckptengine.comm.agree import gather
 from ckptengine.comm.base import Communicator
 from ckptengine.comm.select import current
 from ckptengine.errors import CheckpointError, LoadMismatchError, SaveFailedError, StateError, StorageError
 from ckptengine.load.loader import LoadOptions, load_newest, restore_newest
+from ckptengine.policy.interval import Auto
+from ckptengine.policy.preemption import Preemption
+from ckptengine.policy.schedule import Schedule
+from ckptengine.policy.watch import Watch
 from ckptengine.save.handle import SaveHandle, SaveStats
 from ckptengine.save.job import Target
 from ckptengine.save.saver import DEFAULT_TIMEOUT, Saver
@@ -32,6 +35,8 @@ from ckptengine.storage.open import open_storage
 
 __all__ = ["Checkpointer"]
 
+_PREEMPTION = Preemption()
+
 _log = logging.getLogger("ckptengine")
 
 
@@ -39,7 +44,9 @@ class Checkpointer:
     """Saves a training state when due, in the background, and restores the newest one.
 
     `run` is a directory that all ranks see. `every` is a number of steps, or a time such as `"90s"` or `"10min"`
-    (rank 0's clock decides), or None: then only `save` saves. `keep_last` committed checkpoints are kept along
+    (rank 0's clock decides), or `"auto"` or an `Auto`: as often as the measured cost allows, or None: then only `save`
+    saves. `save_last`: at the end of a `with` block without an error the last step is saved, if `every` had not come to
+    it; the state is then taken as it is at that moment. `keep_last` committed checkpoints are kept along
     the line that led to the newest (None: all), and those whose step is a multiple of `keep_every`. `on_error`:
     `"warn"` logs a failed save and lets training go on, until `max_failures` in a row; `"raise"` raises at the
     next call, after that call's own save has been started, so that the ranks stay in step. `when_busy`: a save that
@@ -52,16 +59,22 @@ class Checkpointer:
     `arena_nbytes` bounds the host memory that holds the snapshot, by default as large as what the rank writes: less
     than that makes the call last as long as the storage takes.
 
+    `preemption`: when the job is told to end, by SIGTERM or SIGUSR1 to any rank unless told otherwise, all ranks save
+    the same step and `step` raises `Preempted`, which ends the process with the exit code 75; see `Preemption`. None
+    leaves signals alone. Where a process has several Checkpointers, give it to one of them.
+
     All ranks call the same methods in the same order.
     """
 
     def __init__(
         self,
         run: str | os.PathLike[str],
-        every: int | str | None = None,
+        every: int | str | Auto | None = None,
         keep_last: int | None = None,
         *,
         keep_every: int | None = None,
+        save_last: bool = True,
+        preemption: Preemption | None = _PREEMPTION,
         on_error: Literal["warn", "raise"] = "warn",
         max_failures: int = 3,
         when_busy: Literal["wait", "skip"] = "wait",
@@ -85,38 +98,57 @@ class Checkpointer:
         self.run = os.fspath(run)
         self.history: list[SaveStats] = []
         """The saves that were committed, oldest first."""
-        self._steps, self._seconds = _interval(every)
+        self._comm = comm or current()
+        self._schedule = Schedule(every, self._comm, timeout)
+        self._save_last = save_last and every is not None
         self._keep_last, self._keep_every = keep_last, keep_every
         self._on_error, self._max_failures = on_error, max_failures
         self._when_busy = when_busy
         self._check_replicas = check_replicas
         self._metadata = checked_metadata(metadata)
         self._timeout = timeout
-        self._comm = comm or current()
         self._storage = open_storage(self.run)
         self._saver = Saver(self._comm, timeout, overlap=overlap, arena_nbytes=arena_nbytes)
         self._parent: tuple[int, int] | None = None
         self._generation: int | None = None
         self._last: tuple[int, SaveHandle] | None = None
-        self._last_time = time.monotonic()
-        self._checked: tuple[int, float] | None = None  # step and time of the last look at the clock in this life
-        self._next_check = 0
+        self._seen: tuple[int, Mapping[str, Any]] | None = None  # what `step` was called with last
         self._pending: list[SaveHandle] = []
         self._failures = 0
         self._failure: SaveFailedError | None = None
-        self._open()
+        self._found: int | None = None  # on rank 0: the newest step that was there
+        self._asked = False  # whether `restore` was called, or the lack of it told
+        token = self._open()
+        self._watch: Watch | None = None
+        if preemption is not None:
+            stands = weakref.WeakMethod(self._stands)
 
-    def _open(self) -> None:
-        """Make the run's directory and sweep what dead attempts left, on rank 0; an error is one on all ranks."""
+            def standing() -> int | None:
+                living = stands()
+                return None if living is None else living()
+
+            self._watch = Watch(preemption, self._comm, self._storage, token, standing)
+            # One that is forgotten has not said that it is done.
+            weakref.finalize(self, self._watch.close, True)
+
+    def _open(self) -> str:
+        """Make the run's directory and sweep what dead attempts left, on rank 0; an error is one on all ranks.
+
+        Returns a name that only this life has, the same on all ranks.
+        """
         error: Exception | None = None
+        token = b""
         if self._comm.rank == 0:
             try:
                 self._refuse_checkpoint()
                 self._storage.create()
                 self._sweep(remove_leftovers(self._storage))
+                found = newest(self._storage)
+                self._found = None if found is None else found.step
+                token = secrets.token_hex(8).encode()
             except Exception as problem:
                 error = problem
-        agree(self._comm, error, self._timeout, f"opening {self.run}")
+        return gather(self._comm, token, error, self._timeout, f"opening {self.run}")[0].decode()
 
     def _refuse_checkpoint(self) -> None:
         found = [entry for entry in committed(self._storage) if entry.step is None]
@@ -146,21 +178,24 @@ class Checkpointer:
         Raises `CheckpointNotFoundError` where `step` has no committed checkpoint, `CheckpointDamagedError` where
         all are damaged, `LoadMismatchError` where the state doesn't fit.
         """
+        self._asked = True
+        if self._watch is not None:
+            self._watch.check()
         self.wait(self._timeout)
         if isinstance(only, str):
             only = [only]
         options = LoadOptions(None if only is None else tuple(only), rename, strict, cast)
         loaded = restore_newest(self._storage, state, self._comm, self._timeout, options, step)
         # What follows is a new life of the run, also where this process has saved before.
-        self._generation = self._last = None
-        self._last_time = time.monotonic()
-        self._checked, self._next_check = None, 0
-        if loaded is None or loaded.step is None:
-            self._parent = None
+        self._generation = self._last = self._seen = None
+        self._schedule.restart()
+        self._parent = None if loaded is None or loaded.step is None else (loaded.generation, loaded.step)
+        if self._watch is not None:
+            self._watch.restarted()
+        if self._parent is None:
             return None
         self._saver.prepare(state)
-        self._parent = (loaded.generation, loaded.step)
-        return loaded.step
+        return self._parent[1]
 
     def warm_start(
         self,
@@ -206,17 +241,23 @@ class Checkpointer:
         """Save if a save is due after this step; return its handle, or None where none is or it failed.
 
         A save that fails is treated as `on_error` says, except that a state which can't be saved at all
-        (`StateError`) is raised at once: it won't get better.
+        (`StateError`) is raised at once: it won't get better. Raises `Preempted` where the job was told to end, once
+        this step is durable.
         """
         handle = None
+        self._warn_unrestored()
         self._reap()
-        if self._due(step):
+        self._seen = step, state
+        if self._watch is not None and self._watch.arrive():
+            self._preempt(self._watch, step, state)
+        if self._schedule.due(step):
             if self._when_busy == "skip" and self._is_busy():
                 _log.warning("step %d: not saved, the save before it is still in flight", step)
             else:
                 try:
                     handle = self._save(step, state)
                 except StateError:
+                    self._seen = None  # told; not to be tried again at the end
                     raise
                 except CheckpointError as error:
                     self._failed(error, f"step {step} of {self.run}")
@@ -229,8 +270,11 @@ class Checkpointer:
         """Save now, in the background; return the handle, or that of the save of this very step in this life.
 
         Raises what makes the snapshot impossible (`StateError`, `StorageError`, `DeadlineError`), with
-        `on_error="raise"` also what made an earlier save fail.
+        `on_error="raise"` also what made an earlier save fail, and `Preempted` as `step` does.
         """
+        self._warn_unrestored()
+        if self._watch is not None and self._watch.arrive():
+            self._preempt(self._watch, step, state)
         handle = self._save(step, state)
         self._raise_failure()
         return handle
@@ -248,7 +292,7 @@ class Checkpointer:
         self._reap()
         if self._last is not None and self._last[0] == step:
             return self._last[1]
-        self._last_time = time.monotonic()
+        self._schedule.started()
         target = Target(
             storage=self._storage,
             directory=step_directory(step),
@@ -288,10 +332,18 @@ class Checkpointer:
 
     def close(self) -> None:
         """Wait for the saves in flight and give the memory back. The Checkpointer can't be used afterwards."""
+        self._close(failed=False)
+
+    def _close(self, failed: bool) -> None:
+        if failed and self._watch is not None:
+            # At once: the others must not wait for this rank, nor the launcher's signal for the saves in flight.
+            self._watch.close(failed)
         try:
             self.wait(self._timeout)
         finally:
             self._saver.close()
+            if self._watch is not None:
+                self._watch.close()
 
     def __enter__(self) -> Checkpointer:
         return self
@@ -300,39 +352,75 @@ class Checkpointer:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if error is None:
-            self.close()
+            try:
+                self._finish()
+            finally:
+                self.close()
             return
         try:
-            self.close()
+            self._close(failed=True)
         except CheckpointError as problem:
             _log.warning("%s: while the training error below was on its way: %s", self.run, problem)
 
-    def _due(self, step: int) -> bool:
-        if self._steps is not None:
-            return step % self._steps == 0
-        return self._seconds is not None and self._due_by_time(step)
+    def _finish(self) -> None:
+        """Save the last step, if it isn't saved."""
+        if not self._save_last or self._seen is None:
+            return
+        step, state = self._seen
+        # How the save of this very step ends must be known, and is then the same on all ranks.
+        for handle in self._pending:
+            handle.durable.wait()
+        self._reap()
+        if self._last is not None and self._last[0] == step:
+            return
+        try:
+            self._save(step, state)
+        except StateError:
+            raise
+        except CheckpointError as error:
+            self._failed(error, f"step {step} of {self.run}")
 
-    def _due_by_time(self, step: int) -> bool:
-        """Let rank 0's clock decide, for all ranks; it also says at which step to ask again.
+    def _preempt(self, watch: Watch, step: int, state: Mapping[str, Any]) -> NoReturn:
+        """Save the step at which all ranks stop, wait until it is durable, and leave."""
+        problem, saved = "", None
+        expected = max((stats.durable_seconds for stats in self.history[-3:]), default=0.0)
+        watch.saving(step)
+        try:
+            if watch.left is not None and expected > watch.left:
+                problem = (
+                    f"step {step} was not saved: that takes {expected:.3g} s, {max(0.0, watch.left):.3g} s are left"
+                )
+            else:
+                self._save(step, state).durable.result()
+                saved = step
+        except CheckpointError as error:
+            problem = f"step {step} was NOT saved: {error}"
+        for handle in self._pending:
+            handle.durable.wait()
+        self._reap()
+        watch.leave(saved, problem)
 
-        Asking is an exchange, so it happens after half of the steps that seem to be left: a few times per save.
-        """
-        if step < self._next_check:
-            return False
-        reply = None
-        if self._comm.rank == 0:
-            assert self._seconds is not None
-            now = time.monotonic()
-            left = self._seconds - (now - self._last_time)
-            ahead = 1
-            if self._checked is not None and left > 0:
-                checked_step, checked_time = self._checked
-                each = (now - checked_time) / max(1, step - checked_step)
-                ahead = int(min(left / max(each, 1e-6) / 2, 1e6))
-            self._checked = step, now
-            reply = struct.pack("<?q", left <= 0, step + max(1, ahead))
-        due, self._next_check = struct.unpack("<?q", self._comm.broadcast(reply, self._timeout))
-        return bool(due)
+    def _stands(self) -> int | None:
+        """Return the newest committed step that this rank knows of; any thread may ask."""
+        for handle in reversed(list(self._pending)):
+            if handle.durable.done() and handle.durable.error is None:
+                stats = handle.durable.result(0)
+                return None if stats is None else stats.step
+        if self.history:
+            return self.history[-1].step
+        return self._found if self._parent is None else self._parent[1]
+
+    def _warn_unrestored(self) -> None:
+        """Say, once, that a job which finds checkpoints begins without them."""
+        asked, self._asked = self._asked, True
+        if not asked and self._found is not None:
+            _log.warning(
+                "%s has checkpoints, the newest of step %d, and restore() was not called before the first step: this "
+                "job begins anew, and what it saves is the newest from then on. Call restore(state) before the first "
+                "step, or give the job a directory of its own",
+                self.run,
+                self._found,
+            )
 
     def _claim(self) -> int:
         return claim_generation(self._storage, self._parent)
@@ -363,6 +451,7 @@ class Checkpointer:
             else:
                 assert stats is not None
                 self.history.append(stats)
+                self._schedule.learn(stats)
                 self._failures = 0
 
     def _raise_failure(self) -> None:
@@ -373,6 +462,7 @@ class Checkpointer:
 
     def _failed(self, error: Exception, path: str) -> None:
         self._failures += 1
+        self._schedule.failed()
         self._last = None  # the same step may be tried again
         if self._on_error == "raise" or self._failures >= self._max_failures:
             self._failure = SaveFailedError(
@@ -383,15 +473,3 @@ class Checkpointer:
             return
         counted = f"failure {self._failures} of {self._max_failures} in a row"
         _log.error("%s was NOT saved, training goes on (%s): %s", path, counted, error)
-
-
-def _interval(every: int | str | None) -> tuple[int | None, float | None]:
-    """Return `every` as (steps, seconds), at most one of them set."""
-    if every is None:
-        return None, None
-    if isinstance(every, int) and not isinstance(every, bool) and every > 0:
-        return every, None
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(s|min|h)", every) if isinstance(every, str) else None
-    if match is None or float(match[1]) <= 0:
-        raise ValueError(f'every={every!r}: give a number of steps, or a time such as "90s", "10min" or "2h"')
-    return None, float(match[1]) * {"s": 1, "min": 60, "h": 3600}[match[2]]

@@ -7,6 +7,7 @@ __all__ = [
     "DeadlineError",
     "FormatVersionError",
     "LoadMismatchError",
+    "Preempted",
     "RankFailedError",
     "ReplicaMismatchError",
     "SaveFailedError",
@@ -57,3 +58,19 @@ class RankFailedError(CheckpointError):
 
 class DeadlineError(CheckpointError, TimeoutError):
     """Something did not happen in time; the message names what was waited for and the ranks that are missing."""
+
+
+class Preempted(SystemExit):
+    """The job was told to end, and all ranks leave together; uncaught, it ends the process with `code`.
+
+    Not a `CheckpointError`, nor an `Exception`: a training loop that goes on after errors must not go on after this.
+    `step` is the step that was saved and is durable, None where nothing had to be or could be saved: then the newest
+    committed checkpoint stands.
+    """
+
+    def __init__(self, message: str, code: int, step: int | None) -> None:
+        super().__init__(code)
+        self.message, self.step = message, step
+
+    def __str__(self) -> str:
+        return self.message

@@ -10,6 +10,9 @@ __all__ = ["Communicator", "KeyValueStore"]
 class KeyValueStore(ABC):
     """Small values under string keys that all ranks see. Safe to use from a background thread."""
 
+    blocks: bool = False
+    """Whether `get` waits without looking again and again, so that a thread may wait for hours at no cost."""
+
     @abstractmethod
     def set(self, key: str, value: bytes) -> None:
         """Store a value; it must be visible to a `get` that starts afterwards on any rank."""

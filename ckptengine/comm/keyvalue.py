@@ -42,6 +42,8 @@ def poll(look: Callable[[], bytes | None], timeout: float) -> bytes | None:
 class MemoryStore(KeyValueStore):
     """A store for the threads of one process."""
 
+    blocks = True
+
     def __init__(self) -> None:
         self._values: dict[str, bytes] = {}
         self._changed = threading.Condition()

@@ -78,7 +78,7 @@ class TorchStore(KeyValueStore):
         while isinstance(store, dist.PrefixStore):  # type: ignore[attr-defined]
             store = store.underlying_store
         # The other stores' `wait` polls in steps of up to a second, or blocks writers.
-        self._waits = self.cloned and isinstance(store, dist.TCPStore)  # type: ignore[attr-defined]
+        self.blocks = self.cloned and isinstance(store, dist.TCPStore)  # type: ignore[attr-defined]
 
     def set(self, key: str, value: bytes) -> None:
         """Store a value."""
@@ -87,7 +87,7 @@ class TorchStore(KeyValueStore):
 
     def get(self, key: str, timeout: float) -> bytes | None:
         """Return the value as soon as it is there, None after `timeout` seconds without it."""
-        if not self._waits or timeout <= 0:
+        if not self.blocks or timeout <= 0:
             return poll(lambda: self._look(key), timeout)
         deadline = time.monotonic() + timeout
         while (value := self._look(key)) is None:

@@ -81,12 +81,24 @@ def no_room():
 # When it saves.
 
 
-def test_every_n_steps_saves_at_the_multiples(tmp_path):
+def test_every_n_steps_saves_at_the_multiples_and_the_last_step(tmp_path):
     with ce.Checkpointer(tmp_path, every=3) as ckpt:
         saved = [step for step in range(1, 11) if ckpt.step(step, state_at(step)) is not None]
         ckpt.wait()
         assert saved == [3, 6, 9] == [stats.step for stats in ckpt.history]
-    assert steps_in(tmp_path) == [3, 6, 9]
+    assert steps_in(tmp_path) == [3, 6, 9, 10]
+    assert restored(tmp_path) == 10
+
+
+def test_the_last_step_is_not_saved_where_it_is_unwanted_or_the_training_failed(tmp_path):
+    with ce.Checkpointer(tmp_path / "unwanted", every=3, save_last=False) as ckpt:
+        for step in range(1, 5):
+            ckpt.step(step, state_at(step))
+    with pytest.raises(ZeroDivisionError), ce.Checkpointer(tmp_path / "failed", every=3) as ckpt:
+        for step in range(1, 5):
+            ckpt.step(step, state_at(step))
+        1 / 0  # noqa: B018
+    assert steps_in(tmp_path / "unwanted") == steps_in(tmp_path / "failed") == [3]
 
 
 @pytest.mark.parametrize("first", [1, 1_000_000])
@@ -243,6 +255,21 @@ DAMAGES = [
     empty_manifest,
     change_manifest,
 ]
+
+
+def test_a_job_that_forgets_to_restore_is_warned_once(tmp_path, caplog):
+    save_steps(tmp_path, [5, 6])
+    with caplog.at_level(logging.WARNING, "ckptengine"), ce.Checkpointer(tmp_path, every=1) as ckpt:
+        for step in (1, 2):
+            ckpt.step(step, state_at(step))
+    (message,) = (record.getMessage() for record in caplog.records)
+    assert "the newest of step 6" in message
+    assert "Call restore(state) before the first step" in message
+    caplog.clear()
+    with caplog.at_level(logging.WARNING, "ckptengine"), ce.Checkpointer(tmp_path, every=1) as ckpt:
+        assert ckpt.restore(blank()) == 2
+        ckpt.step(3, state_at(3))
+    assert not caplog.records
 
 
 @pytest.mark.parametrize("damage", DAMAGES, ids=lambda damage: damage.__name__)

@@ -1,0 +1,1 @@
+"""When a save is due, and what happens when the job is told to end."""

@@ -1,0 +1,57 @@
+"""What a job does that is told to end: the choices."""
+
+from __future__ import annotations
+
+import os
+import signal
+from dataclasses import dataclass
+
+__all__ = ["EXIT_CODE", "Preemption"]
+
+EXIT_CODE = 75
+"""EX_TEMPFAIL of BSD's sysexits.h: a temporary failure, try again later."""
+
+
+@dataclass(frozen=True, slots=True)
+class Preemption:
+    """By what a job is told to end: then all ranks save the same step and exit. For `Checkpointer(preemption=...)`.
+
+    `signals` are the names of those that tell it, to any rank. `file` is a path that tells it by appearing or being
+    touched; rank 0 looks for it once a second, and what lies there at the start is not taken for a word to this job.
+    `grace` is how many seconds after that the processes must have ended: what isn't durable by then is given up, and
+    the checkpoint committed before stands; None: the save gets the Checkpointer's `timeout`. `exit_code` is that of
+    every rank.
+
+    Raises `ValueError` where a signal has no such name, can't be handled, `grace` isn't positive, or `exit_code` isn't
+    from 1 to 255.
+    """
+
+    signals: tuple[str, ...] = ("SIGTERM", "SIGUSR1")
+    file: str | os.PathLike[str] | None = None
+    grace: float | None = None
+    exit_code: int = EXIT_CODE
+
+    def __post_init__(self) -> None:
+        _ = self.numbers
+        if self.grace is not None and not self.grace > 0:
+            raise ValueError(f"grace={self.grace!r}: give a number of seconds, or None for no bound")
+        if type(self.exit_code) is not int or not 1 <= self.exit_code <= 255:
+            raise ValueError(f"exit_code={self.exit_code!r}: give a number from 1 to 255; 0 would say that all is done")
+
+    @property
+    def numbers(self) -> tuple[signal.Signals, ...]:
+        """The signals themselves."""
+        if isinstance(self.signals, str):
+            raise ValueError(f'signals={self.signals!r}: give a tuple of names, such as ("{self.signals}",)')
+        found = []
+        for name in self.signals:
+            number = getattr(signal, name, None) if isinstance(name, str) else None
+            if not isinstance(number, signal.Signals) or number in (signal.SIGKILL, signal.SIGSTOP):
+                raise ValueError(f"signals={self.signals!r}: {name!r} is no signal that can be handled")
+            found.append(number)
+        return tuple(found)
+
+    @property
+    def margin(self) -> float:
+        """How many seconds before the end of the grace period a process is ended: a tenth of it, 2 at most."""
+        return 0.0 if self.grace is None else min(2.0, self.grace / 10)

@@ -1,0 +1,259 @@
+"""Preemption of a single process: real signals at awkward moments."""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from jobs import HERE, environment, steps_in
+
+import ckptengine as ce
+
+
+class Process:
+    """A job whose lines are read as they come."""
+
+    def __init__(self, run: Path, options: dict[str, Any]) -> None:
+        self.popen = subprocess.Popen(
+            [sys.executable, str(HERE / "alone_job.py"), str(run), json.dumps(options)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env=environment(),
+        )
+        self.lines: list[str] = []
+
+    def until(self, start: str) -> str:
+        """Read up to the first line with such a start, and return it."""
+        assert self.popen.stdout is not None
+        for line in self.popen.stdout:
+            self.lines.append(line.rstrip("\n"))
+            if line.startswith(start):
+                return self.lines[-1]
+        raise AssertionError(f"no line {start!r} came:\n" + "\n".join(self.lines))
+
+    def send(self, number: signal.Signals = signal.SIGTERM) -> None:
+        self.popen.send_signal(number)
+
+    def code(self) -> int:
+        rest, _ = self.popen.communicate(timeout=120)
+        self.lines += rest.splitlines()
+        return self.popen.returncode
+
+    def last_step(self) -> int:
+        return max(int(line.split()[1]) for line in self.lines if line.startswith("step "))
+
+    def logged(self, text: str) -> list[str]:
+        return [line for line in self.lines if text in line]
+
+
+@contextmanager
+def started(run: Path, **options: Any) -> Iterator[Process]:
+    process = Process(run, options)
+    try:
+        yield process
+    finally:
+        process.popen.kill()
+        process.popen.wait()
+
+
+def test_a_signal_saves_the_step_and_exits_with_the_code_and_the_job_goes_on_from_it(tmp_path: Path) -> None:
+    for number, code in ((signal.SIGTERM, 75), (signal.SIGUSR1, 99)):
+        with started(tmp_path, code=code) as job:
+            start = int(job.until("resumed").split()[1])
+            job.until(f"step {start + 3}")
+            job.send(number)
+            assert job.code() == code
+            assert steps_in(tmp_path)[-1] == job.last_step() > start
+            assert len(job.logged(f"{number.name} on rank 0")) == 2  # what will be done, and that it is
+            assert job.logged(f"step {job.last_step()} is saved; exiting with code {code}")
+    assert len(steps_in(tmp_path)) == 2
+
+
+def test_a_signal_during_a_save_waits_for_it_and_saves_the_step_that_has_come_since(tmp_path: Path) -> None:
+    with started(tmp_path, every=5, slow={"create_archive": 0.5}) as job:
+        job.until("create_archive")
+        job.send()
+        assert job.code() == 75
+        assert steps_in(tmp_path) == [5, job.last_step()]
+
+
+def test_a_signal_during_the_restore_exits_at_its_end_and_harms_nothing(tmp_path: Path) -> None:
+    with started(tmp_path, steps=3) as job:
+        assert job.code() == 0
+    with started(tmp_path, slow={"read_bytes": 0.5}) as job:
+        job.until("read_bytes")
+        job.send()
+        assert job.code() == 75
+        assert not job.logged("resumed")
+        assert job.logged("no step has been trained since its state was made or restored; step 3 is the last")
+    assert steps_in(tmp_path) == [3]
+
+
+def test_where_the_save_misses_the_deadline_the_process_is_gone_and_the_checkpoint_before_stands(
+    tmp_path: Path,
+) -> None:
+    with started(tmp_path, every=2, steps=2) as job:
+        assert job.code() == 0
+    with started(tmp_path, grace=2, slow={"create_archive": 60}) as job:
+        job.until("step 5")
+        job.send()
+        sent = time.monotonic()
+        assert job.code() == 75
+        assert time.monotonic() - sent < 30  # the write alone takes 60 s
+        assert job.logged("was not durable in time; step 2 is the last one committed; rank 0 ends with code 75")
+    assert steps_in(tmp_path) == [2]
+
+
+def test_a_save_that_is_known_to_take_too_long_is_not_begun(tmp_path: Path) -> None:
+    with started(tmp_path, every=3, wait_at=3, grace=2, pace=0.3, slow={"create_archive": 2.5}) as job:
+        job.until("waited")
+        job.send()
+        assert job.code() == 75
+        (told,) = job.logged("was not saved: that takes")
+        assert "step 3 is the last one committed; exiting with code 75" in told
+        assert len(job.logged("create_archive")) == 1
+    assert steps_in(tmp_path) == [3]
+
+
+def test_a_step_that_hangs_in_c_code_does_not_keep_the_process_beyond_the_deadline(tmp_path: Path) -> None:
+    with started(tmp_path, grace=1, hang_at=3) as job:
+        job.until("hanging")
+        time.sleep(0.2)
+        job.send()
+        assert job.code() == 75
+        assert job.logged("the training did not come to its next step in time; nothing is committed yet")
+        assert not job.logged("step 3")
+
+
+def test_a_second_signal_ends_the_process_at_once_but_not_the_launchers_echo_of_the_first(tmp_path: Path) -> None:
+    with started(tmp_path, hang_at=3) as job:
+        job.until("hanging")
+        job.send()
+        time.sleep(0.3)
+        job.send()  # the echo
+        time.sleep(3.2)
+        assert job.popen.poll() is None
+        job.send()
+        assert job.code() == 128 + signal.SIGTERM
+        assert job.logged("SIGTERM came again")
+
+
+def test_a_users_own_handler_is_called_too_and_gets_the_signal_back(tmp_path: Path) -> None:
+    with started(tmp_path, own_handler=True) as job:
+        job.until("step 3")
+        job.send()
+        assert job.code() == 75
+        assert job.logged("own handler 15")
+    with started(tmp_path, own_handler=True, ignored=True, steps=2) as job:
+        assert job.code() == 0
+        assert job.logged("SIGTERM <function main")
+        assert job.logged("SIGUSR1 1")  # it was ignored before, and was left so
+        assert job.logged("SIGUSR1 is ignored in this process and is left so")
+
+
+def test_a_signal_to_a_forked_process_is_no_word_to_the_job(tmp_path: Path) -> None:
+    with started(tmp_path, fork_at=2, steps=4) as job:
+        child = int(job.until("child").split()[1])
+        os.kill(child, signal.SIGUSR1)  # what SLURM sends to every process of a job
+        time.sleep(0.3)
+        os.kill(child, signal.SIGTERM)  # how a parent ends its workers
+        assert job.until("child ended") == "child ended -15"
+        assert job.code() == 0
+        assert not job.logged("on rank 0")
+
+
+def test_a_file_that_appears_ends_the_job_and_one_that_was_there_before_does_not(tmp_path: Path) -> None:
+    run, file = tmp_path / "run", tmp_path / "stop"
+    with started(run, file=str(file)) as job:
+        job.until("step 3")
+        file.touch()
+        assert job.code() == 75
+        assert job.logged(f"the file {file}: step {job.last_step()} is saved")
+    with started(run, file=str(file)) as job:
+        job.until("resumed")
+        for _ in range(100):
+            job.until("step")
+        assert job.logged("is there already")
+        file.write_text("again")
+        assert job.code() == 75
+    assert len(steps_in(run)) == 2
+
+
+def test_ranks_of_different_speed_without_a_store_stop_at_the_step_that_the_fastest_has_come_to(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+
+    def rank(number: int, **options: Any) -> AbstractContextManager[Process]:
+        return started(run, rank=number, ranks=2, meet=str(tmp_path / "meet"), pace=0.1 + 0.1 * number, **options)
+
+    with rank(0) as fast, rank(1) as slow:
+        slow.until("step 5")
+        slow.send()  # the other is ahead of it by some steps
+        assert [fast.code(), slow.code()] == [75, 75]
+        assert steps_in(run) == [fast.last_step()] == [slow.last_step()]
+    assert not list(run.glob("preemption-*"))
+    shutil.rmtree(tmp_path / "meet")
+    with rank(0) as sound, rank(1, fail_at=3) as failing:
+        assert failing.code() == 1
+        sound.until("step")
+        sound.send()
+        assert sound.code() == 75
+        assert sound.logged("rank 1 ended with an error; step")
+
+
+def test_in_another_thread_than_the_main_one_signals_are_left_alone(tmp_path: Path) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+
+    def use() -> None:
+        with ce.Checkpointer(tmp_path, every=1) as ckpt:
+            ckpt.step(1, {"a": 1})
+            assert signal.getsignal(signal.SIGTERM) == before
+
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(use).result()
+    assert steps_in(tmp_path) == [1]
+
+
+def test_without_preemption_signals_are_left_alone_and_several_checkpointers_give_them_back(tmp_path: Path) -> None:
+    before, wakeup = signal.getsignal(signal.SIGTERM), signal.set_wakeup_fd(-1)
+    with ce.Checkpointer(tmp_path / "none", preemption=None):
+        assert signal.getsignal(signal.SIGTERM) == before
+    first, second = (ce.Checkpointer(tmp_path / name) for name in ("first", "second"))
+    assert signal.getsignal(signal.SIGTERM) != before
+    first.close()  # not the last one that came
+    second.close()
+    forgotten = ce.Checkpointer(tmp_path / "forgotten")
+    del forgotten
+    gc.collect()
+    assert signal.getsignal(signal.SIGTERM) == before
+    assert not [thread for thread in threading.enumerate() if thread.name == "ckptengine-watch"]
+    assert signal.set_wakeup_fd(wakeup) == -1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"signals": ("SIGNOTHING",)}, "SIGNOTHING"),
+        ({"signals": ("SIGKILL",)}, "SIGKILL"),
+        ({"signals": "SIGTERM"}, "tuple of names"),
+        ({"grace": 0}, "grace=0"),
+        ({"exit_code": 0}, "exit_code=0"),
+        ({"exit_code": 256}, "exit_code=256"),
+    ],
+)
+def test_a_preemption_that_makes_no_sense_is_refused(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ce.Preemption(**arguments)
