@@ -8,7 +8,7 @@ import pytest
 from gpt_job import GLOBAL_BATCH, SAMPLES
 from job import Life, events, final, starts, steps_of
 
-audit = None
+from ckptengine.audit import audit
 
 STEPS = 30
 
