@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -16,7 +17,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-__all__ = ["Check", "Course", "Save", "Start", "Step", "check", "draw", "show"]
+from ckptengine.audit import audit
+
+__all__ = ["Check", "Course", "Save", "Start", "Step", "audited", "check", "draw", "show"]
 
 LIFE_COLOURS = ("cyan", "green", "yellow", "magenta")
 
@@ -199,13 +202,21 @@ def _equal_leaves(course: Course, resumed: int | None) -> Check:
     return Check(claim, bool(names) and not differing, found)
 
 
-def show(course: Course, total: int, console: Console) -> bool:
+def audited(run: Path) -> Check:
+    """Prove from the checkpoints that each sample of each finished epoch was used once, over both lives."""
+    report = audit(run)
+    (cursor,) = report.cursors
+    epochs = f"{cursor.finished_epochs} epochs of {cursor.order['length']} samples"
+    found = "; ".join(finding.message for finding in report.findings) or f"{epochs}, {len(cursor.lives)} lives"
+    return Check("every sample of each epoch was used exactly once", report.clean and cursor.finished_epochs > 0, found)
+
+
+def show(course: Course, checks: Sequence[Check], console: Console) -> bool:
     """Print the account; return whether every claim holds."""
     console.print()
     console.print(_lives(course))
     console.print(_saves(course))
     console.print(_curve(course))
-    checks = check(course, total)
     table = Table(box=box.SIMPLE, show_header=False, pad_edge=False)
     for one in checks:
         mark = "[bold green]✓[/]" if one.good else "[bold red]✗[/]"

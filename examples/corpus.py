@@ -5,32 +5,32 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.utils.data import Dataset
 
-__all__ = ["batch", "read"]
-
-
-def read(limit: int = 4 << 20) -> Tensor:
-    """Return the first `limit` bytes of the standard library's top-level modules, in order, as uint8."""
-    text = bytearray()
-    for path in sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py")):
-        text += path.read_bytes()
-        if len(text) >= limit:
-            break
-    return torch.frombuffer(text[:limit], dtype=torch.uint8)
+__all__ = ["Windows"]
 
 
-def batch(
-    text: Tensor, step: int, *, samples: int, length: int, seed: int, rank: int, world_size: int
-) -> tuple[Tensor, Tensor]:
-    """Return this rank's inputs and targets of one step, each int64 of (samples / world_size, length).
+class Windows(Dataset[Tensor]):
+    """The first `count` windows of the standard library's top-level modules, one after the other.
 
-    The `samples` of a step depend on `seed` and `step` alone; the ranks split them in order. So the job
-    trains on the same global batches at every world size, and after every restart.
+    Each is an int64 tensor of `length + 1` bytes: inputs, and targets one further.
     """
-    if samples % world_size:
-        raise ValueError(f"a global batch of {samples} samples does not split evenly over {world_size} ranks")
-    generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
-    starts = torch.randint(len(text) - length, (samples,), generator=generator)
-    mine = starts.chunk(world_size)[rank]
-    windows = torch.stack([text[start : start + length + 1] for start in mine.tolist()]).long()
-    return windows[:, :-1], windows[:, 1:]
+
+    def __init__(self, count: int, length: int) -> None:
+        self._count, self._length = count, length
+        wanted = count * length + 1
+        text = bytearray()
+        for path in sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py")):
+            text += path.read_bytes()
+            if len(text) >= wanted:
+                break
+        if len(text) < wanted:
+            raise ValueError(f"the standard library has {len(text)} bytes, {count} windows of {length} need {wanted}")
+        self._text = torch.frombuffer(text[:wanted], dtype=torch.uint8)
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, index: int) -> Tensor:
+        start = index * self._length
+        return self._text[start : start + self._length + 1].long()

@@ -106,7 +106,8 @@ def main() -> int:
             console.print(f"the end of {path}:", *lines, sep="\n", markup=False, highlight=False)
         return 1
     account.draw(course, args.folder / "loss.png")
-    good = account.show(course, args.steps, console)
+    checks = [*account.check(course, args.steps), account.audited(args.folder / "run")]
+    good = account.show(course, checks, console)
     console.print(f"[dim]{time.monotonic() - started:.0f} s in all; the curve is in {args.folder}/loss.png[/]")
     return 0 if good else 1
 

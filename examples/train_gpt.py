@@ -11,17 +11,20 @@ import json
 import math
 import os
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import corpus
 import digests
 import torch
 import torch.distributed as dist
+from corpus import Windows
 from gpt import GPT, GPTConfig
+from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn import functional as F
+from torch.utils.data import DataLoader
 
 import ckptengine as ce
 
@@ -48,7 +51,7 @@ def learning_rate(step: int, warm_up: int, total: int) -> float:
 
 
 def train(args: argparse.Namespace) -> None:
-    rank, world_size = dist.get_rank(), dist.get_world_size()
+    world_size = dist.get_world_size()
     log = Log(args.events)
 
     torch.manual_seed(args.seed)
@@ -59,19 +62,19 @@ def train(args: argparse.Namespace) -> None:
     fully_shard(model, mesh=mesh)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.peak_rate, betas=(0.9, 0.95), weight_decay=0.1)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate(step, 5, args.steps))
-    text = corpus.read()
+    # A global batch is the same at every number of ranks; `batches` counts what training was handed.
+    sampler = ce.ElasticSampler(args.samples, args.batch, seed=args.seed)
+    loader = DataLoader(Windows(args.samples, GPTConfig().context), batch_sampler=sampler)
 
-    def train_step(step: int) -> float:
-        inputs, targets = corpus.batch(
-            text,
-            step,
-            samples=args.batch,
-            length=GPTConfig().context,
-            seed=args.seed,
-            rank=rank,
-            world_size=world_size,
-        )
-        loss = F.cross_entropy(model(inputs).flatten(0, 1), targets.flatten())
+    def batches() -> Iterator[Tensor]:
+        while True:  # epoch after epoch
+            yield from sampler.batches(loader)
+
+    def train_step(tokens: Tensor) -> float:
+        logits = model(tokens[:, :-1])
+        loss = F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="sum")
+        # FSDP takes the mean over the ranks, which may have different numbers of samples.
+        loss = loss * world_size / (sampler.size * GPTConfig().context)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -80,7 +83,7 @@ def train(args: argparse.Namespace) -> None:
         dist.all_reduce(total)
         return float(total) / world_size
 
-    state = {"model": model, "optimizer": optimizer, "scheduler": scheduler}
+    state = {"model": model, "optimizer": optimizer, "scheduler": scheduler, "data": sampler, "rng": ce.RNG()}
     with ce.Checkpointer(args.checkpoints, every=args.every, keep_last=3, timeout=args.timeout) as ckpt:
         started = time.perf_counter()
         start = ckpt.restore(state)
@@ -88,8 +91,8 @@ def train(args: argparse.Namespace) -> None:
         if start is not None and args.events is not None:
             digests.write(args.events, "restored", start, digests.leaf_digests(model, optimizer, scheduler))
         saves = 0
-        for step in range((start or 0) + 1, args.steps + 1):
-            loss = train_step(step)
+        for step, tokens in zip(range((start or 0) + 1, args.steps + 1), batches(), strict=False):
+            loss = train_step(tokens)
             log("step", step=step, loss=loss, world_size=world_size)
             if args.events is not None and step % args.every == 0:
                 digests.write(args.events, "saved", step, digests.leaf_digests(model, optimizer, scheduler))
@@ -121,6 +124,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--every", type=int, default=5, help="steps between two checkpoints")
     parser.add_argument("--batch", type=int, default=8, help="samples per step, over all ranks")
+    parser.add_argument("--samples", type=int, default=160, help="samples of the data set: windows of a text")
     parser.add_argument("--peak-rate", type=float, default=1e-3)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--timeout", type=float, default=60, help="longest wait for other ranks, in seconds")
