@@ -1,0 +1,1 @@
+"""Which samples training uses, in which order, and which it has used."""
