@@ -3,6 +3,8 @@
 from ckptengine import errors
 from ckptengine.api import async_save, load, save
 from ckptengine.checkpointer import Checkpointer
+from ckptengine.data.shards import Shards
+from ckptengine.data.stream import ElasticBatches
 from ckptengine.save.handle import SaveHandle, SaveStats
 from ckptengine.state.per_rank import PerRank
 from ckptengine.state.report import LoadReport
@@ -10,11 +12,13 @@ from ckptengine.state.sharded import ShardedArray
 
 __all__ = [
     "Checkpointer",
+    "ElasticBatches",
     "LoadReport",
     "PerRank",
     "SaveHandle",
     "SaveStats",
     "ShardedArray",
+    "Shards",
     "async_save",
     "errors",
     "load",

@@ -12,6 +12,8 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from ckptengine.state.adapters import describe_type
+
 __all__ = ["BinaryRows", "Calling", "Counted", "JsonLines", "Lines", "NpyRows", "Reader"]
 
 MARK_STRIDE = 4096
@@ -39,6 +41,11 @@ class Reader(ABC):
     read and dropped.
     """
 
+    @property
+    def name(self) -> str:
+        """What tells readers apart that count the records of one file differently."""
+        return describe_type(self)
+
     @abstractmethod
     def open(self, path: str, start: int, marks: Sequence[int] = ()) -> Iterator[Any]:
         """Return the file's records from number `start` (from 0) on; `marks` are those that `count` found."""
@@ -53,6 +60,12 @@ class Calling(Reader):
 
     def __init__(self, read: Callable[[str, int], Iterator[Any]]) -> None:
         self._read = read
+
+    @property
+    def name(self) -> str:
+        """Module and name of the function, or of its class."""
+        qualified = getattr(self._read, "__qualname__", None)
+        return describe_type(self._read) if qualified is None else f"{self._read.__module__}.{qualified}"
 
     def open(self, path: str, start: int, marks: Sequence[int] = ()) -> Iterator[Any]:
         """Return what the function returns."""
@@ -159,6 +172,11 @@ class BinaryRows(Reader):
         self._nbytes = self._dtype.itemsize * int(np.prod(self._shape, dtype=np.int64))
         if self._nbytes <= 0 or offset < 0:
             raise ValueError(f"records of dtype {dtype} and shape {self._shape} after {offset} bytes: none can be read")
+
+    @property
+    def name(self) -> str:
+        """The class, and what a record is."""
+        return f"{super().name}({self._dtype}, {self._shape}, {self._offset})"
 
     def open(self, path: str, start: int, marks: Sequence[int] = ()) -> Iterator[Any]:
         """Return the records from one on."""

@@ -71,21 +71,21 @@ class Shards:
         """Return shards after counting the records of each file, which reads all of it (`NpyRows`, `BinaryRows`: no).
 
         `cache` names a JSON file in which counts are kept by path, size and time of the last change: what has not
-        changed is not read again. It is replaced as a whole, so several processes may do this at a time. Raises
-        `StorageError` where a file can't be read.
+        changed is not read again by the same reader. It is replaced as a whole, so several processes may do this at a
+        time. Raises `StorageError` where a file can't be read, `StateError` where `cache` is another kind of file.
         """
         names, reader = _names(paths), as_reader(read)
-        known = _read_cache(cache)
+        known = _read_cache(cache, reader.name)
         entries: dict[str, list[Any]] = {}
         for path in dict.fromkeys(names):
             key = _stamp(path)
             entry = known.get(path)
             if entry is None or key is None or entry[:2] != key:
                 counted = _count(reader, path)
-                entry = [*(key or [None, None]), counted.records, list(counted.marks)]
+                entry = [*(key or (None, None)), counted.records, list(counted.marks)]
             entries[path] = entry
         if cache is not None and any(known.get(path) != entry for path, entry in entries.items()):
-            _write_cache(cache, {**known, **entries})
+            _write_cache(cache, reader.name, {**known, **entries})
         found = [entries[path] for path in names]
         return Shards(names, tuple(e[2] for e in found), tuple(e[0] for e in found), tuple(tuple(e[3]) for e in found))
 
@@ -143,12 +143,12 @@ def _count(reader: Reader, path: str) -> Counted:
         raise StorageError(error.errno, f"{path}: counting its records failed: {error}") from error
 
 
-def _read_cache(cache: str | os.PathLike[str] | None) -> dict[str, list[Any]]:
+def _read_cache(cache: str | os.PathLike[str] | None, reader: str) -> dict[str, list[Any]]:
     if cache is None or not os.path.exists(cache):
         return {}
     try:
         data = json.loads(Path(cache).read_text())
-        if data["version"] != _CACHE_VERSION:
+        if (data["version"], data["reader"]) != (_CACHE_VERSION, reader):
             return {}
         entries: dict[str, list[Any]] = data["shards"]
         if all(_is_entry(entry) for entry in entries.values()):
@@ -167,9 +167,9 @@ def _is_entry(entry: Any) -> bool:
     return all(type(number) is int and number >= 0 for number in numbers if number is not None)
 
 
-def _write_cache(cache: str | os.PathLike[str], entries: dict[str, list[Any]]) -> None:
+def _write_cache(cache: str | os.PathLike[str], reader: str, entries: dict[str, list[Any]]) -> None:
     folder = os.path.dirname(os.fspath(cache)) or "."
-    text = json.dumps({"version": _CACHE_VERSION, "shards": entries})
+    text = json.dumps({"version": _CACHE_VERSION, "reader": reader, "shards": entries})
     try:
         os.makedirs(folder, exist_ok=True)
         part = f"{os.fspath(cache)}.{os.getpid()}-{secrets.token_hex(4)}"

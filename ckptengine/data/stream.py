@@ -128,16 +128,14 @@ class ElasticBatches:
         the global one at each start, so that a restart in the middle of an epoch changed what training draws.
         Raises `TypeError` for an option that would change which records come, or in which order.
         """
-        from torch import Generator
-        from torch.utils.data import DataLoader
+        from ckptengine.torch.loader import OWN_OPTIONS, make_loader
 
-        odd = sorted(_OWN_OPTIONS & set(options))
+        odd = sorted(OWN_OPTIONS & set(options))
         if odd or not options.get("in_order", True):
             name = odd[0] if odd else "in_order"
             hint = "give collate= to ElasticBatches" if name == "collate_fn" else "ElasticBatches decides that itself"
             raise TypeError(f"loader({name}=...): {hint}")
-        options.setdefault("generator", Generator())
-        return DataLoader(self._records, sampler=_Plan(self), batch_size=None, collate_fn=_unchanged, **options)
+        return make_loader(self._records, _Plan(self), options)
 
     def batches(self, loader: Any = None) -> Iterator[Any]:
         """Yield this rank's batches to the end of the epoch; a batch counts as consumed when the loop's body gets it.
@@ -204,9 +202,6 @@ class ElasticBatches:
                 yield _Part(batch, begin, end, (begin, end) == parts[-1])
 
 
-_OWN_OPTIONS = frozenset({"dataset", "batch_size", "shuffle", "sampler", "batch_sampler", "drop_last", "collate_fn"})
-
-
 class _Parts:
     """What a loader's workers hold: reads the part that it is asked for, and knows nothing of a position."""
 
@@ -235,7 +230,3 @@ class _Plan:
 
     def __len__(self) -> int:
         return len(self._batches)
-
-
-def _unchanged(item: Any) -> Any:
-    return item

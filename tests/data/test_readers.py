@@ -120,19 +120,31 @@ def test_counts_are_kept_beside_the_run_and_only_what_changed_is_read_again(tmp_
     assert [path.name for path in cache.parent.iterdir()] == ["shards.json"]
 
 
-@pytest.mark.parametrize("text", ["", "[]", '{"version": 1}', '{"version": 1, "shards": {"a": [1, 2, "3", []]}}'])
-def test_a_damaged_cache_of_counts_is_an_error_that_names_it(tmp_path: Path, text: str) -> None:
+LINES = "ckptengine.data.readers.Lines"
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        "",
+        [],
+        {"version": 1},
+        {"version": 1, "reader": LINES},
+        {"version": 1, "reader": LINES, "shards": {"a": [1, 2, "3", []]}},
+    ],
+)
+def test_a_damaged_cache_of_counts_is_an_error_that_names_it(tmp_path: Path, data: object) -> None:
     path = write_lines(tmp_path / "a", 3)
-    (tmp_path / "cache").write_text(text)
+    (tmp_path / "cache").write_text(json.dumps(data) if data else "")
     with pytest.raises(StateError, match="cache is no cache of record counts"):
         Shards.count([path], cache=tmp_path / "cache")
 
 
-def test_a_cache_of_another_version_is_made_anew(tmp_path: Path) -> None:
-    path = write_lines(tmp_path / "a", 3)
-    (tmp_path / "cache").write_text(json.dumps({"version": 99, "shards": {}}))
-    assert Shards.count([path], cache=tmp_path / "cache").counts == (3,)
-    assert json.loads((tmp_path / "cache").read_text())["version"] == 1
+def test_a_cache_of_another_version_or_reader_is_made_anew(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(b"1\n2\n")
+    (tmp_path / "cache").write_text(json.dumps({"version": 99, "reader": LINES, "shards": {}}))
+    for reader, count in ((Lines(), 2), (BinaryRows("<i2"), 2), (BinaryRows("<i4"), 1), (Lines(), 2)):
+        assert Shards.count([tmp_path / "a"], reader, cache=tmp_path / "cache").counts == (count,)
 
 
 def test_a_data_set_that_was_moved_is_the_same_and_one_with_other_names_is_not(tmp_path: Path) -> None:
