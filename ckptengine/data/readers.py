@@ -108,11 +108,15 @@ class JsonLines(Lines):
     """Lines of JSON: a record is the parsed value of a line."""
 
     def __init__(self) -> None:
-        super().__init__(json.loads)
+        super().__init__(_json)
 
 
 def _decode(line: bytes) -> str:
     return line.decode()
+
+
+def _json(line: bytes) -> Any:
+    return json.loads(line.decode())  # given bytes, json would guess their encoding anew for each line
 
 
 class _LineIterator(Iterator[Any]):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -56,7 +57,7 @@ class RecordReader:
         records: list[Any] = []
         for begin, end in zip([0, *cuts.tolist()], [*cuts.tolist(), len(lanes)], strict=True):
             if begin < end:
-                self._read_run(int(lanes[begin]), int(files[begin]), int(numbers[begin]), end - begin, records)
+                records += self._read_run(int(lanes[begin]), int(files[begin]), int(numbers[begin]), end - begin)
         return records
 
     def close(self) -> None:
@@ -70,38 +71,39 @@ class RecordReader:
         if self._process != os.getpid():
             self._open, self._process = {}, os.getpid()
 
-    def _read_run(self, lane: int, file: int, start: int, length: int, records: list[Any]) -> None:
-        current = self._at(lane, file, start)
-        for _ in range(length):
-            try:
-                records.append(next(current.records))
-            except StopIteration:
-                raise self._ended(file, current.next) from None
-            current.next += 1
-        if current.next == self._shards.counts[file]:
-            if next(current.records, _NOTHING) is not _NOTHING:
-                raise self._differs(file, self._found(file, "more"))
-            self._open.pop(lane).close()
+    def _read_run(self, lane: int, file: int, start: int, length: int) -> list[Any]:
+        current = self._at(lane, file, start)  # not kept while it is read: after an error its place is unknown
+        records = list(itertools.islice(current.records, length))
+        current.next += len(records)
+        if len(records) < length:
+            raise self._ended(file, current.next)
+        if current.next < self._shards.counts[file]:
+            self._open[lane] = current
+            return records
+        if next(current.records, _NOTHING) is not _NOTHING:
+            raise self._differs(file, self._found(file, "more"))
+        current.close()
+        return records
 
     def _at(self, lane: int, file: int, start: int) -> _Open:
-        """Return a lane's open file with a record as its next."""
-        current = self._open.get(lane)
+        """Return a lane's file with a record as its next: the open one if that lies ahead in it; taken from `_open`."""
+        current = self._open.pop(lane, None)
         if current is not None and (current.file != file or current.next > start):
-            self._open.pop(lane).close()
+            current.close()
             current = None
         if current is None:
             self._shards.check(file)
             opened = self._reader.open(self._shards.paths[file], start, self._shards.marks[file])
-            current = self._open[lane] = _Open(file, opened, start)
-        elif current.next < start:
-            skip = getattr(current.records, "skip", None)
-            if skip is not None:
-                skip(start - current.next)
-            else:
-                for number in range(current.next, start):
-                    if next(current.records, _NOTHING) is _NOTHING:
-                        raise self._ended(file, number)
-            current.next = start
+            return _Open(file, opened, start)
+        ahead = start - current.next
+        skip = getattr(current.records, "skip", None)
+        if ahead and skip is not None:
+            skip(ahead)
+        elif ahead:
+            passed = sum(1 for _ in itertools.islice(current.records, ahead))
+            if passed < ahead:
+                raise self._ended(file, current.next + passed)
+        current.next = start
         return current
 
     def _ended(self, file: int, number: int) -> StorageError:

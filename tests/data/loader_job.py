@@ -63,7 +63,10 @@ def loaders(**options: Any) -> dict[str, StatefulDataLoader]:
     sampler = StatefulDistributedSampler(Numbers(), shuffle=True, seed=5)
     return {
         "map": StatefulDataLoader(Numbers(), sampler=sampler, generator=generator, **options),
-        "iterable": StatefulDataLoader(Counting(dist.get_rank()), generator=generator, **options),
+        # The save comes two batches after a snapshot of this one.
+        "iterable": StatefulDataLoader(
+            Counting(dist.get_rank()), generator=generator, snapshot_every_n_steps=3, **options
+        ),
     }
 
 

@@ -297,6 +297,26 @@ def test_a_file_that_changed_or_vanished_since_it_was_counted_is_named_also_from
         list(batches.batches(batches.loader(num_workers=1)))
 
 
+def test_after_a_failed_read_a_new_loop_goes_on_where_the_old_one_was() -> None:
+    failures = iter([False] * 30 + [True] + [False] * 1000)
+
+    def flaky(path: str, start: int) -> Iterator[str]:
+        for record in made(path, start):
+            if next(failures):
+                raise OSError("the network is away")
+            yield record
+
+    counts = [40, 25]
+    batches = ce.ElasticBatches(shards(counts), 8, open=flaky, counts=counts, lanes=2)
+    found: list[str] = []
+    with pytest.raises(OSError, match="network"):
+        for batch in batches.batches():
+            found += batch
+    assert 0 < len(found) < 65
+    found += [record for batch in batches.batches() for record in batch]
+    assert Counter(found) == all_records(counts)
+
+
 def test_a_position_in_other_shards_is_refused_with_what_differs(tmp_path: Path) -> None:
     paths = text_shards(tmp_path)
     state = ce.ElasticBatches(paths, 4).state_dict()
