@@ -3,6 +3,7 @@
 from ckptengine import errors
 from ckptengine.api import async_save, load, save
 from ckptengine.checkpointer import Checkpointer
+from ckptengine.data.sampler import ElasticSampler
 from ckptengine.data.shards import Shards
 from ckptengine.data.stream import ElasticBatches
 from ckptengine.save.handle import SaveHandle, SaveStats
@@ -13,6 +14,7 @@ from ckptengine.state.sharded import ShardedArray
 __all__ = [
     "Checkpointer",
     "ElasticBatches",
+    "ElasticSampler",
     "LoadReport",
     "PerRank",
     "SaveHandle",

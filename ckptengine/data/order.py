@@ -144,9 +144,8 @@ class Shuffled(Order):
             np.multiply(word, size, out=word)
             np.right_shift(word, _32, out=word)
             np.add(target, word, out=target)
-            np.greater_equal(target, size, out=other)
-            np.multiply(other, size, out=other)
-            np.subtract(target, other, out=target)
+            np.subtract(target, size, out=other)  # what is below the size wraps round to the greater of the two
+            np.minimum(target, other, out=target)
         left *= right_size
         left += right
         return left

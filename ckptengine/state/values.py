@@ -39,6 +39,7 @@ from ckptengine.errors import CheckpointDamagedError, StateError
 from ckptengine.state.adapters import adapters, describe_type
 from ckptengine.state.dtypes import DTYPES
 from ckptengine.state.leaf import Path, dotted
+from ckptengine.state.refusal import Refusal
 
 __all__ = ["MAX_DEPTH", "decode", "digest", "encode"]
 
@@ -95,6 +96,8 @@ def _encode(value: Any, path: Path, depth: int) -> Any:
         tagged = adapter.encode_value(value)
         if tagged is not None:
             return {f"${adapter.name}.{tagged[0]}": tagged[1]}
+    if isinstance(value, Refusal):
+        raise StateError(f"{dotted(path)}: {value.reason}")
     raise StateError(f"{dotted(path)}: {describe_type(value)} can't be saved. {_advice(value)}")
 
 

@@ -28,7 +28,9 @@ def main() -> None:
     dist.init_process_group("gloo")
     rank = dist.get_rank()
 
-    data = ce.ElasticBatches(sorted((folder / "data").iterdir()), GLOBAL_BATCH, open=JsonLines(), seed=4, cycle=2)
+    data = ce.ElasticBatches(
+        sorted((folder / "data").iterdir()), GLOBAL_BATCH, open=JsonLines(), seed=4, block=2 * GLOBAL_BATCH
+    )
     model = torch.nn.Linear(64, 64)
     loader = data.loader(num_workers=2, prefetch_factor=3)
     state = {"model": model, "data": data}
@@ -36,11 +38,11 @@ def main() -> None:
         (folder / f"life-{life}-rank-{rank}.jsonl").open("w", buffering=1) as log,
         ce.Checkpointer(folder / "run", every=4, timeout=60) as ckpt,
     ):
-        step = start = ckpt.restore(state) or 0
+        start = ckpt.restore(state) or 0
         while data.epoch < EPOCHS:
             epoch = data.epoch
             for records in data.batches(loader):
-                step += 1
+                step = data.global_batches
                 log.write(json.dumps({"step": step, "epoch": epoch, "start": start, "ids": records}) + "\n")
                 if rank == victim and step == last_step:
                     os.kill(os.getpid(), signal.SIGKILL)
@@ -48,7 +50,7 @@ def main() -> None:
                     model.weight += 1
                 dist.barrier()
                 ckpt.step(step, state)
-        ckpt.save(step, state)
+        ckpt.save(data.global_batches, state)
     dist.destroy_process_group()
 
 

@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 import ckptengine as ce
 from ckptengine.data.readers import BinaryRows, Lines
 from ckptengine.data.shards import Shards
-from ckptengine.errors import LoadMismatchError, StorageError
+from ckptengine.errors import CheckpointError, LoadMismatchError, StateError, StorageError
+from ckptengine.state.values import encode
 
 COUNTS = st.lists(st.integers(0, 30), min_size=1, max_size=9).filter(lambda counts: sum(counts) >= 12)
 
@@ -67,19 +68,24 @@ def test_restarts_at_any_numbers_of_ranks_skip_and_repeat_no_record(
 ) -> None:
     if micro_batch == 2 and global_batch < 8:
         micro_batch = 1  # else there are fewer micro-batches than ranks
-    options = {"lanes": lanes, "cycle": data.draw(st.integers(1, 3)), "micro_batch": micro_batch, "seed": 3}
+    options = {
+        "lanes": lanes,
+        "block": global_batch * data.draw(st.integers(1, 3)),
+        "micro_batch": micro_batch,
+        "seed": 3,
+    }
     # What is left of an epoch must give each rank a record: at most four ranks, so restarts come before the last four.
     last_restart = (sum(counts) - 12) // global_batch
     cuts = sorted(data.draw(st.lists(st.integers(0, last_restart), min_size=len(sizes) - 1, max_size=len(sizes) - 1)))
     used: Counter[str] = Counter()
     ranks = ranks_of(counts, sizes[0], global_batch, **options)
     for size, cut in zip(sizes[1:], cuts, strict=True):
-        before = ranks[0].cursor.batches
+        before = ranks[0].global_batches
         for batches in ranks:
             parts = batches.batches()
-            while batches.cursor.batches < cut:
+            while batches.global_batches < cut:
                 used.update(next(parts))
-        assert ranks[0].cursor.batches == max(before, cut)
+        assert ranks[0].global_batches == max(before, cut)
         states = [batches.state_dict() for batches in ranks]
         ranks = ranks_of(counts, size, global_batch, **options)
         moved(states, ranks)
@@ -89,7 +95,7 @@ def test_restarts_at_any_numbers_of_ranks_skip_and_repeat_no_record(
         used.update(record for batch in left for record in batch)
         if micro_batch is None:
             assert lengths == {len(left)}
-        assert (batches.epoch, batches.cursor.consumed) == (1, 0)
+        assert (batches.epoch, batches.consumed) == (1, 0)
     assert used == all_records(counts)
 
 
@@ -128,7 +134,7 @@ def test_a_restart_reads_nothing_that_was_consumed() -> None:
                 batches.load_state_dict({**state, "digest": "0" * 32})
             for batch in batches.batches():
                 handed.update(batch)
-                if batches.cursor.batches == stop:
+                if batches.global_batches == stop:
                     break
             states.append(batches.state_dict())
         state = states[0]
@@ -154,7 +160,7 @@ def test_each_worker_reads_lanes_of_its_own_where_the_cycle_says_so(tmp_path: Pa
     totals = {}
     for cycle in (2, 1):
         reads.write_text("")
-        batches = ce.ElasticBatches(shards(counts), 8, open=noting, counts=counts, lanes=4, cycle=cycle)
+        batches = ce.ElasticBatches(shards(counts), 8, open=noting, counts=counts, lanes=4, block=8 * cycle)
         for _ in batches.batches(batches.loader(num_workers=2)):
             pass
         totals[cycle] = len(reads.read_text().splitlines())
@@ -204,18 +210,39 @@ def test_workers_that_are_spawned_read_the_same_also_when_files_were_open_before
     assert found == expected
 
 
-def test_micro_batches_of_a_step_that_was_not_finished_come_again_and_count_once() -> None:
+def test_a_step_of_several_micro_batches_is_not_saved_in_its_middle_and_goes_on_there() -> None:
     counts = [50]
     plain, batches = (ce.ElasticBatches(shards(counts), 8, open=made, counts=counts, micro_batch=2) for _ in range(2))
     expected = list(plain.batches())
     found = []
-    for number, batch in enumerate(batches.batches()):
-        if number == 6:  # in the middle of the second step
-            break
+    for batch in batches.batches():
         found.append(batch)
-    assert batches.state_dict()["consumed"] == 8
-    assert found[:4] + list(batches.batches()) == expected
+        assert batches.size == 8
+        assert batches.complete == (len(found) % 4 == 0)
+        if len(found) == 6:
+            break
+    with pytest.raises(StateError, match=r"data\.cursor: global batch 1 is half used .* 2 of its 4 micro-batches"):
+        encode(batches.state_dict()["cursor"], ("data", "cursor"))
+    assert len(batches) == len(expected) - 6
+    assert found + list(batches.batches()) == expected
     assert batches.state_dict()["digest"].value == plain.state_dict()["digest"].value
+
+
+def test_the_global_batch_may_grow_within_a_run_where_the_rounds_stay() -> None:
+    counts = [70, 30]
+    used: Counter[str] = Counter()
+    state = None
+    for size in (5, 10, 20):
+        batches = ce.ElasticBatches(shards(counts), size, open=made, counts=counts, block=10, lanes=5)
+        if state is not None:
+            batches.load_state_dict(state)
+        for batch in batches.batches():
+            assert len(batch) == size
+            used.update(batch)
+            if batches.consumed in (20, 40):
+                break
+        state = batches.state_dict()
+    assert used == all_records(counts)
 
 
 def test_a_process_that_reads_and_then_forks_workers_shares_no_file_with_them(tmp_path: Path) -> None:
@@ -227,12 +254,12 @@ def test_a_process_that_reads_and_then_forks_workers_shares_no_file_with_them(tm
     found = []
     for batch in batches.batches():
         found += batch
-        if batches.cursor.batches == 20:
+        if batches.global_batches == 20:
             break
     loader = batches.loader(num_workers=2)
     for batch in batches.batches(loader):
         found += batch
-        if batches.cursor.batches == 40:
+        if batches.global_batches == 40:
             break
     for batch in batches.batches():
         found += batch
@@ -340,16 +367,16 @@ def test_wrong_uses_are_refused_with_what_to_do(tmp_path: Path) -> None:
         batches.loader(in_order=False)
     with pytest.raises(TypeError, match=r"make its DataLoader with \.loader"):
         next(iter(torch.utils.data.DataLoader(batches, batch_size=None)))  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match="is not one that"):
+    with pytest.raises(ValueError, match="was not made by loader"):
         next(batches.batches(torch.utils.data.DataLoader([1, 2])))  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="counts= goes with a list of files"):
         ce.ElasticBatches(Shards.count(paths), 4, counts=[30] * 3)
-    with pytest.raises(ValueError, match="give both or none"):
+    with pytest.raises(ValueError, match="give both, or neither"):
         ce.ElasticBatches(paths, 4, rank=0)
     with pytest.raises(ValueError, match="lanes=5 over rounds of 4"):
         ce.ElasticBatches(paths, 4, lanes=5)
-    with pytest.raises(ValueError, match="cycle=0"):
-        ce.ElasticBatches(paths, 4, cycle=0)
+    with pytest.raises(ValueError, match="over rounds of 0 records"):
+        ce.ElasticBatches(paths, 4, block=0)
 
 
 def test_a_restore_in_the_middle_of_a_loop_ends_the_loop_with_an_error(tmp_path: Path) -> None:
@@ -358,7 +385,7 @@ def test_a_restore_in_the_middle_of_a_loop_ends_the_loop_with_an_error(tmp_path:
     loop = batches.batches()
     next(loop)
     batches.load_state_dict(state)
-    with pytest.raises(RuntimeError, match="changed by a restore"):
+    with pytest.raises(CheckpointError, match="it was loaded, or moved by another loop"):
         next(loop)
 
 
