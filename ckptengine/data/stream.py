@@ -197,9 +197,7 @@ class ElasticBatches:
             self._count(part)
             yield records
         if next(items, None) is not None:
-            raise CheckpointError(
-                "the loader gave more batches than the epoch has left; use it as loader() has made it"
-            )
+            raise CheckpointError("the loader gave batches past the end of the epoch; use it as loader() has made it")
 
     def _count(self, part: _Part) -> None:
         cursor, batch = self._cursor, part.batch

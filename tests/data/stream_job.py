@@ -28,9 +28,8 @@ def main() -> None:
     dist.init_process_group("gloo")
     rank = dist.get_rank()
 
-    data = ce.ElasticBatches(
-        sorted((folder / "data").iterdir()), GLOBAL_BATCH, open=JsonLines(), seed=4, block=2 * GLOBAL_BATCH
-    )
+    shards = sorted((folder / "data").iterdir())
+    data = ce.ElasticBatches(shards, GLOBAL_BATCH, open=JsonLines(), seed=4, block=2 * GLOBAL_BATCH)
     model = torch.nn.Linear(64, 64)
     loader = data.loader(num_workers=2, prefetch_factor=3)
     state = {"model": model, "data": data}

@@ -7,12 +7,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ckptengine.data.readers import BinaryRows, Calling, JsonLines, Lines, NpyRows, Reader
 from ckptengine.data.shards import Shards
 from ckptengine.errors import StateError, StorageError
+
+
+def relaxed(examples: int) -> settings:
+    """So many examples, however busy the machine is."""
+    return settings(max_examples=examples, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 
 def write_lines(path: Path, lines: int) -> str:
@@ -38,7 +43,7 @@ def test_marks_save_reading_the_file_up_to_a_line(tmp_path: Path) -> None:
 
 
 @given(st.lists(st.sampled_from([b"", b"a", b"\r", b"\xc3\xa4 b"]), max_size=8), st.booleans(), st.data())
-@settings(max_examples=60)
+@relaxed(60)
 def test_any_text_is_the_same_lines_from_any_start(
     tmp_path_factory: pytest.TempPathFactory, lines: list[bytes], ended: bool, data: st.DataObject
 ) -> None:

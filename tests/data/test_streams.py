@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import ckptengine as ce
@@ -20,6 +20,11 @@ from ckptengine.errors import CheckpointError, LoadMismatchError, StateError, St
 from ckptengine.state.values import encode
 
 COUNTS = st.lists(st.integers(0, 30), min_size=1, max_size=9).filter(lambda counts: sum(counts) >= 12)
+
+
+def relaxed(examples: int) -> settings:
+    """So many examples, however busy the machine is."""
+    return settings(max_examples=examples, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 
 def made(path: str, start: int) -> Iterator[str]:
@@ -62,7 +67,7 @@ def moved(states: list[dict[str, Any]], to: list[ce.ElasticBatches]) -> None:
     st.sampled_from([None, 1, 2]),
     st.data(),
 )
-@settings(max_examples=60)
+@relaxed(60)
 def test_restarts_at_any_numbers_of_ranks_skip_and_repeat_no_record(
     counts: list[int], sizes: list[int], global_batch: int, lanes: int, micro_batch: int | None, data: st.DataObject
 ) -> None:
@@ -147,7 +152,7 @@ def test_a_restart_reads_nothing_that_was_consumed() -> None:
     assert used == all_records(counts)
 
 
-def test_each_worker_reads_lanes_of_its_own_where_the_cycle_says_so(tmp_path: Path) -> None:
+def test_each_worker_reads_lanes_of_its_own_where_a_round_has_as_many_batches(tmp_path: Path) -> None:
     reads = tmp_path / "reads"
 
     def noting(path: str, start: int) -> Iterator[str]:
@@ -158,12 +163,12 @@ def test_each_worker_reads_lanes_of_its_own_where_the_cycle_says_so(tmp_path: Pa
 
     counts = [90, 70, 80]
     totals = {}
-    for cycle in (2, 1):
+    for batches_per_round in (2, 1):
         reads.write_text("")
-        batches = ce.ElasticBatches(shards(counts), 8, open=noting, counts=counts, lanes=4, block=8 * cycle)
+        batches = ce.ElasticBatches(shards(counts), 8, open=noting, counts=counts, lanes=4, block=8 * batches_per_round)
         for _ in batches.batches(batches.loader(num_workers=2)):
             pass
-        totals[cycle] = len(reads.read_text().splitlines())
+        totals[batches_per_round] = len(reads.read_text().splitlines())
     assert totals[2] == 240  # each record once, by one of the two
     assert 420 <= totals[1] <= 480  # each worker passes by what the other one reads
 
