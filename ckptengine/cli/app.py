@@ -6,6 +6,7 @@ import importlib.metadata
 
 import click
 
+from ckptengine.cli.audit import audit
 from ckptengine.cli.ls import ls
 from ckptengine.cli.show import show
 from ckptengine.cli.verify import verify
@@ -22,6 +23,7 @@ def app() -> None:
     """
 
 
+app.add_command(audit)
 app.add_command(ls)
 app.add_command(show)
 app.add_command(verify)

@@ -66,9 +66,8 @@ class Run:
 
     def shifted(self, epochs: int, batches: int) -> Run:
         """Return the same run in a later epoch."""
-        return dataclasses.replace(
-            self, first=self.first + batches, last=self.last + batches, epoch=self.epoch + epochs
-        )
+        place = self.first + batches, self.last + batches, self.epoch + epochs
+        return Run(*place, self.begin, self.end, self.padding, self.world_size, self.life)
 
     def continues_as(self, other: Run) -> bool:
         """Whether another run is this one, or this one with further batches."""
@@ -124,10 +123,10 @@ class Ledger:
         if last is None or (last.epoch, last.life) != (new.epoch, new.life):
             self._chapters.append(_Chapter([new]))
             return
-        grown = dataclasses.replace(last, last=new.last, end=new.end)
         follows = new.first == last.last + 1 and new.begin == last.end and last.world_size == new.world_size
-        if follows and new.batches and not new.padding and last.continues_as(grown):
-            runs[-1] = grown
+        alike = last.end - last.begin == (new.end - new.begin) * last.batches and not (last.padding or new.padding)
+        if follows and alike and new.batches and last.batches:
+            runs[-1] = Run(last.first, new.last, last.epoch, last.begin, new.end, 0, last.world_size, last.life)
         else:
             runs.append(new)
 

@@ -25,7 +25,7 @@ def live(folder: Path, life: int, ranks: int, *kill: str) -> None:
         assert "SIGKILL" in job.stderr
 
 
-def test_a_job_killed_twice_that_goes_on_with_two_and_then_four_ranks_uses_each_record_once_per_epoch(
+def test_a_job_killed_twice_that_goes_on_with_two_and_then_four_ranks_uses_each_record_once_and_audits_clean(
     tmp_path: Path,
 ) -> None:
     (tmp_path / "data").mkdir()
@@ -54,5 +54,11 @@ def test_a_job_killed_twice_that_goes_on_with_two_and_then_four_ranks_uses_each_
         entries = [entry for all_ranks in steps.values() for entry in all_ranks if entry["epoch"] == epoch]
         assert Counter(record for entry in entries for record in entry["ids"]) == every
     assert all(sum(len(entry["ids"]) for entry in steps[step]) == 24 for step in steps if step % 21)
+    audit = [sys.executable, "-m", "ckptengine.cli", "audit", str(tmp_path / "run"), "--json"]
+    audited = subprocess.run(audit, env=environment(), capture_output=True, text=True, timeout=60)
+    assert audited.returncode == 0, audited.stdout + audited.stderr
+    (cursor,) = json.loads(audited.stdout)["report"]["cursors"]
+    assert cursor["order"]["kind"] == "lanes"
+    assert [life["world_size"] for life in cursor["lives"]] == [3, 2, 4]
     position = ce.load(tmp_path / "run")["data"]
     assert (position["epoch"], position["consumed"], position["batches"]) == (2, 0, 42)
