@@ -126,7 +126,7 @@ class _LineIterator(Iterator[Any]):
         self._path, self._file, self._number, self._parse = path, file, number, parse
 
     def __next__(self) -> Any:
-        line = self._file.readline()
+        line = b"" if self._file.closed else self._file.readline()
         if not line:
             self.close()
             raise StopIteration

@@ -51,6 +51,8 @@ class Shards:
             raise ValueError("no shards: give at least one file (does the pattern match any?)")
         if len(self.counts) != len(self.paths):
             raise ValueError(f"{len(self.counts)} counts for {len(self.paths)} shards: give one for each, in order")
+        if len(self.nbytes) != len(self.paths) or len(self.marks) != len(self.paths):
+            raise ValueError("sizes and marks must be one for each shard; make Shards by Shards.given or Shards.count")
         for path, count in zip(self.paths, self.counts, strict=True):
             if count < 0:
                 raise ValueError(f"{path}: a count of {count} records; give the number of records from 0 on")

@@ -96,6 +96,8 @@ class ElasticBatches:
             shards = Shards.given(shards, counts)
         else:
             shards = Shards.count(shards, reader)
+        if global_batch < 1:
+            raise ValueError(f"global_batch={global_batch}: records of all ranks together, from 1 on")
         block = global_batch if block is None else block
         order = Lanes(
             shards.counts,
@@ -156,9 +158,10 @@ class ElasticBatches:
         """Return a torch DataLoader whose workers read this rank's batches, ahead of training.
 
         `options` are those of `torch.utils.data.DataLoader` that do not choose samples: `num_workers`,
-        `prefetch_factor`, `persistent_workers`, `pin_memory`, `multiprocessing_context`, `worker_init_fn`, `timeout`,
-        ... One loader serves all epochs. The loader has a random generator of its own: torch would draw from
-        the global one at each start, so that a restart in the middle of an epoch changed what training draws.
+        `prefetch_factor`, `persistent_workers`, `pin_memory`, `multiprocessing_context`, `worker_init_fn`, `timeout`
+        (for a batch from a worker, by default 600 s), ... One loader serves all epochs. It has a random generator of
+        its own: torch would draw from the global one at each start, so that a restart in the middle of an epoch changed
+        what training draws.
         Raises `TypeError` for an option that would change which records come, or in which order.
         """
         from ckptengine.torch.loader import OWN_OPTIONS, make_loader

@@ -380,6 +380,8 @@ def test_wrong_uses_are_refused_with_what_to_do(tmp_path: Path) -> None:
         ce.ElasticBatches(paths, 4, rank=0)
     with pytest.raises(ValueError, match="lanes=5 over rounds of 4"):
         ce.ElasticBatches(paths, 4, lanes=5)
+    with pytest.raises(ValueError, match="global_batch=0: records of all ranks"):
+        ce.ElasticBatches(paths, 0)
     with pytest.raises(ValueError, match="over rounds of 0 records"):
         ce.ElasticBatches(paths, 4, block=0)
 
