@@ -4,6 +4,8 @@ from ckptengine import errors
 from ckptengine.api import async_save, load, save
 from ckptengine.checkpointer import Checkpointer
 from ckptengine.data.sampler import ElasticSampler
+from ckptengine.data.shards import Shards
+from ckptengine.data.stream import ElasticBatches
 from ckptengine.policy.interval import Auto
 from ckptengine.policy.preemption import Preemption
 from ckptengine.save.handle import SaveHandle, SaveStats
@@ -16,6 +18,7 @@ __all__ = [
     "RNG",
     "Auto",
     "Checkpointer",
+    "ElasticBatches",
     "ElasticSampler",
     "LoadReport",
     "PerRank",
@@ -23,6 +26,7 @@ __all__ = [
     "SaveHandle",
     "SaveStats",
     "ShardedArray",
+    "Shards",
     "async_save",
     "errors",
     "load",

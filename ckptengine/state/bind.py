@@ -18,6 +18,7 @@ from ckptengine.state.binding import Action, Binding, Read
 from ckptengine.state.dtypes import DTYPES
 from ckptengine.state.kinds import Inspector, Kind, children, optimizer_names
 from ckptengine.state.leaf import ArrayLeaf, Part, Path, dotted
+from ckptengine.state.loaders import is_stateful_loader, loader_mismatch
 from ckptengine.state.nested import item_of, per_rank_items, put_at, replace_contents, sorted_like
 from ckptengine.state.per_rank import PerRank
 from ckptengine.state.report import LoadReport
@@ -143,6 +144,8 @@ class _Binder:
         elif kind is Kind.OPTIMIZER:
             assert adapter is not None
             self._bind_optimizer(value, adapter, path, node, per_rank)
+        elif kind is Kind.OBJECT and is_stateful_loader(value):
+            self._bind_loader(value, path, node if per_rank else self._own.find(path))
         elif kind is Kind.OBJECT:
             self._bind_object(value, path, node, per_rank)
         elif kind is Kind.PLAIN:
@@ -300,6 +303,19 @@ class _Binder:
             self._act(_SET, functools.partial(put_at, rebuilt, keys, holder))
         self._act(_OBJECTS, functools.partial(_hand_over, target, rebuilt, path))
 
+    def _bind_loader(self, loader: Any, path: Path, own: Node | None) -> None:
+        """As an object in a PerRank; but its state is not asked for, which would start its workers."""
+        if not self._selection.holds(path):
+            self._selection.refuse_part(path)
+        elif own is None:
+            self._absent(path, per_rank=True)
+        elif reason := loader_mismatch(loader, own, self._saved.world_size, self._world_size):
+            self._mismatch(path, reason, own)
+        else:
+            rebuilt = self._rebuild(own, path)
+            self._loaded.append(dotted(path))
+            self._act(_OBJECTS, functools.partial(loader.load_state_dict, rebuilt))
+
     def _bind_per_rank(self, target: PerRank, path: Path, shared: Node | None) -> None:
         own = self._own.find(path)
         put = functools.partial(setattr, target, "value")
@@ -314,10 +330,11 @@ class _Binder:
         saved_size = self._saved.world_size
         kind, adapter = self._inspector.kind(target.value, path)
         if target.resize is None or kind is Kind.OPTIMIZER:
-            hint = "an optimizer can't be resized" if target.resize else "pass PerRank(value, resize=...)"
-            reason = f"saved per rank by {saved_size} ranks, loaded by {self._world_size}; {hint} to say "
-            "what becomes"
-            self._mismatch(path, f"{reason} of it", own)
+            hint = "an optimizer can't be resized"
+            if target.resize is None:
+                hint = "pass PerRank(value, resize=...) to say what becomes of it"
+            reason = f"saved per rank by {saved_size} ranks, loaded by {self._world_size}"
+            self._mismatch(path, f"{reason}; {hint}", own)
             return
         own.use()
         mine = 0 if self._resized else self._rank

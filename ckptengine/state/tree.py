@@ -10,6 +10,7 @@ from ckptengine.errors import CheckpointDamagedError, StateError
 from ckptengine.state.adapters import Adapter, TensorView, describe_type
 from ckptengine.state.kinds import Inspector, Kind, children, optimizer_names
 from ckptengine.state.leaf import ArrayLeaf, DeviceMemory, Key, Part, Path, Placement, dotted
+from ckptengine.state.loaders import is_stateful_loader
 from ckptengine.state.sharded import ShardedArray
 from ckptengine.state.trace import (
     DictStep,
@@ -139,6 +140,7 @@ class _Walk:
                 assert adapter is not None
                 return self._visit_optimizer(value, adapter, path, per_rank)
             case Kind.OBJECT:
+                per_rank = per_rank or is_stateful_loader(value)
                 return ObjectStep(type(value), self._visit(value.state_dict(), path, per_rank=per_rank))
             case Kind.DICT | Kind.SEQUENCE:
                 if kind is Kind.SEQUENCE:

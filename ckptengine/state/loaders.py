@@ -1,0 +1,42 @@
+"""torchdata's StatefulDataLoader: its state is one rank's, and is nothing at another number of ranks or workers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ckptengine.state.saved import Node, SavedValue
+
+__all__ = ["is_stateful_loader", "loader_mismatch"]
+
+
+def is_stateful_loader(value: Any) -> bool:
+    """Whether a value is a StatefulDataLoader or of a class made from it; imports nothing."""
+    return any(
+        kind.__name__ == "StatefulDataLoader" and kind.__module__.partition(".")[0] == "torchdata"
+        for kind in type(value).__mro__
+    )
+
+
+def loader_mismatch(loader: Any, node: Node, saved_world_size: int, world_size: int) -> str | None:
+    """Return why a loader can't go on from what is saved, and what to do; None where it can.
+
+    The number of workers is told from the keys of torchdata 0.11: with workers, their number is in `_snapshot`. Without
+    them there is `_num_yielded`; a class with a state of its own has neither, and checks for itself.
+    """
+    if saved_world_size != world_size:
+        return (
+            f"the position of a StatefulDataLoader on one of {saved_world_size} ranks, {world_size} ranks here: it "
+            f"counts one rank's batches, so it can only go on with {saved_world_size} ranks. Restart with as many; or "
+            "leave it out (`only=`) and begin an epoch. An ElasticSampler or ElasticBatches in its place goes on with "
+            "any number of ranks"
+        )
+    workers = node.find(("_snapshot", "_main_snapshot", "_num_workers"))
+    saved = 0 if node.child("_num_yielded") is not None else None
+    if workers is not None and isinstance(workers.entry, SavedValue):
+        saved = workers.entry.value
+    if saved is not None and saved != loader.num_workers:
+        return (
+            f"a StatefulDataLoader with num_workers={loader.num_workers} here, {saved} in the checkpoint: its position "
+            f"is that of each worker. Make the loader with num_workers={saved}"
+        )
+    return None
