@@ -113,8 +113,8 @@ def reduce_in_order(model: nn.Module, gradients: list[Tensor]) -> None:
 def regroup(model: nn.Module) -> None:
     """Let DDP arrange its buckets of gradients.
 
-    It does so in the second step of each process, and sums in another order from then on: without this the first step of
-    each life would differ in its last bits from the same step of a job that lives on.
+    It does so in the second step of each process, and sums in another order from then on: without this the first step
+    of each life would differ in its last bits from the same step of a job that lives on.
     """
     for _ in range(2):
         loss_of(model, torch.zeros(MICRO_BATCH, CONTEXT + 2, dtype=torch.int64), 1).backward()
