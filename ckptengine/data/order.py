@@ -19,6 +19,7 @@ MAX_LENGTH = 1 << 62
 """The longest epoch, in samples."""
 
 _ROUNDS = 10
+_SIDES_TRIED = 1024
 _MULTIPLIERS = np.uint64(0xD6E8FEB86659FD93), np.uint64(0xA0761D6478BD642F)
 _32 = np.uint64(32)
 
@@ -77,6 +78,20 @@ class Sequential(Order):
         return {"kind": "sequential", "length": self.length}
 
 
+def _sides(length: int) -> tuple[int, int]:
+    """Return two numbers of about the same size whose product is the length or little more.
+
+    What is more has to be walked on, which takes a batch as long as another one. Under 256 samples the sides are as
+    equal as can be: with a very short one, the rounds would reach few permutations.
+    """
+    least = math.isqrt(length - 1) + 1
+    most = least if length < 256 else min(least + least // 4, least + _SIDES_TRIED)
+    left = np.arange(least, most + 1, dtype=np.int64)
+    right = (length + left - 1) // left
+    best = int(np.argmin(left * right))
+    return int(left[best]), int(right[best])
+
+
 class Shuffled(Order):
     """Samples in a pseudo-random order, another one in each epoch, computed position by position.
 
@@ -94,8 +109,7 @@ class Shuffled(Order):
         self.seed = operator.index(seed)
         if not 0 <= self.seed < 1 << 64:
             raise ValueError(f"seed={seed}: give a number from 0 to 2**64 - 1")
-        self._left = math.isqrt(self.length - 1) + 1
-        self._right = -(-self.length // self._left)
+        self._left, self._right = _sides(self.length)
         self._epoch = -1
         self._keys: tuple[np.uint64, ...] = ()
 

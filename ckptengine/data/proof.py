@@ -12,13 +12,14 @@ from numpy.typing import NDArray
 
 from ckptengine.data.digest import DIGEST_BITS, digest_of, hash_of
 from ckptengine.data.ledger import Run
+from ckptengine.data.mix import MASK
 from ckptengine.data.order import Order
 
 __all__ = ["Irregularity", "coverage", "digest_of_runs", "identify", "new_runs", "place_after", "samples_in"]
 
 _BLOCK = 1 << 16
-_MOST_SEARCHED = 1 << 27
-"""Samples among which the one that explains a digest is looked for: some seconds."""
+_MOST_SEARCHED = 1 << 25
+"""Samples among which the one that explains a digest is looked for: some seconds, and 24 bytes for each of an epoch."""
 _SHOWN = 5
 _MODULUS = 1 << DIGEST_BITS
 
@@ -187,24 +188,28 @@ def _digests(
 
 
 def identify(difference: int, order: Order, epochs: Sequence[int]) -> str | None:
-    """Return which one sample explains a digest that is greater by `difference` than it should be, in words.
+    """Return which sample explains a digest that is greater by `difference` than it should be, in words.
 
-    Looks among all samples of the given epochs; None where it is not one sample, or there are too many to look at.
+    One that was handed out once more, one that was not, or one that took the place of another of its epoch, among all
+    samples of the given epochs; None where it is nothing of that, or there are too many to look at.
     """
     if order.length * len(epochs) > _MOST_SEARCHED:
         return None
     for epoch in epochs:
-        for start in range(0, order.length, _BLOCK):
-            samples = np.arange(start, min(order.length, start + _BLOCK), dtype=np.int64)
-            halves = hash_of(epoch, samples)
-            for signed, what in ((difference, "handed out once more"), (-difference, "not handed out")):
-                where = _find(halves, signed % _MODULUS)
-                if where is not None:
-                    return f"sample {start + where} of epoch {epoch} was {what}"
+        upper, lower = hash_of(epoch, np.arange(order.length, dtype=np.int64))
+        for signed, what in ((difference, "handed out once more"), (-difference, "not handed out")):
+            high, low = divmod(signed % _MODULUS, 1 << 64)
+            found = np.flatnonzero((upper == np.uint64(high)) & (lower == np.uint64(low)))
+            if found.size:
+                return f"sample {found[0]} of epoch {epoch} was {what}"
+        # Of a pair the lower halves differ by the difference's lower half; those few are then looked at as a whole.
+        wanted = lower + np.uint64(difference & MASK)
+        for without in np.flatnonzero(np.isin(wanted, lower)):
+            for instead in np.flatnonzero(lower == wanted[without]):
+                if (_whole(upper, lower, instead) - _whole(upper, lower, without)) % _MODULUS == difference % _MODULUS:
+                    return f"sample {instead} of epoch {epoch} was handed out in place of sample {without}"
     return None
 
 
-def _find(halves: tuple[NDArray[np.uint64], ...], value: int) -> int | None:
-    upper, lower = np.uint64(value >> 64), np.uint64(value & ((1 << 64) - 1))
-    found = np.flatnonzero((halves[0] == upper) & (halves[1] == lower))
-    return int(found[0]) if found.size else None
+def _whole(upper: NDArray[np.uint64], lower: NDArray[np.uint64], sample: np.intp) -> int:
+    return (int(upper[sample]) << 64) + int(lower[sample])
