@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import pytest
 from jobs import Job, steps_in
 
 import ckptengine as ce
@@ -31,27 +32,28 @@ def check_stopped(job: Job, life: int) -> int:
     return step
 
 
+@pytest.mark.timeout(600)  # five starts of torchrun's ranks, which a busy machine makes long
 def test_torchrun_starts_a_preempted_job_again_and_it_goes_on_from_the_agreed_step(tmp_path: Path) -> None:
     file = tmp_path / "stop"
-    with Job(tmp_path, 3, 10_000, restarts=3, every=10_000, file=str(file), slow_write=0.3) as job:
+    with Job(tmp_path, 2, 10_000, restarts=3, every=10_000, file=str(file), slow_write=0.3) as job:
 
         def wait_for_life(life: int) -> None:
             job.wait_for(lambda: under_way(job, life), f"life {life} trains")
 
         wait_for_life(0)
-        os.kill(job.pid(1), signal.SIGTERM)  # in the middle of a step: rank 2 is slow, rank 1 waits for it
+        os.kill(job.pid(1), signal.SIGTERM)  # in the middle of a step: it is slow, rank 0 waits for it
         stopped = [check_stopped(job, 0)]
         wait_for_life(1)
-        assert job.told("resumed", 1) == [stopped[0]] * 3
-        for rank in range(3):
+        assert job.told("resumed", 1) == [stopped[0]] * 2
+        for rank in range(2):
             os.kill(job.pid(rank), signal.SIGUSR1)
         stopped.append(check_stopped(job, 1))
         wait_for_life(2)
-        assert job.told("resumed", 2) == [stopped[1]] * 3
+        assert job.told("resumed", 2) == [stopped[1]] * 2
         file.touch()
         stopped.append(check_stopped(job, 2))
         wait_for_life(3)
-        assert job.told("resumed", 3) == [stopped[2]] * 3
+        assert job.told("resumed", 3) == [stopped[2]] * 2
         job.processes[0].send_signal(signal.SIGTERM)  # the agent passes it on, waits for the ranks, and ends
         job.codes()
         stopped.append(check_stopped(job, 3))
@@ -60,9 +62,9 @@ def test_torchrun_starts_a_preempted_job_again_and_it_goes_on_from_the_agreed_st
         for reason in ("SIGTERM on rank 1", "SIGUSR1 on rank ", f"the file {file}", "SIGTERM on rank "):
             assert f"{reason}" in printed
     assert steps_in(tmp_path / "run") == stopped
-    with Job(tmp_path / "after", 2, stopped[-1] + 5, restarts=0, every=10_000, run=str(tmp_path / "run")) as job:
+    with Job(tmp_path / "after", 1, stopped[-1] + 5, restarts=0, every=10_000, run=str(tmp_path / "run")) as job:
         assert job.codes() == [0], job.printed()
-        assert job.told("ended") == [True, True]
+        assert job.told("ended") == [True]
     assert steps_in(tmp_path / "run") == [*stopped, stopped[-1] + 5]
 
 
