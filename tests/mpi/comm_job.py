@@ -6,6 +6,7 @@ import json
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +85,17 @@ def main() -> None:
 
     report["split"] = [item.decode() for item in mpi.from_mpi(world.Split(rank % 2, rank)).all_gather(b"%d" % rank, 20)]
     assert mpi.from_mpi(MPI.COMM_SELF).world_size == 1
+
+    with ThreadPoolExecutor(1) as pool:
+        report["other thread"] = pool.submit(said, lambda: comm.barrier(20)).result()
+
+    # Rank 1 gives up at the very moment at which it is counted: the others enter a collective that it never enters.
+    left = mpi.from_mpi(world.Dup(), timeout=60)
+    if rank == 1:
+        left._tell(0, mpi._Message(0, mpi._Word.CAME, mpi._Kind.ALL_GATHER), mpi._TO_LEADER)
+        left._number = 1
+    report["left"] = late(1, lambda: left.all_gather(b"x", TIMEOUT))
+    report["after left"] = said(lambda: left.barrier(60))
 
     report["trap"] = trap.Test()
     trap.Cancel()

@@ -55,6 +55,25 @@ def test_ranks_that_call_different_operations_are_told_so(said):
         assert "rank 1 is in a barrier" in text
 
 
+def test_a_rank_that_leaves_when_all_have_been_told_to_go_breaks_the_group_for_all(said):
+    for rank, report in enumerate(said):
+        kind, text = report["left"]
+        if rank == 1:
+            assert kind == "RankFailedError"
+            assert "this rank left all-gather (operation 0)" in text
+        else:
+            assert kind == "DeadlineError"
+            assert "rank 1 not heard of since" in text
+        assert report["after left"] == ["RankFailedError", text]
+
+
+def test_another_thread_is_refused_where_mpi_is_for_one(said):
+    for report in said:
+        kind, text = report["other thread"]
+        assert kind == "CheckpointError"
+        assert 'mpi4py.rc.thread_level = "serialized"' in text
+
+
 def test_a_part_of_the_ranks_can_be_a_group_of_its_own(said):
     assert [report["split"] for report in said] == [["0", "2"], ["1", "3"]] * 2
 

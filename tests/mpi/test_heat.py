@@ -12,7 +12,7 @@ from mpirun import ROOT, command, environment, mpirun
 import ckptengine as ce
 
 SCRIPT = ROOT / "examples" / "heat_mpi.py"
-STEPS = 1500
+STEPS = 600
 
 
 def ranks_of(job: subprocess.Popen) -> list[int]:

@@ -1,8 +1,11 @@
 """State of numpy arrays and of torch, saved and restored by real ranks under mpiexec; no torch.distributed."""
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
-from mpirun import HERE, mpirun, reports
+from mpirun import environment, mpirun, reports
 
 import ckptengine as ce
 
@@ -88,9 +91,26 @@ def test_a_torch_model_is_saved_and_restored_without_torch_distributed(tmp_path)
 
 def test_ranks_that_have_not_imported_mpi_are_told_to(tmp_path):
     script = tmp_path / "script.py"
-    script.write_text("import ckptengine as ce\nce.save('somewhere', {'a': 1})\n")
+    script.write_text(f"import ckptengine as ce\nce.save({str(tmp_path / 'somewhere')!r}, {{'a': 1}})\n")
     job = mpirun(2, script)
     assert job.returncode != 0
     assert "OMPI_COMM_WORLD_SIZE is 2" in job.stderr
     assert "`from mpi4py import MPI`" in job.stderr
-    assert not (HERE / "somewhere").exists()
+    assert not (tmp_path / "somewhere").exists()
+
+
+def test_ranks_of_which_each_sees_itself_alone_are_told_that_the_mpi_libraries_differ(tmp_path):
+    program = "from mpi4py import MPI; import ckptengine as ce; ce.save('somewhere', {'a': 1})"
+    job = subprocess.run(
+        [sys.executable, "-c", program],
+        env=environment(SLURM_STEP_NUM_TASKS="4"),
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert job.returncode != 0
+    assert "SLURM_STEP_NUM_TASKS is 4" in job.stderr
+    assert "mpi4py sees no other rank" in job.stderr
+    assert "Open MPI v5" in job.stderr
+    assert not (tmp_path / "somewhere").exists()
