@@ -170,7 +170,9 @@ def train(args: argparse.Namespace) -> None:
     cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=args.steps - 5)
     scheduler = torch.optim.lr_scheduler.SequentialLR(optimizer, [warm_up, cosine], milestones=[5])
     average = None if args.mode == "fsdp" else AveragedModel(bare, multi_avg_fn=get_ema_multi_avg_fn(0.9))
-    sampler = ce.ElasticSampler(SAMPLES, GLOBAL_BATCH, seed=SEED, micro_batch=MICRO_BATCH)
+    # FSDP gathers the weights in every forward pass, so all ranks need the same number of passes: one per step.
+    micro_batch = None if args.mode == "fsdp" else MICRO_BATCH
+    sampler = ce.ElasticSampler(SAMPLES, GLOBAL_BATCH, seed=SEED, micro_batch=micro_batch)
     loader = DataLoader(Windows(), batch_sampler=sampler)
     state = {"model": model, "optimizer": optimizer, "scheduler": scheduler, "sampler": sampler, "rng": ce.RNG()}
     if average is not None:
