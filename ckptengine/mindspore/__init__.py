@@ -16,6 +16,8 @@ except ModuleNotFoundError as error:
 from ckptengine.mindspore.callback import CheckpointConfig, ModelCheckpoint
 from ckptengine.mindspore.checkpoint import load_checkpoint, load_param_into_net, save_checkpoint
 from ckptengine.mindspore.first_operator import run_first_operator
+from ckptengine.mindspore.layout import sharded_parameters
+from ckptengine.mindspore.names import names_from_torch
 from ckptengine.mindspore.resume import DataPosition, Resume, training_state
 
 __all__ = [
@@ -25,7 +27,9 @@ __all__ = [
     "Resume",
     "load_checkpoint",
     "load_param_into_net",
+    "names_from_torch",
     "save_checkpoint",
+    "sharded_parameters",
     "training_state",
 ]
 
