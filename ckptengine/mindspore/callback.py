@@ -11,7 +11,7 @@ from typing import Any
 import mindspore.train as train
 
 from ckptengine.errors import CheckpointError, SaveFailedError
-from ckptengine.mindspore.checkpoint import progress_of, refuse_encryption, start_save
+from ckptengine.mindspore.checkpoint import progress_of, refuse_encryption, settle, start_save
 from ckptengine.mindspore.files import Checkpoints, numbered_name
 from ckptengine.mindspore.parameters import state_of
 from ckptengine.save.handle import SaveHandle
@@ -98,7 +98,8 @@ class ModelCheckpoint(train.Callback):  # type: ignore[misc]
         parameters = run_context.original_args()
         if parameters.cur_step_num != self._last_step:
             self._save(parameters)
-        self._settle()
+        self._wait()
+        settle()
         if self._failure is not None:
             raise SaveFailedError(f"{self._latest} was not saved: {self._failure}") from self._failure
 
@@ -106,7 +107,7 @@ class ModelCheckpoint(train.Callback):  # type: ignore[misc]
         """Save where training ends in an exception and the configuration says so."""
         if error and error[0] is not None and self._config.exception_save and self._parameters is not None:
             self._save(self._parameters, "_breakpoint")
-        self._settle()
+        self._wait()
 
     def _due(self, step: int) -> bool:
         steps, seconds = self._config.save_checkpoint_steps, self._config.save_checkpoint_seconds
@@ -134,7 +135,7 @@ class ModelCheckpoint(train.Callback):  # type: ignore[misc]
         network = parameters.train_network if self._config.saved_network is None else self._config.saved_network
         appended = {**self._given, **self._counted(epoch, step, parameters)}
         self._latest = os.path.join(directory, name)
-        self._settle()
+        self._wait()
         try:
             self._pending = start_save(
                 self._latest,
@@ -144,7 +145,7 @@ class ModelCheckpoint(train.Callback):  # type: ignore[misc]
             )
             self._failure = None
         except CheckpointError as error:
-            self._failed(error)
+            self._failed(self._latest, error)
 
     def _counted(self, epoch: int, step: int, parameters: Any) -> dict[str, int]:
         """Return the numbers of `append_info`; where the script gives a number to count from, it counts from that."""
@@ -169,8 +170,8 @@ class ModelCheckpoint(train.Callback):  # type: ignore[misc]
                 candidate = f"{prefix}_{number}"
             if number:
                 _log.warning(
-                    "%s holds checkpoints of %r that come after epoch %d, step %d, where this training goes on: its own "
-                    "are called %r",
+                    "%s holds checkpoints of %r that come after epoch %d, step %d, where this training goes on: its "
+                    "own are called %r",
                     directory,
                     prefix,
                     epoch,
@@ -185,18 +186,18 @@ class ModelCheckpoint(train.Callback):  # type: ignore[misc]
             return kept.keep_newest(self._config.keep_checkpoint_max)
         return kept.keep_one_per(self._config.keep_checkpoint_per_n_minutes)
 
-    def _settle(self) -> None:
+    def _wait(self) -> None:
         """Wait for the save in flight, and note how it ended."""
         pending, self._pending = self._pending, None
         if pending is not None:
             try:
                 pending.durable.result(DEFAULT_TIMEOUT)
-            except CheckpointError as error:
-                self._failed(error)
+            except Exception as error:
+                self._failed(pending.path, error)
 
-    def _failed(self, error: Exception) -> None:
+    def _failed(self, path: str, error: Exception) -> None:
         self._failure = error
-        _log.error("%s was NOT saved, training goes on: %s", self._latest, error)
+        _log.error("%s was NOT saved, training goes on: %s", path, error)
 
 
 def _check_prefix(prefix: Any) -> str:

@@ -8,7 +8,6 @@ from typing import Any
 from mindspore import Tensor, nn
 from mindspore.amp import LossScaler
 from mindspore.experimental.optim import Optimizer as GroupOptimizer
-from mindspore.experimental.optim.lr_scheduler import LRScheduler
 from mindspore.train import DynamicLossScaleManager
 
 from ckptengine.errors import StateError

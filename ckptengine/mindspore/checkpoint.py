@@ -24,7 +24,16 @@ from ckptengine.save.job import Target
 from ckptengine.save.saver import DEFAULT_TIMEOUT, Saver
 from ckptengine.storage.open import open_storage
 
-__all__ = ["SUFFIXES", "load_checkpoint", "load_param_into_net", "progress_of", "refuse_encryption", "save_checkpoint"]
+__all__ = [
+    "SUFFIXES",
+    "load_checkpoint",
+    "load_param_into_net",
+    "progress_of",
+    "refuse_encryption",
+    "save_checkpoint",
+    "settle",
+    "start_save",
+]
 
 SUFFIXES = ("ckpt", "safetensors")
 _log = logging.getLogger("ckptengine")
@@ -75,7 +84,7 @@ def save_checkpoint(
     handle = start_save(path, state_of(save_obj, append_dict, choice_func))
     if async_save is False:
         handle.durable.result()
-        _settle()
+        settle()
 
 
 def load_checkpoint(
@@ -99,13 +108,21 @@ def load_checkpoint(
     Raises `CheckpointNotFoundError`, `CheckpointDamagedError`, `FormatVersionError`, and `ValueError` for encryption
     and where nothing is left to load.
     """
-    _settle()
+    settle()
     where = find_checkpoint(ckpt_file_name)
     if where is None and os.path.isfile(ckpt_file_name):
-        arguments = {"filter_prefix": filter_prefix, "specify_prefix": specify_prefix, "dec_key": dec_key}
-        arguments |= {"dec_mode": dec_mode, "choice_func": choice_func, "crc_check": crc_check, "format": format}
         theirs: dict[str, Any] = ms.load_checkpoint(
-            ckpt_file_name, net, strict_load, remove_redundancy=remove_redundancy, **arguments
+            ckpt_file_name,
+            net,
+            strict_load,
+            filter_prefix=filter_prefix,
+            dec_key=dec_key,
+            dec_mode=dec_mode,
+            specify_prefix=specify_prefix,
+            choice_func=choice_func,
+            crc_check=crc_check,
+            remove_redundancy=remove_redundancy,
+            format=format,
         )
         return theirs
     if where is None:
@@ -122,7 +139,9 @@ def load_checkpoint(
     storage = open_storage(where)
     loaded = LoadedParameters(parameters_of(load_arrays(storage, LoadOptions()), wanted))
     if not loaded:
-        raise ValueError(f"load_checkpoint: {where} has nothing that filter_prefix, specify_prefix and choice_func let by")
+        raise ValueError(
+            f"load_checkpoint: {where} has nothing that filter_prefix, specify_prefix and choice_func let by"
+        )
     metadata = read_manifest(storage, committed(storage)[-1]).metadata
     numbers = metadata.get("epoch_num"), metadata.get("step_num")
     if isinstance(numbers[0], int) and isinstance(numbers[1], int):
@@ -203,7 +222,7 @@ def start_save(
         return _saver.start(target, state)
 
 
-def _settle() -> None:
+def settle() -> None:
     """Wait for the save in flight and for the cleaning up after it."""
     if _saver is not None:
         _saver.settle(DEFAULT_TIMEOUT)

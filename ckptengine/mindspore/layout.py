@@ -48,7 +48,9 @@ def box_of_layout(layout: Sequence[Any], rank: int, group: Group = _group) -> tu
     return shape, box
 
 
-def _whole(slice_shape: Sequence[int], matrix: Sequence[int], tensor_map: Sequence[Any], shards: int) -> tuple[int, ...]:
+def _whole(
+    slice_shape: Sequence[int], matrix: Sequence[int], tensor_map: Sequence[Any], shards: int
+) -> tuple[int, ...]:
     shape = list(slice_shape)
     for dim, entry in enumerate(tensor_map):
         for place in [entry] if isinstance(entry, int) else entry:

@@ -1,4 +1,4 @@
-"""What `save_checkpoint` is given as a state of ours, and a checkpoint of ours as the dict that `load_checkpoint` gives."""
+"""What `save_checkpoint` is given as a state, and a checkpoint as the dict that `load_checkpoint` gives."""
 
 from __future__ import annotations
 
@@ -93,7 +93,9 @@ def parameters_of(arrays: Mapping[Any, Any], wanted: Callable[[str], Any]) -> di
             if not wanted(name) or not isinstance(value, (np.ndarray, np.generic, bool, int, float, str)):
                 continue
             if name in found:
-                raise StateError(f"two parts of the checkpoint have a {name!r}: load one with ckptengine.load(only=...)")
+                raise StateError(
+                    f"two parts of the checkpoint have a {name!r}: load one with ckptengine.load(only=...)"
+                )
             found[name] = value if isinstance(value, str) else _parameter(name, value)
     return found
 

@@ -71,8 +71,8 @@ class DataPosition:
             )
         if seed == _NO_SEED:
             _log.warning(
-                "no seed is set for datasets, so what is shuffled comes in another order after each start: some samples "
-                "are skipped and others repeated. Call mindspore.dataset.config.set_seed(number) before making it"
+                "no seed is set for datasets, so what is shuffled comes in another order after each start: some "
+                "samples are skipped and others repeated. Call mindspore.dataset.config.set_seed(number) before making it"
             )
         self.step = state["step"]
         self._dataset.set_init_step(self.step)
@@ -180,7 +180,7 @@ def _warn_of_random_operators(network: nn.Cell) -> None:
     if found:
         _log.warning(
             "%s: MindSpore %s gives no access to the state of the random operators on the CPU, so after this restart "
-            "they draw other numbers than an uninterrupted training would have: it goes on soundly, but not bit for bit",
+            "they draw other numbers than without it: the training goes on soundly, but not bit for bit",
             ", ".join(found),
             ms.__version__,
         )

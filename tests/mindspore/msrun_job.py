@@ -1,6 +1,6 @@
 """What ranks under msrun do: save and lose a rank, or load on another number of ranks.
 
-    msrun ... msrun_job.py FOLDER RUN save|load
+msrun ... msrun_job.py FOLDER RUN save|load
 """
 
 import json
@@ -87,7 +87,7 @@ def save(run):
         except CheckpointError as error:
             report |= {"error": str(error), "seconds": time.monotonic() - began}
         write(report)
-        os._exit(0)  # msrun ends what is left, and so would the end of MindSpore's own
+        os._exit(0)  # without a farewell to a rank that is gone
 
 
 def load(run):

@@ -8,7 +8,7 @@ from tests.mindspore.msrun import logs, msrun
 
 def test_a_rank_killed_during_a_save_is_named_and_other_numbers_of_ranks_go_on_from_the_last_good_step(tmp_path):
     run = tmp_path / "run"
-    _, saved = msrun("msrun_job.py", 2, tmp_path / "save", run, "save")
+    _, saved = msrun("msrun_start.py", 2, tmp_path / "save", run, "save")
     assert list(saved) == [0], logs(tmp_path / "save")
     assert "rank 1" in saved[0]["error"]
     assert saved[0]["seconds"] < 10 + 30

@@ -1,7 +1,7 @@
 """One checkpoint, two frameworks: what torch saved MindSpore loads, and the other way round."""
 
-import ml_dtypes
 import mindspore as ms
+import ml_dtypes
 import numpy as np
 import torch
 from mindspore import nn

@@ -103,26 +103,24 @@ def test_an_optimizers_state_lies_beside_the_weights_and_is_restored_without_a_s
     assert training.contents(other) == training.contents(cell)
 
 
-@pytest.mark.parametrize("module", ["mindspore.experimental.optim", "mindspore.mint.optim"])
-def test_groups_of_hyperparameters_are_restored_and_the_trainings_agree(module, tmp_path):
+@pytest.mark.parametrize("kind", [ms.experimental.optim.AdamW, mint.optim.SGD])  # those that the CPU has kernels for
+def test_groups_of_hyperparameters_are_restored_and_the_trainings_agree(kind, tmp_path):
     def make(seed, lr):
         net = training.network(seed)
-        names = {"mindspore.experimental.optim": ms.experimental.optim, "mindspore.mint.optim": mint.optim}
         groups = [{"params": net[0].trainable_params(), "lr": lr}, {"params": net[3].trainable_params()}]
-        optimizer = names[module].AdamW(groups, lr=lr / 2, betas=(0.9, 0.99))
+        optimizer = kind(groups, lr=lr / 2, weight_decay=0.01)
         loss = training.loss()
         gradient = ms.value_and_grad(lambda x, y: loss(net(x), y), None, optimizer.parameters)
         return net, optimizer, lambda x, y: optimizer(gradient(x, y)[1])
 
     net, optimizer, step = make(0, 0.01)
-    optimizer.param_groups[0]["eps"] = 1e-6
+    optimizer.param_groups[0]["weight_decay"] = 0.125
     for number in range(2):
         step(*training.batch(number))
     ce.save(tmp_path / "a", {"net": net, "optimizer": optimizer})
     other_net, other, other_step = make(1, 0.02)
     ce.load(tmp_path / "a", into={"net": other_net, "optimizer": other})
-    assert other.param_groups[0]["eps"] == 1e-6
-    assert other.param_groups[0]["betas"] == (0.9, 0.99)
+    assert [group["weight_decay"] for group in other.param_groups] == [0.125, 0.01]
     assert float(other.param_groups[0]["lr"]) == pytest.approx(0.01)
     for number in range(2, 4):
         step(*training.batch(number))
