@@ -33,6 +33,7 @@ __all__ = [
     "save_checkpoint",
     "settle",
     "start_save",
+    "wait_for_save",
 ]
 
 SUFFIXES = ("ckpt", "safetensors")
@@ -220,6 +221,12 @@ def start_save(
         if _saver is None:
             _saver = Saver(SingleProcess(), DEFAULT_TIMEOUT)
         return _saver.start(target, state)
+
+
+def wait_for_save() -> None:
+    """Wait until the last save is durable, whether it succeeds or not."""
+    if _saver is not None:
+        _saver.wait(DEFAULT_TIMEOUT)
 
 
 def settle() -> None:

@@ -71,8 +71,9 @@ class DataPosition:
             )
         if seed == _NO_SEED:
             _log.warning(
-                "no seed is set for datasets, so what is shuffled comes in another order after each start: some "
-                "samples are skipped and others repeated. Call mindspore.dataset.config.set_seed(number) before making it"
+                "no seed is set for datasets, so what is shuffled comes in another order after each start: "
+                "some samples are skipped and others repeated. Call mindspore.dataset.config.set_seed(number) before "
+                "making it"
             )
         self.step = state["step"]
         self._dataset.set_init_step(self.step)

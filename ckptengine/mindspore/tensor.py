@@ -10,6 +10,7 @@ from typing import Any
 import mindspore as ms
 import numpy as np
 from mindspore import Tensor
+from mindspore.experimental import MapParameter
 
 from ckptengine.errors import StateError
 from ckptengine.layout.box import Box
@@ -62,7 +63,7 @@ def view_tensor(tensor: Any, path: Path, *, target: bool) -> TensorView:
 
 
 def fingerprints(tensors: Sequence[Any]) -> tuple[list[Any], ...]:
-    """Return addresses, shapes and dtypes, a list of each.
+    """Return addresses, shapes, dtypes and whether the memory is without gaps, a list of each.
 
     MindSpore works asynchronously: asking for an address waits until what is to be written there is written. So these
     must be taken, by the training's own thread, for each snapshot.
@@ -71,6 +72,7 @@ def fingerprints(tensors: Sequence[Any]) -> tuple[list[Any], ...]:
         [tensor.data_ptr() for tensor in tensors],
         [tensor.shape for tensor in tensors],
         [tensor.dtype for tensor in tensors],
+        [tensor.is_contiguous() for tensor in tensors],
     )
 
 
@@ -109,7 +111,7 @@ def as_tensor(array: np.ndarray[Any, Any], name: str) -> Any:
 
 
 def _check(tensor: Any, path: Path) -> str:
-    if isinstance(tensor, ms.MapParameter if hasattr(ms, "MapParameter") else ()):
+    if isinstance(tensor, MapParameter):
         raise StateError(f"{dotted(path)}: a MapParameter has no shape; save its keys and values (`export_data`)")
     name = dtype_name(tensor.dtype)
     if name is None:
@@ -158,7 +160,6 @@ def _copied(tensor: Any, name: str) -> DeviceMemory:
 
 def _copy_to(tensor: Any, name: str, dst: np.ndarray[Any, Any]) -> None:
     if _on_cpu(tensor) and tensor.is_contiguous():
-        dst.view(np.uint8 if dst.ndim else dst.dtype)
         dst[...] = _host_array(tensor, name)
         return
     source = tensor.contiguous()

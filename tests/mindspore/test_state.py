@@ -65,6 +65,18 @@ def test_a_cast_is_done_when_asked_for_and_refused_else(tmp_path):
     assert as_array(target["w"]).tolist() == np.array([1.0, 2.5, 1e30], np.float32).astype(ml_dtypes.bfloat16).tolist()
 
 
+def test_views_of_other_tensors_are_saved_as_they_are_seen(tmp_path):
+    whole = ops.add(Tensor(np.arange(24, dtype=np.float32).reshape(4, 6)), 0)
+    views = {"whole": whole, "t": whole.T, "row": whole[1:], "column": whole[:, 2], "cut": mint.narrow(whole, 1, 2, 3)}
+    assert not views["t"].is_contiguous()
+    ce.save(tmp_path / "a", views)
+    arrays = ce.load(tmp_path / "a")
+    for name, view in views.items():
+        assert arrays[name].tolist() == view.asnumpy().tolist()
+    with pytest.raises(StateError, match="cut: the tensor is a strided view, so it can't be filled"):
+        ce.load(tmp_path / "a", into={"cut": views["cut"]}, strict=False)
+
+
 @pytest.mark.parametrize("dtype", [ms.float32, ms.bfloat16])
 def test_a_snapshot_has_what_operators_were_told_to_write_before_it(dtype, tmp_path):
     factor = Tensor(np.full((700, 700), 1e-3, np.float32))
