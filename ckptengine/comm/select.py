@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from typing import Any
+from typing import Any, Literal
 
 from ckptengine.comm.base import Communicator
 from ckptengine.comm.single import SingleProcess
@@ -12,29 +12,33 @@ from ckptengine.errors import CheckpointError
 
 __all__ = ["current", "place"]
 
-# Set by torchrun; Open MPI; MPICH, Intel MPI and Slurm's PMI; Slurm for the tasks of one srun, whatever its PMI.
-_WORLD_SIZES = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS")
+# Set by torchrun; msrun; Open MPI; MPICH, Intel MPI and Slurm's PMI; Slurm for the tasks of one srun, whatever its PMI.
+_WORLD_SIZES = ("WORLD_SIZE", "MS_WORKER_NUM", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS")
 
 # One for the life of the process: what is cached for a communicator stays.
 _alone = SingleProcess()
 
 
 def current() -> Communicator:
-    """Return the communicator of what is initialized: torch.distributed, else MPI (mpi4py), else a single process.
+    """Return the communicator of what is initialized: torch.distributed, MindSpore, MPI (mpi4py), or one process alone.
 
     Raises `CheckpointError` where a launcher has started several ranks and nothing is initialized: each would
     take itself for the only one, and all would write the same checkpoint.
     """
-    if _torch_group() is not None:
-        from ckptengine.comm.torch import from_torch
+    match _initialized():
+        case "torch":
+            from ckptengine.comm.torch import from_torch
 
-        return from_torch()
-    mpi = _mpi()
-    if _has_ranks(mpi):
-        from ckptengine.comm.mpi import from_mpi
+            return from_torch()
+        case "mindspore":
+            from ckptengine.comm.mindspore import from_mindspore
 
-        return from_mpi()
-    _refuse_several("`comm=`", mpi)
+            return from_mindspore()
+        case "mpi":
+            from ckptengine.comm.mpi import from_mpi
+
+            return from_mpi()
+    _refuse_several("`comm=`")
     return _alone
 
 
@@ -43,53 +47,58 @@ def place() -> tuple[int, int]:
 
     Raises `CheckpointError` where `current` does.
     """
-    dist = _torch_group()
-    if dist is not None:
-        return dist.get_rank(), dist.get_world_size()
-    mpi = _mpi()
-    if _has_ranks(mpi):
-        return mpi.COMM_WORLD.Get_rank(), mpi.COMM_WORLD.Get_size()
-    _refuse_several("`rank=` and `world_size=`", mpi)
+    match _initialized():
+        case "torch":
+            dist = sys.modules["torch.distributed"]
+            return dist.get_rank(), dist.get_world_size()
+        case "mindspore":
+            communication = sys.modules["mindspore.communication"]
+            return communication.get_rank(), communication.get_group_size()
+        case "mpi":
+            world = sys.modules["mpi4py.MPI"].COMM_WORLD
+            return world.Get_rank(), world.Get_size()
+    _refuse_several("`rank=` and `world_size=`")
     return _alone.rank, _alone.world_size
 
 
-def _torch_group() -> Any:
-    """Return the module torch.distributed where it is initialized, else None."""
-    dist = sys.modules.get("torch.distributed")
-    return dist if dist is not None and dist.is_available() and dist.is_initialized() else None
+def _initialized() -> Literal["torch", "mindspore", "mpi"] | None:
+    """Return by what the ranks of the job can talk, None where there is nothing or only one rank in MPI's world."""
+    dist: Any = sys.modules.get("torch.distributed")
+    if dist is not None and dist.is_available() and dist.is_initialized():
+        return "torch"
+    # Not by the module alone: it is there while MindSpore is still being imported.
+    group = getattr(sys.modules.get("mindspore.communication"), "GlobalComm", None)
+    if group is not None and group.INITED:
+        return "mindspore"
+    mpi: Any = sys.modules.get("mpi4py.MPI")
+    if mpi is not None and mpi.Is_initialized() and not mpi.Is_finalized() and mpi.COMM_WORLD.Get_size() > 1:
+        return "mpi"
+    return None
 
 
-def _mpi() -> Any:
-    return sys.modules.get("mpi4py.MPI")
-
-
-def _has_ranks(mpi: Any) -> bool:
-    return bool(mpi is not None and mpi.Is_initialized() and not mpi.Is_finalized() and mpi.COMM_WORLD.Get_size() > 1)
-
-
-def _refuse_several(argument: str, mpi: Any) -> None:
+def _refuse_several(argument: str) -> None:
     for name in _WORLD_SIZES:
         value = os.environ.get(name, "")
         if value.isdigit() and int(value) > 1:
             unset = f"or pass {argument}, or unset {name} where this process works alone"
             raise CheckpointError(
-                f"{name} is {value}, so this process is one of several ranks, {_advice(name, mpi)}{unset}"
+                f"{name} is {value}, so this process is one of several ranks, {_advice(name)}, {unset}"
             )
 
 
-def _advice(name: str, mpi: Any) -> str:
+def _advice(name: str) -> str:
+    nothing = "but nothing is initialized by which they could coordinate"
     if name == "WORLD_SIZE":
-        return (
-            "but nothing is initialized by which they could coordinate: call "
-            "torch.distributed.init_process_group first (under torchrun), "
-        )
+        return f"{nothing}: call torch.distributed.init_process_group first (under torchrun)"
+    if name == "MS_WORKER_NUM":
+        return f"{nothing}: call mindspore.communication.init first (under msrun)"
+    mpi: Any = sys.modules.get("mpi4py.MPI")
     if mpi is not None:
         return (
-            "but mpi4py sees no other rank: MPI is not initialized or finalized already, or mpi4py has loaded another "
-            f"MPI library than that of the launcher ({mpi.Get_library_version().splitlines()[0]:.60}): make them the "
-            "same, "
+            "but mpi4py sees no other rank: MPI is not initialized, or finalized already, or mpi4py has loaded another "
+            f"library ({mpi.Get_library_version().splitlines()[0]:.60}) than the launcher's: make them the same"
         )
     return (
-        "but nothing is initialized by which they could coordinate: for MPI, put `from mpi4py import MPI` at the top "
-        "of the program (pip install 'ckptengine[mpi]'); with torch, call torch.distributed.init_process_group first; "
+        f"{nothing}: for MPI, put `from mpi4py import MPI` at the top of the program (pip install 'ckptengine[mpi]'); "
+        "with torch, call torch.distributed.init_process_group first"
     )

@@ -187,6 +187,10 @@ def _load(name: str) -> Adapter | None:
         from ckptengine.torch import TorchAdapter
 
         return TorchAdapter()
+    if name == "mindspore" and hasattr(sys.modules["mindspore"], "nn"):
+        from ckptengine.mindspore.adapter import MindSporeAdapter
+
+        return MindSporeAdapter()
     return None
 
 

@@ -1,0 +1,133 @@
+"""Coordination of a job that msrun runs, through a store of MindSpore's kind that the job's own ranks share."""
+
+from __future__ import annotations
+
+import os
+import socket
+import threading
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
+
+import mindspore.mint.distributed as dist
+from mindspore.communication import GlobalComm, get_group_size, get_rank
+
+from ckptengine.comm.base import Communicator, KeyValueStore
+from ckptengine.comm.exchange import connect
+from ckptengine.comm.keyvalue import poll
+from ckptengine.comm.single import SingleProcess
+from ckptengine.errors import CheckpointError
+
+__all__ = ["MindSporeStore", "from_mindspore"]
+
+_CONNECT_TIMEOUT = 600.0
+_CALL_TIMEOUT = timedelta(seconds=30)
+_lock = threading.Lock()
+_alone = SingleProcess()  # one for the process: plans and memory are kept by communicator
+_current: Communicator | None = None
+
+
+def from_mindspore(timeout: float = _CONNECT_TIMEOUT) -> Communicator:
+    """Return the communicator of the ranks that `mindspore.communication.init` has brought together.
+
+    Every rank calls it, and meets the others once: in a collective of the job, by which rank 0 tells where the store is
+    that it hosts. From then on no collective is used. Raises `CheckpointError` where nothing is initialized or the
+    store can't be reached, `DeadlineError` naming the ranks that did not come.
+    """
+    global _current
+    if not GlobalComm.INITED:
+        raise CheckpointError("MindSpore's communication is not initialized: call mindspore.communication.init() first")
+    rank, world_size = get_rank(), get_group_size()
+    if world_size == 1:
+        return _alone
+    with _lock:
+        if _current is None:
+            store = MindSporeStore(rank, world_size, *_agree_on_address(rank, world_size))
+            _current = connect(store, rank, world_size, timeout, background=store)
+        return _current
+
+
+def _agree_on_address(rank: int, world_size: int) -> tuple[str, int]:
+    """Return where rank 0 hosts the store: its address as the scheduler's host sees it, and a free port."""
+    own = None
+    if rank == 0:
+        host = _own_address()
+        with socket.socket() as probe:
+            probe.bind((host, 0))
+            own = (host, probe.getsockname()[1])
+    told: list[Any] = [None] * world_size
+    dist.all_gather_object(told, own)
+    host, port = told[0]
+    return str(host), int(port)
+
+
+def _own_address() -> str:
+    """Return the address by which this machine reaches the scheduler, the loopback's where that is on it."""
+    scheduler, port = os.environ.get("MS_SCHED_HOST", "127.0.0.1"), int(os.environ.get("MS_SCHED_PORT") or 1)
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect((scheduler, port))  # sends nothing
+        return str(probe.getsockname()[0])
+
+
+class MindSporeStore(KeyValueStore):
+    """`mint.distributed.TCPStore`, hosted by rank 0; threads may share it.
+
+    Its `get` waits, holding up the caller until its own timeout, for a key that isn't there. So each key has a counter
+    beside it, which can be looked at without waiting.
+    """
+
+    def __init__(self, rank: int, world_size: int, host: str, port: int) -> None:
+        self._where = f"{host}:{port}"
+        self._lock = threading.Lock()
+        self._store: Any = self._call(
+            "connecting",
+            lambda: dist.TCPStore(host, port, world_size, rank == 0, timeout=_CALL_TIMEOUT, wait_for_workers=False),
+        )
+
+    def set(self, key: str, value: bytes) -> None:
+        """Store a value."""
+
+        def store() -> None:
+            self._store.set(key, b"=" + value)
+            self._store.add(_counter(key), 1)
+
+        self._call("set", store)
+
+    def get(self, key: str, timeout: float) -> bytes | None:
+        """Return the value as soon as it is there, None after `timeout` seconds without it."""
+        return poll(lambda: self._look(key), timeout)
+
+    def delete(self, key: str) -> None:
+        """Remove a key; one that is not there is no error."""
+
+        def remove() -> None:
+            # The counter first: whoever sees it counts on the value.
+            self._store.delete_key(_counter(key))
+            self._store.delete_key(key)
+
+        self._call("delete", remove)
+
+    def _look(self, key: str) -> bytes | None:
+        def look() -> bytes | None:
+            if self._store.add(_counter(key), 0) <= 0:
+                return None
+            value: bytes = self._store.get(key)
+            return value[1:]
+
+        found: bytes | None = self._call("get", look)
+        return found
+
+    def _call(self, operation: str, call: Callable[[], Any]) -> Any:
+        try:
+            with self._lock:
+                return call()
+        except (RuntimeError, ValueError) as error:
+            text = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise CheckpointError(
+                f"the store of the job at {self._where} failed ({operation}: {text}); rank 0, which hosts it, has "
+                "probably ended"
+            ) from error
+
+
+def _counter(key: str) -> str:
+    return f"{key}#"

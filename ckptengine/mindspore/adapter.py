@@ -1,0 +1,84 @@
+"""MindSpore for the engine: tensors, parameters, cells, optimizers, loss scalers, dtypes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from mindspore import Tensor
+
+from ckptengine.mindspore import cell as _cell
+from ckptengine.mindspore.tensor import (
+    as_tensor,
+    convert_tensor,
+    dtype_name,
+    fingerprints,
+    mindspore_dtype,
+    view_tensor,
+)
+from ckptengine.state.adapters import Adapter, ModuleEntry, TensorView
+from ckptengine.state.dtypes import DTYPES
+from ckptengine.state.leaf import Path
+
+__all__ = ["MindSporeAdapter"]
+
+
+class MindSporeAdapter(Adapter):
+    """What `Adapter` asks, answered for MindSpore.
+
+    Optimizers are cells there, so they are modules here: their state is filled in place and needs no names of ours.
+    Nothing is copied after the call returns, since operators change memory without telling anybody.
+    """
+
+    name = "mindspore"
+
+    def is_tensor(self, value: Any) -> bool:
+        """Whether a value is a tensor or a parameter."""
+        return isinstance(value, Tensor)
+
+    def view(self, tensor: Any, path: Path, *, target: bool) -> TensorView:
+        """Return dtype, shape and memory, after what is under way."""
+        return view_tensor(tensor, path, target=target)
+
+    def fingerprints(self, tensors: Sequence[Any]) -> Sequence[Sequence[Any]]:
+        """Return addresses, shapes and dtypes, after what is under way."""
+        return fingerprints(tensors)
+
+    def empty(self, dtype: str, shape: tuple[int, ...]) -> Any:
+        """Return a new tensor in host memory."""
+        return as_tensor(np.zeros(shape, DTYPES[dtype].numpy), dtype)
+
+    def convert(self, tensor: Any, buffers: Sequence[np.ndarray[Any, Any]], dtype: str) -> None:
+        """Fill a tensor from host buffers of another dtype."""
+        convert_tensor(tensor, buffers, dtype)
+
+    def is_module(self, value: Any) -> bool:
+        """Whether a value is a cell or a loss scaler."""
+        return _cell.is_module(value)
+
+    def module_entries(self, module: Any, path: Path) -> list[ModuleEntry]:
+        """Return a cell's parameters by their own names, and its buffers; an optimizer's without the weights."""
+        return _cell.module_entries(module, path)
+
+    def module_values(self, module: Any) -> dict[str, Any]:
+        """Return the values of `module_entries`."""
+        return _cell.module_values(module)
+
+    def load_module(self, module: Any, entries: Mapping[str, Any]) -> None:
+        """Set hyperparameters and attributes."""
+        _cell.load_module(module, entries)
+
+    def encode_value(self, value: Any) -> tuple[str, Any] | None:
+        """Return a dtype's name."""
+        try:
+            name = dtype_name(value)
+        except TypeError:  # not hashable
+            return None
+        return None if name is None else ("dtype", name)
+
+    def decode_value(self, kind: str, payload: Any) -> Any:
+        """Return the dtype."""
+        if kind != "dtype":
+            raise ValueError(payload)
+        return mindspore_dtype(payload)

@@ -1,0 +1,96 @@
+"""Cells: named parameters and buffers; an optimizer's without the weights that it shares with the network."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from mindspore import Tensor, nn
+from mindspore.amp import LossScaler
+from mindspore.experimental.optim import Optimizer as GroupOptimizer
+from mindspore.train import DynamicLossScaleManager
+
+from ckptengine.errors import StateError
+from ckptengine.state.adapters import ModuleEntry
+from ckptengine.state.leaf import Path, dotted
+
+__all__ = ["is_module", "is_optimizer", "load_module", "module_entries", "module_values"]
+
+_STATISTICS = frozenset({"moving_mean", "moving_variance", "running_mean", "running_var", "num_batches_tracked"})
+_GROUPS = "param_groups"
+# Objects that keep their state in attributes of their own.
+_ATTRIBUTES: tuple[tuple[type, tuple[str, ...]], ...] = (
+    (DynamicLossScaleManager, ("loss_scale", "cur_iter", "last_overflow_iter", "bad_step")),
+    (LossScaler, ("scale_value", "counter")),
+)
+
+
+def is_module(value: Any) -> bool:
+    """Whether a value is a Cell, an optimizer among them, or one of MindSpore's loss scalers."""
+    return isinstance(value, (nn.Cell, DynamicLossScaleManager, LossScaler))
+
+
+def is_optimizer(value: Any) -> bool:
+    """Whether a value is an optimizer of `nn`, `experimental.optim` or `mint.optim`."""
+    return isinstance(value, (nn.Optimizer, GroupOptimizer))
+
+
+def module_entries(module: Any, path: Path) -> list[ModuleEntry]:
+    """Return a module's state: parameters by their own names (`fc.weight`, `moments.fc.weight`, `global_step`).
+
+    Raises `StateError` where two parameters have one name.
+    """
+    entries: dict[str, ModuleEntry] = {}
+    for name, value, buffer, live in _items(module):
+        if name in entries:
+            raise StateError(
+                f"{dotted(path)}: two parameters are called {name!r}; rename one (`parameter.name = ...`), or let "
+                "the cell do so with `update_parameters_name(prefix)`"
+            )
+        entries[name] = ModuleEntry(name, name, value, buffer, live)
+    return list(entries.values())
+
+
+def module_values(module: Any) -> dict[str, Any]:
+    """Return the values of `module_entries` by their names."""
+    return {name: value for name, value, _, _ in _items(module)}
+
+
+def load_module(module: Any, entries: Mapping[str, Any]) -> None:
+    """Set what could not be filled in place: hyperparameters of groups, and attributes of loss scalers."""
+    for name, value in entries.items():
+        if name != _GROUPS or not isinstance(module, GroupOptimizer):
+            setattr(module, name, value)
+            continue
+        for group, new in zip(module.param_groups, value, strict=True):
+            group.update({key: item for key, item in new.items() if not isinstance(item, Tensor)})
+
+
+def _items(module: Any) -> Iterator[tuple[str, Any, bool, bool]]:
+    """Yield name, value, whether ranks may hold differing copies of it, and whether it is filled in place."""
+    for kind, attributes in _ATTRIBUTES:
+        if isinstance(module, kind):
+            for name in attributes:
+                if hasattr(module, name):
+                    value = getattr(module, name)
+                    yield name, value, False, isinstance(value, Tensor)
+            return
+    weights = {id(weight) for weight in module.parameters} if is_optimizer(module) else frozenset()
+    seen = set(weights)
+    for prefix, cell in module.cells_and_names():
+        for own, parameter in cell._params.items():
+            if parameter is not None and parameter.inited_param is not None:
+                parameter = parameter.inited_param
+            if parameter is not None and id(parameter) not in seen:
+                seen.add(id(parameter))
+                yield parameter.name, parameter, own in _STATISTICS, True
+        for own, buffer in cell._buffers.items():
+            if buffer is not None and own not in cell._non_persistent_buffers_set:
+                yield f"{prefix}.{own}".lstrip("."), buffer, True, True
+    if isinstance(module, GroupOptimizer):
+        yield _GROUPS, [_plain_group(group) for group in module.param_groups], False, False
+
+
+def _plain_group(group: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a group's hyperparameters; of its parameters the names."""
+    return {key: [p.name for p in value] if key == "params" else value for key, value in group.items()}

@@ -1,0 +1,239 @@
+"""`save_checkpoint`, `load_checkpoint` and `load_param_into_net` with MindSpore's signatures, over this engine."""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import mindspore as ms
+from mindspore import nn
+
+from ckptengine.catalog.listing import committed, next_generation, read_manifest
+from ckptengine.catalog.retention import remove_leftovers, replace_older
+from ckptengine.comm.single import SingleProcess
+from ckptengine.errors import CheckpointNotFoundError
+from ckptengine.load.loader import LoadOptions, load_arrays
+from ckptengine.mindspore.files import find_checkpoint
+from ckptengine.mindspore.parameters import LoadedParameters, optimizers_of, parameters_of, state_of
+from ckptengine.save.handle import SaveHandle
+from ckptengine.save.job import Target
+from ckptengine.save.saver import DEFAULT_TIMEOUT, Saver
+from ckptengine.storage.open import open_storage
+
+__all__ = [
+    "SUFFIXES",
+    "load_checkpoint",
+    "load_param_into_net",
+    "progress_of",
+    "refuse_encryption",
+    "save_checkpoint",
+    "settle",
+    "start_save",
+    "wait_for_save",
+]
+
+SUFFIXES = ("ckpt", "safetensors")
+_log = logging.getLogger("ckptengine")
+_lock = threading.Lock()
+_saver: Saver | None = None
+# Where the training was from which an optimizer's state came.
+_progress: weakref.WeakKeyDictionary[Any, tuple[int, int]] = weakref.WeakKeyDictionary()
+
+
+def save_checkpoint(
+    save_obj: Any,
+    ckpt_file_name: str,
+    integrated_save: bool = True,
+    async_save: bool | str = False,
+    append_dict: Mapping[str, Any] | None = None,
+    enc_key: bytes | None = None,
+    enc_mode: str = "AES-GCM",
+    choice_func: Callable[[str], bool] | None = None,
+    crc_check: bool = False,
+    format: str = "ckpt",
+    **kwargs: Any,
+) -> None:
+    """Save a cell, or a list or dict of parameters, as a checkpoint of this engine, by this process alone.
+
+    `ckpt_file_name` becomes a directory; what is there already is replaced after the new checkpoint is committed.
+    Without `async_save` it is durable when the call returns; with it (True, "thread", "process": the same here) the
+    call returns when the snapshot is taken, and failures are logged. `append_dict` (str to int, float, bool, str,
+    Tensor, Parameter or Generator) is saved too, `choice_func` says of each name whether it is saved. Checksums are
+    always there (`crc_check`); nothing is written twice (`remove_redundancy`); slices belong together
+    (`integrated_save`). `format` gives the name's ending only.
+
+    Raises `ValueError` for encryption and incremental saving, `StateError` for what can't be saved, `SaveFailedError`
+    or `StorageError` where it failed; what was there before then still is.
+    """
+    refuse_encryption("save_checkpoint", enc_key)
+    if kwargs.get("incremental"):
+        raise ValueError("save_checkpoint: incremental=True is for MapParameter, which ckptengine does not save")
+    if unknown := set(kwargs) - {"incremental", "global_step_num", "remove_redundancy"}:
+        raise TypeError(f"save_checkpoint: unknown arguments {', '.join(sorted(unknown))}")
+    if format not in SUFFIXES:
+        raise ValueError(f"save_checkpoint: format={format!r}: 'ckpt' or 'safetensors'")
+    if async_save not in (False, True, "thread", "process"):
+        raise ValueError(f"save_checkpoint: async_save={async_save!r}: a bool, 'thread' or 'process'")
+    if not isinstance(save_obj, (nn.Cell, list, dict)):
+        raise TypeError(f"save_checkpoint: save_obj is {type(save_obj).__name__}, not a Cell, list or dict")
+    path = os.path.realpath(ckpt_file_name)
+    path = path if path.endswith(format) else f"{path}.{format}"
+    handle = start_save(path, state_of(save_obj, append_dict, choice_func))
+    if async_save is False:
+        handle.durable.result()
+        settle()
+
+
+def load_checkpoint(
+    ckpt_file_name: str,
+    net: nn.Cell | None = None,
+    strict_load: bool = False,
+    filter_prefix: str | Sequence[str] | None = None,
+    dec_key: bytes | None = None,
+    dec_mode: str = "AES-GCM",
+    specify_prefix: str | Sequence[str] | None = None,
+    choice_func: Callable[[str], bool] | None = None,
+    crc_check: bool = False,
+    remove_redundancy: bool = False,
+    format: str = "ckpt",
+) -> dict[str, Any]:
+    """Return a checkpoint's parameters by name, strings as they are; with `net`, also load them into it.
+
+    Takes any checkpoint or run of this engine (of a run the newest step), verified, by this process alone; and
+    MindSpore's own files, which MindSpore reads. `filter_prefix`, `specify_prefix` and `choice_func` choose by name.
+
+    Raises `CheckpointNotFoundError`, `CheckpointDamagedError`, `FormatVersionError`, and `ValueError` for encryption
+    and where nothing is left to load.
+    """
+    settle()
+    where = find_checkpoint(ckpt_file_name)
+    if where is None and os.path.isfile(ckpt_file_name):
+        theirs: dict[str, Any] = ms.load_checkpoint(
+            ckpt_file_name,
+            net,
+            strict_load,
+            filter_prefix=filter_prefix,
+            dec_key=dec_key,
+            dec_mode=dec_mode,
+            specify_prefix=specify_prefix,
+            choice_func=choice_func,
+            crc_check=crc_check,
+            remove_redundancy=remove_redundancy,
+            format=format,
+        )
+        return theirs
+    if where is None:
+        raise CheckpointNotFoundError(f"{ckpt_file_name}: neither a committed checkpoint nor a file of MindSpore's")
+    refuse_encryption("load_checkpoint", dec_key)
+
+    specified, filtered = _prefixes(specify_prefix), _prefixes(filter_prefix)
+
+    def wanted(name: str) -> bool:
+        if specified or filtered:
+            return (not specified or name.startswith(specified)) and not name.startswith(filtered)
+        return choice_func is None or bool(choice_func(name))
+
+    storage = open_storage(where)
+    loaded = LoadedParameters(parameters_of(load_arrays(storage, LoadOptions()), wanted))
+    if not loaded:
+        raise ValueError(
+            f"load_checkpoint: {where} has nothing that filter_prefix, specify_prefix and choice_func let by"
+        )
+    metadata = read_manifest(storage, committed(storage)[-1]).metadata
+    numbers = metadata.get("epoch_num"), metadata.get("step_num")
+    if isinstance(numbers[0], int) and isinstance(numbers[1], int):
+        loaded.progress = numbers[0], numbers[1]
+    if net is not None:
+        load_param_into_net(net, loaded, strict_load)
+    return loaded
+
+
+def load_param_into_net(
+    net: nn.Cell, parameter_dict: dict[str, Any], strict_load: bool = False, remove_redundancy: bool = False
+) -> tuple[list[str], list[str]]:
+    """Load parameters into a network or an optimizer; return the names of either side that were not loaded.
+
+    This is MindSpore's own function, with its rules for names and dtypes. It notes for `ModelCheckpoint` where the
+    training was that an optimizer's state came from, so that epochs and steps are counted on from there.
+    """
+    # What the dict holds belongs to this engine whole: there is no redundancy to bring back.
+    removed = remove_redundancy and not isinstance(parameter_dict, LoadedParameters)
+    missing, unused = ms.load_param_into_net(net, parameter_dict, strict_load, removed)
+    if isinstance(parameter_dict, LoadedParameters) and parameter_dict.progress is not None:
+        for optimizer in optimizers_of(net):
+            own = {parameter.name for parameter in optimizer.get_parameters()} - {p.name for p in optimizer.parameters}
+            if own and own.isdisjoint(missing):
+                _progress[optimizer] = parameter_dict.progress
+    return missing, unused
+
+
+def progress_of(network: nn.Cell) -> tuple[int, int]:
+    """Return the epochs and steps that lie behind a training network whose optimizer was loaded; zeros where not."""
+    return max((_progress[one] for one in optimizers_of(network) if one in _progress), default=(0, 0))
+
+
+def refuse_encryption(function: str, key: bytes | None) -> None:
+    """Raise where a key is given."""
+    if key is not None:
+        raise ValueError(
+            f"{function}: checkpoints of ckptengine are not encrypted; encrypt the file system or the bucket, or "
+            "use MindSpore's own function for this one"
+        )
+
+
+def start_save(
+    path: str,
+    state: Mapping[str, Any],
+    metadata: Mapping[str, Any] | None = None,
+    committed: Callable[[], Sequence[str]] | None = None,
+) -> SaveHandle:
+    """Start to save a state at a path, by this process alone; `committed` cleans up after the commit.
+
+    `committed` is called in the background and returns what it could not do. Raises what the snapshot raises.
+    """
+    global _saver
+    storage = open_storage(path)
+
+    def claim() -> int:
+        storage.check_writable()
+        return next_generation(storage)
+
+    def clean_up(generation: int) -> None:
+        problems = [*replace_older(storage, generation), *remove_leftovers(storage)]
+        for problem in (*problems, *(committed() if committed is not None else ())):
+            _log.warning("%s: %s", storage.location(), problem)
+
+    target = Target(
+        storage=storage,
+        directory="",
+        step=None,
+        parent=None,
+        generation=None,
+        claim=claim,
+        metadata=dict(metadata or {}),
+        committed=clean_up,
+    )
+    with _lock:
+        if _saver is None:
+            _saver = Saver(SingleProcess(), DEFAULT_TIMEOUT)
+        return _saver.start(target, state)
+
+
+def wait_for_save() -> None:
+    """Wait until the last save is durable, whether it succeeds or not."""
+    if _saver is not None:
+        _saver.wait(DEFAULT_TIMEOUT)
+
+
+def settle() -> None:
+    """Wait for the save in flight and for the cleaning up after it."""
+    if _saver is not None:
+        _saver.settle(DEFAULT_TIMEOUT)
+
+
+def _prefixes(given: str | Sequence[str] | None) -> tuple[str, ...]:
+    return () if given is None else (given,) if isinstance(given, str) else tuple(given)

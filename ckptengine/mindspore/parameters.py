@@ -1,0 +1,121 @@
+"""What `save_checkpoint` is given as a state, and a checkpoint as the dict that `load_checkpoint` gives."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+from mindspore import Generator, Parameter, Tensor, nn
+
+from ckptengine.errors import StateError
+from ckptengine.mindspore.cell import is_optimizer, module_entries
+from ckptengine.mindspore.tensor import as_tensor
+from ckptengine.state.adapters import describe_type
+from ckptengine.state.dtypes import name_of_numpy_dtype
+
+__all__ = ["APPENDED", "NETWORK", "OPTIMIZER", "LoadedParameters", "optimizers_of", "parameters_of", "state_of"]
+
+NETWORK, OPTIMIZER, APPENDED = "net", "optimizer", "append"
+Choice = Callable[[str], Any] | None
+
+
+class LoadedParameters(dict[str, Any]):
+    """Parameters by name, as `mindspore.load_checkpoint` gives them; `progress` is where the training was.
+
+    That is the number of the epoch and of the step, counted over all lives of the job, or None.
+    """
+
+    progress: tuple[int, int] | None = None
+
+
+def optimizers_of(network: nn.Cell) -> list[Any]:
+    """Return the optimizers in a network's cells, itself included."""
+    return [cell for _, cell in network.cells_and_names() if is_optimizer(cell)]
+
+
+def state_of(saved: Any, appended: Mapping[str, Any] | None, choice: Choice) -> dict[str, Any]:
+    """Return the state for what `save_checkpoint` may be given: a cell, a list or dict of parameters.
+
+    A training network's weights are under `net`, what its optimizers have of their own under `optimizer`.
+    """
+    state: dict[str, Any] = {NETWORK: {}}
+    if isinstance(saved, nn.Cell):
+        owned = {name for one in optimizers_of(saved) for name in _own_names(one)}
+        items = {entry.name: entry.value for entry in module_entries(saved, (NETWORK,)) if entry.live}
+    else:
+        owned, items = set(), dict(_named(saved))
+    for name, value in items.items():
+        if choice is None or choice(name):
+            state.setdefault(OPTIMIZER if name in owned else NETWORK, {})[name] = value
+    if appended:
+        state[APPENDED] = {name: _plain(value) for name, value in appended.items()}
+    return state
+
+
+def _own_names(optimizer: Any) -> list[str]:
+    return [entry.name for entry in module_entries(optimizer, (OPTIMIZER,)) if entry.live]
+
+
+def _named(saved: Any) -> list[tuple[str, Any]]:
+    if isinstance(saved, dict):
+        items = list(saved.items())
+    elif all(isinstance(item, Parameter) for item in saved):
+        items = [(item.name, item) for item in saved]
+    elif all(isinstance(item, dict) and {"name", "data"} <= set(item) for item in saved):
+        items = [(item["name"], item["data"]) for item in saved]
+    else:
+        raise TypeError('save_checkpoint: a list holds parameters, or dicts {"name": str, "data": Tensor}')
+    names = [name for name, _ in items]
+    if len(set(names)) != len(names) or not all(isinstance(name, str) for name in names):
+        raise ValueError("save_checkpoint: each parameter needs a name (str) of its own")
+    for name, value in items:
+        if not isinstance(value, (Tensor, str, np.ndarray)):
+            raise TypeError(f"save_checkpoint: {name!r} is {describe_type(value)}, not a Parameter, Tensor or str")
+    return items
+
+
+def _plain(value: Any) -> Any:
+    return value.get_state() if isinstance(value, Generator) else value
+
+
+def parameters_of(arrays: Mapping[Any, Any], wanted: Callable[[str], Any]) -> dict[str, Any]:
+    """Return a loaded checkpoint as parameters by name, strings as they are; a name is what follows the first key.
+
+    Takes what `ckptengine.load` gives. Lists, dicts and None among the plain values have no place in such a dict.
+    Raises `StateError` where two parts of the checkpoint have one name.
+    """
+    found: dict[str, Any] = {}
+    for section, inner in arrays.items():
+        leaves = _leaves(inner, ()) if isinstance(inner, (dict, list, tuple)) else [((section,), inner)]
+        for path, value in leaves:
+            name = ".".join(map(str, path))
+            if not wanted(name) or not isinstance(value, (np.ndarray, np.generic, bool, int, float, str)):
+                continue
+            if name in found:
+                raise StateError(
+                    f"two parts of the checkpoint have a {name!r}: load one with ckptengine.load(only=...)"
+                )
+            found[name] = value if isinstance(value, str) else _parameter(name, value)
+    return found
+
+
+def _leaves(value: Any, path: tuple[Any, ...]) -> list[tuple[tuple[Any, ...], Any]]:
+    items = value.items() if isinstance(value, dict) else enumerate(value)
+    found: list[tuple[tuple[Any, ...], Any]] = []
+    for key, item in items:
+        where = (*path, key)
+        found += _leaves(item, where) if isinstance(item, (dict, list, tuple)) else [(where, item)]
+    return found
+
+
+def _parameter(name: str, value: Any) -> Any:
+    if isinstance(value, np.ndarray):
+        dtype = name_of_numpy_dtype(value.dtype)
+        assert dtype is not None  # it came from a checkpoint
+        # Not held by any name: else MindSpore copies it through a numpy array, which bfloat16 has not with numpy 2.
+        parameter = Parameter(as_tensor(value, dtype))
+    else:
+        parameter = Parameter(Tensor(value))
+    parameter.name = name
+    return parameter

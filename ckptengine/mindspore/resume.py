@@ -1,0 +1,187 @@
+"""Training that goes on where it was: `Resume` for `Model.train`, `DataPosition` for loops of one's own."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import mindspore as ms
+import mindspore.dataset as ds
+import mindspore.train as train
+from mindspore import nn
+
+from ckptengine.checkpointer import Checkpointer
+from ckptengine.errors import CheckpointError, LoadMismatchError
+from ckptengine.mindspore.cell import module_entries
+from ckptengine.mindspore.parameters import NETWORK, OPTIMIZER, optimizers_of
+
+__all__ = ["DataPosition", "Resume", "training_state"]
+
+_log = logging.getLogger("ckptengine")
+# `ds.config.get_seed` gives this where no seed was set: then each process shuffles in an order of its own.
+_NO_SEED = 5489
+_DROPOUTS = ("Dropout", "Dropout1d", "Dropout2d", "Dropout3d", "Dropout1D", "Dropout2D", "Dropout3D")
+
+
+class DataPosition:
+    """How many batches of a dataset have been trained, over all epochs; part of a state.
+
+    `dataset` is what is iterated, its batches included; `step` counts, and is for the loop to count up. Restoring it
+    has the dataset's next iterator begin after these batches, in the order that an uninterrupted run would have had:
+    with `ds.config.set_seed` set to the same number, and as many batches in an epoch, which is checked
+    (`LoadMismatchError`).
+    """
+
+    def __init__(self, dataset: Any) -> None:
+        self.step = 0
+        self._dataset = dataset
+        self._batches = int(dataset.get_dataset_size())
+        if self._batches < 1:
+            raise ValueError(f"the dataset has {self._batches} batches in an epoch: there is nothing to train on")
+
+    @property
+    def batches(self) -> int:
+        """The batches of an epoch."""
+        return self._batches
+
+    @property
+    def epoch(self) -> int:
+        """The epochs that are complete; also the number, from 0 on, of the epoch that goes on."""
+        return self.step // self._batches
+
+    def state_dict(self) -> dict[str, int]:
+        """Return the position and what it depends on."""
+        return {"step": self.step, "batches": self._batches, "seed": int(ds.config.get_seed())}
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        """Go on from a position."""
+        seed = int(ds.config.get_seed())
+        if state["batches"] != self._batches:
+            raise LoadMismatchError(
+                f"the dataset has {self._batches} batches in an epoch, {state['batches']} when this was saved: the "
+                "position means nothing in it. To train a saved model on other data, load "
+                f"only=[{NETWORK!r}, {OPTIMIZER!r}] with ckptengine.load"
+            )
+        if state["seed"] != seed:
+            raise LoadMismatchError(
+                f"the dataset is shuffled with seed {seed}, with {state['seed']} when this was saved: samples would be "
+                f"skipped and repeated. Call mindspore.dataset.config.set_seed({state['seed']}) before making it"
+            )
+        if seed == _NO_SEED:
+            _log.warning(
+                "no seed is set for datasets, so what is shuffled comes in another order after each start: "
+                "some samples are skipped and others repeated. Call mindspore.dataset.config.set_seed(number) before "
+                "making it"
+            )
+        self.step = state["step"]
+        self._dataset.set_init_step(self.step)
+
+
+def training_state(network: nn.Cell) -> dict[str, Any]:
+    """Return a training network as a state: weights and the rest under `net`, optimizers under `optimizer`."""
+    optimizers = optimizers_of(network)
+    own = {id(entry.value) for one in optimizers for entry in module_entries(one, (OPTIMIZER,))}
+    state: dict[str, Any] = {
+        NETWORK: {e.name: e.value for e in module_entries(network, (NETWORK,)) if e.live and id(e.value) not in own}
+    }
+    if optimizers:
+        state[OPTIMIZER] = optimizers[0] if len(optimizers) == 1 else dict(enumerate(optimizers))
+    return state
+
+
+class Resume(train.Callback):  # type: ignore[misc]
+    """Restores a `Model`'s training when it is made, and saves it, when due, during `Model.train`.
+
+        resume = Resume("runs/digits", model, dataset, every=100, keep_last=3)
+        model.train(epochs, dataset, callbacks=[resume], initial_epoch=resume.initial_epoch)
+
+    Saved and restored are the training network (weights, optimizer with its steps and schedule, loss scale), the step,
+    the epoch, the position in `dataset`, and what `state` adds under names of its own (such as
+    `{"rng": ckptengine.RNG()}`). `every` is a number of steps or a time, by default once per epoch; it, `keep_last` and
+    the further `options` are those of `ckptengine.Checkpointer`. Where a checkpoint is found, the newest valid one is
+    restored in place, also where the network was compiled before. All ranks of a job make it, and train, together.
+
+    `start` is the step that was restored, None where training begins. Raises what `Checkpointer.restore` raises, and
+    `LoadMismatchError` where the dataset is another one.
+    """
+
+    def __init__(
+        self,
+        run: str | os.PathLike[str],
+        model: Any,
+        dataset: Any,
+        every: int | str | None = None,
+        keep_last: int | None = None,
+        *,
+        state: Mapping[str, Any] | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__()
+        network = model.train_network
+        self._position = DataPosition(dataset)
+        self._state = {**training_state(network), "data": self._position}
+        if isinstance(model._loss_scale_manager, train.DynamicLossScaleManager):
+            self._state["loss_scale"] = model._loss_scale_manager
+        if taken := set(self._state) & set(state or {}):
+            raise ValueError(f"state: the names {', '.join(sorted(taken))} are taken; choose others")
+        self._state |= state or {}
+        every = self._position.batches if every is None else every
+        self._checkpointer = Checkpointer(run, every, keep_last, **options)
+        self.start = self._checkpointer.restore(self._state)
+        self._base = self._position.step
+        self._trained = 0
+        if self.start is not None:
+            _warn_of_random_operators(network)
+
+    @property
+    def initial_epoch(self) -> int:
+        """The epochs that are complete: what `Model.train` is to be given.
+
+        `Model.train` refuses it where it has reached the epochs to train: then nothing is left to do.
+        """
+        return self._position.epoch
+
+    @property
+    def step(self) -> int:
+        """The steps trained so far, over all lives of the job."""
+        return self._position.step
+
+    def on_train_begin(self, run_context: Any) -> None:
+        """Count on from what was restored, or trained before by this object."""
+        self._base, self._trained = self._position.step, 0
+
+    def on_train_step_end(self, run_context: Any) -> None:
+        """Save if a save is due."""
+        self._trained = run_context.original_args().cur_step_num
+        self._position.step = self._base + self._trained
+        self._checkpointer.step(self._position.step, self._state)
+
+    def on_train_end(self, run_context: Any) -> None:
+        """Save the end of the training, and wait until it is durable."""
+        if self._trained:
+            self._checkpointer.save(self._position.step, self._state)
+        self._checkpointer.wait()
+
+    def __exit__(self, *error: Any) -> None:
+        """Wait for the save in flight where training ends in an exception."""
+        if error and error[0] is not None:
+            try:
+                self._checkpointer.wait()
+            except CheckpointError as problem:
+                _log.warning("%s: while the training error below was on its way: %s", self._checkpointer.run, problem)
+
+
+def _warn_of_random_operators(network: nn.Cell) -> None:
+    """Say once that dropout draws anew, where that is so: on the CPU the state of its generator can't be had."""
+    if ms.get_context("device_target") != "CPU":
+        return
+    found = sorted({type(cell).__name__ for _, cell in network.cells_and_names() if type(cell).__name__ in _DROPOUTS})
+    if found:
+        _log.warning(
+            "%s: MindSpore %s gives no access to the state of the random operators on the CPU, so after this restart "
+            "they draw other numbers than without it: the training goes on soundly, but not bit for bit",
+            ", ".join(found),
+            ms.__version__,
+        )

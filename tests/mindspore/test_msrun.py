@@ -1,0 +1,28 @@
+"""Jobs under msrun: a rank is lost during a save, and the job goes on with other numbers of ranks."""
+
+import numpy as np
+
+import ckptengine as ce
+from tests.mindspore.msrun import logs, msrun
+
+
+def test_a_rank_killed_during_a_save_is_named_and_other_numbers_of_ranks_go_on_from_the_last_good_step(tmp_path):
+    run = tmp_path / "run"
+    _, saved = msrun("msrun_start.py", 2, tmp_path / "save", run, "save")
+    assert list(saved) == [0], logs(tmp_path / "save")
+    assert "rank 1" in saved[0]["error"]
+    assert saved[0]["seconds"] < 10 + 30
+    job, loaded = msrun("msrun_job.py", 4, tmp_path / "load", run, "load")
+    assert job.returncode == 0, job.stderr[-2000:] + logs(tmp_path / "load")
+    assert list(loaded) == [0, 1, 2, 3]
+    for rank, report in loaded.items():
+        assert report["step"] == 1
+        assert report["rows"]
+        assert report["mine"] == {"rank": rank}
+        assert report["contents"] == saved[0]["contents"]
+        assert ("rank 2 did not come within 2 s" in report.get("missing", "")) == (rank != 2)
+    arrays = ce.load(run)
+    for name, value in saved[0]["contents"].items():
+        section = arrays["net"] if name in arrays["net"] else arrays["optimizer"]
+        assert section[name].tobytes().hex() == value
+    assert arrays["table"].tobytes() == np.random.RandomState(1).rand(10, 6).astype(np.float32).tobytes()
