@@ -1,6 +1,8 @@
 """A job that dies again and again ends with the same bits as one that was never disturbed."""
 
+import os
 import random
+import time
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +26,10 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def killed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same job, killed at a random moment of a random step, within a save, within a restore, and once more."""
     folder = tmp_path_factory.mktemp("gpt") / "killed"
-    chance = random.Random()
+    seed = int(os.environ.get("RESUME_SEED", time.time_ns() % 10**6))
+    chance = random.Random(seed)
     moments = [chance.randint(10, 11), 12, chance.randint(18, 27)]
-    print("killed after the steps", moments)
+    print(f"RESUME_SEED={seed}: killed after the steps {moments}")
     arguments = ("--mode=ddp", "--every=3", "--pause=0.05")
 
     def reached(step: int, committed: int) -> bool:
