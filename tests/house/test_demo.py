@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 
+import ckptengine as ce
+
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 
 TOTAL = 10
@@ -115,3 +117,25 @@ def test_a_course_that_never_came_back_fails_without_an_exception(account: Modul
     failed = folder.failed(account)
     assert "the job came back with the ranks left" in failed
     assert "state before and after re-sharding is equal, leaf by leaf" in failed
+
+
+def run_with(path: Path, *, skipped: int) -> Path:
+    """Make a run of one epoch of 12 samples and a half; `skipped` samples are passed over behind the counters."""
+    sampler = ce.ElasticSampler(12, 4, seed=3)
+    with ce.Checkpointer(path, every=None) as ckpt:
+        for step, samples in zip(range(1, 4), sampler.batches(), strict=False):
+            if step == 2 and skipped:
+                sampler.load_state_dict(sampler.state_dict() | {"consumed": sampler.consumed + skipped})
+                break
+            assert samples
+        for _ in sampler.batches():
+            pass
+        ckpt.save(sampler.global_batches, {"data": sampler})
+    return path
+
+
+def test_the_data_is_audited(account: ModuleType, tmp_path: Path) -> None:
+    assert account.audited(run_with(tmp_path / "good", skipped=0)).good
+    found = account.audited(run_with(tmp_path / "bad", skipped=2))
+    assert not found.good
+    assert "epoch 0" in found.found
