@@ -66,7 +66,8 @@ class DataPosition:
         if state["seed"] != self._seed:
             raise LoadMismatchError(
                 f"the dataset is shuffled with seed {self._seed}, with {state['seed']} when this was saved: samples "
-                f"would be skipped and repeated. Call mindspore.dataset.config.set_seed({state['seed']}) before making it"
+                f"would be skipped and repeated. Call mindspore.dataset.config.set_seed({state['seed']}) before making "
+                "it"
             )
         if self._seed == _NO_SEED:
             _log.warning(

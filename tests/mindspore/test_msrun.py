@@ -3,6 +3,7 @@
 import numpy as np
 
 import ckptengine as ce
+from tests.mindspore import training
 from tests.mindspore.msrun import logs, msrun
 
 
@@ -25,3 +26,9 @@ def test_a_rank_killed_during_a_save_is_named_and_other_numbers_of_ranks_go_on_f
         section = arrays["net"] if name in arrays["net"] else arrays["optimizer"]
         assert section[name].tobytes().hex() == value
     assert arrays["table"].tobytes() == np.random.RandomState(1).rand(10, 6).astype(np.float32).tobytes()
+    _, cell = training.train_cell(seed=9)
+    table = np.zeros((10, 6), np.float32)
+    state = {"net": cell.network, "optimizer": cell.optimizer, "table": table}
+    ce.load(run, into=state, only=list(state))
+    assert {name: value.hex() for name, value in training.contents(cell).items()} == saved[0]["contents"]
+    assert table.tobytes() == arrays["table"].tobytes()
