@@ -49,24 +49,32 @@ def from_mindspore(timeout: float = _CONNECT_TIMEOUT) -> Communicator:
 
 def _agree_on_address(rank: int, world_size: int) -> tuple[str, int]:
     """Return where rank 0 hosts the store: its address as the scheduler's host sees it, and a free port."""
-    own = None
+    own: tuple[str, int] | str | None = None
     if rank == 0:
-        host = _own_address()
-        with socket.socket() as probe:
-            probe.bind((host, 0))
-            own = (host, probe.getsockname()[1])
+        try:
+            own = _free_address()
+        except OSError as error:  # told to all: they are in the collective
+            own = str(error)
     told: list[Any] = [None] * world_size
     dist.all_gather_object(told, own)
+    if isinstance(told[0], str):
+        raise CheckpointError(
+            f"rank 0 finds no address for the store of the job, on the way to MS_SCHED_HOST "
+            f"({os.environ.get('MS_SCHED_HOST')}): {told[0]}"
+        )
     host, port = told[0]
     return str(host), int(port)
 
 
-def _own_address() -> str:
-    """Return the address by which this machine reaches the scheduler, the loopback's where that is on it."""
-    scheduler, port = os.environ.get("MS_SCHED_HOST", "127.0.0.1"), int(os.environ.get("MS_SCHED_PORT") or 1)
+def _free_address() -> tuple[str, int]:
+    """Return the address by which this machine reaches the scheduler (its own: the loopback's), and a free port."""
+    scheduler, port = os.environ.get("MS_SCHED_HOST") or "127.0.0.1", int(os.environ.get("MS_SCHED_PORT") or 1)
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         probe.connect((scheduler, port))  # sends nothing
-        return str(probe.getsockname()[0])
+        host = str(probe.getsockname()[0])
+    with socket.socket() as server:
+        server.bind((host, 0))
+        return host, int(server.getsockname()[1])
 
 
 class MindSporeStore(KeyValueStore):

@@ -77,7 +77,7 @@ def _items(module: Any) -> Iterator[tuple[str, Any, bool, bool]]:
             return
     weights = {id(weight) for weight in module.parameters} if is_optimizer(module) else frozenset()
     seen = set(weights)
-    for prefix, cell in module.cells_and_names():
+    for prefix, cell in _cells(module):
         for own, parameter in cell._params.items():
             if parameter is not None and parameter.inited_param is not None:
                 parameter = parameter.inited_param
@@ -89,6 +89,21 @@ def _items(module: Any) -> Iterator[tuple[str, Any, bool, bool]]:
                 yield f"{prefix}.{own}".lstrip("."), buffer, True, True
     if isinstance(module, GroupOptimizer):
         yield _GROUPS, [_plain_group(group) for group in module.param_groups], False, False
+
+
+def _cells(root: nn.Cell) -> Iterator[tuple[str, nn.Cell]]:
+    """Yield what `cells_and_names` does, without its nested generators: this is done for every save."""
+    seen: set[int] = set()
+    stack: list[tuple[str, nn.Cell]] = [("", root)]
+    while stack:
+        prefix, cell = stack.pop()
+        if id(cell) in seen:
+            continue
+        seen.add(id(cell))
+        yield prefix, cell
+        for name, child in reversed(cell._cells.items()):
+            if child is not None:
+                stack.append((f"{prefix}.{name}" if prefix else name, child))
 
 
 def _plain_group(group: Mapping[str, Any]) -> dict[str, Any]:

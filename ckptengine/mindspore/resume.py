@@ -30,13 +30,13 @@ class DataPosition:
 
     `dataset` is what is iterated, its batches included; `step` counts, and is for the loop to count up. Restoring it
     has the dataset's next iterator begin after these batches, in the order that an uninterrupted run would have had:
-    with `ds.config.set_seed` set to the same number, and as many batches in an epoch, which is checked
-    (`LoadMismatchError`).
+    where the seed of datasets (`mindspore.dataset.config.set_seed`, and `mindspore.set_seed` sets it too) is the same
+    number when this object is made, and there are as many batches in an epoch, which is checked (`LoadMismatchError`).
     """
 
     def __init__(self, dataset: Any) -> None:
         self.step = 0
-        self._dataset = dataset
+        self._dataset, self._seed = dataset, int(ds.config.get_seed())
         self._batches = int(dataset.get_dataset_size())
         if self._batches < 1:
             raise ValueError(f"the dataset has {self._batches} batches in an epoch: there is nothing to train on")
@@ -53,23 +53,23 @@ class DataPosition:
 
     def state_dict(self) -> dict[str, int]:
         """Return the position and what it depends on."""
-        return {"step": self.step, "batches": self._batches, "seed": int(ds.config.get_seed())}
+        return {"step": self.step, "batches": self._batches, "seed": self._seed}
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
         """Go on from a position."""
-        seed = int(ds.config.get_seed())
         if state["batches"] != self._batches:
             raise LoadMismatchError(
                 f"the dataset has {self._batches} batches in an epoch, {state['batches']} when this was saved: the "
                 "position means nothing in it. To train a saved model on other data, load "
                 f"only=[{NETWORK!r}, {OPTIMIZER!r}] with ckptengine.load"
             )
-        if state["seed"] != seed:
+        if state["seed"] != self._seed:
             raise LoadMismatchError(
-                f"the dataset is shuffled with seed {seed}, with {state['seed']} when this was saved: samples would be "
-                f"skipped and repeated. Call mindspore.dataset.config.set_seed({state['seed']}) before making it"
+                f"the dataset is shuffled with seed {self._seed}, with {state['seed']} when this was saved: samples "
+                f"would be skipped and repeated. Call mindspore.dataset.config.set_seed({state['seed']}) before making "
+                "it"
             )
-        if seed == _NO_SEED:
+        if self._seed == _NO_SEED:
             _log.warning(
                 "no seed is set for datasets, so what is shuffled comes in another order after each start: "
                 "some samples are skipped and others repeated. Call mindspore.dataset.config.set_seed(number) before "

@@ -1,10 +1,13 @@
 """Starts jobs under msrun and collects what their ranks report."""
 
+import contextlib
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
@@ -16,31 +19,39 @@ def environment(**more):
     return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PATH": path, "GLOG_v": "3", **more}
 
 
-def msrun(script, ranks, folder, *arguments, timeout=240):
-    """Run a script of this folder; return the job, and what the ranks wrote to `FOLDER/rank-N.json` by rank."""
+def msrun(script, ranks, folder, *arguments, until, timeout=240):
+    """Run a script of this folder; return what the ranks wrote to `FOLDER/rank-N.json`, by rank.
+
+    The job is ended when the ranks in `until` have reported: MindSpore's scheduler takes its time to notice that ranks
+    have ended, half a minute for those that were killed.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     command = ["msrun", f"--worker_num={ranks}", f"--local_worker_num={ranks}", f"--master_port={port}"]
     command += ["--join=True", f"--log_dir={folder / 'log'}", str(ROOT / "tests/mindspore" / script), str(folder)]
-    job = subprocess.run(
-        [*command, *map(str, arguments)],
-        env=environment(),
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-        check=False,
-    )
+    command += map(str, arguments)
+    with (folder / "msrun.log").open("wb") as log:
+        job = subprocess.Popen(command, env=environment(), cwd=folder, stdout=log, stderr=log, start_new_session=True)
+    end = time.monotonic() + timeout
+    try:
+        while job.poll() is None and not all((folder / f"rank-{rank}.json").exists() for rank in until):
+            assert time.monotonic() < end, f"{script} took more than {timeout} s"
+            time.sleep(0.1)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(job.pid, signal.SIGKILL)
+        job.wait()
     reports = {}
     for rank in range(ranks):
         file = folder / f"rank-{rank}.json"
         if file.exists():
             reports[rank] = json.loads(file.read_text())
-    return job, reports
+    return reports
 
 
 def logs(folder):
     """Return the ends of what the workers said, for messages."""
-    return "\n".join(f"== {file.name}\n{file.read_text()[-3000:]}" for file in sorted((folder / "log").glob("*.log")))
+    files = [folder / "msrun.log", *sorted((folder / "log").glob("*.log"))]
+    return "\n".join(f"== {file.name}\n{file.read_text()[-3000:]}" for file in files)

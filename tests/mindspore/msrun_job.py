@@ -67,7 +67,7 @@ def save(run):
     coordinate()
     _, cell = training.train_cell()
     cell(*training.batch(0))
-    with ce.Checkpointer(run, timeout=10) as checkpointer:
+    with ce.Checkpointer(run, timeout=5) as checkpointer:
         checkpointer.save(1, state_of(cell, 1)).durable.result()
         expected = {name: value.hex() for name, value in training.contents(cell).items()}
         if get_rank() == 1:
