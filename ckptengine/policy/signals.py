@@ -190,8 +190,12 @@ class _Hub:
         while True:
             for number in os.read(reader, 64):
                 owner = self.owner(number)
-                if owner is not None:
+                if owner is None:
+                    continue
+                try:
                     owner.tell(number)
+                except Exception:  # whatever it is, the next signal must be read
+                    _log.exception("%s: what %s asks for failed", owner.name, signal.Signals(number).name)
 
     def _install(self, number: signal.Signals) -> bool:
         """Handle a signal, unless it is somebody's whom we can't call."""

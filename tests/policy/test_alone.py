@@ -232,9 +232,9 @@ def test_ranks_of_different_speed_without_a_store_stop_at_the_step_that_the_fast
     for name in ("preemption-living", "preemption-left"):
         (run / name).mkdir(parents=True)
     os.utime(run / "preemption-left", (time.time() - 600,) * 2)
-    with rank(0) as fast, rank(1) as slow:
-        slow.until("step 5")
-        slow.send()  # the other is ahead of it by some steps
+    with rank(0) as fast, rank(1, before=3) as slow:
+        fast.until("step 5")
+        fast.send()  # the other is behind by some steps: it has not taken its first one
         assert [fast.code(), slow.code()] == [75, 75]
         assert steps_in(run) == [fast.last_step()] == [slow.last_step()]
     # Another job that has opened the run may be alive, and about to end as well.
