@@ -45,9 +45,8 @@ class Checkpointer:
 
     `run` is a directory that all ranks see. `every` is a number of steps, or a time such as `"90s"` or `"10min"`
     (rank 0's clock decides), or `"auto"` or an `Auto`: as often as the measured cost allows, or None: then only `save`
-    saves. `save_last`: at the end of a `with` block without an error the last step is saved, if `every` had not come to
-    it; the state is then taken as it is at that moment. `keep_last` committed checkpoints are kept along
-    the line that led to the newest (None: all), and those whose step is a multiple of `keep_every`. `on_error`:
+    saves. `keep_last` committed checkpoints are kept along the line that led to the newest (None: all), and those whose
+    step is a multiple of `keep_every`. `on_error`:
     `"warn"` logs a failed save and lets training go on, until `max_failures` in a row; `"raise"` raises at the
     next call, after that call's own save has been started, so that the ranks stay in step. `when_busy`: a save that
     falls due while one is in flight waits for it, or is skipped on all ranks. `timeout`, in seconds, bounds
@@ -61,7 +60,8 @@ class Checkpointer:
 
     `preemption`: when the job is told to end, by SIGTERM or SIGUSR1 to any rank unless told otherwise, all ranks save
     the same step and `step` raises `Preempted`, which ends the process with the exit code 75; see `Preemption`. None
-    leaves signals alone. Where a process has several Checkpointers, give it to one of them.
+    leaves signals alone, and so does every Checkpointer until its first `step` or `save`. Where several of a process
+    train, the one that began last acts.
 
     All ranks call the same methods in the same order.
     """
@@ -73,7 +73,6 @@ class Checkpointer:
         keep_last: int | None = None,
         *,
         keep_every: int | None = None,
-        save_last: bool = True,
         preemption: Preemption | None = _PREEMPTION,
         on_error: Literal["warn", "raise"] = "warn",
         max_failures: int = 3,
@@ -100,7 +99,7 @@ class Checkpointer:
         """The saves that were committed, oldest first."""
         self._comm = comm or current()
         self._schedule = Schedule(every, self._comm, timeout)
-        self._save_last = save_last and every is not None
+        self._every = every
         self._keep_last, self._keep_every = keep_last, keep_every
         self._on_error, self._max_failures = on_error, max_failures
         self._when_busy = when_busy
@@ -112,7 +111,7 @@ class Checkpointer:
         self._parent: tuple[int, int] | None = None
         self._generation: int | None = None
         self._last: tuple[int, SaveHandle] | None = None
-        self._seen: tuple[int, Mapping[str, Any]] | None = None  # what `step` was called with last
+        self._unsaved: int | None = None  # the last step, where no save of it was started
         self._pending: list[SaveHandle] = []
         self._failures = 0
         self._failure: SaveFailedError | None = None
@@ -127,9 +126,8 @@ class Checkpointer:
                 living = stands()
                 return None if living is None else living()
 
-            self._watch = Watch(preemption, self._comm, self._storage, token, standing)
-            # One that is forgotten has not said that it is done.
-            weakref.finalize(self, self._watch.close, True)
+            self._watch = Watch(preemption, self._comm, self._storage, token, self.run, timeout, standing)
+            weakref.finalize(self, self._watch.forget).atexit = False
 
     def _open(self) -> str:
         """Make the run's directory and sweep what dead attempts left, on rank 0; an error is one on all ranks.
@@ -179,19 +177,15 @@ class Checkpointer:
         all are damaged, `LoadMismatchError` where the state doesn't fit.
         """
         self._asked = True
-        if self._watch is not None:
-            self._watch.check()
         self.wait(self._timeout)
         if isinstance(only, str):
             only = [only]
         options = LoadOptions(None if only is None else tuple(only), rename, strict, cast)
         loaded = restore_newest(self._storage, state, self._comm, self._timeout, options, step)
         # What follows is a new life of the run, also where this process has saved before.
-        self._generation = self._last = self._seen = None
+        self._generation = self._last = self._unsaved = None
         self._schedule.restart()
         self._parent = None if loaded is None or loaded.step is None else (loaded.generation, loaded.step)
-        if self._watch is not None:
-            self._watch.restarted()
         if self._parent is None:
             return None
         self._saver.prepare(state)
@@ -247,7 +241,7 @@ class Checkpointer:
         handle = None
         self._warn_unrestored()
         self._reap()
-        self._seen = step, state
+        self._unsaved = None if self._last is not None and self._last[0] == step else step
         if self._watch is not None and self._watch.arrive():
             self._preempt(self._watch, step, state)
         if self._schedule.due(step):
@@ -257,7 +251,6 @@ class Checkpointer:
                 try:
                     handle = self._save(step, state)
                 except StateError:
-                    self._seen = None  # told; not to be tried again at the end
                     raise
                 except CheckpointError as error:
                     self._failed(error, f"step {step} of {self.run}")
@@ -291,6 +284,7 @@ class Checkpointer:
         self._saver.wait(self._timeout)
         self._reap()
         if self._last is not None and self._last[0] == step:
+            self._unsaved = None
             return self._last[1]
         self._schedule.started()
         target = Target(
@@ -308,7 +302,7 @@ class Checkpointer:
         finally:
             # Also where this rank's snapshot failed: whether the next save claims one is the same on all ranks.
             self._generation = self._saver.generation
-        self._last = (step, handle)
+        self._last, self._unsaved = (step, handle), None
         self._pending.append(handle)
         return handle
 
@@ -352,33 +346,20 @@ class Checkpointer:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if error is None:
-            try:
-                self._finish()
-            finally:
-                self.close()
+            self.close()
+            if self._unsaved is not None and self._every is not None and self._comm.rank == 0:
+                _log.warning(
+                    "step %d of %s was trained and is not saved (every=%s): call ckpt.save(step, state) after the "
+                    "loop to keep it",
+                    self._unsaved,
+                    self.run,
+                    self._every,
+                )
             return
         try:
             self._close(failed=True)
         except CheckpointError as problem:
             _log.warning("%s: while the training error below was on its way: %s", self.run, problem)
-
-    def _finish(self) -> None:
-        """Save the last step, if it isn't saved."""
-        if not self._save_last or self._seen is None:
-            return
-        step, state = self._seen
-        # How the save of this very step ends must be known, and is then the same on all ranks.
-        for handle in self._pending:
-            handle.durable.wait()
-        self._reap()
-        if self._last is not None and self._last[0] == step:
-            return
-        try:
-            self._save(step, state)
-        except StateError:
-            raise
-        except CheckpointError as error:
-            self._failed(error, f"step {step} of {self.run}")
 
     def _preempt(self, watch: Watch, step: int, state: Mapping[str, Any]) -> NoReturn:
         """Save the step at which all ranks stop, wait until it is durable, and leave."""

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import threading
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 from ckptengine.comm.base import KeyValueStore
@@ -14,13 +16,17 @@ from ckptengine.comm.ranks import name_ranks
 __all__ = ["Agreement", "Limit", "Request", "Verdict"]
 
 _FOREVER = 3600.0
-_ANSWER_SECONDS = 5.0
-"""How long all ranks may take to say how far they are. Their threads say it, whatever the training does; who doesn't is
-dead, or has not been able to run any Python for so long."""
+_LEAST_ANSWER_SECONDS = 5.0
+_ANSWER_SECONDS = 30.0
+"""How long all ranks may take to say how far they are, without a grace period; with one, half of it. Their threads say
+it, whatever the training does, unless C code keeps all Python threads from running. Where nobody says how long there
+is, 30 s is what launchers commonly leave between SIGTERM and SIGKILL (torchrun, SLURM's `KillWait`, Kubernetes)."""
 _POLLED_ANSWER_SECONDS = 70.0
-"""The same through files: NFS may show another machine's file only after 60 s (`acdirmax`)."""
+"""How long it takes at least through files: NFS may show another machine's file only after 60 s (`acdirmax`)."""
 _WORD_SECONDS = 2.0
 """How much longer than rank 0 the others wait, for its word."""
+_LOOK_SECONDS = 0.5
+"""How often rank 0 looks whether a rank that is late is dead."""
 _LOOKS_PER_SECOND = 100
 """How often all ranks together may look for a request where a store can't wait."""
 
@@ -37,24 +43,22 @@ class Request:
 class Limit:
     """What a rank says: the call of `step` that it does not go past without a verdict.
 
-    `fresh`: it has not come to any since the state was made or restored. `gone`: it will come to no other, because
-    it has closed ("closed") or has failed ("failed").
+    `gone`: it will come to no other, because it has closed ("closed"), has failed ("failed") or is dead ("dead").
     """
 
     call: int
-    fresh: bool = False
-    gone: Literal["", "closed", "failed"] = ""
+    gone: Literal["", "closed", "failed", "dead"] = ""
 
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
     """What rank 0 makes of all limits.
 
-    "stop": all save in call number `call` and end. "leave": nothing has been trained that isn't saved, all end.
-    "over": a rank has finished its training, so all may. "failed": it can't be done, `why` says why.
+    "stop": all save in call number `call` and end. "over": a rank has finished its training, so all may. "failed": it
+    can't be done, `why` says why.
     """
 
-    kind: Literal["stop", "leave", "over", "failed"]
+    kind: Literal["stop", "over", "failed"]
     call: int = 0
     why: str = ""
 
@@ -64,21 +68,23 @@ class Agreement:
 
     The keys: `request`, set by the rank that is told to end; `wake/<rank>`, by which rank 0 passes it on to each
     (a key for each, so that a rank can also wake itself, to close); `limit/<rank>`, the answers; `verdict`, which is
-    the greatest of them; `left/<rank>`, set by a rank that needs the store no more.
+    the greatest of them; `left/<rank>`, set by a rank that needs the store no more; `process/<rank>`, by which rank 0
+    sees whether a rank of its own machine is dead. `timeout`, in seconds, bounds the wait for answers where no
+    grace period does.
     """
 
-    def __init__(self, store: KeyValueStore, rank: int, world_size: int, prefix: str) -> None:
+    def __init__(self, store: KeyValueStore, rank: int, world_size: int, prefix: str, timeout: float) -> None:
         self._store, self._rank, self._world_size = store, rank, world_size
         self._prefix = prefix
         self._closed = threading.Event()
         self._pause = max(1.0, world_size / _LOOKS_PER_SECOND)
-        self.answer_seconds = _ANSWER_SECONDS if store.blocks else _POLLED_ANSWER_SECONDS + 3 * self._pause
-        """How long it takes at most from a request to a verdict on rank 0."""
+        self._least = _LEAST_ANSWER_SECONDS if store.blocks else _POLLED_ANSWER_SECONDS + 3 * self._pause
+        self._answer_seconds = max(self._least, min(timeout, _ANSWER_SECONDS))
 
     @property
     def seconds(self) -> float:
         """How long it takes at most from a request to a verdict on any rank."""
-        return self.answer_seconds + _WORD_SECONDS + self._pause
+        return self._answer_seconds + _WORD_SECONDS + self._pause
 
     def request(self, request: Request) -> None:
         """Ask all ranks to end; of several requests one counts."""
@@ -87,12 +93,16 @@ class Agreement:
     def wait(self) -> Request | None:
         """Wait until a rank asks; return None where this rank closes before."""
         key = self._waited_for
+        if self._store.blocks:  # messages that are files are written where they are needed only
+            self._set(f"process/{self._rank}", list(_process(os.getpid())))
         while not self._closed.is_set():
             found = self._get(key, _FOREVER if self._store.blocks else 0.0)
             if self._closed.is_set():
                 return None
             if found is not None:
                 request = Request(*found)
+                if request.grace is not None:
+                    self._answer_seconds = max(self._least, request.grace / 2)
                 if self._rank == 0:
                     for rank in range(1, self._world_size):
                         self._set(f"wake/{rank}", found)
@@ -108,7 +118,7 @@ class Agreement:
     def close(self, failed: bool) -> None:
         """End the wait, and tell those who may still ask that this rank comes to no further call of `step`."""
         self._closed.set()
-        if self._store.blocks or failed:  # messages that are files are written where they are needed only
+        if self._store.blocks or failed:
             self.publish(Limit(0, gone="failed" if failed else "closed"))
         if self._store.blocks:
             self._set(self._waited_for, ["", None])
@@ -116,10 +126,11 @@ class Agreement:
     def forget(self) -> None:
         """Remove the word that ended the wait, once it has."""
         self._store.delete(self._key(self._waited_for))
+        self._store.delete(self._key(f"process/{self._rank}"))
 
     def publish(self, limit: Limit) -> None:
         """Tell this rank's limit."""
-        self._set(f"limit/{self._rank}", [limit.call, limit.fresh, limit.gone])
+        self._set(f"limit/{self._rank}", [limit.call, limit.gone])
 
     def decide(self) -> Verdict:
         """Rank 0: hear all limits, and tell the verdict."""
@@ -129,18 +140,42 @@ class Agreement:
 
     def hear(self) -> Verdict:
         """The other ranks: wait for the verdict."""
-        found = self._get("verdict", self.answer_seconds + _WORD_SECONDS)
+        found = self._get("verdict", self._answer_seconds + _WORD_SECONDS)
         return Verdict(*found) if found is not None else Verdict("failed", why="rank 0 did not answer")
 
     def _collect(self) -> dict[int, Limit | None]:
-        deadline = time.monotonic() + self.answer_seconds
-        limits: dict[int, Limit | None] = {}
+        """Wait for all limits; for those that are late, only as long as their ranks may live."""
+        begun = time.monotonic()
+        limits: dict[int, Limit | None] = dict.fromkeys(range(self._world_size))
         for rank in range(self._world_size):
-            found = self._get(f"limit/{rank}", max(0.0, deadline - time.monotonic()))
-            limits[rank] = limit = None if found is None else Limit(*found)
-            if limit is not None and limit.gone == "failed":
-                break  # no use to wait for the others
+            if self._heard(limits, rank, begun + self._least):
+                return limits
+        while missing := [rank for rank, limit in limits.items() if limit is None]:
+            for rank in missing:
+                if self._is_dead(rank):
+                    limits[rank] = Limit(0, gone="dead")
+                    return limits
+            if time.monotonic() - begun > self._answer_seconds:
+                break
+            for number, rank in enumerate(missing):
+                if self._heard(limits, rank, time.monotonic() + (0.0 if number else _LOOK_SECONDS)):
+                    return limits
         return limits
+
+    def _heard(self, limits: dict[int, Limit | None], rank: int, deadline: float) -> bool:
+        """Wait for a rank's limit; return whether it makes those of the others useless."""
+        found = self._get(f"limit/{rank}", max(0.0, deadline - time.monotonic()))
+        limits[rank] = limit = None if found is None else Limit(*found)
+        return limit is not None and limit.gone == "failed"
+
+    def _is_dead(self, rank: int) -> bool:
+        """Return whether a rank is a process of this machine that doesn't live; False where that can't be seen."""
+        found = self._get(f"process/{rank}", 0.0) if self._store.blocks else None
+        if found is None:
+            return False
+        machine, namespace, pid, _ = found
+        ours = _process(os.getpid())
+        return bool(machine) and (machine, namespace) == ours[:2] and _process(pid) != tuple(found)
 
     def depart(self, seconds: float) -> None:
         """Leave the store; rank 0, who may be its host, waits at most so many seconds until all others have."""
@@ -152,7 +187,7 @@ class Agreement:
         for rank in range(1, self._world_size):
             self._get(f"left/{rank}", max(0.0, deadline - time.monotonic()))
         for rank in range(self._world_size):
-            for key in (f"wake/{rank}", f"limit/{rank}", f"left/{rank}"):
+            for key in (f"wake/{rank}", f"limit/{rank}", f"left/{rank}", f"process/{rank}"):
                 self._store.delete(self._key(key))
         self._store.delete(self._key("verdict"))
         self._store.delete(self._key("request"))
@@ -172,13 +207,31 @@ def _verdict(limits: dict[int, Limit | None]) -> Verdict:
     """Return what follows from the ranks' limits; None is a rank that did not answer."""
     known = [limit for limit in limits.values() if limit is not None]
     failed = [rank for rank, limit in limits.items() if limit is not None and limit.gone == "failed"]
+    dead = [rank for rank, limit in limits.items() if limit is not None and limit.gone == "dead"]
     missing = [rank for rank, limit in limits.items() if limit is None]
+    if dead:
+        return Verdict("failed", why=f"{name_ranks(dead)} ended without a word")
     if failed:
         return Verdict("failed", why=f"{name_ranks(failed)} ended with an error")
     if missing:
         return Verdict("failed", why=f"{name_ranks(missing)} did not answer")
     if any(limit.gone for limit in known):
         return Verdict("over")
-    if all(limit.fresh for limit in known):
-        return Verdict("leave")
     return Verdict("stop", max(limit.call for limit in known))
+
+
+def _process(pid: int) -> tuple[str, str, int, str]:
+    """Return what tells a living process from all others: its machine's boot, its namespace of ids, its id and start.
+
+    The start is empty where there is none, or only its parent has not yet noticed its end. See proc_pid_stat(5).
+    """
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        namespace = os.readlink("/proc/self/ns/pid")
+    except OSError:
+        return "", "", pid, ""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return boot, namespace, pid, ""
+    return boot, namespace, pid, "" if fields[0] in "ZX" else fields[19]

@@ -59,11 +59,6 @@ class Schedule:
         self._later: deque[SaveStats] = deque(maxlen=_REMEMBERED)
         self._told: float | None = None
 
-    @property
-    def interval(self) -> float | None:
-        """The interval in seconds that rank 0 keeps now; None where steps decide."""
-        return self._seconds
-
     def restart(self) -> None:
         """Begin a new life of the run, from another step and from now on."""
         self._last_time = self._clock()

@@ -6,7 +6,6 @@ import atexit
 import contextlib
 import logging
 import os
-import select
 import signal
 import sys
 import threading
@@ -15,12 +14,13 @@ import weakref
 from collections.abc import Callable
 from typing import NoReturn
 
+from ckptengine.catalog.lease import LEASE_SECONDS
 from ckptengine.catalog.receipt import StorageStore
 from ckptengine.comm.base import Communicator
 from ckptengine.errors import CheckpointError, DeadlineError, Preempted
 from ckptengine.policy.agreement import Agreement, Limit, Request, Verdict
 from ckptengine.policy.preemption import Preemption
-from ckptengine.policy.signals import Signals
+from ckptengine.policy.signals import Subscription, ignore, is_shared, subscribe
 from ckptengine.storage.base import Storage
 
 __all__ = ["Watch"]
@@ -29,8 +29,8 @@ _REPEATED = 3.0
 """Seconds in which the same signal counts as the same word: a launcher passes on what the process has got itself."""
 _LEAVING = 10.0
 """Seconds in which a process that is on its way out takes a signal for the launcher's, which ends all when one ends."""
-_LEAVE = 5.0
-"""Seconds that the main thread has to come to us where there is nothing to save, before the process is ended."""
+_TELL_SECONDS = 10.0
+"""How often the log says what is waited for."""
 _LOOK_SECONDS = 1.0
 """How often rank 0 looks for the file."""
 _WORD_SECONDS = 2.0
@@ -40,7 +40,6 @@ _DEPART_SECONDS = 10.0
 _LAST_WORDS_SECONDS = 1.0
 _FOLDER = "preemption-"
 """How the directories are named in which ranks without a store of their own leave their messages."""
-_CLOSE, _LOOK_AGAIN = b"\xff", b"\xfe"
 
 _log = logging.getLogger("ckptengine")
 
@@ -51,6 +50,11 @@ class Watch:
     Threads wait for a signal, for the file and for other ranks' word; the training's thread calls `arrive` in every
     `step` of the Checkpointer, and that compares two numbers. The calls are counted, not the steps: the ranks make the
     same calls, whatever numbers the steps have. `stands` returns the newest committed step that this rank knows of.
+    `name` is the run's. `timeout`, in seconds, bounds the wait for the next call where no grace period does.
+
+    With the first call it begins to act: only who trains has something to save. Until then signals do what they would
+    do without it, the file is not obeyed yet, other ranks are answered (the call to come is the first), and the
+    process is not ended.
     """
 
     def __init__(
@@ -59,23 +63,27 @@ class Watch:
         comm: Communicator,
         storage: Storage,
         token: str,
+        name: str,
+        timeout: float,
         stands: Callable[[], int | None],
     ) -> None:
         self._preemption, self._comm, self._stands = preemption, comm, stands
+        self._name, self._timeout = name, timeout
         self._rank, self._alone = comm.rank, comm.world_size == 1
         self._changed = threading.Condition()
-        self._calls = self._fresh_from = 0
+        self._calls = 0
         self._limit: int | None = None
         self._verdict: Verdict | None = None
-        self._reason = ""
+        self._reason, self._grace = "", preemption.grace
         self._arrived: dict[int, float] = {}
         self._end_at: float | None = None
-        self._end_why = ""
+        self._end_why = "the training did not come to its next step in time"
+        self._awaited = "the training's next call of step or save"
         self._leaving_since: float | None = None
         self._closed = threading.Event()
         self._lost = False  # the store is gone: no agreement is possible any more
         self._process = os.getpid()
-        self._reader, self._writer = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        self._subscription: Subscription | None = None
         self._agreement: Agreement | None = None
         self._folder: tuple[Storage, str] | None = None
         self._threads: list[threading.Thread] = []
@@ -86,12 +94,10 @@ class Watch:
                 store, prefix = _FolderStore(*self._folder), "ask"
                 if self._rank == 0:
                     _sweep(*self._folder)
-            self._agreement = Agreement(store, comm.rank, comm.world_size, prefix)
+            self._agreement = Agreement(store, comm.rank, comm.world_size, prefix, timeout)
             self._start("agree", self._agree)
         if preemption.file is not None and self._rank == 0:
             self._start("file", self._watch_file, os.fspath(preemption.file))
-        self._signals = Signals(preemption.numbers, self._writer)
-        self._start("watch", self._run)
         _living.add(self)
 
     def _start(self, name: str, work: Callable[..., None], *arguments: object) -> None:
@@ -105,10 +111,13 @@ class Watch:
         """Count a call of `step`; return whether the job is to be saved now, and to end.
 
         Waits where this rank has come to the limit that it told and the verdict is still out: the others may
-        stop here. Raises `Preempted` where there is nothing to save, `DeadlineError` where there is no verdict.
+        stop here. Raises `DeadlineError` where there is no verdict.
         """
         with self._changed:
             self._calls += 1
+        if self._subscription is None and not self._closed.is_set():
+            self._subscription = subscribe(self._preemption.numbers, self._name, self._signalled)
+        with self._changed:
             if self._limit is None or self._calls < self._limit:
                 return False
             wait = 1.0 if self._agreement is None else self._agreement.seconds + _WORD_SECONDS
@@ -116,20 +125,9 @@ class Watch:
                 raise DeadlineError(f"rank {self._rank} was told to end and no verdict on the step came in {wait:g} s")
             verdict = self._verdict
             assert verdict is not None
-        if verdict.kind == "leave":
-            self.check()
+        if verdict.kind == "failed":
+            self._end_disagreed(verdict)
         return verdict.kind == "stop" and self._calls >= verdict.call
-
-    def check(self) -> None:
-        """Raise `Preempted` where the job is to end and nothing has been trained that isn't saved."""
-        if self._verdict is not None and self._verdict.kind == "leave":
-            raise self._preempted(None, "no step has been trained since its state was made or restored")
-
-    def restarted(self) -> None:
-        """Note that the state was restored: what is trained counts from here."""
-        self.check()
-        with self._changed:
-            self._fresh_from = self._calls
 
     @property
     def left(self) -> float | None:
@@ -137,12 +135,14 @@ class Watch:
         return None if self._end_at is None else self._end_at - time.monotonic()
 
     def saving(self, step: int) -> None:
-        """Note what is being waited for."""
-        self._end_why = f"step {step} was not durable in time"
+        """Note what is being waited for; without a grace period, the save has its own time."""
+        self._awaited, self._end_why = f"step {step} to be durable", f"step {step} was not durable in time"
+        if self._grace is None:
+            self._end_at = None
 
     def leave(self, step: int | None, problem: str) -> NoReturn:
         """Wait until all ranks are done here, and raise `Preempted`; `step` was saved, or `problem` says why not."""
-        self._end_why = "the process did not end by itself"
+        self._awaited, self._end_why = "the process to end", "the process did not end by itself"
         with contextlib.suppress(CheckpointError):
             self._depart()
         raise self._preempted(step, problem)
@@ -161,7 +161,7 @@ class Watch:
     def _preempted(self, step: int | None, problem: str) -> Preempted:
         # Handlers stay until the process has ended: the launcher sends SIGTERM to all as soon as the first has.
         self._leaving_since = time.monotonic()
-        atexit.register(self._signals.ignore)
+        atexit.register(ignore)
         code = self._preemption.exit_code
         stands = self._stands()
         if step is not None:
@@ -170,6 +170,14 @@ class Watch:
             message = f"{self._reason}: {problem}; {_standing(stands)}; exiting with code {code}"
         if self._rank == 0:
             _log.warning("%s", message)
+        if (thread := threading.current_thread()) is not threading.main_thread():
+            _log.warning(
+                "%s: Preempted is raised in the thread %s and ends that thread only: catch it there, and let the main "
+                "thread end the process with code %d",
+                self._name,
+                thread.name,
+                code,
+            )
         return Preempted(message, code, step)
 
     def close(self, failed: bool = False) -> None:
@@ -178,6 +186,9 @@ class Watch:
         A signal that came too late for the ranks to agree acts now as it would have without us, unless `failed`:
         then an error is on its way.
         """
+        self._close(failed, acting=not failed)
+
+    def _close(self, failed: bool, acting: bool) -> None:
         if self._closed.is_set():
             return
         if self._leaving_since is not None:
@@ -185,8 +196,9 @@ class Watch:
         self._closed.set()
         if os.getpid() != self._process:
             return
-        self._signals.restore()
-        self._wake(_CLOSE)
+        unanswered = [number for number in self._arrived if not is_shared(number)]
+        if self._subscription is not None:
+            self._subscription.close()
         # The store may be gone, with the rank that was its host.
         with contextlib.suppress(CheckpointError):
             if self._agreement is not None:
@@ -197,57 +209,36 @@ class Watch:
         with contextlib.suppress(CheckpointError):
             if self._agreement is not None:
                 self._agreement.forget()
-        os.close(self._writer)
         _living.discard(self)
-        if not failed and threading.current_thread() is threading.main_thread():
-            for number in self._arrived:
-                if not self._signals.is_shared(number):
-                    _log.warning("%s came when the job was done: it acts now", signal.Signals(number).name)
-                    os.kill(os.getpid(), number)
+        for number in unanswered if acting else ():
+            _log.warning("%s came when the job was done: it acts now", signal.Signals(number).name)
+            os.kill(os.getpid(), number)
+
+    def forget(self) -> None:
+        """Close for a Checkpointer that is gone and was never closed: it has not said that it is done."""
+        self._close(failed=True, acting=True)
 
     def forked(self) -> None:
         """Let go in a forked process."""
-        self._signals.forked()
         # New ones: a thread that is not here may have held the locks of the old.
         self._closed, self._changed = threading.Event(), threading.Condition()
         self._closed.set()
         self._limit = None
-        os.close(self._reader)
-        os.close(self._writer)
         _living.discard(self)
 
     # What the threads do.
 
-    def _run(self) -> None:
-        """Wait for signals, and for the moment when the process has to be ended."""
-        poll = select.poll()
-        poll.register(self._reader, select.POLLIN)
-        while True:
-            left = self.left
-            poll.poll(None if left is None else max(0.0, left) * 1000 + 1)
-            try:
-                data = os.read(self._reader, 64)
-            except BlockingIOError:
-                data = b""
-            if self._closed.is_set():
-                os.close(self._reader)
-                return
-            for number in data:
-                if number in self._signals:
-                    self._signalled(number)
-            if self.left is not None and self.left <= 0:
-                self._end(self._end_why)
-
     def _signalled(self, number: int) -> None:
         now, name = time.monotonic(), signal.Signals(number).name
+        shared = is_shared(number)
         if self._leaving_since is not None:
-            if now - self._leaving_since > _LEAVING and not self._signals.is_shared(number):
+            if now - self._leaving_since > _LEAVING and not shared:
                 self._end(f"{name} came again", 128 + number)
             return
         first = self._arrived.setdefault(number, now)
         if first == now:
             self._ask(f"{name} on rank {self._rank}")
-        elif now - first > _REPEATED and not self._signals.is_shared(number):
+        elif now - first > _REPEATED and not shared:
             self._end(f"{name} came again", 128 + number)
 
     def _ask(self, reason: str) -> None:
@@ -256,11 +247,11 @@ class Watch:
         self._bound(reason, grace)
         if self._agreement is None:
             with self._changed:
-                if self._verdict is None:
-                    self._limit = self._calls + 1
-                    self._conclude(
-                        Verdict("leave") if self._calls == self._fresh_from else Verdict("stop", self._limit)
-                    )
+                if self._verdict is not None:
+                    return
+                self._limit = self._calls + 1
+                verdict = Verdict("stop", self._limit)
+            self._conclude(verdict)
         else:
             self._start("ask", self._request, Request(reason, grace))
 
@@ -274,12 +265,35 @@ class Watch:
             self._conclude(Verdict("failed", why=str(error)))
 
     def _bound(self, reason: str, grace: float | None) -> None:
-        """Note why the job ends, and until when."""
-        self._reason = self._reason or reason
-        if grace is not None and self._end_at is None:
-            self._end_why = self._end_why or "the training did not come to its next step in time"
-            self._end_at = time.monotonic() + grace - self._preemption.margin
-            self._wake(_LOOK_AGAIN)
+        """Note why the job ends, and until when; the first word counts."""
+        with self._changed:
+            if self._reason:
+                return
+            self._reason, self._grace = reason, grace
+            left = self._timeout if grace is None else grace - self._preemption.margin
+            self._end_at = time.monotonic() + left
+        self._start("deadline", self._watch_deadline)
+
+    def _watch_deadline(self) -> None:
+        """Say what is waited for, and end the process when its time is over."""
+        told = begun = time.monotonic()
+        while (left := self.left) is not None:
+            now = time.monotonic()
+            if left <= 0 and self._subscription is not None:
+                # Without a grace period nobody has asked for more than what the signal does by itself.
+                own = next(iter(self._arrived), None)
+                self._end(self._end_why, None if self._grace is not None or own is None else 128 + own)
+            if now - told >= _TELL_SECONDS and (self._rank == 0 or self._arrived):
+                told = now
+                _log.warning(
+                    "%s: waiting for %s since %.0f s; the process is ended in %.0f s",
+                    self._reason,
+                    self._awaited,
+                    now - begun,
+                    max(0.0, left),
+                )
+            if self._closed.wait(min(1.0, left) if left > 0 else 1.0):
+                return
 
     def _agree(self) -> None:
         """Wait for the word of any rank, and agree with all others on the step."""
@@ -293,7 +307,7 @@ class Watch:
             self._bound(request.reason, request.grace)
             with self._changed:
                 self._limit = self._calls + 1
-                limit = Limit(self._limit, fresh=self._calls == self._fresh_from)
+                limit = Limit(self._limit)
             agreement.publish(limit)
             verdict = agreement.decide() if self._rank == 0 else agreement.hear()
         except CheckpointError as error:
@@ -308,16 +322,14 @@ class Watch:
             self._verdict = verdict
             calls = verdict.call - self._calls
             self._changed.notify_all()
-        if verdict.kind == "failed":
-            self._end(f"the ranks could not agree on a step: {verdict.why}")
-        elif verdict.kind == "leave":
-            self._end_why = "no step had been trained since its state was made or restored"
-            soon = time.monotonic() + _LEAVE
-            self._end_at = soon if self._end_at is None else min(self._end_at, soon)
-            self._wake(_LOOK_AGAIN)
-        elif verdict.kind == "stop" and self._rank == 0:
+        if verdict.kind == "failed" and self._subscription is not None:
+            self._end_disagreed(verdict)
+        if verdict.kind == "stop" and self._rank == 0:
             which = "the next" if calls == 1 else f"the {calls}th from now on"
             _log.warning("%s: all ranks save the same step, %s of rank 0, and end", self._reason, which)
+
+    def _end_disagreed(self, verdict: Verdict) -> NoReturn:
+        self._end(f"the ranks could not agree on a step: {verdict.why}")
 
     def _watch_file(self, path: str) -> None:
         """Rank 0: look for the file once a second; a thread of its own, since a file system may hang."""
@@ -326,14 +338,11 @@ class Watch:
             _log.warning("%s is there already: it ends this job when it is touched, or made again", path)
         while not self._closed.wait(_LOOK_SECONDS):
             found = _identity(path)
-            if found is not None and found != before:
+            if found is None:
+                before = None
+            elif found != before and self._subscription is not None:
                 self._ask(f"the file {path}")
                 return
-            before = found
-
-    def _wake(self, byte: bytes) -> None:
-        with contextlib.suppress(OSError):
-            os.write(self._writer, byte)
 
     def _end(self, why: str, code: int | None = None) -> NoReturn:
         """End the process here and now, from whatever thread: its main thread may be anywhere."""
@@ -372,11 +381,14 @@ class _FolderStore(StorageStore):
 
 
 def _sweep(storage: Storage, own: str) -> None:
-    """Remove what lives that are over have left."""
+    """Remove what lives that are over have left: another one that opens the run may be alive, and about to end."""
     with contextlib.suppress(CheckpointError):
+        now = storage.now()
         for name in storage.list():
             if name.startswith(_FOLDER) and name != own:
-                storage.delete_tree(name)
+                modified = storage.modified(name)
+                if modified is not None and now - modified > LEASE_SECONDS:
+                    storage.delete_tree(name)
 
 
 def _standing(step: int | None) -> str:
@@ -401,3 +413,12 @@ def _after_fork() -> None:
 
 
 os.register_at_fork(after_in_child=_after_fork)
+
+
+def _at_exit() -> None:
+    """Tell the other ranks that what was never closed comes to no further step."""
+    for watch in list(_living):
+        watch.close(failed=True)
+
+
+atexit.register(_at_exit)

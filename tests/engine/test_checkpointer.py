@@ -81,24 +81,34 @@ def no_room():
 # When it saves.
 
 
-def test_every_n_steps_saves_at_the_multiples_and_the_last_step(tmp_path):
+def test_every_n_steps_saves_at_the_multiples_and_a_last_step_that_is_not_saved_is_told(tmp_path, caplog):
     with ce.Checkpointer(tmp_path, every=3) as ckpt:
         saved = [step for step in range(1, 11) if ckpt.step(step, state_at(step)) is not None]
         ckpt.wait()
         assert saved == [3, 6, 9] == [stats.step for stats in ckpt.history]
-    assert steps_in(tmp_path) == [3, 6, 9, 10]
-    assert restored(tmp_path) == 10
+    assert steps_in(tmp_path) == [3, 6, 9]
+    assert restored(tmp_path) == 9
+    (told,) = (record.getMessage() for record in caplog.records)
+    assert told == (
+        f"step 10 of {tmp_path} was trained and is not saved (every=3): call ckpt.save(step, state) after the loop to "
+        "keep it"
+    )
 
 
-def test_the_last_step_is_not_saved_where_it_is_unwanted_or_the_training_failed(tmp_path):
-    with ce.Checkpointer(tmp_path / "unwanted", every=3, save_last=False) as ckpt:
+def test_of_a_last_step_that_is_saved_or_unwanted_or_whose_training_failed_nothing_is_told(tmp_path, caplog):
+    with ce.Checkpointer(tmp_path / "saved", every=3) as ckpt:
         for step in range(1, 5):
             ckpt.step(step, state_at(step))
+        ckpt.save(step, state_at(step))
+    with ce.Checkpointer(tmp_path / "unwanted") as ckpt:
+        ckpt.step(1, state_at(1))
     with pytest.raises(ZeroDivisionError), ce.Checkpointer(tmp_path / "failed", every=3) as ckpt:
         for step in range(1, 5):
             ckpt.step(step, state_at(step))
         1 / 0  # noqa: B018
-    assert steps_in(tmp_path / "unwanted") == steps_in(tmp_path / "failed") == [3]
+    assert steps_in(tmp_path / "saved") == [3, 4]
+    assert steps_in(tmp_path / "failed") == [3]
+    assert not caplog.records
 
 
 @pytest.mark.parametrize("first", [1, 1_000_000])

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import ctypes
+import faulthandler
 import json
 import os
 import signal
@@ -18,6 +19,7 @@ import numpy as np
 import ckptengine as ce
 from ckptengine.comm.exchange import connect
 from ckptengine.comm.keyvalue import FileStore
+from ckptengine.policy import watch
 from ckptengine.storage.local import LocalStorage
 
 OPTIONS = json.loads(sys.argv[2])
@@ -44,6 +46,8 @@ def main() -> None:
         signal.signal(signal.SIGTERM, lambda number, frame: say(f"own handler {number}"))
     if OPTIONS.get("ignored"):
         signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    if OPTIONS.get("faulthandler"):
+        faulthandler.register(signal.SIGUSR1)
     for name, seconds in OPTIONS.get("slow", {}).items():
         slowed(name, seconds)
     preemption = ce.Preemption(grace=OPTIONS.get("grace"), file=OPTIONS.get("file"), exit_code=OPTIONS.get("code", 75))
@@ -51,12 +55,23 @@ def main() -> None:
     if "ranks" in OPTIONS:
         # No store for the background, as under MPI: its messages go through the run's directory.
         comm = connect(FileStore(OPTIONS["meet"]), rank, OPTIONS["ranks"], 60)
-    every = OPTIONS.get("every", 1000)
+    every, timeout = OPTIONS.get("every", 1000), OPTIONS.get("timeout", 60)
+    watch._TELL_SECONDS = OPTIONS.get("tell", watch._TELL_SECONDS)
     state = {"a": np.zeros(1000), "step": 0}
-    with ce.Checkpointer(sys.argv[1], every=every, preemption=preemption, timeout=60, comm=comm) as ckpt:
+    if OPTIONS.get("others"):
+        teacher = ce.Checkpointer(sys.argv[1] + "-teacher", every=1)
+        assert teacher.restore({"a": np.zeros(1000), "step": 0}) == 2
+        finished = ce.Checkpointer(sys.argv[1] + "-finished", every=1)
+        finished.step(1, state)
+        rebound = ce.Checkpointer(sys.argv[1], every=every)
+        rebound = ce.Checkpointer(sys.argv[1], every=every)
+        finished.close()
+        rebound.close()
+    with ce.Checkpointer(sys.argv[1], every=every, preemption=preemption, timeout=timeout, comm=comm) as ckpt:
         start = ckpt.restore(state) or 0
         assert (state["a"] == start).all()
         say(f"resumed {start}")
+        time.sleep(OPTIONS.get("before", 0))
         for step in range(start + 1, start + 1 + OPTIONS.get("steps", 10**6)):
             state["a"] += 1
             state["step"] = step
@@ -80,6 +95,9 @@ def main() -> None:
             if step - start == OPTIONS.get("wait_at"):
                 ckpt.wait()
                 say("waited")
+            if step - start == OPTIONS.get("idle_at"):
+                say("idle")
+                time.sleep(60)
             time.sleep(OPTIONS.get("pace", 0.02))
     for number in (signal.SIGTERM, signal.SIGUSR1):
         say(f"{number.name} {signal.getsignal(number)}")

@@ -50,8 +50,9 @@ def main() -> None:
                 note(began=step)
                 time.sleep(options.get("pace", 0.02) * rank)
                 one = torch.ones(1000) / dist.get_world_size()
-                dist.all_reduce(one)
-                weights += one.round()
+                if not options.get("apart"):
+                    dist.all_reduce(one)
+                weights += one.round() if not options.get("apart") else 1
                 handle = ckpt.step(step, state)
                 note(did=step, saving=handle is not None)
     except Preempted as end:

@@ -9,7 +9,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -21,6 +20,7 @@ import pytest
 from jobs import HERE, environment, steps_in
 
 import ckptengine as ce
+from ckptengine.errors import Preempted
 
 
 class Process:
@@ -91,16 +91,43 @@ def test_a_signal_during_a_save_waits_for_it_and_saves_the_step_that_has_come_si
         assert steps_in(tmp_path) == [5, job.last_step()]
 
 
-def test_a_signal_during_the_restore_exits_at_its_end_and_harms_nothing(tmp_path: Path) -> None:
-    with started(tmp_path, steps=3) as job:
+def test_before_the_first_step_a_signal_acts_as_it_would_without_us_and_harms_nothing(tmp_path: Path) -> None:
+    with started(tmp_path, steps=3, every=3) as job:
         assert job.code() == 0
     with started(tmp_path, slow={"read_bytes": 0.5}) as job:
-        job.until("read_bytes")
+        job.until("read_bytes")  # in the middle of the restore
+        job.send()
+        assert job.code() == -signal.SIGTERM
+        assert not job.logged("resumed")
+    with started(tmp_path, before=60, file=str(tmp_path / "stop")) as job:
+        job.until("resumed")  # an evaluation, or a loader that takes its time
+        (tmp_path / "stop").touch()
+        time.sleep(1.5)
+        assert job.popen.poll() is None
+        job.send(signal.SIGUSR1)
+        assert job.code() == -signal.SIGUSR1
+    assert steps_in(tmp_path) == [3]
+
+
+def test_a_signal_saves_what_trains_whatever_other_checkpointers_the_process_has_or_had(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    with started(tmp_path / "run-teacher", steps=2, every=2) as job:
+        assert job.code() == 0
+    with started(run, others=True) as job:
+        job.until("step 3")
         job.send()
         assert job.code() == 75
-        assert not job.logged("resumed")
-        assert job.logged("no step has been trained since its state was made or restored; step 3 is the last")
-    assert steps_in(tmp_path) == [3]
+    assert steps_in(run) == [job.last_step()]
+    assert steps_in(tmp_path / "run-teacher") == [2]
+
+
+def test_who_does_not_train_on_is_waited_for_as_long_as_the_timeout_and_the_log_says_so(tmp_path: Path) -> None:
+    with started(tmp_path, every=2, idle_at=2, timeout=2, tell=0.5) as job:
+        job.until("idle")
+        job.send()
+        assert job.code() == 128 + signal.SIGTERM
+        assert job.logged("waiting for the training's next call of step or save since 1 s; the process is ended in 1 s")
+        assert job.logged("the training did not come to its next step in time; step 2 is the last one committed")
 
 
 def test_where_the_save_misses_the_deadline_the_process_is_gone_and_the_checkpoint_before_stands(
@@ -153,11 +180,14 @@ def test_a_second_signal_ends_the_process_at_once_but_not_the_launchers_echo_of_
 
 
 def test_a_users_own_handler_is_called_too_and_gets_the_signal_back(tmp_path: Path) -> None:
-    with started(tmp_path, own_handler=True) as job:
+    with started(tmp_path, own_handler=True, faulthandler=True) as job:
         job.until("step 3")
+        job.send(signal.SIGUSR1)  # what a handler in C code does, it goes on doing
+        job.until("Current thread")
         job.send()
         assert job.code() == 75
         assert job.logged("own handler 15")
+        assert job.logged("SIGUSR1 has a handler in C code and is left so")
     with started(tmp_path, own_handler=True, ignored=True, steps=2) as job:
         assert job.code() == 0
         assert job.logged("SIGTERM <function main")
@@ -199,12 +229,16 @@ def test_ranks_of_different_speed_without_a_store_stop_at_the_step_that_the_fast
     def rank(number: int, **options: Any) -> AbstractContextManager[Process]:
         return started(run, rank=number, ranks=2, meet=str(tmp_path / "meet"), pace=0.1 + 0.1 * number, **options)
 
-    with rank(0) as fast, rank(1) as slow:
-        slow.until("step 5")
-        slow.send()  # the other is ahead of it by some steps
+    for name in ("preemption-living", "preemption-left"):
+        (run / name).mkdir(parents=True)
+    os.utime(run / "preemption-left", (time.time() - 600,) * 2)
+    with rank(0) as fast, rank(1, before=3) as slow:
+        fast.until("step 5")
+        fast.send()  # the other is behind by some steps: it has not taken its first one
         assert [fast.code(), slow.code()] == [75, 75]
         assert steps_in(run) == [fast.last_step()] == [slow.last_step()]
-    assert not list(run.glob("preemption-*"))
+    # Another job that has opened the run may be alive, and about to end as well.
+    assert [path.name for path in run.glob("preemption-*")] == ["preemption-living"]
     shutil.rmtree(tmp_path / "meet")
     with rank(0) as sound, rank(1, fail_at=3) as failing:
         assert failing.code() == 1
@@ -214,33 +248,77 @@ def test_ranks_of_different_speed_without_a_store_stop_at_the_step_that_the_fast
         assert sound.logged("rank 1 ended with an error; step")
 
 
-def test_in_another_thread_than_the_main_one_signals_are_left_alone(tmp_path: Path) -> None:
+def test_in_another_thread_than_the_main_one_signals_are_left_alone_and_the_log_says_so(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     before = signal.getsignal(signal.SIGTERM)
 
     def use() -> None:
-        with ce.Checkpointer(tmp_path, every=1) as ckpt:
+        preemption = ce.Preemption(file=tmp_path / "stop")
+        with ce.Checkpointer(tmp_path / "run", every=1, preemption=preemption) as ckpt:
             ckpt.step(1, {"a": 1})
             assert signal.getsignal(signal.SIGTERM) == before
+            (tmp_path / "stop").touch()
+            for step in range(2, 1000):
+                ckpt.step(step, {"a": 1})
+                time.sleep(0.02)
 
-    with ThreadPoolExecutor(1) as pool:
+    with ThreadPoolExecutor(1, "trainer") as pool, pytest.raises(Preempted):
         pool.submit(use).result()
-    assert steps_in(tmp_path) == [1]
+    text = caplog.text
+    assert "trained in the thread trainer_0: SIGTERM, SIGUSR1 can be handled in the main thread only" in text
+    assert "Preempted is raised in the thread trainer_0 and ends that thread only" in text
 
 
-def test_without_preemption_signals_are_left_alone_and_several_checkpointers_give_them_back(tmp_path: Path) -> None:
+def test_signals_are_left_alone_without_preemption_and_given_back_by_the_last_who_trained(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     before, wakeup = signal.getsignal(signal.SIGTERM), signal.set_wakeup_fd(-1)
-    with ce.Checkpointer(tmp_path / "none", preemption=None):
+    with ce.Checkpointer(tmp_path / "none", every=5, preemption=None) as ckpt:
+        ckpt.step(1, {"a": 1})
         assert signal.getsignal(signal.SIGTERM) == before
-    first, second = (ce.Checkpointer(tmp_path / name) for name in ("first", "second"))
-    assert signal.getsignal(signal.SIGTERM) != before
+    first, second = (ce.Checkpointer(tmp_path / name, every=5) for name in ("first", "second"))
+    assert signal.getsignal(signal.SIGTERM) == before
+    first.step(1, {"a": 1})
+    second.step(1, {"a": 1})
+    assert f"{tmp_path}/first and {tmp_path}/second train in one process" in caplog.text
     first.close()  # not the last one that came
+    assert signal.getsignal(signal.SIGTERM) != before
     second.close()
-    forgotten = ce.Checkpointer(tmp_path / "forgotten")
+    assert signal.getsignal(signal.SIGTERM) == before
+    forgotten = ce.Checkpointer(tmp_path / "forgotten", every=5)
+    forgotten.step(1, {"a": 1})
     del forgotten
     gc.collect()
     assert signal.getsignal(signal.SIGTERM) == before
-    assert not [thread for thread in threading.enumerate() if thread.name == "ckptengine-watch"]
     assert signal.set_wakeup_fd(wakeup) == -1
+
+
+@pytest.mark.parametrize("how", ["closed", "forgotten"])
+def test_a_checkpointer_that_ends_in_another_thread_leaves_no_signal_that_writes_into_files(
+    how: str, tmp_path: Path
+) -> None:
+    ckpt = ce.Checkpointer(tmp_path / "run", every=5)
+    ckpt.step(1, {"a": 1})
+    with ThreadPoolExecutor(1) as pool:
+        if how == "closed":
+            pool.submit(ckpt.close).result()
+        else:
+            cycle: list[Any] = [ckpt]
+            cycle.append(cycle)
+            del ckpt, cycle
+            pool.submit(gc.collect).result()
+    files = [(tmp_path / f"file-{number}").open("wb", buffering=0) for number in range(16)]
+    before = signal.signal(signal.SIGUSR2, lambda number, frame: None)
+    os.kill(os.getpid(), signal.SIGUSR2)
+    signal.signal(signal.SIGUSR2, before)
+    for file in files:
+        file.close()
+        assert Path(file.name).read_bytes() == b""
+    # The next one that ends in the main thread gives all back.
+    with ce.Checkpointer(tmp_path / "run", every=1) as ckpt:
+        ckpt.step(2, {"a": 1})
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
 @pytest.mark.parametrize(
