@@ -163,7 +163,7 @@ class ElasticSampler:
     def _hand_out(self, loader: Iterable[Any]) -> Iterator[Any]:
         self._drawing, self._counting = None, True
         try:
-            batches = start(loader)
+            batches = start(loader, self._place())
             batch = next(batches, _END)
         finally:
             self._counting = False
@@ -175,6 +175,11 @@ class ElasticSampler:
             yield batch
             batch = next(batches, _END)
         drawing.check_end()
+
+    def _place(self) -> list[object]:
+        """Return where the next iteration begins: no two ranks, and no two places of a run, have it in common."""
+        cursor = self._cursor
+        return [cursor.order.describe(), cursor.epoch, cursor.consumed, self._begun, cursor.rank, cursor.world_size]
 
     def _count(self, drawing: _Drawing) -> None:
         cursor = self._cursor
