@@ -134,14 +134,15 @@ class Cursor:
 
     def sizes_left(self) -> tuple[int, int]:
         """Return how many global batches of the full size are left of the epoch, and the size of one more, or 0."""
-        full, rest = divmod(self.order.length - self.consumed, self.global_batch)
-        if not rest or self.last == "drop":
-            return full, 0
-        if self.last == "pad":
-            return full + 1, 0
-        if full and self._units(rest) < self.world_size:
-            return full - 1, self.global_batch + rest
-        return full, rest
+        # All but the last two are full: a rest is joined to the one before it at most.
+        skipped = max((self.order.length - self.consumed) // self.global_batch - 1, 0)
+        begin = self.consumed + skipped * self.global_batch
+        sizes = []
+        while (batch := self._batch_at(self.batches, self.epoch, begin)) is not None:
+            sizes.append(batch.size)
+            begin = batch.end
+        full = sizes.count(self.global_batch)
+        return skipped + full, sum(sizes) - full * self.global_batch
 
     def lists_of(self, size: int) -> list[tuple[int, int]]:
         """Return this rank's parts of a global batch of so many samples, as (begin, end) within it, none empty.

@@ -10,7 +10,8 @@ from typing import Any
 __all__ = ["MAX_RUNS", "GlobalBatch", "Ledger", "Run"]
 
 MAX_RUNS = 1 << 22
-"""Runs that a stored ledger may unfold to; more are refused, so that no forged one exhausts the memory."""
+"""Runs that a ledger may have as it is stored, equal epochs once; more are refused, so that no forged one exhausts the
+memory."""
 
 _MAX_NUMBER = 1 << 63
 
@@ -136,8 +137,12 @@ class Ledger:
             self._chapters.pop()
             self._chapters[-1].repeats += 1
 
+    def __len__(self) -> int:
+        """Return how many runs `runs` yields."""
+        return sum(chapter.repeats * len(chapter.runs) for chapter in self._chapters)
+
     def runs(self) -> Iterator[Run]:
-        """Yield all runs in the order of the batches."""
+        """Yield all runs in the order of the batches; of equal epochs each one's."""
         for chapter in self._chapters:
             yield from chapter.unfolded()
 
@@ -151,13 +156,13 @@ class Ledger:
     def from_plain(cls, value: Any) -> Ledger:
         """Return the ledger that `plain` gave; raises `ValueError` where it is none."""
         ledger = cls()
-        unfolded = 0
+        stored = 0
         for chapter in _list(value, 0):
             repeats, *runs = _list(chapter, 2)
-            if type(repeats) is not int or repeats < 1:
+            if type(repeats) is not int or not 1 <= repeats < _MAX_NUMBER:
                 raise ValueError(f"a ledger's chapter repeats {repeats!r:.60} times")
-            unfolded += repeats * len(runs)
-            if unfolded > MAX_RUNS:
+            stored += len(runs)
+            if stored > MAX_RUNS:
                 raise ValueError(f"the ledger has more than {MAX_RUNS} runs")
             ledger._chapters.append(_Chapter([_run(run) for run in runs], repeats))
         return ledger

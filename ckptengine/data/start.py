@@ -1,7 +1,9 @@
-"""Starting a loader without drawing a random number that training would have drawn."""
+"""Starting a loader: workers get another seed at each place in the data, and training's random numbers stay its own."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -11,19 +13,25 @@ from ckptengine.state.random_stream import RandomStream
 __all__ = ["start"]
 
 
-def start(loader: Iterable[Any]) -> Iterator[Any]:
+def start(loader: Iterable[Any], place: object) -> Iterator[Any]:
     """Return a loader's iterator; the random streams of the process's CPU are as they were before.
 
     torch's `DataLoader` draws a seed for its workers whenever an iteration begins, from its `generator` or the global
     stream. A job that is restarted in mid-epoch begins one iteration more than one that was not: each random number
-    after that would be another one.
+    after that would be another one. So the draw is undone. But a job that draws nothing else from that stream would
+    then give its workers the same seed in each epoch: while the loader starts, each stream is seeded anew, from the
+    state it has and from `place`, plain JSON values that say where in the data this rank's iteration begins.
     """
     streams = _streams(loader)
     before = [stream.get() for stream in streams]
-    iterator = iter(loader)
-    for stream, state in zip(streams, before, strict=True):
-        stream.set(state)
-    return iterator
+    where = json.dumps(place, sort_keys=True).encode()
+    try:
+        for stream, state in zip(streams, before, strict=True):
+            stream.seed(hashlib.sha256(where + b"\0" + state.tobytes()).digest())
+        return iter(loader)
+    finally:
+        for stream, state in zip(streams, before, strict=True):
+            stream.set(state)
 
 
 def _streams(loader: Iterable[Any]) -> list[RandomStream]:

@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import itertools
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
-from ckptengine.comm.select import place
 from ckptengine.data.cursor import Cursor, Last
+from ckptengine.data.handing import Handing, Part, place_of
 from ckptengine.data.lanes import Lanes
-from ckptengine.data.ledger import GlobalBatch
-from ckptengine.data.mix import mix64
 from ckptengine.data.readers import Reader
 from ckptengine.data.records import RecordReader
 from ckptengine.data.shards import Shards, as_reader
 from ckptengine.errors import CheckpointError
-from ckptengine.state.refusal import Refusal
 
 __all__ = ["ElasticBatches"]
 
@@ -25,21 +20,7 @@ DEFAULT_LANES = 64
 """Lanes where none are asked for: enough for 64 ranks to read each its own, and as many open files in one process."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Part:
-    """One batch of this rank: numbers `begin` to before `end` of a global batch. Loader and worker speak of it by this.
-
-    It is number `index` of this rank's batches of the global batch, `left` more follow.
-    """
-
-    batch: GlobalBatch
-    begin: int
-    end: int
-    index: int
-    left: int
-
-
-class ElasticBatches:
+class ElasticBatches(Handing):
     """Batches of records of shard files; its position counts the records of all ranks, so any world size continues it.
 
     `shards` are a list of files, or `Shards` (counted once, with what finds a record quickly). `open` is a `Reader`, or
@@ -84,10 +65,7 @@ class ElasticBatches:
         rank: int | None = None,
         world_size: int | None = None,
     ) -> None:
-        if (rank is None) != (world_size is None):
-            raise ValueError(f"rank={rank}, world_size={world_size}: give both, or neither for those of the job")
-        if rank is None or world_size is None:
-            rank, world_size = place()
+        rank, world_size = place_of(rank, world_size)
         reader = as_reader(open)
         if isinstance(shards, Shards):
             if counts is not None:
@@ -107,48 +85,9 @@ class ElasticBatches:
             seed=seed,
             shuffle=shuffle,
         )
-        self._cursor = Cursor(order, global_batch, rank=rank, world_size=world_size, micro_batch=micro_batch, last=last)
-        self._seed = seed
-        self._records = _Records(RecordReader(shards, order, reader), self._cursor, collate)
-        self._handed: _Part | None = None
-        self._begun = 0  # batches that were handed out of the cursor's next global batch
-
-    @property
-    def epoch(self) -> int:
-        """The epoch of the next global batch, from 0 on; after an epoch's last one it is the next epoch."""
-        return self._cursor.epoch
-
-    @property
-    def consumed(self) -> int:
-        """Records of that epoch that training has consumed, on all ranks together."""
-        return self._cursor.consumed
-
-    @property
-    def global_batches(self) -> int:
-        """Global batches that training has consumed since the start, over all epochs and restarts."""
-        return self._cursor.batches
-
-    @property
-    def complete(self) -> bool:
-        """Whether the batch handed out last was this rank's last of its global batch: the optimizer's step follows."""
-        return self._begun == 0
-
-    @property
-    def size(self) -> int:
-        """Records, over all ranks, of the global batch that was handed out last: what a sum of losses is divided by.
-
-        Raises `ValueError` where none was handed out yet.
-        """
-        if self._handed is None:
-            raise ValueError("no batch has been handed out yet")
-        return self._handed.batch.size
-
-    def __len__(self) -> int:
-        """Return how many batches (micro-batches, where they are given) this rank has left of the epoch."""
-        cursor = self._cursor
-        full, other = cursor.sizes_left()
-        parts = full * len(cursor.lists_of(cursor.global_batch)) + (len(cursor.lists_of(other)) if other else 0)
-        return parts - self._begun
+        cursor = Cursor(order, global_batch, rank=rank, world_size=world_size, micro_batch=micro_batch, last=last)
+        super().__init__(cursor, "data")
+        self._records = _Records(RecordReader(shards, order, reader), cursor, collate)
 
     def __getitem__(self, index: object) -> Any:
         # What a DataLoader that was made of this object itself would call.
@@ -160,8 +99,7 @@ class ElasticBatches:
         `options` are those of `torch.utils.data.DataLoader` that do not choose samples: `num_workers`,
         `prefetch_factor`, `persistent_workers`, `pin_memory`, `multiprocessing_context`, `worker_init_fn`, `timeout`
         (for a batch from a worker, by default 600 s), ... One loader serves all epochs. It has a random generator of
-        its own: torch would draw from the global one at each start, so that a restart in the middle of an epoch changed
-        what training draws.
+        its own, from which its workers are seeded anew at each place where an iteration begins.
         Raises `TypeError` for an option that would change which records come, or in which order.
         """
         from ckptengine.torch.loader import OWN_OPTIONS, make_loader
@@ -191,67 +129,29 @@ class ElasticBatches:
         if loader is None:
             items: Iterator[Any] = map(self._records.__getitem__, self._parts())
         else:
-            loader.generator.manual_seed(self._workers_seed())
-            items = iter(loader)
+            self._counting = True
+            try:
+                items = self._start(loader)
+            finally:
+                self._counting = False
         for part in self._parts():
             found, records = next(items, (None, None))
             if found != part:
                 raise CheckpointError(f"the loader gave {found}, due is {part}; use it as loader() has made it")
-            self._count(part)
+            self._count(part, self._cursor.samples_of(part.batch, part.begin, part.end))
             yield records
         if next(items, None) is not None:
             raise CheckpointError("the loader gave batches past the end of the epoch; use it as loader() has made it")
 
-    def _count(self, part: _Part) -> None:
-        cursor, batch = self._cursor, part.batch
-        place_now = (cursor.batches, cursor.epoch, cursor.consumed, self._begun)
-        if (batch.number, batch.epoch, batch.begin, part.index) != place_now:
-            raise CheckpointError(
-                f"the cursor is at global batch {cursor.batches}, epoch {cursor.epoch}, record {cursor.consumed}, this "
-                f"loop at global batch {batch.number}, epoch {batch.epoch}, record {batch.begin}: it was loaded, or "
-                "moved by another loop, while this one was under way; begin a new loop over batches() after that"
-            )
-        cursor.count(batch, part.begin, cursor.samples_of(batch, part.begin, part.end))
-        self._handed, self._begun = part, part.index + 1
-        if part.left == 0:
-            cursor.complete(batch)
-            self._begun = 0
+    def _drawn(self) -> Iterator[Part]:
+        """Yield what a loader asks its workers for; outside of `batches` that marks the position as wrong."""
+        parts = self._parts()
+        return parts if self._counting else self._astray(parts)
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return the cursor's state, which is that of all ranks but for a digest.
-
-        In the middle of a global batch it holds a `Refusal`: saving it then raises `StateError` that says what to do.
-        """
-        state = self._cursor.state_dict()
-        if self._begun and self._handed is not None:
-            state["cursor"] = Refusal(
-                f"global batch {self._cursor.batches} is half used (this rank has handed {self._begun} of its "
-                f"{self._handed.index + 1 + self._handed.left} micro-batches to training), and gradients are not part "
-                "of the state: save after the optimizer's step, when `complete` is true"
-            )
-        return state
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a saved position; raises `LoadMismatchError` where it is one of other files, seed or lanes."""
-        self._cursor.load_state_dict(state)
-        self._handed, self._begun = None, 0
-
-    def _workers_seed(self) -> int:
-        """Return from what torch seeds the workers: another number for each rank and each place where a loop begins."""
-        key = self._seed
-        for number in (self.epoch, self.consumed, self._begun, self._cursor.rank, self._cursor.world_size):
-            key = mix64(mix64(key) + number)
-        return key >> 1
-
-    def _parts(self) -> Iterator[_Part]:
-        """Yield what this rank has left of the epoch."""
-        return itertools.islice(self._all_parts(), self._begun, None)
-
-    def _all_parts(self) -> Iterator[_Part]:
-        for batch in self._cursor.plan():
-            parts = self._cursor.lists_of(batch.size)
-            for index, (begin, end) in enumerate(parts):
-                yield _Part(batch, begin, end, index, len(parts) - 1 - index)
+    def _astray(self, parts: Iterator[Part]) -> Iterator[Part]:
+        for part in parts:
+            self._stray = True
+            yield part
 
 
 class _Records:
@@ -260,7 +160,7 @@ class _Records:
     def __init__(self, reader: RecordReader, cursor: Cursor, collate: Callable[[list[Any]], Any] | None) -> None:
         self._reader, self._cursor, self._collate = reader, cursor, collate
 
-    def __getitem__(self, part: _Part) -> tuple[_Part, Any]:
+    def __getitem__(self, part: Part) -> tuple[Part, Any]:
         records = self._reader.read(part.batch.epoch, self._cursor.positions_of(part.batch, part.begin, part.end))
         return part, records if self._collate is None else self._collate(records)
 
@@ -271,8 +171,8 @@ class _Plan:
     def __init__(self, batches: ElasticBatches) -> None:
         self._batches = batches
 
-    def __iter__(self) -> Iterator[_Part]:
-        return self._batches._parts()
+    def __iter__(self) -> Iterator[Part]:
+        return self._batches._drawn()
 
     def __len__(self) -> int:
         return len(self._batches)

@@ -10,8 +10,10 @@ from torch.utils.data import DataLoader
 
 __all__ = ["OWN_OPTIONS", "make_loader"]
 
-OWN_OPTIONS = frozenset({"dataset", "batch_size", "shuffle", "sampler", "batch_sampler", "drop_last", "collate_fn"})
-"""Options of a DataLoader that say which samples come, and how they become batches."""
+OWN_OPTIONS = frozenset(
+    {"dataset", "batch_size", "shuffle", "sampler", "batch_sampler", "drop_last", "collate_fn", "generator"}
+)
+"""Options of a DataLoader that say which samples come, how they become batches, and what workers are seeded from."""
 
 WORKER_TIMEOUT = 600
 """Seconds that a worker may take for one batch."""
@@ -21,13 +23,12 @@ def make_loader(dataset: Any, plan: Iterable[Any], options: dict[str, Any]) -> D
     """Return a loader whose k-th item is `dataset[key]` for the k-th key of `plan`, unchanged.
 
     torch hands the keys to the workers in turn and gives their items in the order of the keys. `options` are any
-    others of a DataLoader. Its generator is by default one of its own: torch draws from it when an iteration begins.
+    others of a DataLoader. It has a generator of its own: torch draws from it when an iteration begins.
     Workers have by default 600 s for an item, then torch raises `RuntimeError`; torch itself would wait for ever.
     """
-    options = {"generator": Generator(), **options}
     if options.get("num_workers", 0) > 0:
-        options.setdefault("timeout", WORKER_TIMEOUT)
-    return DataLoader(dataset, sampler=plan, batch_size=None, collate_fn=_unchanged, **options)
+        options = {"timeout": WORKER_TIMEOUT, **options}
+    return DataLoader(dataset, sampler=plan, batch_size=None, collate_fn=_unchanged, generator=Generator(), **options)
 
 
 def _unchanged(item: Any) -> Any:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from ckptengine.data.cursor import Cursor
 from ckptengine.data.digest import digest_of, parse_digest, write_digest
-from ckptengine.data.ledger import GlobalBatch, Ledger, Run
+from ckptengine.data.ledger import MAX_RUNS, GlobalBatch, Ledger, Run
 from ckptengine.data.order import Sequential, Shuffled
 from ckptengine.data.proof import coverage, digest_of_runs
 from ckptengine.errors import LoadMismatchError
@@ -184,7 +184,7 @@ def test_another_order_is_an_error_that_says_how_to_start_anew(order: Any, messa
         ({"consumed": 21}, "consumed 21 of 20"),
         ({"batches": True}, "batches is True"),
         ({"ledger": [[1, [0, 1]]]}, "a run of a ledger has 8 numbers"),
-        ({"ledger": [[1 << 40, [0, 0, 0, 0, 1, 0, 1, 0]]]}, "more than"),
+        ({"ledger": [[1 << 63, [0, 0, 0, 0, 1, 0, 1, 0]]]}, "chapter repeats"),
         ({"ledger": [[1, [0, 1, 0, 0, 3, 0, 1, 0]]]}, "no run of a ledger"),
         ({"digest": "12"}, "32 hexadecimal digits"),
     ],
@@ -222,6 +222,25 @@ def test_ten_thousand_like_epochs_are_kept_as_one() -> None:
     runs = list(Ledger.from_plain(ledger.plain()).runs())
     assert runs[-1] == Run(19_999, 19_999, 9_999, 6, 10, 0, 2, 0)
     assert coverage(runs, Sequential(10), 10_000) == []
+
+
+def test_more_epochs_than_runs_may_be_stored_can_be_loaded_again() -> None:
+    """Training on one batch per epoch for days: a few numbers, however many epochs."""
+    cursor = Cursor(Shuffled(20, 5), 20, rank=0, world_size=1)
+    epochs = MAX_RUNS + 5
+    cursor.load_state_dict(
+        {
+            **cursor.state_dict(),
+            "ledger": [[epochs, [0, 0, 0, 0, 20, 0, 1, 0]]],
+            "epoch": epochs,
+            "batches": epochs,
+        }
+    )
+    batch = next(cursor.plan())
+    assert (batch.epoch, batch.number) == (epochs, epochs)
+    assert len(cursor.ledger) == epochs
+    with pytest.raises(ValueError, match="more than"):
+        Ledger.from_plain([[1, *([[0, 0, 0, 0, 1, 0, 1, 0]] * (MAX_RUNS + 1))]])
 
 
 def test_batches_of_one_size_are_one_run_and_what_interrupts_them_shows() -> None:

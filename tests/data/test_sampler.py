@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from torch.utils.data import DataLoader, Dataset
 
 import ckptengine as ce
@@ -62,6 +63,38 @@ def test_a_loop_that_is_left_early_goes_on_with_the_batch_after_the_last_one_it_
     assert given == all_lists()
     assert [batch.tolist() for batch in data.batches(loader)] != given  # the next epoch, in another order
     assert data.epoch == 2
+
+
+class Augmented(Dataset[float]):
+    """Each sample is a random number that its worker draws."""
+
+    def __len__(self) -> int:
+        return 8
+
+    def __getitem__(self, index: int) -> float:
+        return torch.rand(()).item()
+
+
+@pytest.mark.parametrize("own_generator", [False, True])
+def test_workers_draw_other_numbers_in_each_epoch_and_on_each_rank_and_training_keeps_its_own(
+    own_generator: bool,
+) -> None:
+    """A job whose model is on an accelerator draws nothing from torch's CPU stream between two epochs."""
+
+    def epochs(rank: int, seed: int = 0) -> list[list[float]]:
+        torch.manual_seed(seed)
+        data = ce.ElasticSampler(8, 4, rank=rank, world_size=2)
+        generator = torch.Generator().manual_seed(seed) if own_generator else None
+        loader = DataLoader(Augmented(), batch_sampler=data, num_workers=1, generator=generator)
+        streams = [torch.get_rng_state(), *([generator.get_state()] if generator else [])]
+        drawn = [[x for batch in data.batches(loader) for x in batch.tolist()] for _ in range(3)]
+        after = [torch.get_rng_state(), *([generator.get_state()] if generator else [])]
+        assert all(map(torch.equal, streams, after))
+        return drawn
+
+    every = epochs(0) + epochs(1) + epochs(0, seed=1)
+    assert len({number for drawn in every for number in drawn}) == 9 * 4
+    assert epochs(0) == every[:3]
 
 
 def test_epochs_end_where_they_were_planned_to_end_after_a_restart_anywhere() -> None:

@@ -289,6 +289,34 @@ def test_making_and_starting_a_loader_draws_nothing_from_the_global_generator() 
     assert torch.equal(torch.get_rng_state(), before)
 
 
+def test_a_job_that_loops_over_the_loader_itself_gets_an_error_at_its_first_save(tmp_path: Path) -> None:
+    for options in ({}, {"num_workers": 1}):
+        batches = ce.ElasticBatches(shards([40]), 8, open=made, counts=[40])
+        loader = batches.loader(**options)
+        with ce.Checkpointer(tmp_path / "run", every=2, preemption=None) as ckpt:
+            with pytest.raises(StateError, match=r"data\.cursor: .*loop over `data\.batches\(loader\)`"):
+                for step, _ in enumerate(loader, start=1):
+                    ckpt.step(step, {"data": batches})
+            assert step == 2
+        used = list(batches.batches(loader))
+        assert len(used) == 5  # nothing was lost by it
+        encode(batches.state_dict()["cursor"], ("data", "cursor"))
+
+
+def drawn_in_worker(records: list[str]) -> float:
+    return torch.rand(()).item()
+
+
+def test_workers_draw_other_numbers_in_each_epoch_and_the_same_ones_in_another_life() -> None:
+    def epochs() -> list[float]:
+        batches = ce.ElasticBatches(shards([40]), 8, open=made, counts=[40], collate=drawn_in_worker)
+        loader = batches.loader(num_workers=1)
+        return [number for _ in range(3) for number in batches.batches(loader)]
+
+    assert len(set(epochs())) == 15
+    assert epochs() == epochs()
+
+
 @pytest.mark.parametrize("last", ["drop", "pad"])
 def test_the_rest_of_an_epoch_is_dropped_or_filled_up_from_its_start(last: Any) -> None:
     counts = [9, 14]
@@ -370,6 +398,8 @@ def test_wrong_uses_are_refused_with_what_to_do(tmp_path: Path) -> None:
         batches.loader(collate_fn=list)
     with pytest.raises(TypeError, match="in_order"):
         batches.loader(in_order=False)
+    with pytest.raises(TypeError, match=r"loader\(generator=...\): ElasticBatches decides that itself"):
+        batches.loader(generator=torch.Generator())
     with pytest.raises(TypeError, match=r"make its DataLoader with \.loader"):
         next(iter(torch.utils.data.DataLoader(batches, batch_size=None)))  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="was not made by loader"):
