@@ -26,7 +26,7 @@ _POLLED_ANSWER_SECONDS = 70.0
 _WORD_SECONDS = 2.0
 """How much longer than rank 0 the others wait, for its word."""
 _LOOK_SECONDS = 0.5
-"""How often rank 0 looks whether a rank that is late is dead."""
+"""How often it is looked whether a rank that is late is dead."""
 _LOOKS_PER_SECOND = 100
 """How often all ranks together may look for a request where a store can't wait."""
 
@@ -68,8 +68,8 @@ class Agreement:
 
     The keys: `request`, set by the rank that is told to end; `wake/<rank>`, by which rank 0 passes it on to each
     (a key for each, so that a rank can also wake itself, to close); `limit/<rank>`, the answers; `verdict`, which is
-    the greatest of them; `left/<rank>`, set by a rank that needs the store no more; `process/<rank>`, by which rank 0
-    sees whether a rank of its own machine is dead. `timeout`, in seconds, bounds the wait for answers where no
+    the greatest of them; `left/<rank>`, set by a rank that needs the store no more; `process/<rank>`, by which ranks of
+    the same machine see who is dead. `timeout`, in seconds, bounds the wait for answers where no
     grace period does.
     """
 
@@ -139,9 +139,15 @@ class Agreement:
         return verdict
 
     def hear(self) -> Verdict:
-        """The other ranks: wait for the verdict."""
-        found = self._get("verdict", self._answer_seconds + _WORD_SECONDS)
-        return Verdict(*found) if found is not None else Verdict("failed", why="rank 0 did not answer")
+        """The other ranks: wait for the verdict, as long as rank 0 may live."""
+        begun, seconds = time.monotonic(), self._least + _WORD_SECONDS
+        while (found := self._get("verdict", seconds)) is None:
+            if self._is_dead(0):
+                return Verdict("failed", why="rank 0 ended without a word")
+            if time.monotonic() - begun > self._answer_seconds + _WORD_SECONDS:
+                return Verdict("failed", why="rank 0 did not answer")
+            seconds = _LOOK_SECONDS
+        return Verdict(*found)
 
     def _collect(self) -> dict[int, Limit | None]:
         """Wait for all limits; for those that are late, only as long as their ranks may live."""

@@ -19,9 +19,9 @@ class Preemption:
     `signals` are the names of those that tell it, to any rank. `file` is a path that tells it by appearing or being
     touched; rank 0 looks for it once a second, and what lies there at the start is not taken for a word to this job.
     Both count from the Checkpointer's first `step` or `save` on; before, signals act as they would without it.
-    `grace` is how many seconds after that word the processes must have ended: what isn't durable by then is given up, and
-    the checkpoint committed before stands; None: the next `step`, and then its save, get the Checkpointer's `timeout`.
-    `exit_code` is that of every rank.
+    `grace` is how many seconds after that word the processes must have ended: what isn't durable by then is given up,
+    and the checkpoint committed before stands; None: the next `step`, and then its save, get the Checkpointer's
+    `timeout`. `exit_code` is that of every rank.
 
     Raises `ValueError` where a signal has no such name, can't be handled, `grace` isn't positive, or `exit_code` isn't
     from 1 to 255.

