@@ -28,7 +28,7 @@ class ElasticSampler(Handing):
     It is a batch sampler: iterating gives lists of `int`, `DataLoader(dataset, batch_sampler=sampler)` takes it. What
     training has consumed is counted by `batches`, not by iterating, since a loader fetches ahead:
 
-        for epoch in range(sampler.epoch, epochs):
+        while sampler.epoch < epochs:
             for batch in sampler.batches(loader):
                 ...
                 ckpt.step(sampler.global_batches, state)  # state has the sampler
@@ -78,7 +78,9 @@ class ElasticSampler(Handing):
 
         `loader` is a `DataLoader(batch_sampler=this sampler)`, or anything else that iterates this sampler and gives
         one batch for each list, in order; without it the lists themselves are given. A save in the loop's body includes
-        the batch of that body. Each call goes on where the one before was left, and ends with the epoch.
+        the batch of that body. Each call goes on where the one before was left, and ends with the epoch. What takes
+        batches ahead of training belongs around the loader, `batches(prefetch(loader))`: around `batches` it would have
+        batches counted that a job which ends now never trains on; so would leaving the loop before it trains.
 
         Raises `ValueError` for a loader that draws from another sampler or gives batches out of order,
         `CheckpointError` where it gives more or fewer batches than it draws lists, or where the cursor is loaded while

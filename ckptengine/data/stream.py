@@ -39,7 +39,7 @@ class ElasticBatches(Handing):
 
     Put it into the state, make a loader with `loader`, and loop over `batches(loader)`:
 
-        for epoch in range(data.epoch, epochs):
+        while data.epoch < epochs:
             for batch in data.batches(loader):
                 ...
                 ckpt.step(data.global_batches, state)
@@ -116,7 +116,8 @@ class ElasticBatches(Handing):
 
         `loader` is what `loader` returned; without one the records are read here, when they are due. A save in the
         loop's body includes the batch of that body; what workers have fetched ahead is not counted. Each call goes on
-        where the one before was left, and ends with the epoch.
+        where the one before was left, and ends with the epoch. Put nothing around it that takes batches ahead of
+        training, and leave the loop after the step, not before it: what was handed out counts.
 
         Raises `ValueError` for a loader that `loader` did not make, `CheckpointError` where the loader gives another
         batch than is due, or where the position is loaded while a loop is under way; and what reading raises.

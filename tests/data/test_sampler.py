@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +114,63 @@ def test_epochs_end_where_they_were_planned_to_end_after_a_restart_anywhere() ->
         before = train(first, stop)
         second.load_state_dict(unwrapped(first.state_dict()))
         assert before + train(second, -1) == whole
+
+
+def test_training_ends_after_its_epochs_also_where_loops_are_left_early_and_the_job_is_restarted() -> None:
+    def train(data: ce.ElasticSampler, stop: int) -> list[list[int]]:
+        used = []
+        while data.epoch < 2:
+            for number, batch in enumerate(data.batches(), start=1):
+                used.append(batch)
+                if len(used) == stop:
+                    return used
+                if number == 3:
+                    break
+        return used
+
+    whole = train(sampler(), -1)
+    assert len(whole) == 14
+    for stop in range(1, 15):
+        first, second = sampler(), sampler()
+        before = train(first, stop)
+        second.load_state_dict(unwrapped(first.state_dict()))
+        assert before + train(second, -1) == whole
+
+
+class Ahead:
+    """Fetches each batch while the one before is used."""
+
+    def __init__(self, loader: DataLoader[int]) -> None:
+        self.loader = loader
+
+    def __iter__(self) -> Iterator[Any]:
+        return self.ahead(iter(self.loader))
+
+    def ahead(self, batches: Iterator[Any]) -> Iterator[Any]:
+        following = None
+        for batch in batches:
+            current, following = following, batch
+            if current is not None:
+                yield current
+        if following is not None:
+            yield following
+
+
+@pytest.mark.parametrize("options", LOADERS.values(), ids=LOADERS.keys())
+def test_what_reads_ahead_around_the_loader_is_not_counted_ahead(options: dict[str, Any]) -> None:
+    torch.manual_seed(3)
+    before = torch.get_rng_state()
+    data = sampler()
+    loader = Ahead(DataLoader(Numbers(), batch_sampler=data, **options))
+    given: list[list[int]] = []
+    for leave_after in (2, 100):
+        for count, batch in enumerate(data.batches(loader), start=1):
+            given.append(batch.tolist())
+            assert data.global_batches == len(given)
+            if count == leave_after:
+                break
+    assert given == all_lists()
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def unwrapped(state: dict[str, Any]) -> dict[str, Any]:
