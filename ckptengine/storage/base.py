@@ -91,7 +91,8 @@ class Storage(ABC):
     def put_if_absent(self, name: str, data: Buffer) -> bool:
         """Write a small file unless the name is taken, decided atomically among all writers.
 
-        Returns whether the name was free.
+        `data` must be nobody else's (it carries an id), for a storage may tell its writer by it. Returns whether the
+        name was free.
         """
 
     @abstractmethod

@@ -98,8 +98,9 @@ class RemoteStorage(Storage):
     def put_if_absent(self, name: str, data: Buffer) -> bool:
         """Write a small object unless there is one, by a conditional write.
 
-        Where a reply was lost, what is there is read back: our own bytes are our success. A store that knows no
-        conditional writes is asked first and written then, which leaves a gap between the two: see `docs/storage.md`.
+        Where it is refused or its reply is lost, what is there is read back: our own bytes are our success. A store
+        that knows no conditional writes is asked first and written then, which leaves a gap between the two: see
+        `docs/storage.md`.
         """
         key, body = check_name(name), bytes(data)
         if not self._can_create():
@@ -110,28 +111,19 @@ class RemoteStorage(Storage):
         return self._create(key, body)
 
     def _create(self, key: str, body: bytes) -> bool:
-        doubtful = False
-
-        def once(objects: Objects, request: Request) -> None:
-            nonlocal doubtful
-            doubtful = request.doubtful
-            objects.create(key, body, request.left)
-
         try:
-            self._do("publish", key, once)
+            self._do("publish", key, lambda objects, request: objects.create(key, body, request.left))
             return True
         except StorageError as error:
-            if error.errno == errno.EEXIST and not doubtful:
-                return False
+            if error.errno not in (errno.EEXIST, errno.ETIMEDOUT, errno.EIO):
+                raise
             problem = error
-        taken = problem.errno == errno.EEXIST
-        if not taken and problem.errno not in (errno.ETIMEDOUT, errno.EIO):
-            raise problem
-        # Whatever came of our tries shows in what is there now.
+        # A reply may have been lost, and the request been made again, by the HTTP library too, which does not say so.
+        # Whatever came of it shows in what is there now.
         found = self._found(key, len(body))
         if found is not None:
             return found == body
-        if taken:
+        if problem.errno == errno.EEXIST:
             return False  # it has been deleted since
         raise problem
 
@@ -332,7 +324,7 @@ class RemoteStorage(Storage):
         try:
             return not self._create(key, b"2")
         except StorageError as error:
-            if error.errno in (errno.ETIMEDOUT, errno.EACCES):
+            if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):
                 raise
             _log.info("%s: the store does not know conditional writes: %s", self._location, error)
             return False

@@ -44,11 +44,19 @@ _MOMENTARY = frozenset(
 )
 _MOMENTARY_STATUS = frozenset((408, 409, 423, 425, 429, 500, 502, 503, 504))
 _MISSING = frozenset(("NoSuchKey", "NotFound", "404", "NoSuchUpload"))
-_OF_STATUS = {401: errno.EACCES, 403: errno.EACCES, 404: errno.ENOENT, 405: errno.EPERM, 412: errno.EEXIST}
+_OF_STATUS = {
+    400: errno.EINVAL,
+    401: errno.EACCES,
+    403: errno.EACCES,
+    404: errno.ENOENT,
+    405: errno.EOPNOTSUPP,
+    412: errno.EEXIST,
+    501: errno.EOPNOTSUPP,
+}
 # Classes of the HTTP libraries under fsspec's file systems, which are not imported here.
 _LOST = re.compile(
     r".*(Timeout|Connect|Disconnect|ClientPayload|ClientOSError|ServerError|IncompleteRead|ResponseStreaming|"
-    r"HTTPClientError|ResponseParser|ProtocolError|BadStatusLine).*"
+    r"HTTPClientError|ServiceRequest|ServiceResponse|ResponseParser|ProtocolError|BadStatusLine).*"
 )
 _WORD = re.compile(r"[A-Za-z][A-Za-z0-9_.]{0,63}")
 _ADVICE = {
@@ -104,11 +112,12 @@ class Request:
 def persist(operation: str, where: str, call: Callable[[Request], _T], patience: Patience) -> _T:
     """Return what `call` returns, trying again after momentary failures until the patience is at its end.
 
-    Raises `StorageError` naming operation and place: ENOENT for what is missing, EEXIST where a condition was not
-    met, EACCES for a refusal, ETIMEDOUT or EIO after the last try. Its message has the store's error code, never the
-    store's words or the request's: those may hold credentials.
+    Raises `StorageError` naming operation and place: ENOENT for what is missing, EEXIST where a condition was not met,
+    EACCES, EINVAL or EOPNOTSUPP for a refusal, ETIMEDOUT or EIO after the last try. Its message has the store's error
+    code, never the store's words or the request's: those may hold credentials.
     """
     began = time.monotonic()
+    told: tuple[str, int] | None = None
     request = Request(began + patience.seconds, patience.request)
     bound = patience.first
     while True:
@@ -123,11 +132,14 @@ def persist(operation: str, where: str, call: Callable[[Request], _T], patience:
         if kind is not Kind.MOMENTARY:
             raise _error(operation, where, code, number)
         request.doubtful = True
+        # The last try may have had no time left: what the store said before tells more.
+        if told is None or number != errno.ETIMEDOUT:
+            told = code, number
         pause = random.uniform(0.0, bound)
         bound = min(2 * bound, patience.longest)
         if time.monotonic() + pause >= request.deadline:
             taken = f" ({request.tries} tries in {time.monotonic() - began:.3g} s)"
-            raise _error(operation, where, code + taken, number)
+            raise _error(operation, where, told[0] + taken, told[1])
         time.sleep(pause)
 
 
@@ -140,12 +152,15 @@ def kind_of(error: BaseException) -> Kind:
         return Kind.TAKEN
     if code in _MISSING or (isinstance(error, FileNotFoundError) and code != "NoSuchBucket"):
         return Kind.MISSING
-    if status is not None:
-        return Kind.MISSING if status == 404 and code is None else Kind.REFUSED
-    lost = Garbled, TimeoutError, asyncio.TimeoutError, ConnectionError, EOFError
-    if isinstance(error, lost) or any(_LOST.fullmatch(kind.__name__) for kind in type(error).__mro__):
+    if _is_lost(error):
         return Kind.MOMENTARY
-    return Kind.REFUSED
+    return Kind.MISSING if status == 404 and code is None else Kind.REFUSED
+
+
+def _is_lost(error: BaseException) -> bool:
+    """Return whether no reply came, or not the whole of it."""
+    lost = Garbled, TimeoutError, asyncio.TimeoutError, ConnectionError, EOFError
+    return isinstance(error, lost) or any(_LOST.fullmatch(kind.__name__) for kind in type(error).__mro__)
 
 
 def code_of(error: BaseException) -> str:
@@ -173,6 +188,8 @@ def _answer(error: BaseException | None) -> tuple[int | None, str | None]:
             status = response.get("ResponseMetadata", {}).get("HTTPStatusCode")
             code = str(response.get("Error", {}).get("Code", ""))
             return status if isinstance(status, int) else None, code if _WORD.fullmatch(code) else None
+        if _is_lost(error):
+            break  # aiohttp gives a status to replies that broke off
         for name in ("status_code", "status", "code"):
             status = getattr(error, name, None)
             if isinstance(status, str) and status.isdigit():

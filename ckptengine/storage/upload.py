@@ -119,13 +119,19 @@ class RemoteArchiveWriter(ArchiveWriter):
             try:
                 upload.complete(request.left)
             except Exception:
-                # The reply to an earlier try may have been lost: then the object is there, of the same size. Nobody
-                # else writes under an attempt's name.
-                if not request.doubtful or self._objects.stat(self._key, request.left).nbytes != self._position:
+                # The reply to an earlier try may have been lost.
+                if not self._is_there(request):
                     raise
 
         persist("complete the upload of", self._where, complete, self._patience)
         self._upload = None
+
+    def _is_there(self, request: Request) -> bool:
+        """Return whether the object is there with its size: nobody else writes under an attempt's name."""
+        try:
+            return self._objects.stat(self._key, request.left).nbytes == self._position
+        except Exception:
+            return False
 
     def close(self) -> None:
         """Abort an upload that was not finished, as far as the store can be reached: else it is swept later."""

@@ -37,7 +37,9 @@ def test_options_are_for_urls():
         open_storage("run", {"key": "k"})
 
 
-@pytest.mark.parametrize("location", ["s3://", "s3://bucket//run", "s3://bucket/../run", "simplecache::s3://bucket/run"])
+@pytest.mark.parametrize(
+    "location", ["s3://", "s3://bucket//run", "s3://bucket/../run", "simplecache::s3://bucket/run"]
+)
 def test_urls_that_name_no_place_are_refused(location):
     with pytest.raises(StorageError):
         open_storage(location)
