@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from ckptengine.errors import CheckpointDamagedError, StorageError
 from ckptengine.storage.base import Storage, check_name, join
-from ckptengine.storage.objects import Objects, Stat
+from ckptengine.storage.objects import Objects, Stat, Unfinished
 from ckptengine.storage.parallel import in_parallel
 from ckptengine.storage.retry import Patience, Request, code_of, persist
 from ckptengine.storage.upload import Budget, RemoteArchiveWriter
@@ -33,7 +33,7 @@ _TEMPORARY = ".tmp-"
 _SMALL = 64 << 10
 
 _log = logging.getLogger("ckptengine")
-_told: set[str] = set()
+_told: set[tuple[str, str]] = set()
 _told_lock = threading.Lock()
 
 
@@ -72,9 +72,14 @@ class RemoteStorage(Storage):
                 self._opened = os.getpid(), _connect(self._location, self._options)
             return self._opened[1]
 
-    def _do(self, operation: str, name: str, call: Callable[[Objects, Request], _T]) -> _T:
-        objects = self._objects
-        return persist(operation, self.location(name), lambda request: call(objects, request), self._patience)
+    def _do(self, operation: str, name: str, call: Callable[[Objects, Request], _T], nbytes: int = 0) -> _T:
+        """Make a request that moves about `nbytes` bytes."""
+        objects, patience = self._objects, self._patience.for_bytes(nbytes)
+        return persist(operation, self.location(name), lambda request: call(objects, request), patience)
+
+    def _get(self, name: str, position: int, nbytes: int) -> bytes:
+        """Return bytes of an object, fewer only where it ends before."""
+        return self._do("read", name, lambda objects, one: objects.get(name, position, nbytes, one.left), nbytes)
 
     def create(self) -> None:
         """Check that the root can be written to, and find out whether the store decides who is first."""
@@ -125,12 +130,13 @@ class RemoteStorage(Storage):
             return found == body
         if problem.errno == errno.EEXIST:
             return False  # it has been deleted since
-        raise problem
+        # The store may still be at it.
+        raise StorageError(errno.ETIMEDOUT, f"{problem.strerror}; it is not known whether it was carried out")
 
     def _found(self, key: str, nbytes: int) -> bytes | None:
         """Return what is there of an object, one byte more than `nbytes` at most; None where there is none."""
         try:
-            return self._do("read back", key, lambda objects, request: objects.get(key, 0, nbytes + 1, request.left))
+            return self._get(key, 0, nbytes + 1)
         except StorageError as error:
             if error.errno != errno.ENOENT:
                 raise
@@ -179,7 +185,7 @@ class RemoteStorage(Storage):
 
         def fetch(spans: list[tuple[int, int]]) -> None:
             start, stop = spans[0][0], sum(spans[-1])
-            data = self._do("read", name, lambda objects, request: objects.get(key, start, stop - start, request.left))
+            data = self._get(key, start, stop - start)
             if len(data) < stop - start:
                 raise CheckpointDamagedError(
                     f"{self.location(name)}: ends at byte {start + len(data)}, at least {fixed_nbytes} bytes expected"
@@ -200,10 +206,10 @@ class RemoteStorage(Storage):
         key = check_name(name)
         # Few are larger than this, and nobody can be made to hold the limit at once for nothing.
         first = min(limit + 1, _SMALL)
-        data = self._do("read", name, lambda objects, request: objects.get(key, 0, first, request.left))
+        data = self._get(key, 0, first)
         if len(data) == first <= limit:
             rest = limit + 1 - first
-            data += self._do("read", name, lambda objects, request: objects.get(key, first, rest, request.left))
+            data += self._get(key, first, rest)
         if len(data) > limit:
             raise StorageError(
                 errno.EFBIG, f"{self.location(name)}: longer than the {limit} bytes that such a file may have"
@@ -215,7 +221,7 @@ class RemoteStorage(Storage):
         key = check_name(name)
         if nbytes == 0:
             return b""
-        data = self._do("read", name, lambda objects, request: objects.get(key, position, nbytes, request.left))
+        data = self._get(key, position, nbytes)
         if len(data) < nbytes:
             raise CheckpointDamagedError(
                 f"{self.location(name)}: ends at byte {position + len(data)}, {position + nbytes} bytes expected"
@@ -242,7 +248,7 @@ class RemoteStorage(Storage):
     def delete_tree(self, name: str) -> None:
         """Delete all below a directory, and give up the uploads to there."""
         prefix = check_name(name) + "/"
-        for upload in self._do("list", name, lambda objects, request: objects.unfinished(prefix, request.left)):
+        for upload in self._unfinished(prefix):
             self._ignore_missing(
                 lambda one=upload: self._do(  # type: ignore[misc]
                     "abort an upload to", name, lambda objects, request: objects.abort(one, request.left)
@@ -287,13 +293,12 @@ class RemoteStorage(Storage):
 
     def unfinished(self) -> _Unfinished:
         """Return the archives to which an upload was begun, each with the time of that by the store's clock."""
-        found = self._do("list the uploads to", "", lambda objects, request: objects.unfinished("", request.left))
-        return [(upload.key, upload.began) for upload in found]
+        return [(upload.key, upload.began) for upload in self._unfinished("")]
 
     def abandon(self, name: str) -> None:
         """Abort the uploads to an archive."""
         key = check_name(name)
-        for upload in self._do("list", name, lambda objects, request: objects.unfinished(key, request.left)):
+        for upload in self._unfinished(key):
             if upload.key == key:
                 self._ignore_missing(
                     lambda one=upload: self._do(  # type: ignore[misc]
@@ -305,13 +310,34 @@ class RemoteStorage(Storage):
         """Return the URL of a name."""
         return join(self._location, check_name(name, allow_root=True))
 
+    def _unfinished(self, prefix: str) -> tuple[Unfinished, ...]:
+        """Return the uploads below a prefix; none, which is told once, where the store does not let us see them."""
+        try:
+            return self._do(
+                "list the uploads to", "", lambda objects, request: objects.unfinished(prefix, request.left)
+            )
+        except StorageError as error:
+            if error.errno not in (errno.EACCES, errno.EINVAL, errno.EOPNOTSUPP):
+                raise
+            self._tell(
+                "%s: what uploads of dead jobs have left can't be found (%s): permit s3:ListBucketMultipartUploads, or "
+                "give the bucket a rule that ends old uploads",
+                self._location,
+                error.strerror,
+            )
+            return ()
+
     def _can_create(self) -> bool:
         """Return whether the store decides who is first, found out once by a probe where that isn't known."""
         if self._atomic is None:
             objects = self._objects
             self._atomic = self._probe() if objects.needs_probe else objects.atomic_create
             if not self._atomic:
-                self._warn()
+                self._tell(
+                    "%s: this store can't decide which of two writers is first, so a checkpoint is published after a "
+                    "look whether it is there: let only one job at a time write to this run (docs/storage.md)",
+                    self._location,
+                )
         return self._atomic
 
     def _probe(self) -> bool:
@@ -331,16 +357,14 @@ class RemoteStorage(Storage):
         finally:
             self.delete(key)
 
-    def _warn(self) -> None:
+    @staticmethod
+    def _tell(message: str, location: str, *arguments: object) -> None:
+        """Warn, once in a process for each location."""
         with _told_lock:
-            known = self._location in _told
-            _told.add(self._location)
+            known = (message, location) in _told
+            _told.add((message, location))
         if not known:
-            _log.warning(
-                "%s: this store can't decide which of two writers is first, so a checkpoint is published after a look "
-                "whether it is there: let only one job at a time write to this run (docs/storage.md)",
-                self._location,
-            )
+            _log.warning(message, location, *arguments)
 
     @staticmethod
     def _temporary() -> str:

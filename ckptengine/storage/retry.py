@@ -10,7 +10,7 @@ import random
 import re
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 from ckptengine.errors import StorageError
@@ -85,13 +85,20 @@ class Patience:
     """How long an operation is tried: `seconds` in all, pauses of at most `longest` seconds, drawn at random.
 
     "Full jitter": a pause is uniform between 0 and the bound, which doubles from `first` seconds on (M. Brooker,
-    "Exponential Backoff And Jitter", AWS Architecture Blog, 2015). A single request may take `request` seconds.
+    "Exponential Backoff And Jitter", AWS Architecture Blog, 2015). A single request may take `request` seconds. Both
+    are longer for many bytes, by what these take at `slowest` bytes per second.
     """
 
     seconds: float = 120.0
     first: float = 0.2
     longest: float = 10.0
     request: float = 60.0
+    slowest: float = 256 << 10
+
+    def for_bytes(self, nbytes: int) -> Patience:
+        """Return the patience for a request that moves so many bytes."""
+        more = nbytes / self.slowest
+        return replace(self, seconds=self.seconds + more, request=self.request + more)
 
 
 @dataclass(slots=True)

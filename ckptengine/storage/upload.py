@@ -98,7 +98,7 @@ class RemoteArchiveWriter(ArchiveWriter):
                     raise StorageError(errno.EIO, f"cannot write {self._where}: part {number} was lost on its way")
                 upload.send(number, memory, request.left)
 
-            persist(f"upload part {number} of", self._where, once, patience)
+            persist(f"upload part {number} of", self._where, once, patience.for_bytes(memory.nbytes))
 
         in_parallel(send, enumerate(parts, first), 1 if upload.in_order else min(self._budget.requests, len(parts)))
 
@@ -109,13 +109,19 @@ class RemoteArchiveWriter(ArchiveWriter):
         """Send what is left, and make the object of its parts."""
         if self._upload is None:
             carry = memoryview(self._carry)
-            persist("write", self._where, lambda one: self._objects.put(self._key, carry, one.left), self._patience)
+            patience = self._patience.for_bytes(carry.nbytes)
+            persist("write", self._where, lambda one: self._objects.put(self._key, carry, one.left), patience)
             return
         if self._carry:
             self._send([memoryview(self._carry)])
         upload = self._upload
 
         def complete(request: Request) -> None:
+            if request.doubtful and upload.in_order:
+                # A file that failed to close counts as closed.
+                if not self._is_there(request):
+                    raise StorageError(errno.EIO, f"cannot write {self._where}: its last part was lost on its way")
+                return
             try:
                 upload.complete(request.left)
             except Exception:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import logging
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -80,7 +81,8 @@ def test_a_save_that_can_not_be_done_commits_nothing_and_leaves_nothing(
 ):
     ce.save(f"{bucket.url}/run", state(1), storage_options=bucket.options)
     monkeypatch.setattr(
-        "ckptengine.storage.remote.Patience", lambda: Patience(seconds=1, first=0.01, longest=0.05, request=3.0)
+        "ckptengine.storage.remote.Patience",
+        lambda: Patience(seconds=1, first=0.01, longest=0.05, request=3.0, slowest=1 << 40),
     )
     proxy.fault("503 SlowDown", pattern, 10**6)
     with pytest.raises(CheckpointError, match=r"upload .*s3://.*rank-00000.*: 503 SlowDown \(\d+ tries in"):
@@ -103,7 +105,7 @@ def test_a_refusal_is_not_repeated(disturbed, proxy, quick):
 )
 def test_what_does_not_get_better_ends_at_the_deadline(disturbed, proxy, kind, number):
     disturbed.storage().list()  # so that the connection is there
-    storage = disturbed.storage(patience=Patience(seconds=1, first=0.01, longest=0.05, request=0.3))
+    storage = disturbed.storage(patience=Patience(seconds=1, first=0.01, longest=0.05, request=0.3, slowest=1 << 40))
     proxy.fault(kind, "HEAD", 10**6)
     with pytest.raises(StorageError, match=r"cannot look up s3://.*/run/x: .*tries in") as caught:
         storage.size("x")
@@ -201,3 +203,25 @@ def _all_of(error: BaseException) -> list[str]:
 def test_the_proxy_itself_passes_things_on(disturbed: Bucket, proxy: Proxy):
     disturbed.storage().write_bytes("x", b"1")
     assert proxy.seen
+
+
+def test_a_publication_whose_outcome_is_not_known_keeps_its_data(bucket, disturbed, proxy, quick, monkeypatch):
+    ce.save(f"{bucket.url}/run", state(1), storage_options=bucket.options)
+    monkeypatch.setattr("ckptengine.storage.remote.Patience", lambda: replace(QUICK, seconds=1, request=3.0))
+    proxy.fault("reset before", WRITES["the manifest"], 10**6)
+    with pytest.raises(CheckpointError, match="it is not known whether it was carried out"):
+        ce.save(f"{disturbed.url}/run", state(2), storage_options=disturbed.options)
+    check(bucket, 1)
+    # Were the manifest to come after all, what it names would be there.
+    assert len([name for name in bucket.names() if "rank-00000" in name]) == 2
+
+
+def test_without_the_permission_to_see_uploads_all_else_works_and_it_is_told_once(disturbed, proxy, quick, caplog):
+    proxy.fault("403 AccessDenied", r"GET .*\?uploads", 10**6)
+    with ce.Checkpointer(f"{disturbed.url}/run", every=1, keep_last=1, storage_options=disturbed.options) as ckpt:
+        for step in (1, 2):
+            ckpt.step(step, {"w": np.ones(10)})
+    assert [name for name in disturbed.names() if "step-" in name and "manifest" in name] == [
+        "run/step-00000002/manifest-0001.json"
+    ]
+    assert caplog.text.count("s3:ListBucketMultipartUploads") == 1
