@@ -39,10 +39,12 @@ def save(
     check_replicas: bool = False,
     timeout: float = DEFAULT_TIMEOUT,
     comm: Communicator | None = None,
+    storage_options: Mapping[str, Any] | None = None,
 ) -> SaveStats:
     """Save a state as one checkpoint and return its figures when it is durable; all ranks call it.
 
-    `path` is a directory that all ranks see; a checkpoint that is there already is replaced, after the new one is
+    `path` is a directory that all ranks see, or a URL that fsspec opens, such as `s3://bucket/path`, with
+    `storage_options` for its file system; a checkpoint that is there already is replaced, after the new one is
     committed. `state` maps names to modules, optimizers, objects with `state_dict`, tensors, arrays, plain values,
     dicts and lists of these, `ShardedArray` and `PerRank`. `metadata` is plain JSON for the manifest.
     `check_replicas` compares the replicated arrays of all ranks, which reads every byte of every replica.
@@ -54,7 +56,15 @@ def save(
     """
     comm = comm or current()
     saver = _saver(comm, timeout)
-    handle = async_save(path, state, metadata=metadata, check_replicas=check_replicas, timeout=timeout, comm=comm)
+    handle = async_save(
+        path,
+        state,
+        metadata=metadata,
+        check_replicas=check_replicas,
+        timeout=timeout,
+        comm=comm,
+        storage_options=storage_options,
+    )
     stats = handle.durable.result()
     saver.settle(timeout)
     if stats is None:
@@ -70,6 +80,7 @@ def async_save(
     check_replicas: bool = False,
     timeout: float = DEFAULT_TIMEOUT,
     comm: Communicator | None = None,
+    storage_options: Mapping[str, Any] | None = None,
 ) -> SaveHandle:
     """Start to save a state and return a handle with `.staged` and `.durable`; all ranks call it.
 
@@ -77,7 +88,7 @@ def async_save(
     """
     comm = comm or current()
     saver = _saver(comm, timeout)
-    storage = open_storage(path)
+    storage = open_storage(path, storage_options)
 
     def claim() -> int:
         _refuse_run(storage)
@@ -144,13 +155,15 @@ def load(
     rank: int | None = None,
     timeout: float = DEFAULT_TIMEOUT,
     comm: Communicator | None = None,
+    storage_options: Mapping[str, Any] | None = None,
 ) -> Any:
     """Fill a state from the newest checkpoint at a path, or return its arrays and values.
 
-    `path` is a checkpoint directory or a run. With `into`, all ranks call it, at any world size and sharding, and
-    get a `LoadReport`; tensors are filled in place, objects through `load_state_dict`. Without, this process alone
-    gets nested dicts of numpy arrays (bfloat16 and float8 as `ml_dtypes`' types) and plain values; no framework
-    is needed. What ranks have of their own (`PerRank`) is left out, or with `rank` that rank's is included.
+    `path` is a checkpoint directory or a run, or its URL, with fsspec's `storage_options`. With `into`, all ranks
+    call it, at any world size and sharding, and get a `LoadReport`; tensors are filled in place, objects through
+    `load_state_dict`. Without, this process alone gets nested dicts of numpy arrays (bfloat16 and float8 as
+    `ml_dtypes`' types) and plain values; no framework is needed. What ranks have of their own (`PerRank`) is left out,
+    or with `rank` that rank's is included.
 
     `only` restricts to parts of the state, by dotted prefixes (`["model", "optimizer.state"]`); `rename` maps
     dotted prefixes of the checkpoint to those of the state; with `strict=False` missing and unexpected leaves are
@@ -160,7 +173,7 @@ def load(
     leaf that doesn't fit, `FormatVersionError`. After damage that was found while tensors were being filled, the
     state is not usable; the message says so.
     """
-    storage = open_storage(path)
+    storage = open_storage(path, storage_options)
     if isinstance(only, str):
         only = [only]
     options = LoadOptions(None if only is None else tuple(only), rename, strict, cast)

@@ -43,7 +43,8 @@ _log = logging.getLogger("ckptengine")
 class Checkpointer:
     """Saves a training state when due, in the background, and restores the newest one.
 
-    `run` is a directory that all ranks see. `every` is a number of steps, or a time such as `"90s"` or `"10min"`
+    `run` is a directory that all ranks see, or a URL that fsspec opens (`s3://bucket/run`), with `storage_options` for
+    its file system. `every` is a number of steps, or a time such as `"90s"` or `"10min"`
     (rank 0's clock decides), or `"auto"` or an `Auto`: as often as the measured cost allows, or None: then only `save`
     saves. `keep_last` committed checkpoints are kept along the line that led to the newest (None: all), and those whose
     step is a multiple of `keep_every`. `on_error`:
@@ -83,6 +84,7 @@ class Checkpointer:
         metadata: Mapping[str, Any] | None = None,
         timeout: float = DEFAULT_TIMEOUT,
         comm: Communicator | None = None,
+        storage_options: Mapping[str, Any] | None = None,
     ) -> None:
         if keep_last is not None and keep_last < 1:
             raise ValueError(f"keep_last={keep_last}: keep at least one checkpoint, or None for all")
@@ -106,7 +108,7 @@ class Checkpointer:
         self._check_replicas = check_replicas
         self._metadata = checked_metadata(metadata)
         self._timeout = timeout
-        self._storage = open_storage(self.run)
+        self._storage = open_storage(self.run, storage_options)
         self._saver = Saver(self._comm, timeout, overlap=overlap, arena_nbytes=arena_nbytes)
         self._parent: tuple[int, int] | None = None
         self._generation: int | None = None
@@ -200,6 +202,7 @@ class Checkpointer:
         rename: Mapping[str, str] | None = None,
         strict: bool = False,
         cast: bool = False,
+        storage_options: Mapping[str, Any] | None = None,
     ) -> LoadReport:
         """Begin from the newest checkpoint of another run: its weights, for new data, another optimizer, a new head.
 
@@ -220,7 +223,7 @@ class Checkpointer:
         if not names:
             raise StateError("the state has no modules: say with `only` what warm_start is to load")
         options = LoadOptions(tuple(names), rename, strict, cast)
-        loaded = load_newest(open_storage(path), state, self._comm, self._timeout, options)
+        loaded = load_newest(open_storage(path, storage_options), state, self._comm, self._timeout, options)
         if self._comm.rank == 0:
             level = logging.INFO if loaded.report.complete else logging.WARNING
             _log.log(level, "%s: warm start from %s: %s", self.run, loaded.location, loaded.report)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import socket
 
 from ckptengine.catalog.listing import claim_name, next_generation
@@ -29,6 +30,8 @@ def claim_generation(storage: Storage, parent: tuple[int, int] | None) -> int:
             "generation": generation,
             "parent": None if parent is None else list(parent),
             "created": utc_now(),
+            # A claim is nobody else's: after a lost reply it is told by its bytes.
+            "id": secrets.token_hex(8),
             # For people who wonder whose life it was.
             "host": socket.gethostname(),
             "pid": os.getpid(),

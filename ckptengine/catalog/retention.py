@@ -86,6 +86,10 @@ def remove_leftovers(storage: Storage) -> list[str]:
         now = storage.now()
     except CheckpointError as error:
         return [f"nothing was swept: {error}"]
+    try:
+        _sweep_unfinished(storage, now)
+    except CheckpointError as error:
+        problems.append(f"{storage.location()}: unfinished uploads were not swept: {error}")
     for directory in directories:
         try:
             _sweep(storage, directory, now)
@@ -116,6 +120,18 @@ def _sweep(storage: Storage, directory: str, now: float) -> None:
         # A new one may be another job's, about to be filled.
         if swept or (modified is not None and now - modified > LEASE_SECONDS):
             storage.remove_directory(directory)
+
+
+def _sweep_unfinished(storage: Storage, now: float) -> None:
+    """Give up the archives that dead attempts have begun: their parts take room, and no listing shows them."""
+    for name, began in storage.unfinished():
+        directory, _, file = name.rpartition("/")
+        attempt = attempt_of(directory.rpartition("/")[2])
+        if attempt is None or not _OUR_ATTEMPT.fullmatch(attempt) or not _OURS.fullmatch(file):
+            continue
+        # A new one may be of an attempt whose lease is on its way.
+        if now - began > LEASE_SECONDS and not is_leased(storage, directory):
+            storage.abandon(name)
 
 
 def _attempts_in_use(storage: Storage, directory: str) -> set[str]:

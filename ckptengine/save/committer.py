@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import logging
 import time
@@ -15,7 +16,7 @@ from ckptengine.catalog.listing import Entry, manifest_name, read_manifest
 from ckptengine.catalog.manifest import Manifest
 from ckptengine.catalog.receipt import Channel, Outcome, Receipt, StorageStore, collect
 from ckptengine.comm.base import Communicator
-from ckptengine.errors import CheckpointError, DeadlineError, ReplicaMismatchError, SaveFailedError
+from ckptengine.errors import CheckpointError, DeadlineError, ReplicaMismatchError, SaveFailedError, StorageError
 from ckptengine.save.aside import Aside
 from ckptengine.save.coordinator import Coordinator
 from ckptengine.save.handle import SaveStats
@@ -135,6 +136,7 @@ class Committer:
         """Rank 0: write, collect, compare, publish; whatever happens, all ranks hear of it."""
         target, storage = job.target, job.target.storage
         receipt, began = Receipt(0, None, error="it did not come to write"), time.monotonic()
+        doubtful = False
         aside = Aside(lambda: self._prepare(job, data))
         try:
             assert self._coordinator is not None
@@ -155,11 +157,14 @@ class Committer:
                 layout=layout_record,
                 metadata=dict(target.metadata),
             )
+            doubtful = True
             publish(storage, target.directory, manifest)
             outcome = Outcome(plan_together=any(item.alone for item in receipts))
         except Exception as problem:
             aside.settle()
             kind = type(problem).__name__
+            # A store that did not answer may still carry it out: then the data must be there. Swept later if not.
+            doubtful = doubtful and isinstance(problem, StorageError) and problem.errno == errno.ETIMEDOUT
             outcome = Outcome(error=f"{problem}" or kind, plan_together=True, kind=kind)
         try:
             channel.announce(outcome)
@@ -168,7 +173,8 @@ class Committer:
             _log.warning("%s: the other ranks could not be told how the save ended: %s", target.location, problem)
         if outcome.error:
             job.held.close()
-            self._discard(job, data, channel)
+            if not doubtful:
+                self._discard(job, data, channel)
         return receipt, outcome, began
 
     def _prepare(self, job: Job, data: str) -> ArchiveRecord | None:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 __all__ = ["ArchiveWriter", "Storage", "check_name", "join"]
 
 _Names = list[str]
+_Unfinished = list[tuple[str, float]]
 
 
 def check_name(name: str, *, allow_root: bool = False) -> str:
@@ -90,7 +91,8 @@ class Storage(ABC):
     def put_if_absent(self, name: str, data: Buffer) -> bool:
         """Write a small file unless the name is taken, decided atomically among all writers.
 
-        Returns whether the name was free.
+        `data` must be nobody else's (it carries an id), for a storage may tell its writer by it. Returns whether the
+        name was free.
         """
 
     @abstractmethod
@@ -164,6 +166,16 @@ class Storage(ABC):
     @abstractmethod
     def location(self, name: str = "") -> str:
         """Return the full path of a name, for messages."""
+
+    def unfinished(self) -> _Unfinished:
+        """Return the archives that were begun and appear nowhere else, each with when that was, by the storage's clock.
+
+        Only stores have them that keep the parts of an upload; elsewhere they are `temporaries`.
+        """
+        return []
+
+    def abandon(self, name: str) -> None:  # noqa: B027 - nothing to do where `unfinished` has nothing
+        """Give up an archive that `unfinished` has returned, and free its bytes."""
 
     def exists(self, name: str) -> bool:
         """Return whether there is such a file or directory."""

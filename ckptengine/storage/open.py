@@ -5,35 +5,62 @@ from __future__ import annotations
 import errno
 import os
 import re
+from collections.abc import Mapping
+from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from ckptengine.errors import StorageError
 from ckptengine.storage.base import Storage
 from ckptengine.storage.local import LocalStorage
+from ckptengine.storage.remote import RemoteStorage
 
 __all__ = ["open_storage"]
 
-_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
+_URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
 
 
-def open_storage(location: str | os.PathLike[str]) -> Storage:
-    """Return the storage at a path or `file://` URL; nothing is touched yet.
+def open_storage(location: str | os.PathLike[str], options: Mapping[str, Any] | None = None) -> Storage:
+    """Return the storage at a path, a `file://` URL, or any other URL that fsspec opens; nothing is touched yet.
 
-    Raises `StorageError` for other URLs, which this version does not support, and for an empty path.
+    `options` are fsspec's `storage_options` for the URL's file system, such as `endpoint_url`; what is not given comes
+    from fsspec's configuration and the store's own environment variables and files.
+
+    Raises `StorageError` for an empty path and for URLs that hold credentials or name no place, `ValueError` for
+    options of a path.
     """
     path = os.fspath(location)
     if not path or "\0" in path:
-        raise StorageError(errno.EINVAL, f"{path!r} is not a path: give a directory or a file:// URL")
-    if not _URL.match(path):
-        return LocalStorage(path)
-    url = urlsplit(path)
-    # Messages carry the scheme and the host only: credentials may hide in the rest.
-    if url.scheme.lower() != "file":
+        raise StorageError(errno.EINVAL, f"{path!r} is not a path: give a directory or a URL")
+    match = _URL.match(path)
+    if match is None or match[1].lower() == "file":
+        if options:
+            raise ValueError("storage_options are for URLs such as s3://bucket/run, not for directories")
+        if match is None and "::" in path and "://" in path:
+            raise StorageError(errno.EPROTONOSUPPORT, "chains of file systems (with ::) are not supported")
+        return LocalStorage(path if match is None else _directory(path))
+    protocol, rest = match[1].lower(), path[match.end() :].strip("/")
+    host = rest.partition("/")[0]
+    # Messages carry the scheme only: credentials may hide in the rest.
+    if "?" in rest or "#" in rest or ":" in host.rpartition("@")[0]:
         raise StorageError(
-            errno.EPROTONOSUPPORT,
-            f"{url.scheme}:// locations are not supported by this version of ckptengine: "
-            "give a local directory or a file:// URL",
+            errno.EINVAL,
+            f"{protocol}://…: a location holds no credentials and no query: give them as storage_options, or by the "
+            "environment",
         )
+    if not rest:
+        raise StorageError(errno.EINVAL, f"{protocol}:// names no place: write {protocol}://bucket/path/to/run")
+    return RemoteStorage(f"{protocol}://{_checked(rest)}", options)
+
+
+def _checked(path: str) -> str:
+    """Return a path with its parts checked; raises `StorageError` for `.`, `..` and empty ones."""
+    if any(part in ("", ".", "..") for part in path.split("/")):
+        raise StorageError(errno.EINVAL, f"{path!r} has empty parts, . or ..: write a plain path")
+    return path
+
+
+def _directory(path: str) -> str:
+    url = urlsplit(path)
     if url.netloc not in ("", "localhost") or not url.path:
         raise StorageError(errno.EINVAL, f"file://{url.hostname or ''}…: write file:///path/to/directory")
-    return LocalStorage(unquote(url.path))
+    return unquote(url.path)

@@ -29,7 +29,7 @@ def test_the_pins_cover_and_satisfy_the_project_and_its_dev_extra() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
     extras = project["project"]["optional-dependencies"]
     wanted = [*project["build-system"]["requires"], *project["project"]["dependencies"]]
-    wanted += [need for extra in ("torch", "mindspore", "mpi", "zarr", "cli", "dev") for need in extras[extra]]
+    wanted += [need for extra in ("torch", "mindspore", "mpi", "zarr", "cli", "s3", "dev") for need in extras[extra]]
     pinned = pins()
     for need in map(Requirement, wanted):
         if need.name != "ckptengine":

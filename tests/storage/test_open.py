@@ -19,10 +19,30 @@ def test_nothing_is_touched_by_opening(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_other_urls_are_refused_without_their_credentials():
-    with pytest.raises(StorageError, match="s3:// locations are not supported") as caught:
-        open_storage("s3://user:secret@bucket/run?token=secret")
+@pytest.mark.parametrize("location", ["s3://user:secret@bucket/run", "s3://bucket/run?token=secret", "s3://b#secret"])
+def test_locations_with_credentials_are_refused_and_not_repeated(location):
+    with pytest.raises(StorageError, match="s3://…: a location holds no credentials") as caught:
+        open_storage(location)
     assert "secret" not in str(caught.value)
+
+
+def test_opening_a_url_imports_and_reaches_nothing():
+    storage = open_storage("s3://bucket/run/", {"key": "k", "secret": "hidden"})
+    assert storage.location("x") == "s3://bucket/run/x"
+    assert "hidden" not in repr(storage)
+
+
+def test_options_are_for_urls():
+    with pytest.raises(ValueError, match="storage_options are for URLs"):
+        open_storage("run", {"key": "k"})
+
+
+@pytest.mark.parametrize(
+    "location", ["s3://", "s3://bucket//run", "s3://bucket/../run", "simplecache::s3://bucket/run"]
+)
+def test_urls_that_name_no_place_are_refused(location):
+    with pytest.raises(StorageError):
+        open_storage(location)
 
 
 @pytest.mark.parametrize("location", ["", "a\0b", "file://host/run", "file://"])

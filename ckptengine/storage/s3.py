@@ -1,0 +1,272 @@
+"""S3 and stores that speak its protocol, through s3fs' client: its own multipart and conditional calls."""
+
+from __future__ import annotations
+
+import asyncio
+import email.utils
+import threading
+from collections.abc import AsyncIterator, Coroutine, Sequence
+from typing import TYPE_CHECKING, Any
+
+from ckptengine.storage.objects import Listing, Objects, Stat, Unfinished, Upload
+from ckptengine.storage.retry import Garbled
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
+
+__all__ = ["S3Objects", "s3_options"]
+
+_CHUNK = 256 << 10  # bytes of the image that are copied at a time on their way into the socket
+_BULK = 1000  # keys in one request of deletion at most (S3, DeleteObjects)
+_CONNECTIONS = 32
+
+
+def s3_options(options: dict[str, Any]) -> dict[str, Any]:
+    """Return a user's options for s3fs with ours where they say nothing.
+
+    Trying again is ours: below us it would hide that a lost request may have been carried out. Bodies are guarded by
+    the CRC32 that botocore sends along, and by TLS; a SHA-256 of every byte would take longer than the network.
+    """
+    config = dict(options.get("config_kwargs") or {})
+    config.setdefault("retries", {"total_max_attempts": 1})
+    config.setdefault("max_pool_connections", _CONNECTIONS)
+    config.setdefault("connect_timeout", 10)
+    config.setdefault("read_timeout", 30)
+    config["s3"] = {"payload_signing_enabled": False, **(config.get("s3") or {})}
+    return {"use_listings_cache": False, **options, "config_kwargs": config}
+
+
+class S3Objects(Objects):
+    """Objects below a prefix of one bucket. `fs` is an `s3fs.S3FileSystem`, `root` is `bucket/prefix`."""
+
+    needs_probe = True
+    # Amazon S3, "Multipart upload limits".
+    least_part_nbytes = 5 << 20
+    most_part_nbytes = 5 << 30
+    most_parts = 10_000
+
+    def __init__(self, fs: Any, root: str) -> None:
+        self._fs = fs
+        # One try each: `persist` is above.
+        fs.retries = 1
+        self._bucket, prefix, _ = fs.split_path(root)
+        self._prefix = f"{prefix.strip('/')}/" if prefix.strip("/") else ""
+
+    def put(self, key: str, data: Buffer, seconds: float) -> None:
+        """Write an object."""
+        with _Body(memoryview(data).cast("B")) as body:
+            self._call("put_object", seconds, Key=self._prefix + key, Body=body)
+
+    def create(self, key: str, data: bytes, seconds: float) -> None:
+        """Write an object with `If-None-Match: *`."""
+        self._call("put_object", seconds, Key=self._prefix + key, Body=data, IfNoneMatch="*")
+
+    def get(self, key: str, position: int, nbytes: int, seconds: float) -> bytes:
+        """Return bytes of an object: one ranged GET."""
+
+        async def read() -> bytes:
+            wanted = f"bytes={position}-{position + nbytes - 1}"
+            reply = await self._ask("get_object", Key=self._prefix + key, Range=wanted)
+            async with reply["Body"] as body:
+                data: bytes = await body.read()
+            total = _total(reply)
+            expected = max(0, min(nbytes, total - position))
+            if len(data) != expected:
+                raise Garbled(f"{len(data)} bytes came of {expected} that were asked for")
+            return data
+
+        try:
+            data: bytes = self._run(read(), seconds)
+            return data
+        except Exception as error:
+            if _code(error) in ("InvalidRange", "416"):
+                return b""
+            raise
+
+    def stat(self, key: str, seconds: float) -> Stat:
+        """Return size and time: one HEAD."""
+        reply = self._call("head_object", seconds, Key=self._prefix + key)
+        return Stat(int(reply["ContentLength"]), reply["LastModified"].timestamp())
+
+    def list(self, prefix: str, seconds: float) -> Listing:
+        """Return what lies right below a prefix."""
+        full = self._prefix + prefix
+        objects: list[str] = []
+        prefixes: list[str] = []
+        for page in self._pages(full, seconds, Delimiter="/"):
+            objects += (item["Key"][len(full) :] for item in page.get("Contents", ()))
+            prefixes += (item["Prefix"][len(full) :].rstrip("/") for item in page.get("CommonPrefixes", ()))
+        # Some tools make empty objects in place of directories.
+        return Listing(tuple(filter(None, objects)), tuple(filter(None, prefixes)))
+
+    def below(self, prefix: str, seconds: float) -> dict[str, Stat]:
+        """Return all objects below a prefix."""
+        return {
+            item["Key"][len(self._prefix) :]: Stat(int(item["Size"]), item["LastModified"].timestamp())
+            for page in self._pages(self._prefix + prefix, seconds)
+            for item in page.get("Contents", ())
+        }
+
+    def delete(self, keys: Sequence[str], seconds: float) -> None:
+        """Delete objects, a thousand with each request."""
+        if len(keys) == 1:
+            self._call("delete_object", seconds, Key=self._prefix + keys[0])
+            return
+        for begin in range(0, len(keys), _BULK):
+            some = [{"Key": self._prefix + key} for key in keys[begin : begin + _BULK]]
+            reply = self._call("delete_objects", seconds, Delete={"Objects": some, "Quiet": True})
+            for failure in reply.get("Errors", ()):
+                raise _Failure(str(failure.get("Code", "")))
+
+    def upload(self, key: str, part_nbytes: int, seconds: float) -> Upload:
+        """Begin a multipart upload."""
+        reply = self._call("create_multipart_upload", seconds, Key=self._prefix + key)
+        return _MultipartUpload(self, self._prefix + key, reply["UploadId"])
+
+    def unfinished(self, prefix: str, seconds: float) -> tuple[Unfinished, ...]:
+        """Return the multipart uploads that were begun."""
+        found = []
+        more: dict[str, str] = {}
+        while True:
+            page = self._call("list_multipart_uploads", seconds, Prefix=self._prefix + prefix, **more)
+            for item in page.get("Uploads", ()):
+                key, began = item["Key"], item["Initiated"].timestamp()
+                found.append(Unfinished(key[len(self._prefix) :], item["UploadId"], began))
+            if not page.get("IsTruncated"):
+                return tuple(found)
+            more = {"KeyMarker": page["NextKeyMarker"], "UploadIdMarker": page["NextUploadIdMarker"]}
+
+    def abort(self, unfinished: Unfinished, seconds: float) -> None:
+        """Abort a multipart upload."""
+        key = self._prefix + unfinished.key
+        self._call("abort_multipart_upload", seconds, Key=key, UploadId=unfinished.upload)
+
+    def now(self, seconds: float) -> float | None:
+        """Return the time in the `Date` of the store's reply."""
+        reply = self._call("list_objects_v2", seconds, Prefix=self._prefix, MaxKeys=1)
+        date = reply.get("ResponseMetadata", {}).get("HTTPHeaders", {}).get("date")
+        return None if date is None else email.utils.parsedate_to_datetime(date).timestamp()
+
+    def _pages(self, prefix: str, seconds: float, **more: str) -> Any:
+        while True:
+            page = self._call("list_objects_v2", seconds, Prefix=prefix, **more)
+            yield page
+            if not page.get("IsTruncated"):
+                return
+            more["ContinuationToken"] = page["NextContinuationToken"]
+
+    async def _ask(self, method: str, **arguments: Any) -> Any:
+        return await self._fs._call_s3(method, Bucket=self._bucket, **arguments)
+
+    def _call(self, method: str, seconds: float, **arguments: Any) -> Any:
+        return self._run(self._ask(method, **arguments), seconds)
+
+    def _run(self, call: Coroutine[Any, Any, Any], seconds: float) -> Any:
+        """Run a call in fsspec's event loop, and end it there where it takes too long."""
+        future = asyncio.run_coroutine_threadsafe(call, self._fs.loop)
+        try:
+            return future.result(seconds)
+        except BaseException:
+            future.cancel()
+            raise
+
+
+class _MultipartUpload(Upload):
+    def __init__(self, objects: S3Objects, key: str, upload: str) -> None:
+        self._objects, self._key, self._upload = objects, key, upload
+        self._tags: dict[int, dict[str, Any]] = {}
+
+    def send(self, number: int, memory: memoryview, seconds: float) -> None:
+        with _Body(memory) as body:
+            reply = self._objects._call(
+                "upload_part", seconds, Key=self._key, UploadId=self._upload, PartNumber=number, Body=body
+            )
+        # What the client found out about the part's checksum belongs to the list of parts.
+        sums = {name: value for name, value in reply.items() if name.startswith("Checksum") and name != "ChecksumType"}
+        self._tags[number] = {"PartNumber": number, "ETag": reply["ETag"], **sums}
+
+    def complete(self, seconds: float) -> None:
+        parts = [self._tags[number] for number in sorted(self._tags)]
+        reply = self._objects._call(
+            "complete_multipart_upload",
+            seconds,
+            Key=self._key,
+            UploadId=self._upload,
+            MultipartUpload={"Parts": parts},
+        )
+        if "ETag" not in reply:
+            raise Garbled("a reply without an entity tag")
+
+    def abort(self, seconds: float) -> None:
+        self._objects._call("abort_multipart_upload", seconds, Key=self._key, UploadId=self._upload)
+
+
+class _Body:
+    """Memory as the body of a request: a file to botocore, chunks to aiohttp. Closed, it does not touch the memory.
+
+    A request that was given up may still be on its way out of the event loop when the memory is used again.
+    """
+
+    def __init__(self, memory: memoryview) -> None:
+        self._memory: memoryview | None = memory
+        self._nbytes, self._position = memory.nbytes, 0
+        self._lock = threading.Lock()
+
+    def __enter__(self) -> _Body:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._memory = None
+
+    def __len__(self) -> int:
+        return self._nbytes
+
+    def read(self, nbytes: int | None = -1) -> bytes:
+        """Return the next bytes."""
+        with self._lock:
+            if self._memory is None:
+                raise ValueError("the request was given up")
+            end = self._nbytes if nbytes is None or nbytes < 0 else min(self._nbytes, self._position + nbytes)
+            part = bytes(self._memory[self._position : end])
+            self._position = end
+            return part
+
+    def seek(self, position: int, whence: int = 0) -> int:
+        """Go to a position."""
+        self._position = position + (0, self._position, self._nbytes)[whence]
+        return self._position
+
+    def tell(self) -> int:
+        """Return the position."""
+        return self._position
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        while chunk := self.read(_CHUNK):
+            yield chunk
+
+
+class _Failure(Exception):
+    """One key of a bulk request has failed."""
+
+    def __init__(self, code: str) -> None:
+        super().__init__(code)
+        self.response = {"Error": {"Code": code}}
+
+
+def _code(error: BaseException) -> str:
+    for one in (error, error.__cause__):
+        response = getattr(one, "response", None)
+        if isinstance(response, dict):
+            return str(response.get("Error", {}).get("Code", ""))
+    return ""
+
+
+def _total(reply: dict[str, Any]) -> int:
+    """Return the length of the whole object that a ranged reply tells."""
+    told = str(reply.get("ContentRange", "")).rpartition("/")[2]
+    if told.isdigit():
+        return int(told)
+    if reply.get("ResponseMetadata", {}).get("HTTPStatusCode") == 206:
+        raise Garbled("a part of an object without its place")
+    return int(reply["ContentLength"])

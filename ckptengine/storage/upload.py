@@ -1,0 +1,148 @@
+"""An archive on its way into an object store: in parts, straight from the image."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+from dataclasses import dataclass
+
+from ckptengine.counters import note_file
+from ckptengine.errors import StorageError
+from ckptengine.storage.base import ArchiveWriter
+from ckptengine.storage.objects import Objects, Upload
+from ckptengine.storage.parallel import in_parallel
+from ckptengine.storage.retry import Patience, Request, persist
+
+__all__ = ["Budget", "RemoteArchiveWriter", "part_nbytes_for"]
+
+_MIB = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """What transfers of one storage may take.
+
+    `part_nbytes` are those of one part of an upload, None: 64 MiB for archives from 512 MiB on, 16 MiB for smaller ones
+    so that several parts are in flight, more where the store's number of parts would not suffice. `requests` are in
+    flight at most; a read asks for `read_nbytes` at once, and reads gaps of up to `gap_nbytes` along.
+    """
+
+    part_nbytes: int | None = None
+    requests: int = 8
+    read_nbytes: int = 8 << 20
+    gap_nbytes: int = 256 << 10
+
+
+def part_nbytes_for(nbytes: int, budget: Budget, objects: Objects) -> int:
+    """Return the bytes of the parts of an archive whose fixed region has `nbytes`.
+
+    A tenth of the parts is left for the tail, whose size isn't known yet. Raises `StorageError` (EFBIG) where the store
+    can't hold such an object.
+    """
+    part = budget.part_nbytes or (64 * _MIB if nbytes >= 512 * _MIB else 16 * _MIB)
+    least = -(-nbytes // max(1, objects.most_parts * 9 // 10))
+    part = max(part, -(-least // _MIB) * _MIB, objects.least_part_nbytes)
+    if part > objects.most_part_nbytes:
+        raise StorageError(errno.EFBIG, f"an archive of {nbytes:,} bytes is more than this store takes: use more ranks")
+    return part
+
+
+class RemoteArchiveWriter(ArchiveWriter):
+    """Parts of one size, several in flight, sent from where they lie.
+
+    What a call of `write` leaves of a last part that isn't full is kept until the next one, or `finish`: at most one
+    part, the only copy of the state that is ever made. An archive of less than one part is one plain object.
+    """
+
+    def __init__(self, objects: Objects, key: str, where: str, nbytes: int, budget: Budget, patience: Patience) -> None:
+        self._objects, self._key, self._where = objects, key, where
+        self._budget, self._patience = budget, patience
+        self._part = part_nbytes_for(nbytes, budget, objects)
+        self._carry = bytearray()
+        self._position = self._sent = 0
+        self._upload: Upload | None = None
+        note_file()
+
+    def write(self, address: int, nbytes: int, position: int) -> None:
+        """Send the parts that lie in this memory as a whole, and keep the rest."""
+        if position != self._position:
+            raise ValueError(f"{self._where}: position {position} does not follow on {self._position}")
+        view = memoryview((ctypes.c_uint8 * nbytes).from_address(address)).cast("B")
+        begin = 0
+        if self._carry:
+            begin = min(nbytes, self._part - len(self._carry))
+            self._carry += view[:begin]
+            if len(self._carry) == self._part:
+                self._send([memoryview(self._carry)])
+                self._carry = bytearray()
+        whole = (nbytes - begin) // self._part
+        self._send([view[begin + n * self._part : begin + (n + 1) * self._part] for n in range(whole)])
+        self._carry += view[begin + whole * self._part :]
+        self._position += nbytes
+
+    def _send(self, parts: list[memoryview]) -> None:
+        if not parts:
+            return
+        upload = self._upload
+        if upload is None:
+            upload = self._upload = persist("begin the upload of", self._where, self._begin, self._patience)
+        first, self._sent = self._sent + 1, self._sent + len(parts)
+        patience = self._patience
+
+        def send(numbered: tuple[int, memoryview]) -> None:
+            number, memory = numbered
+
+            def once(request: Request) -> None:
+                if request.doubtful and upload.in_order:
+                    raise StorageError(errno.EIO, f"cannot write {self._where}: part {number} was lost on its way")
+                upload.send(number, memory, request.left)
+
+            persist(f"upload part {number} of", self._where, once, patience.for_bytes(memory.nbytes))
+
+        in_parallel(send, enumerate(parts, first), 1 if upload.in_order else min(self._budget.requests, len(parts)))
+
+    def _begin(self, request: Request) -> Upload:
+        return self._objects.upload(self._key, self._part, request.left)
+
+    def finish(self) -> None:
+        """Send what is left, and make the object of its parts."""
+        if self._upload is None:
+            carry = memoryview(self._carry)
+            patience = self._patience.for_bytes(carry.nbytes)
+            persist("write", self._where, lambda one: self._objects.put(self._key, carry, one.left), patience)
+            return
+        if self._carry:
+            self._send([memoryview(self._carry)])
+        upload = self._upload
+
+        def complete(request: Request) -> None:
+            if request.doubtful and upload.in_order:
+                # A file that failed to close counts as closed.
+                if not self._is_there(request):
+                    raise StorageError(errno.EIO, f"cannot write {self._where}: its last part was lost on its way")
+                return
+            try:
+                upload.complete(request.left)
+            except Exception:
+                # The reply to an earlier try may have been lost.
+                if not self._is_there(request):
+                    raise
+
+        persist("complete the upload of", self._where, complete, self._patience)
+        self._upload = None
+
+    def _is_there(self, request: Request) -> bool:
+        """Return whether the object is there with its size: nobody else writes under an attempt's name."""
+        try:
+            return self._objects.stat(self._key, request.left).nbytes == self._position
+        except Exception:
+            return False
+
+    def close(self) -> None:
+        """Abort an upload that was not finished, as far as the store can be reached: else it is swept later."""
+        upload, self._upload = self._upload, None
+        self._carry = bytearray()
+        if upload is not None:
+            with contextlib.suppress(StorageError):
+                persist("abort the upload of", self._where, lambda one: upload.abort(one.left), Patience(seconds=10))
