@@ -22,7 +22,7 @@ from ckptengine.layout.rank_rows import RankRows
 from ckptengine.layout.survey import Boxes, Table, by_path, decode_boxes, encode_boxes, survey_of, table_of
 from ckptengine.save.reading import Reading, Structure
 from ckptengine.save.values import StoredValues, compare_values
-from ckptengine.snapshot.pack import copy_threads
+from ckptengine.snapshot.threads import copy_threads
 from ckptengine.state.dtypes import DTYPES
 from ckptengine.state.leaf import ArrayLeaf, HostMemory, Path, Placement
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,10 +15,11 @@ from ckptengine.archive.image import BLOCK_NBYTES, Chunk, Image
 from ckptengine.errors import StateError
 from ckptengine.layout.box import Box
 from ckptengine.layout.tiling import strides_of
+from ckptengine.snapshot.threads import copy_threads
 from ckptengine.state.dtypes import DTYPES
 from ckptengine.state.leaf import ArrayLeaf, DeviceMemory, HostMemory, Part, Path, dotted
 
-__all__ = ["Checksums", "CopyTable", "copy_threads"]
+__all__ = ["Checksums", "CopyTable"]
 
 _SOURCE = slice(5, 8)  # where an operation of `_native.pack` has its source: address, low, nbytes
 
@@ -31,19 +31,6 @@ class Checksums:
         self.pieces = np.zeros(image.pieces, np.uint32)
         self.entries = np.zeros(len(image.chunks), np.uint32)
         self.blocks = np.zeros(image.blocks, np.uint32)
-
-
-def copy_threads() -> int:
-    """Return how many threads copy: `CKPTENGINE_THREADS`, else the cores of this process, at most 8.
-
-    More than a few threads saturate the memory of one socket, and the ranks of a node share it.
-    """
-    given = os.environ.get("CKPTENGINE_THREADS")
-    if given:
-        return max(1, int(given))
-    cores = len(os.sched_getaffinity(0))
-    ranks = int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
-    return max(1, min(8, cores // max(1, ranks)))
 
 
 @dataclass(frozen=True, slots=True)

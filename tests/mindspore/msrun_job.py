@@ -20,6 +20,7 @@ import ckptengine as ce
 from ckptengine.comm.select import current
 from ckptengine.errors import CheckpointError, DeadlineError
 from ckptengine.mindspore.tensor import as_array
+from ckptengine.snapshot.threads import copy_threads
 from ckptengine.storage.local import LocalStorage
 from tests.mindspore import training
 
@@ -100,6 +101,7 @@ def load(run):
     rows, box = as_array(state["table"].local), state["table"].box
     part = table(1)[box.offset[0] : box.offset[0] + box.shape[0]]
     report = {"step": step, "rows": rows.tobytes() == part.tobytes(), "mine": state["mine"].value}
+    report["threads"] = copy_threads()
     report["contents"] = {name: value.hex() for name, value in training.contents(cell).items()}
     try:
         if get_rank() != 2:

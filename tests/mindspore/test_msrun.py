@@ -1,5 +1,7 @@
 """Jobs under msrun: a rank is lost during a save, and the job goes on with other numbers of ranks."""
 
+import os
+
 import numpy as np
 
 import ckptengine as ce
@@ -19,6 +21,7 @@ def test_a_rank_killed_during_a_save_is_named_and_other_numbers_of_ranks_go_on_f
         assert report["step"] == 1
         assert report["rows"]
         assert report["mine"] == {"rank": rank}
+        assert report["threads"] == max(1, min(8, len(os.sched_getaffinity(0)) // 4))
         assert report["contents"] == saved[0]["contents"]
         assert ("rank 2 did not come within 2 s" in report.get("missing", "")) == (rank != 2)
     arrays = ce.load(run)
