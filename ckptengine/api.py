@@ -2,29 +2,23 @@
 
 from __future__ import annotations
 
-import errno
-import logging
 import os
 import threading
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from ckptengine.catalog.listing import committed, next_generation, read_manifest
-from ckptengine.catalog.retention import remove_leftovers, replace_older
 from ckptengine.comm.base import Communicator
 from ckptengine.comm.select import current
-from ckptengine.errors import CheckpointDamagedError, SaveFailedError, StorageError
+from ckptengine.errors import SaveFailedError
 from ckptengine.load.loader import LoadOptions, load_arrays, load_newest
 from ckptengine.save.handle import SaveHandle, SaveStats
-from ckptengine.save.job import Target
 from ckptengine.save.saver import DEFAULT_TIMEOUT, Saver
+from ckptengine.save.single import single_checkpoint
 from ckptengine.state.bind import LoadReport
-from ckptengine.storage.base import Storage
 from ckptengine.storage.open import open_storage
 
 __all__ = ["async_save", "load", "save"]
 
-_log = logging.getLogger("ckptengine")
 
 # Plans and memory are reused from call to call; one group of ranks at a time, so that those of an ended one are freed.
 _savers: dict[Communicator, Saver] = {}
@@ -88,27 +82,7 @@ def async_save(
     """
     comm = comm or current()
     saver = _saver(comm, timeout)
-    storage = open_storage(path, storage_options)
-
-    def claim() -> int:
-        _refuse_run(storage)
-        storage.check_writable()
-        return next_generation(storage)
-
-    def clean_up(generation: int) -> None:
-        for problem in (*replace_older(storage, generation), *remove_leftovers(storage)):
-            _log.warning("%s: %s", storage.location(), problem)
-
-    target = Target(
-        storage=storage,
-        directory="",
-        step=None,
-        parent=None,
-        generation=None,
-        claim=claim,
-        metadata=dict(metadata or {}),
-        committed=clean_up,
-    )
+    target = single_checkpoint(open_storage(path, storage_options), metadata)
     return saver.start(target, state, check_replicas=check_replicas, timeout=timeout)
 
 
@@ -127,21 +101,6 @@ def _after_fork() -> None:
 
 
 os.register_at_fork(after_in_child=_after_fork)
-
-
-def _refuse_run(storage: Storage) -> None:
-    """Raise where a single checkpoint would replace those of a run."""
-    for entry in committed(storage):
-        try:
-            step = entry.step if entry.step is not None else read_manifest(storage, entry).step
-        except CheckpointDamagedError:
-            continue  # nothing is lost by replacing that
-        if step is not None:
-            raise StorageError(
-                errno.EEXIST,
-                f"{storage.location()} holds step {step} of a run, which a single checkpoint must not replace: save "
-                "to another path, or into the run with ckptengine.Checkpointer",
-            )
 
 
 def load(
@@ -174,9 +133,7 @@ def load(
     state is not usable; the message says so.
     """
     storage = open_storage(path, storage_options)
-    if isinstance(only, str):
-        only = [only]
-    options = LoadOptions(None if only is None else tuple(only), rename, strict, cast)
+    options = LoadOptions.of(only, rename, strict, cast)
     if into is None:
         return load_arrays(storage, options, rank)
     report: LoadReport = load_newest(storage, into, comm or current(), timeout, options).report

@@ -180,9 +180,7 @@ class Checkpointer:
         """
         self._asked = True
         self.wait(self._timeout)
-        if isinstance(only, str):
-            only = [only]
-        options = LoadOptions(None if only is None else tuple(only), rename, strict, cast)
+        options = LoadOptions.of(only, rename, strict, cast)
         loaded = restore_newest(self._storage, state, self._comm, self._timeout, options, step)
         # What follows is a new life of the run, also where this process has saved before.
         self._generation = self._last = self._unsaved = None
@@ -219,18 +217,17 @@ class Checkpointer:
                 f"{self.run}: warm_start would overwrite what this run has trained so far; call it only where restore "
                 "returned None"
             )
-        names = [only] if isinstance(only, str) else module_names(state) if only is None else tuple(only)
-        if not names:
+        options = LoadOptions.of(module_names(state) if only is None else only, rename, strict, cast)
+        if not options.only:
             raise StateError("the state has no modules: say with `only` what warm_start is to load")
-        options = LoadOptions(tuple(names), rename, strict, cast)
         loaded = load_newest(open_storage(path, storage_options), state, self._comm, self._timeout, options)
         if self._comm.rank == 0:
             level = logging.INFO if loaded.report.complete else logging.WARNING
             _log.log(level, "%s: warm start from %s: %s", self.run, loaded.location, loaded.report)
         if not loaded.report.loaded:
             raise LoadMismatchError(
-                f"warm start from {loaded.location}: nothing in it fits {', '.join(names)}; `rename` maps names\n"
-                f"{loaded.report}"
+                f"warm start from {loaded.location}: nothing in it fits {', '.join(options.only)}; `rename` maps "
+                f"names\n{loaded.report}"
             )
         return loaded.report
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,6 +43,13 @@ class LoadOptions:
     rename: Mapping[str, str] | None = None
     strict: bool = True
     cast: bool = False
+
+    @classmethod
+    def of(cls, only: Iterable[str] | None, rename: Mapping[str, str] | None, strict: bool, cast: bool) -> LoadOptions:
+        """Return the options as users give them: `only` may be a single prefix."""
+        if isinstance(only, str):
+            only = [only]
+        return cls(None if only is None else tuple(only), rename, strict, cast)
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import threading
 import weakref
@@ -12,16 +11,15 @@ from typing import Any
 import mindspore as ms
 from mindspore import nn
 
-from ckptengine.catalog.listing import committed, next_generation, read_manifest
-from ckptengine.catalog.retention import remove_leftovers, replace_older
+from ckptengine.catalog.listing import committed, read_manifest
 from ckptengine.comm.single import SingleProcess
 from ckptengine.errors import CheckpointNotFoundError
 from ckptengine.load.loader import LoadOptions, load_arrays
 from ckptengine.mindspore.files import find_checkpoint
 from ckptengine.mindspore.parameters import LoadedParameters, optimizers_of, parameters_of, state_of
 from ckptengine.save.handle import SaveHandle
-from ckptengine.save.job import Target
 from ckptengine.save.saver import DEFAULT_TIMEOUT, Saver
+from ckptengine.save.single import single_checkpoint
 from ckptengine.storage.open import open_storage
 
 __all__ = [
@@ -37,7 +35,6 @@ __all__ = [
 ]
 
 SUFFIXES = ("ckpt", "safetensors")
-_log = logging.getLogger("ckptengine")
 _lock = threading.Lock()
 _saver: Saver | None = None
 # Where the training was from which an optimizer's state came.
@@ -196,27 +193,7 @@ def start_save(
     `committed` is called in the background and returns what it could not do. Raises what the snapshot raises.
     """
     global _saver
-    storage = open_storage(path)
-
-    def claim() -> int:
-        storage.check_writable()
-        return next_generation(storage)
-
-    def clean_up(generation: int) -> None:
-        problems = [*replace_older(storage, generation), *remove_leftovers(storage)]
-        for problem in (*problems, *(committed() if committed is not None else ())):
-            _log.warning("%s: %s", storage.location(), problem)
-
-    target = Target(
-        storage=storage,
-        directory="",
-        step=None,
-        parent=None,
-        generation=None,
-        claim=claim,
-        metadata=dict(metadata or {}),
-        committed=clean_up,
-    )
+    target = single_checkpoint(open_storage(path), metadata, committed)
     with _lock:
         if _saver is None:
             _saver = Saver(SingleProcess(), DEFAULT_TIMEOUT)

@@ -12,7 +12,7 @@ from mindspore import Parameter, Tensor, nn
 from mindspore.train import Callback, Model
 
 import ckptengine as ce
-from ckptengine.errors import CheckpointDamagedError, CheckpointNotFoundError, SaveFailedError
+from ckptengine.errors import CheckpointDamagedError, CheckpointNotFoundError, SaveFailedError, StorageError
 from ckptengine.mindspore import (
     CheckpointConfig,
     ModelCheckpoint,
@@ -223,3 +223,11 @@ def test_a_save_replaces_the_one_of_the_same_name_only_when_it_is_committed(tmp_
     assert ce.load(path)["net"]["weight"].tobytes() == first["weight"]
     go.set()
     assert as_array(load_checkpoint(path)["weight"]).tobytes() == np.ones((4, 4), np.float32).tobytes()
+
+
+def test_a_save_over_a_run_is_refused_and_the_run_stays(tmp_path):
+    with ce.Checkpointer(tmp_path / "run.ckpt", every=None) as ckpt:
+        ckpt.save(3, {"value": 1})
+    with pytest.raises(StorageError, match="holds step 3 of a run"):
+        save_checkpoint(nn.Dense(2, 2), str(tmp_path / "run.ckpt"))
+    assert ce.load(tmp_path / "run.ckpt") == {"value": 1}
