@@ -366,14 +366,9 @@ class Watch:
 class _FolderStore(StorageStore):
     """A directory of messages that is made when the first one is written."""
 
-    def __init__(self, storage: Storage, directory: str) -> None:
-        super().__init__(storage, directory)
-        self._place = storage, directory
-
     def set(self, key: str, value: bytes) -> None:
         """Store a value."""
-        storage, directory = self._place
-        storage.make_directory(directory)
+        self._storage.make_directory(self._directory)
         super().set(key, value)
 
     def delete(self, key: str) -> None:

@@ -12,14 +12,12 @@ from collections.abc import Callable
 from ckptengine import _native
 from ckptengine.errors import StorageError
 from ckptengine.snapshot.room import available_nbytes
+from ckptengine.snapshot.threads import copy_threads
 
 __all__ = ["Arena"]
 
 _GRANULE = 2 << 20
 """Arenas are made of huge pages: an `O_DIRECT` write from single ones takes up to three times as long."""
-
-_THREADS = 8
-"""Threads that map new memory, at most: the kernel clears pages at the speed of memory."""
 
 
 class Arena:
@@ -57,7 +55,8 @@ class Arena:
         try:
             if size > available:
                 raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
-            address = _native.memory_map(size, max(1, min(_THREADS, len(os.sched_getaffinity(0)))))
+            # The kernel clears pages at the speed of memory, as copies go.
+            address = _native.memory_map(size, copy_threads())
         except OSError as error:
             raise StorageError(
                 error.errno,

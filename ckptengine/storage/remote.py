@@ -247,13 +247,8 @@ class RemoteStorage(Storage):
 
     def delete_tree(self, name: str) -> None:
         """Delete all below a directory, and give up the uploads to there."""
-        prefix = check_name(name) + "/"
-        for upload in self._unfinished(prefix):
-            self._ignore_missing(
-                lambda one=upload: self._do(  # type: ignore[misc]
-                    "abort an upload to", name, lambda objects, request: objects.abort(one, request.left)
-                )
-            )
+        for upload in self._unfinished(check_name(name) + "/"):
+            self._abort(upload, name)
         self._delete(sorted(self._below(name)), name)
 
     def remove_directory(self, name: str) -> bool:
@@ -300,11 +295,7 @@ class RemoteStorage(Storage):
         key = check_name(name)
         for upload in self._unfinished(key):
             if upload.key == key:
-                self._ignore_missing(
-                    lambda one=upload: self._do(  # type: ignore[misc]
-                        "abort the upload of", name, lambda objects, request: objects.abort(one, request.left)
-                    )
-                )
+                self._abort(upload, name)
 
     def location(self, name: str = "") -> str:
         """Return the URL of a name."""
@@ -386,6 +377,11 @@ class RemoteStorage(Storage):
     def _below(self, directory: str) -> dict[str, Stat]:
         prefix = _prefix(directory)
         return self._do("list", directory, lambda objects, request: objects.below(prefix, request.left))
+
+    def _abort(self, upload: Unfinished, name: str) -> None:
+        self._ignore_missing(
+            lambda: self._do("abort an upload to", name, lambda objects, request: objects.abort(upload, request.left))
+        )
 
     def _delete(self, keys: _Names, name: str) -> None:
         if keys:
