@@ -419,6 +419,7 @@ def _requests(rows: list[list[int]], most: int, gap: int) -> list[list[tuple[int
 def _connect(location: str, options: dict[str, Any]) -> Objects:
     """Return the objects at a location; raises `StorageError` saying what to install where a package is missing."""
     protocol, _, _ = location.partition("://")
+    # Never fsspec's instance of earlier: it may have been made when the environment held no credentials, or others.
     try:
         import fsspec
         from fsspec.config import conf
@@ -430,11 +431,13 @@ def _connect(location: str, options: dict[str, Any]) -> Objects:
         if protocol in ("s3", "s3a"):
             from ckptengine.storage.s3 import S3Objects, s3_options
 
-            fs = fsspec.filesystem(protocol, **s3_options({**conf.get(protocol, {}), **options}))
+            fs = fsspec.filesystem(
+                protocol, skip_instance_cache=True, **s3_options({**conf.get(protocol, {}), **options})
+            )
             return S3Objects(fs, fs._strip_protocol(location))
         from ckptengine.storage.generic import FsspecObjects
 
-        fs = fsspec.filesystem(protocol, **options)
+        fs = fsspec.filesystem(protocol, skip_instance_cache=True, **options)
         return FsspecObjects(fs, fs._strip_protocol(location), protocol)
     except ImportError:
         package = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "abfs": "adlfs", "az": "adlfs"}
