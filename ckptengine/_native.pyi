@@ -30,11 +30,12 @@ def variants() -> tuple[str, ...]:
 def counters() -> tuple[int, int, int, int, int]:
     """Return what this process has done: bytes copied, bytes written, writes, bytes read, reads."""
 
-def memory_map(nbytes: int, threads: int) -> int:
+def memory_map(nbytes: int, threads: int, fd: int = -1) -> int:
     """Return the address of new, zeroed memory: a multiple of 2 MiB, as `nbytes` is.
 
-    It lies in huge pages where the system has them, every page of it is there when the call returns, and a forked
-    process does not have it. Raises `OSError` (ENOMEM) where it can't be had.
+    With `fd` it is a file's, which is at least as long. It lies in huge pages where the system has them, every page of
+    it is there when the call returns, and a forked process does not have it. Raises `OSError` (ENOMEM) where it can't
+    be had.
     """
 
 def memory_unmap(address: int, nbytes: int) -> None:

@@ -107,8 +107,9 @@ void ck_parallel(int64_t units, int threads, ck_body body, void *context);
 
 /* ---- memory (memory.c) ---- */
 
-/* nbytes is a multiple of CK_HUGE_PAGE; every page is there when it returns, zeroed. */
-bool ck_memory_map(int64_t nbytes, int threads, unsigned char **address, ck_error *error);
+/* nbytes is a multiple of CK_HUGE_PAGE; every page is there when it returns. They are new and zeroed, or,
+ * with an fd that is not -1, those of a file that is at least as long, which other processes see. */
+bool ck_memory_map(int64_t nbytes, int fd, int threads, unsigned char **address, ck_error *error);
 void ck_memory_unmap(unsigned char *address, int64_t nbytes);
 
 /* ---- strided views (view.c) ---- */

@@ -44,9 +44,11 @@ static bool failed(ck_error *error, int number, int64_t nbytes) {
     return false;
 }
 
-bool ck_memory_map(int64_t nbytes, int threads, unsigned char **address, ck_error *error) {
+bool ck_memory_map(int64_t nbytes, int fd, int threads, unsigned char **address, ck_error *error) {
+    /* Room first, from which an aligned piece is taken: pages are of one size only where addresses are
+     * aligned. */
     size_t room = (size_t)nbytes + CK_HUGE_PAGE;
-    unsigned char *mapped = mmap(NULL, room, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    unsigned char *mapped = mmap(NULL, room, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (mapped == MAP_FAILED)
         return failed(error, errno, nbytes);
     size_t before = (size_t)(-(uintptr_t)mapped % CK_HUGE_PAGE), after = room - before - (size_t)nbytes;
@@ -55,6 +57,12 @@ bool ck_memory_map(int64_t nbytes, int threads, unsigned char **address, ck_erro
     unsigned char *bytes = mapped + before;
     if (after > 0)
         munmap(bytes + nbytes, after);
+    int flags = MAP_FIXED | (fd < 0 ? MAP_PRIVATE | MAP_ANONYMOUS : MAP_SHARED);
+    if (mmap(bytes, (size_t)nbytes, PROT_READ | PROT_WRITE, flags, fd, 0) == MAP_FAILED) {
+        int number = errno;
+        ck_memory_unmap(bytes, nbytes);
+        return failed(error, number, nbytes);
+    }
     /* Both may be refused, and are no more than an advantage: fewer and larger pieces for the disk to fetch,
      * and no copy of a page that is written to after a fork. */
     madvise(bytes, (size_t)nbytes, MADV_HUGEPAGE);

@@ -155,15 +155,16 @@ static int check_memory(long long nbytes) {
 
 PyObject *native_memory_map(PyObject *module, PyObject *args, PyObject *keywords) {
     (void)module;
-    static char *names[] = {"nbytes", "threads", NULL};
+    static char *names[] = {"nbytes", "threads", "fd", NULL};
     long long nbytes, threads;
-    if (!PyArg_ParseTupleAndKeywords(args, keywords, "LL:memory_map", names, &nbytes, &threads))
+    int fd = -1;
+    if (!PyArg_ParseTupleAndKeywords(args, keywords, "LL|i:memory_map", names, &nbytes, &threads, &fd))
         return NULL;
     if (!check_memory(nbytes) || !ck_check_threads("threads", threads))
         return NULL;
     ck_error error = {.kind = CK_OK};
     unsigned char *address = NULL;
-    Py_BEGIN_ALLOW_THREADS ck_memory_map(nbytes, (int)threads, &address, &error);
+    Py_BEGIN_ALLOW_THREADS ck_memory_map(nbytes, fd, (int)threads, &address, &error);
     Py_END_ALLOW_THREADS if (error.kind != CK_OK) return ck_raise_error(&error);
     return PyLong_FromVoidPtr(address);
 }

@@ -53,19 +53,29 @@ class Arena:
         # Asked first: the system would rather end a process than refuse it memory.
         available = available_nbytes()
         try:
-            if size > available:
+            if size - self._there() > available:
                 raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
             # The kernel clears pages at the speed of memory, as copies go.
-            address = _native.memory_map(size, copy_threads())
+            address = self._map(size)
         except OSError as error:
-            raise StorageError(
-                error.errno,
-                f"no memory for the snapshot: {size:,} bytes are needed, {available:,} are available; "
-                "free host memory, raise the container's limit, or use more ranks per state",
-            ) from error
+            raise StorageError(error.errno, self._shortage(size, available)) from error
         self.address, self.nbytes = address, size
         self._give_back = weakref.finalize(self, _give_back, address, size, os.getpid())
         self._give_back.atexit = False
+
+    def _there(self) -> int:
+        """Return how many bytes of what is to be mapped are in memory already."""
+        return 0
+
+    def _map(self, size: int) -> int:
+        """Return the address of memory; raises `OSError`."""
+        return _native.memory_map(size, copy_threads())
+
+    def _shortage(self, size: int, available: int) -> str:
+        return (
+            f"no memory for the snapshot: {size:,} bytes are needed, {available:,} are available; "
+            "free host memory, raise the container's limit, or use more ranks per state"
+        )
 
     def view(self, position: int, nbytes: int) -> memoryview:
         """Return the bytes at a position, writable, without a copy; not to be kept."""
