@@ -411,7 +411,7 @@ class Checkpointer:
         mine = bytes([self._saver.busy]) if self._comm.rank == 0 else None
         return self._comm.broadcast(mine, self._timeout) != b"\0"
 
-    def _retain(self, generation: int) -> None:
+    def _retain(self, generation: int, attempt: str) -> None:
         """Delete what need not be kept: on rank 0, in the background, after a commit."""
         self._sweep(remove_leftovers(self._storage))
         if self._keep_last is not None:

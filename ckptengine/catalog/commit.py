@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from ckptengine.archive.record import ArchiveRecord
 from ckptengine.catalog.listing import Entry, claimed_generations, manifest_name, read_manifest
 from ckptengine.catalog.manifest import Manifest
@@ -16,8 +18,10 @@ def attempt_directory(directory: str, attempt: str) -> str:
     return join(directory, f"data-{attempt}")
 
 
-def publish(storage: Storage, directory: str, manifest: Manifest) -> None:
+def publish(storage: Storage, directory: str, manifest: Manifest, ranks: Collection[int] | None = None) -> None:
     """Commit an attempt: check once more that all its files are there, then publish the manifest.
+
+    `ranks` are those whose archives lie on this very storage, None: all; the others lie on other nodes.
 
     Raises `SaveFailedError` where a file is missing or has another size, where another attempt has committed the
     same step in the same generation, or where a later generation has been claimed: then this job's life is over.
@@ -29,7 +33,8 @@ def publish(storage: Storage, directory: str, manifest: Manifest) -> None:
             f"{manifest.generation}: end it, or restore and go on from what the other has saved"
         )
     data = attempt_directory(directory, manifest.attempt)
-    for record in (*manifest.archives, manifest.layout):
+    mine = [record for rank, record in enumerate(manifest.archives) if ranks is None or rank in ranks]
+    for record in (*mine, manifest.layout):
         _check(storage, join(data, record.name), record)
     name = join(directory, manifest_name(manifest.generation))
     if storage.put_if_absent(name, manifest.encode()):

@@ -7,6 +7,7 @@ import contextlib
 import errno
 import json
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -201,6 +202,19 @@ class Channel:
         """Tell all other ranks how the attempt ended."""
         for rank in range(1, self.world_size):
             put_large(self._store, f"{self._prefix}/outcome/{rank}", outcome.encode())
+
+    def hand_out(self, manifest: bytes, ranks: Iterable[int]) -> None:
+        """Give the manifest that was published to the ranks whose nodes get a copy; before the outcome."""
+        for rank in ranks:
+            put_large(self._store, f"{self._prefix}/manifest/{rank}", manifest)
+
+    def handed(self) -> bytes | None:
+        """Return the manifest that was handed to this rank before the outcome, None where there is none."""
+        key = f"{self._prefix}/manifest/{self.rank}"
+        data = get_large(self._store, key, 0.0)
+        if data is not None:
+            delete_large(self._store, key)
+        return data
 
     def heard(self, deadline: float) -> bool:
         """Wait until all other ranks have taken the outcome; return whether they had by the deadline."""

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import errno
-import hashlib
 import logging
 import time
+from collections.abc import Callable
 
-from ckptengine.archive.image import BLOCK_NBYTES, Image
+from ckptengine.archive.image import BLOCK_NBYTES
 from ckptengine.archive.record import ArchiveRecord
-from ckptengine.archive.tail import build_tail
 from ckptengine.catalog.commit import attempt_directory, publish
 from ckptengine.catalog.lease import Lease
 from ckptengine.catalog.listing import Entry, manifest_name, read_manifest
@@ -21,8 +20,7 @@ from ckptengine.save.aside import Aside
 from ckptengine.save.coordinator import Coordinator
 from ckptengine.save.handle import SaveStats
 from ckptengine.save.job import Job
-from ckptengine.save.planner import Plan, Planner
-from ckptengine.snapshot.snapshotter import Snapshotter
+from ckptengine.save.planner import Plan
 from ckptengine.storage.base import join
 
 __all__ = ["Committer"]
@@ -37,10 +35,21 @@ _log = logging.getLogger("ckptengine")
 
 
 class Committer:
-    """Writes this rank's archives and, on rank 0, commits everybody's. Works in the thread of one save at a time."""
+    """Has this rank's archives written and, on rank 0, commits everybody's. Works in the thread of one save at a time.
 
-    def __init__(self, comm: Communicator, planner: Planner, snapshotter: Snapshotter) -> None:
-        self._comm, self._planner, self._snapshotter = comm, planner, snapshotter
+    `write` makes an archive of a job in its attempt's directory, and returns the record. `plan_together` is called
+    where the ranks are to exchange their plans at the next save. `tier` tells this committer's messages from those of
+    another one that commits the same attempt elsewhere.
+    """
+
+    def __init__(
+        self,
+        comm: Communicator,
+        write: Callable[[Job, str], ArchiveRecord],
+        plan_together: Callable[[], None],
+        tier: str = "",
+    ) -> None:
+        self._comm, self._write_archive, self._plan_together, self._tier = comm, write, plan_together, tier
         self._coordinator = Coordinator(comm.world_size) if comm.rank == 0 else None
         self._reported: Plan | None = None  # whose rows rank 0 has
 
@@ -48,24 +57,16 @@ class Committer:
         """Bring a snapshot to the storage and through the commit; returns when the outcome is known."""
         target = job.target
         data = attempt_directory(target.directory, job.attempt)
-        store = self._comm.store() or StorageStore(target.storage, data)
-        channel = Channel(store, job.attempt, self._comm.rank, self._comm.world_size)
+        store = self._comm.store() or StorageStore(target.meeting or target.storage, data)
+        channel = Channel(store, job.attempt + self._tier, self._comm.rank, self._comm.world_size)
         if self._comm.rank != 0:
-            receipt = self._write(job, data)
-            began = time.monotonic()
-            channel.send(receipt)
-            try:
-                outcome = channel.outcome(job.deadline)
-            except CheckpointError:
-                # Rank 0 may have published and then lost its voice: our own attempt in the manifest means success.
-                if not self._published(job):
-                    raise
-                outcome = Outcome(plan_together=True)
+            receipt, outcome, began = self._follow(job, data, channel)
         else:
             receipt, outcome, began = self._coordinate(job, data, channel)
         if outcome.plan_together:
-            self._planner.together_next()
+            self._plan_together()
         if outcome.error:
+            self._reported = None
             raise _KINDS.get(outcome.kind, SaveFailedError)(f"{target.location} was not committed: {outcome.error}")
         assert receipt.archive is not None
         job.phase("commit", began)
@@ -79,6 +80,34 @@ class Committer:
             durable_seconds=time.monotonic() - job.started,
             phases=tuple(sorted(job.phases, key=lambda phase: phase.began)),
         )
+
+    def _follow(self, job: Job, data: str, channel: Channel) -> tuple[Receipt, Outcome, float]:
+        """Another rank than 0: write, send the receipt, hear how it ended; the first of a node keeps its manifest."""
+        aside = Aside(lambda: self._hold(job, data))
+        receipt, began = self._write(job, data), time.monotonic()
+        aside.settle()
+        channel.send(receipt)
+        try:
+            outcome = channel.outcome(job.deadline)
+        except CheckpointError:
+            # Rank 0 may have published and then lost its voice: our own attempt in the manifest means success.
+            if not self._published(job):
+                raise
+            outcome = Outcome(plan_together=True)
+        if job.target.leads and not outcome.error:
+            try:
+                manifest = channel.handed()
+                if manifest is not None:
+                    name = join(job.target.directory, manifest_name(job.generation))
+                    job.target.storage.put_if_absent(name, manifest)
+            except CheckpointError as problem:
+                _log.warning("%s: this node's copy of the manifest is missing: %s", job.target.location, problem)
+        return receipt, outcome, began
+
+    def _hold(self, job: Job, data: str) -> None:
+        """Show that the attempt is alive, where this rank is the first that sees the storage."""
+        if job.target.leads:
+            job.held.enter_context(Lease(job.target.storage, data))
 
     def _published(self, job: Job) -> bool:
         entry = Entry(step=job.target.step, generation=job.generation, directory=job.target.directory)
@@ -95,7 +124,7 @@ class Committer:
                 raise job.error
             assert job.plan is not None
             assert job.values is not None
-            record = self._write_archive(job, job.plan.image, data)
+            record = self._write_archive(job, data)
         except Exception as problem:
             job.error = problem
             return Receipt(rank, None, error=f"{problem}" or type(problem).__name__)
@@ -114,23 +143,6 @@ class Committer:
         )
         self._reported = job.plan
         return receipt
-
-    def _write_archive(self, job: Job, image: Image, data: str) -> ArchiveRecord:
-        """Write the windows of the image as they come, then the tail."""
-        assert job.values is not None
-        with job.target.storage.create_archive(join(data, image.name), image.fixed_nbytes) as archive:
-            began = None
-            for window in job.feed:
-                began = began or time.monotonic()
-                archive.write(window.address, window.end - window.begin, window.begin)
-            assert job.checksums is not None
-            entries = job.values.entries(self._comm.rank)
-            tail = build_tail(image, entries, job.checksums.entries, job.checksums.blocks)
-            archive.write(self._snapshotter.tail(tail), len(tail), image.fixed_nbytes)
-            archive.finish()
-        job.phase("write", began or time.monotonic())
-        nbytes = image.fixed_nbytes + len(tail)
-        return ArchiveRecord(image.name, nbytes, image.fixed_nbytes, hashlib.sha256(tail).hexdigest())
 
     def _coordinate(self, job: Job, data: str, channel: Channel) -> tuple[Receipt, Outcome, float]:
         """Rank 0: write, collect, compare, publish; whatever happens, all ranks hear of it."""
@@ -158,7 +170,10 @@ class Committer:
                 metadata=dict(target.metadata),
             )
             doubtful = True
-            publish(storage, target.directory, manifest)
+            site = target.site
+            publish(storage, target.directory, manifest, None if site is None or site.shared else site.ranks)
+            if site is not None and not site.shared:
+                channel.hand_out(manifest.encode(), site.leaders[1:])
             outcome = Outcome(plan_together=any(item.alone for item in receipts))
         except Exception as problem:
             aside.settle()

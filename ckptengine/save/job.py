@@ -9,11 +9,14 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
+from ckptengine.archive.tail import build_tail
+from ckptengine.comm.site import Site
 from ckptengine.save.handle import Phase, SaveHandle
 from ckptengine.save.planner import Plan
 from ckptengine.save.values import StoredValues
 from ckptengine.snapshot.feed import Feed
 from ckptengine.snapshot.pack import Checksums
+from ckptengine.snapshot.shared_arena import SharedArena
 from ckptengine.state.leaf import Path
 from ckptengine.storage.base import Storage
 
@@ -27,7 +30,9 @@ class Target:
     """Where a checkpoint goes.
 
     `directory` is relative to the storage's root. `claim` is called on rank 0, where the generation is not known
-    yet. `committed` is called on rank 0 in the background after the commit.
+    yet. `committed` is called in the background after the commit, with the generation and the attempt, on the first
+    rank of each site. `site` are the ranks that see the storage as this one does, None: all do. `meeting` is where
+    all see the same, for messages in jobs that have no key-value store; None: the storage.
     """
 
     storage: Storage
@@ -37,12 +42,27 @@ class Target:
     generation: int | None
     claim: Callable[[], int] | None
     metadata: Mapping[str, Any]
-    committed: Callable[[int], None] | None = None
+    committed: Callable[[int, str], None] | None = None
+    site: Site | None = None
+    meeting: Storage | None = None
+
+    @property
+    def leads(self) -> bool:
+        """Whether this rank acts for those that see the storage as it does, without being rank 0."""
+        return self.site is not None and self.site.leads and self.site.rank != 0
 
     @property
     def location(self) -> str:
         """The checkpoint's directory, as messages name it."""
         return self.storage.location(self.directory)
+
+
+@dataclass(slots=True)
+class Sealing:
+    """The tail of an archive, made by whoever needs it first."""
+
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    tail: bytes | None = None
 
 
 @dataclass(slots=True)
@@ -60,6 +80,8 @@ class Job:
     plan: Plan | None = None
     values: StoredValues | None = None
     checksums: Checksums | None = None
+    arena: SharedArena | None = None
+    """Where the image lies, if it may stay there."""
     replica_crcs: ReplicaCrcs = ()
     held: ExitStack = field(default_factory=ExitStack, repr=False)
     """What rank 0 holds until the end is known, and lets go of after it has told."""
@@ -69,6 +91,18 @@ class Job:
     previous: threading.Thread | None = field(default=None, repr=False)
     """The thread of the save before, which may still be cleaning up."""
     phases: list[Phase] = field(default_factory=list)
+    sealing: Sealing = field(default_factory=lambda: Sealing(), repr=False)
+
+    def tail(self, rank: int) -> bytes:
+        """Return the tail of this rank's archive, once the snapshot is complete; made once."""
+        with self.sealing.lock:
+            if self.sealing.tail is None:
+                assert self.plan is not None
+                assert self.values is not None
+                assert self.checksums is not None
+                entries, crcs = self.values.entries(rank), self.checksums
+                self.sealing.tail = build_tail(self.plan.image, entries, crcs.entries, crcs.blocks)
+            return self.sealing.tail
 
     def phase(self, name: str, began: float) -> None:
         """Note that a phase began at a moment and ends now."""

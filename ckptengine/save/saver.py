@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import functools
 import gc
 import json
 import logging
@@ -11,13 +12,16 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from typing import Any
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from typing import Any, Protocol
 
 from ckptengine.catalog.manifest import checked_metadata
 from ckptengine.comm.agree import agree
 from ckptengine.comm.base import Communicator
 from ckptengine.errors import CheckpointError, DeadlineError, RankFailedError, SaveFailedError, StateError
+from ckptengine.save.archive import MemoryArchive, StorageArchive
+from ckptengine.save.aside import Aside
 from ckptengine.save.committer import Committer
 from ckptengine.save.handle import Phase, SaveHandle
 from ckptengine.save.job import Job, Target
@@ -26,7 +30,7 @@ from ckptengine.save.reading import Reading, StateReader
 from ckptengine.save.values import StoredValues, stored_values
 from ckptengine.snapshot.feed import Feed
 from ckptengine.snapshot.pack import Checksums, CopyTable
-from ckptengine.snapshot.snapshotter import Snapshotter
+from ckptengine.snapshot.snapshotter import Images, Snapshotter
 from ckptengine.state.adapters import adapters
 from ckptengine.state.dtypes import DTYPES
 from ckptengine.state.leaf import ArrayLeaf, Placement, dotted
@@ -43,11 +47,19 @@ _LEAF_NBYTES = 1536
 _log = logging.getLogger("ckptengine")
 
 
+class MemoryPlace(Images, Protocol):
+    """Where snapshots are committed in shared memory before they are durable."""
+
+    def target(self, target: Target) -> Target:
+        """Return where a save that goes to `target` is committed in memory."""
+
+
 class Saver:
     """Saves one job's states, one at a time, through one arena. Lives as long as the job.
 
     Several threads may save: one after the other, in an order that all ranks must share. A forked process gets an
-    arena of its own, since the memory of its parent's is shared with it.
+    arena of its own, since the memory of its parent's is shared with it. With `memory`, every snapshot is also
+    committed there.
     """
 
     def __init__(
@@ -57,15 +69,16 @@ class Saver:
         *,
         overlap: bool = False,
         arena_nbytes: int | None = None,
+        memory: MemoryPlace | None = None,
     ) -> None:
         self._comm = comm
+        self._memory = memory
         self._timeout = timeout
         self._overlap, self._arena_nbytes = overlap, arena_nbytes
         self._planner = Planner(comm)
         self._reader = StateReader()
         self._table: CopyTable | None = None
-        self._snapshotter = Snapshotter(arena_nbytes)
-        self._committer = Committer(comm, self._planner, self._snapshotter)
+        self._make_workers()
         self._prepared = False
         self._unhook: list[Callable[[], None]] = []
         self._job: Job | None = None
@@ -74,6 +87,15 @@ class Saver:
         self.generation: int | None = None
         """The generation of the last save that was started; None where it could not be claimed."""
         _living.add(self)
+
+    def _make_workers(self) -> None:
+        comm, together = self._comm, self._planner.together_next
+        self._snapshotter = Snapshotter(self._arena_nbytes, self._memory)
+        self._committer = Committer(comm, StorageArchive(comm.rank, self._snapshotter), together)
+        # What it makes of the plans is for itself: the other committer tells the planner.
+        self._keeper = Committer(comm, MemoryArchive(comm.rank), lambda: None, "-memory")
+        self._keeping: Aside[None] | None = None
+        self._not_kept = ""
 
     @property
     def busy(self) -> bool:
@@ -90,6 +112,8 @@ class Saver:
         self.wait(timeout)
         if self._job is not None and self._job.thread is not None:
             self._job.thread.join(timeout)
+        if self._keeping is not None:
+            self._keeping.settle()
 
     def close(self) -> None:
         """Wait for the save in flight and give the memory back."""
@@ -128,9 +152,8 @@ class Saver:
             self._job.handle.durable.observed = True
             self._job = None
         self._snapshotter.abandon()
-        self._reader, self._table = StateReader(), None
-        self._snapshotter = Snapshotter(self._arena_nbytes)
-        self._committer = Committer(self._comm, self._planner, self._snapshotter)
+        self._reader, self._table, self._memory = StateReader(), None, None
+        self._make_workers()
         self._planner.together_next()
 
     def start(
@@ -163,6 +186,8 @@ class Saver:
             # The others may have gone on to an attempt that now fails; then all meet in the next exchange.
             self._planner.together_next()
             raise
+        if self._keeping is not None:
+            self._keeping.settle()  # it says which arena is free; its own deadline ends it
         self.report()
         started = time.monotonic()
         table, self._table = self._table, None  # good again when it has been told what has moved
@@ -197,6 +222,8 @@ class Saver:
         job.phase("plan", read)
         # The background makes its directory and reserves its file while this thread copies.
         self._launch(job)
+        if self._memory is not None:
+            self._keeping = Aside(functools.partial(self._keep, self._memory, job))
         try:
             if error is not None:
                 raise error
@@ -246,6 +273,7 @@ class Saver:
             table.move(reading.moved)
         job.checksums = Checksums(plan.image)
         whole = self._snapshotter.reserve(plan.image, timeout)
+        job.arena = self._snapshotter.shared
         if check_replicas:
             job.replica_crcs = replica_crcs(reading.leaves)
         began = time.monotonic()
@@ -368,11 +396,41 @@ class Saver:
         if job.previous is not None:
             job.previous.join(self._timeout)  # its cleaning and this one's must not meet in the same directories
             job.previous = None
-        if job.error is None and self._comm.rank == 0 and job.target.committed is not None:
+        if job.error is None and job.target.committed is not None and (self._comm.rank == 0 or job.target.leads):
             try:
-                job.target.committed(job.generation)
+                job.target.committed(job.generation, job.attempt)
             except Exception as problem:
                 _log.warning("%s: cleaning up after the commit failed: %s", job.handle.path, problem)
+
+    def _keep(self, memory: MemoryPlace, job: Job) -> None:
+        """Commit a snapshot where it lies, in shared memory, while it is on its way to the storage.
+
+        Where that fails, on any rank, this checkpoint is not there, and nothing else is lost.
+        """
+        staged = job.handle.staged
+        staged.wait(max(0.0, job.deadline - time.monotonic()))
+        error = staged.error if staged.done() else DeadlineError("the snapshot was not complete in time")
+        kept = replace(
+            job,
+            target=memory.target(job.target),
+            error=error if error is None or isinstance(error, Exception) else SaveFailedError(repr(error)),
+            feed=Feed(job.deadline),
+            held=ExitStack(),
+            phases=[],
+            thread=None,
+            previous=None,
+        )
+        try:
+            self._keeper.commit(kept)
+            if kept.target.committed is not None and (self._comm.rank == 0 or kept.target.leads):
+                kept.target.committed(kept.generation, kept.attempt)
+        except Exception as problem:
+            # Rank 0 hears of every rank's trouble, and the save's own failure is told elsewhere.
+            if self._comm.rank == 0 and error is None and str(problem) != self._not_kept:
+                self._not_kept = str(problem)  # the same trouble at every save is told once
+                _log.warning("%s is not kept in memory: %s", job.handle.path, problem)
+        finally:
+            kept.held.close()
 
 
 @contextmanager

@@ -32,7 +32,7 @@ def single_checkpoint(
         storage.check_writable()
         return next_generation(storage)
 
-    def clean_up(generation: int) -> None:
+    def clean_up(generation: int, attempt: str) -> None:
         problems = [*replace_older(storage, generation), *remove_leftovers(storage)]
         for problem in (*problems, *(afterwards() if afterwards is not None else ())):
             _log.warning("%s: %s", storage.location(), problem)

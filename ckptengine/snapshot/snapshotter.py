@@ -6,16 +6,18 @@ import errno
 import logging
 import threading
 from bisect import bisect_left, bisect_right
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Protocol
 
 from ckptengine.archive.image import BLOCK_NBYTES, Image
 from ckptengine.errors import StorageError
 from ckptengine.snapshot.arena import Arena
 from ckptengine.snapshot.feed import Feed, Window
 from ckptengine.snapshot.pack import Checksums, CopyTable
+from ckptengine.snapshot.shared_arena import SharedArena
 from ckptengine.state.adapters import adapters
 
-__all__ = ["LEAST_ARENA_NBYTES", "Snapshotter"]
+__all__ = ["LEAST_ARENA_NBYTES", "Images", "Snapshotter"]
 
 LEAST_ARENA_NBYTES = 16 << 20
 """Below this a bounded arena would spend its time on calls instead of bytes."""
@@ -23,11 +25,29 @@ LEAST_ARENA_NBYTES = 16 << 20
 _log = logging.getLogger("ckptengine")
 
 
-class Snapshotter:
-    """Owns the arena of one saver. `limit` bounds it, in bytes; None: as large as the image."""
+class Images(Protocol):
+    """Memory for images that outlives the process; `ckptengine.tiers.memory.MemoryTier` has it."""
 
-    def __init__(self, limit: int | None = None) -> None:
-        self._arena = Arena()
+    def take(self, nbytes: int) -> SharedArena | None:
+        """Return an arena of at least `nbytes` for the next image, or None where there is no room."""
+
+    def prepare(self, nbytes: int) -> None:
+        """Have that memory there before it is needed."""
+
+    def abandon(self) -> None:
+        """Forget it, in a forked process."""
+
+
+class Snapshotter:
+    """Owns the arena of one saver. `limit` bounds it, in bytes; None: as large as the image.
+
+    With `images`, an image lies in one of those wherever there is room; `shared` is the one of the last snapshot.
+    """
+
+    def __init__(self, limit: int | None = None, images: Images | None = None) -> None:
+        self._private = self._arena = Arena()
+        self.shared: SharedArena | None = None
+        self._images = images
         self._tail = Arena()
         self._limit = limit
         self._told = False
@@ -40,11 +60,15 @@ class Snapshotter:
 
         def populate() -> None:
             try:
-                self._arena.reserve(nbytes)
+                self._private.reserve(nbytes)
             except StorageError as error:
                 _log.info("the snapshot's memory can't be prepared beforehand: %s", error)
 
-        self._preparing = threading.Thread(target=populate, name="ckptengine-arena", daemon=True)
+        images = self._images
+        self._prepare_by(populate if images is None else lambda: images.prepare(nbytes))
+
+    def _prepare_by(self, call: Callable[[], None]) -> None:
+        self._preparing = threading.Thread(target=call, name="ckptengine-arena", daemon=True)
         self._preparing.start()
 
     def reserve(self, image: Image, timeout: float) -> bool:
@@ -56,6 +80,10 @@ class Snapshotter:
         preparing, self._preparing = self._preparing, None
         if preparing is not None:
             preparing.join(timeout)
+        self.shared = None if self._images is None else self._images.take(image.fixed_nbytes)
+        self._arena = self.shared or self._private
+        if self.shared is not None:
+            return True
         if self._limit is not None and self._limit < image.fixed_nbytes:
             self._arena.reserve(self._limit)
             return False
@@ -153,10 +181,12 @@ class Snapshotter:
         preparing, self._preparing = self._preparing, None
         if preparing is not None:
             preparing.join()
-        self._arena.close()
+        self._private.close()
         self._tail.close()
 
     def abandon(self) -> None:
         """Forget the memory, in a forked process: it is the parent's."""
-        self._arena.abandon()
+        self._private.abandon()
+        if self._images is not None:
+            self._images.abandon()
         self._tail.abandon()

@@ -1,0 +1,75 @@
+"""Which ranks see the same directory: all of them on a shared file system, those of one node on its own disk."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ckptengine.comm.agree import gather
+from ckptengine.comm.base import Communicator
+from ckptengine.errors import CheckpointError
+from ckptengine.storage.base import Storage
+
+__all__ = ["Site", "find_sites"]
+
+
+@dataclass(frozen=True, slots=True)
+class Site:
+    """The ranks, ascending, that see what rank `rank` sees under one name; `leaders` are the first of each site."""
+
+    rank: int
+    ranks: tuple[int, ...]
+    leaders: tuple[int, ...]
+
+    @property
+    def leads(self) -> bool:
+        """Whether this rank acts for its site."""
+        return self.rank == self.ranks[0]
+
+    @property
+    def shared(self) -> bool:
+        """Whether all ranks see the same."""
+        return len(self.leaders) == 1
+
+    @classmethod
+    def everyone(cls, comm: Communicator) -> Site:
+        """Return the site of a storage that all ranks see by its nature, such as an object store."""
+        return cls(comm.rank, tuple(range(comm.world_size)), (0,))
+
+
+def find_sites(storages: Sequence[Storage], comm: Communicator, token: str, timeout: float) -> list[Site]:
+    """Return for each storage the ranks that see the same; all ranks call it, with a `token` of 12 hex digits.
+
+    On each storage the first rank to come leaves its number, and all tell whose they found. The storages' roots must
+    be there. Raises `StorageError`, `RankFailedError`, `DeadlineError`.
+    """
+    if not storages:
+        return []
+    name = f".tmp-site.{token}"
+    found: list[int] = []
+    made: list[Storage] = []
+    error: Exception | None = None
+    try:
+        for storage in storages:
+            if storage.put_if_absent(name, json.dumps(comm.rank).encode()):
+                made.append(storage)
+            found.append(int(json.loads(storage.read_bytes(name, 32))))
+    except (CheckpointError, ValueError) as problem:
+        error = problem
+    try:
+        replies = gather(comm, json.dumps(found).encode(), error, timeout, "looking for the ranks that share a disk")
+    finally:
+        for storage in made:
+            with contextlib.suppress(CheckpointError):
+                storage.delete(name, durable=False)
+    all_found = [json.loads(reply) for reply in replies]
+    sites = []
+    for place, mine in enumerate(found):
+        firsts: dict[int, int] = {}
+        for rank, numbers in enumerate(all_found):
+            firsts.setdefault(numbers[place], rank)
+        ranks = tuple(rank for rank, numbers in enumerate(all_found) if numbers[place] == mine)
+        sites.append(Site(comm.rank, ranks, tuple(firsts.values())))
+    return sites

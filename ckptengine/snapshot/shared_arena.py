@@ -1,0 +1,118 @@
+"""An arena that outlives its process: a file in shared memory, which becomes the archive when the image is complete."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+
+from ckptengine import _native
+from ckptengine.errors import StorageError
+from ckptengine.snapshot.arena import Arena
+from ckptengine.snapshot.threads import copy_threads
+from ckptengine.storage.system import allocate
+
+__all__ = ["SharedArena", "is_locked"]
+
+
+class SharedArena(Arena):
+    """The file `path` of a tmpfs as an arena; locked while a process has it, so that the next one knows.
+
+    The lock is the kernel's (`flock`): it ends with the process, also by SIGKILL. What was published of the file has
+    a second name, under which it is a whole archive. Raises `StorageError`, EBUSY where another process has the file.
+    """
+
+    def __init__(self, path: str) -> None:
+        super().__init__()
+        self.path = path
+        try:
+            self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        except OSError as error:
+            raise StorageError(error.errno, f"cannot open {path}: {error.strerror}") from error
+        try:
+            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            os.close(self._fd)
+            raise StorageError(errno.EBUSY, f"{path}: another process has it") from error
+
+    def begin(self) -> None:
+        """Make the whole of a reserved arena ready to be filled again, after its second name was removed.
+
+        Raises `StorageError` (ENOSPC) where what a tail had cut off can't be had again.
+        """
+        try:
+            self._grow(self.nbytes)
+        except OSError as error:
+            nbytes = self.nbytes
+            self._release()
+            raise StorageError(error.errno, self._shortage(nbytes, 0)) from error
+
+    def publish(self, target: str, position: int, tail: bytes) -> None:
+        """Make the file a whole archive: its bytes up to `position`, then `tail`; and give it a second name."""
+        try:
+            os.ftruncate(self._fd, position + len(tail))
+            view, place = memoryview(tail), position
+            while view:
+                written = os.pwrite(self._fd, view, place)
+                view, place = view[written:], place + written
+            os.link(self.path, target)
+        except OSError as error:
+            raise StorageError(error.errno, f"cannot publish {target} in shared memory: {error.strerror}") from error
+
+    def is_file(self, path: str) -> bool:
+        """Return whether a name is one of this arena's file."""
+        try:
+            return os.path.samestat(os.stat(path), os.fstat(self._fd))
+        except FileNotFoundError:
+            return False
+
+    def remove(self) -> None:
+        """Give the memory back to the machine, unless it was published: then its second name keeps it."""
+        with contextlib.suppress(OSError):
+            os.unlink(self.path)
+        self.close()
+
+    def close(self) -> None:
+        """Give the mapping and the lock back; the file stays."""
+        super().close()
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            os.close(fd)
+
+    def _there(self) -> int:
+        return os.fstat(self._fd).st_blocks * 512
+
+    def _map(self, size: int) -> int:
+        self._grow(size)
+        return _native.memory_map(size, copy_threads(), self._fd)
+
+    def _grow(self, size: int) -> None:
+        """Give the file its length, every page of it: one that turned out to be missing would end the process."""
+        if os.fstat(self._fd).st_size != size:
+            os.ftruncate(self._fd, size)
+        allocate(self._fd, size)
+
+    def _shortage(self, size: int, available: int) -> str:
+        folder = os.path.dirname(self.path)
+        free = os.statvfs(folder)
+        return (
+            f"no room for an image of {size:,} bytes in {folder}: {free.f_bavail * free.f_frsize:,} "
+            f"bytes of shared memory and {available:,} of memory are free; enlarge it (docker run --shm-size; "
+            "mount -o remount,size=), or leave memory=True out"
+        )
+
+
+def is_locked(path: str) -> bool:
+    """Return whether a process has an arena's file; one that is missing is not locked."""
+    try:
+        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return True
+    finally:
+        os.close(fd)
+    return False

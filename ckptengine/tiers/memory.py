@@ -1,0 +1,243 @@
+"""The memory tier: a directory of a tmpfs in which the arenas themselves are the archives."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import logging
+import os
+import re
+import stat
+import threading
+from pathlib import Path
+from typing import Literal
+
+from ckptengine.catalog.commit import attempt_directory
+from ckptengine.catalog.listing import attempt_of, claim_name, claimed_generations, committed, read_manifest
+from ckptengine.catalog.listing import step_directories as steps_of
+from ckptengine.errors import CheckpointError, StorageError
+from ckptengine.snapshot.shared_arena import SharedArena, is_locked
+from ckptengine.storage.base import join
+from ckptengine.storage.local import LocalStorage
+
+__all__ = ["MemoryTier", "memory_root"]
+
+_DEFAULT = "/dev/shm"
+_ARENAS = "arenas"
+_ARENA = re.compile(r"rank-\d{5,}-[a-z]")
+_COUNT = 2
+"""One holds the newest checkpoint while the other is filled."""
+_NAMES = "abcdefgh"
+
+_log = logging.getLogger("ckptengine")
+
+
+def memory_root(run: str, memory: Literal[True] | str | os.PathLike[str]) -> str:
+    """Return the directory of a run's memory tier: one for each user and run, below `/dev/shm` or `memory`.
+
+    `run` is the run's location, `memory` True or a directory of a tmpfs. Raises `StorageError` where it is none.
+    """
+    base = os.path.realpath(_DEFAULT if memory is True else os.fspath(memory))
+    if not os.path.isdir(base):
+        raise StorageError(errno.ENOENT, f"memory={base!r}: there is no such directory; give one of a tmpfs")
+    kind = _file_system(base)
+    if kind != "tmpfs":
+        raise StorageError(
+            errno.EINVAL,
+            f"memory={base!r} is on {kind}, not on a tmpfs: what lies there would outlive a reboot, or is no memory; "
+            "give a directory of a tmpfs, such as /dev/shm",
+        )
+    name = re.sub(r"[^A-Za-z0-9._-]", "-", run.rstrip("/").rpartition("/")[2])[:40] or "run"
+    return f"{base}/ckptengine-{os.geteuid()}/{name}-{hashlib.sha256(run.encode()).hexdigest()[:16]}"
+
+
+def _file_system(path: str) -> str:
+    """Return the type of the file system that a directory is on (proc(5), mountinfo)."""
+    device = os.stat(path).st_dev
+    wanted = f"{os.major(device)}:{os.minor(device)}"
+    for line in Path("/proc/self/mountinfo").read_text().splitlines():
+        head, _, tail = line.partition(" - ")
+        if head.split()[2] == wanted:
+            return tail.split()[0]
+    return "an unknown file system"
+
+
+class MemoryTier:
+    """What one rank has and sees of the memory tier of its node, whose directory is `root`.
+
+    Everything in it is this user's alone, and gone after a reboot. `storage` reads it as any other run.
+    """
+
+    def __init__(self, root: str, rank: int) -> None:
+        self.storage = LocalStorage(root)
+        self._rank = rank
+        self._arenas: list[SharedArena] = []
+        self._lock = threading.Lock()
+        self._short = False
+
+    def open(self) -> None:
+        """Make the directory; raises `StorageError` where it is not this user's alone."""
+        root = self.storage.root
+        for path in (root.parent, root, root / _ARENAS):
+            try:
+                path.mkdir(mode=0o700)
+            except FileExistsError:
+                pass
+            except OSError as error:
+                raise StorageError(error.errno, f"cannot make the directory {path}: {error.strerror}") from error
+            found = os.lstat(path)
+            if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid() or found.st_mode & 0o077:
+                raise StorageError(
+                    errno.EPERM, f"{path} is not this user's alone (owner, mode 0700): remove it, or leave memory out"
+                )
+
+    def take(self, nbytes: int) -> SharedArena | None:
+        """Return an arena of at least `nbytes` for the next image, or None where shared memory is short.
+
+        It is the one that does not hold the newest checkpoint; what it held is not committed any more. The shortage is
+        told once.
+        """
+        with self._lock:
+            try:
+                arena = min(self._open_arenas(), key=self._order)
+                self._retract(arena)
+                arena.reserve(nbytes)
+                arena.begin()
+            except StorageError as error:
+                if not self._short:
+                    self._short = True
+                    _log.warning("%s. Until then checkpoints are not kept in memory", error)
+                return None
+            self._short = False
+            return arena
+
+    def prepare(self, nbytes: int) -> None:
+        """Have the arenas' memory there before it is needed, as far as nothing committed lies in it."""
+        with self._lock:
+            try:
+                for arena in self._open_arenas():
+                    if self._order(arena) is _NOTHING:
+                        self._retract(arena)
+                        arena.reserve(nbytes)
+            except StorageError as error:
+                _log.info("the memory tier can't be prepared beforehand: %s", error)
+
+    def _open_arenas(self) -> list[SharedArena]:
+        """Return the arenas, opened where they are not: those that an ended process of this rank has left, or new."""
+        for name in _NAMES:
+            if len(self._arenas) == _COUNT:
+                break
+            path = str(self.storage.root / _ARENAS / f"rank-{self._rank:05d}-{name}")
+            if all(arena.path != path for arena in self._arenas):
+                try:
+                    self._arenas.append(SharedArena(path))
+                except StorageError as error:
+                    if error.errno != errno.EBUSY:
+                        raise
+        if len(self._arenas) < _COUNT:
+            raise StorageError(
+                errno.EBUSY,
+                f"{self.storage.root / _ARENAS}: other processes have all arenas of rank {self._rank}: does the same "
+                "run train twice on this machine?",
+            )
+        return self._arenas
+
+    def _order(self, arena: SharedArena) -> tuple[int, int]:
+        """Return the order of the committed checkpoint that lies in an arena, the lowest of all where none does."""
+        for entry in reversed(committed(self.storage)):
+            try:
+                data = attempt_directory(entry.directory, read_manifest(self.storage, entry).attempt)
+            except CheckpointError:
+                continue
+            if self._is_in(arena, data):
+                return entry.order
+        return _NOTHING
+
+    def _is_in(self, arena: SharedArena, data: str) -> bool:
+        return any(arena.is_file(self.storage.location(join(data, name))) for name in self.storage.list(data))
+
+    def _retract(self, arena: SharedArena) -> None:
+        """Take back what lies in an arena: first the manifest, then the names of the data."""
+        for _, directory in steps_of(self.storage):
+            for name in self.storage.list(directory):
+                if attempt_of(name) is not None and self._is_in(arena, join(directory, name)):
+                    self._remove(directory, name)
+
+    def _remove(self, directory: str, data: str) -> None:
+        """Remove an attempt's manifests and its data; other ranks may be at the same."""
+        attempt = attempt_of(data)
+        for entry in committed(self.storage):
+            if entry.directory == directory:
+                try:
+                    mine = read_manifest(self.storage, entry).attempt == attempt
+                except CheckpointError:
+                    mine = True  # unreadable: nobody can use it
+                if mine:
+                    self.storage.delete(entry.manifest)
+        for _ in range(2):
+            try:
+                self.storage.delete_tree(join(directory, data))
+                break
+            except StorageError as error:
+                if error.errno not in (errno.ENOENT, errno.ENOTEMPTY):
+                    raise
+        self.storage.remove_directory(directory)
+
+    def tidy(self, attempt: str | None) -> None:
+        """Remove all but one attempt, and the arenas that no process has and no checkpoint lies in.
+
+        For the first rank of a node, after a commit in memory.
+        """
+        for _, directory in steps_of(self.storage):
+            for name in self.storage.list(directory):
+                if attempt_of(name) not in (None, attempt):
+                    self._remove(directory, name)
+            self.storage.remove_directory(directory)
+        folder = self.storage.root / _ARENAS
+        for path in map(str, sorted(folder.iterdir())):
+            if _ARENA.fullmatch(os.path.basename(path)) and not is_locked(path) and os.stat(path).st_nlink == 1:
+                os.unlink(path)
+
+    def note_claims(self, claims: dict[int, bytes]) -> bool:
+        """Make the tier's claims of generations those of the run; return whether it held another run's.
+
+        Then everything in it is removed: the run's directory has been deleted and begun anew. `claims` are the run's
+        claim files by generation; where there are none, nothing can be said.
+        """
+        stale = False
+        if claims:
+            for generation in claimed_generations(self.storage):
+                mine = self.storage.read_bytes(claim_name(generation), 1 << 16)
+                stale = stale or claims.get(generation) != mine
+        if stale:
+            self.clear()
+        for generation, claim in claims.items():
+            self.storage.put_if_absent(claim_name(generation), claim)
+        return stale
+
+    def clear(self) -> None:
+        """Remove everything but what living processes hold."""
+        self.tidy(None)
+        for generation in claimed_generations(self.storage):
+            self.storage.delete(claim_name(generation))
+
+    def close(self, remove: bool) -> None:
+        """Give the arenas back; with `remove` also what lies in them: for a job that ends as planned."""
+        with self._lock:
+            for arena in self._arenas:
+                if remove:
+                    self._retract(arena)
+                    arena.remove()
+                else:
+                    arena.close()
+            self._arenas = []
+
+    def abandon(self) -> None:
+        """Forget the arenas, in a forked process: they are the parent's."""
+        self._lock = threading.Lock()
+        for arena in self._arenas:
+            arena.abandon()
+        self._arenas = []
+
+
+_NOTHING = (-1, -1)
