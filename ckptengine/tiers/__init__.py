@@ -1,0 +1,1 @@
+"""Committed checkpoints on their way from one storage to another."""
