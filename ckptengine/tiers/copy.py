@@ -64,7 +64,7 @@ def copy_archive(
 
 
 def _window_nbytes(record: ArchiveRecord, pace: Pace | None) -> int:
-    """Return the bytes of a window, whole blocks: what goes in a second where there is a bound, and no more than all."""
+    """Return the bytes of a window, in whole blocks: a second's worth where the pace is bounded, no more than all."""
     window = min(WINDOW_NBYTES, record.nbytes)
     if pace is not None:
         window = int(min(window, max(_LEAST_WINDOW_NBYTES, pace.bytes_per_second)))
