@@ -18,6 +18,7 @@ from ckptengine.errors import CheckpointDamagedError, CheckpointError, FormatVer
 from ckptengine.storage.base import Storage, join
 
 __all__ = [
+    "MAX_CLAIM_NBYTES",
     "Entry",
     "Problem",
     "attempt_of",
@@ -37,7 +38,7 @@ __all__ = [
 _STEP = re.compile(r"step-(\d{8,18})")
 _MANIFEST = re.compile(r"manifest-(\d{4,9})\.json")
 _CLAIM = re.compile(r"generation-(\d{4,9})\.json")
-_MAX_CLAIM_NBYTES = 1 << 16
+MAX_CLAIM_NBYTES = 1 << 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,7 +152,7 @@ def read_claim(storage: Storage, generation: int) -> tuple[int, int] | None:
     """
     name = claim_name(generation)
     where = storage.location(name)
-    document = parse_document(storage.read_bytes(name, _MAX_CLAIM_NBYTES), where)
+    document = parse_document(storage.read_bytes(name, MAX_CLAIM_NBYTES), where)
     version = document.get("format_version")
     if type(version) is int and version > FORMAT_VERSION:
         raise FormatVersionError(f"{where}: format version {version}: upgrade ckptengine to read this run")
