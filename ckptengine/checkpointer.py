@@ -12,10 +12,9 @@ from collections.abc import Iterable, Mapping
 from types import TracebackType
 from typing import Any, Literal, NoReturn
 
-from ckptengine.catalog.generation import claim_generation
-from ckptengine.catalog.listing import committed, manifest_name, newest, step_directory
+from ckptengine.catalog.listing import committed, manifest_name, step_directory
 from ckptengine.catalog.manifest import checked_metadata
-from ckptengine.catalog.retention import remove_leftovers, retain
+from ckptengine.catalog.retention import remove_leftovers
 from ckptengine.comm.agree import gather
 from ckptengine.comm.base import Communicator
 from ckptengine.comm.select import current
@@ -32,6 +31,7 @@ from ckptengine.snapshot.snapshotter import LEAST_ARENA_NBYTES
 from ckptengine.state.report import LoadReport
 from ckptengine.state.select import module_names
 from ckptengine.storage.open import open_storage
+from ckptengine.tiers.tiers import Tiers
 
 __all__ = ["Checkpointer"]
 
@@ -44,13 +44,18 @@ class Checkpointer:
     """Saves a training state when due, in the background, and restores the newest one.
 
     `run` is a directory that all ranks see, or a URL that fsspec opens (`s3://bucket/run`), with `storage_options` for
-    its file system. `every` is a number of steps, or a time such as `"90s"` or `"10min"`
-    (rank 0's clock decides), or `"auto"` or an `Auto`: as often as the measured cost allows, or None: then only `save`
-    saves. `keep_last` committed checkpoints are kept along the line that led to the newest (None: all), and those whose
-    step is a multiple of `keep_every`. `on_error`:
-    `"warn"` logs a failed save and lets training go on, until `max_failures` in a row; `"raise"` raises at the
-    next call, after that call's own save has been started, so that the ranks stay in step. `when_busy`: a save that
-    falls due while one is in flight waits for it, or is skipped on all ranks. `timeout`, in seconds, bounds
+    its file system. With `local`, a directory of each node's own or a shared one, saves commit there, and are moved to
+    `run` in the background, at most `upload_bytes_per_second` on each rank; `close` waits for the newest. With `memory`
+    (True: below /dev/shm; or a directory of a tmpfs) snapshots lie in shared memory, where they outlive this process:
+    started again on the same machine, the job goes on from the last one.
+
+    `every` is a number of steps, or a time such as `"90s"` or `"10min"` (rank 0's clock decides), or `"auto"` or an
+    `Auto`: as often as the measured cost allows, or None: then only `save` saves. `keep_last` committed checkpoints are
+    kept along the line that led to the newest (None: all), and those whose step is a multiple of `keep_every`;
+    `{"local": 2, "s3": 10}` gives each tier its own number, under the names `memory`, `local`, and `run` or the URL's
+    protocol. `on_error`: `"warn"` logs a failed save and lets training go on, until `max_failures` in a row; `"raise"`
+    raises at the next call, after that call's own save has been started, so that the ranks stay in step. `when_busy`: a
+    save that falls due while one is in flight waits for it, or is skipped on all ranks. `timeout`, in seconds, bounds
     every wait for other ranks or for the storage.
 
     `overlap`: what only an optimizer's step changes (parameters that an optimizer in the state has, and that
@@ -71,8 +76,10 @@ class Checkpointer:
         self,
         run: str | os.PathLike[str],
         every: int | str | Auto | None = None,
-        keep_last: int | None = None,
+        keep_last: int | Mapping[str, int] | None = None,
         *,
+        local: str | os.PathLike[str] | None = None,
+        memory: bool | str | os.PathLike[str] = False,
         keep_every: int | None = None,
         preemption: Preemption | None = _PREEMPTION,
         on_error: Literal["warn", "raise"] = "warn",
@@ -85,15 +92,16 @@ class Checkpointer:
         timeout: float = DEFAULT_TIMEOUT,
         comm: Communicator | None = None,
         storage_options: Mapping[str, Any] | None = None,
+        upload_bytes_per_second: float | None = None,
     ) -> None:
-        if keep_last is not None and keep_last < 1:
-            raise ValueError(f"keep_last={keep_last}: keep at least one checkpoint, or None for all")
         if keep_every is not None and keep_every < 1:
             raise ValueError(f"keep_every={keep_every}: give a number of steps from 1 on, or None")
         if max_failures < 1:
             raise ValueError(f"max_failures={max_failures}: how many failed saves in a row raise, from 1 on")
         if arena_nbytes is not None and arena_nbytes < LEAST_ARENA_NBYTES:
             raise ValueError(f"arena_nbytes={arena_nbytes}: give at least {LEAST_ARENA_NBYTES} bytes, or None")
+        if arena_nbytes is not None and memory:
+            raise ValueError("arena_nbytes bounds the snapshot's memory, memory=True keeps two whole ones: give one")
         if on_error not in ("warn", "raise") or when_busy not in ("wait", "skip"):
             raise ValueError(f"on_error={on_error!r}, when_busy={when_busy!r}: see the signature for the choices")
         self.run = os.fspath(run)
@@ -102,14 +110,25 @@ class Checkpointer:
         self._comm = comm or current()
         self._schedule = Schedule(every, self._comm, timeout)
         self._every = every
-        self._keep_last, self._keep_every = keep_last, keep_every
         self._on_error, self._max_failures = on_error, max_failures
         self._when_busy = when_busy
         self._check_replicas = check_replicas
         self._metadata = checked_metadata(metadata)
         self._timeout = timeout
-        self._storage = open_storage(self.run, storage_options)
-        self._saver = Saver(self._comm, timeout, overlap=overlap, arena_nbytes=arena_nbytes)
+        self._tiers = Tiers(
+            self.run,
+            self._comm,
+            timeout,
+            local=local,
+            memory=memory,
+            keep_last=keep_last,
+            keep_every=keep_every,
+            upload_bytes_per_second=upload_bytes_per_second,
+            storage_options=storage_options,
+        )
+        self._storage = self._tiers.home
+        images = self._tiers if memory else None
+        self._saver = Saver(self._comm, timeout, overlap=overlap, arena_nbytes=arena_nbytes, memory=images)
         self._parent: tuple[int, int] | None = None
         self._generation: int | None = None
         self._last: tuple[int, SaveHandle] | None = None
@@ -143,12 +162,14 @@ class Checkpointer:
                 self._refuse_checkpoint()
                 self._storage.create()
                 self._sweep(remove_leftovers(self._storage))
-                found = newest(self._storage)
-                self._found = None if found is None else found.step
                 token = secrets.token_hex(8).encode()
             except Exception as problem:
                 error = problem
-        return gather(self._comm, token, error, self._timeout, f"opening {self.run}")[0].decode()
+        name = gather(self._comm, token, error, self._timeout, f"opening {self.run}")[0].decode()
+        self._tiers.open(name)
+        if self._comm.rank == 0:
+            self._found = self._tiers.newest()
+        return name
 
     def _refuse_checkpoint(self) -> None:
         found = [entry for entry in committed(self._storage) if entry.step is None]
@@ -181,13 +202,17 @@ class Checkpointer:
         self._asked = True
         self.wait(self._timeout)
         options = LoadOptions.of(only, rename, strict, cast)
-        loaded = restore_newest(self._storage, state, self._comm, self._timeout, options, step)
+        tiers = self._tiers
+        loaded = restore_newest(
+            tiers.views(), state, self._comm, self._timeout, options, step, tiers.bring, tiers.home.location()
+        )
         # What follows is a new life of the run, also where this process has saved before.
         self._generation = self._last = self._unsaved = None
         self._schedule.restart()
         self._parent = None if loaded is None or loaded.step is None else (loaded.generation, loaded.step)
         if self._parent is None:
             return None
+        self._tiers.restored(*self._parent)
         self._saver.prepare(state)
         return self._parent[1]
 
@@ -287,15 +312,18 @@ class Checkpointer:
             self._unsaved = None
             return self._last[1]
         self._schedule.started()
+        directory = step_directory(step)
         target = Target(
-            storage=self._storage,
-            directory=step_directory(step),
+            storage=self._tiers.first,
+            directory=directory,
             step=step,
             parent=self._parent,
             generation=self._generation,
-            claim=self._claim,
+            claim=lambda: self._tiers.claim(self._parent),
             metadata=self._metadata,
-            committed=self._retain,
+            committed=lambda generation, _: self._tiers.committed(generation, step, directory),
+            site=self._tiers.site,
+            meeting=self._tiers.home,
         )
         try:
             handle = self._saver.start(target, state, check_replicas=self._check_replicas)
@@ -324,18 +352,43 @@ class Checkpointer:
         self._reap()
         self._raise_failure()
 
+    def flush(self, timeout: float | None = None) -> None:
+        """Wait until the newest checkpoint is durable and has come to `run` from the local tier; all ranks call it.
+
+        Shows a progress bar on rank 0. Gives up `timeout` seconds (None: the Checkpointer's own) after the last byte
+        that moved, and raises `SaveFailedError` saying where the checkpoint is.
+        """
+        timeout = self._timeout if timeout is None else timeout
+        self.wait(timeout)
+        self._saver.settle(timeout)  # what is to be moved is said after the commit
+        self._tiers.flush(timeout)
+
+    @property
+    def uploaded(self) -> int | None:
+        """On rank 0, the newest step that has come to `run` from the local tier in this life; None elsewhere."""
+        return self._tiers.uploaded
+
     def close(self) -> None:
-        """Wait for the saves in flight and give the memory back. The Checkpointer can't be used afterwards."""
+        """Wait for the saves in flight, and until the newest is in `run`; give the memory back.
+
+        The Checkpointer can't be used afterwards. Raises what `flush` does.
+        """
         self._close(failed=False)
 
     def _close(self, failed: bool) -> None:
         if failed and self._watch is not None:
             # At once: the others must not wait for this rank, nor the launcher's signal for the saves in flight.
             self._watch.close(failed)
+        done = False
         try:
             self.wait(self._timeout)
+            # Of several ranks, some may be dead where one has failed: the next start brings home what is to come.
+            if not failed or self._comm.world_size == 1:
+                self.flush()
+            done = not failed
         finally:
             self._saver.close()
+            self._tiers.close(done=done)
             if self._watch is not None:
                 self._watch.close()
 
@@ -374,8 +427,11 @@ class Checkpointer:
             else:
                 self._save(step, state).durable.result()
                 saved = step
+                if self._tiers.first is not self._tiers.home:
+                    # The machine may be what is taken away.
+                    self.flush(self._timeout if watch.left is None else max(1.0, min(watch.left, self._timeout)))
         except CheckpointError as error:
-            problem = f"step {step} was NOT saved: {error}"
+            problem = f"step {step} was NOT saved: {error}" if saved is None else f"{error}"
         for handle in self._pending:
             handle.durable.wait()
         self._reap()
@@ -403,19 +459,10 @@ class Checkpointer:
                 self._found,
             )
 
-    def _claim(self) -> int:
-        return claim_generation(self._storage, self._parent)
-
     def _is_busy(self) -> bool:
         """Return whether rank 0 has a save in flight: one answer for all ranks."""
         mine = bytes([self._saver.busy]) if self._comm.rank == 0 else None
         return self._comm.broadcast(mine, self._timeout) != b"\0"
-
-    def _retain(self, generation: int, attempt: str) -> None:
-        """Delete what need not be kept: on rank 0, in the background, after a commit."""
-        self._sweep(remove_leftovers(self._storage))
-        if self._keep_last is not None:
-            self._sweep(retain(self._storage, self._keep_last, self._keep_every))
 
     def _sweep(self, problems: list[str]) -> None:
         for problem in problems:

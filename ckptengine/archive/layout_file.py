@@ -29,7 +29,7 @@ from ckptengine.layout.rows import (
 )
 from ckptengine.layout.tiling import Int64s, tiles
 from ckptengine.state.leaf import Path
-from ckptengine.storage.base import Storage
+from ckptengine.storage.base import StorageView
 
 __all__ = ["LAYOUT_NAME", "StoredRows", "encode_layout", "open_layout"]
 
@@ -138,7 +138,7 @@ class StoredRows:
                 raise _damaged(self._archive, error)
 
 
-def open_layout(storage: Storage, name: str, record: ArchiveRecord, fixed_nbytes: Sequence[int]) -> StoredRows:
+def open_layout(storage: StorageView, name: str, record: ArchiveRecord, fixed_nbytes: Sequence[int]) -> StoredRows:
     """Return the rows of a checkpoint; of a large file only the table of leaves is read now, all of it verified.
 
     `fixed_nbytes` are the sizes of the archives' fixed regions, in which all rows must lie.

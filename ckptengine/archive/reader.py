@@ -14,7 +14,7 @@ from ckptengine.archive.record import ArchiveRecord
 from ckptengine.archive.tail import checksums_of, document_of
 from ckptengine.archive.zip import walk_entries
 from ckptengine.errors import CheckpointDamagedError
-from ckptengine.storage.base import Storage
+from ckptengine.storage.base import StorageView
 
 __all__ = ["Archive", "check_size", "open_archive"]
 
@@ -26,7 +26,7 @@ class Archive:
     `held` is the verified fixed region, uint8, where it is kept in memory (`holding`).
     """
 
-    storage: Storage
+    storage: StorageView
     name: str
     fixed_nbytes: int
     checksums: NDArray[np.uint32]
@@ -133,7 +133,7 @@ class Archive:
         return np.stack([begins[new], stops - begins[new]], axis=1)
 
 
-def check_size(storage: Storage, name: str, record: ArchiveRecord) -> None:
+def check_size(storage: StorageView, name: str, record: ArchiveRecord) -> None:
     """Check that a file is there with the size of its record; raises `CheckpointDamagedError` naming it."""
     size = storage.size(name)
     if size != record.nbytes:
@@ -141,7 +141,7 @@ def check_size(storage: Storage, name: str, record: ArchiveRecord) -> None:
         raise CheckpointDamagedError(f"{storage.location(name)}: {found}")
 
 
-def open_archive(storage: Storage, name: str, record: ArchiveRecord) -> Archive:
+def open_archive(storage: StorageView, name: str, record: ArchiveRecord) -> Archive:
     """Return an archive after verifying its size and its tail against the manifest's record.
 
     `name` is the file, relative to the storage. Raises `CheckpointDamagedError` naming the file.

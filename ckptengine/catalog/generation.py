@@ -6,6 +6,7 @@ import json
 import os
 import secrets
 import socket
+from collections.abc import Sequence
 
 from ckptengine.catalog.listing import claim_name, next_generation
 from ckptengine.catalog.manifest import FORMAT_VERSION, utc_now
@@ -17,14 +18,14 @@ __all__ = ["claim_generation"]
 _MAX_TRIES = 1000
 
 
-def claim_generation(storage: Storage, parent: tuple[int, int] | None) -> int:
+def claim_generation(storage: Storage, parent: tuple[int, int] | None, others: Sequence[Storage] = ()) -> int:
     """Claim the next generation of a run and return its number; two claimers never get the same.
 
-    `parent` is the (generation, step) that this life was restored from, None for a fresh start. Raises
-    `StorageError`.
+    `parent` is the (generation, step) that this life was restored from, None for a fresh start. `others` hold copies of
+    the run: the number is new there too, and they get the same claim. Raises `StorageError`.
     """
     for _ in range(_MAX_TRIES):
-        generation = next_generation(storage)
+        generation = max(map(next_generation, (storage, *others)))
         claim = {
             "format_version": FORMAT_VERSION,
             "generation": generation,
@@ -36,7 +37,10 @@ def claim_generation(storage: Storage, parent: tuple[int, int] | None) -> int:
             "host": socket.gethostname(),
             "pid": os.getpid(),
         }
-        if storage.put_if_absent(claim_name(generation), json.dumps(claim, sort_keys=True).encode()):
+        document = json.dumps(claim, sort_keys=True).encode()
+        if storage.put_if_absent(claim_name(generation), document):
+            for other in others:
+                other.put_if_absent(claim_name(generation), document)
             return generation
     raise StorageError(
         None,

@@ -15,7 +15,7 @@ from ckptengine.catalog.manifest import (
     parse_document,
 )
 from ckptengine.errors import CheckpointDamagedError, CheckpointError, FormatVersionError, StorageError
-from ckptengine.storage.base import Storage, join
+from ckptengine.storage.base import StorageView, join
 
 __all__ = [
     "MAX_CLAIM_NBYTES",
@@ -96,13 +96,13 @@ def attempt_of(name: str) -> str | None:
     return attempt if attempt != name and "-" in attempt and ATTEMPT.fullmatch(attempt) else None
 
 
-def step_directories(storage: Storage) -> list[tuple[int, str]]:
+def step_directories(storage: StorageView) -> list[tuple[int, str]]:
     """Return the steps that have a directory, committed or not, in order, each with its directory."""
     found = ((_number(_STEP, name, step_directory), name) for name in storage.list())
     return sorted((step, name) for step, name in found if step is not None)
 
 
-def committed(storage: Storage) -> list[Entry]:
+def committed(storage: StorageView) -> list[Entry]:
     """Return all committed checkpoints, oldest first, in the order (generation, step); no file is opened."""
     steps: list[tuple[int | None, str]] = [(None, ""), *step_directories(storage)]
     entries = [
@@ -114,22 +114,22 @@ def committed(storage: Storage) -> list[Entry]:
     return sorted(entries, key=lambda entry: entry.order)
 
 
-def newest(storage: Storage) -> Entry | None:
+def newest(storage: StorageView) -> Entry | None:
     """Return the newest committed checkpoint, None where there is none."""
     return max(committed(storage), key=lambda entry: entry.order, default=None)
 
 
-def claimed_generations(storage: Storage) -> list[int]:
+def claimed_generations(storage: StorageView) -> list[int]:
     """Return the generations of a run that have been claimed, in order."""
     return sorted(filter(None, (_number(_CLAIM, name, claim_name) for name in storage.list())))
 
 
-def next_generation(storage: Storage) -> int:
+def next_generation(storage: StorageView) -> int:
     """Return the number after all generations that are claimed or have committed; 1 to begin with."""
     return max((*claimed_generations(storage), *(entry.generation for entry in committed(storage))), default=0) + 1
 
 
-def read_manifest(storage: Storage, entry: Entry) -> Manifest:
+def read_manifest(storage: StorageView, entry: Entry) -> Manifest:
     """Return an entry's manifest, verified.
 
     Raises `CheckpointDamagedError`, also where the manifest is that of another place, `FormatVersionError`,
@@ -145,7 +145,7 @@ def read_manifest(storage: Storage, entry: Entry) -> Manifest:
     return manifest
 
 
-def read_claim(storage: Storage, generation: int) -> tuple[int, int] | None:
+def read_claim(storage: StorageView, generation: int) -> tuple[int, int] | None:
     """Return the parent that a generation's claim tells.
 
     Raises `CheckpointDamagedError`, `FormatVersionError`, `StorageError` (ENOENT where there is no claim).
@@ -165,7 +165,7 @@ def read_claim(storage: Storage, generation: int) -> tuple[int, int] | None:
         raise CheckpointDamagedError(f"{where}: {error}") from None
 
 
-def lineage(storage: Storage) -> Iterator[tuple[Entry, Manifest] | Problem]:
+def lineage(storage: StorageView) -> Iterator[tuple[Entry, Manifest] | Problem]:
     """Yield the checkpoints that lead to the newest one, newest first: what to restore, and to fall back to.
 
     From the newest down the steps of its generation, then from that generation's parent down, and so on. What
@@ -200,7 +200,7 @@ def lineage(storage: Storage) -> Iterator[tuple[Entry, Manifest] | Problem]:
 
 
 def _parent_without(
-    storage: Storage, entries: list[Entry], generation: int, highest: int
+    storage: StorageView, entries: list[Entry], generation: int, highest: int
 ) -> tuple[bool, tuple[int, int] | None]:
     """Return whether a generation's parent is known, and the parent, where no manifest in line told it."""
     for entry in entries:

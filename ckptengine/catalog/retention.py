@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 
 from ckptengine.catalog.commit import attempt_directory
 from ckptengine.catalog.lease import LEASE_SECONDS, is_leased
@@ -31,13 +32,16 @@ _OUR_TEMPORARY = re.compile(
 )
 
 
-def retain(storage: Storage, keep_last: int, keep_every: int | None = None) -> list[str]:
+def retain(
+    storage: Storage, keep_last: int, keep_every: int | None = None, protected: Collection[str] = ()
+) -> list[str]:
     """Keep the newest `keep_last` checkpoints of a run's lineage, and in it all multiples of `keep_every`.
 
-    What lies on an abandoned branch goes; so that a life that has not saved yet can fall back, what it was
-    restored from stays. A manifest that can't be read stays, for people to look at. Returns what could not be
-    deleted; raises nothing that a delete says. Where the line began without a restore, earlier lives are no branch of
-    it and stay: a job that forgot to restore must not delete what was trained before.
+    Attempts that are `protected`, by their ids, stay in any case. What lies on an abandoned branch goes; so that a life
+    that has not saved yet can fall back, what it was restored from stays. A manifest that can't be read stays, for
+    people to look at. Returns what could not be deleted; raises nothing that a delete says. Where the line began
+    without a restore, earlier lives are no branch of it and stay: a job that forgot to restore must not delete what was
+    trained before.
     """
     if keep_last < 1:
         raise ValueError(f"keep_last={keep_last}: at least one checkpoint is kept")
@@ -62,6 +66,7 @@ def retain(storage: Storage, keep_last: int, keep_every: int | None = None) -> l
     return _delete(
         storage,
         [entry for entry in entries if entry not in kept and entry.order not in parents and entry.generation >= root],
+        protected,
     )
 
 
@@ -151,12 +156,14 @@ def _is_multiple(step: int | None, every: int | None) -> bool:
     return step is not None and every is not None and step % every == 0
 
 
-def _delete(storage: Storage, entries: list[Entry]) -> list[str]:
+def _delete(storage: Storage, entries: list[Entry], protected: Collection[str] = ()) -> list[str]:
     problems = []
     for entry in entries:
         try:
             attempt = read_manifest(storage, entry).attempt
         except CheckpointError:
+            continue
+        if attempt in protected:
             continue
         try:
             storage.delete(entry.manifest)

@@ -14,7 +14,7 @@ from ckptengine.archive.reader import Archive, check_size, open_archive
 from ckptengine.catalog.commit import attempt_directory
 from ckptengine.catalog.manifest import Manifest
 from ckptengine.errors import CheckpointDamagedError, LoadMismatchError
-from ckptengine.storage.base import Storage, join
+from ckptengine.storage.base import StorageView, join
 
 __all__ = ["Checkpoint", "naming"]
 
@@ -36,7 +36,7 @@ class Checkpoint:
     `directory` is the checkpoint's, relative to the storage.
     """
 
-    def __init__(self, storage: Storage, directory: str, manifest: Manifest) -> None:
+    def __init__(self, storage: StorageView, directory: str, manifest: Manifest) -> None:
         self.storage = storage
         self.directory = directory
         self.manifest = manifest

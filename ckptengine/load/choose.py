@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from ckptengine.catalog.listing import Entry, Problem, committed, lineage, read_manifest
 from ckptengine.catalog.manifest import Manifest
@@ -12,14 +12,14 @@ from ckptengine.comm.agree import share
 from ckptengine.comm.base import Communicator
 from ckptengine.errors import CheckpointDamagedError, CheckpointNotFoundError
 from ckptengine.load.checkpoint import Checkpoint
-from ckptengine.storage.base import Storage
+from ckptengine.storage.base import StorageView
 
 __all__ = ["Chooser", "newest_checkpoint"]
 
 _log = logging.getLogger("ckptengine")
 
 
-def newest_checkpoint(storage: Storage) -> Checkpoint:
+def newest_checkpoint(storage: StorageView) -> Checkpoint:
     """Return the newest checkpoint of a run or of a checkpoint directory.
 
     Raises `CheckpointNotFoundError` where none is committed, `CheckpointDamagedError` or `FormatVersionError` where
@@ -34,17 +34,21 @@ def newest_checkpoint(storage: Storage) -> Checkpoint:
 
 
 class Chooser:
-    """Chooses for a group of ranks; every method is called by all of them."""
+    """Chooses for a group of ranks; every method is called by all of them.
 
-    def __init__(self, storage: Storage, comm: Communicator, timeout: float) -> None:
-        self._storage, self._comm, self._timeout = storage, comm, timeout
+    `views` are where this rank looks, first all places together, then the slower ones without the faster: a checkpoint
+    that is damaged in one of them may be whole in the next.
+    """
+
+    def __init__(self, views: Sequence[StorageView], comm: Communicator, timeout: float) -> None:
+        self._views, self._storage, self._comm, self._timeout = views, views[0], comm, timeout
 
     def newest(self) -> Checkpoint:
         """Return the newest checkpoint; raises on all ranks as `newest_checkpoint` does."""
         value, error = None, None
         if self._comm.rank == 0:
             try:
-                value = _pack(newest_checkpoint(self._storage))
+                value = _pack(newest_checkpoint(self._storage), 0)
             except Exception as problem:
                 error = problem
         found = self._share(value, error)
@@ -54,6 +58,8 @@ class Chooser:
     def candidates(self, step: int | None, damaged: list[str]) -> Iterator[Checkpoint]:
         """Yield what to try, one after the other: the lineage of the newest checkpoint, or the step's alone.
 
+        Each is yielded once for every view that has it.
+
         What is found damaged is logged and added to `damaged`, on rank 0. Raises `CheckpointNotFoundError` on all
         ranks where a step is asked for that was never committed.
         """
@@ -62,8 +68,8 @@ class Chooser:
             value, error = b"", None
             if self._comm.rank == 0:
                 try:
-                    checkpoint = next(items, None)
-                    value = b"" if checkpoint is None else _pack(checkpoint)
+                    item = next(items, None)
+                    value = b"" if item is None else _pack(*item)
                 except Exception as problem:
                     error = problem
             found = self._share(value, error)
@@ -72,7 +78,8 @@ class Chooser:
                 return
             yield found
 
-    def _items(self, step: int | None, damaged: list[str]) -> Iterator[Checkpoint]:
+    def _items(self, step: int | None, damaged: list[str]) -> Iterator[tuple[Checkpoint, int]]:
+        """Yield checkpoints and the numbers of their views, on rank 0."""
         if step is not None:
             entries = [entry for entry in committed(self._storage) if entry.step == step]
             if not entries:
@@ -87,18 +94,23 @@ class Chooser:
                 if not isinstance(item.error, CheckpointDamagedError):
                     raise item.error
                 self._report(item.error, damaged)
-                continue
-            checkpoint = Checkpoint(self._storage, item[0].directory, item[1])
-            try:
-                checkpoint.check_files()
-            except CheckpointDamagedError as error:
-                self._report(error, damaged)
-                continue
-            yield checkpoint
+            entry = item.entry if isinstance(item, Problem) else item[0]
+            first = 1 if isinstance(item, Problem) else 0
+            for number, view in enumerate(self._views[first:], first):
+                try:
+                    if number and view.size(entry.manifest) is None:
+                        continue
+                    manifest = item[1] if not isinstance(item, Problem) and not number else read_manifest(view, entry)
+                    checkpoint = Checkpoint(view, entry.directory, manifest)
+                    checkpoint.check_files()
+                except CheckpointDamagedError as error:
+                    self._report(error, damaged)
+                    continue
+                yield checkpoint, number
 
     def _report(self, error: Exception, damaged: list[str]) -> None:
         damaged.append(str(error))
-        _log.warning("a checkpoint is damaged, the one before it is tried: %s", error)
+        _log.warning("a checkpoint is damaged, another copy or the one before it is tried: %s", error)
 
     def _all_damaged(self, damaged: list[str]) -> list[str]:
         mine = json.dumps(damaged).encode() if self._comm.rank == 0 else None
@@ -111,14 +123,15 @@ class Chooser:
             return None
         document = json.loads(reply)
         manifest = Manifest.decode(document["manifest"].encode(), document["directory"])
-        return Checkpoint(self._storage, document["directory"], manifest)
+        return Checkpoint(self._views[document["view"]], document["directory"], manifest)
 
 
-def _pack(checkpoint: Checkpoint) -> bytes:
-    return json.dumps({"directory": checkpoint.directory, "manifest": checkpoint.manifest.encode().decode()}).encode()
+def _pack(checkpoint: Checkpoint, view: int) -> bytes:
+    manifest = checkpoint.manifest.encode().decode()
+    return json.dumps({"directory": checkpoint.directory, "manifest": manifest, "view": view}).encode()
 
 
-def _not_found(storage: Storage, step: int | None = None) -> CheckpointNotFoundError:
+def _not_found(storage: StorageView, step: int | None = None) -> CheckpointNotFoundError:
     what = "no committed checkpoint" if step is None else f"no committed checkpoint of step {step}"
     steps = sorted({entry.step for entry in committed(storage) if entry.step is not None})
     there = f"; there are steps {', '.join(map(str, steps[-10:]))}" if steps else "; `ckptengine ls` lists a run"

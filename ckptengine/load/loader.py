@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,7 +28,7 @@ from ckptengine.state.dtypes import DTYPES
 from ckptengine.state.leaf import ArrayLeaf, Part, Path, dotted
 from ckptengine.state.select import Selection, renamer
 from ckptengine.state.tree import unflatten
-from ckptengine.storage.base import Storage
+from ckptengine.storage.base import StorageView
 
 __all__ = ["LoadOptions", "Loaded", "load_arrays", "load_newest", "restore_newest"]
 
@@ -67,13 +67,13 @@ class Loaded:
 
 
 def load_newest(
-    storage: Storage, state: Mapping[str, Any], comm: Communicator, timeout: float, options: LoadOptions
+    storage: StorageView, state: Mapping[str, Any], comm: Communicator, timeout: float, options: LoadOptions
 ) -> Loaded:
     """Fill a state from the newest checkpoint, which must be whole; all ranks call it.
 
     Raises on all ranks what any of them found.
     """
-    checkpoint = Chooser(storage, comm, timeout).newest()
+    checkpoint = Chooser([storage], comm, timeout).newest()
     try:
         return _load(checkpoint, state, comm, timeout, options)
     except CheckpointDamagedError as error:
@@ -83,35 +83,42 @@ def load_newest(
 
 
 def restore_newest(
-    storage: Storage,
+    views: Sequence[StorageView],
     state: Mapping[str, Any],
     comm: Communicator,
     timeout: float,
     options: LoadOptions,
     step: int | None = None,
+    bring: Callable[[Checkpoint], None] | None = None,
+    where: str = "",
 ) -> Loaded | None:
     """Fill a state from the newest checkpoint that is whole, or from that of a step; all ranks call it.
 
-    What is damaged is logged, and the one before it is taken. Returns None where nothing was ever committed.
+    What is damaged is logged, and another copy or the one before it is taken; see `Chooser` for `views`. `bring` is
+    called on all ranks before a checkpoint is read, to bring it where every rank can. `where` is what messages call the
+    place. Returns None where nothing was ever committed.
 
     Raises `CheckpointDamagedError` naming all that are damaged, where none is whole.
     """
     damaged: list[str] = []
-    for checkpoint in Chooser(storage, comm, timeout).candidates(step, damaged):
+    for checkpoint in Chooser(views, comm, timeout).candidates(step, damaged):
         try:
+            if bring is not None:
+                bring(checkpoint)
             return _load(checkpoint, state, comm, timeout, options)
         except CheckpointDamagedError as error:
             damaged.append(str(error))
             if comm.rank == 0:
-                _log.warning("%s is damaged, the checkpoint before it is tried: %s", checkpoint.location, error)
+                _log.warning("%s is damaged, another copy or the one before is tried: %s", checkpoint.location, error)
     if damaged:
         raise CheckpointDamagedError(
-            f"{storage.location()}: no checkpoint is whole. " + "; ".join(damaged) + ". The state may be partly filled"
+            f"{where or views[0].location()}: no checkpoint is whole. {'; '.join(damaged)}. The state may be partly "
+            "filled"
         )
     return None
 
 
-def load_arrays(storage: Storage, options: LoadOptions, rank: int | None = None) -> dict[Any, Any]:
+def load_arrays(storage: StorageView, options: LoadOptions, rank: int | None = None) -> dict[Any, Any]:
     """Return the newest checkpoint as nested dicts of numpy arrays and plain values, in this process alone.
 
     With `rank`, also what that rank has of its own.

@@ -12,7 +12,7 @@ from ckptengine.errors import StorageError
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
-__all__ = ["ArchiveWriter", "Storage", "check_name", "join"]
+__all__ = ["ArchiveWriter", "Storage", "StorageView", "check_name", "join"]
 
 _Names = list[str]
 _Unfinished = list[tuple[str, float]]
@@ -64,40 +64,11 @@ class ArchiveWriter(ABC):
         self.close()
 
 
-class Storage(ABC):
-    """Files under relative POSIX names. Safe to use from several threads and processes at once.
+class StorageView(ABC):
+    """Files under relative POSIX names, to be read. Safe to use from several threads and processes at once.
 
-    What a method has written is durable when it returns, and appears under its name as a whole or not at all.
     All failures are `StorageError`s with the system's `errno` that name file and operation.
     """
-
-    @abstractmethod
-    def create(self) -> None:
-        """Make the root where it is missing, and check that it can be written to."""
-
-    @abstractmethod
-    def check_writable(self) -> None:
-        """Raise where it is plain, without touching anything, that the root can't be made or written to."""
-
-    @abstractmethod
-    def make_directory(self, name: str) -> None:
-        """Make a directory and those above it; one that is there already is no error."""
-
-    @abstractmethod
-    def write_bytes(self, name: str, data: Buffer, *, durable: bool = True) -> None:
-        """Write a small file, replacing one of the same name; without `durable` a crash may lose it."""
-
-    @abstractmethod
-    def put_if_absent(self, name: str, data: Buffer) -> bool:
-        """Write a small file unless the name is taken, decided atomically among all writers.
-
-        `data` must be nobody else's (it carries an id), for a storage may tell its writer by it. Returns whether the
-        name was free.
-        """
-
-    @abstractmethod
-    def create_archive(self, name: str, nbytes: int) -> ArchiveWriter:
-        """Return a writer of a large file of at least `nbytes`, whose room is reserved where that is possible."""
 
     @abstractmethod
     def load_archive(
@@ -136,6 +107,49 @@ class Storage(ABC):
         """
 
     @abstractmethod
+    def location(self, name: str = "") -> str:
+        """Return the full path of a name, for messages."""
+
+    def exists(self, name: str) -> bool:
+        """Return whether there is such a file, or a directory with anything in it."""
+        return self.size(name) is not None or bool(self.list(name))
+
+
+class Storage(StorageView):
+    """A `StorageView` that can be written to.
+
+    What a method has written is durable when it returns, and appears under its name as a whole or not at all.
+    """
+
+    @abstractmethod
+    def create(self) -> None:
+        """Make the root where it is missing, and check that it can be written to."""
+
+    @abstractmethod
+    def check_writable(self) -> None:
+        """Raise where it is plain, without touching anything, that the root can't be made or written to."""
+
+    @abstractmethod
+    def make_directory(self, name: str) -> None:
+        """Make a directory and those above it; one that is there already is no error."""
+
+    @abstractmethod
+    def write_bytes(self, name: str, data: Buffer, *, durable: bool = True) -> None:
+        """Write a small file, replacing one of the same name; without `durable` a crash may lose it."""
+
+    @abstractmethod
+    def put_if_absent(self, name: str, data: Buffer) -> bool:
+        """Write a small file unless the name is taken, decided atomically among all writers.
+
+        `data` must be nobody else's (it carries an id), for a storage may tell its writer by it. Returns whether the
+        name was free.
+        """
+
+    @abstractmethod
+    def create_archive(self, name: str, nbytes: int) -> ArchiveWriter:
+        """Return a writer of a large file of at least `nbytes`, whose room is reserved where that is possible."""
+
+    @abstractmethod
     def temporaries(self, directory: str = "") -> _Names:
         """Return the sorted names of the temporary files right below a directory, in use or left behind."""
 
@@ -163,10 +177,6 @@ class Storage(ABC):
     def now(self) -> float:
         """Return the present time by the clock that `modified` uses, which may differ from this machine's."""
 
-    @abstractmethod
-    def location(self, name: str = "") -> str:
-        """Return the full path of a name, for messages."""
-
     def unfinished(self) -> _Unfinished:
         """Return the archives that were begun and appear nowhere else, each with when that was, by the storage's clock.
 
@@ -174,7 +184,7 @@ class Storage(ABC):
         """
         return []
 
-    def abandon(self, name: str) -> None:  # noqa: B027 - nothing to do where `unfinished` has nothing
+    def abandon(self, name: str) -> None:
         """Give up an archive that `unfinished` has returned, and free its bytes."""
 
     def exists(self, name: str) -> bool:

@@ -13,7 +13,7 @@ from ckptengine.catalog.listing import MAX_CLAIM_NBYTES, claim_name, claimed_gen
 from ckptengine.catalog.manifest import MAX_MANIFEST_NBYTES, Manifest
 from ckptengine.errors import CheckpointDamagedError, StorageError
 from ckptengine.snapshot.arena import Arena
-from ckptengine.storage.base import ArchiveWriter, Storage, join
+from ckptengine.storage.base import ArchiveWriter, Storage, StorageView, join
 from ckptengine.storage.parallel import in_parallel
 from ckptengine.tiers.pace import Pace
 
@@ -26,7 +26,7 @@ _LOOKS = 8  # files that are looked up at once
 
 
 def copy_archive(
-    source: Storage,
+    source: StorageView,
     target: Storage,
     name: str,
     record: ArchiveRecord,
@@ -115,7 +115,7 @@ def _copy_tail(
         report(len(part))
 
 
-def copy_commit(source: Storage, target: Storage, directory: str, manifest: Manifest) -> None:
+def copy_commit(source: StorageView, target: Storage, directory: str, manifest: Manifest) -> None:
     """Commit the complete copy of a checkpoint; `directory` is the checkpoint's in both storages.
 
     Copies the layout where the target lacks it, then the claims of generations that it lacks, and last the manifest: as
@@ -143,7 +143,7 @@ def copy_commit(source: Storage, target: Storage, directory: str, manifest: Mani
         )
 
 
-def check_same_run(source: Storage, target: Storage) -> None:
+def check_same_run(source: StorageView, target: Storage) -> None:
     """Raise `StorageError` (EEXIST) where the target holds another run: a generation that another job has claimed.
 
     The newest that both have tells: claims are copied in their order, each only after this check.
@@ -153,7 +153,7 @@ def check_same_run(source: Storage, target: Storage) -> None:
         _check_claim(source, target, max(both))
 
 
-def _check_claim(source: Storage, target: Storage, generation: int) -> None:
+def _check_claim(source: StorageView, target: Storage, generation: int) -> None:
     name = claim_name(generation)
     if source.read_bytes(name, MAX_CLAIM_NBYTES) != target.read_bytes(name, MAX_CLAIM_NBYTES):
         raise StorageError(
@@ -166,7 +166,7 @@ def _check_claim(source: Storage, target: Storage, generation: int) -> None:
 _ELSEWHERE = "give each run a place of its own"
 
 
-def _manifest_bytes(source: Storage, name: str, manifest: Manifest) -> bytes:
+def _manifest_bytes(source: StorageView, name: str, manifest: Manifest) -> bytes:
     try:
         document = source.read_bytes(name, MAX_MANIFEST_NBYTES)
     except StorageError as error:
