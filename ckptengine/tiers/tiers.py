@@ -9,6 +9,7 @@ import json
 import logging
 import os
 import re
+import threading
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -99,6 +100,7 @@ class Tiers:
         self._mover: Mover | None = None
         self._messages: str | None = None
         self._claimed = False
+        self._cleaning = threading.Lock()  # after a commit and after a move, which must not meet in one directory
         self.uploaded: int | None = None
         """On rank 0: the newest step that this life has brought home from a nearer tier."""
 
@@ -161,6 +163,9 @@ class Tiers:
                 )
             if self.local is not None and self._site is not None and self._site.leads:
                 check_same_run(self.home, self.local)
+                for generation, claim in _unpacked_claims(claims).items():
+                    if self.local.size(claim_name(generation)) is None:
+                        self.local.put_if_absent(claim_name(generation), claim)
                 if self._site.shared:
                     self._tell(remove_leftovers(self.local))
         except CheckpointError as problem:
@@ -242,14 +247,18 @@ class Tiers:
         self.uploaded = load.manifest.step
         try:
             self._retain(self.home, self._home_keep)
+            if self.local is not None:
+                self._retain(self.local, self._first_keep, load.manifest.attempt)
         except CheckpointError as error:
             _log.warning("%s: cleaning up failed: %s", self.home.location(), error)
 
-    def _retain(self, storage: Storage, keep: Keep) -> None:
-        self._tell(remove_leftovers(storage))
-        if keep.last is not None:
-            protected = set() if self._mover is None else self._mover.protected
-            self._tell(retain(storage, keep.last, keep.every, protected))
+    def _retain(self, storage: Storage, keep: Keep, moved: str = "") -> None:
+        """Delete what may go; not what is still to be moved, of which the attempt `moved` is none any more."""
+        with self._cleaning:
+            self._tell(remove_leftovers(storage))
+            if keep.last is not None:
+                protected = set() if self._mover is None else self._mover.protected
+                self._tell(retain(storage, keep.last, keep.every, protected - {moved}))
 
     def _tell(self, problems: list[str]) -> None:
         for problem in problems:

@@ -1,0 +1,56 @@
+"""Fixtures: a bucket of a real S3 server for each test, directly and through the proxy."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Iterator
+
+import pytest
+from buckets import QUICK, SMALL, Bucket, s3_options
+from servers import KEY, SECRET, Proxy, moto_server
+
+
+@pytest.fixture(scope="session")
+def moto() -> Iterator[int]:
+    with moto_server() as port:
+        yield port
+
+
+@pytest.fixture
+def bucket(moto: int) -> Bucket:
+    import s3fs
+
+    name = f"b-{uuid.uuid4().hex[:12]}"
+    fs = s3fs.S3FileSystem(**s3_options(moto))
+    fs.call_s3("create_bucket", Bucket=name)
+    return Bucket(f"s3://{name}", s3_options(moto), fs)
+
+
+@pytest.fixture
+def proxy(moto: int) -> Iterator[Proxy]:
+    proxy = Proxy(moto)
+    yield proxy
+    proxy.close()
+
+
+@pytest.fixture
+def disturbed(bucket: Bucket, proxy: Proxy) -> Bucket:
+    """The same bucket, reached through the proxy."""
+    return Bucket(bucket.url, s3_options(proxy.port), bucket.fs)
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Short waits and small parts for the storages that ckptengine opens itself."""
+    monkeypatch.setattr("ckptengine.storage.remote.Patience", lambda: QUICK)
+    monkeypatch.setattr("ckptengine.storage.remote.Budget", lambda: SMALL)
+
+
+@pytest.fixture
+def in_environment(bucket: Bucket, monkeypatch: pytest.MonkeyPatch) -> Bucket:
+    """The bucket as processes find it that are given nothing but the environment."""
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", KEY)
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", bucket.options["endpoint_url"])
+    return bucket

@@ -1,0 +1,201 @@
+"""Saves commit on the local disk and come to the bucket in the background, whatever the bucket does meanwhile."""
+
+from __future__ import annotations
+
+import shutil
+import threading
+import time
+
+import numpy as np
+import pytest
+from tiered import finish
+
+import ckptengine as ce
+from ckptengine.catalog.listing import committed
+from ckptengine.storage.local import LocalStorage
+
+SIZE = 1_500_000
+
+
+def state_of(step: int) -> dict:
+    return {"w": np.full(SIZE, float(step)), "step": step}
+
+
+def steps(storage) -> list[int | None]:
+    return [entry.step for entry in committed(storage)]
+
+
+def eventually(what, seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while not what():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+def test_a_job_that_ends_has_its_newest_checkpoint_in_the_bucket_and_each_tier_keeps_its_own_number(bucket, tmp_path):
+    local, home = LocalStorage(tmp_path / "ckpt"), bucket.storage()
+    with ce.Checkpointer(
+        f"{bucket.url}/run",
+        local=tmp_path / "ckpt",
+        keep_last={"local": 2, "s3": 3},
+        storage_options=bucket.options,
+        preemption=None,
+    ) as ckpt:
+        for step in range(1, 8):
+            ckpt.save(step, state_of(step)).durable.result()
+            ckpt.flush()
+            assert ckpt.uploaded == step
+    assert steps(local) == [6, 7]
+    assert steps(home) == [5, 6, 7]
+    assert ce.load(f"{bucket.url}/run", storage_options=bucket.options)["w"][SIZE - 1] == 7
+    # An empty machine: what it needs comes from the bucket.
+    state = state_of(0)
+    with ce.Checkpointer(
+        f"{bucket.url}/run", local=tmp_path / "other", storage_options=bucket.options, preemption=None
+    ) as again:
+        assert again.restore(state) == 7
+    assert state["w"].min() == state["w"].max() == 7
+
+
+def test_a_bucket_that_fails_never_stops_training_and_catches_up_with_the_newest(
+    bucket, disturbed, proxy, tmp_path, quick, caplog, monkeypatch
+):
+    monkeypatch.setattr("ckptengine.tiers.mover._RETRY_SECONDS", (0.2, 0.5))
+    local, home = LocalStorage(tmp_path / "ckpt"), bucket.storage()
+    with ce.Checkpointer(
+        f"{bucket.url}/run",
+        local=tmp_path / "ckpt",
+        keep_last={"local": 2},
+        storage_options=disturbed.options,
+        preemption=None,
+    ) as ckpt:
+        ckpt.save(1, state_of(1)).durable.result()
+        ckpt.flush()
+        down = proxy.fault("503", "(PUT|POST) .*step-", times=10_000)
+        for step in range(2, 7):
+            stats = ckpt.save(step, state_of(step)).durable.result()
+            assert stats is not None and stats.path == str(tmp_path / "ckpt" / f"step-{step:08d}")
+        eventually(lambda: "is tried again" in caplog.text)
+        assert steps(home) == [1]
+        down.times = 0
+        eventually(lambda: ckpt.uploaded == 6)
+    assert steps(local) == [5, 6]
+    assert steps(home) == [1, 6]
+    assert bucket.uploads() == []
+    assert "SECRET" not in caplog.text
+
+
+def test_where_the_bucket_stays_down_the_end_says_where_the_checkpoint_is_and_the_next_start_brings_it(
+    bucket, disturbed, proxy, tmp_path, quick, monkeypatch
+):
+    monkeypatch.setattr("ckptengine.tiers.mover._RETRY_SECONDS", (0.2, 0.5))
+    places = {"run": f"{bucket.url}/run", "local": tmp_path / "ckpt", "preemption": None}
+    ckpt = ce.Checkpointer(**places, storage_options=disturbed.options, timeout=4)
+    ckpt.save(1, state_of(1)).durable.result()
+    ckpt.flush()
+    proxy.fault("403", "(PUT|POST) .*step-", times=10_000)
+    ckpt.save(2, state_of(2)).durable.result()
+    with pytest.raises(ce.errors.SaveFailedError, match=r"step 2 is durable in .*ckpt, but is not in s3://.*permit"):
+        ckpt.close()
+    with ce.Checkpointer(**places, storage_options=bucket.options) as again:
+        assert again.restore(state_of(0)) == 2
+    assert steps(bucket.storage()) == [1, 2]
+
+
+def test_a_local_copy_that_is_damaged_is_not_used_nor_spread_and_the_buckets_is_taken(bucket, tmp_path, caplog):
+    places = {"run": f"{bucket.url}/run", "local": tmp_path / "ckpt", "storage_options": bucket.options}
+    with ce.Checkpointer(**places, preemption=None) as ckpt:
+        for step in (1, 2):
+            ckpt.save(step, state_of(step)).durable.result()
+        ckpt.flush()
+    (archive,) = (tmp_path / "ckpt").glob("step-00000002/data-*/rank-*")
+    with archive.open("r+b") as file:
+        file.seek(5_000_000)
+        file.write(b"\1" * 8)
+    state = state_of(0)
+    with ce.Checkpointer(**places, preemption=None) as again:
+        assert again.restore(state) == 2
+    assert state["w"].min() == state["w"].max() == 2
+    assert str(archive) in caplog.text
+
+
+@pytest.mark.parametrize("lost", ["bucket", "local", "memory"])
+def test_with_each_tier_lost_in_turn_two_ranks_go_on_from_what_four_have_saved(in_environment, tmp_path, lost):
+    memory = f"/dev/shm/ckptengine-test-{in_environment.url[-12:]}"
+    places = {"run": f"{in_environment.url}/run", "local": str(tmp_path / "ckpt"), "memory": memory}
+    from pathlib import Path
+
+    from tiered import Running
+
+    Path(memory).mkdir()
+    try:
+        with Running(4, tmp_path, **places, until=3, wait_for=str(tmp_path / "never")) as job:
+            job.wait_for(3)
+            eventually(lambda: steps(in_environment.storage())[-1:] == [3])
+            job.kill()
+        # All but one are lost for each of them to be the only one once.
+        if lost != "bucket":
+            in_environment.fs.rm(f"{in_environment.url}/run", recursive=True)
+        if lost != "local":
+            shutil.rmtree(tmp_path / "ckpt")
+        if lost != "memory":
+            shutil.rmtree(memory)
+            Path(memory).mkdir()
+        reports = finish(2, tmp_path, **places, until=4)
+        assert [report["restored"] for report in reports] == [3, 3]
+        assert steps(in_environment.storage())[-1] == 4
+    finally:
+        shutil.rmtree(memory)
+
+
+def test_another_job_that_took_the_run_over_is_not_written_over(bucket, tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr("ckptengine.tiers.mover._RETRY_SECONDS", (0.2, 0.5))
+    common = {"storage_options": bucket.options, "preemption": None, "timeout": 5}
+    first = ce.Checkpointer(f"{bucket.url}/run", local=tmp_path / "one", **common)
+    first.save(1, state_of(1)).durable.result()
+    first.flush()
+    with ce.Checkpointer(f"{bucket.url}/run", local=tmp_path / "two", **common) as second:
+        second.restore(state_of(0))
+        second.save(2, state_of(22)).durable.result()
+    first.save(2, state_of(2)).durable.result()
+    with pytest.raises(ce.errors.SaveFailedError, match="taken over by generation 2"):
+        first.close()
+    assert ce.load(f"{bucket.url}/run", storage_options=bucket.options)["w"][0] == 22
+
+
+def test_uploads_keep_to_the_bytes_per_second_that_they_are_given(bucket, tmp_path):
+    moved: list[int] = []
+    began = time.monotonic()
+    with ce.Checkpointer(
+        f"{bucket.url}/run",
+        local=tmp_path / "ckpt",
+        storage_options=bucket.options,
+        upload_bytes_per_second=8e6,
+        preemption=None,
+    ) as ckpt:
+        ckpt.save(1, state_of(1)).durable.result()
+        ckpt.flush()
+        moved.append(SIZE * 8)
+    # A second's worth may go at once.
+    assert sum(moved) <= 8e6 * (time.monotonic() - began + 1)
+
+
+def test_a_local_directory_of_another_run_is_refused(bucket, tmp_path):
+    common = {"storage_options": bucket.options, "preemption": None}
+    for run in ("one", "two"):
+        with ce.Checkpointer(f"{bucket.url}/{run}", **common) as ckpt:
+            ckpt.save(1, state_of(1))
+    with ce.Checkpointer(f"{bucket.url}/one", local=tmp_path / "ckpt", **common) as ckpt:
+        ckpt.restore(state_of(0))
+        ckpt.save(2, state_of(2))
+    with pytest.raises(ce.errors.StorageError, match="another"):
+        ce.Checkpointer(f"{bucket.url}/two", local=tmp_path / "ckpt", **common)
+
+
+def test_threads_of_the_mover_end_with_the_checkpointer(bucket, tmp_path):
+    before = set(threading.enumerate())
+    with ce.Checkpointer(
+        f"{bucket.url}/run", local=tmp_path / "ckpt", storage_options=bucket.options, preemption=None
+    ) as ckpt:
+        ckpt.save(1, state_of(1))
+    assert not [one for one in threading.enumerate() if one.name == "ckptengine-mover" and one not in before]

@@ -1,0 +1,174 @@
+"""Snapshots in shared memory outlive the trainer: the restarted job goes on from the last one, not from the disk's."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tiered import Running, finish
+
+import ckptengine as ce
+from ckptengine.catalog.listing import committed
+from ckptengine.storage.local import LocalStorage
+from ckptengine.tiers.memory import memory_root
+
+
+@pytest.fixture
+def memory() -> Iterator[Path]:
+    """A folder of this test's own in shared memory."""
+    folder = Path("/dev/shm") / f"ckptengine-test-{uuid.uuid4().hex[:12]}"
+    folder.mkdir()
+    yield folder
+    shutil.rmtree(folder)
+
+
+def steps(folder: Path | str) -> list[int | None]:
+    return [entry.step for entry in committed(LocalStorage(folder))]
+
+
+def state_of(step: int) -> dict:
+    return {"w": np.full(300_000, float(step)), "step": step}
+
+
+@pytest.mark.parametrize("local", [False, True])
+def test_ranks_killed_after_the_snapshot_and_before_the_write_resume_from_that_very_step(tmp_path, memory, local):
+    run = tmp_path / "run"
+    places = {"run": str(run), "memory": str(memory), "local": str(tmp_path / "local") if local else None}
+    with Running(4, tmp_path, **places, until=3, stuck=3) as job:
+        job.wait_for(3)
+        job.kill()
+    assert steps(places["local"] or run) == [1, 2]
+    root = memory_root(str(run), memory)
+    assert steps(root)[-1] == 3
+    reports = finish(4, tmp_path, **places, until=3)
+    assert [report["restored"] for report in reports] == [3] * 4
+    # And it was completed: brought to the run's own place, and taken out of memory by the job that ended well.
+    assert steps(run)[-1] == 3
+    assert ce.load(run)["step"] == 3
+    assert [name for _, _, names in os.walk(root) for name in names] == []
+
+
+def test_two_ranks_restore_another_sharding_from_the_memory_of_four(tmp_path, memory):
+    places = {"run": str(tmp_path / "run"), "memory": str(memory)}
+    with Running(4, tmp_path, **places, until=2, stuck=2) as job:
+        job.wait_for(2)
+        job.kill()
+    assert [report["restored"] for report in finish(2, tmp_path, **places, until=4)] == [2, 2]
+    assert steps(tmp_path / "run")[-1] == 4
+
+
+def test_memory_of_a_run_that_was_deleted_and_begun_anew_is_recognized_and_removed(tmp_path, memory, caplog):
+    run = tmp_path / "run"
+    ckpt = ce.Checkpointer(run, memory=memory, preemption=None)
+    for step in (1, 2):
+        ckpt.save(step, state_of(step)).durable.result()
+    leave(ckpt)
+    shutil.rmtree(run)
+    with ce.Checkpointer(run, preemption=None) as other:  # begun anew, without tiers
+        other.save(1, state_of(11))
+    state = state_of(0)
+    with ce.Checkpointer(run, memory=memory, preemption=None) as again:
+        assert again.restore(state) == 1
+    assert state["w"][0] == 11
+    assert "of an earlier run" in caplog.text
+
+
+def leave(ckpt: ce.Checkpointer) -> None:
+    """End a Checkpointer as a killed process does, as far as its memory goes: the locks go, the files stay."""
+    ckpt.wait()
+    ckpt._saver.settle(60)
+    ckpt._tiers.close(done=False)
+
+
+def test_memory_alone_brings_a_run_back_whose_directory_is_lost_and_says_so(tmp_path, memory, caplog):
+    run = tmp_path / "run"
+    ckpt = ce.Checkpointer(run, memory=memory, preemption=None)
+    for step in (1, 2, 3):
+        ckpt.save(step, state_of(step)).durable.result()
+    leave(ckpt)
+    shutil.rmtree(run)
+    state = state_of(0)
+    with ce.Checkpointer(run, memory=memory, preemption=None) as again:
+        assert again.restore(state) == 3
+    assert state["w"][0] == 3
+    assert "is empty" in caplog.text
+    assert steps(run) == [3]
+
+
+def test_an_image_that_was_damaged_in_memory_is_not_used_and_the_disks_copy_is(tmp_path, memory, caplog):
+    run = tmp_path / "run"
+    ckpt = ce.Checkpointer(run, memory=memory, preemption=None)
+    for step in (1, 2):
+        ckpt.save(step, state_of(step)).durable.result()
+    leave(ckpt)
+    (image,) = Path(memory_root(str(run), memory)).glob("step-00000002/data-*/rank-*")
+    with image.open("r+b") as file:
+        file.seek(1_000_000)
+        file.write(b"\1" * 8)
+    state = state_of(0)
+    with ce.Checkpointer(run, memory=memory, preemption=None) as again:
+        assert again.restore(state) == 2
+    assert state["w"].min() == state["w"].max() == 2
+    assert str(image) in caplog.text
+
+
+def test_what_lies_in_memory_is_this_users_alone(tmp_path, memory):
+    with ce.Checkpointer(tmp_path / "run", memory=memory, preemption=None) as ckpt:
+        ckpt.save(1, state_of(1)).durable.result()
+        root = Path(memory_root(str(tmp_path / "run"), memory))
+        assert root.stat().st_mode & 0o777 == root.parent.stat().st_mode & 0o777 == 0o700
+        arenas = list((root / "arenas").iterdir())
+        assert len(arenas) == 2
+        assert {path.stat().st_mode & 0o777 for path in arenas} == {0o600}
+
+
+def test_a_directory_in_memory_that_others_may_enter_is_refused(tmp_path, memory):
+    root = Path(memory_root(str(tmp_path / "run"), memory))
+    root.mkdir(parents=True, mode=0o777)
+    root.parent.chmod(0o777)
+    with pytest.raises(ce.errors.StorageError, match="not this user's alone"):
+        ce.Checkpointer(tmp_path / "run", memory=memory, preemption=None)
+
+
+def test_memory_on_a_disk_is_refused(tmp_path):
+    with pytest.raises(ce.errors.StorageError, match="not on a tmpfs"):
+        ce.Checkpointer(tmp_path / "run", memory=tmp_path, preemption=None)
+
+
+def test_where_shared_memory_is_too_small_that_is_said_once_and_the_disk_takes_the_saves(tmp_path, caplog):
+    small = tmp_path / "small"
+    small.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=3m", "none", str(small)]
+    if subprocess.run(command, check=False, capture_output=True).returncode:
+        pytest.skip("no file system can be mounted here")
+    try:
+        with ce.Checkpointer(tmp_path / "run", memory=small, preemption=None) as ckpt:
+            for step in (1, 2):
+                ckpt.save(step, state_of(step)).durable.result()
+        assert steps(tmp_path / "run") == [1, 2]
+        assert caplog.text.count("no room for an image of") == 1
+    finally:
+        subprocess.run(["umount", str(small)], check=True)
+
+
+def test_a_job_that_failed_leaves_its_memory_for_the_next_start_and_arenas_of_ended_ranks_go(tmp_path, memory):
+    run = tmp_path / "run"
+    root = Path(memory_root(str(run), memory))
+    with pytest.raises(RuntimeError, match="training"), ce.Checkpointer(run, memory=memory, preemption=None) as ckpt:
+        ckpt.save(1, state_of(1)).durable.result()
+        raise RuntimeError("training")
+    assert steps(root) == [1]
+    left = root / "arenas" / "rank-00007-a"
+    left.write_bytes(b"of a rank that this job does not have any more")
+    with ce.Checkpointer(run, memory=memory, preemption=None) as again:
+        assert again.restore(state_of(0)) == 1
+        again.save(2, state_of(2)).durable.result()
+        again._saver.settle(60)
+        assert steps(root) == [2]
+        assert not left.exists()

@@ -1,0 +1,79 @@
+"""Two nodes of two ranks each, with disks and memory of their own: folders that only their ranks are told of."""
+
+from __future__ import annotations
+
+import shutil
+import time
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from tiered import Running, finish
+
+from ckptengine.catalog.listing import committed
+from ckptengine.storage.local import LocalStorage
+from ckptengine.tiers.memory import memory_root
+
+
+@pytest.fixture
+def memory() -> Iterator[Path]:
+    folder = Path("/dev/shm") / f"ckptengine-test-{uuid.uuid4().hex[:12]}"
+    folder.mkdir()
+    yield folder
+    shutil.rmtree(folder)
+
+
+def steps(folder: Path | str) -> list[int | None]:
+    return [entry.step for entry in committed(LocalStorage(folder))]
+
+
+def archives(folder: Path, step: int) -> set[str]:
+    return {path.name for path in folder.glob(f"step-{step:08d}/data-*/rank-*.zarr.zip")}
+
+
+def wait_until_home_has(run: Path, step: int) -> None:
+    end = time.monotonic() + 60
+    while steps(run)[-1:] != [step]:
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+def test_each_node_has_its_ranks_archives_and_a_manifest_and_home_has_all(tmp_path):
+    run, local = tmp_path / "run", tmp_path / "local"
+    reports = finish(4, tmp_path, run=str(run), local=str(local), node=2, until=3, keep_last={"local": 1, "run": 2})
+    assert [report["uploaded"] for report in reports] == [3, None, None, None]
+    for node, ranks in enumerate([(0, 1), (2, 3)]):
+        assert steps(local / f"node-{node}") == [3]
+        assert archives(local / f"node-{node}", 3) == {f"rank-{rank:05d}.zarr.zip" for rank in ranks}
+    assert len(archives(run, 3)) == 4
+    assert steps(run)[-1] == 3
+
+
+def test_a_step_that_is_only_in_the_memory_of_both_nodes_is_completed_and_restored(tmp_path, memory):
+    run = tmp_path / "run"
+    places = {"run": str(run), "local": str(tmp_path / "local"), "memory": str(memory), "node": 2}
+    with Running(4, tmp_path, **places, until=3, stuck=3) as job:
+        job.wait_for(3)
+        job.kill()
+    assert 3 not in steps(run)
+    assert [steps(memory_root(str(run), memory / f"node-{node}"))[-1] for node in range(2)] == [3, 3]
+    assert [report["restored"] for report in finish(4, tmp_path, **places, until=3)] == [3] * 4
+    assert steps(run)[-1] == 3
+
+
+@pytest.mark.parametrize("lost", [0, 1])
+def test_a_node_that_is_replaced_by_an_empty_one_costs_what_had_not_come_home(tmp_path, memory, lost):
+    run, local = tmp_path / "run", tmp_path / "local"
+    places = {"run": str(run), "local": str(local), "memory": str(memory), "node": 2}
+    with Running(4, tmp_path, **places, until=3, stuck=3) as job:
+        job.wait_for(2)
+        wait_until_home_has(run, 2)
+        job.wait_for(3)
+        job.kill()
+    for folder in (local, memory):
+        shutil.rmtree(folder / f"node-{lost}")
+    reports = finish(4, tmp_path, **places, until=4)
+    assert [report["restored"] for report in reports] == [2] * 4
+    assert steps(run)[-1] == 4
+    assert steps(local / f"node-{lost}")[-1] == 4
