@@ -96,8 +96,11 @@ class Storage(ABC):
         """
 
     @abstractmethod
-    def create_archive(self, name: str, nbytes: int) -> ArchiveWriter:
-        """Return a writer of a large file of at least `nbytes`, whose room is reserved where that is possible."""
+    def create_archive(self, name: str, nbytes: int, *, write_nbytes: int | None = None) -> ArchiveWriter:
+        """Return a writer of a large file of at least `nbytes`, whose room is reserved where that is possible.
+
+        `write_nbytes` come with each `write`, None: all that there is.
+        """
 
     @abstractmethod
     def load_archive(

@@ -54,7 +54,7 @@ def copy_archive(
     try:
         window = _window_nbytes(record, pace)
         arena.reserve(2 * window)
-        with target.create_archive(name, record.nbytes) as writer:
+        with target.create_archive(name, record.nbytes, write_nbytes=window) as writer:
             _copy_fixed(archive, writer, arena, window, pace, report)
             _copy_tail(archive, writer, arena, pace, report)
             writer.finish()
