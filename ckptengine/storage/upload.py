@@ -24,9 +24,9 @@ class Budget:
     """What transfers of one storage may take.
 
     `part_nbytes` are those of one part of an upload, None: 64 MiB for archives from 512 MiB on, 16 MiB for smaller ones
-    so that several parts are in flight, less where what is written at once would not do for that, more where the store's
-    number of parts would not suffice. `requests` are in flight at most; a read asks for `read_nbytes` at once, and reads
-    gaps of up to `gap_nbytes` along.
+    so that several parts are in flight, less where too little is written at once for that, more where the store's
+    number of parts would not suffice. `requests` are in flight at most; a read asks for `read_nbytes` at once, and
+    reads gaps of up to `gap_nbytes` along.
     """
 
     part_nbytes: int | None = None
