@@ -8,7 +8,7 @@ from ckptengine.catalog.manifest import Manifest
 from ckptengine.errors import SaveFailedError
 from ckptengine.storage.base import Storage, join
 
-__all__ = ["attempt_directory", "publish"]
+__all__ = ["attempt_directory", "check_file", "publish"]
 
 
 def attempt_directory(directory: str, attempt: str) -> str:
@@ -30,7 +30,7 @@ def publish(storage: Storage, directory: str, manifest: Manifest) -> None:
         )
     data = attempt_directory(directory, manifest.attempt)
     for record in (*manifest.archives, manifest.layout):
-        _check(storage, join(data, record.name), record)
+        check_file(storage, join(data, record.name), record)
     name = join(directory, manifest_name(manifest.generation))
     if storage.put_if_absent(name, manifest.encode()):
         return
@@ -43,7 +43,8 @@ def publish(storage: Storage, directory: str, manifest: Manifest) -> None:
         )
 
 
-def _check(storage: Storage, name: str, record: ArchiveRecord) -> None:
+def check_file(storage: Storage, name: str, record: ArchiveRecord) -> None:
+    """Check that a file of an attempt that was complete is still there; raises `SaveFailedError`."""
     size = storage.size(name)
     if size != record.nbytes:
         found = "is missing" if size is None else f"has {size} bytes instead of {record.nbytes}"
