@@ -1,4 +1,4 @@
-"""A bucket of a real S3 server for each test, directly and through the proxy."""
+"""For tests of all folders: a bucket of a real S3 server, directly and through a proxy that disturbs it."""
 
 from __future__ import annotations
 
