@@ -10,7 +10,7 @@ from ckptengine.catalog.manifest import Manifest
 from ckptengine.errors import SaveFailedError
 from ckptengine.storage.base import Storage, join
 
-__all__ = ["attempt_directory", "publish"]
+__all__ = ["attempt_directory", "check_file", "publish"]
 
 
 def attempt_directory(directory: str, attempt: str) -> str:
@@ -35,7 +35,7 @@ def publish(storage: Storage, directory: str, manifest: Manifest, ranks: Collect
     data = attempt_directory(directory, manifest.attempt)
     mine = [record for rank, record in enumerate(manifest.archives) if ranks is None or rank in ranks]
     for record in (*mine, manifest.layout):
-        _check(storage, join(data, record.name), record)
+        check_file(storage, join(data, record.name), record)
     name = join(directory, manifest_name(manifest.generation))
     if storage.put_if_absent(name, manifest.encode()):
         return
@@ -48,7 +48,8 @@ def publish(storage: Storage, directory: str, manifest: Manifest, ranks: Collect
         )
 
 
-def _check(storage: Storage, name: str, record: ArchiveRecord) -> None:
+def check_file(storage: Storage, name: str, record: ArchiveRecord) -> None:
+    """Check that a file of an attempt that was complete is still there; raises `SaveFailedError`."""
     size = storage.size(name)
     if size != record.nbytes:
         found = "is missing" if size is None else f"has {size} bytes instead of {record.nbytes}"

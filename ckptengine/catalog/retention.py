@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from typing import Literal
 
 from ckptengine.catalog.commit import attempt_directory
 from ckptengine.catalog.lease import LEASE_SECONDS, is_leased
@@ -18,10 +20,11 @@ from ckptengine.catalog.listing import (
     read_manifest,
     step_directories,
 )
+from ckptengine.catalog.manifest import Manifest
 from ckptengine.errors import CheckpointError
 from ckptengine.storage.base import Storage, join
 
-__all__ = ["remove_leftovers", "replace_older", "retain"]
+__all__ = ["Leftover", "delete_checkpoint", "remove_leftovers", "replace_older", "retain", "superseded"]
 
 # What an attempt's directory may hold. One with anything else in it belongs to somebody else: people keep
 # directories such as `data-train` beside their checkpoints. Messages once lay in a directory `receipts`.
@@ -32,42 +35,71 @@ _OUR_TEMPORARY = re.compile(
 )
 
 
+@dataclass(frozen=True, slots=True)
+class Leftover:
+    """What a dead attempt has left: its data, a temporary file, an upload, or a step's directory without anything.
+
+    `name` is relative to the storage.
+    """
+
+    kind: Literal["attempt", "temporary", "upload", "directory"]
+    name: str
+
+    def delete(self, storage: Storage) -> None:
+        """Delete it; raises `StorageError`."""
+        if self.kind == "attempt":
+            storage.delete_tree(self.name)
+        elif self.kind == "temporary":
+            storage.delete(self.name)
+        elif self.kind == "upload":
+            storage.abandon(self.name)
+        else:
+            storage.remove_directory(self.name)
+
+
 def retain(
     storage: Storage, keep_last: int, keep_every: int | None = None, protected: Collection[str] = ()
 ) -> list[str]:
-    """Keep the newest `keep_last` checkpoints of a run's lineage, and in it all multiples of `keep_every`.
+    """Delete the checkpoints that are `superseded`; return what could not be deleted, and raise nothing of that.
 
-    Attempts that are `protected`, by their ids, stay in any case. What lies on an abandoned branch goes; so that a life
-    that has not saved yet can fall back, what it was restored from stays. A manifest that can't be read stays, for
-    people to look at. Returns what could not be deleted; raises nothing that a delete says. Where the line began
-    without a restore, earlier lives are no branch of it and stay: a job that forgot to restore must not delete what was
-    trained before.
+    Attempts that are `protected`, by their ids, stay in any case.
+    """
+    try:
+        old = superseded(storage, keep_last, keep_every)
+        return _delete(storage, [(entry, manifest) for entry, manifest in old if manifest.attempt not in protected])
+    except CheckpointError as error:
+        return [f"nothing was deleted: {error}"]
+
+
+def superseded(storage: Storage, keep_last: int, keep_every: int | None = None) -> list[tuple[Entry, Manifest]]:
+    """Return all but the newest `keep_last` checkpoints of a run's lineage, and in it all multiples of `keep_every`.
+
+    What lies on an abandoned branch is among them; so that a life that has not saved yet can fall back, what it was
+    restored from is not. A manifest that can't be read is not, for people to look at. Where the line began without a
+    restore, earlier lives are no branch of it and stay: a job that forgot to restore must not delete what was trained
+    before. Raises `StorageError`, and where a claim can't be read what `read_claim` does.
     """
     if keep_last < 1:
         raise ValueError(f"keep_last={keep_last}: at least one checkpoint is kept")
-    try:
-        # Listed first: a checkpoint that another life commits meanwhile is in no danger.
-        entries = committed(storage)
-        kept: set[Entry] = set()
-        line = root = 0
-        for item in lineage(storage):
-            if isinstance(item, Problem):
-                continue
-            entry, manifest = item
-            root = entry.generation if manifest.parent is None else 0
-            if line < keep_last or _is_multiple(entry.step, keep_every):
-                kept.add(entry)
-            line += 1
-        parents = _parents_of_new_lives(storage, entries)
-    except CheckpointError as error:
-        return [f"nothing was deleted: {error}"]
+    # Listed first: a checkpoint that another life commits meanwhile is in no danger.
+    entries = committed(storage)
+    kept: set[Entry] = set()
+    read: dict[Entry, Manifest] = {}
+    line = root = 0
+    for item in lineage(storage):
+        if isinstance(item, Problem):
+            continue
+        entry, manifest = item
+        read[entry] = manifest
+        root = entry.generation if manifest.parent is None else 0
+        if line < keep_last or _is_multiple(entry.step, keep_every):
+            kept.add(entry)
+        line += 1
+    parents = _parents_of_new_lives(storage, entries)
     if not kept:
         return []
-    return _delete(
-        storage,
-        [entry for entry in entries if entry not in kept and entry.order not in parents and entry.generation >= root],
-        protected,
-    )
+    stay = kept | {entry for entry in entries if entry.order in parents or entry.generation < root}
+    return _readable(storage, [entry for entry in entries if entry not in stay], read)
 
 
 def replace_older(storage: Storage, generation: int) -> list[str]:
@@ -76,15 +108,17 @@ def replace_older(storage: Storage, generation: int) -> list[str]:
         entries = [entry for entry in committed(storage) if entry.generation < generation]
     except CheckpointError as error:
         return [f"nothing was deleted: {error}"]
-    return _delete(storage, entries)
+    return _delete(storage, _readable(storage, entries, {}))
 
 
-def remove_leftovers(storage: Storage) -> list[str]:
+def remove_leftovers(storage: Storage, remove: Callable[[Leftover], None] | None = None) -> list[str]:
     """Delete the data of attempts that have neither manifest nor living writer, and forgotten temporaries.
 
     Directories that hold anything but an attempt's files are left alone, and so is everything beside a
-    manifest that can't be read. Returns what could not be deleted.
+    manifest that can't be read. Returns what could not be deleted. `remove` is called in place of `Leftover.delete`,
+    for each thing as soon as it is known that nobody writes it any more.
     """
+    remove = remove or (lambda leftover: leftover.delete(storage))
     problems: list[str] = []
     try:
         directories = ["", *(name for _, name in step_directories(storage))]
@@ -92,18 +126,18 @@ def remove_leftovers(storage: Storage) -> list[str]:
     except CheckpointError as error:
         return [f"nothing was swept: {error}"]
     try:
-        _sweep_unfinished(storage, now)
+        _sweep_unfinished(storage, now, remove)
     except CheckpointError as error:
         problems.append(f"{storage.location()}: unfinished uploads were not swept: {error}")
     for directory in directories:
         try:
-            _sweep(storage, directory, now)
+            _sweep(storage, directory, now, remove)
         except CheckpointError as error:
             problems.append(f"{storage.location(directory)} was not swept: {error}")
     return problems
 
 
-def _sweep(storage: Storage, directory: str, now: float) -> None:
+def _sweep(storage: Storage, directory: str, now: float, remove: Callable[[Leftover], None]) -> None:
     swept = False
     for name in storage.list(directory):
         attempt, path = attempt_of(name), join(directory, name)
@@ -113,21 +147,21 @@ def _sweep(storage: Storage, directory: str, now: float) -> None:
             continue
         # Looked up last: a writer that was thought dead may have committed meanwhile.
         if attempt not in _attempts_in_use(storage, directory):
-            storage.delete_tree(path)
+            remove(Leftover("attempt", path))
             swept = True
     for name in filter(_OUR_TEMPORARY.fullmatch, storage.temporaries(directory)):
         path = join(directory, name)
         modified = storage.modified(path)
         if modified is not None and now - modified > LEASE_SECONDS:
-            storage.delete(path)
+            remove(Leftover("temporary", path))
     if directory and not storage.list(directory):
         modified = storage.modified(directory)
         # A new one may be another job's, about to be filled.
         if swept or (modified is not None and now - modified > LEASE_SECONDS):
-            storage.remove_directory(directory)
+            remove(Leftover("directory", directory))
 
 
-def _sweep_unfinished(storage: Storage, now: float) -> None:
+def _sweep_unfinished(storage: Storage, now: float, remove: Callable[[Leftover], None]) -> None:
     """Give up the archives that dead attempts have begun: their parts take room, and no listing shows them."""
     for name, began in storage.unfinished():
         directory, _, file = name.rpartition("/")
@@ -136,7 +170,7 @@ def _sweep_unfinished(storage: Storage, now: float) -> None:
             continue
         # A new one may be of an attempt whose lease is on its way.
         if now - began > LEASE_SECONDS and not is_leased(storage, directory):
-            storage.abandon(name)
+            remove(Leftover("upload", name))
 
 
 def _attempts_in_use(storage: Storage, directory: str) -> set[str]:
@@ -156,20 +190,30 @@ def _is_multiple(step: int | None, every: int | None) -> bool:
     return step is not None and every is not None and step % every == 0
 
 
-def _delete(storage: Storage, entries: list[Entry], protected: Collection[str] = ()) -> list[str]:
-    problems = []
+def _readable(storage: Storage, entries: list[Entry], read: dict[Entry, Manifest]) -> list[tuple[Entry, Manifest]]:
+    """Return entries with their manifests, of which some have been `read`, but those whose manifest can't be read."""
+    found = []
     for entry in entries:
         try:
-            attempt = read_manifest(storage, entry).attempt
+            found.append((entry, read[entry] if entry in read else read_manifest(storage, entry)))
         except CheckpointError:
             continue
-        if attempt in protected:
-            continue
+    return found
+
+
+def _delete(storage: Storage, checkpoints: list[tuple[Entry, Manifest]]) -> list[str]:
+    problems = []
+    for entry, manifest in checkpoints:
         try:
-            storage.delete(entry.manifest)
-            storage.delete_tree(attempt_directory(entry.directory, attempt))
-            if entry.directory:
-                storage.remove_directory(entry.directory)
+            delete_checkpoint(storage, entry, manifest)
         except CheckpointError as error:
             problems.append(f"{storage.location(entry.directory)} was not deleted: {error}")
     return problems
+
+
+def delete_checkpoint(storage: Storage, entry: Entry, manifest: Manifest) -> None:
+    """Delete a committed checkpoint, and its step's directory with the last one in it; raises `StorageError`."""
+    storage.delete(entry.manifest)
+    storage.delete_tree(attempt_directory(entry.directory, manifest.attempt))
+    if entry.directory:
+        storage.remove_directory(entry.directory)

@@ -7,7 +7,9 @@ import importlib.metadata
 import click
 
 from ckptengine.cli.audit import audit
+from ckptengine.cli.gc import gc
 from ckptengine.cli.ls import ls
+from ckptengine.cli.prefetch import prefetch
 from ckptengine.cli.show import show
 from ckptengine.cli.verify import verify
 
@@ -17,13 +19,15 @@ __all__ = ["app"]
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(importlib.metadata.version("ckptengine"))
 def app() -> None:
-    """Look at the checkpoints of a run, and check them.
+    """Look at the checkpoints of a run, check them, fetch them, delete what is not needed.
 
     Exit codes: 0 all is well, 1 something is damaged, 2 wrong usage, nothing there, or not readable.
     """
 
 
 app.add_command(audit)
+app.add_command(gc)
 app.add_command(ls)
+app.add_command(prefetch)
 app.add_command(show)
 app.add_command(verify)

@@ -146,8 +146,11 @@ class Storage(StorageView):
         """
 
     @abstractmethod
-    def create_archive(self, name: str, nbytes: int) -> ArchiveWriter:
-        """Return a writer of a large file of at least `nbytes`, whose room is reserved where that is possible."""
+    def create_archive(self, name: str, nbytes: int, *, write_nbytes: int | None = None) -> ArchiveWriter:
+        """Return a writer of a large file of at least `nbytes`, whose room is reserved where that is possible.
+
+        `write_nbytes` come with each `write`, None: all that there is.
+        """
 
     @abstractmethod
     def temporaries(self, directory: str = "") -> _Names:

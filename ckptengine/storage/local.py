@@ -112,7 +112,7 @@ class LocalStorage(Storage):
         self._sync_directory(os.path.dirname(target))
         return won
 
-    def create_archive(self, name: str, nbytes: int) -> LocalArchiveWriter:
+    def create_archive(self, name: str, nbytes: int, *, write_nbytes: int | None = None) -> LocalArchiveWriter:
         """Return a writer of a large file, with `O_DIRECT`, buffered where the file system refuses that.
 
         The space is reserved first, so that a full disk shows before anything is written.

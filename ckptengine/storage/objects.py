@@ -68,6 +68,8 @@ class Objects(ABC):
     """Whether `create` is decided by the store, as far as is known; a probe may know better."""
     needs_probe = False
     """Whether it depends on the store behind the protocol."""
+    parts_in_parallel = False
+    """Whether the parts of an upload may be sent at the same time."""
     least_part_nbytes = 1
     most_part_nbytes = 1 << 62
     most_parts = 1 << 62

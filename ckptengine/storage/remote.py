@@ -18,7 +18,7 @@ from ckptengine.storage.base import Storage, check_name, join
 from ckptengine.storage.objects import Objects, Stat, Unfinished
 from ckptengine.storage.parallel import in_parallel
 from ckptengine.storage.retry import Patience, Request, code_of, persist
-from ckptengine.storage.upload import Budget, RemoteArchiveWriter
+from ckptengine.storage.upload import Budget, RemoteArchiveWriter, part_nbytes_for
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -142,10 +142,11 @@ class RemoteStorage(Storage):
                 raise
             return None
 
-    def create_archive(self, name: str, nbytes: int) -> RemoteArchiveWriter:
-        """Return a writer that uploads in parts, straight from the memory that it is given."""
-        key = check_name(name)
-        return RemoteArchiveWriter(self._objects, key, self.location(name), nbytes, self._budget, self._patience)
+    def create_archive(self, name: str, nbytes: int, *, write_nbytes: int | None = None) -> RemoteArchiveWriter:
+        """Return a writer that uploads in parts, several in flight, straight from the memory that it is given."""
+        key, objects = check_name(name), self._objects
+        part = part_nbytes_for(nbytes, self._budget, objects, write_nbytes)
+        return RemoteArchiveWriter(objects, key, self.location(name), part, self._budget, self._patience)
 
     def load_archive(
         self,

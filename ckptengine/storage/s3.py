@@ -40,6 +40,7 @@ class S3Objects(Objects):
     """Objects below a prefix of one bucket. `fs` is an `s3fs.S3FileSystem`, `root` is `bucket/prefix`."""
 
     needs_probe = True
+    parts_in_parallel = True
     # Amazon S3, "Multipart upload limits".
     least_part_nbytes = 5 << 20
     most_part_nbytes = 5 << 30

@@ -24,8 +24,9 @@ class Budget:
     """What transfers of one storage may take.
 
     `part_nbytes` are those of one part of an upload, None: 64 MiB for archives from 512 MiB on, 16 MiB for smaller ones
-    so that several parts are in flight, more where the store's number of parts would not suffice. `requests` are in
-    flight at most; a read asks for `read_nbytes` at once, and reads gaps of up to `gap_nbytes` along.
+    so that several parts are in flight, less where too little is written at once for that, more where the store's
+    number of parts would not suffice. `requests` are in flight at most; a read asks for `read_nbytes` at once, and
+    reads gaps of up to `gap_nbytes` along.
     """
 
     part_nbytes: int | None = None
@@ -34,13 +35,17 @@ class Budget:
     gap_nbytes: int = 256 << 10
 
 
-def part_nbytes_for(nbytes: int, budget: Budget, objects: Objects) -> int:
+def part_nbytes_for(nbytes: int, budget: Budget, objects: Objects, write_nbytes: int | None = None) -> int:
     """Return the bytes of the parts of an archive whose fixed region has `nbytes`.
 
-    A tenth of the parts is left for the tail, whose size isn't known yet. Raises `StorageError` (EFBIG) where the store
-    can't hold such an object.
+    `write_nbytes` of it come at once; only parts of these are in flight together. A tenth of the parts is left for the
+    tail, whose size isn't known yet. Raises `StorageError` (EFBIG) where the store can't hold such an object.
     """
-    part = budget.part_nbytes or (64 * _MIB if nbytes >= 512 * _MIB else 16 * _MIB)
+    part = budget.part_nbytes
+    if part is None:
+        part = 64 * _MIB if nbytes >= 512 * _MIB else 16 * _MIB
+        if write_nbytes is not None and objects.parts_in_parallel:
+            part = min(part, write_nbytes // budget.requests // _MIB * _MIB)
     least = -(-nbytes // max(1, objects.most_parts * 9 // 10))
     part = max(part, -(-least // _MIB) * _MIB, objects.least_part_nbytes)
     if part > objects.most_part_nbytes:
@@ -55,10 +60,10 @@ class RemoteArchiveWriter(ArchiveWriter):
     part, the only copy of the state that is ever made. An archive of less than one part is one plain object.
     """
 
-    def __init__(self, objects: Objects, key: str, where: str, nbytes: int, budget: Budget, patience: Patience) -> None:
+    def __init__(self, objects: Objects, key: str, where: str, part: int, budget: Budget, patience: Patience) -> None:
         self._objects, self._key, self._where = objects, key, where
         self._budget, self._patience = budget, patience
-        self._part = part_nbytes_for(nbytes, budget, objects)
+        self._part = part
         self._carry = bytearray()
         self._position = self._sent = 0
         self._upload: Upload | None = None

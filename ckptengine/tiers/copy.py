@@ -6,9 +6,9 @@ import errno
 from collections.abc import Callable
 
 from ckptengine.archive.image import ALIGNMENT, BLOCK_NBYTES
-from ckptengine.archive.reader import Archive, check_size, open_archive
+from ckptengine.archive.reader import Archive, open_archive
 from ckptengine.archive.record import ArchiveRecord
-from ckptengine.catalog.commit import attempt_directory
+from ckptengine.catalog.commit import attempt_directory, check_file
 from ckptengine.catalog.listing import MAX_CLAIM_NBYTES, claim_name, claimed_generations, manifest_name
 from ckptengine.catalog.manifest import MAX_MANIFEST_NBYTES, Manifest
 from ckptengine.errors import CheckpointDamagedError, StorageError
@@ -17,12 +17,13 @@ from ckptengine.storage.base import ArchiveWriter, Storage, StorageView, join
 from ckptengine.storage.parallel import in_parallel
 from ckptengine.tiers.pace import Pace
 
-__all__ = ["WINDOW_NBYTES", "check_same_run", "copy_archive", "copy_commit"]
+__all__ = ["WINDOW_NBYTES", "check_same_run", "copy_archive", "copy_commit", "is_committed"]
 
 WINDOW_NBYTES = 64 << 20
 """Bytes that are read, and then written, at once; a copy has two such windows in memory, and its archive's tail."""
 _LEAST_WINDOW_NBYTES = 4 << 20
 _LOOKS = 8  # files that are looked up at once
+_ELSEWHERE = "give each run a place of its own"
 
 
 def copy_archive(
@@ -53,14 +54,23 @@ def copy_archive(
     arena = Arena()
     try:
         window = _window_nbytes(record, pace)
-        arena.reserve(2 * window)
-        with target.create_archive(name, record.nbytes) as writer:
+        _reserve(arena, 2 * window, archive)
+        with target.create_archive(name, record.nbytes, write_nbytes=window) as writer:
             _copy_fixed(archive, writer, arena, window, pace, report)
             _copy_tail(archive, writer, arena, pace, report)
             writer.finish()
     finally:
         arena.close()
     return record.nbytes
+
+
+def _reserve(arena: Arena, nbytes: int, archive: Archive) -> None:
+    try:
+        arena.reserve(nbytes)
+    except StorageError as error:
+        raise StorageError(
+            error.errno, f"no memory to copy {archive.location}: {nbytes:,} bytes are needed; free host memory"
+        ) from error
 
 
 def _window_nbytes(record: ArchiveRecord, pace: Pace | None) -> int:
@@ -122,35 +132,47 @@ def copy_commit(source: StorageView, target: Storage, directory: str, manifest: 
     it is in the source, for it may have keys that this version does not know. A source that has none (what it holds was
     never committed there) is what `manifest` describes. That the target has the very same manifest is success.
 
-    Raises `CheckpointDamagedError` naming the file where one of the target is missing or has another size, or where the
-    source's manifest is not `manifest`; `StorageError` (EEXIST) where another run lives in the target.
+    Raises `SaveFailedError` where a file of the target is missing or has another size, `CheckpointDamagedError` where
+    the source's manifest is not `manifest`, `StorageError` (EEXIST) where another run lives in the target.
     """
     check_same_run(source, target)
     data = attempt_directory(directory, manifest.attempt)
     copy_archive(source, target, join(data, manifest.layout.name), manifest.layout)
-    in_parallel(lambda record: check_size(target, join(data, record.name), record), manifest.archives, _LOOKS)
-    name = join(directory, manifest_name(manifest.generation))
-    document = _manifest_bytes(source, name, manifest)
+    in_parallel(lambda record: check_file(target, join(data, record.name), record), manifest.archives, _LOOKS)
+    document = _manifest_bytes(source, directory, manifest)
     there = set(claimed_generations(target))
     for generation in claimed_generations(source):
         if generation not in there:
             claim = source.read_bytes(claim_name(generation), MAX_CLAIM_NBYTES)
             if not target.put_if_absent(claim_name(generation), claim):
                 _check_claim(source, target, generation)
-    if not target.put_if_absent(name, document) and target.read_bytes(name, MAX_MANIFEST_NBYTES) != document:
-        raise StorageError(
-            errno.EEXIST, f"{target.location(name)} is there already, and is not {source.location(name)}; {_ELSEWHERE}"
-        )
+    name = join(directory, manifest_name(manifest.generation))
+    if not target.put_if_absent(name, document):
+        _check_bytes(source, target, name, document)
 
 
-def check_same_run(source: StorageView, target: Storage) -> None:
-    """Raise `StorageError` (EEXIST) where the target holds another run: a generation that another job has claimed.
+def is_committed(source: StorageView, target: Storage, directory: str, manifest: Manifest) -> bool:
+    """Return whether the target has the source's very manifest; its files may still be missing, or be damaged.
 
-    The newest that both have tells: claims are copied in their order, each only after this check.
+    Raises `StorageError` (EEXIST) where it has another one of that step and generation.
+    """
+    name = join(directory, manifest_name(manifest.generation))
+    if target.size(name) is None:
+        return False
+    _check_bytes(source, target, name, _manifest_bytes(source, directory, manifest))
+    return True
+
+
+def check_same_run(source: StorageView, target: Storage) -> bool:
+    """Raise `StorageError` (EEXIST) where the target holds another run: another job has claimed a generation there.
+
+    The newest claim that both have tells: they are copied in their order, each only after this check. Returns whether
+    there was one.
     """
     both = set(claimed_generations(source)) & set(claimed_generations(target))
     if both:
         _check_claim(source, target, max(both))
+    return bool(both)
 
 
 def _check_claim(source: StorageView, target: Storage, generation: int) -> None:
@@ -163,10 +185,17 @@ def _check_claim(source: StorageView, target: Storage, generation: int) -> None:
         )
 
 
-_ELSEWHERE = "give each run a place of its own"
+def _check_bytes(source: StorageView, target: Storage, name: str, document: bytes) -> None:
+    """Raise where the target's manifest is not the source's."""
+    if target.read_bytes(name, MAX_MANIFEST_NBYTES) != document:
+        raise StorageError(
+            errno.EEXIST, f"{target.location(name)} is there already, and is not {source.location(name)}; {_ELSEWHERE}"
+        )
 
 
-def _manifest_bytes(source: StorageView, name: str, manifest: Manifest) -> bytes:
+def _manifest_bytes(source: StorageView, directory: str, manifest: Manifest) -> bytes:
+    """Return the source's manifest as it lies there; where it has none, `manifest` encoded."""
+    name = join(directory, manifest_name(manifest.generation))
     try:
         document = source.read_bytes(name, MAX_MANIFEST_NBYTES)
     except StorageError as error:

@@ -1,14 +1,12 @@
-"""A run with three checkpoints of a small state, and a way to call the command on it."""
+"""A run with three checkpoints of a small state."""
 
 import shutil
 from pathlib import Path
 
 import pytest
-from cli_run import Call, state
-from click.testing import CliRunner, Result
+from cli_run import state
 
 import ckptengine as ce
-from ckptengine.cli.app import app
 
 
 @pytest.fixture(scope="session")
@@ -27,13 +25,3 @@ def run(original_run: Path, tmp_path: Path) -> Path:
     copy = tmp_path / "gpt"
     shutil.copytree(original_run, copy)
     return copy
-
-
-@pytest.fixture
-def call() -> Call:
-    def call(*arguments: object) -> Result:
-        result = CliRunner().invoke(app, [str(argument) for argument in arguments])
-        assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
-        return result
-
-    return call

@@ -124,6 +124,10 @@ def test_parts_stay_within_the_stores_limits():
         assert nbytes // part + 1 <= S3Objects.most_parts
         assert S3Objects.least_part_nbytes <= part <= S3Objects.most_part_nbytes
         assert nbytes < 512 << 20 or part >= 64 << 20
+    # What comes in small pieces goes in smaller parts, several of each piece at once.
+    assert part_nbytes_for(1 << 30, Budget(), S3Objects, 64 << 20) == 8 << 20  # type: ignore[arg-type]
+    assert part_nbytes_for(1 << 30, Budget(), S3Objects, 4 << 20) == 5 << 20  # type: ignore[arg-type]
+    assert 8 << 20 < part_nbytes_for(1 << 40, Budget(), S3Objects, 64 << 20) < 128 << 20  # type: ignore[arg-type]
     with pytest.raises(StorageError, match="use more ranks"):
         part_nbytes_for(50 << 40, Budget(), S3Objects)  # type: ignore[arg-type]
 

@@ -74,7 +74,8 @@ def test_a_bucket_that_fails_never_stops_training_and_catches_up_with_the_newest
         down = proxy.fault("503", "(PUT|POST) .*step-", times=10_000)
         for step in range(2, 7):
             stats = ckpt.save(step, state_of(step)).durable.result()
-            assert stats is not None and stats.path == str(tmp_path / "ckpt" / f"step-{step:08d}")
+            assert stats is not None
+            assert stats.path == str(tmp_path / "ckpt" / f"step-{step:08d}")
         eventually(lambda: "is tried again" in caplog.text)
         assert steps(home) == [1]
         down.times = 0

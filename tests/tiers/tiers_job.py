@@ -1,8 +1,9 @@
 """A rank of a job with tiers: `tiers_job.py FOLDER OPTIONS`, OPTIONS being JSON.
 
-`run`, `local`, `memory` and `keep_last` are the Checkpointer's; with `node`, so many ranks share a node, whose local
-and memory tiers are in a folder of its own. It trains until step `until`; from step `stuck` on the disk that saves go to
-takes no archive any more. Each rank notes what it did in `FOLDER/rank-N.json`, and makes `FOLDER/at-STEP.N` after each step.
+`run`, `local`, `memory` and `keep_last` are the Checkpointer's; with `node`, so many ranks share a node, whose local and
+memory tiers are in a folder of its own. It trains until step `until`; from step `stuck` on the disk that saves go to
+takes no archive any more. Each rank notes what it did in `FOLDER/rank-N.json`, and makes `FOLDER/at-STEP.N` after each
+step.
 """
 
 from __future__ import annotations

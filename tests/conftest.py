@@ -1,4 +1,4 @@
-"""Fixtures: a bucket of a real S3 server for each test, directly and through the proxy."""
+"""For all folders: a bucket of a real S3 server, directly and through a proxy, and a way to call the command."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 from buckets import QUICK, SMALL, Bucket, s3_options
+from cli_run import Call
 from servers import KEY, SECRET, Proxy, moto_server
 
 
@@ -54,3 +55,18 @@ def in_environment(bucket: Bucket, monkeypatch: pytest.MonkeyPatch) -> Bucket:
     monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
     monkeypatch.setenv("AWS_ENDPOINT_URL", bucket.options["endpoint_url"])
     return bucket
+
+
+@pytest.fixture
+def call() -> Call:
+    """The command, called in this process."""
+    from click.testing import CliRunner, Result
+
+    from ckptengine.cli.app import app
+
+    def call(*arguments: object) -> Result:
+        result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+        assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
+        return result
+
+    return call

@@ -1,0 +1,122 @@
+"""`ckptengine gc`: what dead attempts left, and checkpoints that need not be kept, are deleted."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+
+import click
+from rich.markup import escape
+
+from ckptengine.catalog.retention import Leftover, delete_checkpoint, remove_leftovers, superseded
+from ckptengine.cli.output import UNREADABLE, console, failures, print_json, size_text
+from ckptengine.errors import CheckpointError, CheckpointNotFoundError
+from ckptengine.storage.base import Storage, join
+from ckptengine.storage.open import open_storage
+from ckptengine.storage.parallel import in_parallel
+
+__all__ = ["gc"]
+
+_LOOKS = 8  # files that are looked up at once
+_WORDS = {
+    "checkpoint": "checkpoint",
+    "attempt": "data of an attempt that was given up",
+    "temporary": "temporary file",
+    "upload": "upload that was given up",
+    "directory": "empty directory",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class _Removed:
+    """One thing that is gone, or would be; `nbytes` is None for uploads, whose size stores don't list."""
+
+    kind: str
+    path: str
+    nbytes: int | None
+
+
+@click.command()
+@click.argument("run")
+@click.option("--keep-last", type=click.IntRange(min=1), help="Delete checkpoints too, but the newest N.")
+@click.option("--keep-every", type=click.IntRange(min=1), help="With --keep-last: keep steps that are multiples of N.")
+@click.option("--dry-run", is_flag=True, help="Only print what would be deleted.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def gc(run: str, keep_last: int | None, keep_every: int | None, dry_run: bool, as_json: bool) -> None:
+    """Delete what dead attempts have left in RUN: their data, unfinished uploads, temporary files.
+
+    What a living job writes is left alone, and so is all that is not ckptengine's. With --keep-last checkpoints are
+    deleted too, as `Checkpointer(keep_last=…, keep_every=…)` does: what a life was restored from stays until that life
+    has saved, and a manifest that can't be read stays. Exit codes: 0, 2 if RUN can't be read or holds nothing, or
+    something could not be deleted.
+    """
+    if keep_every is not None and keep_last is None:
+        raise click.UsageError("--keep-every says what to keep beside the newest: give --keep-last as well")
+    with failures():
+        storage = open_storage(run)
+        if not (storage.list() or storage.temporaries() or storage.unfinished()):
+            raise CheckpointNotFoundError(f"{storage.location()}: nothing is there")
+        removed, problems = _collect(storage, keep_last, keep_every, dry_run)
+    if as_json:
+        print_json({"dry_run": dry_run, "removed": removed, "problems": problems})
+    else:
+        _print(storage, removed, dry_run)
+        for problem in problems:
+            click.echo(f"ckptengine: {problem}", err=True)
+    if problems:
+        sys.exit(UNREADABLE)
+
+
+def _collect(
+    storage: Storage, keep_last: int | None, keep_every: int | None, dry_run: bool
+) -> tuple[list[_Removed], list[str]]:
+    """Delete, unless it is a `dry_run`, and return what, and what could not be deleted and why."""
+    removed: list[_Removed] = []
+
+    def remove(leftover: Leftover) -> None:
+        found = _Removed(leftover.kind, storage.location(leftover.name), _nbytes(storage, leftover))
+        if not dry_run:
+            leftover.delete(storage)
+        removed.append(found)
+
+    problems = remove_leftovers(storage, remove)
+    for entry, manifest in superseded(storage, keep_last, keep_every) if keep_last is not None else ():
+        nbytes = manifest.nbytes + (storage.size(entry.manifest) or 0)
+        try:
+            if not dry_run:
+                delete_checkpoint(storage, entry, manifest)
+        except CheckpointError as error:
+            problems.append(f"{storage.location(entry.manifest)} was not deleted: {error}")
+        else:
+            removed.append(_Removed("checkpoint", storage.location(entry.manifest), nbytes))
+    return removed, problems
+
+
+def _nbytes(storage: Storage, leftover: Leftover) -> int | None:
+    name = leftover.name
+    if leftover.kind == "upload":
+        return None
+    files = [name]
+    if leftover.kind == "attempt":
+        files = [join(name, file) for file in (*storage.list(name), *storage.temporaries(name))]
+    sizes: list[int] = []
+    in_parallel(lambda file: sizes.append(storage.size(file) or 0), files, _LOOKS)
+    return sum(sizes)
+
+
+def _print(storage: Storage, removed: list[_Removed], dry_run: bool) -> None:
+    to = console()
+    for one in removed:
+        size = "" if one.kind == "directory" else f", {size_text(one.nbytes)}"
+        verb = "would delete" if dry_run else "deleted"
+        to.print(f"{verb} {escape(one.path)}: {_WORDS[one.kind]}{size}", soft_wrap=True)
+    freed = size_text(sum(one.nbytes or 0 for one in removed))
+    uploads = sum(one.nbytes is None for one in removed)
+    and_uploads = f", and what {uploads} upload{'s' if uploads > 1 else ''} took" if uploads else ""
+    if not removed:
+        text = "nothing to delete"
+    elif dry_run:
+        text = f"{freed}{and_uploads} would be freed"
+    else:
+        text = f"{freed}{and_uploads} freed"
+    to.print(f"{escape(storage.location())}: {text}", soft_wrap=True)
