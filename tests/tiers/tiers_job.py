@@ -1,9 +1,9 @@
 """A rank of a job with tiers: `tiers_job.py FOLDER OPTIONS`, OPTIONS being JSON.
 
-`run`, `local`, `memory` and `keep_last` are the Checkpointer's; with `node`, so many ranks share a node, whose local and
-memory tiers are in a folder of its own. It trains until step `until`; from step `stuck` on the disk that saves go to
-takes no archive any more. Each rank notes what it did in `FOLDER/rank-N.json`, and makes `FOLDER/at-STEP.N` after each
-step.
+`run`, `local`, `memory` and `keep_last` are the Checkpointer's; with `node`, so many ranks share a node, whose local
+and memory tiers are in a folder of its own. It trains until step `until`; from step `stuck` on the disk that saves go
+to takes no archive any more. Each rank notes what it did in `FOLDER/rank-N.json`, and makes `FOLDER/at-STEP.N` after
+each step.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import os
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -22,7 +23,7 @@ from torch.distributed.tensor import DTensor, Shard, zeros
 
 import ckptengine as ce
 from ckptengine.catalog.listing import newest
-from ckptengine.storage.local import LocalStorage
+from ckptengine.storage.local import LocalArchiveWriter, LocalStorage
 
 ROWS, COLUMNS = 1003, 257
 
@@ -59,12 +60,12 @@ def stick(disk: str) -> None:
     """Have a disk take no archive from now on."""
     create = LocalStorage.create_archive
 
-    def stuck(self: LocalStorage, name: str, nbytes: int) -> object:
+    def stuck(self: LocalStorage, name: str, nbytes: int, **more: Any) -> LocalArchiveWriter:
         if str(self.root) == disk:
             time.sleep(600)
-        return create(self, name, nbytes)
+        return create(self, name, nbytes, **more)
 
-    LocalStorage.create_archive = stuck  # type: ignore[method-assign,assignment]
+    LocalStorage.create_archive = stuck  # type: ignore[method-assign]
 
 
 def main() -> None:
