@@ -29,7 +29,7 @@ from ckptengine.tiers.lock import locked
 __all__ = ["Prefetched", "prefetch"]
 
 _LOCK = "prefetch.lock"
-_ARCHIVES = 2
+_ARCHIVES = 4
 """Archives on their way at once, each with several requests: one's beginning and end don't leave the network idle."""
 _LOOKS = 8  # files that are looked up at once
 _TRIES = 5
