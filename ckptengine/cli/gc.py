@@ -14,6 +14,7 @@ from ckptengine.errors import CheckpointError, CheckpointNotFoundError
 from ckptengine.storage.base import Storage, join
 from ckptengine.storage.open import open_storage
 from ckptengine.storage.parallel import in_parallel
+from ckptengine.tiers.memory import MemoryTier, memory_root
 
 __all__ = ["gc"]
 
@@ -24,6 +25,7 @@ _WORDS = {
     "temporary": "temporary file",
     "upload": "upload that was given up",
     "directory": "empty directory",
+    "memory": "images in shared memory",
 }
 
 
@@ -40,23 +42,28 @@ class _Removed:
 @click.argument("run")
 @click.option("--keep-last", type=click.IntRange(min=1), help="Delete checkpoints too, but the newest N.")
 @click.option("--keep-every", type=click.IntRange(min=1), help="With --keep-last: keep steps that are multiples of N.")
+@click.option("--memory", is_flag=True, help="Delete what ended jobs of RUN have left in this machine's /dev/shm, too.")
 @click.option("--dry-run", is_flag=True, help="Only print what would be deleted.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def gc(run: str, keep_last: int | None, keep_every: int | None, dry_run: bool, as_json: bool) -> None:
+def gc(run: str, keep_last: int | None, keep_every: int | None, memory: bool, dry_run: bool, as_json: bool) -> None:
     """Delete what dead attempts have left in RUN: their data, unfinished uploads, temporary files.
 
     What a living job writes is left alone, and so is all that is not ckptengine's. With --keep-last checkpoints are
     deleted too, as `Checkpointer(keep_last=…, keep_every=…)` does: what a life was restored from stays until that life
-    has saved, and a manifest that can't be read stays. Exit codes: 0, 2 if RUN can't be read or holds nothing, or
+    has saved, and a manifest that can't be read stays. With --memory go the images that jobs with a memory tier kept
+    for their next start; those of a living job stay. Exit codes: 0, 2 if RUN can't be read or holds nothing, or
     something could not be deleted.
     """
     if keep_every is not None and keep_last is None:
         raise click.UsageError("--keep-every says what to keep beside the newest: give --keep-last as well")
     with failures():
         storage = open_storage(run)
-        if not (storage.list() or storage.temporaries() or storage.unfinished()):
+        there = bool(storage.list() or storage.temporaries() or storage.unfinished())
+        if not there and not memory:
             raise CheckpointNotFoundError(f"{storage.location()}: nothing is there")
-        removed, problems = _collect(storage, keep_last, keep_every, dry_run)
+        removed, problems = _collect(storage, keep_last, keep_every, dry_run) if there else ([], [])
+        if memory:
+            removed += _forget(storage, dry_run)
     if as_json:
         print_json({"dry_run": dry_run, "removed": removed, "problems": problems})
     else:
@@ -90,6 +97,18 @@ def _collect(
         else:
             removed.append(_Removed("checkpoint", storage.location(entry.manifest), nbytes))
     return removed, problems
+
+
+def _forget(storage: Storage, dry_run: bool) -> list[_Removed]:
+    """Delete the run's images in shared memory, unless it is a `dry_run` or a living job has them; return them."""
+    root = memory_root(storage.location(), True)
+    tier = MemoryTier(root, 0)
+    nbytes = tier.left_behind()
+    if not nbytes:
+        return []
+    if not dry_run:
+        tier.clear()
+    return [_Removed("memory", root, nbytes)]
 
 
 def _nbytes(storage: Storage, leftover: Leftover) -> int | None:

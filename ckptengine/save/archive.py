@@ -26,7 +26,8 @@ class StorageArchive:
         """Return the record of the archive, which is durable; raises what the snapshot or the storage did."""
         assert job.plan is not None
         image = job.plan.image
-        with job.target.storage.create_archive(join(data, image.name), image.fixed_nbytes) as archive:
+        name, window_nbytes = join(data, image.name), self._snapshotter.window_nbytes(image)
+        with job.target.storage.create_archive(name, image.fixed_nbytes, write_nbytes=window_nbytes) as archive:
             began = None
             for window in job.feed:
                 began = began or time.monotonic()

@@ -114,6 +114,12 @@ class Snapshotter:
                 f"{self._arena.nbytes:,}",
             )
 
+    def window_nbytes(self, image: Image) -> int | None:
+        """Return the bytes of the windows in which an image comes through a bounded arena; None: all at once."""
+        if self._limit is None or self._limit >= image.fixed_nbytes:
+            return None
+        return self._limit // 2 // BLOCK_NBYTES * BLOCK_NBYTES
+
     def fill(self, table: CopyTable, checksums: Checksums, feed: Feed) -> None:
         """Fill the reserved memory with an image, and feed its windows to the writer; all but what is fenced.
 

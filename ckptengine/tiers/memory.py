@@ -193,8 +193,7 @@ class MemoryTier:
                 if attempt_of(name) not in (None, attempt):
                     self._remove(directory, name)
             self.storage.remove_directory(directory)
-        folder = self.storage.root / _ARENAS
-        for path in map(str, sorted(folder.iterdir())):
+        for path in map(str, sorted((self.storage.root / _ARENAS).iterdir())):
             if _ARENA.fullmatch(os.path.basename(path)) and not is_locked(path) and os.stat(path).st_nlink == 1:
                 os.unlink(path)
 
@@ -215,8 +214,16 @@ class MemoryTier:
             self.storage.put_if_absent(claim_name(generation), claim)
         return stale
 
+    def left_behind(self) -> int | None:
+        """Return the bytes of the arenas here; None where a living process has any of them."""
+        folder = self.storage.root / _ARENAS
+        arenas = sorted(folder.iterdir()) if folder.is_dir() else []
+        if any(is_locked(str(path)) for path in arenas):
+            return None
+        return sum(path.stat().st_blocks * 512 for path in arenas)
+
     def clear(self) -> None:
-        """Remove everything but what living processes hold."""
+        """Remove everything but the arenas that living processes have."""
         self.tidy(None)
         for generation in claimed_generations(self.storage):
             self.storage.delete(claim_name(generation))

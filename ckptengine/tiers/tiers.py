@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import base64
 import contextlib
 import errno
@@ -11,6 +12,7 @@ import os
 import re
 import threading
 import time
+import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -144,6 +146,7 @@ class Tiers:
                 self._sweep_messages()
         source = Overlay([storage for storage, _ in self._near])
         self._mover = Mover(source, self.home, self._comm, store, token, self._came_home, self._pace)
+        _living.add(self)
 
     def _compare_claims(self, doing: str) -> None:
         """Tell a tier of another run by its claims; what lies in memory of one is removed."""
@@ -375,6 +378,7 @@ class Tiers:
 
         Does not wait for uploads: `flush` does.
         """
+        _living.discard(self)
         mover, self._mover = self._mover, None
         if mover is not None:
             if done:
@@ -438,6 +442,26 @@ def _packed_claims(storage: StorageView) -> bytes:
 
 def _unpacked_claims(data: bytes) -> dict[int, bytes]:
     return {int(generation): base64.b64decode(claim) for generation, claim in json.loads(data).items()}
+
+
+# When the interpreter ends, no library starts a thread or a connection any more: too late to bring anything home.
+_living: weakref.WeakSet[Tiers] = weakref.WeakSet()
+
+
+def _tell_unmoved() -> None:
+    for tiers in list(_living):
+        load = None if tiers._mover is None else tiers._mover.pending()
+        if load is not None:
+            _log.error(
+                "step %s is durable in %s, but is not in %s: the program ended before it had come there. End with "
+                "Checkpointer.close(), as `with` does; started again with the same tiers, the job brings it there",
+                load.manifest.step,
+                tiers.first.location(),
+                tiers.home.location(),
+            )
+
+
+atexit.register(_tell_unmoved)
 
 
 def _entry(checkpoint: Checkpoint) -> Entry:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import subprocess
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -44,3 +45,12 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
         pytest.skip(f"this needs the right to mount: {done.stderr.strip()}")
     yield folder
     subprocess.run(["umount", str(folder)], check=True)
+
+
+@pytest.fixture
+def memory() -> Iterator[Path]:
+    """A folder of this test's own in shared memory."""
+    folder = Path("/dev/shm") / f"ckptengine-test-{uuid.uuid4().hex[:12]}"
+    folder.mkdir()
+    yield folder
+    shutil.rmtree(folder)

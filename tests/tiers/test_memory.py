@@ -5,31 +5,14 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
-import uuid
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
-from tiered import Running, finish
+from tiered import Running, finish, steps
 
 import ckptengine as ce
-from ckptengine.catalog.listing import committed
-from ckptengine.storage.local import LocalStorage
 from ckptengine.tiers.memory import memory_root
-
-
-@pytest.fixture
-def memory() -> Iterator[Path]:
-    """A folder of this test's own in shared memory."""
-    folder = Path("/dev/shm") / f"ckptengine-test-{uuid.uuid4().hex[:12]}"
-    folder.mkdir()
-    yield folder
-    shutil.rmtree(folder)
-
-
-def steps(folder: Path | str) -> list[int | None]:
-    return [entry.step for entry in committed(LocalStorage(folder))]
 
 
 def state_of(step: int) -> dict:
@@ -172,3 +155,17 @@ def test_a_job_that_failed_leaves_its_memory_for_the_next_start_and_arenas_of_en
         again._saver.settle(60)
         assert steps(root) == [2]
         assert not left.exists()
+
+
+def test_gc_frees_the_memory_of_a_job_that_ended_and_leaves_that_of_a_living_one(tmp_path, call):
+    run = tmp_path / "run"
+    root = Path(memory_root(str(run), True))
+    ckpt = ce.Checkpointer(run, memory=True, preemption=None)
+    ckpt.save(1, state_of(1)).durable.result()
+    assert "nothing to delete" in call("gc", str(run), "--memory").output
+    leave(ckpt)
+    assert "would delete" in call("gc", str(run), "--memory", "--dry-run").output
+    assert steps(root) == [1]
+    assert "images in shared memory" in call("gc", str(run), "--memory").output
+    assert [name for _, _, names in os.walk(root) for name in names] == []
+    assert steps(run) == [1]

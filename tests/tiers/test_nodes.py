@@ -4,28 +4,12 @@ from __future__ import annotations
 
 import shutil
 import time
-import uuid
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from tiered import Running, finish
+from tiered import Running, finish, steps
 
-from ckptengine.catalog.listing import committed
-from ckptengine.storage.local import LocalStorage
 from ckptengine.tiers.memory import memory_root
-
-
-@pytest.fixture
-def memory() -> Iterator[Path]:
-    folder = Path("/dev/shm") / f"ckptengine-test-{uuid.uuid4().hex[:12]}"
-    folder.mkdir()
-    yield folder
-    shutil.rmtree(folder)
-
-
-def steps(folder: Path | str) -> list[int | None]:
-    return [entry.step for entry in committed(LocalStorage(folder))]
 
 
 def archives(folder: Path, step: int) -> set[str]:
