@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import email.utils
 import threading
 from collections.abc import AsyncIterator, Coroutine, Sequence
@@ -57,6 +58,18 @@ class S3Objects(Objects):
         """Write an object."""
         with _Body(memoryview(data).cast("B")) as body:
             self._call("put_object", seconds, Key=self._prefix + key, Body=body)
+
+    def checksum(self, memory: memoryview) -> dict[str, str]:
+        """Return a body's CRC32 as a request's argument, none where the client is told to send checksums only if asked.
+
+        Computed here: the client would read the body once more for it, at a tenth of the speed, and send it behind the
+        body, which then has to go in chunks that the store takes apart.
+        """
+        from ckptengine import _native
+
+        if self._fs.s3.meta.config.request_checksum_calculation == "when_required":
+            return {}
+        return {"ChecksumCRC32": base64.b64encode(_native.crc32(memory).to_bytes(4, "big")).decode()}
 
     def create(self, key: str, data: bytes, seconds: float) -> None:
         """Write an object with `If-None-Match: *`."""
@@ -180,9 +193,15 @@ class _MultipartUpload(Upload):
     def send(self, number: int, memory: memoryview, seconds: float) -> None:
         with _Body(memory) as body:
             reply = self._objects._call(
-                "upload_part", seconds, Key=self._key, UploadId=self._upload, PartNumber=number, Body=body
+                "upload_part",
+                seconds,
+                Key=self._key,
+                UploadId=self._upload,
+                PartNumber=number,
+                Body=body,
+                **self._objects.checksum(memory),
             )
-        # What the client found out about the part's checksum belongs to the list of parts.
+        # What the store says of the part's checksum belongs to the list of parts.
         sums = {name: value for name, value in reply.items() if name.startswith("Checksum") and name != "ChecksumType"}
         self._tags[number] = {"PartNumber": number, "ETag": reply["ETag"], **sums}
 
