@@ -162,13 +162,13 @@ class Checkpointer:
                 self._refuse_checkpoint()
                 self._storage.create()
                 self._sweep(remove_leftovers(self._storage))
+                self._found = self._tiers.newest()
                 token = secrets.token_hex(8).encode()
             except Exception as problem:
                 error = problem
         name = gather(self._comm, token, error, self._timeout, f"opening {self.run}")[0].decode()
-        self._tiers.open(name)
-        if self._comm.rank == 0:
-            self._found = self._tiers.newest()
+        found = self._tiers.open(name)
+        self._found = self._found if found is None else found
         return name
 
     def _refuse_checkpoint(self) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import logging
+import math
 import os
 import re
 import stat
@@ -184,18 +185,28 @@ class MemoryTier:
         self.storage.remove_directory(directory)
 
     def tidy(self, attempt: str | None) -> None:
-        """Remove all but one attempt, and the arenas that no process has and no checkpoint lies in.
+        """Remove what is older than one committed attempt, or all, and arenas that no process and no checkpoint has.
 
-        For the first rank of a node, after a commit in memory.
+        For the first rank of a node, after a commit in memory. What is newer is another rank's part of the next one.
         """
+        limit = self._committed_at(attempt)
         for _, directory in steps_of(self.storage):
             for name in self.storage.list(directory):
                 if attempt_of(name) not in (None, attempt):
-                    self._remove(directory, name)
-            self.storage.remove_directory(directory)
+                    modified = self.storage.modified(join(directory, name))
+                    if modified is not None and modified < limit:
+                        self._remove(directory, name)
         for path in map(str, sorted((self.storage.root / _ARENAS).iterdir())):
             if _ARENA.fullmatch(os.path.basename(path)) and not is_locked(path) and os.stat(path).st_nlink == 1:
                 os.unlink(path)
+
+    def _committed_at(self, attempt: str | None) -> float:
+        """Return when an attempt's manifest was published; infinity for None."""
+        for entry in committed(self.storage) if attempt is not None else ():
+            modified = self.storage.modified(entry.manifest)
+            if modified is not None and read_manifest(self.storage, entry).attempt == attempt:
+                return modified
+        return math.inf if attempt is None else -math.inf
 
     def note_claims(self, claims: dict[int, bytes]) -> bool:
         """Make the tier's claims of generations those of the run; return whether it held another run's.

@@ -116,10 +116,13 @@ class Tiers:
             found.append((self.local, self._site))
         return found
 
-    def open(self, token: str) -> None:
-        """Make the near tiers ready, and see who shares them; all ranks. `token` is this life's, 16 hex digits."""
+    def open(self, token: str) -> int | None:
+        """Make the near tiers ready, and see who shares them; all ranks. `token` is this life's, 16 hex digits.
+
+        Returns on rank 0 the newest step that it sees in any tier, where there are near ones.
+        """
         if self.local is None and self.memory is None:
-            return
+            return None
         error: Exception | None = None
         try:
             if self.local is not None:
@@ -137,7 +140,7 @@ class Tiers:
             self._memory_site = sites[0]
         if self.local is not None:
             self._site = sites[-1]
-        self._compare_claims(doing)
+        found = self._compare_claims(doing)
         store = self._comm.store()
         if store is None:
             self._messages = f"moves-{token}"
@@ -147,8 +150,9 @@ class Tiers:
         source = Overlay([storage for storage, _ in self._near])
         self._mover = Mover(source, self.home, self._comm, store, token, self._came_home, self._pace)
         _living.add(self)
+        return found
 
-    def _compare_claims(self, doing: str) -> None:
+    def _compare_claims(self, doing: str) -> int | None:
         """Tell a tier of another run by its claims; what lies in memory of one is removed."""
         claims, error = b"{}", None
         try:
@@ -171,9 +175,11 @@ class Tiers:
                         self.local.put_if_absent(claim_name(generation), claim)
                 if self._site.shared:
                     self._tell(remove_leftovers(self.local))
+            found = self.newest() if self._comm.rank == 0 else None
         except CheckpointError as problem:
-            error = problem
+            found, error = None, problem
         gather(self._comm, b"", error, self._timeout, doing)
+        return found
 
     def newest(self) -> int | None:
         """Return the newest step that rank 0 sees in any tier, None where there is none."""
