@@ -62,7 +62,7 @@ import numpy as np
 import ckptengine as ce
 from ckptengine.storage.local import LocalStorage
 go, write = threading.Event(), LocalStorage.create_archive
-LocalStorage.create_archive = lambda *arguments: (go.wait(), write(*arguments))[1]
+LocalStorage.create_archive = lambda *arguments, **more: (go.wait(), write(*arguments, **more))[1]
 handle = ce.async_save(sys.argv[1], {"a": np.arange(9.0)})
 pid = os.fork()
 if pid == 0:
@@ -125,7 +125,7 @@ import ckptengine as ce
 from ckptengine.errors import StorageError
 from ckptengine.storage.local import LocalStorage
 
-def fail(*arguments):
+def fail(*arguments, **more):
     raise StorageError(5, "the disk is gone")
 
 LocalStorage.create_archive = fail

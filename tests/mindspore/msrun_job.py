@@ -74,8 +74,8 @@ def save(run):
         if get_rank() == 1:
             create = LocalStorage.create_archive
 
-            def dies(*arguments):
-                create(*arguments)
+            def dies(*arguments, **options):
+                create(*arguments, **options)
                 os.kill(os.getpid(), signal.SIGKILL)
 
             LocalStorage.create_archive = dies

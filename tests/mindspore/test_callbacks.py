@@ -117,11 +117,11 @@ def test_a_failed_save_costs_neither_the_training_nor_an_older_checkpoint(tmp_pa
     config = CheckpointConfig(save_checkpoint_steps=1, keep_checkpoint_max=1)
     create, calls = LocalStorage.create_archive, []
 
-    def fails_from_the_third_on(*arguments):
+    def fails_from_the_third_on(*arguments, **options):
         calls.append(1)
         if len(calls) > 2:
             raise OSError(28, "no space left")
-        return create(*arguments)
+        return create(*arguments, **options)
 
     monkeypatch.setattr(LocalStorage, "create_archive", fails_from_the_third_on)
     model = a_model()
@@ -217,7 +217,7 @@ def test_a_save_replaces_the_one_of_the_same_name_only_when_it_is_committed(tmp_
     save_checkpoint(net, path)
     first = training.contents(net)
     go, create = threading.Event(), LocalStorage.create_archive
-    monkeypatch.setattr(LocalStorage, "create_archive", lambda *a: (go.wait(30), create(*a))[1])
+    monkeypatch.setattr(LocalStorage, "create_archive", lambda *a, **more: (go.wait(30), create(*a, **more))[1])
     net.weight.set_data(Tensor(np.ones((4, 4), np.float32)))
     save_checkpoint(net, path, async_save="thread")
     assert ce.load(path)["net"]["weight"].tobytes() == first["weight"]

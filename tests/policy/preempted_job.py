@@ -31,9 +31,9 @@ def main() -> None:
     dist.init_process_group("gloo", timeout=timedelta(seconds=60))
     slow, create = options.get("slow_write", 0.0), LocalStorage.create_archive
 
-    def create_slowly(storage, name, nbytes):
+    def create_slowly(storage, name, nbytes, **options):
         time.sleep(slow)
-        return create(storage, name, nbytes)
+        return create(storage, name, nbytes, **options)
 
     LocalStorage.create_archive = create_slowly
     # The whole state is one number that tells how far training came, in every element.

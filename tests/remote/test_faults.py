@@ -102,8 +102,9 @@ def test_a_refusal_is_not_repeated(disturbed, proxy, quick):
     [("500 InternalError", errno.EIO), ("reset before", errno.EIO), ("silence", errno.ETIMEDOUT)],
 )
 def test_what_does_not_get_better_ends_at_the_deadline(disturbed, proxy, kind, number):
-    disturbed.storage().list()  # so that the connection is there
-    storage = disturbed.storage(patience=Patience(seconds=1, first=0.01, longest=0.05, request=0.3, slowest=1 << 40))
+    storage = disturbed.storage()
+    storage.list()  # so that the connection is there
+    storage._patience = Patience(seconds=1, first=0.01, longest=0.05, request=0.3, slowest=1 << 40)
     proxy.fault(kind, "HEAD", 10**6)
     with pytest.raises(StorageError, match=r"cannot look up s3://.*/run/x: .*tries in") as caught:
         storage.size("x")
