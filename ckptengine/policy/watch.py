@@ -37,6 +37,9 @@ _WORD_SECONDS = 2.0
 """How long threads may take for what they do at once, unless the machine is busy."""
 _DEPART_SECONDS = 10.0
 """How long ranks wait at most for each other before they exit: only so that none ends another's store."""
+_END_SECONDS = 10.0
+"""How long `close` waits for a thread: one that is still in a call of torch's store when the interpreter ends, on the
+rank that hosts the store, makes C++ abort the process (exit code -6), and torchrun would start a finished job again."""
 _LAST_WORDS_SECONDS = 1.0
 _FOLDER = "preemption-"
 """How the directories are named in which ranks without a store of their own leave their messages."""
@@ -205,7 +208,7 @@ class Watch:
                 self._agreement.close(failed)
         for thread in self._threads:
             if thread is not threading.current_thread():
-                thread.join(_WORD_SECONDS)
+                thread.join(_END_SECONDS)
         with contextlib.suppress(CheckpointError):
             if self._agreement is not None:
                 self._agreement.forget()

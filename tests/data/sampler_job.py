@@ -74,6 +74,8 @@ def main() -> None:
                         os.kill(os.getpid(), signal.SIGKILL)
                     if step % 3 == 0 or sampler.epoch >= epochs:
                         ckpt.save(step, state).durable.result()
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -45,6 +45,7 @@ def main() -> None:
             step = epoch * BATCHES + batch + 1
             ckpt.step(step, state)
             note(did=step)
+    dist.destroy_process_group()  # as docs/torchrun.md tells: else torch may abort a job that is done
     note(ended=counts.tolist())
 
 

@@ -57,7 +57,9 @@ def main() -> None:
                 note(did=step, saving=handle is not None)
     except Preempted as end:
         note(preempted=end.step, code=end.code)
+        dist.destroy_process_group()
         raise
+    dist.destroy_process_group()
     note(ended=True)
 
 
