@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ckptengine.archive.tail import build_tail
+from ckptengine.catalog.manifest import utc_now
 from ckptengine.comm.site import Site
 from ckptengine.save.handle import Phase, SaveHandle
 from ckptengine.save.planner import Plan
@@ -82,6 +83,8 @@ class Job:
     checksums: Checksums | None = None
     arena: SharedArena | None = None
     """Where the image lies, if it may stay there."""
+    created: str = field(default_factory=utc_now)
+    """What the manifest says; wherever this attempt is committed, that is the same file."""
     replica_crcs: ReplicaCrcs = ()
     held: ExitStack = field(default_factory=ExitStack, repr=False)
     """What rank 0 holds until the end is known, and lets go of after it has told."""

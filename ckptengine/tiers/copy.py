@@ -34,19 +34,20 @@ def copy_archive(
     *,
     pace: Pace | None = None,
     progress: Callable[[int], None] | None = None,
+    found: Callable[[int], None] | None = None,
 ) -> int:
     """Copy one archive, file `name` in both storages, verified block by block; return the bytes that were moved.
 
     Those are 0 where the target has the file with its size: it appears under its name only when it is whole, and
     nobody else writes into an attempt's directory. Until the commit the caller holds a `Lease` there, or a sweep takes
-    it for what a dead attempt has left. `progress` is called with the bytes of each piece that has come, or with all of
-    them where the file was there.
+    it for what a dead attempt has left. `progress` is called with the bytes of each piece that has come, `found` with
+    all of them where the file was there; without it that is `progress` as well.
 
     Raises `CheckpointDamagedError` naming the source's file, of which then nothing stays in the target; `StorageError`.
     """
     report = progress or (lambda nbytes: None)
     if target.size(name) == record.nbytes:
-        report(record.nbytes)
+        (found or report)(record.nbytes)
         return 0
     archive = open_archive(source, name, record)
     if record.nbytes % ALIGNMENT:

@@ -65,8 +65,11 @@ def carry(
     rank: int,
     pace: Pace | None = None,
     progress: Callable[[int], None] | None = None,
+    found: Callable[[int], None] | None = None,
 ) -> None:
     """Copy those files of a load that this rank is to read; what is there already is not copied again.
+
+    `progress` and `found` are those of `copy_archive`.
 
     Raises `StorageError`, `CheckpointDamagedError`.
     """
@@ -74,7 +77,7 @@ def carry(
     records: tuple[ArchiveRecord, ...] = (load.manifest.layout, *load.manifest.archives)
     for record in records:
         if load.holder.get(record.name) == rank:
-            copy_archive(source, home, join(data, record.name), record, pace=pace, progress=progress)
+            copy_archive(source, home, join(data, record.name), record, pace=pace, progress=progress, found=found)
 
 
 class _Stopped(Exception):
@@ -244,7 +247,7 @@ class Mover:
             self._tell_all(load.encode())
             errors = {}
             try:
-                carry(load, self._source, home, 0, self._pace, self._progress)
+                carry(load, self._source, home, 0, self._pace, self._progress, self._found)
             except CheckpointError as error:
                 errors[0] = f"{error}"
             errors |= self._collect()
@@ -273,7 +276,7 @@ class Mover:
                 self._current = load
             error = ""
             try:
-                carry(load, self._source, self._home, self._comm.rank, self._pace, self._progress)
+                carry(load, self._source, self._home, self._comm.rank, self._pace, self._progress, self._found)
             except CheckpointError as problem:
                 error = f"{problem}" or type(problem).__name__
             with self._changed:
@@ -294,6 +297,10 @@ class Mover:
             if not self._store.blocks:
                 with self._changed:
                     self._changed.wait_for(lambda: self._stopped, _LOOK_SECONDS)
+
+    def _found(self, nbytes: int) -> None:
+        """Count what an earlier try has brought: nothing has moved, or a commit that fails would be tried for ever."""
+        self._moved_nbytes += nbytes
 
     def _progress(self, nbytes: int) -> None:
         self._moved_nbytes += nbytes

@@ -5,13 +5,16 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from tiered import Running, finish, steps
 
 import ckptengine as ce
+from ckptengine.storage.local import LocalArchiveWriter, LocalStorage
 from ckptengine.tiers.memory import memory_root
 
 
@@ -169,3 +172,21 @@ def test_gc_frees_the_memory_of_a_job_that_ended_and_leaves_that_of_a_living_one
     assert "images in shared memory" in call("gc", str(run), "--memory").output
     assert [name for _, _, names in os.walk(root) for name in names] == []
     assert steps(run) == [1]
+
+
+def test_the_manifest_is_the_same_in_all_places_however_long_the_disk_takes(tmp_path, memory, monkeypatch):
+    disk, create = str(tmp_path / "local"), LocalStorage.create_archive
+
+    def slow(self: LocalStorage, *arguments: Any, **options: Any) -> LocalArchiveWriter:
+        if str(self.root) == disk:
+            time.sleep(1.1)  # manifests tell the second in which they were made
+        return create(self, *arguments, **options)
+
+    monkeypatch.setattr(LocalStorage, "create_archive", slow)
+    run = tmp_path / "run"
+    with ce.Checkpointer(run, local=disk, memory=memory, preemption=None, timeout=20) as ckpt:
+        ckpt.save(1, state_of(1)).durable.result()
+        ckpt.flush()
+        places = run, Path(disk), Path(memory_root(str(run), memory))
+        manifests = [(place / "step-00000001" / "manifest-0001.json").read_bytes() for place in places]
+    assert manifests[0] == manifests[1] == manifests[2]
