@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import signal
 import threading
 import time
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
+from buckets import QUICK
 from tiered import finish
 
 import ckptengine as ce
 from ckptengine.catalog.listing import committed
 from ckptengine.storage.local import LocalStorage
+from ckptengine.tiers.memory import memory_root
 
 SIZE = 1_500_000
 
@@ -103,6 +109,20 @@ def test_where_the_bucket_stays_down_the_end_says_where_the_checkpoint_is_and_th
     assert steps(bucket.storage()) == [1, 2]
 
 
+def test_a_bucket_that_takes_the_data_and_never_the_manifest_does_not_hold_the_end_for_ever(
+    bucket, disturbed, proxy, tmp_path, quick, monkeypatch
+):
+    monkeypatch.setattr("ckptengine.tiers.mover._RETRY_SECONDS", (0.2, 0.5))
+    places = {"run": f"{bucket.url}/run", "local": tmp_path / "ckpt", "preemption": None}
+    ckpt = ce.Checkpointer(**places, storage_options=disturbed.options, timeout=4)
+    ckpt.save(1, state_of(1)).durable.result()
+    ckpt.flush()
+    proxy.fault("403", "PUT .*manifest", times=10_000)
+    ckpt.save(2, state_of(2)).durable.result()
+    with pytest.raises(ce.errors.SaveFailedError, match=r"step 2 is durable in .*ckpt, but is not in s3://.*manifest"):
+        ckpt.close()
+
+
 def test_a_local_copy_that_is_damaged_is_not_used_nor_spread_and_the_buckets_is_taken(bucket, tmp_path, caplog):
     places = {"run": f"{bucket.url}/run", "local": tmp_path / "ckpt", "storage_options": bucket.options}
     with ce.Checkpointer(**places, preemption=None) as ckpt:
@@ -124,8 +144,6 @@ def test_a_local_copy_that_is_damaged_is_not_used_nor_spread_and_the_buckets_is_
 def test_with_each_tier_lost_in_turn_two_ranks_go_on_from_what_four_have_saved(in_environment, tmp_path, lost):
     memory = f"/dev/shm/ckptengine-test-{in_environment.url[-12:]}"
     places = {"run": f"{in_environment.url}/run", "local": str(tmp_path / "ckpt"), "memory": memory}
-    from pathlib import Path
-
     from tiered import Running
 
     Path(memory).mkdir()
@@ -200,3 +218,54 @@ def test_threads_of_the_mover_end_with_the_checkpointer(bucket, tmp_path):
     ) as ckpt:
         ckpt.save(1, state_of(1))
     assert not [one for one in threading.enumerate() if one.name == "ckptengine-mover" and one not in before]
+
+
+def test_a_job_that_is_told_to_end_has_its_last_step_in_the_bucket_and_leaves_its_memory(bucket, tmp_path):
+    memory = Path(f"/dev/shm/ckptengine-test-{bucket.url[-12:]}")
+    memory.mkdir()
+    places = {"run": f"{bucket.url}/run", "local": tmp_path / "ckpt", "memory": memory}
+    try:
+        with (
+            pytest.raises(ce.errors.Preempted) as told,
+            ce.Checkpointer(**places, every=100, storage_options=bucket.options) as ckpt,
+        ):
+            for step in range(1, 1000):
+                ckpt.step(step, state_of(step))
+                if step == 1:
+                    os.kill(os.getpid(), signal.SIGTERM)
+                time.sleep(0.01)
+        assert told.value.step is not None
+        places_of = tmp_path / "ckpt", memory_root(f"{bucket.url}/run", memory)
+        assert [steps(LocalStorage(place)) for place in places_of] == [[told.value.step]] * 2
+        assert steps(bucket.storage()) == [told.value.step]
+    finally:
+        shutil.rmtree(memory)
+
+
+def test_a_job_cannot_begin_while_the_bucket_is_down_for_its_disk_may_be_behind(
+    bucket, disturbed, proxy, tmp_path, quick, monkeypatch
+):
+    places = {"run": f"{bucket.url}/run", "local": tmp_path / "ckpt", "preemption": None}
+    with ce.Checkpointer(**places, storage_options=bucket.options) as ckpt:
+        ckpt.save(1, state_of(1))
+    monkeypatch.setattr("ckptengine.storage.remote.Patience", lambda: replace(QUICK, seconds=1))
+    proxy.fault("503 SlowDown", ".*", times=10_000)
+    with pytest.raises(ce.errors.StorageError, match=r"s3://.*503 SlowDown \(\d+ tries in \d"):
+        ce.Checkpointer(**places, storage_options=disturbed.options)
+
+
+def test_a_disk_that_was_left_behind_does_not_win_over_what_the_job_has_done_since(bucket, tmp_path):
+    common = {"run": f"{bucket.url}/run", "storage_options": bucket.options, "preemption": None}
+    with ce.Checkpointer(**common, local=tmp_path / "old") as ckpt:
+        for step in (1, 9):
+            ckpt.save(step, state_of(step)).durable.result()
+            ckpt.flush()
+    bucket.fs.rm(f"{bucket.url}/run/step-00000009", recursive=True)  # as if it had never come there
+    assert steps(LocalStorage(tmp_path / "old")) == [1, 9]
+    with ce.Checkpointer(**common, local=tmp_path / "new") as ckpt:
+        assert ckpt.restore(state_of(0)) == 1
+        ckpt.save(2, state_of(2))
+    state = state_of(0)
+    with ce.Checkpointer(**common, local=tmp_path / "old") as again:
+        assert again.restore(state) == 2
+    assert state["w"][0] == 2
