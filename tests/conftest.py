@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import uuid
 from collections.abc import Iterator
 
@@ -9,6 +10,10 @@ import pytest
 from buckets import QUICK, SMALL, Bucket, s3_options
 from cli_run import Call
 from servers import KEY, SECRET, Proxy, moto_server
+
+# torch's store asks a name server who the other end of each connection is, and 127.0.0.1 is no exception. Where such a
+# question is lost, the job stands still for the resolver's five seconds: see resolv.conf(5).
+os.environ.setdefault("RES_OPTIONS", "timeout:1")
 
 
 @pytest.fixture(scope="session")

@@ -5,6 +5,8 @@ from __future__ import annotations
 import threading
 import time
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
@@ -56,16 +58,17 @@ def from_torch(timeout: float = _CONNECT_TIMEOUT) -> Communicator:
 
 
 class TorchStore(KeyValueStore):
-    """A c10d store, each thread with a clone of its own.
+    """A c10d store, by clones of which each serves one call at a time.
 
-    A client that waits blocks every other thread that uses it, through `PrefixStore` too; clones don't.
-    `cloned` says whether that was possible (a store written in Python has no `clone`): else it polls the
-    given store and is for the thread that owns it.
+    A client that waits blocks every other thread that uses it, through `PrefixStore` too; clones don't. They are kept
+    for the next call of any thread: each connects to the store's host, and both ends ask for the other's name, for
+    which all ranks wait where that takes long. `cloned` says whether a clone was possible (a store written in Python
+    has no `clone`): else it polls the given store and is for the thread that owns it.
     """
 
     def __init__(self, store: Any) -> None:
         self._lock = threading.Lock()
-        self._clients = threading.local()
+        self._idle: list[Any] = []  # clients that no call uses
         try:
             # Kept for cloning only.
             self._base = store.clone()
@@ -120,16 +123,29 @@ class TorchStore(KeyValueStore):
         self._call("wait", wait)
 
     def _call(self, operation: str, call: Any) -> Any:
-        client = getattr(self._clients, "client", None)
         try:
-            if client is None:
-                with self._lock:
-                    client = self._base.clone() if self.cloned else self._base
-                self._clients.client = client
-            return call(client)
+            with self._client() as client:
+                return call(client)
         except RuntimeError as error:
             text = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise CheckpointError(
                 f"the store of torch.distributed failed ({operation}: {text}); the process that hosts it, "
                 "rank 0 or torchrun's agent, has probably ended"
             ) from error
+
+    @contextmanager
+    def _client(self) -> Iterator[Any]:
+        """Have a client for one call."""
+        if not self.cloned:
+            yield self._base
+            return
+        try:
+            client = self._idle.pop()
+        except IndexError:
+            with self._lock:
+                client = self._base.clone()
+        try:
+            yield client
+        finally:
+            # Also after an error: where the host is gone, the next call learns it at once, without connecting.
+            self._idle.append(client)

@@ -111,6 +111,20 @@ def test_a_waiting_thread_does_not_hold_up_the_others(tmp_path):
     waiter.join()
 
 
+def test_threads_that_come_one_after_the_other_connect_once(tmp_path):
+    """Each save has a thread of its own; the host of the store would have every rank connect for each save."""
+    host = c10d_stores(tmp_path)["prefix"]
+    store = TorchStore(host)
+    store.set("key", b"1")
+    before = len(os.listdir("/proc/self/fd"))
+    seen = []
+    for _ in range(5):
+        thread = threading.Thread(target=lambda: seen.append((store.get("key", 1), len(os.listdir("/proc/self/fd")))))
+        thread.start()
+        thread.join()
+    assert seen == [(b"1", before)] * 5
+
+
 class WithoutClone(dist.Store):
     """A store written in Python, as some launchers bring."""
 

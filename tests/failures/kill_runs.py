@@ -15,7 +15,7 @@ import sys
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from pathlib import Path
 from typing import Any
 
@@ -77,9 +77,9 @@ def forked(work: Callable[[], None]) -> int:
     return process
 
 
-def check(run: Path, log: Path) -> list[int]:
-    """Compare what is listed with what was logged; return the steps that are listed."""
-    steps = committed_steps(run)
+def check(run: Path, log: Path, known: Container[int] = ()) -> list[int]:
+    """Compare what is listed with what was logged; return the steps that are listed, whole unless `known` to be."""
+    steps = committed_steps(run, known)
     logged = [int(line) for line in log.read_text().split()] if log.exists() else []
     newest = max(logged, default=0)
     assert (steps[-1] if steps else 0) >= newest, f"step {newest} was durable, there are {steps}"
@@ -93,6 +93,7 @@ def kill_at_random(run: Path, kills: int, seed: int) -> dict[str, Any]:
     """
     chance, log = random.Random(seed), run.parent / "durable.log"
     newest, certain, each = [], 0, 0.1
+    whole: set[int] = set()
     for _ in range(kills):
         saves = chance.randint(0, 5)
         ours, theirs = os.pipe()
@@ -110,9 +111,11 @@ def kill_at_random(run: Path, kills: int, seed: int) -> dict[str, Any]:
         assert os.WIFSIGNALED(status), "the trainer ended by itself"
         # A save begins when the one before is durable, except that the first two are told one after the other.
         certain += max(0, saves - 2)
-        newest.append(max(check(run, log), default=0))
+        whole.update(steps := check(run, log, whole))
+        newest.append(max(steps, default=0))
         assert newest == sorted(newest), newest
         assert newest[-1] >= certain, (newest, certain)
+    check(run, log)  # all of them once more, after all that has happened since
     return {"newest": newest}
 
 

@@ -169,7 +169,7 @@ def test_a_policy_that_means_nothing_is_refused(tmp_path: Path, arguments: dict[
 METADATA = [{"x": {1}}, {"x": np.int64(3)}, {"x": float("nan")}, {1: "x"}, {"x": [object()]}, {"x": 1 << 70}]
 
 
-@pytest.mark.parametrize("metadata", METADATA, ids=repr)
+@pytest.mark.parametrize("metadata", METADATA, ids=["set", "np.int64", "nan", "int key", "object", "2**70"])
 def test_metadata_that_is_no_json_is_refused_before_anything_is_written(tmp_path: Path, metadata: Any) -> None:
     with pytest.raises(StateError, match="metadata"):
         ce.save(tmp_path / "point", {"a": 1}, metadata=metadata)

@@ -160,7 +160,7 @@ def main() -> None:
         "needs": needs,
         "growth": field("VmHWM") - before,
         "files": len(os.listdir("/proc/self/fd")),
-        "shared": sorted(name for name in os.listdir("/dev/shm") if "ckptengine" in name),
+        "shared": sorted(name for name in os.listdir("/dev/shm") if "ckptengine-load" in name),
         "mapped": Path("/proc/self/maps").read_text().count("ckptengine-load"),
         "messages": messages,
     }

@@ -159,4 +159,4 @@ def test_a_rank_that_is_killed_or_hangs_in_a_shared_read_is_named_on_the_others(
         # One deadline to see that it hangs, and one of the exchange in which all ranks tell how they fared.
         assert one["seconds"] < (4 + 2) * (1 if how == "kill" else 2) + 4
         assert one["shared"] == []
-    assert not [name for name in os.listdir("/dev/shm") if "ckptengine" in name]
+    assert not [name for name in os.listdir("/dev/shm") if "ckptengine-load" in name]
