@@ -138,6 +138,7 @@ class Checkpointer:
         self._failure: SaveFailedError | None = None
         self._found: int | None = None  # on rank 0: the newest step that was there
         self._asked = False  # whether `restore` was called, or the lack of it told
+        weakref.finalize(self, self._tiers.forget).atexit = False
         token = self._open()
         self._watch: Watch | None = None
         if preemption is not None:
@@ -162,13 +163,13 @@ class Checkpointer:
                 self._refuse_checkpoint()
                 self._storage.create()
                 self._sweep(remove_leftovers(self._storage))
-                self._found = self._tiers.newest()
+                self._tiers.found = self._tiers.newest()
                 token = secrets.token_hex(8).encode()
             except Exception as problem:
                 error = problem
         name = gather(self._comm, token, error, self._timeout, f"opening {self.run}")[0].decode()
-        found = self._tiers.open(name)
-        self._found = self._found if found is None else found
+        self._tiers.open(name)
+        self._found = self._tiers.found
         return name
 
     def _refuse_checkpoint(self) -> None:
@@ -201,6 +202,7 @@ class Checkpointer:
         """
         self._asked = True
         self.wait(self._timeout)
+        self._saver.settle(self._timeout)  # what cleans up after a save must not meet what is read
         options = LoadOptions.of(only, rename, strict, cast)
         tiers = self._tiers
         loaded = restore_newest(
@@ -323,7 +325,7 @@ class Checkpointer:
             metadata=self._metadata,
             committed=lambda generation, _: self._tiers.committed(generation, step, directory),
             site=self._tiers.site,
-            meeting=self._tiers.home,
+            meeting=self._tiers.meeting,
         )
         try:
             handle = self._saver.start(target, state, check_replicas=self._check_replicas)
@@ -379,18 +381,24 @@ class Checkpointer:
         if failed and self._watch is not None:
             # At once: the others must not wait for this rank, nor the launcher's signal for the saves in flight.
             self._watch.close(failed)
-        done = False
+        done = idle = False
         try:
             self.wait(self._timeout)
             # Of several ranks, some may be dead where one has failed: the next start brings home what is to come.
             if not failed or self._comm.world_size == 1:
                 self.flush()
-            done = not failed
+            # What could not be made durable may still be in memory, on all ranks.
+            done = not failed and not self._failures
+            if not failed and self._failures:
+                self._tiers.tell_kept()
         finally:
-            self._saver.close()
-            self._tiers.close(done=done)
-            if self._watch is not None:
-                self._watch.close()
+            try:
+                self._saver.close()
+                idle = True
+            finally:
+                self._tiers.close(done=done and idle, idle=idle)
+                if self._watch is not None:
+                    self._watch.close()
 
     def __enter__(self) -> Checkpointer:
         return self

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import secrets
 import socket
@@ -17,12 +18,15 @@ __all__ = ["claim_generation"]
 
 _MAX_TRIES = 1000
 
+_log = logging.getLogger("ckptengine")
+
 
 def claim_generation(storage: Storage, parent: tuple[int, int] | None, others: Sequence[Storage] = ()) -> int:
     """Claim the next generation of a run and return its number; two claimers never get the same.
 
     `parent` is the (generation, step) that this life was restored from, None for a fresh start. `others` hold copies of
-    the run: the number is new there too, and they get the same claim. Raises `StorageError`.
+    the run: the number is new there too, and they get the same claim, where they can be written to. Raises
+    `StorageError`.
     """
     for _ in range(_MAX_TRIES):
         generation = max(map(next_generation, (storage, *others)))
@@ -40,7 +44,10 @@ def claim_generation(storage: Storage, parent: tuple[int, int] | None, others: S
         document = json.dumps(claim, sort_keys=True).encode()
         if storage.put_if_absent(claim_name(generation), document):
             for other in others:
-                other.put_if_absent(claim_name(generation), document)
+                try:
+                    other.put_if_absent(claim_name(generation), document)
+                except StorageError as error:  # it can be copied later; the number is taken
+                    _log.warning("generation %d is not noted in %s: %s", generation, other.location(), error)
             return generation
     raise StorageError(
         None,

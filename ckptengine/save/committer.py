@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from ckptengine.archive.image import BLOCK_NBYTES
 from ckptengine.archive.record import ArchiveRecord
@@ -19,7 +19,7 @@ from ckptengine.errors import CheckpointError, DeadlineError, ReplicaMismatchErr
 from ckptengine.save.aside import Aside
 from ckptengine.save.coordinator import Coordinator
 from ckptengine.save.handle import SaveStats
-from ckptengine.save.job import Job
+from ckptengine.save.job import Job, Target
 from ckptengine.save.planner import Plan
 from ckptengine.storage.base import join
 
@@ -59,10 +59,14 @@ class Committer:
         data = attempt_directory(target.directory, job.attempt)
         store = self._comm.store() or StorageStore(target.meeting or target.storage, data)
         channel = Channel(store, job.attempt + self._tier, self._comm.rank, self._comm.world_size)
-        if self._comm.rank != 0:
-            receipt, outcome, began = self._follow(job, data, channel)
-        else:
-            receipt, outcome, began = self._coordinate(job, data, channel)
+        try:
+            if self._comm.rank != 0:
+                receipt, outcome, began = self._follow(job, data, channel)
+            else:
+                receipt, outcome, began = self._coordinate(job, data, channel)
+        except BaseException:
+            self._reported = None  # whether rank 0 has the rows is not known
+            raise
         if outcome.plan_together:
             self._plan_together()
         if outcome.error:
@@ -173,9 +177,9 @@ class Committer:
             doubtful = True
             site = target.site
             publish(storage, target.directory, manifest, None if site is None or site.shared else site.ranks)
-            if site is not None and not site.shared:
-                channel.hand_out(manifest.encode(), site.leaders[1:])
             outcome = Outcome(plan_together=any(item.alone for item in receipts))
+            if site is not None and not site.shared:
+                self._hand_out(target, manifest, channel, site.leaders[1:])
         except Exception as problem:
             aside.settle()
             kind = type(problem).__name__
@@ -193,6 +197,13 @@ class Committer:
                 self._discard(job, data, channel)
         return receipt, outcome, began
 
+    def _hand_out(self, target: Target, manifest: Manifest, channel: Channel, leaders: Sequence[int]) -> None:
+        try:
+            channel.hand_out(manifest.encode(), leaders)
+        except CheckpointError as problem:
+            # What is published is durable, whoever has a copy.
+            _log.warning("%s: other nodes got no copy of the manifest: %s", target.location, problem)
+
     def _prepare(self, job: Job, data: str) -> ArchiveRecord | None:
         """Take the lease, and write the layout that this save will have unless the receipts bring other rows.
 
@@ -201,6 +212,10 @@ class Committer:
         storage = job.target.storage
         storage.make_directory(data)
         job.held.enter_context(Lease(storage, data))
+        meeting = job.target.meeting
+        if meeting is not None and meeting is not storage and not self._tier and self._comm.store() is None:
+            # The messages are no leftovers while they are waited for.
+            job.held.enter_context(Lease(meeting, data))
         assert self._coordinator is not None
         expected = self._coordinator.expected()
         if expected is None:

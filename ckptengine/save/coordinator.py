@@ -40,6 +40,9 @@ class Coordinator:
             self._rows[receipt.rank] = PackedRows.decode(receipt.rows)
         if changed or self._layout is None:
             self._layout = None
+            unknown = [rank for rank, rows in enumerate(self._rows) if rows is None]
+            if unknown:
+                raise SaveFailedError(f"{name_ranks(unknown)} did not say where the parts lie; save again")
             self._layout = encode_layout(merge([rows for rows in self._rows if rows is not None]))
         return self._layout
 

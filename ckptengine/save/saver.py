@@ -30,6 +30,7 @@ from ckptengine.save.reading import Reading, StateReader
 from ckptengine.save.values import StoredValues, stored_values
 from ckptengine.snapshot.feed import Feed
 from ckptengine.snapshot.pack import Checksums, CopyTable
+from ckptengine.snapshot.shared_arena import SharedArena
 from ckptengine.snapshot.snapshotter import Images, Snapshotter
 from ckptengine.state.adapters import adapters
 from ckptengine.state.dtypes import DTYPES
@@ -50,8 +51,11 @@ _log = logging.getLogger("ckptengine")
 class MemoryPlace(Images, Protocol):
     """Where snapshots are committed in shared memory before they are durable."""
 
-    def target(self, target: Target) -> Target:
-        """Return where a save that goes to `target` is committed in memory."""
+    def target(self, job: Job) -> Target:
+        """Return where a save is committed in memory; called when its snapshot is complete, before that commit."""
+
+    def kept(self, arena: SharedArena | None) -> None:
+        """Note that the image in an arena is committed in memory."""
 
 
 class Saver:
@@ -407,12 +411,14 @@ class Saver:
 
         Where that fails, on any rank, this checkpoint is not there, and nothing else is lost.
         """
-        staged = job.handle.staged
-        staged.wait(max(0.0, job.deadline - time.monotonic()))
-        error = staged.error if staged.done() else DeadlineError("the snapshot was not complete in time")
+        error: BaseException | None = None
+        try:
+            job.feed.wait_finished()  # whatever the storage does: memory is all there is where that fails
+        except BaseException as problem:
+            error = problem
         kept = replace(
             job,
-            target=memory.target(job.target),
+            target=memory.target(job),
             error=error if error is None or isinstance(error, Exception) else SaveFailedError(repr(error)),
             feed=Feed(job.deadline),
             held=ExitStack(),
@@ -422,6 +428,7 @@ class Saver:
         )
         try:
             self._keeper.commit(kept)
+            memory.kept(kept.arena)
             if kept.target.committed is not None and (self._comm.rank == 0 or kept.target.leads):
                 kept.target.committed(kept.generation, kept.attempt)
         except Exception as problem:

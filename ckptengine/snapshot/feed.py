@@ -49,6 +49,13 @@ class Feed:
                 self._complete, self._error = True, error
                 self._changed.notify_all()
 
+    def wait_finished(self) -> None:
+        """Wait until all has been put in, whoever takes it; raises what `finish` was told."""
+        with self._changed:
+            self._wait(lambda: self._complete, "the snapshot is not complete")
+            if self._error is not None:
+                raise self._error
+
     def give_up(self) -> None:
         """Say that nobody will take any more."""
         with self._changed:

@@ -11,7 +11,6 @@ from ckptengine.catalog.manifest import MAX_MANIFEST_NBYTES
 from ckptengine.comm.agree import gather, share
 from ckptengine.comm.base import Communicator
 from ckptengine.comm.site import Site
-from ckptengine.errors import CheckpointError
 from ckptengine.storage.base import StorageView, join
 from ckptengine.tiers.overlay import Reported
 
@@ -21,11 +20,17 @@ _Near = Sequence[tuple[StorageView, Site]]
 
 
 class Inventory:
-    """What other nodes have reported, on rank 0; empty elsewhere. `holder`: for each file a rank that can read it."""
+    """What other nodes have reported of each tier, on rank 0; empty elsewhere.
 
-    def __init__(self, reported: Reported | None = None, holder: dict[str, int] | None = None) -> None:
-        self.reported = reported
-        self.holder = holder or {}
+    `reported` has a view for each tier, the fastest first; `holders` for each a rank that can read a file, by its name.
+    """
+
+    def __init__(self, reported: Sequence[Reported] = (), holders: Sequence[dict[str, int]] = ()) -> None:
+        self.reported, self._holders = tuple(reported), tuple(holders)
+
+    def holder(self, name: str, skipped: int) -> int:
+        """Return a rank that has a file in a tier from number `skipped` on; 0 where none has."""
+        return next((holder[name] for holder in self._holders[skipped:] if name in holder), 0)
 
 
 def take_inventory(near: _Near, comm: Communicator, timeout: float) -> Inventory:
@@ -34,45 +39,53 @@ def take_inventory(near: _Near, comm: Communicator, timeout: float) -> Inventory
     The first rank of each node lists what is there; rank 0 then asks for the manifests and claims that it has not seen.
     Raises on all ranks what any of them found.
     """
-    near = [(storage, site) for storage, site in near if not site.shared]
-    if not near:
+    if all(site.shared for _, site in near):
         return Inventory()
     error: Exception | None = None
-    mine: dict[str, int] = {}
+    mine: list[dict[str, int]] = [{} for _ in near]
     try:
-        for storage, site in near:
-            if site.leads and site.rank != 0:
-                mine |= _listing(storage)
-    except CheckpointError as problem:
+        for tier, (storage, site) in enumerate(near):
+            if not site.shared and site.leads and site.rank != 0:
+                mine[tier] = _listing(storage)
+    except Exception as problem:
         error = problem
     doing = "listing the checkpoints of all nodes"
     listings = [json.loads(reply) for reply in gather(comm, json.dumps(mine).encode(), error, timeout, doing)]
-    holder: dict[str, int] = {}
-    sizes: dict[str, int] = {}
+    holders: list[dict[str, int]] = [{} for _ in near]
+    sizes: list[dict[str, int]] = [{} for _ in near]
     for rank, listing in enumerate(listings):
-        for name, size in listing.items():
-            if name not in holder:
-                holder[name], sizes[name] = rank, size
-    wanted: list[str] = []
-    if comm.rank == 0:
-        wanted = [name for name in holder if _is_small(name) and not any(view.size(name) for view, _ in near)]
-    wanted = json.loads(share(comm, json.dumps(wanted).encode(), None, timeout, doing))
-    sent: dict[str, str] = {}
+        for tier, files in enumerate(listing):
+            for name, size in files.items():
+                if name not in holders[tier]:
+                    holders[tier][name], sizes[tier][name] = rank, size
+    wanted: list[list[str]] = []
     try:
-        for name in wanted:
-            if holder[name] == comm.rank:
-                storage = next(view for view, _ in near if view.size(name) is not None)
-                sent[name] = base64.b64encode(storage.read_bytes(name, MAX_MANIFEST_NBYTES)).decode()
-    except (CheckpointError, StopIteration) as problem:
-        error = (
-            problem if isinstance(problem, CheckpointError) else CheckpointError("a file has gone while it was read")
-        )
-    replies = gather(comm, json.dumps(sent).encode(), error, timeout, doing)
+        if comm.rank == 0:
+            wanted = [
+                [name for name in holder if _is_small(name) and storage.size(name) is None]
+                for (storage, _), holder in zip(near, holders, strict=True)
+            ]
+    except Exception as problem:
+        error = problem
+    wanted = json.loads(share(comm, json.dumps(wanted).encode() if comm.rank == 0 else None, error, timeout, doing))
+    sent: list[dict[str, str]] = [{} for _ in near]
+    try:
+        for tier, names in enumerate(wanted):
+            for name in names:
+                if holders[tier][name] == comm.rank:
+                    data = near[tier][0].read_bytes(name, MAX_MANIFEST_NBYTES)
+                    sent[tier][name] = base64.b64encode(data).decode()
+    except Exception as problem:
+        error = problem
+    replies = [json.loads(reply) for reply in gather(comm, json.dumps(sent).encode(), error, timeout, doing)]
     if comm.rank != 0:
         return Inventory()
-    content = {name: base64.b64decode(data) for reply in replies for name, data in json.loads(reply).items()}
-    files = {name: (size, content.get(name)) for name, size in sizes.items()}
-    return Inventory(Reported(files, near[-1][0].location()), holder)
+    reported = []
+    for tier, (storage, _) in enumerate(near):
+        content = {name: base64.b64decode(data) for reply in replies for name, data in reply[tier].items()}
+        files = {name: (size, content.get(name)) for name, size in sizes[tier].items()}
+        reported.append(Reported(files, storage.location()))
+    return Inventory(reported, holders)
 
 
 def _listing(storage: StorageView) -> dict[str, int]:

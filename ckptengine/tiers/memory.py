@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import logging
-import math
 import os
 import re
 import stat
@@ -14,7 +14,14 @@ from pathlib import Path
 from typing import Literal
 
 from ckptengine.catalog.commit import attempt_directory
-from ckptengine.catalog.listing import attempt_of, claim_name, claimed_generations, committed, read_manifest
+from ckptengine.catalog.listing import (
+    MAX_CLAIM_NBYTES,
+    attempt_of,
+    claim_name,
+    claimed_generations,
+    committed,
+    read_manifest,
+)
 from ckptengine.catalog.listing import step_directories as steps_of
 from ckptengine.errors import CheckpointError, StorageError
 from ckptengine.snapshot.shared_arena import SharedArena, is_locked
@@ -73,7 +80,8 @@ class MemoryTier:
         self.storage = LocalStorage(root)
         self._rank = rank
         self._arenas: list[SharedArena] = []
-        self._lock = threading.Lock()
+        self._kept: SharedArena | None = None
+        self._lock = threading.RLock()  # a Checkpointer may be collected as garbage while a thread is in here
         self._short = False
 
     def open(self) -> None:
@@ -100,7 +108,7 @@ class MemoryTier:
         """
         with self._lock:
             try:
-                arena = min(self._open_arenas(), key=self._order)
+                arena = min(self._open_arenas(), key=lambda one: (one is self._kept, self._order(one)))
                 self._retract(arena)
                 arena.reserve(nbytes)
                 arena.begin()
@@ -111,6 +119,14 @@ class MemoryTier:
                 return None
             self._short = False
             return arena
+
+    def kept(self, arena: SharedArena | None) -> None:
+        """Note that the image in an arena is part of the newest committed checkpoint.
+
+        Its manifest may still be on its way to this node.
+        """
+        with self._lock:
+            self._kept = arena
 
     def prepare(self, nbytes: int) -> None:
         """Have the arenas' memory there before it is needed, as far as nothing committed lies in it."""
@@ -184,43 +200,59 @@ class MemoryTier:
                     raise
         self.storage.remove_directory(directory)
 
-    def tidy(self, attempt: str | None) -> None:
-        """Remove what is older than one committed attempt, or all, and arenas that no process and no checkpoint has.
+    def withdraw(self, directory: str, generation: int, attempt: str) -> None:
+        """Take back another attempt's commit of a step that is saved again, in whose place this one's goes.
 
-        For the first rank of a node, after a commit in memory. What is newer is another rank's part of the next one.
+        For the first rank of a node, before the commit; the save before it failed where it is durable.
         """
-        limit = self._committed_at(attempt)
+        with contextlib.suppress(CheckpointError):  # else the commit says that the place is taken
+            for entry in committed(self.storage):
+                if (entry.directory, entry.generation) == (directory, generation):
+                    other = read_manifest(self.storage, entry).attempt
+                    if other != attempt:
+                        self._remove(directory, f"data-{other}")
+
+    def tidy(self, attempt: str) -> None:
+        """Remove what an attempt, now committed, has replaced; also arenas that no process has and nothing lies in.
+
+        For the first rank of a node. Other ranks may be at the next attempt already.
+        """
         for _, directory in steps_of(self.storage):
             for name in self.storage.list(directory):
-                if attempt_of(name) not in (None, attempt):
-                    modified = self.storage.modified(join(directory, name))
-                    if modified is not None and modified < limit:
-                        self._remove(directory, name)
-        for path in map(str, sorted((self.storage.root / _ARENAS).iterdir())):
-            if _ARENA.fullmatch(os.path.basename(path)) and not is_locked(path) and os.stat(path).st_nlink == 1:
-                os.unlink(path)
+                other = attempt_of(name)
+                if other is not None and other != attempt and not _follows(other, attempt):
+                    self._remove(directory, name)
+            self._remove_directory(directory)
+        self._remove_arenas()
 
-    def _committed_at(self, attempt: str | None) -> float:
-        """Return when an attempt's manifest was published; infinity for None."""
-        for entry in committed(self.storage) if attempt is not None else ():
-            modified = self.storage.modified(entry.manifest)
-            if modified is not None and read_manifest(self.storage, entry).attempt == attempt:
-                return modified
-        return math.inf if attempt is None else -math.inf
+    def _remove_directory(self, directory: str) -> None:
+        """Remove a step's directory unless there is data in it."""
+        if not any(map(attempt_of, self.storage.list(directory))):
+            for entry in committed(self.storage):
+                if entry.directory == directory:
+                    self.storage.delete(entry.manifest)
+        self.storage.remove_directory(directory)
+
+    def _remove_arenas(self) -> None:
+        folder = self.storage.root / _ARENAS
+        for path in map(str, sorted(folder.iterdir())):
+            with contextlib.suppress(FileNotFoundError):  # another job may be at the same
+                if _ARENA.fullmatch(os.path.basename(path)) and not is_locked(path) and os.stat(path).st_nlink == 1:
+                    os.unlink(path)
 
     def note_claims(self, claims: dict[int, bytes]) -> bool:
         """Make the tier's claims of generations those of the run; return whether it held another run's.
 
         Then everything in it is removed: the run's directory has been deleted and begun anew. `claims` are the run's
-        claim files by generation; where there are none, nothing can be said.
+        claim files by generation; where there are none, nothing can be said. The newest that both have tells: a job
+        that goes on from what lies here alone claims the next generation before the earlier claims come there.
         """
-        stale = False
-        if claims:
-            for generation in claimed_generations(self.storage):
-                mine = self.storage.read_bytes(claim_name(generation), 1 << 16)
-                stale = stale or claims.get(generation) != mine
+        mine, stale = claimed_generations(self.storage), False
+        if claims and mine:
+            both = set(mine) & set(claims)
+            stale = not both or claims[max(both)] != self.storage.read_bytes(claim_name(max(both)), MAX_CLAIM_NBYTES)
         if stale:
-            self.clear()
+            self._clear(living=True)
         for generation, claim in claims.items():
             self.storage.put_if_absent(claim_name(generation), claim)
         return stale
@@ -234,10 +266,26 @@ class MemoryTier:
         return sum(path.stat().st_blocks * 512 for path in arenas)
 
     def clear(self) -> None:
-        """Remove everything but the arenas that living processes have."""
-        self.tidy(None)
-        for generation in claimed_generations(self.storage):
+        """Remove everything but what other living processes have, such as a job that has taken the run over."""
+        self._clear(living=False)
+
+    def _clear(self, living: bool) -> None:
+        left = False
+        for _, directory in steps_of(self.storage):
+            for name in self.storage.list(directory):
+                if attempt_of(name) is None:
+                    continue
+                if living or not self._is_held(join(directory, name)):
+                    self._remove(directory, name)
+                else:
+                    left = True
+            self._remove_directory(directory)
+        self._remove_arenas()
+        for generation in claimed_generations(self.storage) if not left else ():
             self.storage.delete(claim_name(generation))
+
+    def _is_held(self, data: str) -> bool:
+        return any(is_locked(self.storage.location(join(data, name))) for name in self.storage.list(data))
 
     def close(self, remove: bool) -> None:
         """Give the arenas back; with `remove` also what lies in them: for a job that ends as planned."""
@@ -248,14 +296,21 @@ class MemoryTier:
                     arena.remove()
                 else:
                     arena.close()
-            self._arenas = []
+            self._arenas, self._kept = [], None
 
     def abandon(self) -> None:
         """Forget the arenas, in a forked process: they are the parent's."""
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         for arena in self._arenas:
             arena.abandon()
-        self._arenas = []
+        self._arenas, self._kept = [], None
 
 
 _NOTHING = (-1, -1)
+
+
+def _follows(other: str, attempt: str) -> bool:
+    """Return whether an attempt is a later one of the same series; see `Planner.next_attempt`."""
+    series, _, number = attempt.rpartition("-")
+    other_series, _, other_number = other.rpartition("-")
+    return series == other_series and other_number.isdigit() and int(other_number) > int(number)

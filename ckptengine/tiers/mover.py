@@ -8,7 +8,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 
 from ckptengine.archive.record import ArchiveRecord
 from ckptengine.catalog.commit import attempt_directory
@@ -20,16 +20,40 @@ from ckptengine.comm.keyvalue import delete_large, get_large, put_large
 from ckptengine.errors import CheckpointError, SaveFailedError
 from ckptengine.storage.base import Storage, StorageView, join
 from ckptengine.tiers.copy import copy_archive, copy_commit
+from ckptengine.tiers.overlay import Overlay
 from ckptengine.tiers.pace import Pace
 
-__all__ = ["Load", "Mover", "carry"]
+__all__ = ["Load", "Mover", "Share", "carry"]
 
 _RETRY_SECONDS = (5.0, 300.0)
 """The first pause after a failed move, and the longest; each is twice the one before."""
 _LOOK_SECONDS = 1.0
-"""Between looks for a message where the store can't wait by itself."""
+"""Between looks for a message where the store can't wait by itself, and between tries where it fails."""
+_WAIT_SECONDS = 10.0
+"""How long a look lasts where the store can wait, and how often a rank tells that its part goes on."""
+_END_SECONDS = 5.0
+"""How long the end waits for the thread, which a request to the storage may hold."""
 
 _log = logging.getLogger("ckptengine")
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """One rank's part of a move: files of an attempt's directory."""
+
+    data: str
+    attempt: str
+    records: tuple[ArchiveRecord, ...]
+
+    def encode(self) -> bytes:
+        """Return it as it travels."""
+        return json.dumps([self.data, self.attempt, [astuple(record) for record in self.records]]).encode()
+
+    @classmethod
+    def decode(cls, message: bytes) -> Share:
+        """Return what `encode` made."""
+        data, attempt, records = json.loads(message)
+        return cls(data, attempt, tuple(ArchiveRecord(*record) for record in records))
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,43 +65,34 @@ class Load:
     holder: Mapping[str, int]
 
     @property
-    def nbytes(self) -> int:
-        """Bytes of all its files."""
-        return self.manifest.nbytes
+    def data(self) -> str:
+        """The directory of its files."""
+        return attempt_directory(self.directory, self.manifest.attempt)
 
-    def encode(self) -> bytes:
-        """Return it as it travels."""
-        manifest = self.manifest.encode().decode()
-        return json.dumps({"directory": self.directory, "manifest": manifest, "holder": dict(self.holder)}).encode()
-
-    @classmethod
-    def decode(cls, data: bytes) -> Load:
-        """Return what `encode` made."""
-        document = json.loads(data)
-        manifest = Manifest.decode(document["manifest"].encode(), document["directory"])
-        return cls(document["directory"], manifest, document["holder"])
+    def shares(self, world_size: int) -> list[Share]:
+        """Return the ranks' parts."""
+        records: list[list[ArchiveRecord]] = [[] for _ in range(world_size)]
+        for record in (self.manifest.layout, *self.manifest.archives):
+            records[self.holder[record.name]].append(record)
+        return [Share(self.data, self.manifest.attempt, tuple(own)) for own in records]
 
 
 def carry(
-    load: Load,
+    share: Share,
     source: StorageView,
     home: Storage,
-    rank: int,
     pace: Pace | None = None,
     progress: Callable[[int], None] | None = None,
     found: Callable[[int], None] | None = None,
 ) -> None:
-    """Copy those files of a load that this rank is to read; what is there already is not copied again.
+    """Copy the files of a share; what is there already is not copied again.
 
     `progress` and `found` are those of `copy_archive`.
 
     Raises `StorageError`, `CheckpointDamagedError`.
     """
-    data = attempt_directory(load.directory, load.manifest.attempt)
-    records: tuple[ArchiveRecord, ...] = (load.manifest.layout, *load.manifest.archives)
-    for record in records:
-        if load.holder.get(record.name) == rank:
-            copy_archive(source, home, join(data, record.name), record, pace=pace, progress=progress, found=found)
+    for record in share.records:
+        copy_archive(source, home, join(share.data, record.name), record, pace=pace, progress=progress, found=found)
 
 
 class _Stopped(Exception):
@@ -87,30 +102,34 @@ class _Stopped(Exception):
 class Mover:
     """Moves on all ranks what rank 0 says; on rank 0 also decides what that is: always the newest there is.
 
-    `source` has the near tiers, `home` is where it goes. `moved` is called on rank 0 after each commit there, with the
-    load. A move that fails is told, and tried again until something newer is there: training never waits for it.
+    `source` has the near tiers, `home` is where it goes. On rank 0 `moved` is called after each commit there, with the
+    load, and `own` returns the newest generation that this job has claimed: one above is another job's. A move that
+    fails is told, and tried again until something newer is there: training never waits for it.
     """
 
     def __init__(
         self,
-        source: StorageView,
+        source: Overlay,
         home: Storage,
         comm: Communicator,
         store: KeyValueStore,
         token: str,
         moved: Callable[[Load], None],
+        own: Callable[[], int],
         pace: Pace | None,
     ) -> None:
         self._source, self._home, self._comm, self._store = source, home, comm, store
         self._prefix = f"ckptengine/move/{token}"
-        self._moved, self._pace = moved, pace
+        self._moved, self._own, self._pace = moved, own, pace
         self._changed = threading.Condition()
         self._next: Load | None = None
         self._current: Load | None = None
-        self._closing = self._stopped = False
+        self._attempt = ""  # what this rank is at
+        self._hurried = self._stopped = False
         self._number = 0
+        self._awaited = ""
         self._problem = ""
-        self._progressed = time.monotonic()
+        self._progressed = self._told = time.monotonic()
         self._moved_nbytes = 0
         self._thread = threading.Thread(target=self._run, name="ckptengine-mover", daemon=True)
         self._thread.start()
@@ -127,7 +146,8 @@ class Mover:
     def protected(self) -> set[str]:
         """The attempts that are needed here until they are moved."""
         with self._changed:
-            return {load.manifest.attempt for load in (self._next, self._current) if load is not None}
+            known = {load.manifest.attempt for load in (self._next, self._current) if load is not None}
+            return known | ({self._attempt} if self._attempt else set())
 
     def pending(self) -> Load | None:
         """Return what is on its way, or is next."""
@@ -137,15 +157,19 @@ class Mover:
     def settle(self, timeout: float, watch: Callable[[int], None]) -> bool:
         """Wait on rank 0 until all that was offered is there; return whether it is, after `timeout` seconds at most.
 
-        `watch` is called now and then with the bytes of the present move that this rank has brought.
+        `watch` is called now and then with the bytes of the present move that this rank has brought. From now on
+        pauses between tries are short.
         """
         end = time.monotonic() + timeout
         with self._changed:
+            self._hurried = True
+            self._changed.notify_all()
             while self._next is not None or self._current is not None:
                 if time.monotonic() > end:
                     return False
                 self._changed.wait(0.2)
                 watch(self._moved_nbytes)
+            self._hurried = False
         return True
 
     def still(self, since: float) -> tuple[float, str]:
@@ -154,26 +178,26 @@ class Mover:
         with self._changed:
             return seconds, self._problem or f"no byte has come to {self._home.location()} for {seconds:.0f} s"
 
-    def close(self, timeout: float) -> None:
-        """End the thread: on rank 0 after what is being moved, on the others when rank 0 says so.
+    def stop(self, wait: bool = True) -> None:
+        """End the thread at its next step, whatever is on its way: that is moved after the next start.
 
-        The others wait for that as long as moves go on, and `timeout` seconds beyond.
+        Without `wait` the thread is not waked, and ends some seconds later.
         """
         with self._changed:
-            self._closing = True
-            self._progressed = time.monotonic()
-            self._changed.notify_all()
-        while self._thread.is_alive():
-            self._thread.join(0.2)
-            if time.monotonic() - self._progressed > timeout:
-                self.stop()
-                break
-
-    def stop(self) -> None:
-        """End the thread at its next step, whatever is on its way: it is moved after the next start."""
-        with self._changed:
             self._stopped = True
+            awaited = self._awaited
             self._changed.notify_all()
+        if not wait or not self._thread.is_alive() or threading.current_thread() is self._thread:
+            return
+        # A thread that is still in a call of the store when the interpreter ends would abort the process. The store may
+        # be gone, with the rank that was its host.
+        with contextlib.suppress(CheckpointError):
+            if awaited and self._store.blocks:
+                put_large(self._store, awaited, b"")
+        self._thread.join(_END_SECONDS)
+        with contextlib.suppress(CheckpointError):
+            if awaited and self._store.blocks:
+                delete_large(self._store, awaited)
 
     def _run(self) -> None:
         try:
@@ -181,22 +205,23 @@ class Mover:
         except _Stopped:
             return
         except Exception as error:
-            _log.error("%s: nothing more is moved there in this life: %s", self._home.location(), error)
+            _log.exception("%s: nothing more is moved there in this life: %s", self._home.location(), error)
 
     def _lead(self) -> None:
         pause = _RETRY_SECONDS[0]
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._next is not None or self._closing or self._stopped)
-                if self._stopped or self._next is None:
-                    break
+                self._changed.wait_for(lambda: self._next is not None or self._stopped)
+                if self._stopped:
+                    return
                 load, self._next = self._next, None
                 self._current = load
+            assert load is not None
             try:
                 self._move(load)
                 problem = ""
             except _Stopped:
-                break
+                raise
             except Exception as error:
                 problem = f"{error}" or type(error).__name__
             with self._changed:
@@ -215,95 +240,133 @@ class Mover:
                 self._problem = problem
                 if self._next is None and not self._gone(load):
                     self._next = load
-                # Whoever waits has a limit of their own.
-                self._changed.wait_for(lambda: self._stopped, min(pause, 1.0) if self._closing else pause)
+                self._changed.wait_for(lambda: self._stopped or self._hurried, pause)
+                if self._hurried:
+                    self._changed.wait_for(lambda: self._stopped, min(pause, _RETRY_SECONDS[0]))
                 pause = min(2 * pause, _RETRY_SECONDS[1])
-        self._tell_all(b"")
 
     def _gone(self, load: Load) -> bool:
         """Return whether a checkpoint is in no near tier any more."""
         name = join(load.directory, manifest_name(load.manifest.generation))
         try:
+            self._source.forget()
             return self._source.size(name) is None
         except CheckpointError:
             return False
 
-    def _tell_all(self, message: bytes) -> None:
-        self._number += 1
-        for rank in range(1, self._comm.world_size):
-            with contextlib.suppress(CheckpointError):
-                put_large(self._store, f"{self._prefix}/{self._number}/{rank}", message)
-
     def _move(self, load: Load) -> None:
         """Move a checkpoint with the other ranks' help, and commit it; on rank 0."""
         home, self._moved_nbytes = self._home, 0
-        later = [number for number in claimed_generations(home) if number > load.manifest.generation]
+        own = max(load.manifest.generation, self._own())
+        later = [number for number in claimed_generations(home) if number > own]
         if later:
             raise SaveFailedError(
                 f"{home.location()} was taken over by generation {max(later)}, this job writes generation "
-                f"{load.manifest.generation}: end it, or restore and go on from what the other has saved"
+                f"{own}: end it, or restore and go on from what the other has saved"
             )
-        with Lease(home, attempt_directory(load.directory, load.manifest.attempt)):
-            self._tell_all(load.encode())
-            errors = {}
-            try:
-                carry(load, self._source, home, 0, self._pace, self._progress, self._found)
-            except CheckpointError as error:
-                errors[0] = f"{error}"
-            errors |= self._collect()
+        with Lease(home, load.data):
+            mine, *others = load.shares(self._comm.world_size)
+            self._number += 1
+            for rank, share in enumerate(others, 1):
+                self._send(f"{self._prefix}/{self._number}/{rank}", share.encode())
+            error = self._carry(mine)
+            errors = {0: error} if error else {}
+            # All answer, whatever has come of it here: the next number is one that all wait for.
+            for rank in range(1, self._comm.world_size):
+                if reply := self._receive(f"{self._prefix}/{self._number}/done/{rank}", self._going(rank)):
+                    errors[rank] = reply.decode()
+                self._forget(self._going(rank))
             if errors:
                 raise SaveFailedError("; ".join(f"rank {rank}: {text}" for rank, text in sorted(errors.items())))
             copy_commit(self._source, home, load.directory, load.manifest)
         self._moved(load)
 
-    def _collect(self) -> dict[int, str]:
-        """Return what went wrong on other ranks, by rank, once all have answered."""
-        errors: dict[int, str] = {}
-        for rank in range(1, self._comm.world_size):
-            reply = self._receive(f"{self._prefix}/{self._number}/done/{rank}")
-            if reply:
-                errors[rank] = reply.decode()
-        return errors
-
     def _follow(self) -> None:
+        rank = self._comm.rank
         while True:
             self._number += 1
-            message = self._receive(f"{self._prefix}/{self._number}/{self._comm.rank}")
-            if not message:
-                return
-            load = Load.decode(message)
-            with self._changed:
-                self._current = load
-            error = ""
-            try:
-                carry(load, self._source, self._home, self._comm.rank, self._pace, self._progress, self._found)
-            except CheckpointError as problem:
-                error = f"{problem}" or type(problem).__name__
-            with self._changed:
-                self._current = None
-            put_large(self._store, f"{self._prefix}/{self._number}/done/{self._comm.rank}", error.encode())
+            share = Share.decode(self._receive(f"{self._prefix}/{self._number}/{rank}"))
+            self._send(f"{self._prefix}/{self._number}/done/{rank}", self._carry(share).encode())
 
-    def _receive(self, key: str) -> bytes:
-        """Return a message as soon as it is there; what waits is ended by `stop`."""
+    def _going(self, rank: int) -> str:
+        """Return the key under which a rank tells that its part of the present move goes on."""
+        return f"{self._prefix}/{self._number}/going/{rank}"
+
+    def _carry(self, share: Share) -> str:
+        """Do this rank's part of a move; return what went wrong."""
+        with self._changed:
+            self._attempt = share.attempt
+        self._source.forget()  # another tier may have it now
+        try:
+            carry(share, self._source, self._home, self._pace, self._progress, self._found)
+        except _Stopped:
+            raise
+        except Exception as error:
+            return f"{error}" or type(error).__name__
+        finally:
+            with self._changed:
+                self._attempt = ""
+        return ""
+
+    def _progress(self, nbytes: int) -> None:
+        self._moved_nbytes += nbytes
+        self._progressed = now = time.monotonic()
+        if self._stopped:
+            raise _Stopped
+        if self._comm.rank != 0 and now - self._told > _WAIT_SECONDS:
+            self._told = now
+            # Rank 0 gives up on a move of which it hears nothing; the next word does as well as this one.
+            with contextlib.suppress(CheckpointError):
+                self._store.set(self._going(self._comm.rank), str(self._moved_nbytes).encode())
+
+    def _send(self, key: str, message: bytes) -> None:
+        """Leave a message; tried until it is there, for whoever waits for it has nothing else to wait for."""
+        while True:
+            try:
+                put_large(self._store, key, message)
+                return
+            except CheckpointError as error:
+                self._rest(f"{error}")
+
+    def _receive(self, key: str, going: str = "") -> bytes:
+        """Return a message as soon as it is there; what waits is ended by `stop`.
+
+        `going` is the key of the words that tell that it is still to come.
+        """
+        with self._changed:
+            self._awaited = key
+        word: bytes | None = None
         while True:
             with self._changed:
                 if self._stopped:
                     raise _Stopped
-            data = get_large(self._store, key, 10.0 if self._store.blocks else 0.0)
+            try:
+                data = get_large(self._store, key, _WAIT_SECONDS if self._store.blocks else 0.0)
+                latest = self._store.get(going, 0.0) if going and data is None else word
+            except CheckpointError as error:
+                self._rest(f"{error}")
+                continue
             if data is not None:
-                delete_large(self._store, key)
+                self._forget(key)
                 self._progressed = time.monotonic()
                 return data
+            if latest != word:
+                word, self._progressed = latest, time.monotonic()
             if not self._store.blocks:
-                with self._changed:
-                    self._changed.wait_for(lambda: self._stopped, _LOOK_SECONDS)
+                self._rest("")
 
     def _found(self, nbytes: int) -> None:
         """Count what an earlier try has brought: nothing has moved, or a commit that fails would be tried for ever."""
         self._moved_nbytes += nbytes
 
-    def _progress(self, nbytes: int) -> None:
-        self._moved_nbytes += nbytes
-        self._progressed = time.monotonic()
-        if self._stopped:
-            raise _Stopped
+    def _forget(self, key: str) -> None:
+        with contextlib.suppress(CheckpointError):
+            delete_large(self._store, key)
+
+    def _rest(self, problem: str) -> None:
+        """Pause before the next look or try, noting what kept this one."""
+        with self._changed:
+            self._problem = problem or self._problem
+            self._changed.wait_for(lambda: self._stopped, _LOOK_SECONDS)
+            if self._stopped:
+                raise _Stopped

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import atexit
-import base64
 import contextlib
 import errno
 import json
@@ -14,17 +13,15 @@ import threading
 import time
 import weakref
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from ckptengine.catalog.commit import attempt_directory
 from ckptengine.catalog.generation import claim_generation
-from ckptengine.catalog.lease import LEASE_SECONDS
+from ckptengine.catalog.lease import LEASE_SECONDS, Lease
 from ckptengine.catalog.listing import (
-    MAX_CLAIM_NBYTES,
     Entry,
     claim_name,
-    claimed_generations,
     newest,
     read_manifest,
 )
@@ -36,32 +33,26 @@ from ckptengine.comm.base import Communicator
 from ckptengine.comm.site import Site, find_sites
 from ckptengine.errors import CheckpointError, SaveFailedError, StorageError
 from ckptengine.load.checkpoint import Checkpoint
-from ckptengine.save.job import Target
+from ckptengine.save.job import Job, Target
 from ckptengine.snapshot.shared_arena import SharedArena
 from ckptengine.storage.base import Storage, StorageView, join
 from ckptengine.storage.local import LocalStorage
 from ckptengine.storage.open import open_storage
+from ckptengine.tiers.claims import claims_of, packed, unpacked
 from ckptengine.tiers.copy import check_same_run, copy_commit
 from ckptengine.tiers.inventory import Inventory, take_inventory
+from ckptengine.tiers.keep import Keep
 from ckptengine.tiers.memory import MemoryTier, memory_root
-from ckptengine.tiers.mover import Load, Mover, carry
+from ckptengine.tiers.mover import Load, Mover, Share, carry
 from ckptengine.tiers.overlay import Overlay
 from ckptengine.tiers.pace import Pace
 from ckptengine.tiers.progress import shown
 
-__all__ = ["Keep", "Tiers"]
+__all__ = ["Tiers"]
 
 _MESSAGES = re.compile(r"moves-[0-9a-f]{16}")
 
 _log = logging.getLogger("ckptengine")
-
-
-@dataclass(frozen=True, slots=True)
-class Keep:
-    """Which committed checkpoints a tier keeps: the newest `last` (None: all), and multiples of `every` steps."""
-
-    last: int | None
-    every: int | None
 
 
 class Tiers:
@@ -91,20 +82,25 @@ class Tiers:
         protocol = run.partition("://")[0] if "://" in run else "run"
         self._names = {"memory"} if memory else set()
         self._names |= {"local", protocol} if local is not None else {protocol}
-        self._keep = {name: Keep(_last(keep_last, name, self._names), keep_every) for name in self._names}
+        self._keep = {name: Keep.of(keep_last, keep_every, name, self._names) for name in self._names}
         self._home_keep, self._first_keep = self._keep[protocol], self._keep["local" if local is not None else protocol]
         self._pace = None if upload_bytes_per_second is None else Pace(upload_bytes_per_second)
-        root = None if not memory else memory_root(self.home.location(), True if memory is True else memory)
-        self.memory = None if root is None else MemoryTier(root, comm.rank)
+        self._memory_base = memory
+        self.memory: MemoryTier | None = None
         self._site: Site | None = None
         self._memory_site: Site | None = None
         self._inventory = Inventory()
+        self._views: list[StorageView] = [self.home]
         self._mover: Mover | None = None
         self._messages: str | None = None
-        self._claimed = False
+        self._generation = 0  # the newest that this life has claimed, on rank 0
+        self._copied: set[tuple[str, int]] = set()  # places of this node, and the generations whose claims they have
         self._cleaning = threading.Lock()  # after a commit and after a move, which must not meet in one directory
         self.uploaded: int | None = None
         """On rank 0: the newest step that this life has brought home from a nearer tier."""
+        self.found: int | None = None
+        """On rank 0: the newest step that `open` has found in any tier."""
+        _living.add(self)
 
     @property
     def _near(self) -> list[tuple[Storage, Site]]:
@@ -116,18 +112,18 @@ class Tiers:
             found.append((self.local, self._site))
         return found
 
-    def open(self, token: str) -> int | None:
-        """Make the near tiers ready, and see who shares them; all ranks. `token` is this life's, 16 hex digits.
-
-        Returns on rank 0 the newest step that it sees in any tier, where there are near ones.
-        """
-        if self.local is None and self.memory is None:
-            return None
+    def open(self, token: str) -> None:
+        """Make the near tiers ready, and see who shares them; all ranks. `token` is this life's, 16 hex digits."""
+        if self.local is None and not self._memory_base:
+            return
         error: Exception | None = None
         try:
             if self.local is not None:
                 self.local.create()
-            if self.memory is not None:
+            if self._memory_base:
+                base = self._memory_base
+                root = memory_root(self.home.location(), True if isinstance(base, bool) else base)
+                self.memory = MemoryTier(root, self._comm.rank)
                 self.memory.open()
         except Exception as problem:
             error = problem
@@ -140,46 +136,47 @@ class Tiers:
             self._memory_site = sites[0]
         if self.local is not None:
             self._site = sites[-1]
-        found = self._compare_claims(doing)
+        self._compare_claims(doing)
         store = self._comm.store()
         if store is None:
             self._messages = f"moves-{token}"
             store = StorageStore(self.home, self._messages)
             if self._comm.rank == 0:
                 self._sweep_messages()
-        source = Overlay([storage for storage, _ in self._near])
-        self._mover = Mover(source, self.home, self._comm, store, token, self._came_home, self._pace)
-        _living.add(self)
-        return found
+        # The local disk first: what lies in memory is replaced while it is read.
+        source = Overlay([storage for storage, _ in self._near[::-1]])
+        self._mover = Mover(
+            source, self.home, self._comm, store, token, self._came_home, lambda: self._generation, self._pace
+        )
 
-    def _compare_claims(self, doing: str) -> int | None:
+    def _compare_claims(self, doing: str) -> None:
         """Tell a tier of another run by its claims; what lies in memory of one is removed."""
         claims, error = b"{}", None
         try:
             if self._comm.rank == 0:
-                claims = _packed_claims(self.home)
-        except CheckpointError as problem:
+                claims = packed(claims_of(self.home))
+        except Exception as problem:
             error = problem
         claims = share(self._comm, claims if self._comm.rank == 0 else None, error, self._timeout, doing)
         try:
             leads = self._memory_site is not None and self._memory_site.leads
-            if self.memory is not None and leads and self.memory.note_claims(_unpacked_claims(claims)):
+            if self.memory is not None and leads and self.memory.note_claims(unpacked(claims)):
                 _log.warning(
                     "%s held checkpoints of an earlier run at this place, which were removed",
                     self.memory.storage.location(),
                 )
             if self.local is not None and self._site is not None and self._site.leads:
                 check_same_run(self.home, self.local)
-                for generation, claim in _unpacked_claims(claims).items():
+                for generation, claim in unpacked(claims).items():
                     if self.local.size(claim_name(generation)) is None:
                         self.local.put_if_absent(claim_name(generation), claim)
                 if self._site.shared:
                     self._tell(remove_leftovers(self.local))
-            found = self.newest() if self._comm.rank == 0 else None
-        except CheckpointError as problem:
-            found, error = None, problem
+            if self._comm.rank == 0:
+                self.found = self.newest()
+        except Exception as problem:
+            error = problem
         gather(self._comm, b"", error, self._timeout, doing)
-        return found
 
     def newest(self) -> int | None:
         """Return the newest step that rank 0 sees in any tier, None where there is none."""
@@ -190,23 +187,34 @@ class Tiers:
         """Claim the next generation in all places, on rank 0; a home that can't be reached gets its claim later."""
         near = [storage for storage, _ in self._near]
         try:
-            return claim_generation(self.home, parent, near)
+            self._generation = claim_generation(self.home, parent, near)
         except StorageError as error:
             if self.local is None:
                 raise
             _log.warning("%s: not reached, the run goes on in %s: %s", self.home.location(), self.local.root, error)
-            return claim_generation(self.local, parent, [storage for storage in near if storage is not self.local])
+            others = [storage for storage in near if storage is not self.local]
+            self._generation = claim_generation(self.local, parent, others)
+        return self._generation
 
-    def target(self, target: Target) -> Target:
-        """Return where a save that goes to the first tier is committed in memory; for `Saver`."""
-        assert self.memory is not None
+    def target(self, job: Job) -> Target:
+        """Return where a save that goes to the first tier is committed in memory; for `Saver`, before that commit."""
+        memory, site = self.memory, self._memory_site
+        assert memory is not None
+        if site is not None and site.leads:
+            self._copy_claims(memory.storage, job.generation)
+            memory.withdraw(job.target.directory, job.generation, job.attempt)
         return replace(
-            target,
-            storage=self.memory.storage,
-            site=self._memory_site,
-            meeting=self.home,
-            committed=lambda _, attempt: self._kept(attempt),
+            job.target,
+            storage=memory.storage,
+            site=site,
+            meeting=None if site is None or site.shared else self.home,
+            committed=lambda _, attempt: memory.tidy(attempt),
         )
+
+    def kept(self, arena: SharedArena | None) -> None:
+        """Note that the image in an arena is committed; see `MemoryTier.kept`."""
+        if self.memory is not None:
+            self.memory.kept(arena)
 
     def take(self, nbytes: int) -> SharedArena | None:
         """Return an arena in shared memory; see `MemoryTier.take`."""
@@ -218,20 +226,21 @@ class Tiers:
             self.memory.prepare(nbytes)
 
     def abandon(self) -> None:
-        """Forget the arenas, in a forked process."""
+        """Forget the arenas and what is being moved, in a forked process: they are the parent's."""
+        self._mover, self._cleaning = None, threading.Lock()
         if self.memory is not None:
             self.memory.abandon()
+            self.memory = None
 
     @property
     def site(self) -> Site | None:
         """The ranks that see the first tier as this one does, None: all."""
         return self._site
 
-    def _kept(self, attempt: str) -> None:
-        """Remove from this node's memory what the newest commit there has replaced."""
-        assert self.memory is not None
-        self._copy_claims(self.memory.storage)
-        self.memory.tidy(attempt)
+    @property
+    def meeting(self) -> Storage | None:
+        """Where all ranks see the messages of a save; None: in the first tier."""
+        return None if self._site is None or self._site.shared else self.home
 
     def committed(self, generation: int, step: int, directory: str) -> None:
         """After a commit in the first tier, on the first rank of each site: have it moved on, delete what may go."""
@@ -240,17 +249,20 @@ class Tiers:
             holder = {record.name: rank for rank, record in enumerate(manifest.archives)}
             self._mover.offer(Load(directory, manifest, holder | {manifest.layout.name: 0}))
         if self.local is not None:
-            self._copy_claims(self.local)
+            self._copy_claims(self.local, generation)
         self._retain(self.first, self._first_keep)
 
-    def _copy_claims(self, storage: Storage) -> None:
+    def _copy_claims(self, storage: Storage, generation: int) -> None:
         """Give a tier of this node the run's claims, once in a life: by them the next one knows whose it is."""
-        if self._claimed or self._comm.rank == 0:  # rank 0 has claimed there
+        key = storage.location(), generation
+        if self._comm.rank == 0 or key in self._copied:  # rank 0 has claimed there
             return
         with contextlib.suppress(CheckpointError):
-            for generation, claim in _claims(self.home).items():
-                storage.put_if_absent(claim_name(generation), claim)
-            self._claimed = True
+            claims = claims_of(self.home)
+            for number, claim in claims.items():
+                storage.put_if_absent(claim_name(number), claim)
+            if generation in claims:
+                self._copied.add(key)
 
     def _came_home(self, load: Load) -> None:
         self.uploaded = load.manifest.step
@@ -279,52 +291,61 @@ class Tiers:
         if not near:
             return [self.home]
         self._inventory = take_inventory(self._near, self._comm, self._timeout)
-        reported = [self._inventory.reported] if self._inventory.reported is not None else []
-        return [Overlay([*near[number:], self.home, *reported]) for number in range(len(near))] + [self.home]
+        reported = self._inventory.reported
+        self._views = [Overlay([*near[number:], self.home, *reported[number:]]) for number in range(len(near))]
+        self._views.append(self.home)
+        return self._views
 
     def bring(self, checkpoint: Checkpoint) -> None:
         """Bring a checkpoint home that only single nodes have, so that every rank can read all of it; all ranks."""
-        if all(site.shared for _, site in self._near):
+        # What lies in a faster tier than those of its view may be damaged.
+        skipped = next(number for number, view in enumerate(self._views) if view is checkpoint.storage)
+        near = self._near[skipped:]
+        if all(site.shared for _, site in near):
             return
         doing = f"bringing {checkpoint.directory} to {self.home.location()}"
-        value, error = b"", None
-        if self._comm.rank == 0:
+        shares: list[str] = []
+        load: Load | None = None
+        error: Exception | None = None
+        with contextlib.ExitStack() as held:
+            if self._comm.rank == 0:
+                try:
+                    name = _entry(checkpoint).manifest
+                    shared = [storage for storage, site in near if site.shared]
+                    if all(storage.size(name) is None for storage in (*shared, self.home)):
+                        load = self._load(checkpoint.directory, checkpoint.manifest, skipped)
+                        shares = [one.encode().decode() for one in load.shares(self._comm.world_size)]
+                        held.enter_context(Lease(self.home, load.data))
+                except Exception as problem:
+                    error = problem
+            mine = json.dumps(shares).encode() if self._comm.rank == 0 else None
+            shares = json.loads(share(self._comm, mine, error, self._timeout, doing))
+            if not shares:
+                return
             try:
-                entry = _entry(checkpoint)
-                shared = [storage for storage, site in self._near if site.shared]
-                if all(storage.size(entry.manifest) is None for storage in (*shared, self.home)):
-                    value = self._load(checkpoint.directory, checkpoint.manifest).encode()
+                carry(Share.decode(shares[self._comm.rank].encode()), Overlay([one for one, _ in near]), self.home)
             except Exception as problem:
                 error = problem
-        message = share(self._comm, value if self._comm.rank == 0 else None, error, self._timeout, doing)
-        if not message:
-            return
-        load = Load.decode(message)
-        near = Overlay([storage for storage, _ in self._near])
-        try:
-            carry(load, near, self.home, self._comm.rank)
-        except CheckpointError as problem:
-            error = problem
-        gather(self._comm, b"", error, self._timeout, doing)
-        if self._comm.rank == 0:
+            gather(self._comm, b"", error, self._timeout, doing)
             try:
-                copy_commit(checkpoint.storage, self.home, load.directory, load.manifest)
-            except CheckpointError as problem:
+                if load is not None:
+                    copy_commit(checkpoint.storage, self.home, load.directory, load.manifest)
+            except Exception as problem:
                 error = problem
-        share(self._comm, b"" if self._comm.rank == 0 else None, error, self._timeout, doing)
+            share(self._comm, b"" if self._comm.rank == 0 else None, error, self._timeout, doing)
         if isinstance(checkpoint.storage, Overlay):
             checkpoint.storage.forget()
 
-    def _load(self, directory: str, manifest: Manifest) -> Load:
+    def _load(self, directory: str, manifest: Manifest, skipped: int = 0) -> Load:
         """Return how the ranks share the work of bringing a checkpoint of an earlier life home."""
         data, holder = attempt_directory(directory, manifest.attempt), {}
         for number, record in enumerate((*manifest.archives, manifest.layout)):
             name = join(data, record.name)
-            site = next((site for storage, site in self._near if storage.size(name) is not None), None)
+            site = next((site for storage, site in self._near[skipped:] if storage.size(name) is not None), None)
             if site is not None:
                 holder[record.name] = site.ranks[number % len(site.ranks)]
             else:
-                holder[record.name] = self._inventory.holder.get(name, 0)
+                holder[record.name] = self._inventory.holder(name, skipped)
         return Load(directory, manifest, holder)
 
     def restored(self, generation: int, step: int) -> None:
@@ -362,7 +383,7 @@ class Tiers:
         what, total = "", 0
         if waiting is not None:
             what = f"step {waiting.manifest.step} to {self.home.location()}"
-            total = waiting.nbytes // self._comm.world_size
+            total = waiting.manifest.nbytes // self._comm.world_size
         with shown(what, total) if waiting is not None else contextlib.nullcontext(lambda done: None) as show:
             word = b""
             while not word:
@@ -370,6 +391,7 @@ class Tiers:
                 if self._comm.rank == 0:
                     word = b"." if mover.settle(_SLICE_SECONDS, show) else b""
                     still, problem = mover.still(began)
+                    waiting = mover.pending()
                     if not word and still > timeout and waiting is not None:
                         error = SaveFailedError(
                             f"step {waiting.manifest.step} is durable in {self.first.location()}, but is not in "
@@ -379,32 +401,68 @@ class Tiers:
                 mine = word if self._comm.rank == 0 else None
                 word = share(self._comm, mine, error, timeout + 2 * _SLICE_SECONDS, "waiting for uploads")
 
-    def close(self, *, done: bool) -> None:
+    def tell_kept(self) -> None:
+        """Say where a checkpoint is that is in memory only, at the end of a job; on rank 0."""
+        if self.memory is None or self._comm.rank != 0:
+            return
+        with contextlib.suppress(CheckpointError):
+            kept, durable = newest(self.memory.storage), newest(self.first)
+            if kept is None or (durable is not None and durable.order >= kept.order):
+                return
+            _log.warning(
+                "step %s is in memory only, in %s, which a reboot empties: start the job again, and it comes to %s",
+                kept.step,
+                self.memory.storage.location(),
+                self.home.location(),
+            )
+
+    def close(self, *, done: bool, idle: bool = True) -> None:
         """End the moving, and give the memory back. `done`: the job has ended well; then nothing stays in memory.
 
-        Does not wait for uploads: `flush` does.
+        Without `idle` a save may still read what lies in memory: then it stays until the process ends. Does not wait
+        for uploads: `flush` does.
         """
         _living.discard(self)
         mover, self._mover = self._mover, None
         if mover is not None:
-            if done:
-                mover.close(self._timeout)
-            else:
-                mover.stop()
-        if self._messages is not None and self._comm.rank == 0 and done:
-            with contextlib.suppress(CheckpointError):
+            mover.stop()
+        try:
+            if self._messages is not None and self._comm.rank == 0 and done:
                 self.home.delete_tree(self._messages)
+            if self.memory is not None and idle:
+                self.memory.close(remove=done)
+                if done and self._memory_site is not None and self._memory_site.leads:
+                    self.memory.clear()
+        except CheckpointError as error:
+            self._tell([f"not all that the job leaves behind could be removed: {error}"])
+
+    def forget(self) -> None:
+        """End for a Checkpointer that is gone and was never closed."""
+        mover, self._mover = self._mover, None
+        if mover is not None:
+            mover.stop(wait=False)
         if self.memory is not None:
-            self.memory.close(remove=done)
-            if done and self._memory_site is not None and self._memory_site.leads:
-                self.memory.clear()
+            self.memory.close(remove=False)
+
+    def stop(self) -> None:
+        """End the moving, at the end of the interpreter."""
+        if self._mover is None:
+            return
+        waiting = self._mover.pending()
+        if waiting is not None:
+            step, first, home = waiting.manifest.step, self.first.location(), self.home.location()
+            self._tell([f"step {step} is in {first}, but not in {home} yet: close the Checkpointer before the end"])
+        self._mover.stop()
 
     def _sweep_messages(self) -> None:
         """Remove what jobs without a key-value store have left of their messages."""
-        for name in filter(_MESSAGES.fullmatch, self.home.list()):
-            modified = self.home.modified(name)
-            if name != self._messages and modified is not None and self.home.now() - modified > LEASE_SECONDS:
-                self.home.delete_tree(name)
+        try:
+            for name in filter(_MESSAGES.fullmatch, self.home.list()):
+                modified = self.home.modified(name)
+                if name != self._messages and modified is not None and self.home.now() - modified > LEASE_SECONDS:
+                    self.home.delete_tree(name)
+        except CheckpointError as error:
+            self._tell([f"messages of earlier jobs were not removed: {error}"])
 
 
 _SLICE_SECONDS = 5.0
@@ -418,58 +476,23 @@ def _local(local: str | os.PathLike[str]) -> LocalStorage:
     return LocalStorage(path)
 
 
-def _last(keep_last: int | Mapping[str, int] | None, name: str, names: set[str]) -> int | None:
-    """Return how many checkpoints a tier keeps; None for all."""
-    if isinstance(keep_last, Mapping):
-        unknown = sorted(set(keep_last) - names)
-        if unknown:
-            raise ValueError(f"keep_last names {', '.join(unknown)}: this run has {', '.join(sorted(names))}")
-        last = keep_last.get(name)
-    else:
-        last = keep_last
-    if last is not None and last < 1:
-        raise ValueError(f"keep_last={keep_last}: keep at least one checkpoint, or None for all")
-    if name == "memory" and isinstance(keep_last, Mapping) and last not in (None, 1):
-        raise ValueError(f"keep_last={keep_last}: memory keeps 1, while the next one is made beside it")
-    return last
-
-
-def _claims(storage: StorageView) -> dict[int, bytes]:
-    return {
-        generation: storage.read_bytes(claim_name(generation), MAX_CLAIM_NBYTES)
-        for generation in claimed_generations(storage)
-    }
-
-
-def _packed_claims(storage: StorageView) -> bytes:
-    claims = {generation: base64.b64encode(claim).decode() for generation, claim in _claims(storage).items()}
-    return json.dumps(claims).encode()
-
-
-def _unpacked_claims(data: bytes) -> dict[int, bytes]:
-    return {int(generation): base64.b64decode(claim) for generation, claim in json.loads(data).items()}
-
-
-# When the interpreter ends, no library starts a thread or a connection any more: too late to bring anything home.
-_living: weakref.WeakSet[Tiers] = weakref.WeakSet()
-
-
-def _tell_unmoved() -> None:
-    for tiers in list(_living):
-        load = None if tiers._mover is None else tiers._mover.pending()
-        if load is not None:
-            _log.error(
-                "step %s is durable in %s, but is not in %s: the program ended before it had come there. End with "
-                "Checkpointer.close(), as `with` does; started again with the same tiers, the job brings it there",
-                load.manifest.step,
-                tiers.first.location(),
-                tiers.home.location(),
-            )
-
-
-atexit.register(_tell_unmoved)
-
-
 def _entry(checkpoint: Checkpoint) -> Entry:
     manifest = checkpoint.manifest
     return Entry(manifest.step, manifest.generation, checkpoint.directory)
+
+
+_living: weakref.WeakSet[Tiers] = weakref.WeakSet()
+
+
+def _after_fork() -> None:
+    for tiers in list(_living):
+        tiers.abandon()
+
+
+def _at_exit() -> None:
+    for tiers in list(_living):
+        tiers.stop()
+
+
+os.register_at_fork(after_in_child=_after_fork)
+atexit.register(_at_exit)

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from buckets import QUICK
-from tiered import finish
+from tiered import Running, finish
 
 import ckptengine as ce
 from ckptengine.catalog.listing import committed
@@ -144,8 +144,6 @@ def test_a_local_copy_that_is_damaged_is_not_used_nor_spread_and_the_buckets_is_
 def test_with_each_tier_lost_in_turn_two_ranks_go_on_from_what_four_have_saved(in_environment, tmp_path, lost):
     memory = f"/dev/shm/ckptengine-test-{in_environment.url[-12:]}"
     places = {"run": f"{in_environment.url}/run", "local": str(tmp_path / "ckpt"), "memory": memory}
-    from tiered import Running
-
     Path(memory).mkdir()
     try:
         with Running(4, tmp_path, **places, until=3, wait_for=str(tmp_path / "never")) as job:
@@ -197,6 +195,22 @@ def test_uploads_keep_to_the_bytes_per_second_that_they_are_given(bucket, tmp_pa
         moved.append(SIZE * 8)
     # A second's worth may go at once.
     assert sum(moved) <= 8e6 * (time.monotonic() - began + 1)
+
+
+def test_checkpoints_come_home_while_those_in_memory_are_replaced_faster_than_they_could_be_moved(tmp_path, caplog):
+    folder = Path("/dev/shm") / f"ckptengine-test-{uuid.uuid4().hex[:12]}"
+    folder.mkdir()
+    places = {"run": tmp_path / "run", "local": tmp_path / "ckpt", "memory": folder}
+    try:
+        with ce.Checkpointer(**places, upload_bytes_per_second=6e6, preemption=None) as ckpt:
+            for step in range(1, 9):
+                ckpt.save(step, state_of(step)).durable.result()
+                time.sleep(0.4)
+            assert ckpt.uploaded is not None
+        assert ckpt.uploaded == 8
+        assert "tried again" not in caplog.text
+    finally:
+        shutil.rmtree(folder)
 
 
 def test_a_local_directory_of_another_run_is_refused(bucket, tmp_path):

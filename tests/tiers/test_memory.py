@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 import subprocess
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -14,8 +16,10 @@ import pytest
 from tiered import Running, finish, steps
 
 import ckptengine as ce
+from ckptengine.errors import DeadlineError, StorageError
 from ckptengine.storage.local import LocalArchiveWriter, LocalStorage
 from ckptengine.tiers.memory import memory_root
+from ckptengine.tiers.mover import Mover
 
 
 def state_of(step: int) -> dict:
@@ -190,3 +194,118 @@ def test_the_manifest_is_the_same_in_all_places_however_long_the_disk_takes(tmp_
         places = run, Path(disk), Path(memory_root(str(run), memory))
         manifests = [(place / "step-00000001" / "manifest-0001.json").read_bytes() for place in places]
     assert manifests[0] == manifests[1] == manifests[2]
+
+
+def refuse(monkeypatch: pytest.MonkeyPatch, disk: Path) -> None:
+    """Have a disk take no archive from now on."""
+    create = LocalStorage.create_archive
+
+    def refused(self, name, nbytes, **more):
+        if self.root == disk:
+            raise StorageError(28, f"{disk}: no room")
+        return create(self, name, nbytes, **more)
+
+    monkeypatch.setattr(LocalStorage, "create_archive", refused)
+
+
+def test_what_could_not_be_made_durable_stays_in_memory_at_the_end_of_the_job_and_the_next_start_brings_it(
+    tmp_path, memory, monkeypatch, caplog
+):
+    run = tmp_path / "run"
+    with ce.Checkpointer(run, memory=memory, preemption=None) as ckpt:
+        ckpt.save(1, state_of(1)).durable.result()
+        with monkeypatch.context() as patch:
+            refuse(patch, run)
+            ckpt.save(2, state_of(2)).durable.wait()
+            ckpt._saver.settle(60)
+    assert "step 2 is in memory only" in caplog.text
+    assert steps(run) == [1]
+    state = state_of(0)
+    with ce.Checkpointer(run, memory=memory, preemption=None) as again:
+        assert again.restore(state) == 2
+    assert state["w"][0] == 2
+    assert steps(run) == [1, 2]
+
+
+def test_a_step_whose_save_failed_and_is_saved_again_is_in_memory_as_it_was_last(tmp_path, memory, monkeypatch):
+    run = tmp_path / "run"
+    ckpt = ce.Checkpointer(run, memory=memory, preemption=None)
+    ckpt.save(1, state_of(1)).durable.result()
+    with monkeypatch.context() as patch:
+        refuse(patch, run)
+        for value in (21, 22):
+            ckpt.save(2, {"w": np.full(300_000, float(value)), "step": 2}).durable.wait()
+            ckpt._saver.settle(60)
+    ckpt._tiers.close(done=False)
+    state = state_of(0)
+    with ce.Checkpointer(run, memory=memory, preemption=None) as again:
+        assert again.restore(state) == 2
+    assert state["w"].min() == state["w"].max() == 22
+
+
+def test_a_run_that_goes_on_from_memory_before_its_checkpoint_came_home_is_not_taken_for_another_jobs(
+    tmp_path, memory, monkeypatch, caplog
+):
+    run = tmp_path / "run"
+    ckpt = ce.Checkpointer(run, memory=memory, preemption=None)
+    ckpt.save(1, state_of(1)).durable.result()
+    with monkeypatch.context() as patch:
+        refuse(patch, run)
+        ckpt.save(2, state_of(2)).durable.wait()
+        leave_failed(ckpt)
+    offered = []
+    with monkeypatch.context() as patch:
+        patch.setattr(Mover, "offer", lambda self, load: offered.append(load))
+        again = ce.Checkpointer(run, memory=memory, preemption=None)
+        assert again.restore(state_of(0)) == 2
+        assert again._tiers.claim((1, 2)) == 2
+    again._tiers._mover.offer(*offered)
+    again.close()
+    assert "taken over" not in caplog.text
+    assert steps(run) == [1, 2]
+
+
+def leave_failed(ckpt: ce.Checkpointer) -> None:
+    ckpt._saver.settle(60)
+    ckpt._tiers.close(done=False)
+
+
+def test_a_close_that_fails_ends_the_threads_and_leaves_the_memory_that_a_save_still_reads(
+    tmp_path, memory, monkeypatch
+):
+    run, going = tmp_path / "run", threading.Event()
+    create = LocalStorage.create_archive
+
+    def stuck(self, name, nbytes, **more):
+        if self.root == run:
+            going.wait(60)
+        return create(self, name, nbytes, **more)
+
+    monkeypatch.setattr(LocalStorage, "create_archive", stuck)
+    ckpt = ce.Checkpointer(run, memory=memory, preemption=None, timeout=1)
+    handle = ckpt.save(1, state_of(1))
+    with pytest.raises(DeadlineError):
+        ckpt.close()
+    assert "ckptengine-mover" not in {thread.name for thread in threading.enumerate()}
+    going.set()
+    handle.durable.wait()
+    assert ckpt._saver._job is not None
+    ckpt._saver._job.thread.join(60)
+    if handle.durable.error is None:  # it came in time after all: then it is what was saved
+        assert ce.load(run)["w"][-1] == 1
+    ckpt.close()
+
+
+def test_a_checkpointer_that_is_dropped_without_being_closed_gives_its_memory_and_its_thread_back(tmp_path, memory):
+    for step in range(1, 7):  # more often than there are names
+        ckpt = ce.Checkpointer(tmp_path / "run", memory=memory, preemption=None)
+        ckpt.restore(state_of(0))
+        ckpt.save(step, state_of(step)).durable.result()
+        ckpt._saver.settle(60)
+        assert steps(memory_root(str(tmp_path / "run"), memory)) == [step]
+        del ckpt
+        gc.collect()
+    end = time.monotonic() + 60
+    while "ckptengine-mover" in {thread.name for thread in threading.enumerate()}:
+        assert time.monotonic() < end
+        time.sleep(0.05)

@@ -46,6 +46,34 @@ def test_a_step_that_is_only_in_the_memory_of_both_nodes_is_completed_and_restor
     assert steps(run)[-1] == 3
 
 
+def test_a_step_of_which_a_node_has_lost_a_part_is_passed_over_for_the_one_before_it(tmp_path, memory):
+    run = tmp_path / "run"
+    places = {"run": str(run), "local": str(tmp_path / "local"), "memory": str(memory), "node": 2}
+    with Running(4, tmp_path, **places, until=3, stuck=3) as job:
+        job.wait_for(3)
+        job.kill()
+    (part,) = Path(memory_root(str(run), memory / "node-1")).glob("step-00000003/data-*/rank-00003.zarr.zip")
+    part.unlink()
+    assert [report["restored"] for report in finish(4, tmp_path, **places, until=4)] == [2] * 4
+    assert steps(run)[-1] == 4
+
+
+def test_an_image_that_was_damaged_in_one_nodes_memory_is_not_brought_home_and_the_disks_copy_is(tmp_path, memory):
+    run, local = tmp_path / "run", tmp_path / "local"
+    places = {"run": str(run), "local": str(local), "memory": str(memory), "node": 2}
+    with Running(4, tmp_path, **places, until=2, wait_for=str(tmp_path / "never")) as job:
+        job.wait_for(2)
+        wait_until_home_has(run, 2)
+        job.kill()
+    (part,) = Path(memory_root(str(run), memory / "node-1")).glob("step-00000002/data-*/rank-00002.zarr.zip")
+    with part.open("r+b") as file:
+        file.seek(200_000)
+        file.write(b"\1" * 8)
+    shutil.rmtree(run / "step-00000002")
+    assert [report["restored"] for report in finish(4, tmp_path, **places, until=2)] == [2] * 4
+    assert steps(run)[-1] == 2
+
+
 @pytest.mark.parametrize("lost", [0, 1])
 def test_a_node_that_is_replaced_by_an_empty_one_costs_what_had_not_come_home(tmp_path, memory, lost):
     run, local = tmp_path / "run", tmp_path / "local"

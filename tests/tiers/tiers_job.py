@@ -1,13 +1,15 @@
 """A rank of a job with tiers: `tiers_job.py FOLDER OPTIONS`, OPTIONS being JSON.
 
 `run`, `local`, `memory` and `keep_last` are the Checkpointer's; with `node`, so many ranks share a node, whose local
-and memory tiers are in a folder of its own. It trains until step `until`; from step `stuck` on the disk that saves go
-to takes no archive any more. Each rank notes what it did in `FOLDER/rank-N.json`, and makes `FOLDER/at-STEP.N` after
-each step.
+and memory tiers are in a folder of its own; `memory` may be a list, of what each rank is given. It trains until step
+`until`; from step `stuck` on the disk that saves go to takes no archive any more. With `exit` the ranks leave the
+Checkpointer with that code, with `unclosed` they never close it. Each rank notes what it did in `FOLDER/rank-N.json`,
+and makes `FOLDER/at-STEP.N` after each step.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -80,10 +82,12 @@ def main() -> None:
         if memory:
             memory = f"{memory}/{node}"
             Path(memory).mkdir(exist_ok=True)
+    if isinstance(memory, list):
+        memory = memory[rank]
     report: dict = {"pid": os.getpid()}
     state = make_state()
     began = time.monotonic()
-    with ce.Checkpointer(
+    ckpt = ce.Checkpointer(
         options["run"],
         every=1,
         keep_last=options.get("keep_last"),
@@ -91,7 +95,8 @@ def main() -> None:
         memory=memory,
         timeout=options.get("timeout", 60),
         preemption=None,
-    ) as ckpt:
+    )
+    with contextlib.nullcontext() if options.get("unclosed") else ckpt:
         report["restored"] = ckpt.restore(state)
         report["seconds"] = time.monotonic() - began
         if report["restored"] is not None:
@@ -113,6 +118,8 @@ def main() -> None:
         if "wait_for" in options:
             while not Path(options["wait_for"]).exists():
                 time.sleep(0.02)
+        if "exit" in options:
+            sys.exit(options["exit"])
     report["uploaded"] = ckpt.uploaded
     (folder / f"rank-{rank}.json").write_text(json.dumps(report))
     dist.destroy_process_group()

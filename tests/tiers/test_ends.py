@@ -1,0 +1,43 @@
+"""How the processes of a job with tiers end."""
+
+from __future__ import annotations
+
+import shutil
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from tiered import Running, finish
+
+
+@pytest.fixture
+def memory() -> Iterator[Path]:
+    folder = Path("/dev/shm") / f"ckptengine-test-{uuid.uuid4().hex[:12]}"
+    folder.mkdir()
+    yield folder
+    shutil.rmtree(folder)
+
+
+def test_ranks_that_leave_with_a_code_of_their_own_end_with_that_code(tmp_path, memory):
+    places = {"run": str(tmp_path / "run"), "local": str(tmp_path / "local"), "memory": str(memory)}
+    with Running(3, tmp_path, **places, until=2, exit=75) as job:
+        assert job.process.wait(120) != 0
+        output = job.output.read_text()
+    assert "exitcode  : 75" in output
+    assert "SIGABRT" not in output
+
+
+def test_a_job_that_never_closes_its_checkpointer_ends_well(tmp_path, memory):
+    places = {"run": str(tmp_path / "run"), "local": str(tmp_path / "local"), "memory": str(memory)}
+    reports = finish(3, tmp_path, **places, until=2, unclosed=True)
+    assert [report["restored"] for report in reports] == [None] * 3
+    assert [report["restored"] for report in finish(3, tmp_path, **places, until=2)] == [2] * 3
+
+
+def test_a_rank_whose_node_has_no_shared_memory_is_named_on_all_ranks(tmp_path, memory):
+    with Running(2, tmp_path, run=str(tmp_path / "run"), memory=[str(memory), str(tmp_path)], until=1) as job:
+        assert job.process.wait(120) != 0
+        output = job.output.read_text()
+    assert "opening the tiers failed on rank(s) 1" in output
+    assert "not on a tmpfs" in output
