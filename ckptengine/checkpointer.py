@@ -443,6 +443,7 @@ class Checkpointer:
         for handle in self._pending:
             handle.durable.wait()
         self._reap()
+        self._tiers.stop()  # before the ranks leave each other's store
         watch.leave(saved, problem)
 
     def _stands(self) -> int | None:

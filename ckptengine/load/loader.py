@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from ckptengine.comm.agree import agree, gather
 from ckptengine.comm.base import Communicator
-from ckptengine.errors import CheckpointDamagedError, CheckpointError, RankFailedError
+from ckptengine.errors import CheckpointDamagedError, CheckpointError, RankFailedError, StorageError
 from ckptengine.layout.box import Box
 from ckptengine.load.checkpoint import Checkpoint, naming
 from ckptengine.load.choose import Chooser, newest_checkpoint
@@ -94,14 +94,19 @@ def restore_newest(
 ) -> Loaded | None:
     """Fill a state from the newest checkpoint that is whole, or from that of a step; all ranks call it.
 
-    What is damaged is logged, and another copy or the one before it is taken; see `Chooser` for `views`. `bring` is
-    called on all ranks before a checkpoint is read, to bring it where every rank can. `where` is what messages call the
-    place. Returns None where nothing was ever committed.
+    What is damaged is logged, and another copy or the one before it is taken; where one can't be read, another copy of it
+    only. See `Chooser` for `views`. `bring` is called on all ranks before a checkpoint is read, to bring it where every
+    rank can. `where` is what messages call the place. Returns None where nothing was ever committed.
 
-    Raises `CheckpointDamagedError` naming all that are damaged, where none is whole.
+    Raises `CheckpointDamagedError` naming all that are damaged, where none is whole; `StorageError`.
     """
     damaged: list[str] = []
+    unread: StorageError | None = None
+    place: tuple[str, int] | None = None
     for checkpoint in Chooser(views, comm, timeout).candidates(step, damaged):
+        if unread is not None and place != (checkpoint.directory, checkpoint.manifest.generation):
+            raise unread
+        unread, place = None, (checkpoint.directory, checkpoint.manifest.generation)
         try:
             if bring is not None:
                 bring(checkpoint)
@@ -110,6 +115,15 @@ def restore_newest(
             damaged.append(str(error))
             if comm.rank == 0:
                 _log.warning("%s is damaged, another copy or the one before is tried: %s", checkpoint.location, error)
+        except StorageError as error:
+            # Another copy of it will do; an older one would not, for it may be there again the next time.
+            if checkpoint.storage is views[-1]:
+                raise
+            unread = error
+            if comm.rank == 0:
+                _log.warning("%s can't be read, another copy is tried: %s", checkpoint.location, error)
+    if unread is not None:
+        raise unread
     if damaged:
         raise CheckpointDamagedError(
             f"{where or views[0].location()}: no checkpoint is whole. {'; '.join(damaged)}. The state may be partly "

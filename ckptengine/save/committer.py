@@ -57,7 +57,7 @@ class Committer:
         """Bring a snapshot to the storage and through the commit; returns when the outcome is known."""
         target = job.target
         data = attempt_directory(target.directory, job.attempt)
-        store = self._comm.store() or StorageStore(target.meeting or target.storage, data)
+        store = self._comm.store() or StorageStore(*(target.meeting or (target.storage, data)))
         channel = Channel(store, job.attempt + self._tier, self._comm.rank, self._comm.world_size)
         try:
             if self._comm.rank != 0:
@@ -212,10 +212,6 @@ class Committer:
         storage = job.target.storage
         storage.make_directory(data)
         job.held.enter_context(Lease(storage, data))
-        meeting = job.target.meeting
-        if meeting is not None and meeting is not storage and not self._tier and self._comm.store() is None:
-            # The messages are no leftovers while they are waited for.
-            job.held.enter_context(Lease(meeting, data))
         assert self._coordinator is not None
         expected = self._coordinator.expected()
         if expected is None:

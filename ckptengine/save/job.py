@@ -32,8 +32,8 @@ class Target:
 
     `directory` is relative to the storage's root. `claim` is called on rank 0, where the generation is not known
     yet. `committed` is called in the background after the commit, with the generation and the attempt, on the first
-    rank of each site. `site` are the ranks that see the storage as this one does, None: all do. `meeting` is where
-    all see the same, for messages in jobs that have no key-value store; None: the storage.
+    rank of each site. `site` are the ranks that see the storage as this one does, None: all do. `meeting` is the
+    storage and directory for messages in jobs that have no key-value store, which all see; None: the attempt's own.
     """
 
     storage: Storage
@@ -45,7 +45,7 @@ class Target:
     metadata: Mapping[str, Any]
     committed: Callable[[int, str], None] | None = None
     site: Site | None = None
-    meeting: Storage | None = None
+    meeting: tuple[Storage, str] | None = None
 
     @property
     def leads(self) -> bool:

@@ -6,6 +6,7 @@ import contextlib
 import errno
 import fcntl
 import os
+from collections.abc import Callable
 
 from ckptengine import _native
 from ckptengine.errors import StorageError
@@ -13,7 +14,7 @@ from ckptengine.snapshot.arena import Arena
 from ckptengine.snapshot.threads import copy_threads
 from ckptengine.storage.system import allocate
 
-__all__ = ["SharedArena", "is_locked"]
+__all__ = ["SharedArena", "is_locked", "remove_unused"]
 
 
 class SharedArena(Arena):
@@ -26,21 +27,29 @@ class SharedArena(Arena):
     def __init__(self, path: str) -> None:
         super().__init__()
         self.path = path
+        self._whole_nbytes = 0  # up to where the file's pages are those that were pinned
         try:
-            self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+            self._fd = _locked(path)
+        except BlockingIOError as error:
+            raise StorageError(errno.EBUSY, f"{path}: another process has it") from error
         except OSError as error:
             raise StorageError(error.errno, f"cannot open {path}: {error.strerror}") from error
-        try:
-            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            os.close(self._fd)
-            raise StorageError(errno.EBUSY, f"{path}: another process has it") from error
 
-    def begin(self) -> None:
-        """Make the whole of a reserved arena ready to be filled again, after its second name was removed.
+    def pin(self, pin: Callable[[int, int], Callable[[], None] | None]) -> None:
+        """Have the memory pinned; see `Arena.pin`."""
+        if self._unpin is None:
+            self._whole_nbytes = self.nbytes
+        super().pin(pin)
+
+    def begin(self, nbytes: int) -> None:
+        """Make a reserved arena ready to be filled again with `nbytes`, after its second name was removed.
 
         Raises `StorageError` (ENOSPC) where what a tail had cut off can't be had again.
         """
+        if nbytes > self._whole_nbytes and self._unpin is not None:
+            # A device would write to the pages that were cut off, and the archive would have those that came after.
+            unpin, self._unpin = self._unpin, None
+            unpin()
         try:
             self._grow(self.nbytes)
         except OSError as error:
@@ -52,6 +61,7 @@ class SharedArena(Arena):
         """Make the file a whole archive: its bytes up to `position`, then `tail`; and give it a second name."""
         try:
             os.ftruncate(self._fd, position + len(tail))
+            self._whole_nbytes = min(self._whole_nbytes, position + len(tail))
             view, place = memoryview(tail), position
             while view:
                 written = os.pwrite(self._fd, view, place)
@@ -104,15 +114,40 @@ class SharedArena(Arena):
 
 
 def is_locked(path: str) -> bool:
-    """Return whether a process has an arena's file; one that is missing is not locked."""
+    """Return whether a process has an arena's file, by any of its names; one that is missing is not locked."""
     try:
-        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+        os.close(_locked(path, 0))
+    except BlockingIOError:
+        return True
     except OSError:
         return False
+    return False
+
+
+def remove_unused(path: str) -> None:
+    """Remove an arena's file that no process has and nothing was published of; raises `OSError`."""
     try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return True
+        fd = _locked(path, 0)
+    except (BlockingIOError, FileNotFoundError):
+        return
+    try:
+        if os.fstat(fd).st_nlink == 1:
+            os.unlink(path)
     finally:
         os.close(fd)
-    return False
+
+
+def _locked(path: str, create: int = os.O_CREAT) -> int:
+    """Return a descriptor that holds the lock of what has this name now; raises `OSError`: EAGAIN where it is taken."""
+    while True:
+        fd = os.open(path, os.O_RDWR | create | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # It may have been removed between the two calls, by who held the lock until then.
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(os.stat(path), os.fstat(fd)):
+                    return fd
+        except BaseException:
+            os.close(fd)
+            raise
+        os.close(fd)

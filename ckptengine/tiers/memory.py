@@ -24,7 +24,7 @@ from ckptengine.catalog.listing import (
 )
 from ckptengine.catalog.listing import step_directories as steps_of
 from ckptengine.errors import CheckpointError, StorageError
-from ckptengine.snapshot.shared_arena import SharedArena, is_locked
+from ckptengine.snapshot.shared_arena import SharedArena, is_locked, remove_unused
 from ckptengine.storage.base import join
 from ckptengine.storage.local import LocalStorage
 
@@ -111,7 +111,7 @@ class MemoryTier:
                 arena = min(self._open_arenas(), key=lambda one: (one is self._kept, self._order(one)))
                 self._retract(arena)
                 arena.reserve(nbytes)
-                arena.begin()
+                arena.begin(nbytes)
             except StorageError as error:
                 if not self._short:
                     self._short = True
@@ -236,9 +236,11 @@ class MemoryTier:
     def _remove_arenas(self) -> None:
         folder = self.storage.root / _ARENAS
         for path in map(str, sorted(folder.iterdir())):
-            with contextlib.suppress(FileNotFoundError):  # another job may be at the same
-                if _ARENA.fullmatch(os.path.basename(path)) and not is_locked(path) and os.stat(path).st_nlink == 1:
-                    os.unlink(path)
+            if _ARENA.fullmatch(os.path.basename(path)):
+                try:
+                    remove_unused(path)
+                except OSError as error:
+                    raise StorageError(error.errno, f"cannot remove {path}: {error.strerror}") from error
 
     def note_claims(self, claims: dict[int, bytes]) -> bool:
         """Make the tier's claims of generations those of the run; return whether it held another run's.

@@ -224,6 +224,7 @@ class Mover:
                 raise
             except Exception as error:
                 problem = f"{error}" or type(error).__name__
+            gone = bool(problem) and self._gone(load)
             with self._changed:
                 self._current = None
                 self._changed.notify_all()
@@ -238,7 +239,7 @@ class Mover:
                         problem,
                     )
                 self._problem = problem
-                if self._next is None and not self._gone(load):
+                if self._next is None and not gone:
                     self._next = load
                 self._changed.wait_for(lambda: self._stopped or self._hurried, pause)
                 if self._hurried:

@@ -207,7 +207,7 @@ class Tiers:
             job.target,
             storage=memory.storage,
             site=site,
-            meeting=None if site is None or site.shared else self.home,
+            meeting=self._meeting(memory.storage, site),
             committed=lambda _, attempt: memory.tidy(attempt),
         )
 
@@ -238,9 +238,15 @@ class Tiers:
         return self._site
 
     @property
-    def meeting(self) -> Storage | None:
-        """Where all ranks see the messages of a save; None: in the first tier."""
-        return None if self._site is None or self._site.shared else self.home
+    def meeting(self) -> tuple[Storage, str] | None:
+        """Where all ranks see the messages of a save, where they have no store; None: in the attempt's directory."""
+        return None if self._site is None else self._meeting(self.first, self._site)
+
+    def _meeting(self, storage: Storage, site: Site | None) -> tuple[Storage, str] | None:
+        """Return a directory that lasts as long as this life: an attempt's goes when a commit elsewhere has failed."""
+        if self._messages is None:
+            return None
+        return (self.home if site is None or not site.shared else storage), self._messages
 
     def committed(self, generation: int, step: int, directory: str) -> None:
         """After a commit in the first tier, on the first rank of each site: have it moved on, delete what may go."""
@@ -428,7 +434,8 @@ class Tiers:
             mover.stop()
         try:
             if self._messages is not None and self._comm.rank == 0 and done:
-                self.home.delete_tree(self._messages)
+                for storage in (self.home, self.first, *([self.memory.storage] if self.memory is not None else [])):
+                    storage.delete_tree(self._messages)
             if self.memory is not None and idle:
                 self.memory.close(remove=done)
                 if done and self._memory_site is not None and self._memory_site.leads:
@@ -445,22 +452,26 @@ class Tiers:
             self.memory.close(remove=False)
 
     def stop(self) -> None:
-        """End the moving, at the end of the interpreter."""
-        if self._mover is None:
-            return
-        waiting = self._mover.pending()
+        """End the moving."""
+        if self._mover is not None:
+            self._mover.stop()
+
+    def end(self) -> None:
+        """End the moving at the end of the interpreter, for a Checkpointer that was not closed."""
+        waiting = None if self._mover is None else self._mover.pending()
         if waiting is not None:
-            step, first, home = waiting.manifest.step, self.first.location(), self.home.location()
-            self._tell([f"step {step} is in {first}, but not in {home} yet: close the Checkpointer before the end"])
-        self._mover.stop()
+            step, first = waiting.manifest.step, self.first.location()
+            self._tell([f"step {step} is in {first} only: the next start brings it here, and so would have close()"])
+        self.stop()
 
     def _sweep_messages(self) -> None:
         """Remove what jobs without a key-value store have left of their messages."""
         try:
-            for name in filter(_MESSAGES.fullmatch, self.home.list()):
-                modified = self.home.modified(name)
-                if name != self._messages and modified is not None and self.home.now() - modified > LEASE_SECONDS:
-                    self.home.delete_tree(name)
+            for storage in (self.home, *(near for near, _ in self._near)):
+                for name in filter(_MESSAGES.fullmatch, storage.list()):
+                    modified = storage.modified(name)
+                    if name != self._messages and modified is not None and storage.now() - modified > LEASE_SECONDS:
+                        storage.delete_tree(name)
         except CheckpointError as error:
             self._tell([f"messages of earlier jobs were not removed: {error}"])
 
@@ -491,7 +502,7 @@ def _after_fork() -> None:
 
 def _at_exit() -> None:
     for tiers in list(_living):
-        tiers.stop()
+        tiers.end()
 
 
 os.register_at_fork(after_in_child=_after_fork)

@@ -1,8 +1,9 @@
 """A rank of a job under mpiexec whose run has tiers: `mpi_tiers_job.py FOLDER OPTIONS`, OPTIONS being JSON.
 
-`local` and `memory` are the Checkpointer's, the run is `FOLDER/run`. Restores, trains until step `until`, and writes to
-`FOLDER/rank-N.json` what it saw. A rank that waited for another in vain would do so for longer than a test may take.
-`dies_at`: at that step the disk that saves go to takes no archive, and once the step is in memory the job is killed.
+`local` and `memory` are the Checkpointer's, with `nodes` a folder for each rank below them; the run is `FOLDER/run`.
+Restores, trains until step `until`, and writes to `FOLDER/rank-N.json` what it saw. A rank that waited for another in
+vain would do so for longer than a test may take. `dies_at`: at that step the disk that saves go to takes no archive,
+and once the step is in memory the job is killed.
 """
 
 from __future__ import annotations
@@ -44,9 +45,11 @@ def main() -> None:
     folder, options = Path(sys.argv[1]), json.loads(sys.argv[2])
     world = MPI.COMM_WORLD
     report: dict[str, Any] = {}
-    ckpt = ce.Checkpointer(
-        folder / "run", every=1, local=options["local"], memory=options["memory"], timeout=1000, preemption=None
-    )
+    local, memory = options["local"], options["memory"]
+    if options.get("nodes"):
+        local, memory = (f"{place}/node-{world.rank}" for place in (local, memory))
+        Path(memory).mkdir(exist_ok=True)
+    ckpt = ce.Checkpointer(folder / "run", every=1, local=local, memory=memory, timeout=1000, preemption=None)
     with ckpt:
         state = state_of(0)
         report["restored"] = ckpt.restore(state)
@@ -60,9 +63,9 @@ def main() -> None:
             handle = ckpt.step(step, state_of(step))
             assert handle is not None
             if step == options.get("dies_at"):
-                memory = ckpt._tiers.memory
-                assert memory is not None
-                while (found := newest(memory.storage)) is None or found.step != step:
+                tier = ckpt._tiers.memory
+                assert tier is not None
+                while (found := newest(tier.storage)) is None or found.step != step:
                     time.sleep(0.01)
                 world.Barrier()
                 os.kill(os.getpid(), signal.SIGKILL)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
+import threading
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +15,8 @@ import pytest
 from ckptengine.archive.record import ArchiveRecord
 from ckptengine.catalog.listing import claim_name, claimed_generations, committed, manifest_name
 from ckptengine.catalog.manifest import Manifest
-from ckptengine.snapshot.shared_arena import SharedArena
+from ckptengine.errors import StorageError
+from ckptengine.snapshot.shared_arena import SharedArena, remove_unused
 from ckptengine.storage.local import LocalStorage
 from ckptengine.tiers.memory import MemoryTier
 
@@ -84,6 +87,53 @@ def test_the_newest_image_is_not_overwritten_while_this_nodes_copy_of_its_manife
     memory.kept(publish(memory, 0, 2))  # committed by rank 0 on another node
     publish(memory, 0, 3)
     assert files(root, 2) == {archive(0)}
+
+
+def test_an_arena_is_never_a_file_that_somebody_has_just_removed(root):
+    memory, ended = tier(root, 0), threading.Event()
+    path = str(root / "arenas" / "rank-00000-a")
+
+    def clean_up() -> None:
+        while not ended.is_set():
+            remove_unused(path)
+
+    cleaner = threading.Thread(target=clean_up)
+    cleaner.start()
+    try:
+        opened = 0
+        while opened < 2000:
+            try:
+                arena = SharedArena(path)
+            except StorageError as error:
+                if error.errno != errno.EBUSY:
+                    raise
+                continue
+            opened += 1
+            assert arena.is_file(path)
+            arena.close()
+    finally:
+        ended.set()
+        cleaner.join()
+    memory.close(remove=True)
+
+
+def test_memory_that_was_cut_off_for_a_smaller_image_is_pinned_anew_for_a_larger_one(root):
+    # A device that has pinned pages goes on to write to them when the file has others in their place.
+    arena = SharedArena(str(tier(root, 0).storage.root / "arenas" / "rank-00000-a"))
+    pinned: list[str] = []
+
+    def pin(address: int, nbytes: int):
+        assert (address, nbytes) == (arena.address, arena.nbytes)
+        pinned.append("pin")
+        return lambda: pinned.append("unpin")
+
+    arena.reserve(8 * NBYTES)
+    for number, nbytes in enumerate((8, 8, 2, 2, 8, 8)):
+        arena.begin(nbytes * NBYTES)
+        arena.pin(pin)
+        arena.publish(str(root / f"published-{number}"), nbytes * NBYTES, bytes(4096))
+    assert pinned == ["pin", "unpin", "pin"]
+    arena.close()
 
 
 def test_a_job_that_ends_leaves_the_memory_of_one_that_took_its_run_over(root):

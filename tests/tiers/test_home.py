@@ -140,6 +140,30 @@ def test_a_local_copy_that_is_damaged_is_not_used_nor_spread_and_the_buckets_is_
     assert str(archive) in caplog.text
 
 
+def test_a_local_disk_that_can_not_be_read_costs_no_step_that_the_bucket_has(bucket, tmp_path, monkeypatch):
+    places = {"run": f"{bucket.url}/run", "local": tmp_path / "ckpt", "storage_options": bucket.options}
+    with ce.Checkpointer(**places, preemption=None) as ckpt:
+        for step in (1, 2):
+            ckpt.save(step, state_of(step)).durable.result()
+        ckpt.flush()
+    load = LocalStorage.load_archive
+
+    def failing(self, name, *arguments):
+        if name.rpartition("/")[2].startswith("rank-"):
+            raise ce.errors.StorageError(5, f"cannot read {self.location(name)}: Input/output error")
+        return load(self, name, *arguments)
+
+    monkeypatch.setattr(LocalStorage, "load_archive", failing)
+    state = state_of(0)
+    with ce.Checkpointer(**places, preemption=None) as again:
+        assert again.restore(state) == 2
+    assert state["w"].min() == state["w"].max() == 2
+    # The bucket has lost it: an older one is not taken in its place, for the disk may be repaired.
+    bucket.fs.rm(f"{bucket.url}/run/step-00000002", recursive=True)
+    with ce.Checkpointer(**places, preemption=None) as again, pytest.raises(ce.errors.StorageError, match="Input/out"):
+        again.restore(state)
+
+
 @pytest.mark.parametrize("lost", ["bucket", "local", "memory"])
 def test_with_each_tier_lost_in_turn_two_ranks_go_on_from_what_four_have_saved(in_environment, tmp_path, lost):
     memory = f"/dev/shm/ckptengine-test-{in_environment.url[-12:]}"
