@@ -94,7 +94,7 @@ def restore_newest(
 ) -> Loaded | None:
     """Fill a state from the newest checkpoint that is whole, or from that of a step; all ranks call it.
 
-    What is damaged is logged, and another copy or the one before it is taken; where one can't be read, another copy of it
+    What is damaged is logged, and another copy or the one before it is taken; where one can't be read, another copy
     only. See `Chooser` for `views`. `bring` is called on all ranks before a checkpoint is read, to bring it where every
     rank can. `where` is what messages call the place. Returns None where nothing was ever committed.
 

@@ -172,6 +172,7 @@ class Committer:
                 archives=tuple(item.archive for item in receipts if item.archive is not None),
                 layout=layout_record,
                 metadata=dict(target.metadata),
+                created=job.created,
             )
             doubtful = True
             site = target.site

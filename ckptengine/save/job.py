@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ckptengine.archive.tail import build_tail
+from ckptengine.catalog.manifest import utc_now
 from ckptengine.comm.site import Site
 from ckptengine.save.handle import Phase, SaveHandle
 from ckptengine.save.planner import Plan
@@ -85,6 +86,8 @@ class Job:
     replica_crcs: ReplicaCrcs = ()
     held: ExitStack = field(default_factory=ExitStack, repr=False)
     """What rank 0 holds until the end is known, and lets go of after it has told."""
+    created: str = field(default_factory=utc_now)
+    """What the manifest says: the same in all places where this attempt is committed."""
     stall: float = 0.0
     error: Exception | None = None
     thread: threading.Thread | None = field(default=None, repr=False)
