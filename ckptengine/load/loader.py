@@ -94,9 +94,9 @@ def restore_newest(
 ) -> Loaded | None:
     """Fill a state from the newest checkpoint that is whole, or from that of a step; all ranks call it.
 
-    What is damaged is logged, and another copy or the one before it is taken; where one can't be read, another copy of
-    it only. See `Chooser` for `views`. `bring` is called on all ranks before a checkpoint is read, to bring it where
-    every rank can. `where` is what messages call the place. Returns None where nothing was ever committed.
+    What is damaged is logged, and another copy or the one before it is taken; where one can't be read, another copy
+    only. See `Chooser` for `views`. `bring` is called on all ranks before a checkpoint is read, to bring it where every
+    rank can. `where` is what messages call the place. Returns None where nothing was ever committed.
 
     Raises `CheckpointDamagedError` naming all that are damaged, where none is whole; `StorageError`.
     """

@@ -251,7 +251,13 @@ class Tiers:
     def committed(self, generation: int, step: int, directory: str) -> None:
         """After a commit in the first tier, on the first rank of each site: have it moved on, delete what may go."""
         if self._mover is not None and self.local is not None and self._comm.rank == 0:
-            manifest = read_manifest(self.local, Entry(step, generation, directory))
+            entry = Entry(step, generation, directory)
+            try:
+                manifest = read_manifest(self.local, entry)
+            except StorageError:
+                if self.local.size(entry.manifest) is not None:
+                    raise
+                return  # newer ones have replaced it meanwhile
             holder = {record.name: rank for rank, record in enumerate(manifest.archives)}
             self._mover.offer(Load(directory, manifest, holder | {manifest.layout.name: 0}))
         if self.local is not None:

@@ -53,6 +53,18 @@ def test_two_ranks_restore_another_sharding_from_the_memory_of_four(tmp_path, me
     assert steps(tmp_path / "run")[-1] == 4
 
 
+def test_a_checkpoint_is_the_same_to_the_byte_in_memory_and_on_the_disk(tmp_path, memory, monkeypatch):
+    run, made = tmp_path / "run", iter(range(1000))
+    monkeypatch.setattr("ckptengine.catalog.manifest.utc_now", lambda: f"2026-01-01T00:00:00.{next(made):03d}Z")
+    ckpt = ce.Checkpointer(run, memory=memory, preemption=None)
+    ckpt.save(1, state_of(1)).durable.result()
+    leave(ckpt)
+    root = Path(memory_root(str(run), memory))
+    names = {str(path.relative_to(run)) for path in run.glob("step-*/**/*") if path.is_file()}
+    assert len(names) == 3
+    assert {name: (run / name).read_bytes() for name in names} == {name: (root / name).read_bytes() for name in names}
+
+
 def test_memory_of_a_run_that_was_deleted_and_begun_anew_is_recognized_and_removed(tmp_path, memory, caplog):
     run = tmp_path / "run"
     ckpt = ce.Checkpointer(run, memory=memory, preemption=None)
