@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-import signal
+import subprocess
+import sys
 import threading
 import time
 from dataclasses import replace
@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from buckets import QUICK
+from launch import environment
 from tiered import Running, finish
 
 import ckptengine as ce
@@ -258,26 +259,35 @@ def test_threads_of_the_mover_end_with_the_checkpointer(bucket, tmp_path):
     assert not [one for one in threading.enumerate() if one.name == "ckptengine-mover" and one not in before]
 
 
-def test_a_job_that_is_told_to_end_has_its_last_step_in_the_bucket_and_leaves_its_memory(bucket, tmp_path):
-    memory = Path(f"/dev/shm/ckptengine-test-{bucket.url[-12:]}")
-    memory.mkdir()
-    places = {"run": f"{bucket.url}/run", "local": tmp_path / "ckpt", "memory": memory}
-    try:
-        with (
-            pytest.raises(ce.errors.Preempted) as told,
-            ce.Checkpointer(**places, every=100, storage_options=bucket.options) as ckpt,
-        ):
-            for step in range(1, 1000):
-                ckpt.step(step, state_of(step))
-                if step == 1:
-                    os.kill(os.getpid(), signal.SIGTERM)
-                time.sleep(0.01)
-        assert told.value.step is not None
-        places_of = tmp_path / "ckpt", memory_root(f"{bucket.url}/run", memory)
-        assert [steps(LocalStorage(place)) for place in places_of] == [[told.value.step]] * 2
-        assert steps(bucket.storage()) == [told.value.step]
-    finally:
-        shutil.rmtree(memory)
+PREEMPTED = """
+import os, signal, sys, time
+import numpy as np
+import ckptengine as ce
+
+run, local, memory = sys.argv[1:]
+with ce.Checkpointer(run, local=local, memory=memory, every=100) as ckpt:
+    for step in range(1, 1000):
+        ckpt.step(step, {"w": np.full(1_500_000, float(step)), "step": step})
+        if step == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.01)
+"""
+
+
+def test_a_job_that_is_told_to_end_has_its_last_step_in_the_bucket_and_leaves_its_memory(
+    in_environment, tmp_path, memory
+):
+    run, local = f"{in_environment.url}/run", tmp_path / "ckpt"
+    command = [sys.executable, "-c", PREEMPTED, run, str(local), str(memory)]
+    job = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=120)
+    assert job.returncode == 75, job.stderr
+    (step,) = steps(in_environment.storage())
+    assert f"step {step} is saved; exiting with code 75" in job.stderr
+    assert [steps(LocalStorage(place)) for place in (local, memory_root(run, memory))] == [[step]] * 2
+    state = state_of(0)
+    with ce.Checkpointer(run, local=local, memory=memory, preemption=None) as again:
+        assert again.restore(state) == step
+    assert state["w"][0] == step
 
 
 def test_a_job_cannot_begin_while_the_bucket_is_down_for_its_disk_may_be_behind(
