@@ -88,8 +88,6 @@ class Job:
     replica_crcs: ReplicaCrcs = ()
     held: ExitStack = field(default_factory=ExitStack, repr=False)
     """What rank 0 holds until the end is known, and lets go of after it has told."""
-    created: str = field(default_factory=utc_now)
-    """What the manifest says: the same in all places where this attempt is committed."""
     stall: float = 0.0
     error: Exception | None = None
     thread: threading.Thread | None = field(default=None, repr=False)
