@@ -51,7 +51,8 @@ class SharedArena(Arena):
             unpin, self._unpin = self._unpin, None
             unpin()
         try:
-            self._grow(self.nbytes)
+            # All up to the present end is there: looking at each page anew would cost a third of the copy.
+            self._grow(self.nbytes, os.fstat(self._fd).st_size)
         except OSError as error:
             nbytes = self.nbytes
             self._release()
@@ -97,11 +98,14 @@ class SharedArena(Arena):
         self._grow(size)
         return _native.memory_map(size, copy_threads(), self._fd)
 
-    def _grow(self, size: int) -> None:
-        """Give the file its length, every page of it: one that turned out to be missing would end the process."""
+    def _grow(self, size: int, start: int = 0) -> None:
+        """Give the file its length, every page of it: one that turned out to be missing would end the process.
+
+        Up to `start` they are there.
+        """
         if os.fstat(self._fd).st_size != size:
             os.ftruncate(self._fd, size)
-        allocate(self._fd, size)
+        allocate(self._fd, size, start)
 
     def _shortage(self, size: int, available: int) -> str:
         folder = os.path.dirname(self.path)

@@ -20,15 +20,15 @@ if _renameat2 is not None:
     _renameat2.argtypes = (ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_char_p, ctypes.c_uint)
 
 
-def allocate(fd: int, nbytes: int) -> bool:
-    """Reserve the bytes of a file from 0 on; return False where the file system has no such operation.
+def allocate(fd: int, nbytes: int, start: int = 0) -> bool:
+    """Reserve the bytes `[start, nbytes)` of a file; return False where the file system has no such operation.
 
     `fallocate(2)` itself, not `posix_fallocate`: glibc replaces a missing one by a write to every page, which
     doubles the I/O. Raises `OSError`, with ENOSPC where the space isn't there.
     """
-    if _fallocate is None or nbytes == 0:
-        return nbytes == 0
-    while _fallocate(fd, 0, 0, nbytes):
+    if _fallocate is None or nbytes <= start:
+        return nbytes <= start
+    while _fallocate(fd, 0, start, nbytes - start):
         code = ctypes.get_errno()
         if code in (errno.EOPNOTSUPP, errno.ENOSYS):
             return False

@@ -1,0 +1,128 @@
+"""Two ranks move a checkpoint, whatever fails on the way of their messages and their bytes."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from ckptengine.catalog.listing import committed, newest, read_manifest
+from ckptengine.comm.keyvalue import MemoryStore
+from ckptengine.errors import CheckpointError
+from ckptengine.storage.local import LocalStorage
+from ckptengine.tiers import mover
+from ckptengine.tiers.mover import Load, Mover
+from ckptengine.tiers.overlay import Overlay
+
+
+class Flaky(MemoryStore):
+    """A store of which every other call fails, until it is mended."""
+
+    calls, mended = 0, False
+
+    def _fail(self) -> None:
+        self.calls += 1
+        if self.calls % 2 and not self.mended:
+            raise CheckpointError("the store does not answer")
+
+    def set(self, key: str, value: bytes) -> None:
+        self._fail()
+        super().set(key, value)
+
+    def get(self, key: str, timeout: float) -> bytes | None:
+        self._fail()
+        return super().get(key, timeout)
+
+
+Start = Callable[..., list[Mover]]
+
+
+@pytest.fixture
+def start(trained_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Start]:
+    """Start two movers from the trained run to `tmp_path / "home"`, and end them."""
+    monkeypatch.setattr(mover, "_RETRY_SECONDS", (0.05, 0.1))
+    monkeypatch.setattr(mover, "_LOOK_SECONDS", 0.01)
+    movers: list[Mover] = []
+
+    def start(store: MemoryStore) -> list[Mover]:
+        home = LocalStorage(tmp_path / "home")
+        home.create()
+        for rank in range(2):
+            comm = SimpleNamespace(rank=rank, world_size=2)
+            source = Overlay([LocalStorage(trained_run)])
+            movers.append(Mover(source, home, comm, store, "token", lambda load: None, lambda: 1, None))
+        return movers
+
+    yield start
+    for one in movers:
+        one.stop()
+        assert not one._thread.is_alive()
+
+
+def newest_of(run: Path) -> Load:
+    storage = LocalStorage(run)
+    entry = newest(storage)
+    assert entry is not None
+    manifest = read_manifest(storage, entry)
+    holder = {record.name: number % 2 for number, record in enumerate(manifest.archives)}
+    return Load(entry.directory, manifest, holder | {manifest.layout.name: 0})
+
+
+def wait_until_there(leader: Mover, home: Path) -> None:
+    end = time.monotonic() + 60
+    while not leader.settle(0.5, lambda nbytes: None):
+        assert time.monotonic() < end, leader.still(0)
+    assert len(committed(LocalStorage(home))) == 1
+
+
+def test_messages_that_can_not_be_left_or_read_are_tried_again(start, trained_run, tmp_path):
+    store = Flaky()
+    leader, _ = start(store)
+    leader.offer(newest_of(trained_run))
+    wait_until_there(leader, tmp_path / "home")
+    store.mended = True
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_an_error_of_any_kind_on_any_rank_is_told_and_the_move_tried_again(
+    start, trained_run, tmp_path, monkeypatch, caplog, rank
+):
+    copy, failed = mover.copy_archive, []
+
+    def failing(source, target, name, record, **more):
+        if name.endswith(f"rank-0000{rank}.zarr.zip") and not failed:
+            failed.append(name)
+            raise MemoryError("no memory")
+        return copy(source, target, name, record, **more)
+
+    monkeypatch.setattr(mover, "copy_archive", failing)
+    leader, _ = start(MemoryStore())
+    leader.offer(newest_of(trained_run))
+    wait_until_there(leader, tmp_path / "home")
+    assert f"tried again: rank {rank}: no memory" in caplog.text
+
+
+def test_rank_0_hears_that_another_ranks_part_goes_on(start, trained_run, tmp_path, monkeypatch):
+    copy = mover.copy_archive
+    heard: list[float] = []
+
+    def slow(source, target, name, record, **more):
+        if name.endswith("rank-00001.zarr.zip"):
+            began = leader._progressed
+            end = time.monotonic() + 60
+            while leader._progressed == began:
+                assert time.monotonic() < end
+                time.sleep(0.01)
+                more["progress"](0)
+            heard.append(leader._progressed)
+        return copy(source, target, name, record, **more)
+
+    monkeypatch.setattr(mover, "_WAIT_SECONDS", 0.05)
+    monkeypatch.setattr(mover, "copy_archive", slow)
+    leader, _ = start(MemoryStore())
+    leader.offer(newest_of(trained_run))
+    wait_until_there(leader, tmp_path / "home")
+    assert heard
