@@ -159,10 +159,10 @@ class Resume(train.Callback):  # type: ignore[misc]
         self._checkpointer.step(self._position.step, self._state)
 
     def on_train_end(self, run_context: Any) -> None:
-        """Save the end of the training, and wait until it is durable."""
+        """Save the end of the training, and wait until it is durable, and in the run's own place."""
         if self._trained:
             self._checkpointer.save(self._position.step, self._state)
-        self._checkpointer.wait()
+        self._checkpointer.flush()
 
     def __exit__(self, *error: Any) -> None:
         """Wait for the save in flight where training ends in an exception."""

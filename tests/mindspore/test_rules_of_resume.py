@@ -49,6 +49,18 @@ def test_a_complete_training_is_known_as_such_and_a_longer_one_goes_on(tmp_path)
     assert set(ce.load(tmp_path)) == {"net", "optimizer", "data", "average"}
 
 
+def test_a_training_that_ends_has_its_checkpoint_in_the_runs_place_and_begins_again_from_the_local_tier(tmp_path):
+    model, dataset = a_job()
+    places = {"run": tmp_path / "run", "local": tmp_path / "local"}
+    resume = Resume(model=model, dataset=dataset, **places)
+    train(resume, model, dataset, 2)
+    assert ce.load(tmp_path / "run")["data"] == ce.load(tmp_path / "local")["data"]
+    other, dataset = a_job(seed=4)
+    again = Resume(model=other, dataset=dataset, **places)
+    assert again.start == 6
+    assert training.contents(other.train_network) == training.contents(model.train_network)
+
+
 def test_another_dataset_or_seed_is_refused_and_what_can_be_taken_is_told(tmp_path):
     model, dataset = a_job()
     train(Resume(tmp_path, model, dataset), model, dataset, 1)
