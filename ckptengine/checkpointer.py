@@ -446,6 +446,11 @@ class Checkpointer:
         self._tiers.stop()  # before the ranks leave each other's store
         watch.leave(saved, problem)
 
+    def _pause(self) -> None:
+        """Let signals act as they would without us until the next call of `step` or `save`: the training has ended."""
+        if self._watch is not None:
+            self._watch.pause()
+
     def _stands(self) -> int | None:
         """Return the newest committed step that this rank knows of; any thread may ask."""
         for handle in reversed(list(self._pending)):

@@ -32,6 +32,8 @@ class DataPosition:
     has the dataset's next iterator begin after these batches, in the order that an uninterrupted run would have had:
     where the seed of datasets (`mindspore.dataset.config.set_seed`, and `mindspore.set_seed` sets it too) is the same
     number when this object is made, and there are as many batches in an epoch, which is checked (`LoadMismatchError`).
+    That iterator must be of all epochs (`num_epochs`). Where the same dataset is iterated for other things as well,
+    call `dataset.set_init_step(0)` once it is made: they would begin there too.
     """
 
     def __init__(self, dataset: Any) -> None:
@@ -76,7 +78,15 @@ class DataPosition:
                 "making it"
             )
         self.step = state["step"]
+        self.seek()
+
+    def seek(self) -> None:
+        """Have the dataset's next iterators begin at the position; `rewind` has them begin at the first batch again."""
         self._dataset.set_init_step(self.step)
+
+    def rewind(self) -> None:
+        """Have the dataset's next iterators begin at the first batch."""
+        self._dataset.set_init_step(0)
 
 
 def training_state(network: nn.Cell) -> dict[str, Any]:
@@ -102,6 +112,7 @@ class Resume(train.Callback):  # type: ignore[misc]
     `{"rng": ckptengine.RNG()}`). `every` is a number of steps or a time, by default once per epoch; it, `keep_last` and
     the further `options` are those of `ckptengine.Checkpointer`. Where a checkpoint is found, the newest valid one is
     restored in place, also where the network was compiled before. All ranks of a job make it, and train, together.
+    Between trainings signals act as without it, and the dataset begins at its first batch for whoever iterates it.
 
     `start` is the step that was restored, None where training begins. Raises what `Checkpointer.restore` raises, and
     `LoadMismatchError` where the dataset is another one.
@@ -130,8 +141,9 @@ class Resume(train.Callback):  # type: ignore[misc]
         every = self._position.batches if every is None else every
         self._checkpointer = Checkpointer(run, every, keep_last, **options)
         self.start = self._checkpointer.restore(self._state)
+        self._position.rewind()
         self._base = self._position.step
-        self._trained = 0
+        self._trained, self._begun = 0, False
         if self.start is not None:
             _warn_of_random_operators(network)
 
@@ -148,29 +160,63 @@ class Resume(train.Callback):  # type: ignore[misc]
         """The steps trained so far, over all lives of the job."""
         return self._position.step
 
+    def close(self) -> None:
+        """Give the memory of the snapshots back, and that of the tiers; it can't be trained with afterwards.
+
+        For a process that goes on with other things, and where `memory` is among the options. Raises what
+        `Checkpointer.close` does.
+        """
+        self._checkpointer.close()
+
+    def __enter__(self) -> Resume:
+        """Begin a training: `Model.train` enters its callbacks before it makes its iterator."""
+        self._begun = False
+        self._position.seek()
+        return self
+
     def on_train_begin(self, run_context: Any) -> None:
         """Count on from what was restored, or trained before by this object."""
-        self._base, self._trained = self._position.step, 0
+        self._base, self._trained, self._begun = self._position.step, 0, True
+
+    def on_train_epoch_begin(self, run_context: Any) -> None:
+        """Refuse a training that counts its epochs from elsewhere: it would end too early, or with too many."""
+        given, epoch = run_context.original_args(), self._position.epoch
+        if not self._trained and given.batch_num == self._position.batches and given.cur_epoch_num != epoch + 1:
+            raise ValueError(
+                f"Model.train begins with epoch {given.cur_epoch_num - 1} and {epoch} are trained: give it "
+                f"initial_epoch=resume.initial_epoch, which is {epoch}, and the number of epochs in all"
+            )
 
     def on_train_step_end(self, run_context: Any) -> None:
         """Save if a save is due."""
+        self._position.rewind()  # the training's own iterator is made; others, of an evaluation, begin anew
         self._trained = run_context.original_args().cur_step_num
         self._position.step = self._base + self._trained
         self._checkpointer.step(self._position.step, self._state)
 
     def on_train_end(self, run_context: Any) -> None:
-        """Save the end of the training, and wait until it is durable, and in the run's own place."""
+        """Save the end of the training, and wait until it is durable, in `run`."""
         if self._trained:
             self._checkpointer.save(self._position.step, self._state)
         self._checkpointer.flush()
 
     def __exit__(self, *error: Any) -> None:
-        """Wait for the save in flight where training ends in an exception."""
-        if error and error[0] is not None:
-            try:
+        """End a training; where it ends in an exception, wait for the save in flight."""
+        self._position.rewind()
+        if not self._begun and self._position.step:
+            _log.error(
+                "%s: the training did not begin. %d epochs are trained: the epochs that Model.train is given are those "
+                "in all, and it needs initial_epoch=resume.initial_epoch",
+                self._checkpointer.run,
+                self._position.epoch,
+            )
+        try:
+            if error and error[0] is not None:
                 self._checkpointer.wait()
-            except CheckpointError as problem:
-                _log.warning("%s: while the training error below was on its way: %s", self._checkpointer.run, problem)
+        except CheckpointError as problem:
+            _log.warning("%s: while the training error below was on its way: %s", self._checkpointer.run, problem)
+        finally:
+            self._checkpointer._pause()
 
 
 def _warn_of_random_operators(network: nn.Cell) -> None:

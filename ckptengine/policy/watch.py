@@ -57,7 +57,7 @@ class Watch:
 
     With the first call it begins to act: only who trains has something to save. Until then signals do what they would
     do without it, the file is not obeyed yet, other ranks are answered (the call to come is the first), and the
-    process is not ended.
+    process is not ended. So it is again after `pause`.
     """
 
     def __init__(
@@ -199,9 +199,7 @@ class Watch:
         self._closed.set()
         if os.getpid() != self._process:
             return
-        unanswered = [number for number in self._arrived if not is_shared(number)]
-        if self._subscription is not None:
-            self._subscription.close()
+        unanswered = self._give_back()
         # The store may be gone, with the rank that was its host.
         with contextlib.suppress(CheckpointError):
             if self._agreement is not None:
@@ -213,9 +211,21 @@ class Watch:
             if self._agreement is not None:
                 self._agreement.forget()
         _living.discard(self)
-        for number in unanswered if acting else ():
-            _log.warning("%s came when the job was done: it acts now", signal.Signals(number).name)
-            os.kill(os.getpid(), number)
+        if acting:
+            _act(unanswered)
+
+    def pause(self) -> None:
+        """Give the signals back until the next call of `arrive`; one that came too late acts now, as in `close`."""
+        if not self._closed.is_set() and self._leaving_since is None and os.getpid() == self._process:
+            _act(self._give_back())
+
+    def _give_back(self) -> list[int]:
+        """Let signals act as they would without us; return those that came and that no handler of others was told."""
+        shared = {number for number in self._preemption.numbers if is_shared(number)}
+        subscription, self._subscription = self._subscription, None
+        if subscription is not None:
+            subscription.close()
+        return [number for number in self._arrived if number not in shared]
 
     def forget(self) -> None:
         """Close for a Checkpointer that is gone and was never closed: it has not said that it is done."""
@@ -387,6 +397,12 @@ def _sweep(storage: Storage, own: str) -> None:
                 modified = storage.modified(name)
                 if modified is not None and now - modified > LEASE_SECONDS:
                     storage.delete_tree(name)
+
+
+def _act(numbers: list[int]) -> None:
+    for number in numbers:
+        _log.warning("%s came when the job was done: it acts now", signal.Signals(number).name)
+        os.kill(os.getpid(), number)
 
 
 def _standing(step: int | None) -> str:

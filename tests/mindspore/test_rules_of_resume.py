@@ -1,17 +1,26 @@
 """When a training may go on, and what is said where it can't go on exactly."""
 
 import logging
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import mindspore.dataset as ds
 import numpy as np
 import pytest
-from mindspore import nn
-from mindspore.train import Model
+from mindspore import Tensor, nn
+from mindspore.train import Callback, Model
 
 import ckptengine as ce
 from ckptengine.errors import LoadMismatchError
 from ckptengine.mindspore import DataPosition, Resume, training_state
 from tests.mindspore import training
+
+ROOT = Path(__file__).parents[2]
 
 
 def a_model(*more, seed=1):
@@ -59,6 +68,117 @@ def test_a_training_that_ends_has_its_checkpoint_in_the_runs_place_and_begins_ag
     again = Resume(model=other, dataset=dataset, **places)
     assert again.start == 6
     assert training.contents(other.train_network) == training.contents(model.train_network)
+
+
+class StopsAt(Callback):
+    """Fails when so many steps of a training are done."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_train_step_end(self, run_context):
+        if run_context.original_args().cur_step_num == self.step:
+            raise KeyboardInterrupt
+
+
+def trained_twice(folder, stops_at=None):
+    """Train two epochs of three batches, evaluate, train a third; where it stops, it is begun again by another job."""
+    model, dataset = a_job()
+    resume = Resume(folder, model, dataset, every=1)
+    if stops_at is not None:
+        with pytest.raises(KeyboardInterrupt):
+            model.train(2, dataset, [resume, StopsAt(stops_at)], dataset_sink_mode=False)
+        model, dataset = a_job(seed=5)
+        resume = Resume(folder, model, dataset, every=1)
+        assert resume.start == stops_at
+    metric = Model(model._network, training.loss(), metrics={"loss"})
+    for epochs in (2, 3):
+        assert metric.eval(dataset, dataset_sink_mode=False)["loss"] > 0  # of the whole dataset, wherever training is
+        train(resume, model, dataset, epochs)
+    assert (resume.step, resume.initial_epoch) == (9, 3)
+    return training.contents(model.train_network)
+
+
+def test_a_dataset_of_which_the_training_is_within_an_epoch_can_be_evaluated_and_trained_with_again(tmp_path):
+    whole = trained_twice(tmp_path / "whole")
+    for step in (3, 4):
+        assert trained_twice(tmp_path / f"stopped-{step}", step) == whole
+
+
+def test_a_training_that_counts_its_epochs_from_elsewhere_is_refused(tmp_path, caplog):
+    model, dataset = a_job()
+    resume = Resume(tmp_path, model, dataset)
+    train(resume, model, dataset, 2)
+    with pytest.raises(ValueError, match="begins with epoch 0 and 2 are trained: give it initial_epoch=resume.initial"):
+        model.train(3, dataset, [resume], dataset_sink_mode=False)
+    with pytest.raises(RuntimeError, match="Cannot reset the pipeline"):
+        model.train(1, dataset, [resume], dataset_sink_mode=False)
+    assert "the training did not begin. 2 epochs are trained" in caplog.text
+    train(resume, model, dataset, 3)
+    assert resume.step == 9
+
+
+class Noise(nn.Cell):
+    """Adds what numpy and Python draw, which no generator of MindSpore's knows of."""
+
+    def construct(self, x):
+        return x + Tensor(np.random.rand(*x.shape).astype(np.float32)) * random.random()
+
+
+def trained_with_noise(folder, stops_at=None, **more):
+    def job(seed):
+        model, dataset = a_job(Noise())
+        random.seed(seed)
+        np.random.seed(seed)
+        return model, dataset, Resume(folder, model, dataset, every=1, **more)
+
+    model, dataset, resume = job(1)
+    if stops_at is not None:
+        with pytest.raises(KeyboardInterrupt):
+            model.train(2, dataset, [resume, StopsAt(stops_at)], dataset_sink_mode=False)
+        model, dataset, resume = job(99)
+    train(resume, model, dataset, 2)
+    return training.contents(model.train_network)
+
+
+def test_random_streams_that_are_added_to_the_state_go_on_where_they_were(tmp_path):
+    whole = trained_with_noise(tmp_path / "whole")
+    assert trained_with_noise(tmp_path / "with", 4, state={"rng": ce.RNG()}) == whole
+    assert trained_with_noise(tmp_path / "without", 4) != whole
+
+
+JOB = """
+import sys
+sys.path.insert(0, "tests/mindspore")
+from test_rules_of_resume import Resume, Told, a_job, train
+model, dataset = a_job()
+resume = Resume(sys.argv[1], model, dataset)
+train(resume, model, dataset, 1)
+if sys.argv[2] == "ended":
+    Told(0).on_train_step_end(None)
+model.train(9, dataset, [Told(2), resume], dataset_sink_mode=False, initial_epoch=1)
+"""
+
+
+class Told(Callback):
+    """Sends SIGTERM to this process when so many steps of a training are done."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_train_step_end(self, run_context):
+        if run_context is None or run_context.original_args().cur_step_num == self.step:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.2)  # until the thread that reads signals has read it
+
+
+@pytest.mark.parametrize(("when", "code", "steps"), [("ended", -signal.SIGTERM, [3]), ("training", 75, [3, 5])])
+def test_a_signal_acts_as_usual_after_a_training_and_saves_the_step_in_the_next_one(tmp_path, when, code, steps):
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "GLOG_v": "3"}
+    command = [sys.executable, "-c", JOB, str(tmp_path / "run"), when]
+    job = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert job.returncode == code, job.stderr[-3000:]
+    assert sorted(path.name for path in (tmp_path / "run").glob("step-*")) == [f"step-{step:08d}" for step in steps]
 
 
 def test_another_dataset_or_seed_is_refused_and_what_can_be_taken_is_told(tmp_path):
