@@ -10,10 +10,10 @@ from typing import Any
 
 import mindspore.train as train
 
-from ckptengine.errors import CheckpointError, SaveFailedError
-from ckptengine.mindspore.checkpoint import progress_of, refuse_encryption, settle, start_save
+from ckptengine.errors import CheckpointError, SaveFailedError, StateError
+from ckptengine.mindspore.checkpoint import SLICES, progress_of, refuse_encryption, settle, start_save
 from ckptengine.mindspore.files import Checkpoints, numbered_name
-from ckptengine.mindspore.parameters import state_of
+from ckptengine.mindspore.parameters import refuse_split, state_of
 from ckptengine.save.handle import SaveHandle
 from ckptengine.save.saver import DEFAULT_TIMEOUT
 
@@ -27,8 +27,9 @@ class CheckpointConfig(train.CheckpointConfig):  # type: ignore[misc]
 
     `save_checkpoint_steps` or `save_checkpoint_seconds` say when, `keep_checkpoint_max` (by epoch and step as numbers)
     or `keep_checkpoint_per_n_minutes` what is kept, `saved_network` and `append_info` what is saved, `exception_save`
-    whether an exception saves too, `format` the names' ending. `async_save`, `integrated_save`, `remove_redundancy`
-    and `crc_check` change nothing: saves are always asynchronous, whole, without redundancy, and checked.
+    whether an exception saves too, `format` the names' ending. `async_save`, `remove_redundancy` and `crc_check` change
+    nothing: saves are always asynchronous, without redundancy, and checked. Nothing is merged: with `integrated_save`,
+    a network whose parameters are split over devices is a `StateError`.
 
     Raises `ValueError` for `enc_key` and `incremental`, and what MindSpore's own raises.
     """
@@ -50,7 +51,7 @@ class ModelCheckpoint(train.Callback):  # type: ignore[misc]
     be kept is deleted after a newer one is committed. Ranks that save at once need a directory each.
 
     A save that fails is logged, and training goes on; where the last one of a training failed, its end raises
-    `SaveFailedError`.
+    `SaveFailedError`. A network that can't be saved at all is a `StateError` at the first save.
     """
 
     def __init__(
@@ -94,9 +95,10 @@ class ModelCheckpoint(train.Callback):  # type: ignore[misc]
             self._save(parameters)
 
     def on_train_end(self, run_context: Any) -> None:
-        """Save what was trained last, and wait until it is durable."""
+        """Save what was trained last, and wait until it is durable; not where the configuration never saves."""
         parameters = run_context.original_args()
-        if parameters.cur_step_num != self._last_step:
+        ever = self._config.save_checkpoint_steps or self._config.save_checkpoint_seconds
+        if ever and parameters.cur_step_num != self._last_step:
             self._save(parameters)
         self._wait()
         settle()
@@ -105,8 +107,12 @@ class ModelCheckpoint(train.Callback):  # type: ignore[misc]
 
     def __exit__(self, *error: Any) -> None:
         """Save where training ends in an exception and the configuration says so."""
-        if error and error[0] is not None and self._config.exception_save and self._parameters is not None:
-            self._save(self._parameters, "_breakpoint")
+        parameters, failed = self._parameters, bool(error) and error[0] is not None
+        if failed and self._config.exception_save and parameters is not None and parameters.cur_step_num:
+            try:
+                self._save(parameters, "_breakpoint")
+            except Exception as problem:
+                _log.error("%s was NOT saved when the training had failed: %s", self._latest, problem)
         self._wait()
 
     def _due(self, step: int) -> bool:
@@ -136,6 +142,8 @@ class ModelCheckpoint(train.Callback):  # type: ignore[misc]
         appended = {**self._given, **self._counted(epoch, step, parameters)}
         self._latest = os.path.join(directory, name)
         self._wait()
+        if self._config.integrated_save:
+            refuse_split("ModelCheckpoint", network, SLICES)
         try:
             self._pending = start_save(
                 self._latest,
@@ -144,6 +152,8 @@ class ModelCheckpoint(train.Callback):  # type: ignore[misc]
                 None if kept is None else lambda: self._retain(kept),
             )
             self._failure = None
+        except StateError:
+            raise  # it won't get better
         except CheckpointError as error:
             self._failed(self._latest, error)
 

@@ -16,13 +16,14 @@ from ckptengine.comm.single import SingleProcess
 from ckptengine.errors import CheckpointNotFoundError
 from ckptengine.load.loader import LoadOptions, load_arrays
 from ckptengine.mindspore.files import find_checkpoint
-from ckptengine.mindspore.parameters import LoadedParameters, optimizers_of, parameters_of, state_of
+from ckptengine.mindspore.parameters import LoadedParameters, optimizers_of, parameters_of, refuse_split, state_of
 from ckptengine.save.handle import SaveHandle
 from ckptengine.save.saver import DEFAULT_TIMEOUT, Saver
 from ckptengine.save.single import single_checkpoint
 from ckptengine.storage.open import open_storage
 
 __all__ = [
+    "SLICES",
     "SUFFIXES",
     "load_checkpoint",
     "load_param_into_net",
@@ -35,6 +36,7 @@ __all__ = [
 ]
 
 SUFFIXES = ("ckpt", "safetensors")
+SLICES = "; or give integrated_save=False, and each rank a name of its own, which saves its slices"
 _lock = threading.Lock()
 _saver: Saver | None = None
 # Where the training was from which an optimizer's state came.
@@ -60,8 +62,9 @@ def save_checkpoint(
     Without `async_save` it is durable when the call returns; with it (True, "thread", "process": the same here) the
     call returns when the snapshot is taken, and failures are logged. `append_dict` (str to int, float, bool, str,
     Tensor, Parameter or Generator) is saved too, `choice_func` says of each name whether it is saved. Checksums are
-    always there (`crc_check`); nothing is written twice (`remove_redundancy`); slices belong together
-    (`integrated_save`). `format` gives the name's ending only.
+    always there (`crc_check`); nothing is written twice (`remove_redundancy`). Nothing is merged either: a cell whose
+    parameters are split over devices is refused unless `integrated_save` is False. `format` gives the name's ending
+    only.
 
     Raises `ValueError` for encryption and incremental saving, `StateError` for what can't be saved, `SaveFailedError`
     or `StorageError` where it failed; what was there before then still is.
@@ -77,6 +80,8 @@ def save_checkpoint(
         raise ValueError(f"save_checkpoint: async_save={async_save!r}: a bool, 'thread' or 'process'")
     if not isinstance(save_obj, (nn.Cell, list, dict)):
         raise TypeError(f"save_checkpoint: save_obj is {type(save_obj).__name__}, not a Cell, list or dict")
+    if integrated_save:
+        refuse_split("save_checkpoint", save_obj, SLICES)
     path = os.path.realpath(ckpt_file_name)
     path = path if path.endswith(format) else f"{path}.{format}"
     handle = start_save(path, state_of(save_obj, append_dict, choice_func))

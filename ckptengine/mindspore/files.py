@@ -13,7 +13,7 @@ from ckptengine.storage.open import open_storage
 
 __all__ = ["Checkpoints", "Numbered", "find_checkpoint", "numbered_name"]
 
-_NUMBERS = re.compile(r"(?P<prefix>.+)-(?P<epoch>\d+)_(?P<step>\d+)(?P<rest>\.[a-z]+)")
+_NUMBERS = re.compile(r"(?P<prefix>.+)-(?P<epoch>\d+)_(?P<step>\d+)(?P<rest>(_breakpoint)?\.[a-z]+)")
 _DIGITS = 6
 
 

@@ -14,7 +14,16 @@ from ckptengine.mindspore.tensor import as_tensor
 from ckptengine.state.adapters import describe_type
 from ckptengine.state.dtypes import name_of_numpy_dtype
 
-__all__ = ["APPENDED", "NETWORK", "OPTIMIZER", "LoadedParameters", "optimizers_of", "parameters_of", "state_of"]
+__all__ = [
+    "APPENDED",
+    "NETWORK",
+    "OPTIMIZER",
+    "LoadedParameters",
+    "optimizers_of",
+    "parameters_of",
+    "refuse_split",
+    "state_of",
+]
 
 NETWORK, OPTIMIZER, APPENDED = "net", "optimizer", "append"
 Choice = Callable[[str], Any] | None
@@ -51,6 +60,16 @@ def state_of(saved: Any, appended: Mapping[str, Any] | None, choice: Choice) -> 
     if appended:
         state[APPENDED] = {name: _plain(value) for name, value in appended.items()}
     return state
+
+
+def refuse_split(what: str, cell: Any, instead: str) -> None:
+    """Raise `StateError` where a compiled cell's parameters are split over devices, saying what can be done instead."""
+    for name, layout in cell.parameter_layout_dict.items() if isinstance(cell, nn.Cell) else ():
+        if layout[5] or any(place != -1 for entry in layout[1] for place in np.atleast_1d(entry)):
+            raise StateError(
+                f"{what}: {name} is split over devices, and what this rank has of it is not the whole. Have all ranks "
+                f"save and load ckptengine.mindspore.sharded_parameters(network) with ckptengine{instead}"
+            )
 
 
 def _own_names(optimizer: Any) -> list[str]:

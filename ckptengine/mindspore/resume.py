@@ -15,7 +15,7 @@ from mindspore import nn
 from ckptengine.checkpointer import Checkpointer
 from ckptengine.errors import CheckpointError, LoadMismatchError
 from ckptengine.mindspore.cell import module_entries
-from ckptengine.mindspore.parameters import NETWORK, OPTIMIZER, optimizers_of
+from ckptengine.mindspore.parameters import NETWORK, OPTIMIZER, optimizers_of, refuse_split
 
 __all__ = ["DataPosition", "Resume", "training_state"]
 
@@ -190,6 +190,8 @@ class Resume(train.Callback):  # type: ignore[misc]
     def on_train_step_end(self, run_context: Any) -> None:
         """Save if a save is due."""
         self._position.rewind()  # the training's own iterator is made; others, of an evaluation, begin anew
+        if not self._trained:  # now the network is compiled
+            refuse_split("Resume", run_context.original_args().train_network, "")
         self._trained = run_context.original_args().cur_step_num
         self._position.step = self._base + self._trained
         self._checkpointer.step(self._position.step, self._state)

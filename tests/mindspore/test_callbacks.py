@@ -12,10 +12,17 @@ from mindspore import Parameter, Tensor, nn
 from mindspore.train import Callback, Model
 
 import ckptengine as ce
-from ckptengine.errors import CheckpointDamagedError, CheckpointNotFoundError, SaveFailedError, StorageError
+from ckptengine.errors import (
+    CheckpointDamagedError,
+    CheckpointNotFoundError,
+    SaveFailedError,
+    StateError,
+    StorageError,
+)
 from ckptengine.mindspore import (
     CheckpointConfig,
     ModelCheckpoint,
+    Resume,
     load_checkpoint,
     load_param_into_net,
     save_checkpoint,
@@ -98,7 +105,7 @@ def test_what_is_saved_when_and_under_which_name_is_as_configured(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         train(a_model(), 2, [ModelCheckpoint("net", str(tmp_path / "a"), config), Stop()])
     assert names(tmp_path / "a") == ["net-000002_000001_breakpoint.ckpt"]
-    loaded = load_checkpoint(str(tmp_path / "a" / "net-000002_000001_breakpoint.ckpt"))
+    loaded = load_checkpoint(str(tmp_path / "a" / "net-2_1_breakpoint.ckpt"))
     assert set(loaded) == {"bias", "weight", "lr", "n", "note", "on", "t"}
     assert (float(loaded["lr"]), int(loaded["n"]), loaded["note"], bool(loaded["on"])) == (0.5, 7, "x", True)
     assert loaded["t"].asnumpy().tolist() == [0, 1, 2]
@@ -131,6 +138,41 @@ def test_a_failed_save_costs_neither_the_training_nor_an_older_checkpoint(tmp_pa
     assert "net-000002_000001.ckpt was NOT saved, training goes on" in caplog.text
     assert int(model.train_network.optimizer.global_step.asnumpy()[0]) == 4
     assert len(load_checkpoint(str(tmp_path / "net-000001_000002.ckpt"))) > 12
+
+
+def test_an_error_before_the_first_step_comes_out_as_it_is_and_nothing_is_saved(tmp_path):
+    class Fails(Callback):
+        def on_train_begin(self, run_context):
+            raise KeyError("no such thing")
+
+    config = CheckpointConfig(exception_save=True)
+    with pytest.raises(KeyError, match="no such thing"):
+        train(a_model(), 1, [ModelCheckpoint("net", str(tmp_path / "a"), config), Fails()])
+    assert not (tmp_path / "a").exists()
+
+
+def test_a_configuration_that_never_saves_saves_nothing_at_the_end_either(tmp_path):
+    config = CheckpointConfig(save_checkpoint_steps=0, save_checkpoint_seconds=0, keep_checkpoint_max=3)
+    train(a_model(), 1, [ModelCheckpoint("net", str(tmp_path / "a"), config)])
+    assert not (tmp_path / "a").exists()
+
+
+def test_parameters_that_are_split_over_devices_are_not_taken_for_whole_ones(tmp_path):
+    """The layout is made up: compiling a real one needs several accelerators."""
+    split = ([2], [0, -1], [16, 12], 0, True, "", [32, 12])
+    model = a_model()
+    for cell in (model._network, model.train_network):
+        cell.parameter_layout_dict = {"0.weight": split, "0.bias": ([2], [-1], [16], 0, True, "", [16])}
+    with pytest.raises(StateError, match=r"0.weight is split over devices.*sharded_parameters\(network\)"):
+        save_checkpoint(model._network, str(tmp_path / "a.ckpt"))
+    with pytest.raises(StateError, match="0.weight is split"):
+        train(model, 2, [ModelCheckpoint("net", str(tmp_path), CheckpointConfig())])
+    assert int(model.train_network.optimizer.global_step.asnumpy()[0]) == 1
+    dataset = training.dataset(batches=2)
+    with pytest.raises(StateError, match="Resume: 0.weight is split"):
+        model.train(1, dataset, [Resume(tmp_path / "run", model, dataset)], dataset_sink_mode=False)
+    save_checkpoint(model._network, str(tmp_path / "a.ckpt"), integrated_save=False)
+    assert load_checkpoint(str(tmp_path / "a.ckpt"))["0.weight"].shape == (16, 12)
 
 
 def test_encryption_and_wrong_arguments_are_errors_that_say_so(tmp_path):
