@@ -121,12 +121,15 @@ class MemoryTier:
         told once.
         """
         with self._lock:
+            arena: SharedArena | None = None
             try:
                 arena = min(self._open_arenas(), key=lambda one: (one is self._kept, self._order(one)))
                 self._retract(arena)
                 arena.reserve(nbytes)
                 arena.begin(nbytes)
             except StorageError as error:
+                if arena is not None and self._order(arena) is _NOTHING:
+                    arena.empty()  # what is too little for an image here may be enough elsewhere
                 if not self._short:
                     self._short = True
                     _log.warning("%s. Until then checkpoints are not kept in memory", error)

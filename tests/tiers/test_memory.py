@@ -174,6 +174,31 @@ def test_where_shared_memory_is_too_small_that_is_said_once_and_the_disk_takes_t
         subprocess.run(["umount", str(small)], check=True)
 
 
+def test_where_shared_memory_has_become_too_small_it_keeps_what_it_has_and_gives_the_rest_back(tmp_path, caplog):
+    small = tmp_path / "small"
+    small.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=9m", "none", str(small)]
+    if subprocess.run(command, check=False, capture_output=True).returncode:
+        pytest.skip("no file system can be mounted here")
+    try:
+        root = memory_root(str(tmp_path / "run"), small)
+        with ce.Checkpointer(tmp_path / "run", memory=small, preemption=None) as ckpt:
+            for step in (1, 2):
+                ckpt.save(step, state_of(step)).durable.result()
+            larger = {"w": np.zeros(900_000), "step": 3}
+            ckpt.save(3, larger).durable.result()
+            ckpt._saver.settle(60)
+            assert steps(root) == [2]
+            arenas = [path.stat().st_blocks for path in sorted((Path(root) / "arenas").iterdir())]
+            assert sorted(blocks > 0 for blocks in arenas) == [False, True]
+            ckpt.save(4, state_of(4)).durable.result()
+            ckpt._saver.settle(60)
+            assert steps(root) == [4]
+        assert steps(tmp_path / "run") == [1, 2, 3, 4]
+    finally:
+        subprocess.run(["umount", str(small)], check=True)
+
+
 def test_a_job_that_failed_leaves_its_memory_for_the_next_start_and_arenas_of_ended_ranks_go(tmp_path, memory):
     run = tmp_path / "run"
     root = Path(memory_root(str(run), memory))
