@@ -78,6 +78,12 @@ class SharedArena(Arena):
         except FileNotFoundError:
             return False
 
+    def empty(self) -> None:
+        """Give the memory of an arena that nothing was published of back to the machine; the file stays."""
+        self._release()
+        with contextlib.suppress(OSError):
+            os.ftruncate(self._fd, 0)
+
     def remove(self) -> None:
         """Give the memory back to the machine, unless it was published: then its second name keeps it."""
         with contextlib.suppress(OSError):

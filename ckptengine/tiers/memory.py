@@ -86,14 +86,28 @@ class MemoryTier:
 
     def open(self) -> None:
         """Make the directory; raises `StorageError` where it is not this user's alone."""
-        root = self.storage.root
-        for path in (root.parent, root, root / _ARENAS):
+        for last in (False, False, True):
             try:
-                path.mkdir(mode=0o700)
-            except FileExistsError:
-                pass
+                self._make_directories()
+                return
+            except FileNotFoundError as error:  # a job that has ended has removed one of them meanwhile
+                if last:
+                    raise StorageError(error.errno, f"cannot make the directory {error.filename}") from error
+            except StorageError:
+                raise
             except OSError as error:
-                raise StorageError(error.errno, f"cannot make the directory {path}: {error.strerror}") from error
+                message = f"cannot make the directory {error.filename}: {error.strerror}"
+                raise StorageError(error.errno, message) from error
+
+    @property
+    def _directories(self) -> tuple[Path, Path, Path]:
+        root = self.storage.root
+        return root.parent, root, root / _ARENAS
+
+    def _make_directories(self) -> None:
+        for path in self._directories:
+            with contextlib.suppress(FileExistsError):
+                path.mkdir(mode=0o700)
             found = os.lstat(path)
             if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid() or found.st_mode & 0o077:
                 raise StorageError(
@@ -107,12 +121,15 @@ class MemoryTier:
         told once.
         """
         with self._lock:
+            arena: SharedArena | None = None
             try:
                 arena = min(self._open_arenas(), key=lambda one: (one is self._kept, self._order(one)))
                 self._retract(arena)
                 arena.reserve(nbytes)
                 arena.begin(nbytes)
             except StorageError as error:
+                if arena is not None and self._order(arena) is _NOTHING:
+                    arena.empty()  # what is too little for an image here may be enough elsewhere
                 if not self._short:
                     self._short = True
                     _log.warning("%s. Until then checkpoints are not kept in memory", error)
@@ -141,6 +158,8 @@ class MemoryTier:
 
     def _open_arenas(self) -> list[SharedArena]:
         """Return the arenas, opened where they are not: those that an ended process of this rank has left, or new."""
+        if len(self._arenas) < _COUNT:
+            self.open()
         for name in _NAMES:
             if len(self._arenas) == _COUNT:
                 break
@@ -235,7 +254,7 @@ class MemoryTier:
 
     def _remove_arenas(self) -> None:
         folder = self.storage.root / _ARENAS
-        for path in map(str, sorted(folder.iterdir())):
+        for path in map(str, sorted(folder.iterdir()) if folder.is_dir() else ()):
             if _ARENA.fullmatch(os.path.basename(path)):
                 try:
                     remove_unused(path)
@@ -285,6 +304,13 @@ class MemoryTier:
         self._remove_arenas()
         for generation in claimed_generations(self.storage) if not left else ():
             self.storage.delete(claim_name(generation))
+        self._remove_directories()
+
+    def _remove_directories(self) -> None:
+        """Remove the directories that are empty; the last rank of a node to end finds them so."""
+        for path in reversed(self._directories):
+            with contextlib.suppress(OSError):
+                path.rmdir()
 
     def _is_held(self, data: str) -> bool:
         return any(is_locked(self.storage.location(join(data, name))) for name in self.storage.list(data))
@@ -299,6 +325,8 @@ class MemoryTier:
                 else:
                     arena.close()
             self._arenas, self._kept = [], None
+            if remove:
+                self._remove_directories()
 
     def abandon(self) -> None:
         """Forget the arenas, in a forked process: they are the parent's."""

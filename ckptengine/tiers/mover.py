@@ -29,6 +29,8 @@ _RETRY_SECONDS = (5.0, 300.0)
 """The first pause after a failed move, and the longest; each is twice the one before."""
 _LOOK_SECONDS = 1.0
 """Between looks for a message where the store can't wait by itself, and between tries where it fails."""
+_LOOKS_PER_SECOND = 100
+"""How often all ranks together may look for a message where the store can't wait."""
 _WAIT_SECONDS = 10.0
 """How long a look lasts where the store can wait, and how often a rank tells that its part goes on."""
 _END_SECONDS = 5.0
@@ -354,7 +356,7 @@ class Mover:
             if latest != word:
                 word, self._progressed = latest, time.monotonic()
             if not self._store.blocks:
-                self._rest("")
+                self._rest("", 0.0 if going else self._comm.world_size / _LOOKS_PER_SECOND)
 
     def _found(self, nbytes: int) -> None:
         """Count what an earlier try has brought: nothing has moved, or a commit that fails would be tried for ever."""
@@ -364,10 +366,10 @@ class Mover:
         with contextlib.suppress(CheckpointError):
             delete_large(self._store, key)
 
-    def _rest(self, problem: str) -> None:
+    def _rest(self, problem: str, least: float = 0.0) -> None:
         """Pause before the next look or try, noting what kept this one."""
         with self._changed:
             self._problem = problem or self._problem
-            self._changed.wait_for(lambda: self._stopped, _LOOK_SECONDS)
+            self._changed.wait_for(lambda: self._stopped, max(least, _LOOK_SECONDS))
             if self._stopped:
                 raise _Stopped

@@ -434,10 +434,8 @@ class Tiers:
         Without `idle` a save may still read what lies in memory: then it stays until the process ends. Does not wait
         for uploads: `flush` does.
         """
+        self.stop()
         _living.discard(self)
-        mover, self._mover = self._mover, None
-        if mover is not None:
-            mover.stop()
         try:
             if self._messages is not None and self._comm.rank == 0 and done:
                 for storage in (self.home, self.first, *([self.memory.storage] if self.memory is not None else [])):
@@ -458,9 +456,10 @@ class Tiers:
             self.memory.close(remove=False)
 
     def stop(self) -> None:
-        """End the moving."""
-        if self._mover is not None:
-            self._mover.stop()
+        """End the moving; nothing is waited for any more."""
+        mover, self._mover = self._mover, None
+        if mover is not None:
+            mover.stop()
 
     def end(self) -> None:
         """End the moving at the end of the interpreter, for a Checkpointer that was not closed."""

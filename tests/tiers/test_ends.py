@@ -10,6 +10,9 @@ from pathlib import Path
 import pytest
 from tiered import Running, finish
 
+from ckptengine.catalog.listing import committed
+from ckptengine.storage.local import LocalStorage
+
 
 @pytest.fixture
 def memory() -> Iterator[Path]:
@@ -26,6 +29,20 @@ def test_ranks_that_leave_with_a_code_of_their_own_end_with_that_code(tmp_path, 
         output = job.output.read_text()
     assert "exitcode  : 75" in output
     assert "SIGABRT" not in output
+
+
+def test_ranks_that_are_told_to_end_bring_their_last_step_home_and_end_with_the_code_for_a_restart(tmp_path, memory):
+    run = tmp_path / "run"
+    places = {"run": str(run), "local": str(tmp_path / "local"), "memory": str(memory)}
+    with Running(3, tmp_path, **places, until=100_000, signal_at=3) as job:
+        assert job.process.wait(120) != 0
+        output = job.output.read_text()
+    assert "exitcode  : 75" in output
+    assert "SIGABRT" not in output
+    last = committed(LocalStorage(run))[-1].step
+    assert f"step {last} is saved; exiting with code 75" in output
+    assert last is not None
+    assert [report["restored"] for report in finish(3, tmp_path, **places, until=last)] == [last] * 3
 
 
 def test_a_job_that_never_closes_its_checkpointer_ends_well(tmp_path, memory):

@@ -41,7 +41,7 @@ def test_ranks_killed_after_the_snapshot_and_before_the_write_resume_from_that_v
     # And it was completed: brought to the run's own place, and taken out of memory by the job that ended well.
     assert steps(run)[-1] == 3
     assert ce.load(run)["step"] == 3
-    assert [name for _, _, names in os.walk(root) for name in names] == []
+    assert os.listdir(memory) == []
 
 
 def test_two_ranks_restore_another_sharding_from_the_memory_of_four(tmp_path, memory):
@@ -155,6 +155,31 @@ def test_where_shared_memory_is_too_small_that_is_said_once_and_the_disk_takes_t
                 ckpt.save(step, state_of(step)).durable.result()
         assert steps(tmp_path / "run") == [1, 2]
         assert caplog.text.count("no room for an image of") == 1
+    finally:
+        subprocess.run(["umount", str(small)], check=True)
+
+
+def test_where_shared_memory_has_become_too_small_it_keeps_what_it_has_and_gives_the_rest_back(tmp_path, caplog):
+    small = tmp_path / "small"
+    small.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=9m", "none", str(small)]
+    if subprocess.run(command, check=False, capture_output=True).returncode:
+        pytest.skip("no file system can be mounted here")
+    try:
+        root = memory_root(str(tmp_path / "run"), small)
+        with ce.Checkpointer(tmp_path / "run", memory=small, preemption=None) as ckpt:
+            for step in (1, 2):
+                ckpt.save(step, state_of(step)).durable.result()
+            larger = {"w": np.zeros(900_000), "step": 3}
+            ckpt.save(3, larger).durable.result()
+            ckpt._saver.settle(60)
+            assert steps(root) == [2]
+            arenas = [path.stat().st_blocks for path in sorted((Path(root) / "arenas").iterdir())]
+            assert sorted(blocks > 0 for blocks in arenas) == [False, True]
+            ckpt.save(4, state_of(4)).durable.result()
+            ckpt._saver.settle(60)
+            assert steps(root) == [4]
+        assert steps(tmp_path / "run") == [1, 2, 3, 4]
     finally:
         subprocess.run(["umount", str(small)], check=True)
 

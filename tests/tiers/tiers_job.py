@@ -3,8 +3,8 @@
 `run`, `local`, `memory` and `keep_last` are the Checkpointer's; with `node`, so many ranks share a node, whose local
 and memory tiers are in a folder of its own; `memory` may be a list, of what each rank is given. It trains until step
 `until`; from step `stuck` on the disk that saves go to takes no archive any more. With `exit` the ranks leave the
-Checkpointer with that code, with `unclosed` they never close it. Each rank notes what it did in `FOLDER/rank-N.json`,
-and makes `FOLDER/at-STEP.N` after each step.
+Checkpointer with that code, with `unclosed` they never close it; before step `signal_at` rank 0 is told to end. Each
+rank notes what it did in `FOLDER/rank-N.json`, and makes `FOLDER/at-STEP.N` after each step.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import contextlib
 import json
 import logging
 import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -94,7 +95,7 @@ def main() -> None:
         local=local,
         memory=memory,
         timeout=options.get("timeout", 60),
-        preemption=None,
+        preemption=ce.Preemption() if "signal_at" in options else None,
     )
     with contextlib.nullcontext() if options.get("unclosed") else ckpt:
         report["restored"] = ckpt.restore(state)
@@ -104,6 +105,8 @@ def main() -> None:
         for step in range((report["restored"] or 0) + 1, options["until"] + 1):
             if step == options.get("stuck"):
                 stick(local or options["run"])
+            if step == options.get("signal_at") and rank == 0:
+                os.kill(os.getpid(), signal.SIGUSR1)
             train_to(state, step)
             handle = ckpt.step(step, state)
             assert handle is not None
