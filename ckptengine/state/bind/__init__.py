@@ -1,0 +1,48 @@
+"""From a checkpoint's leaves to a state's: what is read into which memory, and what is set afterwards."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from ckptengine.errors import LoadMismatchError, StateError
+from ckptengine.state.adapters import describe_type
+from ckptengine.state.bind.walk import Binder
+from ckptengine.state.binding import Binding, Read
+from ckptengine.state.report import LoadReport
+from ckptengine.state.saved import Saved, SavedLeaf
+from ckptengine.state.select import Selection
+
+__all__ = ["Binding", "LoadReport", "Read", "Saved", "SavedLeaf", "bind"]
+
+
+def bind(
+    state: Mapping[str, Any],
+    saved: Saved,
+    rank: int,
+    world_size: int,
+    *,
+    only: Iterable[str] | None = None,
+    rename: Mapping[str, str] | None = None,
+    strict: bool = True,
+    cast: bool = False,
+) -> Binding:
+    """Return what to read and to set so that the state becomes what was saved.
+
+    `only` are dotted prefixes of the state, `rename` leads from prefixes of the checkpoint to those of the
+    state, `cast` allows leaves to change their dtype. Raises `LoadMismatchError` listing every leaf that does
+    not fit; with `strict=False` these are left as they are and reported. Raises `StateError` where the state
+    can't be filled.
+    """
+    if not isinstance(state, Mapping):
+        raise StateError(f"the state is {describe_type(state)}; pass a dict such as {{'model': model}}")
+    binder = Binder(state, saved, rank, world_size, Selection(only), rename, cast)
+    binder.walk(state)
+    report = binder.report()
+    if strict and not report.complete:
+        raise LoadMismatchError(
+            "the checkpoint and the state don't fit\n"
+            + "\n".join(report.problem_lines())
+            + "\n(`strict=False` loads what fits; `rename` maps names, `cast=True` allows other dtypes)"
+        )
+    return Binding(binder.reads, report, binder.actions)

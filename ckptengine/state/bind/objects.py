@@ -1,0 +1,110 @@
+"""How objects with `load_state_dict`, and what each rank has of its own, are bound."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+from ckptengine.errors import CheckpointError, LoadMismatchError
+from ckptengine.state.adapters import Adapter, describe_type
+from ckptengine.state.bind.base import OBJECTS, SET
+from ckptengine.state.bind.tensors import TensorBinder
+from ckptengine.state.kinds import Kind
+from ckptengine.state.leaf import Path, dotted
+from ckptengine.state.loaders import loader_mismatch
+from ckptengine.state.nested import per_rank_items, put_at, replace_contents
+from ckptengine.state.per_rank import PerRank
+from ckptengine.state.saved import Node, own_tree
+
+__all__ = ["ObjectBinder"]
+
+
+class ObjectBinder(TensorBinder):
+    """Binds what takes its state as a whole."""
+
+    def _bind_object(self, target: Any, path: Path, node: Node | None, per_rank: bool) -> None:
+        if not self._selection.holds(path):
+            self._selection.refuse_part(path)
+            return
+        current = target.state_dict()
+        inner = [] if per_rank else list(per_rank_items(current, ()))
+        if node is None and not (inner and self._own.find(path)):
+            self._absent(path, per_rank)
+            return
+        rebuilt: Any = {} if node is None else self._rebuild(node, path, current)
+        self._loaded.append(dotted(path))
+        for keys, holder in inner:
+            self._bind_per_rank(holder, (*path, *keys), None if node is None else node.find(keys))
+            self._act(SET, functools.partial(put_at, rebuilt, keys, holder))
+        self._act(OBJECTS, functools.partial(_hand_over, target, rebuilt, path))
+
+    def _bind_loader(self, loader: Any, path: Path, own: Node | None) -> None:
+        """As an object in a PerRank; but its state is not asked for, which would start its workers."""
+        if not self._selection.holds(path):
+            self._selection.refuse_part(path)
+        elif own is None:
+            self._absent(path, per_rank=True)
+        elif reason := loader_mismatch(loader, own, self._saved.world_size, self._world_size):
+            self._mismatch(path, reason, own)
+        else:
+            rebuilt = self._rebuild(own, path)
+            self._loaded.append(dotted(path))
+            self._act(OBJECTS, functools.partial(loader.load_state_dict, rebuilt))
+
+    def _bind_per_rank(self, target: PerRank, path: Path, shared: Node | None) -> None:
+        own = self._own.find(path)
+        put = functools.partial(setattr, target, "value")
+        if own is None:
+            self._bind(target.value, put, path, shared, per_rank=True)
+        elif not self._resized and target.ranks is None:
+            self._bind(target.value, put, path, own, per_rank=True)
+        elif self._selection.holds(path):
+            self._resize(target, path, own)
+
+    def _resize(self, target: PerRank, path: Path, own: Node) -> None:
+        saved_size = self._saved.world_size
+        kind, adapter = self._inspector.kind(target.value, path)
+        if target.resize is None or kind is Kind.OPTIMIZER:
+            hint = "an optimizer can't be resized"
+            if target.resize is None:
+                hint = "pass PerRank(value, resize=...) to say what becomes of it"
+            reason = f"saved per rank by {saved_size} ranks, loaded by {self._world_size}"
+            self._mismatch(path, f"{reason}; {hint}", own)
+            return
+        own.use()
+        mine = 0 if self._resized else self._rank
+        ranks = range(saved_size)
+        wanted = ranks if target.ranks is None else target.ranks(saved_size, self._rank, self._world_size)
+        values = []
+        for rank in wanted:
+            if rank not in ranks:
+                raise ValueError(f"{dotted(path)}: PerRank's `ranks` asks for rank {rank} of {saved_size} that saved")
+            node = own if rank == mine else own_tree(self._saved, rank, self._rename).find(path)
+            values.append(None if node is None else self._rebuild(node, path))
+        self._loaded.append(dotted(path))
+        self._act(SET, functools.partial(self._set_resized, target, values, kind, adapter, path))
+
+    def _set_resized(self, target: PerRank, values: list[Any], kind: Kind, adapter: Adapter | None, path: Path) -> None:
+        assert target.resize is not None
+        new = target.resize(values, self._rank, self._world_size)
+        if kind is Kind.MODULE and adapter is not None:
+            keys = {entry.name: entry.key for entry in self._inspector.entries(target.value, adapter, path)}
+            adapter.load_module(target.value, {keys[name]: item for name, item in new.items()})
+        elif kind is Kind.OBJECT:
+            target.value.load_state_dict(new)
+        elif type(target.value) is type(new) and isinstance(new, (dict, list)):
+            replace_contents(target.value, new)
+        else:
+            target.value = new
+
+
+def _hand_over(target: Any, state: Any, path: Path) -> None:
+    try:
+        target.load_state_dict(state)
+    except CheckpointError:
+        raise
+    except Exception as error:
+        raise LoadMismatchError(
+            f"{dotted(path)}: load_state_dict of {describe_type(target)} refused what was saved: "
+            f"{type(error).__name__}: {error}"
+        ) from error

@@ -1,0 +1,146 @@
+"""How modules and optimizers are bound."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+from ckptengine.state.adapters import Adapter
+from ckptengine.state.bind.base import FRAMEWORK
+from ckptengine.state.bind.tensors import TensorBinder
+from ckptengine.state.kinds import optimizer_names
+from ckptengine.state.leaf import Path, dotted
+from ckptengine.state.saved import Node, SavedArray
+
+__all__ = ["OptimizerBinder"]
+
+
+class OptimizerBinder(TensorBinder):
+    """Binds modules by their entries, optimizers by their parameters."""
+
+    def _bind_module(self, module: Any, adapter: Adapter, path: Path, node: Node | None, per_rank: bool) -> None:
+        handed: dict[str, Any] = {}
+        for entry in self._inspector.entries(module, adapter, path):
+            where = (*path, entry.name)
+            child = None if node is None else node.child(entry.name)
+            if entry.live:
+                self._bind_tensor(entry.value, adapter, where, child, per_rank)
+            elif self._selection.holds(where):
+                if child is None:
+                    self._absent(where, per_rank)
+                    continue
+                handed[entry.key] = self._rebuild(child, where, entry.value)
+                self._loaded.append(dotted(where))
+        if handed:
+            self._act(FRAMEWORK, functools.partial(adapter.load_module, module, handed))
+
+    def _bind_optimizer(self, optimizer: Any, adapter: Adapter, path: Path, node: Node | None, per_rank: bool) -> None:
+        adapter.check_optimizer(optimizer, path)
+        groups = adapter.optimizer_groups(optimizer)
+        names = optimizer_names(groups, self._names)
+        if node is None:
+            if self._selection.reaches(path):
+                self._absent(path, per_rank)
+            return
+        saved_state = node.child("state") or Node()
+        by_name = {self._parameter_name(str(key)): child for key, child in saved_state.children.items()}
+        for group, group_names in zip(groups, names, strict=True):
+            for parameter, name in zip(group["params"], group_names, strict=True):
+                where = (*path, "state", name)
+                current = adapter.optimizer_state(optimizer, parameter)
+                child = by_name.get(name)
+                if not (child or current) or not self._selection.holds(where):
+                    continue
+                if child is not None and self._state_differs(adapter, parameter, name, where, child):
+                    continue
+                new: dict[str, Any] | None = None
+                if child is not None:
+                    new = self._bind_parameter_state(adapter, group, parameter, current, where, child)
+                setting = functools.partial(adapter.set_optimizer_state, optimizer, parameter, new)
+                self._act(FRAMEWORK, setting)
+        self._bind_groups(adapter, groups, names, (*path, "param_groups"), node.child("param_groups"), per_rank)
+
+    def _parameter_name(self, name: str) -> str:
+        """A parameter's name is itself a dotted path, so `rename` holds for it too."""
+        renamed = self._rename((name,))
+        return name if renamed == (name,) else dotted(renamed)
+
+    def _state_differs(self, adapter: Adapter, parameter: Any, name: str, path: Path, node: Node) -> bool:
+        """Whether the saved state belongs to a parameter of another shape: then none of it is taken."""
+        here = tuple(parameter.shape)
+        saved = self._saved_shapes.get(name, here)
+        for key, child in node.children.items():
+            if isinstance(child.entry, SavedArray) and not adapter.state_fits(
+                parameter, str(key), child.entry.leaf.shape
+            ):
+                saved = child.entry.leaf.shape
+        if saved == here:
+            return False
+        self._mismatch(path, f"state of a parameter of shape {here} here, {saved} in the checkpoint", node)
+        return True
+
+    def _bind_parameter_state(
+        self,
+        adapter: Adapter,
+        group: dict[str, Any],
+        parameter: Any,
+        current: dict[str, Any],
+        path: Path,
+        node: Node,
+    ) -> dict[str, Any]:
+        new: dict[str, Any] = {}
+        for key, child in node.children.items():
+            where = (*path, key)
+            entry = child.entry
+            if not isinstance(entry, SavedArray):
+                new[str(key)] = self._rebuild(child, where, current.get(str(key)))
+                self._loaded.append(dotted(where))
+                continue
+            tensor = current.get(str(key))
+            if tensor is None or not adapter.is_tensor(tensor):
+                tensor = adapter.new_state_tensor(group, parameter, str(key), entry.leaf.dtype, entry.leaf.shape)
+            new[str(key)] = tensor
+            self._bind_tensor(tensor, adapter, where, child, per_rank=entry.rank is not None)
+        return new
+
+    def _bind_groups(
+        self,
+        adapter: Adapter,
+        groups: list[dict[str, Any]],
+        names: list[list[str]],
+        path: Path,
+        node: Node | None,
+        per_rank: bool,
+    ) -> None:
+        if not self._selection.holds(path):
+            self._selection.refuse_part(path)
+            return
+        if node is None:
+            self._absent(path, per_rank)
+            return
+        reads, actions, cast = len(self.reads), len(self.actions), len(self._cast)
+        saved = self._rebuild(node, path, groups)
+        reason = self._groups_differ(saved, names)
+        if reason is not None:
+            del self.reads[reads:], self.actions[actions:], self._cast[cast:]
+            self._mismatch(path, reason, node)
+            return
+        self._loaded.append(dotted(path))
+        for group, new in zip(groups, saved, strict=True):
+            for key, value in new.items():
+                if key != "params":
+                    self._act(FRAMEWORK, functools.partial(adapter.set_hyperparameter, group, key, value))
+
+    def _groups_differ(self, saved: Any, names: list[list[str]]) -> str | None:
+        if not isinstance(saved, list) or not all(isinstance(g, dict) and "params" in g for g in saved):
+            return "no parameter groups in the checkpoint"
+        if len(saved) != len(names):
+            return f"{len(names)} parameter groups here, {len(saved)} in the checkpoint"
+        for number, (group, here) in enumerate(zip(saved, names, strict=True)):
+            there = {self._parameter_name(str(name)) for name in group["params"]}
+            if there != set(here):
+                odd = sorted(there.symmetric_difference(here))
+                return f"group {number} has other parameters in the checkpoint: {', '.join(odd[:8])}" + (
+                    f" and {len(odd) - 8} more" if len(odd) > 8 else ""
+                )
+        return None

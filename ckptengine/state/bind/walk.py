@@ -1,0 +1,72 @@
+"""One walk over a state that is to be filled."""
+
+from __future__ import annotations
+
+import functools
+import operator
+from collections.abc import Mapping, MutableMapping
+from typing import Any
+
+from ckptengine.state.adapters import describe_type
+from ckptengine.state.bind.base import SET, Put
+from ckptengine.state.bind.objects import ObjectBinder
+from ckptengine.state.bind.optimizers import OptimizerBinder
+from ckptengine.state.kinds import Kind, children
+from ckptengine.state.leaf import Path, dotted
+from ckptengine.state.loaders import is_stateful_loader
+from ckptengine.state.saved import Node, SavedValue
+
+__all__ = ["Binder"]
+
+
+class Binder(ObjectBinder, OptimizerBinder):
+    """Walks a state and sorts its values by kind."""
+
+    def walk(self, state: Mapping[str, Any]) -> None:
+        """Bind everything in a state; raises where `only` names nothing in it."""
+        self._bind_items(state, (), self._shared, per_rank=False)
+        self._selection.check()
+
+    def _bind(self, value: Any, put: Put | None, path: Path, node: Node | None, *, per_rank: bool) -> None:
+        kind, adapter = self._inspector.kind(value, path)
+        if kind is Kind.PER_RANK:
+            self._bind_per_rank(value, path, node)
+        elif kind in (Kind.TENSOR, Kind.SHARDED):
+            assert adapter is not None
+            self._bind_tensor(value, adapter, path, node, per_rank)
+        elif kind is Kind.MODULE:
+            assert adapter is not None
+            self._bind_module(value, adapter, path, node, per_rank)
+        elif kind is Kind.OPTIMIZER:
+            assert adapter is not None
+            self._bind_optimizer(value, adapter, path, node, per_rank)
+        elif kind is Kind.OBJECT and is_stateful_loader(value):
+            self._bind_loader(value, path, node if per_rank else self._own.find(path))
+        elif kind is Kind.OBJECT:
+            self._bind_object(value, path, node, per_rank)
+        elif kind is Kind.PLAIN:
+            self._bind_plain(value, put, path, node, per_rank)
+        elif node is not None and node.entry is not None and self._selection.holds(path):
+            self._bind_emptied(value, path, node)
+        else:
+            self._bind_items(value, path, node, per_rank=per_rank)
+
+    def _bind_items(self, value: Any, path: Path, node: Node | None, *, per_rank: bool) -> None:
+        for key, item in children(value, path):
+            settable = isinstance(value, (MutableMapping, list))
+            put = functools.partial(operator.setitem, value, key) if settable else None
+            child = None if node is None else node.child(key)
+            self._bind(item, put, (*path, key), child, per_rank=per_rank)
+
+    def _bind_emptied(self, value: Any, path: Path, node: Node) -> None:
+        """What is walked in the state and one value in the checkpoint: fits where both are plain dicts."""
+        plain = isinstance(value, dict) and all(
+            self._inspector.kind(item, (*path, key))[0] is Kind.PLAIN for key, item in children(value, path)
+        )
+        if plain and isinstance(node.entry, SavedValue) and node.entry.value == {}:
+            node.use()
+            self._loaded.append(dotted(path))
+            self._act(SET, value.clear)
+        else:
+            here = describe_type(value)
+            self._mismatch(path, f"{here} of several leaves here, {node.description} in the checkpoint", node)
