@@ -78,6 +78,15 @@ class Adapter:
         """Return a new tensor in host memory, contents undefined."""
         raise NotImplementedError
 
+    def new_like(self, tensor: Any, order: tuple[int, ...] | None) -> Any:
+        """Return a new tensor like this one (dtype, shape, device, distribution), contents undefined.
+
+        `order` are its dimensions from the outermost in memory to the innermost, None for C order; a framework without
+        strides has only that.
+        """
+        view = self.view(tensor, (), target=False)
+        return self.empty(view.dtype, view.shape)
+
     def convert(self, tensor: Any, buffers: Sequence[np.ndarray[Any, Any]], dtype: str) -> None:
         """Fill a tensor from host buffers of another dtype, one for each of `view`'s parts, in order."""
         raise NotImplementedError

@@ -7,11 +7,12 @@ import binascii
 import functools
 import json
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from ckptengine.errors import CheckpointDamagedError
+from ckptengine.state.adapters import TensorView
 from ckptengine.state.leaf import HostMemory, Key, Part, Path, dotted
 
 __all__ = [
@@ -19,12 +20,21 @@ __all__ = [
     "Outline",
     "class_name",
     "decode_outline",
+    "in_given_order",
+    "in_order",
+    "is_of_class",
     "memory_order",
     "part_order",
+    "put_in_order",
+    "renamed_key",
     "sorted_keys",
 ]
 
+_T = TypeVar("_T")
+
 _LEVEL = 6
+_GENERIC = frozenset({"Optimizer", "LRScheduler", "_LRScheduler", "Protocol", "Generic", "ABC", "Stateful"})
+"""Bases that say nothing of what a state means."""
 _MAX_NBYTES_PER_LEAF = 16 << 10
 """What an outline may take at most when it is unpacked, for each leaf or plain value beside it: no file inflates."""
 
@@ -107,6 +117,66 @@ def class_name(value: Any) -> str:
     return f"{kind.__module__}.{kind.__qualname__}"
 
 
+def is_of_class(value: Any, name: str) -> bool:
+    """Whether a value is of a class of this name, or of one made from it.
+
+    A class that has moved inside its package is the same one, and so is one of the program that is run (`__main__`).
+    """
+    if not name:
+        return True
+    return any(
+        _same_class(f"{kind.__module__}.{kind.__qualname__}", kind.__qualname__, name) for kind in _own_mro(value)
+    )
+
+
+def _own_mro(value: Any) -> Iterable[type]:
+    return (kind for kind in type(value).__mro__ if kind is not object and kind.__qualname__ not in _GENERIC)
+
+
+def _same_class(full: str, qualname: str, name: str) -> bool:
+    if full == name:
+        return True
+    if not name.endswith(f".{qualname}"):
+        return False
+    packages = {full.partition(".")[0], name.partition(".")[0]}
+    rest = name.removesuffix(f".{qualname}").rpartition(".")[2]  # a nested class's outer one begins with a capital
+    return (len(packages) == 1 or "__main__" in packages) and not rest[:1].isupper()
+
+
+def put_in_order(nested: dict[Key, Any], outline: Outline, rename: Callable[[Path], Path]) -> None:
+    """Put the keys of nested dicts, in place, in the order that the state had them in; others keep their place."""
+    for one in outline.containers:
+        if one.kind in ("object", "list", "tuple"):
+            continue
+        found: Any = nested
+        for key in rename(one.path):
+            known = isinstance(found, dict) or (isinstance(found, (list, tuple)) and type(key) is int)
+            found = (
+                found.get(key)
+                if isinstance(found, dict)
+                else found[int(key)]
+                if known and int(key) < len(found)
+                else None
+            )
+        if isinstance(found, dict):
+            keys = sorted_keys(found) if one.keys is None else [renamed_key(one.path, key, rename) for key in one.keys]
+            items = in_given_order(found, keys)
+            found.clear()
+            found.update(items)
+
+
+def renamed_key(path: Path, key: Key, rename: Callable[[Path], Path]) -> Key:
+    """Return what a container's key is called after renaming."""
+    renamed = rename((*path, key))
+    return renamed[-1] if renamed else key
+
+
+def in_given_order(items: Mapping[Key, _T], keys: Iterable[Key]) -> dict[Key, _T]:
+    """Return a dict with its keys in an order; those that are not in it come last."""
+    place = {key: number for number, key in enumerate(keys)}
+    return dict(sorted(items.items(), key=lambda item: place.get(item[0], len(place))))
+
+
 def memory_order(shape: Sequence[int], strides: Iterable[int]) -> tuple[int, ...] | None:
     """Return the dimensions of a tensor from the outermost in memory to the innermost; None where that is C order.
 
@@ -127,6 +197,18 @@ def part_order(part: Part) -> tuple[int, ...] | None:
         return memory_order(part.box.shape, memory.strides)
     stride = getattr(memory.owner, "stride", None)
     return memory_order(part.box.shape, stride()) if callable(stride) else None
+
+
+def in_order(view: TensorView, order: Sequence[int] | None) -> bool:
+    """Whether what this rank has of a tensor lies in memory in an order (None: C); a length of 1 says nothing."""
+    if not view.parts:
+        return True
+    shape, here = view.parts[0].box.shape, part_order(view.parts[0])
+    natural = range(len(shape))
+    if order is not None and len(order) != len(shape):
+        return True
+    a, b = ([dim for dim in wanted or natural if shape[dim] > 1] for wanted in (here, order))
+    return a == b
 
 
 def sorted_keys(keys: Iterable[Key]) -> list[Key]:

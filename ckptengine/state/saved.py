@@ -9,7 +9,7 @@ from typing import Any
 from ckptengine.errors import CheckpointDamagedError, LoadMismatchError
 from ckptengine.state.adapters import describe_type
 from ckptengine.state.leaf import Key, Path, Placement, dotted
-from ckptengine.state.outline import Outline, sorted_keys
+from ckptengine.state.outline import Outline, in_given_order, renamed_key, sorted_keys
 from ckptengine.state.values import MAX_DEPTH
 
 __all__ = ["Node", "Saved", "SavedArray", "SavedLeaf", "SavedValue", "own_tree", "shared_tree"]
@@ -173,14 +173,11 @@ def _apply(root: Node, outline: Outline | None, rename: Callable[[Path], Path]) 
         node.kind = one.kind
         if one.kind in ("list", "tuple"):
             continue
-        keys = sorted_keys(node.children) if one.keys is None else [_renamed(one.path, key, rename) for key in one.keys]
-        place = {key: number for number, key in enumerate(keys)}
-        node.children = dict(sorted(node.children.items(), key=lambda item: place.get(item[0], len(place))))
+        keys = (
+            sorted_keys(node.children) if one.keys is None else [renamed_key(one.path, key, rename) for key in one.keys]
+        )
+        node.children = in_given_order(node.children, keys)
         node.ordered = True
-
-
-def _renamed(path: Path, key: Key, rename: Callable[[Path], Path]) -> Key:
-    return rename((*path, key))[-1]
 
 
 def _insert(

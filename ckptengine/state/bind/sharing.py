@@ -65,7 +65,7 @@ def overlap(one: Extent, other: Extent) -> bool:
     if one.space != other.space or one.high <= other.low or other.high <= one.low:
         return False
     try:
-        return bool(np.shares_memory(_array(one), _array(other), max_work=_MAX_WORK))
+        return bool(np.shares_memory(_array(one), _array(other), max_work=_MAX_WORK))  # type: ignore[arg-type]
     except np.exceptions.TooHardError:
         return True
 
@@ -144,5 +144,3 @@ def sharing(leaves: Sequence[ArrayLeaf]) -> list[list[int]]:
     for number in range(len(leaves)):
         groups.setdefault(root(number), []).append(number)
     return [group for group in groups.values() if len(group) > 1]
-
-

@@ -13,11 +13,13 @@ from ckptengine.errors import StateError
 from ckptengine.state.adapters import Adapter, TensorView, adapters, describe_type
 from ckptengine.state.arrays import NumpyAdapter
 from ckptengine.state.bind.base import CONVERT, SET, BinderBase, Put
+from ckptengine.state.bind.sharing import extents
 from ckptengine.state.binding import Read
 from ckptengine.state.dtypes import DTYPES
 from ckptengine.state.kinds import Kind
 from ckptengine.state.leaf import ArrayLeaf, Part, Path, dotted
 from ckptengine.state.nested import item_of, replace_contents, sorted_like
+from ckptengine.state.outline import in_order
 from ckptengine.state.saved import Node, SavedArray, SavedLeaf, SavedValue
 from ckptengine.state.sharded import ShardedArray
 from ckptengine.state.tree import sharded_parts
@@ -36,20 +38,30 @@ class TensorBinder(BinderBase):
             return
         view = _target_view(tensor, adapter, path)
         if node is None:
+            self._lacks_arrays = True
             self._absent(path, per_rank, view.identity)
         elif not isinstance(node.entry, SavedArray):
             self._mismatch(path, f"a tensor here, {node.description} in the checkpoint", node)
-        elif view.identity is not None and view.identity in self._filled:
+        elif self._is_filled(view, node.entry):
             node.use()  # tied: one of its names has brought the bytes
             self._loaded.append(dotted(path))
         elif reason := self._differs(view, node.entry.leaf):
+            self._lacks_arrays = True
             self._mismatch(path, reason, node)
         else:
             node.use()
             self._loaded.append(dotted(path))
-            if view.identity is not None:
-                self._filled.add(view.identity)
+            number = len(self.reads)
             self._read(tensor, adapter, view, node.entry, path)
+            if view.identity is not None and (first := self._filled.setdefault(view.identity, number)) != number:
+                self._ties.append((first, number))  # whether both bring the same is seen before anything is read
+
+    def _is_filled(self, view: TensorView, entry: SavedArray) -> bool:
+        """Whether the very same array of the checkpoint is read into a memory under another name."""
+        if view.identity is None or view.identity not in self._filled:
+            return False
+        read = self.reads[self._filled[view.identity]]
+        return (read.path, read.rank) == (entry.path, entry.rank)
 
     def _differs(self, view: TensorView, leaf: SavedLeaf) -> str | None:
         if view.shape != leaf.shape:
@@ -67,6 +79,8 @@ class TensorBinder(BinderBase):
         parts = view.parts
         if view.dtype != entry.leaf.dtype:
             self._cast.append(dotted(path))
+            memory = ArrayLeaf(path, view.dtype, view.shape, view.placement, view.parts, adapter.name)
+            self._converted.append((len(self.reads), memory))
             buffers = [np.empty(part.box.shape, DTYPES[entry.leaf.dtype].numpy) for part in parts]
             memories = [_host_parts(buffer, path)[0].memory for buffer in buffers]
             parts = tuple(Part(part.box, memory) for part, memory in zip(parts, memories, strict=True))
@@ -76,10 +90,15 @@ class TensorBinder(BinderBase):
         self.reads.append(Read(entry.path, entry.rank, leaf))
 
     def _fresh(self, entry: SavedArray, path: Path) -> Any:
-        """Return a new array of the framework that the leaf came from, numpy's where that isn't imported."""
+        """Return a new array of the framework that the leaf came from, numpy's where that isn't imported.
+
+        It lies in memory as the saved one did.
+        """
         known = {adapter.name: adapter for adapter in adapters()}
         adapter = known.get(entry.leaf.container, known["numpy"])
         array = adapter.empty(entry.leaf.dtype, entry.leaf.shape)
+        if entry.order is not None:
+            array = adapter.new_like(array, entry.order)
         self._read(array, adapter, adapter.view(array, path, target=True), entry, path)
         return array
 
@@ -117,12 +136,12 @@ class TensorBinder(BinderBase):
             node.used = True
             return self._rebuild_array(node.entry, path, like)
         result: dict[Any, Any] = {}
-        for key in sorted_like(node.children, like):
+        for key in node.children if node.ordered else sorted_like(node.children, like):
             result[key] = self._rebuild(node.children[key], (*path, key), item_of(like, key))
         if node.container is not None and set(result) == set(range(len(result))):
             items = [result[index] for index in range(len(result))]
             return tuple(items) if node.container == "tuple" else items
-        return result
+        return OrderedDict(result) if node.kind == "ordered" else result
 
     def _rebuild_array(self, entry: SavedArray, path: Path, like: Any) -> Any:
         kind, adapter = (Kind.PLAIN, None) if like is None else self._inspector.kind(like, path)
@@ -132,9 +151,34 @@ class TensorBinder(BinderBase):
             except StateError:  # it can be saved, but not filled: a read-only or expanded tensor
                 return self._fresh(entry, path)
             if (view.shape, view.dtype) == (entry.leaf.shape, entry.leaf.dtype):
-                self._read(like, adapter, view, entry, path)
-                return like
+                return self._rebuild_like(like, adapter, view, entry, path)
         return self._fresh(entry, path)
+
+    def _rebuild_like(self, like: Any, adapter: Adapter, view: TensorView, entry: SavedArray, path: Path) -> Any:
+        """Return a fitting array itself, to be filled; one like it where it lies in memory in another way.
+
+        So too where its memory is that of another leaf: that of the model's parameter, for example, of which it is to
+        become a copy. It may stay tied to a leaf that is read from the same array of the checkpoint.
+        """
+        if entry.told and not in_order(view, entry.order):
+            like = adapter.new_like(like, entry.order)
+            view = adapter.view(like, path, target=True)
+        if self._taken is None:
+            self._read(like, adapter, view, entry, path)
+            return like
+        leaf = ArrayLeaf(path, view.dtype, view.shape, view.placement, view.parts, adapter.name)
+        found = extents(leaf)
+        for number in self._taken.meeting(found):
+            read = self.reads[number]
+            if (read.path, read.rank) == (entry.path, entry.rank) and extents(read.target) == found:
+                return like
+            like = adapter.new_like(like, entry.order)
+            view = adapter.view(like, path, target=True)
+            found = extents(ArrayLeaf(path, view.dtype, view.shape, view.placement, view.parts, adapter.name))
+            break
+        self._taken.add(len(self.reads), found)
+        self._read(like, adapter, view, entry, path)
+        return like
 
 
 def _target_view(tensor: Any, adapter: Adapter, path: Path) -> TensorView:
