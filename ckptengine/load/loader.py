@@ -33,7 +33,7 @@ from ckptengine.state.select import Selection, renamer
 from ckptengine.state.tree import unflatten
 from ckptengine.storage.base import StorageView
 
-__all__ = ["LoadOptions", "Loaded", "load_arrays", "load_newest", "restore_newest"]
+__all__ = ["LoadOptions", "Loaded", "load_arrays", "load_newest", "restore_newest", "tell_leftovers"]
 
 _log = logging.getLogger("ckptengine")
 
@@ -135,6 +135,12 @@ def restore_newest(
     return None
 
 
+def tell_leftovers(loaded: Loaded, comm: Communicator) -> None:
+    """Log what did not fit and was left as it is, once for all ranks."""
+    if comm.rank == 0 and not loaded.report.complete:
+        _log.warning("%s: not all of it was loaded: %s", loaded.location, loaded.report)
+
+
 def load_arrays(storage: StorageView, options: LoadOptions, rank: int | None = None) -> dict[Any, Any]:
     """Return the newest checkpoint as nested dicts of numpy arrays and plain values, in this process alone.
 
@@ -234,8 +240,6 @@ def _load(
             except Exception as problem:
                 error = problem
             agree(comm, error, timeout, f"reading {where}")
-    if comm.rank == 0 and not options.strict and not binding.report.complete:
-        _log.warning("%s: not all of it was loaded: %s", where, binding.report)
     if counts is None:
         raise RankFailedError(f"reading {where} was stopped by a rank that did not say why")
     try:

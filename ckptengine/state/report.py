@@ -69,7 +69,7 @@ class LoadReport:
         """Return what did not fit: for each kind the count, the first few leaves, and how many more there are where."""
         lines = []
         for outcome, names in self._problems():
-            lines.append(f"{outcome} ({_leaves(len(names))}):")
+            lines.append(f"{outcome} ({_leaves(len(names))}):" if len(names) > _SHOWN else f"{outcome}:")
             lines += [f"  {name}" for name in names[:_SHOWN]]
             lines += [f"  … {_leaves(count)} more in {common}" for common, count in _groups(names[_SHOWN:])]
         if any(len(names) > _SHOWN for _, names in self._problems()):

@@ -69,7 +69,7 @@ class BinderBase(ABC):
         self._cast: list[str] = []
         self._filled: dict[Hashable, int] = {}
         self._ties: list[tuple[int, int]] = []
-        self._converted: list[tuple[int, ArrayLeaf]] = []
+        self._converted: dict[int, tuple[ArrayLeaf, Action]] = {}
         self._taken: Taken | None = None
         self._late: list[Callable[[], None]] = []
 
@@ -137,6 +137,8 @@ class BinderBase(ABC):
         for group, tied in [*ties, *((group, False) for group in sharing([read.target for read in self.reads]))]:
             left = [number for number in group if number not in dropped]
             dropped.update(self._separate(left, same, tied))
+        for number in dropped & self._converted.keys():
+            self.actions.remove(self._converted[number][1])  # there is nothing to convert
         self.reads = [read for number, read in enumerate(self.reads) if number not in dropped]
 
     def _separate(self, group: list[int], same: Same, tied: bool) -> list[int]:

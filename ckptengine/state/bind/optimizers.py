@@ -43,9 +43,10 @@ class OptimizerBinder(TensorBinder):
             if self._selection.reaches(path):
                 self._absent(path, per_rank)
             return
-        if self._another_class(optimizer, path, node):
-            return
-        self.built.append(path)
+        if self._selection.reaches(path):
+            if self._another_class(optimizer, path, node):
+                return
+            self.built.append(path)
         saved_state = node.child("state") or Node()
         by_name = {self._parameter_name(str(key)): child for key, child in saved_state.children.items()}
         for group, group_names in zip(groups, names, strict=True):

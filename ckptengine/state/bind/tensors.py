@@ -79,13 +79,13 @@ class TensorBinder(BinderBase):
         parts = view.parts
         if view.dtype != entry.leaf.dtype:
             self._cast.append(dotted(path))
-            memory = ArrayLeaf(path, view.dtype, view.shape, view.placement, view.parts, adapter.name)
-            self._converted.append((len(self.reads), memory))
             buffers = [np.empty(part.box.shape, DTYPES[entry.leaf.dtype].numpy) for part in parts]
             memories = [_host_parts(buffer, path)[0].memory for buffer in buffers]
             parts = tuple(Part(part.box, memory) for part, memory in zip(parts, memories, strict=True))
             target = tensor.local if isinstance(tensor, ShardedArray) else tensor
             self._act(CONVERT, functools.partial(adapter.convert, target, buffers, entry.leaf.dtype))
+            memory = ArrayLeaf(path, view.dtype, view.shape, view.placement, view.parts, adapter.name)
+            self._converted[len(self.reads)] = memory, self.actions[-1]
         leaf = ArrayLeaf(path, entry.leaf.dtype, view.shape, view.placement, parts, adapter.name)
         self.reads.append(Read(entry.path, entry.rank, leaf))
 

@@ -30,7 +30,7 @@ class Binder(ObjectBinder, OptimizerBinder):
         self._taken = Taken()
         for number, read in enumerate(self.reads):
             self._taken.add(number, extents(read.target))
-        for number, leaf in self._converted:
+        for number, (leaf, _) in self._converted.items():
             self._taken.add(number, extents(leaf))
         while self._late:
             self._late.pop(0)()
