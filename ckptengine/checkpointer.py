@@ -323,7 +323,7 @@ class Checkpointer:
             generation=self._generation,
             claim=lambda: self._tiers.claim(self._parent),
             metadata=self._metadata,
-            committed=lambda generation, _: self._tiers.committed(generation, step, directory),
+            committed=lambda generation, attempt: self._tiers.committed(generation, attempt, step, directory),
             site=self._tiers.site,
             meeting=self._tiers.meeting,
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from ckptengine.catalog.manifest import (
@@ -165,7 +165,9 @@ def read_claim(storage: StorageView, generation: int) -> tuple[int, int] | None:
         raise CheckpointDamagedError(f"{where}: {error}") from None
 
 
-def lineage(storage: StorageView) -> Iterator[tuple[Entry, Manifest] | Problem]:
+def lineage(
+    storage: StorageView, unknown: Callable[[int], None] | None = None
+) -> Iterator[tuple[Entry, Manifest] | Problem]:
     """Yield the checkpoints that lead to the newest one, newest first: what to restore, and to fall back to.
 
     From the newest down the steps of its generation, then from that generation's parent down, and so on. What
@@ -173,6 +175,9 @@ def lineage(storage: StorageView) -> Iterator[tuple[Entry, Manifest] | Problem]:
     of it, else by its claim; where neither can be read, or what they tell can't be, the next lower generation
     with checkpoints is taken, from its newest on: it may be a branch that was abandoned, but its checkpoints
     are whole. A checkpoint that lies outside of a run has no parents: its lower generations follow.
+
+    With `unknown` nothing is guessed, for those who delete what is not in the line: it is called with a generation of a
+    run whose parent can't be told, and the line ends there.
     """
     entries = committed(storage)[::-1]
     if not entries:
@@ -195,6 +200,9 @@ def lineage(storage: StorageView) -> Iterator[tuple[Entry, Manifest] | Problem]:
         if not known and highest >= 0:
             known, parent = _parent_without(storage, entries, generation, highest)
         if not known or (parent is not None and parent[0] >= generation):
+            if unknown is not None and highest >= 0:
+                unknown(generation)
+                return
             parent = next((entry.order for entry in entries if entry.generation < generation), None)
         place = parent
 

@@ -18,7 +18,7 @@ from typing import Any
 
 from ckptengine.catalog.commit import attempt_directory
 from ckptengine.catalog.generation import claim_generation
-from ckptengine.catalog.lease import LEASE_SECONDS, Lease
+from ckptengine.catalog.lease import Lease, is_old
 from ckptengine.catalog.listing import (
     Entry,
     claim_name,
@@ -94,6 +94,7 @@ class Tiers:
         self._mover: Mover | None = None
         self._messages: str | None = None
         self._generation = 0  # the newest that this life has claimed, on rank 0
+        self._newest = ""  # the attempt that this life has committed last
         self._copied: set[tuple[str, int]] = set()  # places of this node, and the generations whose claims they have
         self._cleaning = threading.Lock()  # after a commit and after a move, which must not meet in one directory
         self.uploaded: int | None = None
@@ -248,8 +249,9 @@ class Tiers:
             return None
         return (self.home if site is None or not site.shared else storage), self._messages
 
-    def committed(self, generation: int, step: int, directory: str) -> None:
+    def committed(self, generation: int, attempt: str, step: int, directory: str) -> None:
         """After a commit in the first tier, on the first rank of each site: have it moved on, delete what may go."""
+        self._newest = attempt
         if self._mover is not None and self.local is not None and self._comm.rank == 0:
             entry = Entry(step, generation, directory)
             try:
@@ -279,19 +281,23 @@ class Tiers:
     def _came_home(self, load: Load) -> None:
         self.uploaded = load.manifest.step
         try:
-            self._retain(self.home, self._home_keep)
+            self._retain(self.home, self._home_keep, load.manifest.attempt)
             if self.local is not None:
                 self._retain(self.local, self._first_keep, load.manifest.attempt)
         except CheckpointError as error:
             _log.warning("%s: cleaning up failed: %s", self.home.location(), error)
 
     def _retain(self, storage: Storage, keep: Keep, moved: str = "") -> None:
-        """Delete what may go; not what is still to be moved, of which the attempt `moved` is none any more."""
+        """Delete what may go; not what is still to be moved, of which the attempt `moved` is none any more.
+
+        What this life has committed last, and has moved last, is known without reading, and stays.
+        """
         with self._cleaning:
             self._tell(remove_leftovers(storage))
             if keep.last is not None:
                 protected = set() if self._mover is None else self._mover.protected
-                self._tell(retain(storage, keep.last, keep.every, protected - {moved}))
+                newest = {self._newest, moved} if storage is self.home else {self._newest}
+                self._tell(retain(storage, keep.last, keep.every, (protected - {moved}) | newest))
 
     def _tell(self, problems: list[str]) -> None:
         for problem in problems:
@@ -474,8 +480,7 @@ class Tiers:
         try:
             for storage in (self.home, *(near for near, _ in self._near)):
                 for name in filter(_MESSAGES.fullmatch, storage.list()):
-                    modified = storage.modified(name)
-                    if name != self._messages and modified is not None and storage.now() - modified > LEASE_SECONDS:
+                    if name != self._messages and is_old(storage, name, storage.now()):
                         storage.delete_tree(name)
         except CheckpointError as error:
             self._tell([f"messages of earlier jobs were not removed: {error}"])
