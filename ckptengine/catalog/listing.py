@@ -36,6 +36,7 @@ __all__ = [
 ]
 
 _STEP = re.compile(r"step-(\d{8,18})")
+_STEPS = 10**18  # the first that has more digits
 _MANIFEST = re.compile(r"manifest-(\d{4,9})\.json")
 _CLAIM = re.compile(r"generation-(\d{4,9})\.json")
 MAX_CLAIM_NBYTES = 1 << 16
@@ -73,7 +74,9 @@ class Problem:
 
 
 def step_directory(step: int) -> str:
-    """Return the name of a step's directory."""
+    """Return the name of a step's directory; raises `ValueError` for a step whose name no listing would find."""
+    if not 0 <= step < _STEPS:
+        raise ValueError(f"step {step}: steps count from 0 to 10**18 - 1; count from the beginning of the training")
     return f"step-{step:08d}"
 
 

@@ -6,6 +6,7 @@ import json
 import logging
 from collections.abc import Iterator, Sequence
 
+from ckptengine.catalog.commit import attempt_directory
 from ckptengine.catalog.listing import Entry, Problem, committed, lineage, read_manifest
 from ckptengine.catalog.manifest import Manifest
 from ckptengine.comm.agree import share
@@ -22,15 +23,29 @@ _log = logging.getLogger("ckptengine")
 def newest_checkpoint(storage: StorageView) -> Checkpoint:
     """Return the newest checkpoint of a run or of a checkpoint directory.
 
-    Raises `CheckpointNotFoundError` where none is committed, `CheckpointDamagedError` or `FormatVersionError` where
-    its manifest can't be used.
+    One whose data is gone as a whole, as where a writer that stood still was swept before it published, is passed over
+    with a warning, as `restore` does. Raises `CheckpointNotFoundError` where none is committed,
+    `CheckpointDamagedError` or `FormatVersionError` where its manifest can't be used or a part of its files is missing,
+    `StorageError`.
     """
-    entries = committed(storage)
-    if not entries:
-        raise _not_found(storage)
-    checkpoint = Checkpoint(storage, entries[-1].directory, read_manifest(storage, entries[-1]))
-    checkpoint.check_files()
-    return checkpoint
+    empty: CheckpointDamagedError | None = None
+    for item in lineage(storage):
+        if isinstance(item, Problem):
+            raise item.error
+        checkpoint = Checkpoint(storage, item[0].directory, item[1])
+        try:
+            checkpoint.check_files()
+        except CheckpointDamagedError as error:
+            if storage.list(attempt_directory(checkpoint.directory, checkpoint.manifest.attempt)):
+                raise
+            empty = empty or error
+            continue
+        if empty is not None:
+            _log.warning("%s is taken, a newer one has a manifest and no data: %s", checkpoint.location, empty)
+        return checkpoint
+    if empty is not None:
+        raise empty
+    raise _not_found(storage)
 
 
 class Chooser:

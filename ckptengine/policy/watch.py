@@ -393,9 +393,8 @@ def _sweep(storage: Storage, own: str) -> None:
     with contextlib.suppress(CheckpointError):
         now = storage.now()
         for name in storage.list():
-            if name.startswith(_FOLDER) and name != own:
-                if is_old(storage, name, now):
-                    storage.delete_tree(name)
+            if name.startswith(_FOLDER) and name != own and is_old(storage, name, now):
+                storage.delete_tree(name)
 
 
 def _act(numbers: list[int]) -> None:

@@ -24,6 +24,7 @@ from ckptengine.catalog.listing import (
     claim_name,
     newest,
     read_manifest,
+    step_directory,
 )
 from ckptengine.catalog.manifest import Manifest
 from ckptengine.catalog.receipt import StorageStore
@@ -93,7 +94,7 @@ class Tiers:
         self._views: list[StorageView] = [self.home]
         self._mover: Mover | None = None
         self._messages: str | None = None
-        self._generation = 0  # the newest that this life has claimed, on rank 0
+        self._generation = 0  # on rank 0: the newest that this life has claimed or found; a later one is another job's
         self._newest = ""  # the attempt that this life has committed last
         self._copied: set[tuple[str, int]] = set()  # places of this node, and the generations whose claims they have
         self._cleaning = threading.Lock()  # after a commit and after a move, which must not meet in one directory
@@ -155,17 +156,14 @@ class Tiers:
         claims, error = b"{}", None
         try:
             if self._comm.rank == 0:
-                claims = packed(claims_of(self.home))
+                found = claims_of(self.home)
+                self._generation = max(found, default=0)
+                claims = packed(found)
         except Exception as problem:
             error = problem
         claims = share(self._comm, claims if self._comm.rank == 0 else None, error, self._timeout, doing)
         try:
-            leads = self._memory_site is not None and self._memory_site.leads
-            if self.memory is not None and leads and self.memory.note_claims(unpacked(claims)):
-                _log.warning(
-                    "%s held checkpoints of an earlier run at this place, which were removed",
-                    self.memory.storage.location(),
-                )
+            # The disk first: where it is refused, what lies in memory may be needed yet.
             if self.local is not None and self._site is not None and self._site.leads:
                 check_same_run(self.home, self.local)
                 for generation, claim in unpacked(claims).items():
@@ -173,6 +171,12 @@ class Tiers:
                         self.local.put_if_absent(claim_name(generation), claim)
                 if self._site.shared:
                     self._tell(remove_leftovers(self.local))
+            leads = self._memory_site is not None and self._memory_site.leads
+            if self.memory is not None and leads and self.memory.note_claims(unpacked(claims)):
+                _log.warning(
+                    "%s held checkpoints of an earlier run at this place, which were removed",
+                    self.memory.storage.location(),
+                )
             if self._comm.rank == 0:
                 self.found = self.newest()
         except Exception as problem:
@@ -187,14 +191,7 @@ class Tiers:
     def claim(self, parent: tuple[int, int] | None) -> int:
         """Claim the next generation in all places, on rank 0; a home that can't be reached gets its claim later."""
         near = [storage for storage, _ in self._near]
-        try:
-            self._generation = claim_generation(self.home, parent, near)
-        except StorageError as error:
-            if self.local is None:
-                raise
-            _log.warning("%s: not reached, the run goes on in %s: %s", self.home.location(), self.local.root, error)
-            others = [storage for storage in near if storage is not self.local]
-            self._generation = claim_generation(self.local, parent, others)
+        self._generation = claim_generation(self.home, parent, near, self.local)
         return self._generation
 
     def target(self, job: Job) -> Target:
@@ -372,7 +369,7 @@ class Tiers:
             return
         try:
             near = Overlay([storage for storage, _ in self._near])
-            entry = Entry(step, generation, f"step-{step:08d}")
+            entry = Entry(step, generation, step_directory(step))
             if near.size(entry.manifest) is None:
                 return
             if self.home.size(entry.manifest) is None:
