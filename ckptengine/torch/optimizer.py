@@ -52,7 +52,7 @@ def check_optimizer(optimizer: torch.optim.Optimizer, path: Path) -> None:
                 f"{dotted(path)}: the state {dotted(keys)!r} of a sharded parameter of shape "
                 f"{tuple(parameter.shape)} is a plain {type(value).__name__} of shape {tuple(value.shape)}, so it "
                 "can't be known whether ranks hold parts or copies of it; have the optimizer make it as a DTensor, or "
-                "keep it beside the optimizer in ckptengine.ShardedArray(local, global_shape, offset) or ckptengine.PerRank"
+                "keep it beside the optimizer in ckptengine.ShardedArray(...) or ckptengine.PerRank"
             )
 
 
