@@ -25,8 +25,9 @@ from ckptengine.save.aside import Aside
 from ckptengine.save.committer import Committer
 from ckptengine.save.handle import Phase, SaveHandle
 from ckptengine.save.job import Job, Target
-from ckptengine.save.planner import Plan, Planner, replica_crcs
+from ckptengine.save.planner import Plan, Planner
 from ckptengine.save.reading import Reading, StateReader
+from ckptengine.save.replicas import ReplicaCheck, replica_crcs
 from ckptengine.save.values import StoredValues, stored_values
 from ckptengine.snapshot.feed import Feed
 from ckptengine.snapshot.pack import Checksums, CopyTable
@@ -164,7 +165,7 @@ class Saver:
         self,
         target: Target,
         state: Mapping[str, Any],
-        check_replicas: bool = False,
+        check: ReplicaCheck = ReplicaCheck.FIRST,
         timeout: float | None = None,
     ) -> SaveHandle:
         """Take the snapshot of a state and start its way to the storage; all ranks call it together.
@@ -176,9 +177,9 @@ class Saver:
         """
         timeout = self._timeout if timeout is None else timeout
         with self._held(timeout):
-            return self._start(target, state, check_replicas, timeout)
+            return self._start(target, state, check, timeout)
 
-    def _start(self, target: Target, state: Mapping[str, Any], check_replicas: bool, timeout: float) -> SaveHandle:
+    def _start(self, target: Target, state: Mapping[str, Any], check: ReplicaCheck, timeout: float) -> SaveHandle:
         if not self._usable:
             raise CheckpointError(
                 f"this process was forked from rank {self._comm.rank}: only the rank itself can save with the others"
@@ -208,7 +209,7 @@ class Saver:
         read = time.monotonic()
         generation = self._open(target, reading, timeout)
         with _collection_later():
-            plan, error = self._planner.plan(reading, values, error, timeout)
+            plan, error = self._planner.plan(reading, values, error, timeout, check)
         job = Job(
             target=target,
             generation=generation,
@@ -233,7 +234,7 @@ class Saver:
                 raise error
             assert reading is not None
             assert plan is not None
-            self._snapshot(job, plan, reading, table, check_replicas, timeout)
+            self._snapshot(job, plan, reading, table, check, timeout)
         except BaseException as problem:
             job.feed.finish(problem)
             job.handle.durable.observed = True
@@ -264,7 +265,7 @@ class Saver:
         plan: Plan,
         reading: Reading,
         table: CopyTable | None,
-        check_replicas: bool,
+        check: ReplicaCheck,
         timeout: float,
     ) -> None:
         """Copy the state, or have it copied until the optimizer's next step."""
@@ -278,7 +279,9 @@ class Saver:
         job.checksums = Checksums(plan.image)
         whole = self._snapshotter.reserve(plan.image, timeout)
         job.arena = self._snapshotter.shared
-        if check_replicas:
+        # A plan that was made alone has not been compared; the coordinator does it with the receipts.
+        wanted = check is ReplicaCheck.ALWAYS or (plan.alone and check is ReplicaCheck.FIRST)
+        if wanted and not self._planner.compared and self._comm.world_size > 1:
             job.replica_crcs = replica_crcs(reading.leaves)
         began = time.monotonic()
         if whole:
