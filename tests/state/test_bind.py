@@ -345,3 +345,13 @@ def test_a_checkpoint_whose_tables_contradict_themselves_is_refused() -> None:
     deep = Saved(1, {("a",) * 1000: leaf}, {}, {}, {})
     with pytest.raises(CheckpointDamagedError, match="1000 keys"):
         bind({"a": np.zeros(1)}, deep, 0, 1)
+
+
+def test_a_part_of_an_array_without_a_place_in_the_state_is_no_whole_copy_on_every_rank() -> None:
+    halves = [{"x": ShardedArray(np.arange(3) + 3 * rank, (6,), (3 * rank,))} for rank in range(2)]
+    stored = save(*halves)
+    with pytest.raises(LoadMismatchError, match="x: was spread over the ranks .*ShardedArray"):
+        load(stored, {"x": None})
+    alone: dict[str, Any] = {"x": None}
+    load(stored, alone, world_size=1)
+    assert alone["x"].tolist() == [0, 1, 2, 3, 4, 5]
