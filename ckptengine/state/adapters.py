@@ -91,6 +91,10 @@ class Adapter:
         """Return a new tensor in host memory, contents undefined."""
         raise NotImplementedError
 
+    def replacement(self, tensor: Any) -> Any:
+        """Return a new tensor to fill in place of one that can't be written to, None where it can."""
+        return None
+
     def layouts(self, tensors: Sequence[tuple[Path, Any]]) -> Layouts | None:
         """Return how tensors, given with their paths, are spread; None where the framework's own don't tell."""
         return None

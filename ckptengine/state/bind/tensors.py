@@ -97,8 +97,8 @@ class TensorBinder(BinderBase):
                 raise LoadMismatchError(
                     f"{dotted(path)}: was spread over the ranks when it was saved, and nothing in the state tells how "
                     "to spread it now. Pass the model in the same state, and the optimizer itself, not its "
-                    "state_dict(); for an array of your own, pass ckptengine.ShardedArray(local, global_shape, offset) under this "
-                    "name; or leave it out with `only`"
+                    "state_dict(); for an array of your own, ckptengine.ShardedArray(local, global_shape, offset); or "
+                    "leave it out with `only`"
                 )
         if array is None:
             array = adapter.empty(dtype, shape)

@@ -37,7 +37,11 @@ class Binder(ObjectBinder, OptimizerBinder):
             self._bind_per_rank(value, path, node)
         elif kind in (Kind.TENSOR, Kind.SHARDED):
             assert adapter is not None
-            self._bind_tensor(value, adapter, path, node, per_rank)
+            new = adapter.replacement(value) if kind is Kind.TENSOR and put is not None else None
+            reads = len(self.reads)
+            self._bind_tensor(value if new is None else new, adapter, path, node, per_rank)
+            if new is not None and put is not None and len(self.reads) > reads:
+                self._act(SET, functools.partial(put, new))
         elif kind is Kind.MODULE:
             assert adapter is not None
             self._bind_module(value, adapter, path, node, per_rank)
