@@ -6,9 +6,11 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Mapping
 from typing import Any
 
+from ckptengine.state.adapters import Layouts
 from ckptengine.state.binding import Action, Read
 from ckptengine.state.kinds import Inspector
 from ckptengine.state.leaf import Path, dotted
+from ckptengine.state.loaders import is_stateful_loader
 from ckptengine.state.report import LoadReport
 from ckptengine.state.saved import Node, Saved, SavedArray, own_tree, shared_tree
 from ckptengine.state.select import Selection, renamer
@@ -37,6 +39,9 @@ class BinderBase(ABC):
     ) -> None:
         self.reads: list[Read] = []
         self.actions: list[Action] = []
+        self._state = state
+        self._layouts: dict[str, Layouts | None] = {}
+        self._optimizer_states: set[Path] = set()
         self._saved, self._rank, self._world_size = saved, rank, world_size
         self._resized = world_size != saved.world_size
         self._selection, self._may_cast = selection, cast
@@ -49,6 +54,7 @@ class BinderBase(ABC):
             if isinstance(node.entry, SavedArray)
         }
         self._inspector = Inspector()
+        self._inspector.ask(state, wanted=lambda value, path: selection.touches(path) and not is_stateful_loader(value))
         self._names = self._inspector.parameter_names(state)
         self._loaded: list[str] = []
         self._missing: list[tuple[str, Hashable | None]] = []
