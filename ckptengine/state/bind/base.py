@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
+from ckptengine.state.adapters import Layouts
 from ckptengine.state.bind.sharing import Taken, extents, sharing
 from ckptengine.state.binding import Action, Read
 from ckptengine.state.kinds import Inspector
@@ -43,6 +44,9 @@ class BinderBase(ABC):
     ) -> None:
         self.reads: list[Read] = []
         self.actions: list[Action] = []
+        self._state = state
+        self._layouts: dict[str, Layouts | None] = {}
+        self._optimizer_states: set[Path] = set()
         self._saved, self._rank, self._world_size = saved, rank, world_size
         self._resized = world_size != saved.world_size
         self._selection, self._may_cast, self._strict = selection, cast, strict
