@@ -26,6 +26,7 @@ from ckptengine.policy.schedule import Schedule
 from ckptengine.policy.watch import Watch
 from ckptengine.save.handle import SaveHandle, SaveStats
 from ckptengine.save.job import Target
+from ckptengine.save.replicas import replica_check
 from ckptengine.save.saver import DEFAULT_TIMEOUT, Saver
 from ckptengine.snapshot.snapshotter import LEAST_ARENA_NBYTES
 from ckptengine.state.report import LoadReport
@@ -55,8 +56,8 @@ class Checkpointer:
     `{"local": 2, "s3": 10}` gives each tier its own number, under the names `memory`, `local`, and `run` or the URL's
     protocol. `on_error`: `"warn"` logs a failed save and lets training go on, until `max_failures` in a row; `"raise"`
     raises at the next call, after that call's own save has been started, so that the ranks stay in step. `when_busy`: a
-    save that falls due while one is in flight waits for it, or is skipped on all ranks. `timeout`, in seconds, bounds
-    every wait for other ranks or for the storage.
+    save that falls due while one is in flight waits for it, or is skipped on all ranks. `check_replicas` is that of
+    `ckptengine.save`. `timeout`, in seconds, bounds every wait for other ranks or for the storage.
 
     `overlap`: what only an optimizer's step changes (parameters that an optimizer in the state has, and that
     optimizer's own tensors) is copied while training goes on; the next step of any optimizer waits for the copy, and
@@ -85,7 +86,7 @@ class Checkpointer:
         on_error: Literal["warn", "raise"] = "warn",
         max_failures: int = 3,
         when_busy: Literal["wait", "skip"] = "wait",
-        check_replicas: bool = False,
+        check_replicas: str | bool = "first",
         overlap: bool = False,
         arena_nbytes: int | None = None,
         metadata: Mapping[str, Any] | None = None,
@@ -112,7 +113,7 @@ class Checkpointer:
         self._every = every
         self._on_error, self._max_failures = on_error, max_failures
         self._when_busy = when_busy
-        self._check_replicas = check_replicas
+        self._check_replicas = replica_check(check_replicas)
         self._metadata = checked_metadata(metadata)
         self._timeout = timeout
         self._tiers = Tiers(
@@ -328,7 +329,7 @@ class Checkpointer:
             meeting=self._tiers.meeting,
         )
         try:
-            handle = self._saver.start(target, state, check_replicas=self._check_replicas)
+            handle = self._saver.start(target, state, self._check_replicas)
         finally:
             # Also where this rank's snapshot failed: whether the next save claims one is the same on all ranks.
             self._generation = self._saver.generation

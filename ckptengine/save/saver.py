@@ -26,8 +26,9 @@ from ckptengine.save.cleaner import Cleaner
 from ckptengine.save.committer import Committer
 from ckptengine.save.handle import Phase, SaveHandle
 from ckptengine.save.job import Job, Target
-from ckptengine.save.planner import Plan, Planner, replica_crcs
+from ckptengine.save.planner import Plan, Planner
 from ckptengine.save.reading import Reading, StateReader
+from ckptengine.save.replicas import ReplicaCheck, replica_crcs
 from ckptengine.save.turn import Turns
 from ckptengine.save.values import StoredValues, stored_values
 from ckptengine.snapshot.feed import Feed
@@ -175,7 +176,7 @@ class Saver:
         self,
         target: Target,
         state: Mapping[str, Any],
-        check_replicas: bool = False,
+        check: ReplicaCheck = ReplicaCheck.FIRST,
         timeout: float | None = None,
     ) -> SaveHandle:
         """Take the snapshot of a state and start its way to the storage; all ranks call it together.
@@ -187,9 +188,9 @@ class Saver:
         """
         timeout = self._timeout if timeout is None else timeout
         with self._turns.take(timeout):
-            return self._start(target, state, check_replicas, timeout)
+            return self._start(target, state, check, timeout)
 
-    def _start(self, target: Target, state: Mapping[str, Any], check_replicas: bool, timeout: float) -> SaveHandle:
+    def _start(self, target: Target, state: Mapping[str, Any], check: ReplicaCheck, timeout: float) -> SaveHandle:
         if not self._usable:
             raise CheckpointError(
                 f"this process was forked from rank {self._comm.rank}: only the rank itself can save with the others"
@@ -231,7 +232,7 @@ class Saver:
         try:
             generation = self._open(target, reading, timeout)
             with _collection_later():
-                plan, error = self._planner.plan(reading, values, error, timeout)
+                plan, error = self._planner.plan(reading, values, error, timeout, check)
         except BaseException as problem:
             if not isinstance(problem, Exception):
                 self._planner.together_next()  # whether the ranks have met is not known
@@ -262,7 +263,7 @@ class Saver:
                 raise error
             assert reading is not None
             assert plan is not None
-            self._snapshot(job, plan, reading, table, check_replicas, timeout)
+            self._snapshot(job, plan, reading, table, check, timeout)
         except BaseException as problem:
             self._give_up(job, problem)
             if isinstance(problem, CheckpointError) or not isinstance(problem, Exception):
@@ -297,7 +298,7 @@ class Saver:
         plan: Plan,
         reading: Reading,
         table: CopyTable | None,
-        check_replicas: bool,
+        check: ReplicaCheck,
         timeout: float,
     ) -> None:
         """Copy the state, or have it copied until the optimizer's next step."""
@@ -311,7 +312,9 @@ class Saver:
         job.checksums = Checksums(plan.image)
         whole = self._snapshotter.reserve(plan.image, timeout)
         job.arena = self._snapshotter.shared
-        if check_replicas:
+        # A plan that was made alone has not been compared; the coordinator does it with the receipts.
+        wanted = check is ReplicaCheck.ALWAYS or (plan.alone and check is ReplicaCheck.FIRST)
+        if wanted and not self._planner.compared and self._comm.world_size > 1:
             job.replica_crcs = replica_crcs(reading.leaves)
         began = time.monotonic()
         if whole:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ckptengine.errors import CheckpointDamagedError, StateError
+from ckptengine.layout.head import MAX_NDIM
 from ckptengine.state.adapters import Adapter, TensorView, describe_type
 from ckptengine.state.kinds import Inspector, Kind, children, optimizer_names
 from ckptengine.state.leaf import ArrayLeaf, DeviceMemory, Key, Part, Path, Placement, dotted
@@ -172,6 +173,10 @@ class _Walk:
             if placement is Placement.SHARDED:
                 raise StateError(f"{dotted(path)}: a distributed tensor inside PerRank; take the PerRank away")
             placement, identity = Placement.PER_RANK, None
+        if len(shape) > MAX_NDIM:
+            raise StateError(
+                f"{dotted(path)}: a tensor of {len(shape)} dimensions; {MAX_NDIM} is the most that can be saved"
+            )
         number = len(self._arrays) if identity is None else self._first.setdefault(identity, len(self._arrays))
         tied = number < len(self._arrays)
         head = head_of(view.dtype, view.shape, view.placement, view.parts)

@@ -27,6 +27,7 @@ from ckptengine.errors import CheckpointError, StorageError
 from ckptengine.snapshot.shared_arena import SharedArena, is_locked, remove_unused
 from ckptengine.storage.base import join
 from ckptengine.storage.local import LocalStorage
+from ckptengine.storage.open import local_path
 
 __all__ = ["MemoryTier", "memory_root"]
 
@@ -45,7 +46,7 @@ def memory_root(run: str, memory: Literal[True] | str | os.PathLike[str]) -> str
 
     `run` is the run's location, `memory` True or a directory of a tmpfs. Raises `StorageError` where it is none.
     """
-    base = os.path.realpath(_DEFAULT if memory is True else os.fspath(memory))
+    base = os.path.realpath(_DEFAULT if memory is True else local_path(memory, "memory"))
     if not os.path.isdir(base):
         raise StorageError(errno.ENOENT, f"memory={base!r}: there is no such directory; give one of a tmpfs")
     kind = _file_system(base)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import atexit
 import contextlib
-import errno
 import json
 import logging
 import os
@@ -37,7 +36,7 @@ from ckptengine.save.job import Job, Target
 from ckptengine.snapshot.shared_arena import SharedArena
 from ckptengine.storage.base import Storage, StorageView, join
 from ckptengine.storage.local import LocalStorage
-from ckptengine.storage.open import open_storage
+from ckptengine.storage.open import local_path, open_storage
 from ckptengine.tiers.claims import claims_of, packed, unpacked
 from ckptengine.tiers.copy import check_same_run, copy_commit
 from ckptengine.tiers.inventory import Inventory, take_inventory
@@ -486,10 +485,7 @@ _SLICE_SECONDS = 5.0
 
 
 def _local(local: str | os.PathLike[str]) -> LocalStorage:
-    path = os.fspath(local)
-    if "://" in path:
-        raise StorageError(errno.EINVAL, f"local={path!r}: the local tier is a directory, not a URL")
-    return LocalStorage(path)
+    return LocalStorage(local_path(local, "local"))
 
 
 def _entry(checkpoint: Checkpoint) -> Entry:

@@ -3,7 +3,7 @@
 import os
 
 import pytest
-from checkpoints import manifest_of, write_checkpoint, write_data
+from checkpoints import manifest_of, signed_document, write_checkpoint, write_data
 
 from ckptengine.catalog.generation import claim_generation
 from ckptengine.catalog.lease import LEASE_SECONDS, Lease
@@ -63,7 +63,7 @@ def test_what_cannot_be_read_stays(storage):
     for step in (10, 20, 30, 40):
         write_checkpoint(storage, step)
     storage.write_bytes("step-00000010/manifest-0001.json", b"spoilt")
-    storage.write_bytes("step-00000020/manifest-0001.json", b'{"format_version": 2}')
+    storage.write_bytes("step-00000020/manifest-0001.json", signed_document(format_version=2))
     make_old(storage)
     assert retain(storage, 1) == []
     problems = remove_leftovers(storage)
