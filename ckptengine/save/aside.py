@@ -31,7 +31,7 @@ class Aside(Generic[_T]):
             self._error = error
 
     def settle(self, timeout: float | None = None) -> bool:
-        """Wait until the call has ended, well or not; return whether it had after `timeout` seconds (None: no bound)."""
+        """Wait until the call has ended, well or not; return whether it had in `timeout` seconds (None: no bound)."""
         if self._thread.ident is not None:
             self._thread.join(timeout)
         return not self._thread.is_alive()

@@ -130,9 +130,8 @@ class Saver:
         if self._job is not None and self._job.thread is not None:
             self._job.thread.join(timeout)
         if not self._cleaner.settle(timeout):
-            raise DeadlineError(
-                f"cleaning up after a save did not end within {timeout:g} s: {self._cleaner.doing or 'it'} takes so long"
-            )
+            doing = self._cleaner.doing or "it"
+            raise DeadlineError(f"cleaning up after a save did not end within {timeout:g} s: {doing} takes so long")
         self._settle_memory(timeout)
 
     def _settle_memory(self, timeout: float) -> None:
@@ -236,7 +235,9 @@ class Saver:
         except BaseException as problem:
             if not isinstance(problem, Exception):
                 self._planner.together_next()  # whether the ranks have met is not known
-            raise interrupt or problem
+            if interrupt is not None:
+                raise interrupt from problem
+            raise
         job = Job(
             target=target,
             generation=generation,
