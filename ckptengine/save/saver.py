@@ -19,7 +19,7 @@ from typing import Any, Protocol
 from ckptengine.catalog.manifest import checked_metadata
 from ckptengine.comm.agree import agree
 from ckptengine.comm.base import Communicator
-from ckptengine.errors import CheckpointError, DeadlineError, RankFailedError, SaveFailedError, StateError
+from ckptengine.errors import CheckpointError, DeadlineError, RankFailedError, SaveFailedError
 from ckptengine.save.archive import MemoryArchive, StorageArchive
 from ckptengine.save.aside import Aside
 from ckptengine.save.cleaner import Cleaner
@@ -37,8 +37,8 @@ from ckptengine.snapshot.shared_arena import SharedArena
 from ckptengine.snapshot.snapshotter import Images, Snapshotter
 from ckptengine.state.adapters import adapters
 from ckptengine.state.dtypes import DTYPES
+from ckptengine.state.held import held_arrays
 from ckptengine.state.leaf import ArrayLeaf, Placement, dotted
-from ckptengine.state.tree import flatten
 from ckptengine.storage.stuck import operation_of
 
 __all__ = ["DEFAULT_TIMEOUT", "Saver"]
@@ -213,15 +213,15 @@ class Saver:
         error: Exception | None = None
         interrupt: BaseException | None = None
         try:
+            with _collection_later():
+                reading = self._reader.read(state)
+                values = stored_values(reading.plain)
+            checked_metadata(target.metadata)
             if behind:
                 raise SaveFailedError(
                     f"{target.storage.location()}: what earlier saves have made superfluous is deleted more slowly "
                     f"than saves come: {behind} takes more than {timeout / 2:g} s"
                 )
-            checked_metadata(target.metadata)
-            with _collection_later():
-                reading = self._reader.read(state)
-                values = stored_values(reading.plain)
         except Exception as problem:
             error = problem
         except BaseException as problem:
@@ -386,11 +386,7 @@ class Saver:
         if self._prepared or self._job is not None:
             return
         self._prepared = True
-        try:
-            leaves = flatten(state).arrays
-        except StateError:
-            return  # the save will say so
-        self._snapshotter.prepare(sum(self._share(leaf) + _LEAF_NBYTES for leaf in leaves))
+        self._snapshotter.prepare(sum(self._share(leaf) + _LEAF_NBYTES for leaf in held_arrays(state)))
 
     def _share(self, leaf: ArrayLeaf) -> int:
         """Return about how many bytes of a leaf this rank will write."""

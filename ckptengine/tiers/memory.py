@@ -23,7 +23,7 @@ from ckptengine.catalog.listing import (
     read_manifest,
 )
 from ckptengine.catalog.listing import step_directories as steps_of
-from ckptengine.errors import CheckpointError, StorageError
+from ckptengine.errors import CheckpointDamagedError, CheckpointError, FormatVersionError, StorageError
 from ckptengine.snapshot.shared_arena import SharedArena, is_locked, remove_unused
 from ckptengine.storage.base import join
 from ckptengine.storage.local import LocalStorage
@@ -129,8 +129,9 @@ class MemoryTier:
                 arena.reserve(nbytes)
                 arena.begin(nbytes)
             except StorageError as error:
-                if arena is not None and self._order(arena) is _NOTHING:
-                    arena.empty()  # what is too little for an image here may be enough elsewhere
+                with contextlib.suppress(StorageError):
+                    if arena is not None and self._order(arena) is _NOTHING:
+                        arena.empty()  # what is too little for an image here may be enough elsewhere
                 if not self._short:
                     self._short = True
                     _log.warning("%s. Until then checkpoints are not kept in memory", error)
@@ -180,11 +181,14 @@ class MemoryTier:
         return self._arenas
 
     def _order(self, arena: SharedArena) -> tuple[int, int]:
-        """Return the order of the committed checkpoint that lies in an arena, the lowest of all where none does."""
+        """Return the order of the committed checkpoint that lies in an arena, the lowest of all where none does.
+
+        Raises `StorageError` where that can't be read: what may be committed is not overwritten.
+        """
         for entry in reversed(committed(self.storage)):
             try:
                 data = attempt_directory(entry.directory, read_manifest(self.storage, entry).attempt)
-            except CheckpointError:
+            except (CheckpointDamagedError, FormatVersionError):
                 continue
             if self._is_in(arena, data):
                 return entry.order
@@ -207,8 +211,8 @@ class MemoryTier:
             if entry.directory == directory:
                 try:
                     mine = read_manifest(self.storage, entry).attempt == attempt
-                except CheckpointError:
-                    mine = True  # unreadable: nobody can use it
+                except (CheckpointDamagedError, FormatVersionError):
+                    mine = True  # nobody can use it
                 if mine:
                     self.storage.delete(entry.manifest)
         for _ in range(2):

@@ -18,6 +18,7 @@ from ckptengine.state.dtypes import DTYPES
 from ckptengine.state.leaf import DeviceMemory, HostMemory, Memory, Part, Path, Placement, dotted
 from ckptengine.torch import accelerator
 from ckptengine.torch.dtensor import dtensor_pieces, is_dtensor
+from ckptengine.torch.emptied import refuse_emptied
 
 __all__ = ["convert_tensor", "dtype_name", "fingerprints", "torch_dtype", "view_tensor"]
 
@@ -82,6 +83,7 @@ def convert_tensor(tensor: torch.Tensor, buffers: Sequence[np.ndarray[Any, Any]]
 
 def _check(tensor: torch.Tensor, path: Path) -> str:
     where, what = dotted(path), type(tensor).__name__
+    refuse_emptied(tensor, path)
     if torch.nn.parameter.is_lazy(tensor):
         raise StateError(f"{where}: {what} has no shape yet; run one forward pass first")
     if not is_dtensor(tensor) and is_traceable_wrapper_subclass(tensor):
@@ -126,17 +128,18 @@ def _memory(piece: torch.Tensor, path: Path, *, target: bool) -> Memory:
         )
     if target and may_overlap(piece.shape, strides, piece.element_size()):
         raise StateError(f"{dotted(path)}: the tensor's elements share memory, so it can't be filled; pass a clone")
-    if lazy or piece.device.type != "cpu":
-        return _copied(piece)
     storage = piece.untyped_storage()
-    low, nbytes, address = storage.data_ptr(), storage.nbytes(), piece.data_ptr()
     span = sum((length - 1) * stride for length, stride in zip(piece.shape, strides, strict=True))
-    if not low <= address <= address + span + piece.element_size() <= low + nbytes:
+    begin, nbytes = int(piece.storage_offset()) * piece.element_size(), storage.nbytes()
+    if not 0 <= begin <= begin + span + piece.element_size() <= nbytes:
         raise StateError(
             f"{dotted(path)}: the tensor's memory was freed or resized (its storage has {nbytes} bytes); "
             "save between two steps, not inside forward or backward"
         )
-    return HostMemory(address, strides, low, nbytes, piece)
+    if lazy or piece.device.type != "cpu":
+        return _copied(piece)
+    low = storage.data_ptr()
+    return HostMemory(low + begin, strides, low, nbytes, piece)
 
 
 def _copied(piece: torch.Tensor) -> DeviceMemory:

@@ -319,6 +319,26 @@ def what_is_no_part_of_a_tensor_is_refused() -> None:
 
 
 @case
+def local_state_of_a_sharded_parameter_is_refused_at_any_depth() -> None:
+    model = fsdp(mesh_of(4), nn.Linear(6, 8, bias=False))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    rows = distribute_tensor(torch.ones(8, 2), mesh_of(4), [Shard(0)])
+    for value, where in (
+        ([rows, torch.ones(2, 6)], "blocks.1"),
+        ({"left": (rows, {3: torch.ones(2)})}, "blocks.left.1.3"),
+        ([np.ones(5)], "blocks.0"),
+    ):
+        optimizer.state[model.weight] = {"blocks": value}
+        with pytest.raises(StateError, match=f"the state {where!r} of a sharded parameter of shape"):
+            flatten({"optimizer": optimizer})
+    optimizer.state[model.weight] = {"blocks": [rows, {"step": torch.tensor(3.0)}]}
+    assert [leaf.placement for leaf in flatten({"optimizer": optimizer}).arrays] == [
+        Placement.SHARDED,
+        Placement.REPLICATED,
+    ]
+
+
+@case
 def a_mesh_of_some_ranks_leaves_the_others_without_parts() -> None:
     mesh = DeviceMesh("cpu", [1, 3])
     tensor = distribute_tensor(torch.arange(6.0), mesh, [Replicate()])

@@ -144,6 +144,30 @@ def test_fake_and_freed_tensors_are_refused() -> None:
         flatten({"x": freed})
 
 
+def test_parameters_that_a_runtime_has_emptied_are_refused_with_the_way_that_works() -> None:
+    """DeepSpeed's ZeRO-3 leaves a parameter of shape (0,) between the steps, with its own attributes on it."""
+    model = torch.nn.Linear(4, 3)
+    for parameter in model.parameters():
+        parameter.ds_id, parameter.ds_status, parameter.ds_shape = 0, "NOT_AVAILABLE", parameter.shape
+        parameter.data = torch.empty(0)
+    expected = r"model.weight: a parameter of DeepSpeed ZeRO-3, of shape \(0,\) here, of \(3, 4\) in all.*GatheredParam"
+    with pytest.raises(StateError, match=expected):
+        flatten({"model": model})
+    stored = save({"model": torch.nn.Linear(4, 3)})
+    with pytest.raises(StateError, match=expected):
+        load(stored, {"model": model}, strict=False)
+
+
+def test_parameters_of_the_first_fsdp_are_refused_without_their_module_too() -> None:
+    from torch.distributed.fsdp._common_utils import _set_fsdp_flattened
+
+    model = torch.nn.Linear(4, 3)
+    for parameter in model.parameters():
+        _set_fsdp_flattened(parameter)
+    with pytest.raises(StateError, match="weight: a parameter of FullyShardedDataParallel, .*`fully_shard`"):
+        flatten(dict(model.named_parameters()))
+
+
 def test_tied_memory_is_found_across_frameworks() -> None:
     tensor = torch.zeros(2, 3)
     flat = flatten({"a": tensor, "b": tensor.detach(), "c": tensor.numpy(), "t": tensor.t(), "r": PerRank(tensor)})
