@@ -62,7 +62,8 @@ class NumpyAdapter(Adapter):
             )
         if target and not array.flags.writeable:
             raise StateError(f"{dotted(path)}: the array is read-only, so it can't be filled; pass a writable copy")
-        if target and may_overlap(array.shape, array.strides, array.itemsize):
+        # A read-only one is replaced when it is loaded; one that can be written to would have to be filled.
+        if array.flags.writeable and may_overlap(array.shape, array.strides, array.itemsize):
             raise StateError(f"{dotted(path)}: the array's elements share memory, so it can't be filled; pass a copy")
         memory = _memory(array)
         parts = (Part(Box.whole(array.shape), memory),) if array.size else ()
@@ -89,6 +90,10 @@ class NumpyAdapter(Adapter):
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", RuntimeWarning)  # overflow to inf is what a cast asks for
                 np.copyto(tensor, buffer, casting="unsafe")
+
+    def replacement(self, tensor: Any) -> np.ndarray[Any, Any] | None:
+        """Return a new array in place of a read-only one."""
+        return None if tensor.flags.writeable else np.empty(tensor.shape, tensor.dtype)
 
     def random_streams(self) -> dict[str, RandomStream]:
         """Return the stream that `np.random.seed` seeds, as `numpy`."""

@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Mapping
 from typing import Any
 
+from ckptengine.state.adapters import Layouts
 from ckptengine.state.binding import Action, Read
 from ckptengine.state.kinds import Inspector
 from ckptengine.state.leaf import Path, dotted
@@ -38,6 +39,9 @@ class BinderBase(ABC):
     ) -> None:
         self.reads: list[Read] = []
         self.actions: list[Action] = []
+        self._state = state
+        self._layouts: dict[str, Layouts | None] = {}
+        self._optimizer_states: set[Path] = set()
         self._saved, self._rank, self._world_size = saved, rank, world_size
         self._resized = world_size != saved.world_size
         self._selection, self._may_cast = selection, cast

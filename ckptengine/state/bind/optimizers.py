@@ -88,12 +88,17 @@ class OptimizerBinder(TensorBinder):
         path: Path,
         node: Node,
     ) -> dict[str, Any]:
+        def make(entry: SavedArray, where: Path) -> Any:
+            array = adapter.new_state_tensor(group, parameter, str(where[-1]), entry.leaf.dtype, entry.leaf.shape)
+            self._read(array, adapter, adapter.view(array, where, target=True), entry, where)
+            return array
+
         new: dict[str, Any] = {}
         for key, child in node.children.items():
             where = (*path, key)
             entry = child.entry
             if not isinstance(entry, SavedArray):
-                new[str(key)] = self._rebuild(child, where, current.get(str(key)))
+                new[str(key)] = self._rebuild(child, where, current.get(str(key)), make)
                 self._loaded.append(dotted(where))
                 continue
             tensor = current.get(str(key))

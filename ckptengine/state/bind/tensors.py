@@ -5,18 +5,20 @@ from __future__ import annotations
 import copy
 import functools
 from collections import Counter, OrderedDict
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
-from ckptengine.errors import StateError
+from ckptengine.errors import LoadMismatchError, StateError
 from ckptengine.state.adapters import Adapter, TensorView, adapters, describe_type
 from ckptengine.state.arrays import NumpyAdapter
 from ckptengine.state.bind.base import CONVERT, SET, BinderBase, Put
+from ckptengine.state.bind.live import is_optimizer_state, live_tensors
 from ckptengine.state.binding import Read
 from ckptengine.state.dtypes import DTYPES
 from ckptengine.state.kinds import Kind
-from ckptengine.state.leaf import ArrayLeaf, Part, Path, dotted
+from ckptengine.state.leaf import ArrayLeaf, Part, Path, Placement, dotted
 from ckptengine.state.nested import item_of, replace_contents, sorted_like
 from ckptengine.state.saved import Node, SavedArray, SavedLeaf, SavedValue
 from ckptengine.state.sharded import ShardedArray
@@ -24,6 +26,9 @@ from ckptengine.state.tree import sharded_parts
 from ckptengine.state.values import digest, encode
 
 __all__ = ["TensorBinder"]
+
+Make = Callable[[SavedArray, Path], Any]
+"""Makes an array for what was saved, at its path in the state, and has it read."""
 
 _BITS_ONLY = frozenset({"complex32", "float4_e2m1fn_x2"})  # numpy has no arithmetic for these
 
@@ -76,12 +81,35 @@ class TensorBinder(BinderBase):
         self.reads.append(Read(entry.path, entry.rank, leaf))
 
     def _fresh(self, entry: SavedArray, path: Path) -> Any:
-        """Return a new array of the framework that the leaf came from, numpy's where that isn't imported."""
+        """Return a new array of the framework that the leaf came from, numpy's where that isn't imported.
+
+        What was spread over the ranks, and what belongs to an optimizer's parameters, is spread like the tensors that
+        the state has: a whole copy on every rank would be no part of what the other ranks have.
+        """
         known = {adapter.name: adapter for adapter in adapters()}
         adapter = known.get(entry.leaf.container, known["numpy"])
-        array = adapter.empty(entry.leaf.dtype, entry.leaf.shape)
+        dtype, shape = entry.leaf.dtype, entry.leaf.shape
+        was_spread = entry.rank is None and entry.leaf.placement is Placement.SHARDED
+        array = None
+        if was_spread or any(path[:depth] in self._optimizer_states for depth in range(len(path))):
+            array = self._spread(adapter, path, dtype, shape)
+            if array is None and was_spread and self._world_size > 1:
+                raise LoadMismatchError(
+                    f"{dotted(path)}: was spread over the ranks when it was saved, and nothing in the state tells how "
+                    "to spread it now. Pass the model in the same state, and the optimizer itself, not its "
+                    "state_dict(); for an array of your own, ckptengine.ShardedArray(local, global_shape, offset); or "
+                    "leave it out with `only`"
+                )
+        if array is None:
+            array = adapter.empty(dtype, shape)
         self._read(array, adapter, adapter.view(array, path, target=True), entry, path)
         return array
+
+    def _spread(self, adapter: Adapter, path: Path, dtype: str, shape: tuple[int, ...]) -> Any:
+        if adapter.name not in self._layouts:
+            self._layouts[adapter.name] = adapter.layouts(live_tensors(self._state, self._inspector))
+        layouts = self._layouts[adapter.name]
+        return None if layouts is None else layouts.new(path, dtype, shape)
 
     # Plain values, and what is built anew from the checkpoint.
 
@@ -108,33 +136,38 @@ class TensorBinder(BinderBase):
                 "be changed, so it can't be loaded; use a list or a dict"
             )
 
-    def _rebuild(self, node: Node, path: Path, like: Any = None) -> Any:
-        """Return what was saved here, with new arrays or fitting ones of `like`, to be filled by `reads`."""
+    def _rebuild(self, node: Node, path: Path, like: Any = None, make: Make | None = None) -> Any:
+        """Return what was saved here, with new arrays or fitting ones of `like`, to be filled by `reads`.
+
+        `make` makes the new arrays, given what was saved and where it belongs.
+        """
         if isinstance(node.entry, SavedValue):
             node.used = True
             return copy.deepcopy(node.entry.value)
         if isinstance(node.entry, SavedArray):
             node.used = True
-            return self._rebuild_array(node.entry, path, like)
+            return self._rebuild_array(node.entry, path, like, make or self._fresh)
         result: dict[Any, Any] = {}
+        if is_optimizer_state(node.children):
+            self._optimizer_states.add(path)
         for key in sorted_like(node.children, like):
-            result[key] = self._rebuild(node.children[key], (*path, key), item_of(like, key))
+            result[key] = self._rebuild(node.children[key], (*path, key), item_of(like, key), make)
         if node.container is not None and set(result) == set(range(len(result))):
             items = [result[index] for index in range(len(result))]
             return tuple(items) if node.container == "tuple" else items
         return result
 
-    def _rebuild_array(self, entry: SavedArray, path: Path, like: Any) -> Any:
+    def _rebuild_array(self, entry: SavedArray, path: Path, like: Any, make: Make) -> Any:
         kind, adapter = (Kind.PLAIN, None) if like is None else self._inspector.kind(like, path)
         if adapter is not None and kind in (Kind.TENSOR, Kind.SHARDED):
             try:
                 view = _target_view(like, adapter, path)
             except StateError:  # it can be saved, but not filled: a read-only or expanded tensor
-                return self._fresh(entry, path)
+                return make(entry, path)
             if (view.shape, view.dtype) == (entry.leaf.shape, entry.leaf.dtype):
                 self._read(like, adapter, view, entry, path)
                 return like
-        return self._fresh(entry, path)
+        return make(entry, path)
 
 
 def _target_view(tensor: Any, adapter: Adapter, path: Path) -> TensorView:
