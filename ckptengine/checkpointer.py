@@ -193,6 +193,7 @@ class Checkpointer:
         rename: Mapping[str, str] | None = None,
         strict: bool = True,
         cast: bool = False,
+        verify: bool = True,
     ) -> int | None:
         """Fill `state` from the newest valid checkpoint and return its step, or None where there is none.
 
@@ -206,7 +207,7 @@ class Checkpointer:
         self._asked = True
         self.wait(self._timeout)
         self._saver.settle(self._timeout)  # what cleans up after a save must not meet what is read
-        options = LoadOptions.of(only, rename, strict, cast)
+        options = LoadOptions.of(only, rename, strict, cast, verify)
         tiers = self._tiers
         loaded = restore_newest(
             tiers.views(), state, self._comm, self._timeout, options, step, tiers.bring, tiers.home.location()
@@ -232,6 +233,7 @@ class Checkpointer:
         rename: Mapping[str, str] | None = None,
         strict: bool = False,
         cast: bool = False,
+        verify: bool = True,
         storage_options: Mapping[str, Any] | None = None,
     ) -> LoadReport:
         """Begin from the newest checkpoint of another run: its weights, for new data, another optimizer, a new head.
@@ -249,7 +251,7 @@ class Checkpointer:
                 f"{self.run}: warm_start would overwrite what this run has trained so far; call it only where restore "
                 "returned None"
             )
-        options = LoadOptions.of(module_names(state) if only is None else only, rename, strict, cast)
+        options = LoadOptions.of(module_names(state) if only is None else only, rename, strict, cast, verify)
         if not options.only:
             raise StateError("the state has no modules: say with `only` what warm_start is to load")
         loaded = load_newest(open_storage(path, storage_options), state, self._comm, self._timeout, options)

@@ -107,6 +107,10 @@ class RNG:
             "states": PerRank(states, resize=_only, ranks=_first_or_own),
         }
 
+    def rederived_state(self, saved_world_size: int, world_size: int) -> tuple[str, ...]:
+        """Return what is not as it was saved after a load: the count of lives, at another world size the streams."""
+        return ("record",) if saved_world_size == world_size else ("record", "states", "shared")
+
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Set the streams from what `state_dict` returned, or what loading made of it for this rank.
 

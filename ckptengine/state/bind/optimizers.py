@@ -46,7 +46,8 @@ class OptimizerBinder(TensorBinder):
         if self._selection.reaches(path):
             if self._another_class(optimizer, path, node):
                 return
-            self.built.append(path)
+            self.built[path] = optimizer
+            self.optimizers.add(path)
         saved_state = node.child("state") or Node()
         by_name = {self._parameter_name(str(key)): child for key, child in saved_state.children.items()}
         for group, group_names in zip(groups, names, strict=True):
@@ -64,11 +65,6 @@ class OptimizerBinder(TensorBinder):
                 setting = functools.partial(adapter.set_optimizer_state, optimizer, parameter, new)
                 self._act(FRAMEWORK, setting)
         self._bind_groups(adapter, groups, names, (*path, "param_groups"), node.child("param_groups"), per_rank)
-
-    def _parameter_name(self, name: str) -> str:
-        """A parameter's name is itself a dotted path, so `rename` holds for it too."""
-        renamed = self._rename((name,))
-        return name if renamed == (name,) else dotted(renamed)
 
     def _state_differs(self, adapter: Adapter, parameter: Any, name: str, path: Path, node: Node) -> bool:
         """Whether the saved state belongs to a parameter of another shape: then none of it is taken."""
