@@ -33,7 +33,8 @@ class Promise:
     `leaves` are the entries of the checkpoint that are loaded, by their paths in the state, and `containers` the nodes
     that hold them. `built` are the optimizers and objects by their paths: what lies there is built from the checkpoint.
     `before` is what the objects' `state_dict` gave before. `derived` are the paths of what is not taken over as it was
-    saved. `wanted` tells, given a value and its path, whether it was asked for.
+    saved, `refused` of what did not fit, `other_class` of what takes over what another class had saved. `wanted` tells,
+    given a value and its path, whether it was asked for.
     """
 
     leaves: Mapping[Path, SavedArray | SavedValue]
@@ -46,6 +47,7 @@ class Promise:
     wanted: Callable[[Any, Path], bool]
     parameter_name: Callable[[str], str]
     refused: frozenset[Path]
+    other_class: frozenset[Path]
     saved_world_size: int
 
 

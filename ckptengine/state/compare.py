@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -76,7 +76,7 @@ class _Comparison:
         result.update(path for path in self._promise.derived if not is_inside(path, say))
         for path, told in say.items():
             for name in told(self._promise.saved_world_size, world_size):
-                result.add((*path, *str(name).split(".")))
+                result.add((*path, *((name,) if isinstance(name, str) else name)))
         return result
 
     def _differ(self, path: Path, reason: str) -> None:
@@ -177,7 +177,7 @@ class _Comparison:
                 continue
             target = self._promise.built.get(path)
             if target is not None and node.cls is not None and not is_of_class(target, node.cls):
-                if not any(True for _ in _loaded(node)):
+                if path in self._promise.other_class or not any(leaf.used for _, leaf in node.leaves()):
                     continue
                 self._differ(path, f"{node.cls} in the checkpoint, {class_name(target)} now")
             now = [
@@ -213,10 +213,6 @@ _AS = {"dict": "a dict", "ordered": "an OrderedDict", "list": "a list", "tuple":
 
 def _said(target: Any) -> Any:
     return getattr(target, "rederived_state", None)
-
-
-def _loaded(node: Node) -> Iterator[Node]:
-    return (leaf for _, leaf in node.leaves() if leaf.used)
 
 
 def _renamed(group: Any, named: Any) -> Any:

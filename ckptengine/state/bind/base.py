@@ -65,6 +65,7 @@ class BinderBase(ABC):
         self._missing: list[tuple[str, Hashable | None]] = []
         self._mismatched: list[str] = []
         self._other_class: list[str] = []
+        self._of_other_class: set[Path] = set()
         self._lacks_arrays = False
         self.refused: list[Path] = []
         """The paths of what does not fit, and of everything inside."""
@@ -127,6 +128,7 @@ class BinderBase(ABC):
             wanted=lambda value, path: self._selection.touches(path) and not is_stateful_loader(value),
             parameter_name=self._parameter_name,
             refused=refused,
+            other_class=frozenset(self._of_other_class),
             saved_world_size=self._saved.world_size,
         )
 
@@ -171,6 +173,7 @@ class BinderBase(ABC):
             return True
         taken = ", ".join(str(key) for key in list(node.children)[:12])
         taken += f" and {len(node.children) - 12} more" if len(node.children) > 12 else ""
+        self._of_other_class.add(path)
         self._other_class.append(f"{dotted(path)}: {reason}; taken over all the same: {taken or 'its value'}")
         return False
 
