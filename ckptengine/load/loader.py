@@ -17,7 +17,7 @@ from ckptengine.comm.base import Communicator
 from ckptengine.errors import CheckpointDamagedError, CheckpointError, RankFailedError, StorageError
 from ckptengine.layout.box import Box
 from ckptengine.load.checkpoint import Checkpoint, naming
-from ckptengine.load.choose import Chooser, newest_checkpoint
+from ckptengine.load.choose import TRIES, Chooser, while_replaced
 from ckptengine.load.describe import describe
 from ckptengine.load.fill import Filling, host_memory, plan_filling, read_ranges
 from ckptengine.load.node import Offer
@@ -73,13 +73,21 @@ def load_newest(
 
     Raises on all ranks what any of them found.
     """
-    checkpoint = Chooser([storage], comm, timeout).newest()
-    try:
-        return _load(checkpoint, state, comm, timeout, options)
-    except CheckpointDamagedError as error:
+    chooser = Chooser([storage], comm, timeout)
+    for _ in range(TRIES):
+        checkpoint = chooser.newest()
+        try:
+            return _load(checkpoint, state, comm, timeout, options)
+        except (CheckpointDamagedError, StorageError, RankFailedError) as error:
+            failure = error
+        if not chooser.is_gone(checkpoint):
+            break
+        _tell_gone(comm, checkpoint, failure)
+    if isinstance(failure, CheckpointDamagedError):
         raise CheckpointDamagedError(
-            f"{error}. Parts of the state may have been overwritten: don't use it; load another checkpoint into it"
-        ) from error
+            f"{failure}. Parts of the state may have been overwritten: don't use it; load another checkpoint into it"
+        ) from failure
+    raise failure
 
 
 def restore_newest(
@@ -100,28 +108,39 @@ def restore_newest(
 
     Raises `CheckpointDamagedError` naming all that are damaged, where none is whole; `StorageError`.
     """
-    damaged: list[str] = []
-    unread: StorageError | None = None
-    place: tuple[str, int] | None = None
-    for checkpoint in Chooser(views, comm, timeout).candidates(step, damaged):
-        if unread is not None and place != (checkpoint.directory, checkpoint.manifest.generation):
-            raise unread
-        unread, place = None, (checkpoint.directory, checkpoint.manifest.generation)
-        try:
-            if bring is not None:
-                bring(checkpoint)
-            return _load(checkpoint, state, comm, timeout, options)
-        except CheckpointDamagedError as error:
-            damaged.append(str(error))
-            if comm.rank == 0:
-                _log.warning("%s is damaged, another copy or the one before is tried: %s", checkpoint.location, error)
-        except StorageError as error:
-            # Another copy of it will do; an older one would not, for it may be there again the next time.
-            if checkpoint.storage is views[-1]:
-                raise
-            unread = error
-            if comm.rank == 0:
-                _log.warning("%s can't be read, another copy is tried: %s", checkpoint.location, error)
+    chooser = Chooser(views, comm, timeout)
+    for last in range(TRIES - 1, -1, -1):
+        damaged: list[str] = []
+        unread: StorageError | None = None
+        place: tuple[str, int] | None = None
+        for checkpoint in chooser.candidates(step, damaged):
+            if unread is not None and place != (checkpoint.directory, checkpoint.manifest.generation):
+                raise unread
+            unread, place = None, (checkpoint.directory, checkpoint.manifest.generation)
+            try:
+                if bring is not None:
+                    bring(checkpoint)
+                return _load(checkpoint, state, comm, timeout, options)
+            except (CheckpointDamagedError, StorageError) as error:
+                if last and chooser.is_gone(checkpoint):
+                    # Its writer has deleted it since: there is a newer one.
+                    _tell_gone(comm, checkpoint, error)
+                    break
+                if isinstance(error, CheckpointDamagedError):
+                    damaged.append(str(error))
+                    if comm.rank == 0:
+                        _log.warning(
+                            "%s is damaged, another copy or the one before is tried: %s", checkpoint.location, error
+                        )
+                    continue
+                # Another copy of it will do; an older one would not, for it may be there again the next time.
+                if checkpoint.storage is views[-1]:
+                    raise
+                unread = error
+                if comm.rank == 0:
+                    _log.warning("%s can't be read, another copy is tried: %s", checkpoint.location, error)
+        else:
+            break
     if unread is not None:
         raise unread
     if damaged:
@@ -132,6 +151,13 @@ def restore_newest(
     return None
 
 
+def _tell_gone(comm: Communicator, checkpoint: Checkpoint, error: Exception) -> None:
+    if comm.rank == 0:
+        _log.info(
+            "%s was deleted while it was read, the one that is there now is taken: %s", checkpoint.location, error
+        )
+
+
 def load_arrays(storage: StorageView, options: LoadOptions, rank: int | None = None) -> dict[Any, Any]:
     """Return the newest checkpoint as nested dicts of numpy arrays and plain values, in this process alone.
 
@@ -139,9 +165,12 @@ def load_arrays(storage: StorageView, options: LoadOptions, rank: int | None = N
     """
     if not options.strict or options.cast:
         raise ValueError("strict and cast are for loading into a state: load() without `into` returns what there is")
-    checkpoint = newest_checkpoint(storage)
-    with naming(checkpoint.location):
-        return _arrays_of(checkpoint, options, rank)
+
+    def read(checkpoint: Checkpoint) -> dict[Any, Any]:
+        with naming(checkpoint.location):
+            return _arrays_of(checkpoint, options, rank)
+
+    return while_replaced(storage, read)
 
 
 def _arrays_of(checkpoint: Checkpoint, options: LoadOptions, rank: int | None) -> dict[Any, Any]:

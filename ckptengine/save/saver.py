@@ -19,7 +19,7 @@ from typing import Any, Protocol
 from ckptengine.catalog.manifest import checked_metadata
 from ckptengine.comm.agree import agree
 from ckptengine.comm.base import Communicator
-from ckptengine.errors import CheckpointError, DeadlineError, RankFailedError, SaveFailedError, StateError
+from ckptengine.errors import CheckpointError, DeadlineError, RankFailedError, SaveFailedError
 from ckptengine.save.archive import MemoryArchive, StorageArchive
 from ckptengine.save.aside import Aside
 from ckptengine.save.committer import Committer
@@ -35,8 +35,8 @@ from ckptengine.snapshot.shared_arena import SharedArena
 from ckptengine.snapshot.snapshotter import Images, Snapshotter
 from ckptengine.state.adapters import adapters
 from ckptengine.state.dtypes import DTYPES
+from ckptengine.state.held import held_arrays
 from ckptengine.state.leaf import ArrayLeaf, Placement, dotted
-from ckptengine.state.tree import flatten
 
 __all__ = ["DEFAULT_TIMEOUT", "Saver"]
 
@@ -200,10 +200,10 @@ class Saver:
         values: StoredValues | None = None
         error: Exception | None = None
         try:
-            checked_metadata(target.metadata)
             with _collection_later():
                 reading = self._reader.read(state)
                 values = stored_values(reading.plain)
+            checked_metadata(target.metadata)
         except Exception as problem:
             error = problem
         read = time.monotonic()
@@ -352,11 +352,7 @@ class Saver:
         if self._prepared or self._job is not None:
             return
         self._prepared = True
-        try:
-            leaves = flatten(state).arrays
-        except StateError:
-            return  # the save will say so
-        self._snapshotter.prepare(sum(self._share(leaf) + _LEAF_NBYTES for leaf in leaves))
+        self._snapshotter.prepare(sum(self._share(leaf) + _LEAF_NBYTES for leaf in held_arrays(state)))
 
     def _share(self, leaf: ArrayLeaf) -> int:
         """Return about how many bytes of a leaf this rank will write."""

@@ -107,13 +107,20 @@ class Adapter:
         """Whether a value is a module: named parameters and buffers that are filled in place."""
         return False
 
-    def module_entries(self, module: Any, path: Path) -> list[ModuleEntry]:
-        """Return the module's state in its own order."""
+    def check_module(self, module: Any, path: Path) -> None:
+        """Raise `StateError` where a module must not be asked for its state."""
+
+    def module_values(self, module: Any) -> Mapping[str, Any]:
+        """Return the module's live state by its own keys, in its own order, as fast as the framework can."""
         raise NotImplementedError
 
-    def module_values(self, module: Any) -> dict[str, Any]:
-        """Return the values of `module_entries` by their keys, as fast as the framework can."""
-        return {entry.key: entry.value for entry in self.module_entries(module, ())}
+    def module_entries(self, module: Any, path: Path, values: Mapping[str, Any]) -> list[ModuleEntry]:
+        """Return what the values that the module has given are, in their order."""
+        raise NotImplementedError
+
+    def module_tensors(self, module: Any) -> Iterable[Any]:
+        """Return the tensors that a module has now, without calling anything that its class may have changed."""
+        return ()
 
     def load_module(self, module: Any, entries: Mapping[str, Any]) -> None:
         """Hand over what could not be filled in place, by the module's own keys."""

@@ -9,6 +9,7 @@ from typing import Any
 from ckptengine.errors import CheckpointDamagedError, StateError
 from ckptengine.layout.head import MAX_NDIM
 from ckptengine.state.adapters import Adapter, TensorView, describe_type
+from ckptengine.state.asked import Asked
 from ckptengine.state.kinds import Inspector, Kind, children, optimizer_names
 from ckptengine.state.leaf import ArrayLeaf, DeviceMemory, Key, Part, Path, Placement, dotted
 from ckptengine.state.loaders import is_stateful_loader
@@ -60,11 +61,14 @@ def flatten(state: Mapping[str, Any]) -> FlatState:
     return flatten_traced(state)[0]
 
 
-def flatten_traced(state: Mapping[str, Any]) -> tuple[FlatState, Trace]:
-    """Return `flatten`'s leaves, and the trace by which the next state is compared with this one."""
+def flatten_traced(state: Mapping[str, Any], asked: Asked | None = None) -> tuple[FlatState, Trace]:
+    """Return `flatten`'s leaves, and the trace by which the next state is compared with this one.
+
+    Modules and objects that are in `asked` are not asked again.
+    """
     if not isinstance(state, Mapping):
         raise StateError(f"the state is {describe_type(state)}; pass a dict such as {{'model': model}}")
-    walk = _Walk(state)
+    walk = _Walk(state, Asked() if asked is None else asked)
     return walk.result(), walk.trace()
 
 
@@ -78,8 +82,9 @@ def sharded_parts(array: ShardedArray, path: Path, *, target: bool) -> TensorVie
 class _Walk:
     """One walk over a state."""
 
-    def __init__(self, state: Mapping[str, Any]) -> None:
-        self._inspector = Inspector()
+    def __init__(self, state: Mapping[str, Any], asked: Asked) -> None:
+        self._inspector = Inspector(asked)
+        self._inspector.ask(state)
         self._names = self._inspector.parameter_names(state)
         self._arrays: list[ArrayLeaf] = []
         self._values: tuple[dict[Path, Any], dict[Path, Any]] = ({}, {})
@@ -136,13 +141,14 @@ class _Walk:
                 for entry in self._inspector.entries(value, adapter, path):
                     where = (*path, entry.name)
                     steps[entry.key] = self._visit(entry.value, where, per_rank=per_rank, buffer=entry.buffer)
-                return ModuleStep(value, adapter, steps)
+                return ModuleStep(value, adapter, steps, path)
             case Kind.OPTIMIZER:
                 assert adapter is not None
                 return self._visit_optimizer(value, adapter, path, per_rank)
             case Kind.OBJECT:
                 per_rank = per_rank or is_stateful_loader(value)
-                return ObjectStep(type(value), self._visit(value.state_dict(), path, per_rank=per_rank))
+                own = self._inspector.asked.state_of(value, path)
+                return ObjectStep(type(value), self._visit(own, path, per_rank=per_rank), path)
             case Kind.DICT | Kind.SEQUENCE:
                 if kind is Kind.SEQUENCE:
                     self._containers[per_rank][path] = _sequence_kind(value, path)

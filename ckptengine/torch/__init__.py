@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -58,13 +58,21 @@ class TorchAdapter(Adapter):
         """Whether a value is a module."""
         return isinstance(value, torch.nn.Module)
 
-    def module_entries(self, module: Any, path: Path) -> list[ModuleEntry]:
-        """Return a module's state by names without wrappers' prefixes."""
-        return _module.module_entries(module, path)
+    def check_module(self, module: Any, path: Path) -> None:
+        """Raise `StateError` for modules that hide their parameters."""
+        _module.check_module(module, path)
 
-    def module_values(self, module: Any) -> dict[str, Any]:
+    def module_values(self, module: Any) -> Mapping[str, Any]:
         """Return the module's state by its own keys; under FSDP2 this puts the sharded parameters back."""
-        return dict(module.state_dict(keep_vars=True))
+        return _module.module_values(module)
+
+    def module_entries(self, module: Any, path: Path, values: Mapping[str, Any]) -> list[ModuleEntry]:
+        """Return a module's state by names without wrappers' prefixes."""
+        return _module.module_entries(module, path, values)
+
+    def module_tensors(self, module: Any) -> Iterable[Any]:
+        """Return parameters and buffers."""
+        return (*module.parameters(), *module.buffers())
 
     def load_module(self, module: Any, entries: Mapping[str, Any]) -> None:
         """Hand over what could not be filled in place."""

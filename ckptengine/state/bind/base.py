@@ -10,6 +10,7 @@ from ckptengine.state.adapters import Layouts
 from ckptengine.state.binding import Action, Read
 from ckptengine.state.kinds import Inspector
 from ckptengine.state.leaf import Path, dotted
+from ckptengine.state.loaders import is_stateful_loader
 from ckptengine.state.report import LoadReport
 from ckptengine.state.saved import Node, Saved, SavedArray, own_tree, shared_tree
 from ckptengine.state.select import Selection, renamer
@@ -53,6 +54,7 @@ class BinderBase(ABC):
             if isinstance(node.entry, SavedArray)
         }
         self._inspector = Inspector()
+        self._inspector.ask(state, wanted=lambda value, path: selection.touches(path) and not is_stateful_loader(value))
         self._names = self._inspector.parameter_names(state)
         self._loaded: list[str] = []
         self._missing: list[tuple[str, Hashable | None]] = []

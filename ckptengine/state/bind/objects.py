@@ -26,7 +26,7 @@ class ObjectBinder(TensorBinder):
         if not self._selection.holds(path):
             self._selection.refuse_part(path)
             return
-        current = target.state_dict()
+        current = self._inspector.asked.state_of(target, path)
         inner = [] if per_rank else list(per_rank_items(current, ()))
         if node is None and not (inner and self._own.find(path)):
             self._absent(path, per_rank)
