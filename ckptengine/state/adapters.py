@@ -91,6 +91,15 @@ class Adapter:
         """Return a new tensor in host memory, contents undefined."""
         raise NotImplementedError
 
+    def new_like(self, tensor: Any, order: tuple[int, ...] | None) -> Any:
+        """Return a new tensor like this one (dtype, shape, device, distribution), contents undefined.
+
+        `order` are its dimensions from the outermost in memory to the innermost, None for C order; a framework without
+        strides has only that.
+        """
+        view = self.view(tensor, (), target=False)
+        return self.empty(view.dtype, view.shape)
+
     def replacement(self, tensor: Any) -> Any:
         """Return a new tensor to fill in place of one that can't be written to, None where it can."""
         return None

@@ -17,7 +17,7 @@ from ckptengine.torch import optimizer as _optimizer
 from ckptengine.torch import own_calls as _own_calls
 from ckptengine.torch import random as _random
 from ckptengine.torch.layouts import TorchLayouts
-from ckptengine.torch.tensor import convert_tensor, dtype_name, fingerprints, torch_dtype, view_tensor
+from ckptengine.torch.tensor import convert_tensor, dtype_name, fingerprints, new_like, torch_dtype, view_tensor
 
 __all__ = ["TorchAdapter"]
 
@@ -46,6 +46,10 @@ class TorchAdapter(Adapter):
     def empty(self, dtype: str, shape: tuple[int, ...]) -> torch.Tensor:
         """Return a new CPU tensor."""
         return torch.empty(shape, dtype=torch_dtype(dtype))
+
+    def new_like(self, tensor: Any, order: tuple[int, ...] | None) -> torch.Tensor:
+        """Return a new tensor on the same device, or distributed in the same way."""
+        return new_like(tensor, order)
 
     def layouts(self, tensors: Sequence[tuple[Path, Any]]) -> Layouts:
         """Return how parameters and tensors are spread."""

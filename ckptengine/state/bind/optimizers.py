@@ -11,6 +11,7 @@ from ckptengine.state.bind.objects import hand_over
 from ckptengine.state.bind.tensors import TensorBinder
 from ckptengine.state.kinds import optimizer_names
 from ckptengine.state.leaf import Path, dotted
+from ckptengine.state.outline import in_order
 from ckptengine.state.saved import Node, SavedArray
 
 __all__ = ["OptimizerBinder"]
@@ -43,6 +44,10 @@ class OptimizerBinder(TensorBinder):
             if self._selection.reaches(path):
                 self._absent(path, per_rank)
             return
+        if self._selection.reaches(path):
+            if self._another_class(optimizer, path, node):
+                return
+            self.built.append(path)
         saved_state = node.child("state") or Node()
         by_name = {self._parameter_name(str(key)): child for key, child in saved_state.children.items()}
         for group, group_names in zip(groups, names, strict=True):
@@ -94,6 +99,8 @@ class OptimizerBinder(TensorBinder):
     ) -> dict[str, Any]:
         def make(entry: SavedArray, where: Path) -> Any:
             array = adapter.new_state_tensor(group, parameter, str(where[-1]), entry.leaf.dtype, entry.leaf.shape)
+            if entry.told and not in_order(adapter.view(array, where, target=False), entry.order):
+                array = adapter.new_like(array, entry.order)
             self._read(array, adapter, adapter.view(array, where, target=True), entry, where)
             return array
 
@@ -108,6 +115,8 @@ class OptimizerBinder(TensorBinder):
             tensor = current.get(str(key))
             if tensor is None or not adapter.is_tensor(tensor):
                 tensor = adapter.new_state_tensor(group, parameter, str(key), entry.leaf.dtype, entry.leaf.shape)
+            if entry.told and not in_order(adapter.view(tensor, where, target=False), entry.order):
+                tensor = adapter.new_like(tensor, entry.order)
             new[str(key)] = tensor
             self._bind_tensor(tensor, adapter, where, child, per_rank=entry.rank is not None)
         return new

@@ -37,6 +37,9 @@ class OwnCallsBinder(ObjectBinder, OptimizerBinder):
         if node is None:
             self._absent(path, per_rank)
             return
+        if self._another_class(optimizer, path, node):
+            return
+        self.built.append(path)
         names = optimizer_names(groups, self._names)
         packed = self._own_groups(groups, names, path, node, per_rank)
         if packed is None:
