@@ -178,6 +178,21 @@ class Adapter:
     def check_optimizer(self, optimizer: Any, path: Path) -> None:
         """Raise `StateError` where the state can't be told apart by parameter, or by placement."""
 
+    def check_parameter_state(self, parameter: Any, state: Mapping[Any, Any], path: Path) -> None:
+        """Raise `StateError` where it can't be known how a parameter's state is spread over the ranks."""
+
+    def saves_itself(self, optimizer: Any) -> bool:
+        """Whether what an optimizer's `state_dict` gives is saved, since it may be more than its state and groups."""
+        return False
+
+    def loads_itself(self, optimizer: Any) -> bool:
+        """Whether an optimizer's `load_state_dict` must be called, since it may do more than to set these."""
+        return False
+
+    def hand_over(self, optimizer: Any, state: Any | None) -> None:
+        """Call an optimizer's `load_state_dict`; with its own state where `state` is None."""
+        raise NotImplementedError
+
     def set_optimizer_state(self, optimizer: Any, parameter: Any, state: dict[str, Any] | None) -> None:
         """Replace the state of one parameter; None removes it."""
         raise NotImplementedError

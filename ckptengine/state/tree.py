@@ -15,12 +15,14 @@ from ckptengine.state.kinds import Inspector, Kind, children, optimizer_names
 from ckptengine.state.leaf import ArrayLeaf, DeviceMemory, Key, Part, Path, Placement, dotted
 from ckptengine.state.loaders import is_stateful_loader
 from ckptengine.state.outline import Container, Outline, class_name, part_order, sorted_keys
+from ckptengine.state.own_state import named_state, numbers_of, parts_of
 from ckptengine.state.sharded import ShardedArray
 from ckptengine.state.trace import (
     DictStep,
     ModuleStep,
     ObjectStep,
     OptimizerStep,
+    OwnOptimizerStep,
     PerRankStep,
     PlainStep,
     SequenceStep,
@@ -161,6 +163,8 @@ class _Walk:
                 return ModuleStep(value, adapter, steps, path)
             case Kind.OPTIMIZER:
                 assert adapter is not None
+                if adapter.saves_itself(value):
+                    return self._visit_own_optimizer(value, adapter, path, per_rank)
                 return self._visit_optimizer(value, adapter, path, per_rank)
             case Kind.OBJECT:
                 per_rank = per_rank or is_stateful_loader(value)
@@ -227,6 +231,22 @@ class _Walk:
         if buffer and placement is Placement.REPLICATED:
             placement = Placement.WHOLE
         self._arrays.append(ArrayLeaf(path, view.dtype, shape, placement, parts, adapter.name))
+
+    def _visit_own_optimizer(self, optimizer: Any, adapter: Adapter, path: Path, per_rank: bool) -> OwnOptimizerStep:
+        """An optimizer that says of itself what it needs; its parameters still have their names in that."""
+        adapter.check_optimizer(optimizer, path)
+        groups = adapter.optimizer_groups(optimizer)
+        names = optimizer_names(groups, self._names)
+        own = self._inspector.asked.state_of(optimizer, path)
+        parts = parts_of(own, groups)
+        for group, numbers in zip(groups, numbers_of(groups), strict=True):
+            for parameter, number in zip(group["params"], numbers, strict=True):
+                self._stepped.add(id(parameter))
+                if parts is not None:
+                    adapter.check_parameter_state(parameter, parts[0].get(number, {}), path)
+        self._build(path, "object", per_rank, class_name(optimizer))
+        inner = self._visit(named_state(own, groups, names), path, per_rank=per_rank)
+        return OwnOptimizerStep(optimizer, adapter, names, inner, path)
 
     def _visit_optimizer(self, optimizer: Any, adapter: Adapter, path: Path, per_rank: bool) -> OptimizerStep:
         adapter.check_optimizer(optimizer, path)

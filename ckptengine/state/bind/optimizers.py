@@ -7,6 +7,7 @@ from typing import Any
 
 from ckptengine.state.adapters import Adapter
 from ckptengine.state.bind.base import FRAMEWORK
+from ckptengine.state.bind.objects import hand_over
 from ckptengine.state.bind.tensors import Maker, TensorBinder
 from ckptengine.state.kinds import optimizer_names
 from ckptengine.state.leaf import Path, dotted
@@ -64,6 +65,9 @@ class OptimizerBinder(TensorBinder):
                 setting = functools.partial(adapter.set_optimizer_state, optimizer, parameter, new)
                 self._act(FRAMEWORK, setting)
         self._bind_groups(adapter, groups, names, (*path, "param_groups"), node.child("param_groups"), per_rank)
+        if adapter.loads_itself(optimizer):
+            call = functools.partial(adapter.hand_over, optimizer)
+            self._act(FRAMEWORK, functools.partial(hand_over, optimizer, None, path, call))
 
     def _parameter_name(self, name: str) -> str:
         """A parameter's name is itself a dotted path, so `rename` holds for it too."""
