@@ -115,6 +115,15 @@ class Adapter:
         like a parameter (None: whole); raises `LoadMismatchError` naming the path where that can't be done."""
         raise NotImplementedError
 
+    def new_like(self, tensor: Any, order: tuple[int, ...] | None) -> Any:
+        """Return a new tensor like this one (dtype, shape, device, distribution), contents undefined.
+
+        `order` are its dimensions from the outermost in memory to the innermost, None for C order; a framework without
+        strides has only that.
+        """
+        view = self.view(tensor, (), target=False)
+        return self.empty(view.dtype, view.shape)
+
     def replacement(self, tensor: Any) -> Any:
         """Return a new tensor to fill in place of one that can't be written to, None where it can."""
         return None
@@ -168,6 +177,21 @@ class Adapter:
 
     def check_optimizer(self, optimizer: Any, path: Path) -> None:
         """Raise `StateError` where the state can't be told apart by parameter, or by placement."""
+
+    def check_parameter_state(self, parameter: Any, state: Mapping[Any, Any], path: Path) -> None:
+        """Raise `StateError` where it can't be known how a parameter's state is spread over the ranks."""
+
+    def saves_itself(self, optimizer: Any) -> bool:
+        """Whether what an optimizer's `state_dict` gives is saved, since it may be more than its state and groups."""
+        return False
+
+    def loads_itself(self, optimizer: Any) -> bool:
+        """Whether an optimizer's `load_state_dict` must be called, since it may do more than to set these."""
+        return False
+
+    def hand_over(self, optimizer: Any, state: Any | None) -> None:
+        """Call an optimizer's `load_state_dict`; with its own state where `state` is None."""
+        raise NotImplementedError
 
     def set_optimizer_state(self, optimizer: Any, parameter: Any, state: dict[str, Any] | None) -> None:
         """Replace the state of one parameter; None removes it."""

@@ -145,6 +145,11 @@ class Inspector:
                 assert adapter is not None
                 adapter.check_module(value, path)
                 self.asked.values_of(value, adapter, path)
+            elif kind is Kind.OPTIMIZER and wanted(value, path):
+                assert adapter is not None
+                adapter.check_optimizer(value, path)
+                if adapter.saves_itself(value):
+                    self.ask(self.asked.state_of(value, path), path, wanted, depth + 1)
             elif kind is Kind.OBJECT and wanted(value, path):
                 self.ask(self.asked.state_of(value, path), path, wanted, depth + 1)
             elif kind in (Kind.DICT, Kind.SEQUENCE):
