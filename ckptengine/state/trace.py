@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ckptengine.layout.box import Box
-from ckptengine.state.adapters import Adapter
+from ckptengine.state.adapters import ABOUT, Adapter
 from ckptengine.state.asked import Asked
 from ckptengine.state.kinds import SCALARS, Inspector, Kind
 from ckptengine.state.leaf import Part, Path, Placement
@@ -37,6 +37,7 @@ __all__ = [
     "TensorStep",
     "Trace",
     "Visited",
+    "WrappedStep",
     "head_of",
 ]
 
@@ -94,6 +95,25 @@ class TensorStep(Step):
         if type(value) is not self.kind:
             raise Changed
         met.tensors.append(value)
+
+
+class WrappedStep(Step):
+    """A tensor that is made of others: it is taken apart again, which costs more than a plain tensor does."""
+
+    __slots__ = ("adapter", "inner", "kind", "path", "per_rank")
+
+    def __init__(self, kind: type, adapter: Adapter, path: Path, steps: Mapping[str, Step], per_rank: bool) -> None:
+        self.kind: Any = kind
+        self.adapter, self.path, self.per_rank = adapter, path, per_rank
+        self.inner = DictStep(dict, steps)
+
+    def again(self, value: Any, met: _Met) -> None:
+        """Look at its inner tensors, and note what they make."""
+        if type(value) is not self.kind or not self.adapter.is_wrapped(value):
+            raise Changed
+        inner = self.adapter.unwrap(value, self.path)
+        met.values[self.per_rank][(*self.path, ABOUT)] = inner.pop(ABOUT)
+        self.inner.again(inner, met)
 
 
 class ShardedStep(Step):

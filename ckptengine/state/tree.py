@@ -9,7 +9,7 @@ from typing import Any
 
 from ckptengine.errors import CheckpointDamagedError, StateError
 from ckptengine.layout.head import MAX_NDIM
-from ckptengine.state.adapters import Adapter, TensorView, describe_type
+from ckptengine.state.adapters import ABOUT, Adapter, TensorView, describe_type
 from ckptengine.state.asked import Asked
 from ckptengine.state.kinds import Inspector, Kind, children, optimizer_names
 from ckptengine.state.leaf import ArrayLeaf, DeviceMemory, Key, Part, Path, Placement, dotted
@@ -31,6 +31,7 @@ from ckptengine.state.trace import (
     TensorStep,
     Trace,
     Visited,
+    WrappedStep,
     head_of,
 )
 from ckptengine.state.values import MAX_DEPTH
@@ -135,6 +136,12 @@ class _Walk:
                 view = adapter.view(value, path, target=False)
                 self._add(value, view, adapter, path, per_rank=per_rank, buffer=buffer)
                 return TensorStep(type(value))
+            case Kind.WRAPPED:
+                assert adapter is not None
+                inner = adapter.unwrap(value, path)
+                self._values[per_rank][(*path, ABOUT)] = inner.pop(ABOUT)
+                parts = {k: self._visit(v, (*path, k), per_rank=per_rank, buffer=buffer) for k, v in inner.items()}
+                return WrappedStep(type(value), adapter, path, parts, per_rank)
             case Kind.SHARDED:
                 assert adapter is not None
                 if per_rank:

@@ -16,6 +16,7 @@ from ckptengine.torch import module as _module
 from ckptengine.torch import optimizer as _optimizer
 from ckptengine.torch import own_calls as _own_calls
 from ckptengine.torch import random as _random
+from ckptengine.torch import wrapped as _wrapped
 from ckptengine.torch.layouts import TorchLayouts
 from ckptengine.torch.tensor import convert_tensor, dtype_name, fingerprints, new_like, torch_dtype, view_tensor
 
@@ -46,6 +47,20 @@ class TorchAdapter(Adapter):
     def empty(self, dtype: str, shape: tuple[int, ...]) -> torch.Tensor:
         """Return a new CPU tensor."""
         return torch.empty(shape, dtype=torch_dtype(dtype))
+
+    def is_wrapped(self, tensor: Any) -> bool:
+        """Whether a tensor, or what a DTensor holds, is made of other tensors."""
+        return _wrapped.is_wrapped(tensor)
+
+    def unwrap(self, tensor: Any, path: Path) -> dict[str, Any]:
+        """Return the inner tensors of a tensor subclass, and what they make."""
+        return _wrapped.unwrap(tensor, path)
+
+    def new_wrapped(
+        self, about: Any, arrays: Mapping[str, tuple[str, tuple[int, ...]]], parameter: Any, path: Path
+    ) -> Any:
+        """Return a new tensor of a subclass that is imported."""
+        return _wrapped.new_wrapped(about, arrays, parameter, path)
 
     def new_like(self, tensor: Any, order: tuple[int, ...] | None) -> torch.Tensor:
         """Return a new tensor on the same device, or distributed in the same way."""

@@ -15,6 +15,7 @@ from ckptengine.state.leaf import Path, dotted
 from ckptengine.torch.dtensor import is_dtensor, local_runs, splits_of
 from ckptengine.torch.own_calls import saves_itself
 from ckptengine.torch.tensor import torch_dtype
+from ckptengine.torch.wrapped import is_wrapped
 
 __all__ = [
     "before_optimizer_step",
@@ -133,7 +134,7 @@ def new_state_tensor(
     if shape == () and key == "step":
         on_device = group.get("capturable") or group.get("fused")
         return torch.zeros((), dtype=kind, device=parameter.device if on_device else "cpu")
-    if shape == tuple(parameter.shape):
+    if shape == tuple(parameter.shape) and not is_wrapped(parameter):
         return torch.zeros_like(parameter, dtype=kind, requires_grad=False)
     if is_dtensor(parameter) and shape:
         return _distributed_zeros(parameter, kind, shape)

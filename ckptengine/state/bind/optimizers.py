@@ -9,7 +9,7 @@ from typing import Any
 from ckptengine.state.adapters import Adapter
 from ckptengine.state.bind.base import FRAMEWORK
 from ckptengine.state.bind.objects import hand_over
-from ckptengine.state.bind.tensors import TensorBinder
+from ckptengine.state.bind.tensors import Maker, TensorBinder
 from ckptengine.state.kinds import optimizer_names
 from ckptengine.state.leaf import Path, dotted
 from ckptengine.state.outline import in_order
@@ -108,11 +108,11 @@ class OptimizerBinder(TensorBinder):
             where = (*path, key)
             entry = child.entry
             if not isinstance(entry, SavedArray):
-                new[str(key)] = self._rebuild(child, where, current.get(str(key)), make)
+                new[str(key)] = self._rebuild(child, where, current.get(str(key)), Maker(make, parameter))
                 self._loaded.append(dotted(where))
                 continue
             tensor = current.get(str(key))
-            if tensor is None or not adapter.is_tensor(tensor):
+            if tensor is None or not adapter.is_tensor(tensor) or adapter.is_wrapped(tensor):
                 tensor = adapter.new_state_tensor(group, parameter, str(key), entry.leaf.dtype, entry.leaf.shape)
             if entry.told and not in_order(adapter.view(tensor, where, target=False), entry.order):
                 tensor = adapter.new_like(tensor, entry.order)

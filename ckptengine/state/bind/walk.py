@@ -43,7 +43,7 @@ class Binder(OwnCallsBinder):
         kind, adapter = self._inspector.kind(value, path)
         if kind is Kind.PER_RANK:
             self._bind_per_rank(value, path, node)
-        elif kind in (Kind.TENSOR, Kind.SHARDED):
+        elif kind in (Kind.TENSOR, Kind.WRAPPED, Kind.SHARDED):
             assert adapter is not None
             new = adapter.replacement(value) if kind is Kind.TENSOR and put is not None else None
             reads = len(self.reads)
