@@ -6,12 +6,8 @@ import copy
 import functools
 from abc import abstractmethod
 from collections import Counter, OrderedDict
-<<<<<<< HEAD
 from collections.abc import Callable, Mapping
-=======
-from collections.abc import Callable
 from dataclasses import dataclass
->>>>>>> main
 from typing import Any
 
 import numpy as np
@@ -247,8 +243,7 @@ class TensorBinder(BinderBase):
             return tuple(items) if node.container == "tuple" else items
         return OrderedDict(result) if node.kind == "ordered" else result
 
-<<<<<<< HEAD
-    def _rebuild_item(self, node: Node, path: Path, like: Any, make: Make | None) -> Any:
+    def _rebuild_item(self, node: Node, path: Path, like: Any, make: Maker | None) -> Any:
         """As `_rebuild`, for something inside; a live object stays itself and is loaded: nothing takes its place."""
         lives = self._is_live(like, path)
         was_alive = node.cls is not None or node.kind == "module"
@@ -280,10 +275,7 @@ class TensorBinder(BinderBase):
     def _bind_live(self, value: Any, path: Path, node: Node) -> None:
         """Bind something that takes its state itself and lies in what is built anew."""
 
-    def _rebuild_array(self, entry: SavedArray, path: Path, like: Any, make: Make) -> Any:
-=======
     def _rebuild_array(self, entry: SavedArray, path: Path, like: Any, make: Maker) -> Any:
->>>>>>> main
         kind, adapter = (Kind.PLAIN, None) if like is None else self._inspector.kind(like, path)
         if adapter is not None and kind in (Kind.TENSOR, Kind.SHARDED):
             try:
