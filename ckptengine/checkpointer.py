@@ -18,8 +18,8 @@ from ckptengine.catalog.retention import remove_leftovers
 from ckptengine.comm.agree import gather
 from ckptengine.comm.base import Communicator
 from ckptengine.comm.select import current
-from ckptengine.errors import CheckpointError, LoadMismatchError, SaveFailedError, StateError, StorageError
-from ckptengine.load.loader import LoadOptions, load_newest, restore_newest
+from ckptengine.errors import CheckpointError, SaveFailedError, StateError, StorageError
+from ckptengine.load.loader import LoadOptions, load_newest, restore_newest, tell_leftovers
 from ckptengine.policy.interval import Auto
 from ckptengine.policy.preemption import Preemption
 from ckptengine.policy.schedule import Schedule
@@ -211,6 +211,8 @@ class Checkpointer:
         loaded = restore_newest(
             tiers.views(), state, self._comm, self._timeout, options, step, tiers.bring, tiers.home.location()
         )
+        if loaded is not None:
+            tell_leftovers(loaded, self._comm)
         # What follows is a new life of the run, also where this process has saved before.
         self._generation = self._claimed = self._last = self._unsaved = self._highest = None
         self._schedule.restart()
@@ -254,11 +256,6 @@ class Checkpointer:
         if self._comm.rank == 0:
             level = logging.INFO if loaded.report.complete else logging.WARNING
             _log.log(level, "%s: warm start from %s: %s", self.run, loaded.location, loaded.report)
-        if not loaded.report.loaded:
-            raise LoadMismatchError(
-                f"warm start from {loaded.location}: nothing in it fits {', '.join(options.only)}; `rename` maps "
-                f"names\n{loaded.report}"
-            )
         return loaded.report
 
     def step(self, step: int, state: Mapping[str, Any]) -> SaveHandle | None:

@@ -110,6 +110,13 @@ class Inspector:
                 return True
         return False
 
+    def holds_more(self, value: Any) -> bool:
+        """Whether a value is, or has somewhere inside, what a framework or the engine knows; False where it is odd."""
+        try:
+            return self._holds_more((value,), (), 0)
+        except StateError:
+            return False
+
     def entries(self, module: Any, adapter: Adapter, path: Path) -> list[ModuleEntry]:
         """Return a module's entries, the same ones each time that this walk asks."""
         return self.asked.entries_of(module, adapter, path)

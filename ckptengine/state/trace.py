@@ -18,6 +18,7 @@ from ckptengine.state.adapters import Adapter
 from ckptengine.state.asked import Asked
 from ckptengine.state.kinds import SCALARS, Inspector, Kind
 from ckptengine.state.leaf import Part, Path, Placement
+from ckptengine.state.outline import part_order
 from ckptengine.state.sharded import ShardedArray
 
 __all__ = [
@@ -264,8 +265,8 @@ class Visited:
 
 
 def head_of(dtype: str, shape: tuple[int, ...], placement: Placement, parts: Sequence[Part]) -> tuple[Any, ...]:
-    """Return what of a tensor's view its place in the plan depends on."""
-    return dtype, shape, placement, tuple((part.box, type(part.memory)) for part in parts)
+    """Return what of a tensor's view its place in the plan, and what is stored of it beside its bytes, depend on."""
+    return dtype, shape, placement, tuple((part.box, type(part.memory), part_order(part)) for part in parts)
 
 
 @dataclass(frozen=True, slots=True)

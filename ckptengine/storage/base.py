@@ -40,6 +40,9 @@ def join(*parts: str) -> str:
 class ArchiveWriter(ABC):
     """A large file on its way into a storage; a context manager, which leaves nothing behind unless it was finished."""
 
+    where: str = "an archive"
+    """The file's full path, for messages."""
+
     @abstractmethod
     def write(self, address: int, nbytes: int, position: int) -> None:
         """Write memory to a position of the file; positions follow each other. Releases the GIL.

@@ -517,6 +517,7 @@ class LocalArchiveWriter(ArchiveWriter):
 
     def __init__(self, storage: LocalStorage, target: str, nbytes: int) -> None:
         self._storage, self._target = storage, target
+        self.where = target
         self._temporary = storage._temporary(target)
         self._direct = True
         self._fd = storage._create(self._temporary, target)

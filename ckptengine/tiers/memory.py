@@ -258,8 +258,7 @@ class MemoryTier:
         self.storage.remove_directory(directory)
 
     def _remove_arenas(self) -> None:
-        folder = self.storage.root / _ARENAS
-        for path in map(str, sorted(folder.iterdir()) if folder.is_dir() else ()):
+        for path in self._arena_paths():
             if _ARENA.fullmatch(os.path.basename(path)):
                 try:
                     remove_unused(path)
@@ -285,11 +284,13 @@ class MemoryTier:
 
     def left_behind(self) -> int | None:
         """Return the bytes of the arenas here; None where a living process has any of them."""
-        folder = self.storage.root / _ARENAS
-        arenas = sorted(folder.iterdir()) if folder.is_dir() else []
-        if any(is_locked(str(path)) for path in arenas):
+        arenas = self._arena_paths()
+        if any(map(is_locked, arenas)):
             return None
-        return sum(path.stat().st_blocks * 512 for path in arenas)
+        return sum(map(_occupied, arenas))
+
+    def _arena_paths(self) -> list[str]:
+        return [self.storage.location(join(_ARENAS, name)) for name in self.storage.list(_ARENAS)]
 
     def clear(self) -> None:
         """Remove everything but what other living processes have, such as a job that has taken the run over."""
@@ -349,3 +350,13 @@ def _follows(other: str, attempt: str) -> bool:
     series, _, number = attempt.rpartition("-")
     other_series, _, other_number = other.rpartition("-")
     return series == other_series and other_number.isdigit() and int(other_number) > int(number)
+
+
+def _occupied(path: str) -> int:
+    """Return the bytes that a file occupies, 0 where it has just been removed."""
+    try:
+        return os.stat(path).st_blocks * 512
+    except FileNotFoundError:
+        return 0
+    except OSError as error:
+        raise StorageError(error.errno, f"cannot look up {path}: {error.strerror}") from error

@@ -8,14 +8,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from ckptengine.state.adapters import Adapter, ModuleEntry, TensorView
+from ckptengine.state.adapters import Adapter, Layouts, ModuleEntry, TensorView
 from ckptengine.state.leaf import Path
 from ckptengine.state.random_stream import RandomStream
 from ckptengine.torch import accelerator
 from ckptengine.torch import module as _module
 from ckptengine.torch import optimizer as _optimizer
 from ckptengine.torch import random as _random
-from ckptengine.torch.tensor import convert_tensor, dtype_name, fingerprints, torch_dtype, view_tensor
+from ckptengine.torch.layouts import TorchLayouts
+from ckptengine.torch.tensor import convert_tensor, dtype_name, fingerprints, new_like, torch_dtype, view_tensor
 
 __all__ = ["TorchAdapter"]
 
@@ -44,6 +45,14 @@ class TorchAdapter(Adapter):
     def empty(self, dtype: str, shape: tuple[int, ...]) -> torch.Tensor:
         """Return a new CPU tensor."""
         return torch.empty(shape, dtype=torch_dtype(dtype))
+
+    def new_like(self, tensor: Any, order: tuple[int, ...] | None) -> torch.Tensor:
+        """Return a new tensor on the same device, or distributed in the same way."""
+        return new_like(tensor, order)
+
+    def layouts(self, tensors: Sequence[tuple[Path, Any]]) -> Layouts:
+        """Return how parameters and tensors are spread."""
+        return TorchLayouts(tensors)
 
     def convert(self, tensor: Any, buffers: Sequence[np.ndarray[Any, Any]], dtype: str) -> None:
         """Fill a tensor from host buffers of another dtype."""
