@@ -107,23 +107,24 @@ def _record(value: Any) -> ArchiveRecord:
 class Outcome:
     """How an attempt ended, as rank 0 tells the others: committed where `error` is empty.
 
-    `kind` names the error's class in `ckptengine.errors`.
+    `kind` names the error's class in `ckptengine.errors`, `directory` is the checkpoint's where rank 0 has written.
     """
 
     error: str = ""
     plan_together: bool = False
     kind: str = ""
+    directory: str = ""
 
     def encode(self) -> bytes:
         """Return the outcome as it travels."""
-        return json.dumps([self.error, self.plan_together, self.kind]).encode()
+        return json.dumps([self.error, self.plan_together, self.kind, self.directory]).encode()
 
     @classmethod
     def decode(cls, data: bytes) -> Outcome:
         """Return the outcome of a message; raises `SaveFailedError` where it is damaged."""
         try:
-            error, plan_together, kind = json.loads(data)
-            return cls(_of(str, error), _of(bool, plan_together), _of(str, kind))
+            error, plan_together, kind, directory = json.loads(data)
+            return cls(_of(str, error), _of(bool, plan_together), _of(str, kind), _of(str, directory))
         except (TypeError, ValueError, RecursionError) as problem:
             raise SaveFailedError(
                 f"rank 0's word on the commit is damaged ({problem}): the storage tells whether it came"

@@ -50,6 +50,10 @@ class Communicator(ABC):
     def barrier(self, timeout: float) -> None:
         """Return when all ranks have come."""
 
+    def awaited(self) -> bool:
+        """Return, without waiting, whether rank 0 is in an operation to which this rank has yet to come."""
+        return False
+
     @abstractmethod
     def store(self) -> KeyValueStore | None:
         """Return the store for background messages, or None: then they go through the checkpoint's storage."""

@@ -86,6 +86,13 @@ class StoreCommunicator(Communicator):
         """Return the store for background messages, where it is safe for that."""
         return self._background
 
+    def awaited(self) -> bool:
+        """Return whether rank 0 is in an operation to which this rank has yet to come."""
+        number = self._number
+        while self._store.get(self._out(number), 0.0) is not None:
+            number += 1  # it was answered without this rank
+        return self.rank != 0 and self.entered(number, 0)
+
     def entered(self, number: int, rank: int) -> bool:
         """Return whether a rank has come to an operation that rank 0 has not answered yet."""
         return self._store.get(self._in(number, rank), 0.0) is not None

@@ -6,7 +6,7 @@ import errno
 import logging
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ckptengine.archive.image import BLOCK_NBYTES
 from ckptengine.archive.record import ArchiveRecord
@@ -33,6 +33,9 @@ _KINDS: dict[str, type[CheckpointError]] = {kind.__name__: kind for kind in (Dea
 _DRAIN_SECONDS = 10.0
 """How long rank 0 waits, after a failed attempt, for ranks that are still writing, before it cleans up."""
 
+_LOOK_SECONDS = 0.25
+"""How often a rank that waits for rank 0's word looks whether rank 0 waits for it."""
+
 _log = logging.getLogger("ckptengine")
 
 
@@ -46,6 +49,8 @@ class _Open:
     began: float
     outcome: Outcome | None = None
     ranks: tuple[int, ...] = ()
+    asked: bool = False
+    """Whether this rank has waited for rank 0's word in vain: then it goes on without."""
 
 
 class Committer:
@@ -71,14 +76,15 @@ class Committer:
     @property
     def in_doubt(self) -> bool:
         """Whether this rank does not know how the last save ended, so that only `settle` tells what comes next."""
-        return self._comm.rank != 0 and self._open is not None
+        return self._comm.rank != 0 and self._open is not None and not self._open.asked
 
-    def settle(self, timeout: float) -> None:
+    def settle(self, timeout: float, directory: str = "") -> None:
         """Bring the ranks to one mind about the last save, before the next one begins; mostly there is nothing to do.
 
         Rank 0 tells again whom it could not tell; a rank that has not heard asks. What turns out to be committed is
         told as such, whatever was told before. Raises `DeadlineError` where rank 0 is not heard of in `timeout`
-        seconds, and where the store fails `CheckpointError`.
+        seconds, and where the store fails `CheckpointError`. `directory` is where the next save goes: raises
+        `SaveFailedError` where rank 0 was in that one already, as where it has left one out, and has failed.
         """
         open_, self._open = self._open, None
         if open_ is None:
@@ -88,20 +94,38 @@ class Committer:
                 for rank, error in open_.channel.announce(open_.outcome, open_.ranks).items():
                     raise CheckpointError(f"rank {rank} can't be told how the last save ended: {error}")
                 return
-            outcome = open_.channel.hear(timeout)
-            if outcome is None:
-                raise DeadlineError(
-                    f"rank 0 has not said within {timeout:g} s how the save before ended, {open_.job.target.location}"
-                )
+            outcome, awaited = self._ask(open_, timeout)
         except CheckpointError:
             self._open = open_
             raise
+        if outcome is None:
+            self._open = replace(open_, asked=True)
+            if open_.asked:
+                return
+            if awaited:
+                self._plan_together()  # as the others do, who are at it
+                return
+            raise DeadlineError(
+                f"rank 0 has not said within {timeout:g} s how the save before ended, {open_.job.target.location}"
+            )
         self._heard(open_, outcome)
+        if outcome.error and directory == outcome.directory != open_.job.target.directory:
+            raise SaveFailedError(f"rank 0 has left a save out, and this one has failed: {outcome.error}")
+
+    def _ask(self, open_: _Open, timeout: float) -> tuple[Outcome | None, bool]:
+        """Wait for rank 0's word, or until it waits for this rank elsewhere; return the word and whether it does."""
+        deadline = time.monotonic() + (0.0 if open_.asked else timeout)
+        while True:
+            left = deadline - time.monotonic()
+            outcome = open_.channel.hear(max(0.0, min(left, _LOOK_SECONDS)))
+            awaited = outcome is None and self._comm.awaited()
+            if outcome is not None or awaited or left <= 0:
+                return outcome, awaited
 
     def _heard(self, open_: _Open, outcome: Outcome) -> None:
         """Take the outcome of a save that was in doubt."""
         job = open_.job
-        if outcome.plan_together:
+        if outcome.plan_together and not open_.asked:
             self._plan_together()
         if outcome.error:
             self._reported = None
@@ -262,7 +286,7 @@ class Committer:
             kind = type(problem).__name__
             # A store that did not answer may still carry it out: then the data must be there. Swept later if not.
             doubtful = doubtful and isinstance(problem, StorageError) and problem.errno == errno.ETIMEDOUT
-            outcome = Outcome(error=f"{problem}" or kind, plan_together=True, kind=kind)
+            outcome = Outcome(f"{problem}" or kind, plan_together=True, kind=kind, directory=target.directory)
         untold = channel.announce(outcome)
         if untold:
             # What is published is durable, whoever hears of it. They are told once more before the next save.

@@ -197,7 +197,7 @@ class Saver:
         called = time.monotonic()
         try:
             self.wait(timeout)
-            self._committer.settle(max(0.0, called + timeout - time.monotonic()))
+            self._committer.settle(max(0.0, called + timeout - time.monotonic()), target.directory)
         except CheckpointError:
             # The others may have gone on to an attempt that now fails; then all meet in the next exchange.
             self._planner.together_next()
