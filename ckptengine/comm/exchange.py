@@ -10,6 +10,7 @@ import struct
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from ckptengine.comm.base import Communicator, KeyValueStore
 from ckptengine.comm.keyvalue import delete_large, get_large, poll, put_large
@@ -292,7 +293,12 @@ def _decoded(data: bytes) -> tuple[str, bytes]:
 _KINDS: dict[str, type[CheckpointError]] = {kind.__name__: kind for kind in (DeadlineError, RankFailedError)}
 
 
-_GONE = {"text": "the others went on without this rank", "absent": [], "kind": "DeadlineError", "about": ""}
+_GONE: dict[str, Any] = {
+    "text": "the others went on without this rank",
+    "absent": [],
+    "kind": "DeadlineError",
+    "about": "",
+}
 
 
 def _answer(text: str, absent: Sequence[int], kind: str = "DeadlineError", about: str = "") -> bytes:
