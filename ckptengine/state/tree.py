@@ -9,18 +9,20 @@ from typing import Any
 
 from ckptengine.errors import CheckpointDamagedError, StateError
 from ckptengine.layout.head import MAX_NDIM
-from ckptengine.state.adapters import Adapter, TensorView, describe_type
+from ckptengine.state.adapters import ABOUT, Adapter, TensorView, describe_type
 from ckptengine.state.asked import Asked
 from ckptengine.state.kinds import Inspector, Kind, children, optimizer_names
 from ckptengine.state.leaf import ArrayLeaf, DeviceMemory, Key, Part, Path, Placement, dotted
 from ckptengine.state.loaders import is_stateful_loader
 from ckptengine.state.outline import Container, Outline, class_name, part_order, sorted_keys
+from ckptengine.state.own_state import named_state, numbers_of, parts_of
 from ckptengine.state.sharded import ShardedArray
 from ckptengine.state.trace import (
     DictStep,
     ModuleStep,
     ObjectStep,
     OptimizerStep,
+    OwnOptimizerStep,
     PerRankStep,
     PlainStep,
     SequenceStep,
@@ -29,6 +31,7 @@ from ckptengine.state.trace import (
     TensorStep,
     Trace,
     Visited,
+    WrappedStep,
     head_of,
 )
 from ckptengine.state.values import MAX_DEPTH
@@ -132,6 +135,12 @@ class _Walk:
                 view = adapter.view(value, path, target=False)
                 self._add(value, view, adapter, path, per_rank=per_rank, buffer=buffer)
                 return TensorStep(type(value))
+            case Kind.WRAPPED:
+                assert adapter is not None
+                inner = adapter.unwrap(value, path)
+                self._values[per_rank][(*path, ABOUT)] = inner.pop(ABOUT)
+                parts = {k: self._visit(v, (*path, k), per_rank=per_rank, buffer=buffer) for k, v in inner.items()}
+                return WrappedStep(type(value), adapter, path, parts, per_rank)
             case Kind.SHARDED:
                 assert adapter is not None
                 if per_rank:
@@ -154,6 +163,8 @@ class _Walk:
                 return ModuleStep(value, adapter, steps, path)
             case Kind.OPTIMIZER:
                 assert adapter is not None
+                if adapter.saves_itself(value):
+                    return self._visit_own_optimizer(value, adapter, path, per_rank)
                 return self._visit_optimizer(value, adapter, path, per_rank)
             case Kind.OBJECT:
                 per_rank = per_rank or is_stateful_loader(value)
@@ -220,6 +231,22 @@ class _Walk:
         if buffer and placement is Placement.REPLICATED:
             placement = Placement.WHOLE
         self._arrays.append(ArrayLeaf(path, view.dtype, shape, placement, parts, adapter.name))
+
+    def _visit_own_optimizer(self, optimizer: Any, adapter: Adapter, path: Path, per_rank: bool) -> OwnOptimizerStep:
+        """An optimizer that says of itself what it needs; its parameters still have their names in that."""
+        adapter.check_optimizer(optimizer, path)
+        groups = adapter.optimizer_groups(optimizer)
+        names = optimizer_names(groups, self._names)
+        own = self._inspector.asked.state_of(optimizer, path)
+        parts = parts_of(own, groups)
+        for group, numbers in zip(groups, numbers_of(groups), strict=True):
+            for parameter, number in zip(group["params"], numbers, strict=True):
+                self._stepped.add(id(parameter))
+                if parts is not None:
+                    adapter.check_parameter_state(parameter, parts[0].get(number, {}), path)
+        self._build(path, "object", per_rank, class_name(optimizer))
+        inner = self._visit(named_state(own, groups, names), path, per_rank=per_rank)
+        return OwnOptimizerStep(optimizer, adapter, names, inner, path)
 
     def _visit_optimizer(self, optimizer: Any, adapter: Adapter, path: Path, per_rank: bool) -> OptimizerStep:
         adapter.check_optimizer(optimizer, path)

@@ -7,7 +7,8 @@ from typing import Any
 
 from ckptengine.state.adapters import Adapter
 from ckptengine.state.bind.base import FRAMEWORK
-from ckptengine.state.bind.tensors import TensorBinder
+from ckptengine.state.bind.objects import hand_over
+from ckptengine.state.bind.tensors import Maker, TensorBinder
 from ckptengine.state.kinds import optimizer_names
 from ckptengine.state.leaf import Path, dotted
 from ckptengine.state.outline import in_order
@@ -64,6 +65,9 @@ class OptimizerBinder(TensorBinder):
                 setting = functools.partial(adapter.set_optimizer_state, optimizer, parameter, new)
                 self._act(FRAMEWORK, setting)
         self._bind_groups(adapter, groups, names, (*path, "param_groups"), node.child("param_groups"), per_rank)
+        if adapter.loads_itself(optimizer):
+            call = functools.partial(adapter.hand_over, optimizer)
+            self._act(FRAMEWORK, functools.partial(hand_over, optimizer, None, path, call))
 
     def _parameter_name(self, name: str) -> str:
         """A parameter's name is itself a dotted path, so `rename` holds for it too."""
@@ -105,11 +109,11 @@ class OptimizerBinder(TensorBinder):
             where = (*path, key)
             entry = child.entry
             if not isinstance(entry, SavedArray):
-                new[str(key)] = self._rebuild(child, where, current.get(str(key)), make)
+                new[str(key)] = self._rebuild(child, where, current.get(str(key)), Maker(make, parameter))
                 self._loaded.append(dotted(where))
                 continue
             tensor = current.get(str(key))
-            if tensor is None or not adapter.is_tensor(tensor):
+            if tensor is None or not adapter.is_tensor(tensor) or adapter.is_wrapped(tensor):
                 tensor = adapter.new_state_tensor(group, parameter, str(key), entry.leaf.dtype, entry.leaf.shape)
             if entry.told and not in_order(adapter.view(tensor, where, target=False), entry.order):
                 tensor = adapter.new_like(tensor, entry.order)
