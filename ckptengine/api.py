@@ -10,7 +10,7 @@ from typing import Any
 from ckptengine.comm.base import Communicator
 from ckptengine.comm.select import current
 from ckptengine.errors import SaveFailedError
-from ckptengine.load.loader import LoadOptions, load_arrays, load_newest
+from ckptengine.load.loader import LoadOptions, load_arrays, load_newest, tell_leftovers
 from ckptengine.save.handle import SaveHandle, SaveStats
 from ckptengine.save.replicas import replica_check
 from ckptengine.save.saver import DEFAULT_TIMEOUT, Saver
@@ -143,5 +143,7 @@ def load(
         return load_arrays(storage, options, rank)
     comm = comm or current()
     storage.check_shared(comm.world_size)
-    report: LoadReport = load_newest(storage, into, comm, timeout, options).report
+    loaded = load_newest(storage, into, comm, timeout, options)
+    tell_leftovers(loaded, comm)
+    report: LoadReport = loaded.report
     return report

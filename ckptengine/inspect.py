@@ -44,7 +44,7 @@ class CheckpointSummary:
     `parent` is the (generation, step) that this life of the run was restored from, None for a fresh start;
     `nbytes` the size of all files together; `created` is UTC, ISO 8601. `newest` marks the one that `restore`
     tries first, of those whose manifest is sound. `problem` says why a manifest can't be used; then the
-    fields that it would give are None.
+    fields that it would give are None. `linked` says that a symbolic link leads there: nothing deletes it.
     """
 
     path: str
@@ -56,6 +56,7 @@ class CheckpointSummary:
     created: str | None
     newest: bool
     problem: str | None
+    linked: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -222,11 +223,12 @@ def _committed(storage: Storage) -> list[listing.Entry]:
 
 def _summary(storage: Storage, entry: listing.Entry, newest: bool) -> CheckpointSummary:
     path = storage.location(entry.directory)
+    linked = storage.is_linked(entry.manifest)
     try:
         manifest = listing.read_manifest(storage, entry)
     except CheckpointError as error:
         problem = str(error)
-        return CheckpointSummary(path, entry.step, entry.generation, None, None, None, None, False, problem)
+        return CheckpointSummary(path, entry.step, entry.generation, None, None, None, None, False, problem, linked)
     nbytes = sum(record.nbytes for record in (manifest.layout, *manifest.archives))
     return CheckpointSummary(
         path,
@@ -238,6 +240,7 @@ def _summary(storage: Storage, entry: listing.Entry, newest: bool) -> Checkpoint
         manifest.created,
         newest,
         None,
+        linked,
     )
 
 

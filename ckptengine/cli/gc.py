@@ -86,7 +86,9 @@ def _collect(
         removed.append(found)
 
     problems = remove_leftovers(storage, remove)
-    for entry, manifest in superseded(storage, keep_last, keep_every) if keep_last is not None else ():
+    old, unread = superseded(storage, keep_last, keep_every) if keep_last is not None else ([], [])
+    problems += unread
+    for entry, manifest in old:
         nbytes = manifest.nbytes + (storage.size(entry.manifest) or 0)
         try:
             if not dry_run:

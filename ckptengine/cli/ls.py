@@ -47,6 +47,6 @@ def _table(checkpoints: list[CheckpointSummary]) -> Table:
             continue
         parent = "-" if one.parent is None else f"{one.parent[1]} (generation {one.parent[0]})"
         sizes = str(one.world_size), size_text(one.nbytes)
-        note = "newest" if one.newest else ""
+        note = ", ".join(["newest"] * one.newest + ["a link, never deleted"] * one.linked)
         table.add_row(step, str(one.generation), parent, *sizes, shown(one.created or ""), note)
     return table

@@ -7,6 +7,7 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
 
+from ckptengine.catalog.commit import attempt_directory
 from ckptengine.catalog.listing import Entry, Problem, committed, lineage, manifest_name, read_manifest
 from ckptengine.catalog.manifest import Manifest
 from ckptengine.comm.agree import share
@@ -46,17 +47,42 @@ def while_replaced(storage: StorageView, read: Callable[[Checkpoint], _T]) -> _T
         entries = committed(storage) or committed(storage)
         if not entries:
             raise _not_found(storage)
-        entry = entries[-1]
+        looked_at = [entries[-1]]
         try:
-            checkpoint = Checkpoint(storage, entry.directory, read_manifest(storage, entry))
-            checkpoint.check_files()
-            return read(checkpoint)
+            return read(_first_with_data(storage, looked_at))
         except (CheckpointDamagedError, StorageError):
-            if storage.size(entry.manifest) is not None:
+            if storage.size(looked_at[-1].manifest) is not None:
                 raise
     raise CheckpointNotFoundError(
         f"{storage.location()}: its checkpoints are deleted faster than they can be read ({TRIES} tries): keep more"
     )
+
+
+def _first_with_data(storage: StorageView, looked_at: list[Entry]) -> Checkpoint:
+    """Return the newest checkpoint whose data is there; the entries of the lineage are added to `looked_at`.
+
+    A writer that stood still and was swept before it published leaves a manifest whose data is gone as a whole: that is
+    passed over with a warning. Other damage is raised.
+    """
+    empty: CheckpointDamagedError | None = None
+    for item in lineage(storage):
+        looked_at.append(item.entry if isinstance(item, Problem) else item[0])
+        if isinstance(item, Problem):
+            raise item.error
+        checkpoint = Checkpoint(storage, item[0].directory, item[1])
+        try:
+            checkpoint.check_files()
+        except CheckpointDamagedError as error:
+            if storage.list(attempt_directory(checkpoint.directory, checkpoint.manifest.attempt)):
+                raise
+            if storage.size(item[0].manifest) is None:
+                raise
+            empty = empty or error
+            continue
+        if empty is not None:
+            _log.warning("%s is taken, a newer one has a manifest and no data: %s", checkpoint.location, empty)
+        return checkpoint
+    raise empty or _not_found(storage)
 
 
 class Chooser:

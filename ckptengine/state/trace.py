@@ -14,9 +14,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from ckptengine.layout.box import Box
-from ckptengine.state.adapters import Adapter
+from ckptengine.state.adapters import ABOUT, Adapter
+from ckptengine.state.asked import Asked
 from ckptengine.state.kinds import SCALARS, Inspector, Kind
 from ckptengine.state.leaf import Part, Path, Placement
+from ckptengine.state.outline import part_order
+from ckptengine.state.own_state import named_state
 from ckptengine.state.sharded import ShardedArray
 
 __all__ = [
@@ -25,6 +28,7 @@ __all__ = [
     "ModuleStep",
     "ObjectStep",
     "OptimizerStep",
+    "OwnOptimizerStep",
     "PerRankStep",
     "PlainStep",
     "SequenceStep",
@@ -33,6 +37,7 @@ __all__ = [
     "TensorStep",
     "Trace",
     "Visited",
+    "WrappedStep",
     "head_of",
 ]
 
@@ -46,8 +51,8 @@ class _Met:
 
     __slots__ = ("inspector", "tensors", "values")
 
-    def __init__(self) -> None:
-        self.inspector = Inspector()
+    def __init__(self, asked: Asked) -> None:
+        self.inspector = Inspector(asked)
         self.tensors: list[Any] = []
         self.values: tuple[dict[Path, Any], dict[Path, Any]] = ({}, {})
 
@@ -92,6 +97,25 @@ class TensorStep(Step):
         met.tensors.append(value)
 
 
+class WrappedStep(Step):
+    """A tensor that is made of others: it is taken apart again, which costs more than a plain tensor does."""
+
+    __slots__ = ("adapter", "inner", "kind", "path", "per_rank")
+
+    def __init__(self, kind: type, adapter: Adapter, path: Path, steps: Mapping[str, Step], per_rank: bool) -> None:
+        self.kind: Any = kind
+        self.adapter, self.path, self.per_rank = adapter, path, per_rank
+        self.inner = DictStep(dict, steps)
+
+    def again(self, value: Any, met: _Met) -> None:
+        """Look at its inner tensors, and note what they make."""
+        if type(value) is not self.kind or not self.adapter.is_wrapped(value):
+            raise Changed
+        inner = self.adapter.unwrap(value, self.path)
+        met.values[self.per_rank][(*self.path, ABOUT)] = inner.pop(ABOUT)
+        self.inner.again(inner, met)
+
+
 class ShardedStep(Step):
     """A `ShardedArray`, which many jobs make anew for each save."""
 
@@ -109,8 +133,8 @@ class ShardedStep(Step):
         met.tensors.append(value.local)
 
 
-class _WrapperStep(Step):
-    """Something of one class around something else."""
+class PerRankStep(Step):
+    """A `PerRank` around something."""
 
     __slots__ = ("inner", "kind")
 
@@ -122,34 +146,23 @@ class _WrapperStep(Step):
         """Look at what is in it now."""
         if type(value) is not self.kind:
             raise Changed
-        self.inner.again(self.content(value), met)
-
-    @staticmethod
-    @abstractmethod
-    def content(value: Any) -> Any:
-        """Return what is in it."""
+        self.inner.again(value.value, met)
 
 
-class PerRankStep(_WrapperStep):
-    """A `PerRank` around something."""
-
-    __slots__ = ()
-
-    @staticmethod
-    def content(value: Any) -> Any:
-        """Return the value that each rank has of its own."""
-        return value.value
-
-
-class ObjectStep(_WrapperStep):
+class ObjectStep(Step):
     """An object with `state_dict`."""
 
-    __slots__ = ()
+    __slots__ = ("inner", "kind", "path")
 
-    @staticmethod
-    def content(value: Any) -> Any:
-        """Return the state that it gives now."""
-        return value.state_dict()
+    def __init__(self, kind: type, inner: Step, path: Path) -> None:
+        self.inner, self.path = inner, path
+        self.kind: Any = kind
+
+    def again(self, value: Any, met: _Met) -> None:
+        """Look at the state that it gives now."""
+        if type(value) is not self.kind:
+            raise Changed
+        self.inner.again(met.inspector.asked.state_of(value, self.path), met)
 
 
 class SequenceStep(Step):
@@ -201,17 +214,17 @@ class DictStep(Step):
 class ModuleStep(Step):
     """A module: the same one, with entries under the same keys."""
 
-    __slots__ = ("adapter", "entries", "module")
+    __slots__ = ("adapter", "entries", "module", "path")
 
-    def __init__(self, module: Any, adapter: Adapter, steps: Mapping[str, Step]) -> None:
-        self.module, self.adapter = weakref.ref(module), adapter
+    def __init__(self, module: Any, adapter: Adapter, steps: Mapping[str, Step], path: Path) -> None:
+        self.module, self.adapter, self.path = weakref.ref(module), adapter, path
         self.entries = DictStep(dict, steps)
 
     def again(self, value: Any, met: _Met) -> None:
         """Look at each entry."""
         if self.module() is not value:
             raise Changed
-        self.entries.again(self.adapter.module_values(value), met)
+        self.entries.again(met.inspector.asked.values_of(value, self.adapter, self.path), met)
 
 
 class OptimizerStep(Step):
@@ -233,22 +246,50 @@ class OptimizerStep(Step):
 
     def again(self, value: Any, met: _Met) -> None:
         """Look at each parameter's state, and at the groups."""
-        if self.optimizer() is not value:
+        if self.optimizer() is not value or self.adapter.saves_itself(value):  # a hook may be new
             raise Changed
         groups = self.adapter.optimizer_groups(value)
-        if len(groups) != len(self.parameters):
-            raise Changed
-        parameters: list[Any] = []
-        for group, known in zip(groups, self.parameters, strict=True):
-            if not _same(known, group["params"]):
-                raise Changed
-            parameters += group["params"]
+        parameters = _same_parameters(self.parameters, groups)
         states = self.adapter.optimizer_states(value, parameters)
         if states is None:
             raise Changed
         for step, state in zip(self.states, states, strict=True):
             step.again(state, met)
         self.groups.again([{**g, "params": n} for g, n in zip(groups, self.names, strict=True)], met)
+
+
+class OwnOptimizerStep(Step):
+    """An optimizer that is saved by its own `state_dict`: the same one, with the same parameters."""
+
+    __slots__ = ("adapter", "inner", "names", "optimizer", "parameters", "path")
+
+    def __init__(
+        self, optimizer: Any, adapter: Adapter, names: Sequence[Sequence[str]], inner: Step, path: Path
+    ) -> None:
+        self.optimizer, self.adapter, self.names = weakref.ref(optimizer), adapter, names
+        self.parameters = [[weakref.ref(p) for p in g["params"]] for g in adapter.optimizer_groups(optimizer)]
+        self.inner, self.path = inner, path
+
+    def again(self, value: Any, met: _Met) -> None:
+        """Look at what it says of itself now."""
+        if self.optimizer() is not value or not self.adapter.saves_itself(value):
+            raise Changed
+        groups = self.adapter.optimizer_groups(value)
+        _same_parameters(self.parameters, groups)
+        own = met.inspector.asked.state_of(value, self.path)
+        self.inner.again(named_state(own, groups, self.names), met)
+
+
+def _same_parameters(known: Sequence[Sequence[weakref.ref[Any]]], groups: Sequence[Mapping[str, Any]]) -> list[Any]:
+    """Return the parameters of all groups; raises `Changed` where they are not those that are known."""
+    if len(groups) != len(known):
+        raise Changed
+    parameters: list[Any] = []
+    for group, there in zip(groups, known, strict=True):
+        if not _same(there, group["params"]):
+            raise Changed
+        parameters += group["params"]
+    return parameters
 
 
 def _same(known: Sequence[weakref.ref[Any]], values: Sequence[Any]) -> bool:
@@ -274,8 +315,8 @@ class Visited:
 
 
 def head_of(dtype: str, shape: tuple[int, ...], placement: Placement, parts: Sequence[Part]) -> tuple[Any, ...]:
-    """Return what of a tensor's view its place in the plan depends on."""
-    return dtype, shape, placement, tuple((part.box, type(part.memory)) for part in parts)
+    """Return what of a tensor's view its place in the plan, and what is stored of it beside its bytes, depend on."""
+    return dtype, shape, placement, tuple((part.box, type(part.memory), part_order(part)) for part in parts)
 
 
 @dataclass(frozen=True, slots=True)
@@ -320,12 +361,14 @@ class Trace:
         """Return numbers that change when what is fenced is written to, given the tensors in the order of the trace."""
         return [self._rows[n].adapter.versions((tensors[n],))[0] for n in self._fenced]
 
-    def again(self, state: Any) -> Again | None:
+    def again(self, state: Any, asked: Asked | None = None) -> Again | None:
         """Compare a state with the one before; None where its structure has changed, or may have.
+
+        What modules and objects answer stays in `asked`.
 
         What is found to have moved is remembered: the next comparison is with this state.
         """
-        met = _Met()
+        met = _Met(Asked() if asked is None else asked)
         try:
             self._root.again(state, met)
             moved = self._moved(met.tensors)

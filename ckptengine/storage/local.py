@@ -198,7 +198,7 @@ class LocalStorage(Storage):
 
     def delete(self, name: str, *, durable: bool = True) -> None:
         """Delete a file and sync its directory (not without `durable`); one that is missing is no error."""
-        path = self._path(name)
+        path = self._own_path("delete", name)
         try:
             self._disk.unlink(path)
         except FileNotFoundError:
@@ -210,7 +210,7 @@ class LocalStorage(Storage):
 
     def delete_tree(self, name: str) -> None:
         """Delete a directory and all below it; one that is missing is no error."""
-        path = self._path(name)
+        path = self._own_path("delete", name, last=True)
         try:
             self._disk.remove_tree(path)
         except FileNotFoundError:
@@ -221,7 +221,7 @@ class LocalStorage(Storage):
 
     def remove_directory(self, name: str) -> bool:
         """Remove a directory if it is empty; return whether it is gone."""
-        path = self._path(name)
+        path = self._own_path("remove the directory", name, last=True)
         try:
             self._disk.remove_directory(path)
         except FileNotFoundError:
@@ -272,12 +272,46 @@ class LocalStorage(Storage):
             with contextlib.suppress(OSError):
                 os.unlink(path)
 
+    def is_linked(self, name: str) -> bool:
+        """Return whether a symbolic link leads to a name, or is it; what is above the root does not count."""
+        return self._link(name) is not None
+
     def location(self, name: str = "") -> str:
         """Return the full path of a name."""
         return self._path(name, allow_root=True)
 
     def _path(self, name: str, allow_root: bool = False) -> str:
         return str(self.root / check_name(name, allow_root=allow_root))
+
+    def _own_path(self, operation: str, name: str, *, last: bool = False) -> str:
+        """Return the path of what is to be deleted; raises `StorageError` (ELOOP) where a link leads out of the root.
+
+        With `last` the name itself must not be a link either: what it points to would be meant.
+        """
+        path = self._path(name)
+        link = self._link(name if last else os.path.dirname(name))
+        if link is not None:
+            raise StorageError(
+                errno.ELOOP,
+                f"cannot {operation} {path}: {link} is a symbolic link, which is not followed: what it points to may "
+                "be another run's; remove the link by hand where it is not wanted",
+            )
+        return path
+
+    def _link(self, name: str) -> str | None:
+        """Return the first part of a name below the root that is a symbolic link."""
+        path = str(self.root)
+        for part in name.split("/") if name else ():
+            path = f"{path}/{part}"
+            try:
+                found = os.lstat(path)
+            except (FileNotFoundError, NotADirectoryError):
+                return None
+            except OSError as error:
+                raise _error("look up", path, error) from error
+            if stat.S_ISLNK(found.st_mode):
+                return path
+        return None
 
     @staticmethod
     def _temporary(target: str) -> str:
@@ -483,6 +517,7 @@ class LocalArchiveWriter(ArchiveWriter):
 
     def __init__(self, storage: LocalStorage, target: str, nbytes: int) -> None:
         self._storage, self._target = storage, target
+        self.where = target
         self._temporary = storage._temporary(target)
         self._direct = True
         self._fd = storage._create(self._temporary, target)

@@ -46,6 +46,8 @@ class RemoteStorage(Storage):
     Directories don't exist here: one is there while anything is below it.
     """
 
+    leaves_temporaries = False  # an upload appears as a whole; what is left of one shows in `unfinished`
+
     def __init__(
         self,
         location: str,

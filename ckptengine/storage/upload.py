@@ -64,7 +64,7 @@ class RemoteArchiveWriter(ArchiveWriter):
     """
 
     def __init__(self, objects: Objects, key: str, where: str, part: int, budget: Budget, patience: Patience) -> None:
-        self._objects, self._key, self._where = objects, key, where
+        self._objects, self._key, self.where = objects, key, where
         self._budget, self._patience = budget, patience
         self._part = part
         self._carry = bytearray()
@@ -75,7 +75,7 @@ class RemoteArchiveWriter(ArchiveWriter):
     def write(self, address: int, nbytes: int, position: int) -> None:
         """Send the parts that lie in this memory as a whole, and keep the rest."""
         if position != self._position:
-            raise ValueError(f"{self._where}: position {position} does not follow on {self._position}")
+            raise ValueError(f"{self.where}: position {position} does not follow on {self._position}")
         view = memoryview((ctypes.c_uint8 * nbytes).from_address(address)).cast("B")
         begin = 0
         if self._carry:
@@ -90,7 +90,7 @@ class RemoteArchiveWriter(ArchiveWriter):
         self._position += nbytes
 
     def _persist(self, operation: str, call: Callable[[Request], _T], patience: Patience | None = None) -> _T:
-        return persist(operation, self._where, call, patience or self._patience, self._objects)
+        return persist(operation, self.where, call, patience or self._patience, self._objects)
 
     def _send(self, parts: list[memoryview]) -> None:
         if not parts:
@@ -106,7 +106,7 @@ class RemoteArchiveWriter(ArchiveWriter):
 
             def once(request: Request) -> None:
                 if request.doubtful and upload.in_order:
-                    raise StorageError(errno.EIO, f"cannot write {self._where}: part {number} was lost on its way")
+                    raise StorageError(errno.EIO, f"cannot write {self.where}: part {number} was lost on its way")
                 upload.send(number, memory, request.left)
 
             self._persist(f"upload part {number} of", once, patience.for_bytes(memory.nbytes))
@@ -131,7 +131,7 @@ class RemoteArchiveWriter(ArchiveWriter):
             if request.doubtful and upload.in_order:
                 # A file that failed to close counts as closed.
                 if not self._is_there(request):
-                    raise StorageError(errno.EIO, f"cannot write {self._where}: its last part was lost on its way")
+                    raise StorageError(errno.EIO, f"cannot write {self.where}: its last part was lost on its way")
                 return
             try:
                 upload.complete(request.left)

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 
-from ckptengine.state.adapters import Adapter, ModuleEntry, TensorView
+from ckptengine.state.adapters import Adapter, Layouts, ModuleEntry, TensorView
 from ckptengine.state.leaf import Path
 from ckptengine.state.random_stream import RandomStream
 from ckptengine.torch import accelerator
 from ckptengine.torch import module as _module
 from ckptengine.torch import optimizer as _optimizer
+from ckptengine.torch import own_calls as _own_calls
 from ckptengine.torch import random as _random
-from ckptengine.torch.tensor import convert_tensor, dtype_name, fingerprints, torch_dtype, view_tensor
+from ckptengine.torch import wrapped as _wrapped
+from ckptengine.torch.layouts import TorchLayouts
+from ckptengine.torch.tensor import convert_tensor, dtype_name, fingerprints, new_like, torch_dtype, view_tensor
 
 __all__ = ["TorchAdapter"]
 
@@ -45,6 +48,28 @@ class TorchAdapter(Adapter):
         """Return a new CPU tensor."""
         return torch.empty(shape, dtype=torch_dtype(dtype))
 
+    def is_wrapped(self, tensor: Any) -> bool:
+        """Whether a tensor, or what a DTensor holds, is made of other tensors."""
+        return _wrapped.is_wrapped(tensor)
+
+    def unwrap(self, tensor: Any, path: Path) -> dict[str, Any]:
+        """Return the inner tensors of a tensor subclass, and what they make."""
+        return _wrapped.unwrap(tensor, path)
+
+    def new_wrapped(
+        self, about: Any, arrays: Mapping[str, tuple[str, tuple[int, ...]]], parameter: Any, path: Path
+    ) -> Any:
+        """Return a new tensor of a subclass that is imported."""
+        return _wrapped.new_wrapped(about, arrays, parameter, path)
+
+    def new_like(self, tensor: Any, order: tuple[int, ...] | None) -> torch.Tensor:
+        """Return a new tensor on the same device, or distributed in the same way."""
+        return new_like(tensor, order)
+
+    def layouts(self, tensors: Sequence[tuple[Path, Any]]) -> Layouts:
+        """Return how parameters and tensors are spread."""
+        return TorchLayouts(tensors)
+
     def convert(self, tensor: Any, buffers: Sequence[np.ndarray[Any, Any]], dtype: str) -> None:
         """Fill a tensor from host buffers of another dtype."""
         convert_tensor(tensor, buffers, dtype)
@@ -53,13 +78,21 @@ class TorchAdapter(Adapter):
         """Whether a value is a module."""
         return isinstance(value, torch.nn.Module)
 
-    def module_entries(self, module: Any, path: Path) -> list[ModuleEntry]:
-        """Return a module's state by names without wrappers' prefixes."""
-        return _module.module_entries(module, path)
+    def check_module(self, module: Any, path: Path) -> None:
+        """Raise `StateError` for modules that hide their parameters."""
+        _module.check_module(module, path)
 
-    def module_values(self, module: Any) -> dict[str, Any]:
+    def module_values(self, module: Any) -> Mapping[str, Any]:
         """Return the module's state by its own keys; under FSDP2 this puts the sharded parameters back."""
-        return dict(module.state_dict(keep_vars=True))
+        return _module.module_values(module)
+
+    def module_entries(self, module: Any, path: Path, values: Mapping[str, Any]) -> list[ModuleEntry]:
+        """Return a module's state by names without wrappers' prefixes."""
+        return _module.module_entries(module, path, values)
+
+    def module_tensors(self, module: Any) -> Iterable[Any]:
+        """Return parameters and buffers."""
+        return (*module.parameters(), *module.buffers())
 
     def load_module(self, module: Any, entries: Mapping[str, Any]) -> None:
         """Hand over what could not be filled in place."""
@@ -71,7 +104,7 @@ class TorchAdapter(Adapter):
 
     def optimizer_groups(self, optimizer: Any) -> list[dict[str, Any]]:
         """Return the live groups."""
-        groups: list[dict[str, Any]] = optimizer.param_groups
+        groups: list[dict[str, Any]] = getattr(optimizer, "param_groups", [])  # a container of optimizers may have none
         return groups
 
     def optimizer_state(self, optimizer: Any, parameter: Any) -> dict[str, Any]:
@@ -85,6 +118,22 @@ class TorchAdapter(Adapter):
     def check_optimizer(self, optimizer: Any, path: Path) -> None:
         """Raise `StateError` for optimizers that can't be saved."""
         _optimizer.check_optimizer(optimizer, path)
+
+    def check_parameter_state(self, parameter: Any, state: Mapping[Any, Any], path: Path) -> None:
+        """Raise `StateError` for plain tensors in the state of a sharded parameter."""
+        _optimizer.check_parameter_state(parameter, state, path)
+
+    def saves_itself(self, optimizer: Any) -> bool:
+        """Whether the class or a hook has changed `state_dict`."""
+        return _own_calls.saves_itself(optimizer)
+
+    def loads_itself(self, optimizer: Any) -> bool:
+        """Whether the class or a hook has changed `load_state_dict`, or `state_dict`."""
+        return _own_calls.loads_itself(optimizer)
+
+    def hand_over(self, optimizer: Any, state: Any | None) -> None:
+        """Call the optimizer's `load_state_dict`; lists and state that were shared with others stay so."""
+        _own_calls.hand_over(optimizer, state)
 
     def set_optimizer_state(self, optimizer: Any, parameter: Any, state: dict[str, Any] | None) -> None:
         """Replace or remove one parameter's state."""

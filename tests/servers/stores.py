@@ -17,8 +17,9 @@ from typing import Any
 
 import pytest
 from buckets import QUICK, SMALL, s3_options
-from ckptengine.storage.remote import RemoteStorage
 from servers import KEY, SECRET
+
+from ckptengine.storage.remote import RemoteStorage
 
 HERE = Path(__file__).parent
 # Azurite's documentation, "Default storage account": the well-known key of the emulator.

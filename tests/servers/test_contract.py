@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import pytest
-from ckptengine.storage.base import Storage
 from contract import StorageContract
+
+from ckptengine.storage.base import Storage
 
 
 class TestContract(StorageContract):

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import ckptengine as ce
 import numpy as np
 import pytest
 from servers import Proxy
+
+import ckptengine as ce
 
 
 @pytest.fixture(params=["s3", "gs", "abfs"])

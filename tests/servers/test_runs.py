@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import threading
 
-import ckptengine as ce
 import numpy as np
 import pytest
+from contract import aligned
+
+import ckptengine as ce
 from ckptengine.catalog.generation import claim_generation
 from ckptengine.catalog.listing import committed
 from ckptengine.catalog.retention import remove_leftovers
 from ckptengine.errors import CheckpointDamagedError
 from ckptengine.storage.open import open_storage
-from contract import aligned
 
 
 def state(step: int) -> dict:

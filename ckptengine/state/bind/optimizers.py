@@ -7,9 +7,11 @@ from typing import Any
 
 from ckptengine.state.adapters import Adapter
 from ckptengine.state.bind.base import FRAMEWORK
-from ckptengine.state.bind.tensors import TensorBinder
+from ckptengine.state.bind.objects import hand_over
+from ckptengine.state.bind.tensors import Maker, TensorBinder
 from ckptengine.state.kinds import optimizer_names
 from ckptengine.state.leaf import Path, dotted
+from ckptengine.state.outline import in_order
 from ckptengine.state.saved import Node, SavedArray
 
 __all__ = ["OptimizerBinder"]
@@ -42,6 +44,10 @@ class OptimizerBinder(TensorBinder):
             if self._selection.reaches(path):
                 self._absent(path, per_rank)
             return
+        if self._selection.reaches(path):
+            if self._another_class(optimizer, path, node):
+                return
+            self.built.append(path)
         saved_state = node.child("state") or Node()
         by_name = {self._parameter_name(str(key)): child for key, child in saved_state.children.items()}
         for group, group_names in zip(groups, names, strict=True):
@@ -59,6 +65,9 @@ class OptimizerBinder(TensorBinder):
                 setting = functools.partial(adapter.set_optimizer_state, optimizer, parameter, new)
                 self._act(FRAMEWORK, setting)
         self._bind_groups(adapter, groups, names, (*path, "param_groups"), node.child("param_groups"), per_rank)
+        if adapter.loads_itself(optimizer):
+            call = functools.partial(adapter.hand_over, optimizer)
+            self._act(FRAMEWORK, functools.partial(hand_over, optimizer, None, path, call))
 
     def _parameter_name(self, name: str) -> str:
         """A parameter's name is itself a dotted path, so `rename` holds for it too."""
@@ -88,17 +97,26 @@ class OptimizerBinder(TensorBinder):
         path: Path,
         node: Node,
     ) -> dict[str, Any]:
+        def make(entry: SavedArray, where: Path) -> Any:
+            array = adapter.new_state_tensor(group, parameter, str(where[-1]), entry.leaf.dtype, entry.leaf.shape)
+            if entry.told and not in_order(adapter.view(array, where, target=False), entry.order):
+                array = adapter.new_like(array, entry.order)
+            self._read(array, adapter, adapter.view(array, where, target=True), entry, where)
+            return array
+
         new: dict[str, Any] = {}
         for key, child in node.children.items():
             where = (*path, key)
             entry = child.entry
             if not isinstance(entry, SavedArray):
-                new[str(key)] = self._rebuild(child, where, current.get(str(key)))
+                new[str(key)] = self._rebuild(child, where, current.get(str(key)), Maker(make, parameter))
                 self._loaded.append(dotted(where))
                 continue
             tensor = current.get(str(key))
-            if tensor is None or not adapter.is_tensor(tensor):
+            if tensor is None or not adapter.is_tensor(tensor) or adapter.is_wrapped(tensor):
                 tensor = adapter.new_state_tensor(group, parameter, str(key), entry.leaf.dtype, entry.leaf.shape)
+            if entry.told and not in_order(adapter.view(tensor, where, target=False), entry.order):
+                tensor = adapter.new_like(tensor, entry.order)
             new[str(key)] = tensor
             self._bind_tensor(tensor, adapter, where, child, per_rank=entry.rank is not None)
         return new
