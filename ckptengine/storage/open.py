@@ -44,11 +44,11 @@ def is_url(location: str | os.PathLike[str]) -> bool:
 
 
 def local_path(location: str | os.PathLike[str], what: str) -> str:
-    """Return the path of what must be a local directory; raises `StorageError`, naming `what`, for a URL."""
+    """Return the path of what must be a local directory, `~` expanded; raises `StorageError` for a URL, naming `what`."""
     path = os.fspath(location)
     if is_url(path):
         raise StorageError(errno.EINVAL, f"{what}={path!r}: this is a directory, not a URL")
-    return path
+    return os.path.expanduser(path)
 
 
 def open_storage(location: str | os.PathLike[str], options: Mapping[str, Any] | None = None) -> Storage:
@@ -69,7 +69,7 @@ def open_storage(location: str | os.PathLike[str], options: Mapping[str, Any] | 
             raise ValueError("storage_options are for URLs such as s3://bucket/run, not for directories")
         if match is None and "::" in path and "://" in path:
             raise StorageError(errno.EPROTONOSUPPORT, "chains of file systems (with ::) are not supported")
-        return LocalStorage(path if match is None else _directory(path))
+        return LocalStorage(os.path.expanduser(path) if match is None else _directory(path))
     protocol, rest = match[1].lower(), path[match.end() :].strip("/")
     host = rest.partition("/")[0]
     # Messages carry the scheme only: credentials may hide in the rest.
