@@ -237,9 +237,10 @@ class Checkpointer:
     ) -> LoadReport:
         """Begin from the newest checkpoint of another run: its weights, for new data, another optimizer, a new head.
 
-        `path` is that of `ckptengine.load`. Without `only` the modules of `state` are filled and nothing else: not the step, the optimizer, the scheduler, the cursor. What does not fit is left as it is and is in the report
-        that is returned, which prints as a table; with `strict=True` it is raised. The other options are those of
-        `ckptengine.load`. Call it where `restore` returned None, so that a restarted job goes on with its own work.
+        `path` names a checkpoint as in `ckptengine.load`. Without `only` the modules of `state` are filled and nothing
+        else: not the step, the optimizer, the scheduler, the cursor. What does not fit is left as it is and is in the
+        report that is returned, which prints as a table; with `strict=True` it is raised. The other options are those
+        of `ckptengine.load`. Call it where `restore` returned None, so that a restarted job goes on with its own work.
 
         Raises `StateError` where this run has been restored or has saved already, or `state` has no modules and `only`
         does not say what to load; `LoadMismatchError` where nothing fits at all; else what `ckptengine.load` raises.

@@ -119,11 +119,7 @@ def foreign_file(storage: StorageView) -> Foreign | None:
         start = inside.read_range(storage.root.name, 0, min(16, inside.size(storage.root.name) or 0))
     except CheckpointError:
         start = b""
-    for magic, kind in (
-        (b"GGUF", "weights as GGUF"),
-        (b"\x89HDF", "HDF5"),
-        (b"\x80", "a pickle, as torch.save wrote it"),
-    ):
+    for magic, kind in _MAGIC.items():
         if start.startswith(magic):
             return Foreign(kind, storage.root.name, True)
     if start[8:9] == b"{":

@@ -44,7 +44,7 @@ def is_url(location: str | os.PathLike[str]) -> bool:
 
 
 def local_path(location: str | os.PathLike[str], what: str) -> str:
-    """Return the path of what must be a local directory, `~` expanded; raises `StorageError` for a URL, naming `what`."""
+    """Return the path of what must be a local path, `~` expanded; raises `StorageError`, naming `what`, for URLs."""
     path = os.fspath(location)
     if is_url(path):
         raise StorageError(errno.EINVAL, f"{what}={path!r}: this is a directory, not a URL")
