@@ -11,8 +11,8 @@ from ckptengine.catalog.naming import open_checkpoint
 from ckptengine.comm.base import Communicator
 from ckptengine.comm.select import current
 from ckptengine.errors import SaveFailedError
-from ckptengine.load.loader import LoadOptions, load_arrays, load_newest
-from ckptengine.policy.arguments import checked_comm, checked_seconds, checked_state, checked_step
+from ckptengine.load.loader import LoadOptions, load_arrays, load_newest, tell_leftovers
+from ckptengine.policy.arguments import checked_comm, checked_seconds, checked_step
 from ckptengine.save.handle import SaveHandle, SaveStats
 from ckptengine.save.replicas import replica_check
 from ckptengine.save.saver import DEFAULT_TIMEOUT, Saver
@@ -88,7 +88,6 @@ def async_save(
     """
     timeout = checked_seconds("timeout", timeout)
     comm = checked_comm(comm) or current()
-    checked_state(state)
     saver = _saver(comm, timeout)
     target = single_checkpoint(open_storage(path, storage_options), metadata)
     return saver.start(target, state, replica_check(check_replicas), timeout)
@@ -128,9 +127,8 @@ def load(
     """Fill a state from a checkpoint, or return its arrays and values.
 
     `path` is a run, of which the newest checkpoint is taken or that of `step`; or RUN/step-40, or what `save` wrote; or
-    a URL of these, with fsspec's `storage_options`. With `into`, all ranks
-    call it, at any world size and sharding, and get a `LoadReport`; tensors are filled in place, objects through
-    `load_state_dict`. Without, this process alone gets nested dicts of numpy arrays (bfloat16 and float8 as
+    a URL of these, with fsspec's `storage_options`. With `into`, all ranks call it, at any world size and sharding, and
+    get a `LoadReport`; tensors are filled in place, objects through `load_state_dict`. Without, this process alone gets nested dicts of numpy arrays (bfloat16 and float8 as
     `ml_dtypes`' types) and plain values; no framework is needed. What ranks have of their own (`PerRank`) is left out,
     or with `rank` that rank's is included.
 
@@ -144,10 +142,11 @@ def load(
     """
     timeout, comm = checked_seconds("timeout", timeout), checked_comm(comm)
     storage = open_checkpoint(path, storage_options, None if step is None else checked_step(step, {}))
-    if into is not None:
-        checked_state(into)
     options = LoadOptions.of(only, rename, strict, cast)
     if into is None:
         return load_arrays(storage, options, rank)
-    report: LoadReport = load_newest(storage, into, comm or current(), timeout, options).report
+    comm = comm or current()
+    loaded = load_newest(storage, into, comm, timeout, options)
+    tell_leftovers(loaded, comm)
+    report: LoadReport = loaded.report
     return report

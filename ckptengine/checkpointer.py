@@ -16,10 +16,9 @@ from ckptengine.comm.base import Communicator
 from ckptengine.comm.select import current
 from ckptengine.errors import (
     CheckpointError,
-    LoadMismatchError,
     StateError,
 )
-from ckptengine.load.loader import LoadOptions, load_newest, restore_newest
+from ckptengine.load.loader import LoadOptions, load_newest, restore_newest, tell_leftovers
 from ckptengine.policy.arguments import (
     checked_choice,
     checked_comm,
@@ -210,6 +209,8 @@ class Checkpointer:
             loaded = restore_newest(
                 tiers.views(), state, self._comm, self._timeout, options, step, tiers.bring, tiers.home.location()
             )
+            if loaded is not None:
+                tell_leftovers(loaded, self._comm)
             if again:
                 return None if loaded is None else loaded.step
             # What follows is a new life of the run, also where this process has saved before.
@@ -272,11 +273,6 @@ class Checkpointer:
         if self._comm.rank == 0:
             level = logging.INFO if loaded.report.complete else logging.WARNING
             _log.log(level, "%s: warm start from %s: %s", self.run, loaded.location, loaded.report)
-        if not loaded.report.loaded:
-            raise LoadMismatchError(
-                f"warm start from {loaded.location}: nothing in it fits {', '.join(options.only)}; `rename` maps "
-                f"names\n{loaded.report}"
-            )
         return loaded.report
 
     def step(self, step: int, state: Mapping[str, Any]) -> SaveHandle | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -21,16 +22,18 @@ from ckptengine.load.choose import TRIES, Chooser, while_replaced
 from ckptengine.load.describe import describe
 from ckptengine.load.fill import Filling, host_memory, plan_filling, read_ranges
 from ckptengine.load.node import Offer
+from ckptengine.load.same import brings_the_same
 from ckptengine.load.share import Counts, make_offer, read, together
 from ckptengine.load.window import StoppedElsewhere
 from ckptengine.state.bind import Binding, LoadReport, bind
 from ckptengine.state.dtypes import DTYPES
 from ckptengine.state.leaf import ArrayLeaf, Part, Path, dotted
+from ckptengine.state.outline import put_in_order
 from ckptengine.state.select import Selection, renamer
 from ckptengine.state.tree import unflatten
 from ckptengine.storage.base import StorageView
 
-__all__ = ["LoadOptions", "Loaded", "load_arrays", "load_newest", "restore_newest"]
+__all__ = ["LoadOptions", "Loaded", "load_arrays", "load_newest", "restore_newest", "tell_leftovers"]
 
 _log = logging.getLogger("ckptengine")
 
@@ -151,6 +154,12 @@ def restore_newest(
     return None
 
 
+def tell_leftovers(loaded: Loaded, comm: Communicator) -> None:
+    """Log what did not fit and was left as it is, once for all ranks."""
+    if comm.rank == 0 and not loaded.report.complete:
+        _log.warning("%s: not all of it was loaded: %s", loaded.location, loaded.report)
+
+
 def _tell_gone(comm: Communicator, checkpoint: Checkpoint, error: Exception) -> None:
     if comm.rank == 0:
         _log.info(
@@ -201,7 +210,11 @@ def _arrays_of(checkpoint: Checkpoint, options: LoadOptions, rank: int | None) -
     read_ranges(filling, filling.needs)
     filling.finish()
     containers = {rename(path): kind for path, kind in containers.items()}
-    return unflatten(values, {rename(path): arrays[source] for path, source in wanted.items()}, containers, {})
+    nested = unflatten(values, {rename(path): arrays[source] for path, source in wanted.items()}, containers, {})
+    for outline in (saved.outline, saved.rank_outlines[rank] if rank is not None else None):
+        if outline is not None:
+            put_in_order(nested, outline, rename)
+    return nested
 
 
 def _new_array(shape: tuple[int, ...], dtype: str, path: Path) -> NDArray[Any]:
@@ -234,6 +247,7 @@ def _load(
                 rename=options.rename,
                 strict=options.strict,
                 cast=options.cast,
+                same=functools.partial(brings_the_same, checkpoint),
             )
             index = checkpoint.rows.index
             filling = plan_filling(checkpoint, [(index[one.path, one.rank], one.target) for one in binding.reads])

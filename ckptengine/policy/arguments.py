@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ckptengine.comm.base import Communicator
+from ckptengine.errors import StateError
 from ckptengine.policy.preemption import Preemption
 
 __all__ = [
@@ -107,9 +108,9 @@ def checked_step(step: Any, state: Any) -> int:
 
 
 def checked_state(state: Any) -> None:
-    """Raise `TypeError` for a state that maps no names to what is to be saved."""
+    """Raise `StateError` for a state that maps no names to what is to be saved."""
     if not isinstance(state, Mapping):
-        raise TypeError(
+        raise StateError(
             f"state is {_kind(state)}: give a dict that names what belongs to the training, such as "
             '{"model": model, "optimizer": optimizer}'
         )

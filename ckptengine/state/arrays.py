@@ -84,6 +84,11 @@ class NumpyAdapter(Adapter):
         """Return a new array."""
         return np.empty(shape, DTYPES[dtype].numpy)
 
+    def new_like(self, tensor: Any, order: tuple[int, ...] | None) -> np.ndarray[Any, Any]:
+        """Return a new array whose dimensions lie in memory in an order."""
+        order = order or tuple(range(tensor.ndim))
+        return np.empty([tensor.shape[dim] for dim in order], tensor.dtype).transpose(np.argsort(order))
+
     def convert(self, tensor: Any, buffers: Sequence[np.ndarray[Any, Any]], dtype: str) -> None:
         """Fill an array from a buffer of another dtype, as `astype` converts."""
         for buffer in buffers:

@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
-from dataclasses import dataclass, replace
+from collections import OrderedDict
+from collections.abc import Hashable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ckptengine.errors import CheckpointDamagedError, StateError
 from ckptengine.layout.head import MAX_NDIM
-from ckptengine.state.adapters import Adapter, TensorView, describe_type
+from ckptengine.state.adapters import ABOUT, Adapter, TensorView, describe_type
 from ckptengine.state.asked import Asked
 from ckptengine.state.kinds import Inspector, Kind, children, optimizer_names
 from ckptengine.state.leaf import ArrayLeaf, DeviceMemory, Key, Part, Path, Placement, dotted
 from ckptengine.state.loaders import is_stateful_loader
+from ckptengine.state.outline import Container, Outline, class_name, part_order, sorted_keys
+from ckptengine.state.own_state import STATE, named_state, numbers_of, parts_of
 from ckptengine.state.sharded import ShardedArray
 from ckptengine.state.trace import (
     DictStep,
     ModuleStep,
     ObjectStep,
     OptimizerStep,
+    OwnOptimizerStep,
     PerRankStep,
     PlainStep,
     SequenceStep,
@@ -27,6 +31,7 @@ from ckptengine.state.trace import (
     TensorStep,
     Trace,
     Visited,
+    WrappedStep,
     head_of,
 )
 from ckptengine.state.values import MAX_DEPTH
@@ -41,7 +46,8 @@ class FlatState:
     `arrays` are in the order in which they were met. `values` and `rank_values` are the user's own plain
     values, not copied and not yet checked: `encode` does both. `aliases` leads from each further path of tied
     memory to its first path. `containers` says `list` or `tuple` for sequences that were walked;
-    `rank_containers` the same inside `PerRank`.
+    `rank_containers` the same inside `PerRank`. `outline` and `rank_outline` say how the state is built, so that what
+    is built from a checkpoint can be built, and checked, in the same way.
     """
 
     arrays: tuple[ArrayLeaf, ...]
@@ -50,6 +56,8 @@ class FlatState:
     aliases: dict[Path, Path]
     containers: dict[Path, str]
     rank_containers: dict[Path, str]
+    outline: Outline = field(default_factory=Outline)
+    rank_outline: Outline = field(default_factory=Outline)
 
 
 def flatten(state: Mapping[str, Any]) -> FlatState:
@@ -89,6 +97,9 @@ class _Walk:
         self._arrays: list[ArrayLeaf] = []
         self._values: tuple[dict[Path, Any], dict[Path, Any]] = ({}, {})
         self._containers: tuple[dict[Path, str], dict[Path, str]] = ({}, {})
+        self._built: tuple[list[Container], list[Container]] = ([], [])
+        self._orders: tuple[dict[Path, tuple[int, ...]], dict[Path, tuple[int, ...]]] = ({}, {})
+        self._shapes: tuple[dict[Path, tuple[int, ...]], dict[Path, tuple[int, ...]]] = ({}, {})
         self._aliases: dict[Path, Path] = {}
         self._first: dict[Hashable, int] = {}
         self._visited: list[Visited] = []
@@ -104,7 +115,8 @@ class _Walk:
         arrays = tuple(
             replace(leaf, fenced=True) if number in self._fenced else leaf for number, leaf in enumerate(self._arrays)
         )
-        return FlatState(arrays, *self._values, self._aliases, *self._containers)
+        outlines = [Outline(tuple(self._built[own]), self._orders[own], self._shapes[own]) for own in (False, True)]
+        return FlatState(arrays, *self._values, self._aliases, *self._containers, *outlines)
 
     def trace(self) -> Trace:
         """Return what was met."""
@@ -124,6 +136,12 @@ class _Walk:
                 view = adapter.view(value, path, target=False)
                 self._add(value, view, adapter, path, per_rank=per_rank, buffer=buffer)
                 return TensorStep(type(value))
+            case Kind.WRAPPED:
+                assert adapter is not None
+                inner = adapter.unwrap(value, path)
+                self._values[per_rank][(*path, ABOUT)] = inner.pop(ABOUT)
+                parts = {k: self._visit(v, (*path, k), per_rank=per_rank, buffer=buffer) for k, v in inner.items()}
+                return WrappedStep(type(value), adapter, path, parts, per_rank)
             case Kind.SHARDED:
                 assert adapter is not None
                 if per_rank:
@@ -138,15 +156,20 @@ class _Walk:
             case Kind.MODULE:
                 assert adapter is not None
                 steps: dict[Any, Step] = {}
-                for entry in self._inspector.entries(value, adapter, path):
+                entries = self._inspector.entries(value, adapter, path)
+                self._build(path, "module", per_rank, keys=[entry.name for entry in entries])
+                for entry in entries:
                     where = (*path, entry.name)
                     steps[entry.key] = self._visit(entry.value, where, per_rank=per_rank, buffer=entry.buffer)
                 return ModuleStep(value, adapter, steps, path)
             case Kind.OPTIMIZER:
                 assert adapter is not None
+                if adapter.saves_itself(value):
+                    return self._visit_own_optimizer(value, adapter, path, per_rank)
                 return self._visit_optimizer(value, adapter, path, per_rank)
             case Kind.OBJECT:
                 per_rank = per_rank or is_stateful_loader(value)
+                self._build(path, "object", per_rank, class_name(value))
                 own = self._inspector.asked.state_of(value, path)
                 return ObjectStep(type(value), self._visit(own, path, per_rank=per_rank), path)
             case Kind.DICT | Kind.SEQUENCE:
@@ -154,7 +177,18 @@ class _Walk:
                     self._containers[per_rank][path] = _sequence_kind(value, path)
                 return self._visit_items(value, path, per_rank)
 
+    def _build(self, path: Path, kind: str, per_rank: bool, cls: str = "", keys: Iterable[Key] | None = None) -> None:
+        """Note a container; keys that are sorted anyway are not worth a note."""
+        order = None if keys is None else tuple(keys)
+        if order is not None and list(order) == sorted_keys(order):
+            order = None
+        self._built[per_rank].append(Container(path, kind, cls, order))
+
     def _visit_items(self, value: Any, path: Path, per_rank: bool) -> DictStep | SequenceStep:
+        if isinstance(value, Mapping):
+            self._build(path, "ordered" if isinstance(value, OrderedDict) else "dict", per_rank, keys=value)
+        else:
+            self._build(path, "tuple" if isinstance(value, tuple) else "list", per_rank)
         steps = {key: self._visit(item, (*path, key), per_rank=per_rank) for key, item in children(value, path)}
         if isinstance(value, Mapping):
             return DictStep(type(value), steps)
@@ -179,6 +213,8 @@ class _Walk:
             if placement is Placement.SHARDED:
                 raise StateError(f"{dotted(path)}: a distributed tensor inside PerRank; take the PerRank away")
             placement, identity = Placement.PER_RANK, None
+        if parts and (order := part_order(parts[0])) is not None:
+            self._orders[per_rank][path] = order
         if len(shape) > MAX_NDIM:
             raise StateError(
                 f"{dotted(path)}: a tensor of {len(shape)} dimensions; {MAX_NDIM} is the most that can be saved"
@@ -197,11 +233,41 @@ class _Walk:
             placement = Placement.WHOLE
         self._arrays.append(ArrayLeaf(path, view.dtype, shape, placement, parts, adapter.name))
 
+    def _visit_own_optimizer(self, optimizer: Any, adapter: Adapter, path: Path, per_rank: bool) -> OwnOptimizerStep:
+        """An optimizer that says of itself what it needs; its parameters still have their names in that."""
+        adapter.check_optimizer(optimizer, path)
+        groups = adapter.optimizer_groups(optimizer)
+        names = optimizer_names(groups, self._names)
+        own = self._inspector.asked.state_of(optimizer, path)
+        parts = parts_of(own, groups)
+        for group, group_names, numbers in zip(groups, names, numbers_of(groups), strict=True):
+            for parameter, name, number in zip(group["params"], group_names, numbers, strict=True):
+                self._stepped.add(id(parameter))
+                if parts is not None and parts[0].get(number):
+                    adapter.check_parameter_state(parameter, parts[0][number], path)
+                    self._note_shape(parameter, (*path, STATE, name), per_rank)
+        self._build(path, "object", per_rank, class_name(optimizer))
+        inner = self._visit(named_state(own, groups, names), path, per_rank=per_rank)
+        return OwnOptimizerStep(optimizer, adapter, names, inner, path)
+
+    def _note_shape(self, parameter: Any, path: Path, per_rank: bool) -> None:
+        """Note the shape of a parameter that is not itself in the state: its own state need not have it."""
+        if id(parameter) not in self._names:
+            self._shapes[per_rank][path] = tuple(parameter.shape)
+
     def _visit_optimizer(self, optimizer: Any, adapter: Adapter, path: Path, per_rank: bool) -> OptimizerStep:
         adapter.check_optimizer(optimizer, path)
         groups = adapter.optimizer_groups(optimizer)
         names = optimizer_names(groups, self._names)
         states: list[Step] = []
+        self._build(path, "optimizer", per_rank, class_name(optimizer), ("state", "param_groups"))
+        held = [
+            n
+            for g, ns in zip(groups, names, strict=True)
+            for p, n in zip(g["params"], ns, strict=True)
+            if adapter.optimizer_state(optimizer, p)
+        ]
+        self._build((*path, "state"), "dict", per_rank, keys=held)
         for group, group_names in zip(groups, names, strict=True):
             for parameter, name in zip(group["params"], group_names, strict=True):
                 before = len(self._arrays)
@@ -209,6 +275,8 @@ class _Walk:
                 states.append(self._visit_items(state, (*path, "state", name), per_rank))
                 self._fenced.update(range(before, len(self._arrays)))
                 self._stepped.add(id(parameter))
+                if state:
+                    self._note_shape(parameter, (*path, "state", name), per_rank)
         plain_groups = [{**group, "params": group_names} for group, group_names in zip(groups, names, strict=True)]
         group_step = self._visit(plain_groups, (*path, "param_groups"), per_rank=per_rank)
         return OptimizerStep(optimizer, adapter, names, states, group_step)

@@ -20,7 +20,7 @@ from ckptengine.torch import accelerator
 from ckptengine.torch.dtensor import dtensor_pieces, is_dtensor
 from ckptengine.torch.emptied import refuse_emptied
 
-__all__ = ["convert_tensor", "dtype_name", "fingerprints", "torch_dtype", "view_tensor"]
+__all__ = ["convert_tensor", "dtype_name", "fingerprints", "new_like", "torch_dtype", "view_tensor"]
 
 # Types of equal size that numpy and torch share, to move bits between them.
 _BITS = {
@@ -74,6 +74,30 @@ def fingerprints(tensors: Sequence[torch.Tensor]) -> tuple[list[Any], ...]:
         list(map(torch.Tensor.stride, tensors)),
         [tensor.dtype for tensor in tensors],
     )
+
+
+def new_like(tensor: torch.Tensor, order: Sequence[int] | None) -> torch.Tensor:
+    """Return an empty tensor of the same dtype, shape and device, its dimensions in memory in an order (None: C).
+
+    A DTensor gives one on the same mesh with the same placements.
+    """
+    order = tuple(range(tensor.ndim)) if order is None else order
+    inverse = [order.index(dim) for dim in range(tensor.ndim)]
+    if is_dtensor(tensor):
+        distributed: Any = tensor
+        local = new_like(distributed._local_tensor.detach(), order)
+        lengths = [tensor.shape[dim] for dim in order]
+        stride = torch.empty(lengths, device="meta").permute(inverse).stride()
+        return type(distributed).from_local(  # type: ignore[no-any-return]
+            local,
+            distributed.device_mesh,
+            distributed.placements,
+            run_check=False,
+            shape=tensor.shape,
+            stride=stride,
+        )
+    lengths = [tensor.shape[dim] for dim in order]
+    return torch.empty(lengths, dtype=tensor.dtype, device=tensor.device).permute(inverse)
 
 
 def convert_tensor(tensor: torch.Tensor, buffers: Sequence[np.ndarray[Any, Any]], dtype: str) -> None:

@@ -11,8 +11,8 @@ from typing import Any
 from ckptengine.state.adapters import describe_type
 from ckptengine.state.bind.base import SET, Put
 from ckptengine.state.bind.live import is_optimizer_state
-from ckptengine.state.bind.objects import ObjectBinder
-from ckptengine.state.bind.optimizers import OptimizerBinder
+from ckptengine.state.bind.own_calls import OwnCallsBinder
+from ckptengine.state.bind.sharing import Taken, extents
 from ckptengine.state.kinds import Kind, children
 from ckptengine.state.leaf import Path, dotted
 from ckptengine.state.loaders import is_stateful_loader
@@ -23,19 +23,27 @@ __all__ = ["Binder"]
 _log = logging.getLogger("ckptengine")
 
 
-class Binder(ObjectBinder, OptimizerBinder):
+class Binder(OwnCallsBinder):
     """Walks a state and sorts its values by kind."""
 
     def walk(self, state: Mapping[str, Any]) -> None:
         """Bind everything in a state; raises where `only` names nothing in it."""
         self._bind_items(state, (), self._shared, per_rank=False)
+        # Objects come last: what they are handed must not be read into memory that something else is read into.
+        self._taken = Taken()
+        for number, read in enumerate(self.reads):
+            self._taken.add(number, extents(read.target))
+        for number, (leaf, _) in self._converted.items():
+            self._taken.add(number, extents(leaf))
+        while self._late:
+            self._late.pop(0)()
         self._selection.check()
 
     def _bind(self, value: Any, put: Put | None, path: Path, node: Node | None, *, per_rank: bool) -> None:
         kind, adapter = self._inspector.kind(value, path)
         if kind is Kind.PER_RANK:
             self._bind_per_rank(value, path, node)
-        elif kind in (Kind.TENSOR, Kind.SHARDED):
+        elif kind in (Kind.TENSOR, Kind.WRAPPED, Kind.SHARDED):
             assert adapter is not None
             new = adapter.replacement(value) if kind is Kind.TENSOR and put is not None else None
             reads = len(self.reads)
@@ -47,11 +55,14 @@ class Binder(ObjectBinder, OptimizerBinder):
             self._bind_module(value, adapter, path, node, per_rank)
         elif kind is Kind.OPTIMIZER:
             assert adapter is not None
-            self._bind_optimizer(value, adapter, path, node, per_rank)
+            if adapter.saves_itself(value):
+                self._late.append(functools.partial(self._bind_own_optimizer, value, adapter, path, node, per_rank))
+            else:
+                self._bind_optimizer(value, adapter, path, node, per_rank)
         elif kind is Kind.OBJECT and is_stateful_loader(value):
             self._bind_loader(value, path, node if per_rank else self._own.find(path))
         elif kind is Kind.OBJECT:
-            self._bind_object(value, path, node, per_rank)
+            self._late.append(functools.partial(self._bind_object, value, path, node, per_rank))
         elif kind is Kind.PLAIN:
             self._bind_plain(value, put, path, node, per_rank)
         elif node is not None and node.entry is not None and self._selection.holds(path):
@@ -72,6 +83,16 @@ class Binder(ObjectBinder, OptimizerBinder):
                 "optimizer.load_state_dict(...) with this dict after the restore",
                 dotted(path),
             )
+
+    def _bind_live(self, value: Any, path: Path, node: Node) -> None:
+        """What holds it is handed it as it is; it has its own state before that."""
+        kind, adapter = self._inspector.kind(value, path)
+        if kind is Kind.OBJECT:
+            self._bind_object(value, path, node, False)
+        elif kind is Kind.OPTIMIZER and adapter is not None and adapter.saves_itself(value):
+            self._bind_own_optimizer(value, adapter, path, node, False)
+        else:
+            self._bind(value, None, path, node, per_rank=False)
 
     def _bind_items(self, value: Any, path: Path, node: Node | None, *, per_rank: bool) -> None:
         for key, item in children(value, path):
