@@ -89,7 +89,9 @@ def async_save(
     timeout = checked_seconds("timeout", timeout)
     comm = checked_comm(comm) or current()
     saver = _saver(comm, timeout)
-    target = single_checkpoint(open_storage(path, storage_options), metadata)
+    storage = open_storage(path, storage_options, timeout)
+    storage.check_shared(comm.world_size)
+    target = single_checkpoint(storage, metadata)
     return saver.start(target, state, replica_check(check_replicas), timeout)
 
 
@@ -141,11 +143,12 @@ def load(
     state is not usable; the message says so.
     """
     timeout, comm = checked_seconds("timeout", timeout), checked_comm(comm)
-    storage = open_checkpoint(path, storage_options, None if step is None else checked_step(step, {}))
+    storage = open_checkpoint(path, storage_options, None if step is None else checked_step(step, {}), timeout)
     options = LoadOptions.of(only, rename, strict, cast)
     if into is None:
         return load_arrays(storage, options, rank)
     comm = comm or current()
+    storage.check_shared(comm.world_size)
     loaded = load_newest(storage, into, comm, timeout, options)
     tell_leftovers(loaded, comm)
     report: LoadReport = loaded.report

@@ -269,7 +269,8 @@ class Checkpointer:
         options = LoadOptions.of(module_names(state) if only is None else only, rename, strict, cast)
         if not options.only:
             raise StateError("the state has no modules: say with `only` what warm_start is to load")
-        loaded = load_newest(open_checkpoint(path, storage_options), state, self._comm, self._timeout, options)
+        storage = open_checkpoint(path, storage_options, timeout=self._timeout)
+        loaded = load_newest(storage, state, self._comm, self._timeout, options)
         if self._comm.rank == 0:
             level = logging.INFO if loaded.report.complete else logging.WARNING
             _log.log(level, "%s: warm start from %s: %s", self.run, loaded.location, loaded.report)

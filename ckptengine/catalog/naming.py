@@ -34,7 +34,10 @@ def checkpoint_path(location: str | os.PathLike[str], step: int | None = None) -
 
 
 def open_checkpoint(
-    location: str | os.PathLike[str], options: Mapping[str, Any] | None = None, step: int | None = None
+    location: str | os.PathLike[str],
+    options: Mapping[str, Any] | None = None,
+    step: int | None = None,
+    timeout: float | None = None,
 ) -> Storage:
     """Return the storage whose newest checkpoint is meant; raises what `checkpoint_path` and `open_storage` do."""
-    return open_storage(checkpoint_path(location, step), options)
+    return open_storage(checkpoint_path(location, step), options, timeout)

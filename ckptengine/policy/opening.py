@@ -70,10 +70,10 @@ class Opening:
         try:
             storage.create()
         except StorageError as error:
-            if error.errno not in _READ_ONLY or not storage.list():
+            if error.errno not in _READ_ONLY or not entries:
                 raise
             self._refusal = error
-            _log.info("%s can be read only: %s", self._run, error)
+            _log.warning("%s can be restored from, and not be saved to: %s", self._run, error)
         else:
             for problem in remove_leftovers(storage):
                 _log.warning("%s: %s", self._run, problem)
@@ -139,7 +139,7 @@ class Opening:
                 if self._refusal is not None:
                     raise StorageError(
                         self._refusal.errno,
-                        f"{self._run} was opened to be read only, and can't be saved to: {self._refusal}",
+                        f"{self._run} was opened to restore from it alone: {self._refusal.strerror}",
                     )
                 within(self._timeout, f"beginning to write to {self._run}", lambda: self._life.take(self._timeout / 2))
             except Exception as problem:
