@@ -130,9 +130,9 @@ def load(
 
     `path` is a run, of which the newest checkpoint is taken or that of `step`; or RUN/step-40, or what `save` wrote; or
     a URL of these, with fsspec's `storage_options`. With `into`, all ranks call it, at any world size and sharding, and
-    get a `LoadReport`; tensors are filled in place, objects through `load_state_dict`. Without, this process alone gets nested dicts of numpy arrays (bfloat16 and float8 as
-    `ml_dtypes`' types) and plain values; no framework is needed. What ranks have of their own (`PerRank`) is left out,
-    or with `rank` that rank's is included.
+    get a `LoadReport`; tensors are filled in place, objects through `load_state_dict`. Without, this process alone gets
+    nested dicts of numpy arrays (bfloat16 and float8 as `ml_dtypes`' types) and plain values; no framework is needed.
+    What ranks have of their own (`PerRank`) is left out, or with `rank` that rank's is included.
 
     `only` restricts to parts of the state, by dotted prefixes (`["model", "optimizer.state"]`); `rename` maps
     dotted prefixes of the checkpoint to those of the state; with `strict=False` missing and unexpected leaves are
