@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections import Counter, OrderedDict
+from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +18,9 @@ from ckptengine.state.bind.base import CONVERT, SET, BinderBase, Put
 from ckptengine.state.bind.live import is_optimizer_state, live_tensors
 from ckptengine.state.bind.sharing import extents
 from ckptengine.state.binding import Read
+from ckptengine.state.classes import unknown_member
 from ckptengine.state.dtypes import DTYPES
+from ckptengine.state.forms import rebuild
 from ckptengine.state.kinds import Kind
 from ckptengine.state.leaf import ArrayLeaf, Part, Path, Placement, dotted
 from ckptengine.state.nested import item_of, replace_contents, sorted_like
@@ -198,13 +200,13 @@ class TensorBinder(BinderBase):
         if node is None:
             self._absent(path, per_rank)
             return
-        placeholder = value is None or (isinstance(value, (dict, list, tuple)) and not value)
+        placeholder = value is None or (isinstance(value, (dict, list, tuple, deque)) and not value)
         if node.holds_arrays and not placeholder:
             self._mismatch(path, f"{describe_type(value)} here, {node.description} in the checkpoint", node)
             return
         new = self._rebuild(node, path)
         self._loaded.append(dotted(path))
-        if type(value) is type(new) and type(value) in (dict, list, Counter, OrderedDict):
+        if _may_take(value, new):
             self._act(SET, functools.partial(replace_contents, value, new))
         elif put is not None:
             self._act(SET, functools.partial(put, new))
@@ -222,6 +224,11 @@ class TensorBinder(BinderBase):
         make = Maker(self._fresh, None) if make is None else make
         if isinstance(node.entry, SavedValue):
             node.used = True
+            unknown = unknown_member(node.entry.value)
+            if unknown is not None:
+                raise LoadMismatchError(
+                    f"{dotted(path)}: holds {unknown}, an enum's member; import the enum before the load"
+                )
             return copy.deepcopy(node.entry.value)
         if isinstance(node.entry, SavedArray):
             node.used = True
@@ -236,9 +243,8 @@ class TensorBinder(BinderBase):
             self._optimizer_states.add(path)
         for key in node.children if node.ordered else sorted_like(node.children, like):
             result[key] = self._rebuild(node.children[key], (*path, key), item_of(like, key), make)
-        if node.container is not None and set(result) == set(range(len(result))):
-            items = [result[index] for index in range(len(result))]
-            return tuple(items) if node.container == "tuple" else items
+        if node.container is not None:
+            return rebuild(node.container, result, like, path, strict=True)
         return OrderedDict(result) if node.kind == "ordered" else result
 
     def _rebuild_array(self, entry: SavedArray, path: Path, like: Any, make: Maker) -> Any:
@@ -277,6 +283,17 @@ class TensorBinder(BinderBase):
         self._taken.add(len(self.reads), found)
         self._read(like, adapter, view, entry, path)
         return like
+
+
+def _may_take(value: Any, new: Any) -> bool:
+    """Whether a container becomes equal to a new one by taking its contents."""
+    if type(value) is not type(new):
+        return False
+    if isinstance(value, deque):
+        return isinstance(new, deque) and value.maxlen == new.maxlen
+    if isinstance(value, defaultdict):
+        return isinstance(new, defaultdict) and value.default_factory is new.default_factory
+    return type(value) in (dict, list, Counter, OrderedDict, set)
 
 
 def _about(node: Node) -> Any:

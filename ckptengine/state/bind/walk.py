@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import operator
+from collections import deque
 from collections.abc import Mapping, MutableMapping
 from typing import Any
 
@@ -13,6 +14,7 @@ from ckptengine.state.bind.base import SET, Put
 from ckptengine.state.bind.live import is_optimizer_state
 from ckptengine.state.bind.own_calls import OwnCallsBinder
 from ckptengine.state.bind.sharing import Taken, extents
+from ckptengine.state.forms import own_keys
 from ckptengine.state.kinds import Kind, children
 from ckptengine.state.leaf import Path, dotted
 from ckptengine.state.loaders import is_stateful_loader
@@ -85,9 +87,9 @@ class Binder(OwnCallsBinder):
             )
 
     def _bind_items(self, value: Any, path: Path, node: Node | None, *, per_rank: bool) -> None:
-        for key, item in children(value, path):
-            settable = isinstance(value, (MutableMapping, list))
-            put = functools.partial(operator.setitem, value, key) if settable else None
+        settable = isinstance(value, (MutableMapping, list, deque))
+        for own, (key, item) in zip(own_keys(value), children(value, path), strict=True):
+            put = functools.partial(operator.setitem, value, own) if settable else None
             child = None if node is None else node.child(key)
             self._bind(item, put, (*path, key), child, per_rank=per_rank)
 
