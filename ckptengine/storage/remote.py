@@ -113,7 +113,10 @@ class RemoteStorage(Storage):
         if not self._can_create():
             if self.size(name) is not None:
                 return False
-            self.write_bytes(name, body)
+            try:
+                self.write_bytes(name, body)
+            except StorageError as error:
+                return self._read_back(key, body, error)
             return True
         return self._create(key, body)
 
@@ -122,12 +125,21 @@ class RemoteStorage(Storage):
             self._do("publish", key, lambda objects, request: objects.create(key, body, request.left))
             return True
         except StorageError as error:
-            if error.errno not in (errno.EEXIST, errno.ETIMEDOUT, errno.EIO):
-                raise
-            problem = error
-        # A reply may have been lost, and the request been made again, by the HTTP library too, which does not say so.
-        # Whatever came of it shows in what is there now.
-        found = self._found(key, len(body))
+            return self._read_back(key, body, error)
+
+    def _read_back(self, key: str, body: bytes, problem: StorageError) -> bool:
+        """Return whether what is there is ours, after a write that was refused or had no answer.
+
+        A reply may have been lost, and the request been made again, by the HTTP library too, which does not say so.
+        Whatever came of it shows in what is there now. Raises `StorageError`: ETIMEDOUT where that is not known.
+        """
+        if problem.errno not in (errno.EEXIST, errno.ETIMEDOUT, errno.EIO):
+            raise problem
+        try:
+            found = self._found(key, len(body))
+        except StorageError as error:
+            text = f"{problem.strerror}; what came of it can't be read: {error.strerror}"
+            raise StorageError(errno.ETIMEDOUT, text) from error
         if found is not None:
             return found == body
         if problem.errno == errno.EEXIST:
