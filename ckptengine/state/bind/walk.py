@@ -12,7 +12,7 @@ from typing import Any
 from ckptengine.state.adapters import describe_type
 from ckptengine.state.bind.base import SET, Put
 from ckptengine.state.bind.live import is_optimizer_state
-from ckptengine.state.bind.own_calls import OwnCallsBinder
+from ckptengine.state.bind.own_calls import OwnCallsBinder, has_own_names
 from ckptengine.state.bind.sharing import Taken, extents
 from ckptengine.state.forms import own_keys
 from ckptengine.state.kinds import Kind, children
@@ -57,7 +57,7 @@ class Binder(OwnCallsBinder):
             self._bind_module(value, adapter, path, node, per_rank)
         elif kind is Kind.OPTIMIZER:
             assert adapter is not None
-            if adapter.saves_itself(value):
+            if adapter.saves_itself(value) or has_own_names(node):
                 self._late.append(functools.partial(self._bind_own_optimizer, value, adapter, path, node, per_rank))
             else:
                 self._bind_optimizer(value, adapter, path, node, per_rank)
