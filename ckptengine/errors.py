@@ -11,6 +11,7 @@ __all__ = [
     "RankFailedError",
     "ReplicaMismatchError",
     "RestoreDifferenceError",
+    "RunInUseError",
     "SaveFailedError",
     "StateError",
     "StorageError",
@@ -65,6 +66,10 @@ class StorageError(CheckpointError, OSError):
 
 class SaveFailedError(CheckpointError):
     """A save was not committed; the message names the ranks and their reasons. Earlier checkpoints stand."""
+
+
+class RunInUseError(CheckpointError):
+    """Another job that lives writes to the run; the message names its host and process."""
 
 
 class RankFailedError(CheckpointError):
