@@ -186,7 +186,7 @@ class _Comparison:
             if node.kind in (None, "optimizer") or self._is_groups(path) or not now:
                 continue
             if now[0].kind != node.kind:
-                self._differ(path, f"{_AS[node.kind]} in the checkpoint, {_AS[now[0].kind]} now")
+                self._differ(path, f"{_kind(node.kind)} in the checkpoint, {_kind(now[0].kind)} now")
             elif node.ordered and not self._in_order(path, node, now[0]):
                 keys = ", ".join(map(str, list(node.children)[:6]))
                 self._differ(path, f"the order of the keys is not that of the checkpoint, which began with {keys}")
@@ -209,6 +209,10 @@ class _Comparison:
 
 
 _AS = {"dict": "a dict", "ordered": "an OrderedDict", "list": "a list", "tuple": "a tuple", "module": "a module"}
+
+
+def _kind(kind: str) -> str:
+    return _AS.get(kind, f"a {kind}")
 
 
 def _said(target: Any) -> Any:
