@@ -249,7 +249,7 @@ class Checkpointer:
         does not say what to load; `LoadMismatchError` where nothing fits at all; else what `ckptengine.load` raises.
         """
         with self._turn("warm_start"):
-            return self._warm_start(path, state, only, rename, strict, cast, storage_options)
+            return self._warm_start(path, state, only, rename, strict, cast, verify, storage_options)
 
     def _warm_start(
         self,
@@ -259,6 +259,7 @@ class Checkpointer:
         rename: Mapping[str, str] | None,
         strict: bool,
         cast: bool,
+        verify: bool,
         storage_options: Mapping[str, Any] | None,
     ) -> LoadReport:
         checked_state(state)
