@@ -51,7 +51,7 @@ def save(
     ranks, `SaveFailedError` where any rank failed, `DeadlineError` naming the ranks that did not come. Whatever
     was there before then still is.
     """
-    comm = comm or current()
+    comm = comm or current(timeout)
     saver = _saver(comm, timeout)
     handle = async_save(
         path,
@@ -83,7 +83,7 @@ def async_save(
 
     Takes and raises what `save` does; what happens after the snapshot is raised by `handle.durable.result()`.
     """
-    comm = comm or current()
+    comm = comm or current(timeout)
     saver = _saver(comm, timeout)
     target = single_checkpoint(open_storage(path, storage_options), metadata)
     return saver.start(target, state, replica_check(check_replicas), timeout)
@@ -139,7 +139,7 @@ def load(
     options = LoadOptions.of(only, rename, strict, cast)
     if into is None:
         return load_arrays(storage, options, rank)
-    comm = comm or current()
+    comm = comm or current(timeout)
     loaded = load_newest(storage, into, comm, timeout, options)
     tell_leftovers(loaded, comm)
     report: LoadReport = loaded.report

@@ -108,7 +108,7 @@ class Checkpointer:
         self.run = os.fspath(run)
         self.history: list[SaveStats] = []
         """The saves that were committed, oldest first."""
-        self._comm = comm or current()
+        self._comm = comm or current(timeout)
         self._schedule = Schedule(every, self._comm, timeout)
         self._every = every
         self._on_error, self._max_failures = on_error, max_failures
