@@ -334,7 +334,7 @@ class Checkpointer:
                 "newest. Steps must not go back: count them over all epochs; a training that goes back to an earlier "
                 f"checkpoint begins a new life there with restore(state, step={step})"
             )
-        self._saver.wait(self._timeout)
+        self._saver.wait(self._timeout, directory)
         self._reap()
         if self._last is not None and self._last[0] == step:
             self._unsaved = None
