@@ -10,8 +10,9 @@ from typing import Any
 from ckptengine.comm.base import Communicator
 from ckptengine.comm.select import current
 from ckptengine.errors import SaveFailedError
-from ckptengine.load.loader import LoadOptions, load_arrays, load_newest
+from ckptengine.load.loader import LoadOptions, load_arrays, load_newest, tell_leftovers
 from ckptengine.save.handle import SaveHandle, SaveStats
+from ckptengine.save.replicas import replica_check
 from ckptengine.save.saver import DEFAULT_TIMEOUT, Saver
 from ckptengine.save.single import single_checkpoint
 from ckptengine.state.bind import LoadReport
@@ -30,7 +31,7 @@ def save(
     state: Mapping[str, Any],
     *,
     metadata: Mapping[str, Any] | None = None,
-    check_replicas: bool = False,
+    check_replicas: str | bool = "first",
     timeout: float = DEFAULT_TIMEOUT,
     comm: Communicator | None = None,
     storage_options: Mapping[str, Any] | None = None,
@@ -41,7 +42,9 @@ def save(
     `storage_options` for its file system; a checkpoint that is there already is replaced, after the new one is
     committed. `state` maps names to modules, optimizers, objects with `state_dict`, tensors, arrays, plain values,
     dicts and lists of these, `ShardedArray` and `PerRank`. `metadata` is plain JSON for the manifest.
-    `check_replicas` compares the replicated arrays of all ranks, which reads every byte of every replica.
+    `check_replicas`: plain tensors and arrays that several ranks have under one name are replicas, of which one is
+    stored. Their contents are compared at the first save of each structure of the state (`"first"`), at every save
+    (`"always"`, or True) or not at all (`"never"`, or False); comparing reads every byte of every replica.
     `timeout`, in seconds, bounds each wait for other ranks or for the storage.
 
     Raises `StateError` for what can't be saved, `ReplicaMismatchError` where replicated values differ between
@@ -71,7 +74,7 @@ def async_save(
     state: Mapping[str, Any],
     *,
     metadata: Mapping[str, Any] | None = None,
-    check_replicas: bool = False,
+    check_replicas: str | bool = "first",
     timeout: float = DEFAULT_TIMEOUT,
     comm: Communicator | None = None,
     storage_options: Mapping[str, Any] | None = None,
@@ -83,7 +86,7 @@ def async_save(
     comm = comm or current()
     saver = _saver(comm, timeout)
     target = single_checkpoint(open_storage(path, storage_options), metadata)
-    return saver.start(target, state, check_replicas=check_replicas, timeout=timeout)
+    return saver.start(target, state, replica_check(check_replicas), timeout)
 
 
 def _saver(comm: Communicator, timeout: float) -> Saver:
@@ -136,5 +139,8 @@ def load(
     options = LoadOptions.of(only, rename, strict, cast)
     if into is None:
         return load_arrays(storage, options, rank)
-    report: LoadReport = load_newest(storage, into, comm or current(), timeout, options).report
+    comm = comm or current()
+    loaded = load_newest(storage, into, comm, timeout, options)
+    tell_leftovers(loaded, comm)
+    report: LoadReport = loaded.report
     return report

@@ -18,14 +18,15 @@ from ckptengine.catalog.retention import remove_leftovers
 from ckptengine.comm.agree import gather
 from ckptengine.comm.base import Communicator
 from ckptengine.comm.select import current
-from ckptengine.errors import CheckpointError, LoadMismatchError, SaveFailedError, StateError, StorageError
-from ckptengine.load.loader import LoadOptions, load_newest, restore_newest
+from ckptengine.errors import CheckpointError, SaveFailedError, StateError, StorageError
+from ckptengine.load.loader import LoadOptions, load_newest, restore_newest, tell_leftovers
 from ckptengine.policy.interval import Auto
 from ckptengine.policy.preemption import Preemption
 from ckptengine.policy.schedule import Schedule
 from ckptengine.policy.watch import Watch
 from ckptengine.save.handle import SaveHandle, SaveStats
 from ckptengine.save.job import Target
+from ckptengine.save.replicas import replica_check
 from ckptengine.save.saver import DEFAULT_TIMEOUT, Saver
 from ckptengine.snapshot.snapshotter import LEAST_ARENA_NBYTES
 from ckptengine.state.report import LoadReport
@@ -55,8 +56,8 @@ class Checkpointer:
     `{"local": 2, "s3": 10}` gives each tier its own number, under the names `memory`, `local`, and `run` or the URL's
     protocol. `on_error`: `"warn"` logs a failed save and lets training go on, until `max_failures` in a row; `"raise"`
     raises at the next call, after that call's own save has been started, so that the ranks stay in step. `when_busy`: a
-    save that falls due while one is in flight waits for it, or is skipped on all ranks. `timeout`, in seconds, bounds
-    every wait for other ranks or for the storage.
+    save that falls due while one is in flight waits for it, or is skipped on all ranks. `check_replicas` is that of
+    `ckptengine.save`. `timeout`, in seconds, bounds every wait for other ranks or for the storage.
 
     `overlap`: what only an optimizer's step changes (parameters that an optimizer in the state has, and that
     optimizer's own tensors) is copied while training goes on; the next step of any optimizer waits for the copy, and
@@ -85,7 +86,7 @@ class Checkpointer:
         on_error: Literal["warn", "raise"] = "warn",
         max_failures: int = 3,
         when_busy: Literal["wait", "skip"] = "wait",
-        check_replicas: bool = False,
+        check_replicas: str | bool = "first",
         overlap: bool = False,
         arena_nbytes: int | None = None,
         metadata: Mapping[str, Any] | None = None,
@@ -112,7 +113,7 @@ class Checkpointer:
         self._every = every
         self._on_error, self._max_failures = on_error, max_failures
         self._when_busy = when_busy
-        self._check_replicas = check_replicas
+        self._check_replicas = replica_check(check_replicas)
         self._metadata = checked_metadata(metadata)
         self._timeout = timeout
         self._tiers = Tiers(
@@ -131,6 +132,8 @@ class Checkpointer:
         self._saver = Saver(self._comm, timeout, overlap=overlap, arena_nbytes=arena_nbytes, memory=images)
         self._parent: tuple[int, int] | None = None
         self._generation: int | None = None
+        self._claimed: int | None = None  # on rank 0
+        self._highest: int | None = None  # the highest step that this life has begun to save
         self._last: tuple[int, SaveHandle] | None = None
         self._unsaved: int | None = None  # the last step, where no save of it was started
         self._pending: list[SaveHandle] = []
@@ -208,8 +211,10 @@ class Checkpointer:
         loaded = restore_newest(
             tiers.views(), state, self._comm, self._timeout, options, step, tiers.bring, tiers.home.location()
         )
+        if loaded is not None:
+            tell_leftovers(loaded, self._comm)
         # What follows is a new life of the run, also where this process has saved before.
-        self._generation = self._last = self._unsaved = None
+        self._generation = self._claimed = self._last = self._unsaved = self._highest = None
         self._schedule.restart()
         self._parent = None if loaded is None or loaded.step is None else (loaded.generation, loaded.step)
         if self._parent is None:
@@ -251,11 +256,6 @@ class Checkpointer:
         if self._comm.rank == 0:
             level = logging.INFO if loaded.report.complete else logging.WARNING
             _log.log(level, "%s: warm start from %s: %s", self.run, loaded.location, loaded.report)
-        if not loaded.report.loaded:
-            raise LoadMismatchError(
-                f"warm start from {loaded.location}: nothing in it fits {', '.join(options.only)}; `rename` maps "
-                f"names\n{loaded.report}"
-            )
         return loaded.report
 
     def step(self, step: int, state: Mapping[str, Any]) -> SaveHandle | None:
@@ -289,7 +289,8 @@ class Checkpointer:
     def save(self, step: int, state: Mapping[str, Any]) -> SaveHandle:
         """Save now, in the background; return the handle, or that of the save of this very step in this life.
 
-        Raises what makes the snapshot impossible (`StateError`, `StorageError`, `DeadlineError`), with
+        Raises `ValueError` for a step below one that this life has saved, or from 10**18 on; what makes the snapshot
+        impossible (`StateError`, `StorageError`, `DeadlineError`), with
         `on_error="raise"` also what made an earlier save fail, and `Preempted` as `step` does.
         """
         self._warn_unrestored()
@@ -308,33 +309,46 @@ class Checkpointer:
         step = operator.index(step)
         if step < 0:
             raise ValueError(f"step {step}: steps count from 0 on")
+        directory = step_directory(step)
+        if self._highest is not None and step < self._highest:
+            raise ValueError(
+                f"step {step}: this life of {self.run} has saved step {self._highest} already, which would stay the "
+                "newest. Steps must not go back: count them over all epochs; a training that goes back to an earlier "
+                f"checkpoint begins a new life there with restore(state, step={step})"
+            )
         self._saver.wait(self._timeout)
         self._reap()
         if self._last is not None and self._last[0] == step:
             self._unsaved = None
             return self._last[1]
         self._schedule.started()
-        directory = step_directory(step)
         target = Target(
             storage=self._tiers.first,
             directory=directory,
             step=step,
             parent=self._parent,
             generation=self._generation,
-            claim=lambda: self._tiers.claim(self._parent),
+            claim=self._claim,
             metadata=self._metadata,
-            committed=lambda generation, _: self._tiers.committed(generation, step, directory),
+            committed=lambda generation, attempt: self._tiers.committed(generation, attempt, step, directory),
             site=self._tiers.site,
             meeting=self._tiers.meeting,
         )
         try:
-            handle = self._saver.start(target, state, check_replicas=self._check_replicas)
+            handle = self._saver.start(target, state, self._check_replicas)
         finally:
             # Also where this rank's snapshot failed: whether the next save claims one is the same on all ranks.
             self._generation = self._saver.generation
+            self._highest = step
         self._last, self._unsaved = (step, handle), None
         self._pending.append(handle)
         return handle
+
+    def _claim(self) -> int:
+        """Claim this life's generation, on rank 0, once: also where the ranks have to agree on it again."""
+        if self._claimed is None:
+            self._claimed = self._tiers.claim(self._parent)
+        return self._claimed
 
     def fence(self, timeout: float | None = None) -> None:
         """Wait until the snapshot under way is complete, before a change of the state that is no optimizer's step.

@@ -29,7 +29,14 @@ class ReplicaMismatchError(StateError):
 
 
 class LoadMismatchError(CheckpointError, ValueError):
-    """The checkpoint and the state to fill don't fit: missing, unexpected or differing leaves."""
+    """The checkpoint and the state to fill don't fit: missing, unexpected or differing leaves.
+
+    `report` is the `LoadReport` that names all of them, None where the trouble is another one.
+    """
+
+    def __init__(self, message: str, report: object = None) -> None:
+        super().__init__(message)
+        self.report = report
 
 
 class CheckpointNotFoundError(CheckpointError, FileNotFoundError):

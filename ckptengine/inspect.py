@@ -15,10 +15,10 @@ from ckptengine.archive.record import ArchiveRecord
 from ckptengine.catalog import listing
 from ckptengine.errors import CheckpointDamagedError, CheckpointError, CheckpointNotFoundError
 from ckptengine.load.checkpoint import Checkpoint
-from ckptengine.load.choose import newest_checkpoint
+from ckptengine.load.choose import while_replaced
 from ckptengine.load.describe import describe as saved_of
 from ckptengine.state.leaf import Path, dotted
-from ckptengine.storage.base import Storage
+from ckptengine.storage.base import Storage, join
 from ckptengine.storage.open import open_storage
 
 __all__ = [
@@ -44,7 +44,7 @@ class CheckpointSummary:
     `parent` is the (generation, step) that this life of the run was restored from, None for a fresh start;
     `nbytes` the size of all files together; `created` is UTC, ISO 8601. `newest` marks the one that `restore`
     tries first, of those whose manifest is sound. `problem` says why a manifest can't be used; then the
-    fields that it would give are None.
+    fields that it would give are None. `linked` says that a symbolic link leads there: nothing deletes it.
     """
 
     path: str
@@ -56,6 +56,7 @@ class CheckpointSummary:
     created: str | None
     newest: bool
     problem: str | None
+    linked: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,7 +129,10 @@ def describe(path: str | os.PathLike[str]) -> CheckpointDescription:
 
     Raises `CheckpointNotFoundError`, `CheckpointDamagedError` naming the file, `FormatVersionError`.
     """
-    checkpoint = newest_checkpoint(open_storage(path))
+    return while_replaced(open_storage(path), _described)
+
+
+def _described(checkpoint: Checkpoint) -> CheckpointDescription:
     manifest, rows = checkpoint.manifest, checkpoint.rows
     saved = saved_of(checkpoint)
     leaves = []
@@ -173,30 +177,41 @@ def verify(path: str | os.PathLike[str], progress: Callable[[int, int], None] | 
     total = sum(record.nbytes for checkpoint in checkpoints for record in _records(checkpoint))
     done = 0
     for checkpoint in checkpoints:
-        rows: StoredRows | None = None
-        for rank, record in enumerate(_records(checkpoint), start=-1):
-            damaged = False
-            for item in _verify_file(checkpoint, record):
-                if isinstance(item, int):
-                    if progress is not None:
-                        progress(min(total, done + item), total)
-                    continue
-                damaged = True
-                start, stop, message = item
-                leaves = () if rows is None else _leaves_at(rows, rank, start, stop)
-                file = storage.location(checkpoint.file(record.name))
-                problems.append(Problem(file, start, stop - start, leaves, message))
-            if rank < 0 and not damaged:
-                try:
-                    checkpoint.rows.check()
-                    rows = checkpoint.rows
-                except CheckpointDamagedError as error:
-                    file = storage.location(checkpoint.file(record.name))
-                    problems.append(Problem(file, None, None, (), str(error)))
-            done += record.nbytes
+        found: list[Problem] = []
+        for nbytes in _verify(checkpoint, found):
             if progress is not None:
-                progress(done, total)
+                progress(min(total, done + nbytes), total)
+        done += sum(record.nbytes for record in _records(checkpoint))
+        manifest = join(checkpoint.directory, listing.manifest_name(checkpoint.manifest.generation))
+        # What a writer has deleted meanwhile is no damage.
+        if not found or storage.size(manifest) is not None:
+            problems += found
     return problems
+
+
+def _verify(checkpoint: Checkpoint, problems: list[Problem]) -> Iterator[int]:
+    """Verify one checkpoint: yield how many of its bytes are done, add what is damaged to `problems`."""
+    storage, done = checkpoint.storage, 0
+    rows: StoredRows | None = None
+    for rank, record in enumerate(_records(checkpoint), start=-1):
+        damaged = False
+        file = storage.location(checkpoint.file(record.name))
+        for item in _verify_file(checkpoint, record):
+            if isinstance(item, int):
+                yield done + item
+                continue
+            damaged = True
+            start, stop, message = item
+            leaves = () if rows is None else _leaves_at(rows, rank, start, stop)
+            problems.append(Problem(file, start, stop - start, leaves, message))
+        if rank < 0 and not damaged:
+            try:
+                checkpoint.rows.check()
+                rows = checkpoint.rows
+            except CheckpointDamagedError as error:
+                problems.append(Problem(file, None, None, (), str(error)))
+        done += record.nbytes
+        yield done
 
 
 def _committed(storage: Storage) -> list[listing.Entry]:
@@ -208,11 +223,12 @@ def _committed(storage: Storage) -> list[listing.Entry]:
 
 def _summary(storage: Storage, entry: listing.Entry, newest: bool) -> CheckpointSummary:
     path = storage.location(entry.directory)
+    linked = storage.is_linked(entry.manifest)
     try:
         manifest = listing.read_manifest(storage, entry)
     except CheckpointError as error:
         problem = str(error)
-        return CheckpointSummary(path, entry.step, entry.generation, None, None, None, None, False, problem)
+        return CheckpointSummary(path, entry.step, entry.generation, None, None, None, None, False, problem, linked)
     nbytes = sum(record.nbytes for record in (manifest.layout, *manifest.archives))
     return CheckpointSummary(
         path,
@@ -224,6 +240,7 @@ def _summary(storage: Storage, entry: listing.Entry, newest: bool) -> Checkpoint
         manifest.created,
         newest,
         None,
+        linked,
     )
 
 

@@ -134,6 +134,11 @@ typedef struct {
     const int64_t *dense, *offset, *box, *stride;
 } ck_view_row;
 
+/* The values of op `number` in a table of `length` of them: `head` values, the number of dimensions at
+ * `ndim_at` among them, then `per_dim` for each dimension. NULL, with the error, where the index does not
+ * lead to one op. */
+const int64_t *ck_op_at(const int64_t *ops, int64_t length, const int64_t *index, int64_t number, int head,
+                        int ndim_at, int per_dim, ck_error *error);
 bool ck_view_check(const ck_view_row *row, bool writes, ck_error *error);
 void ck_view_set(ck_view *view, const ck_view_row *row); /* only after ck_view_check; simplifies */
 static inline bool ck_view_transposed(const ck_view *view) {

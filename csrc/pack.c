@@ -33,13 +33,11 @@ static ck_view_row row_of(const int64_t *op, int64_t number) {
 /* ---- prepare ---- */
 
 static bool check_op(const ck_pack *pack, int64_t number, ck_error *error) {
-    int64_t from = pack->index[number], to = pack->index[number + 1], end;
     long long shown = number;
-    const int64_t *op = from >= 0 && from <= to - SHAPES && to <= pack->ops_length ? pack->ops + from : NULL;
-    if (op == NULL || op[NDIM] < 0 || op[NDIM] > CK_MAX_NDIM || to - from != SHAPES + 3 * op[NDIM])
-        return ck_value_error(
-            error, "op %lld: index entries [%lld, %lld) do not hold one op of the %lld values given", shown,
-            (long long)from, (long long)to, (long long)pack->ops_length);
+    int64_t end;
+    const int64_t *op = ck_op_at(pack->ops, pack->ops_length, pack->index, number, SHAPES, NDIM, 3, error);
+    if (op == NULL)
+        return false;
     if (op[FILE_POS] < 0 || op[NBYTES] < 0 || __builtin_add_overflow(op[FILE_POS], op[NBYTES], &end) ||
         end > pack->image_nbytes)
         return ck_value_error(

@@ -25,14 +25,11 @@ static ck_view_row row_of(const int64_t *op, int64_t number) {
 }
 
 static bool check_op(const ck_scatter *scatter, int64_t number, int64_t *end, ck_error *error) {
-    int64_t from = scatter->index[number], to = scatter->index[number + 1];
     long long shown = number;
     const int64_t *op =
-        from >= 0 && from <= to - SHAPES && to <= scatter->ops_length ? scatter->ops + from : NULL;
-    if (op == NULL || op[NDIM] < 0 || op[NDIM] > CK_MAX_NDIM || to - from != SHAPES + 4 * op[NDIM])
-        return ck_value_error(
-            error, "op %lld: index entries [%lld, %lld) do not hold one op of the %lld values given", shown,
-            (long long)from, (long long)to, (long long)scatter->ops_length);
+        ck_op_at(scatter->ops, scatter->ops_length, scatter->index, number, SHAPES, NDIM, 4, error);
+    if (op == NULL)
+        return false;
     if (op[FILE_POS] < 0 || op[NBYTES] < 0 || __builtin_add_overflow(op[FILE_POS], op[NBYTES], end) ||
         *end > scatter->fixed)
         return ck_value_error(

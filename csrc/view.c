@@ -18,6 +18,21 @@ static bool product(const int64_t *shape, int64_t ndim, int64_t itemsize, int64_
     return empty || fits;
 }
 
+const int64_t *ck_op_at(const int64_t *ops, int64_t length, const int64_t *index, int64_t number, int head,
+                        int ndim_at, int per_dim, ck_error *error) {
+    int64_t from = index[number], to = index[number + 1];
+    /* In this order each comparison is safe whatever the values: 0 <= from <= to <= length before any
+     * difference. */
+    if (from >= 0 && from <= to && to <= length && to - from >= head) {
+        int64_t ndim = ops[from + ndim_at];
+        if (ndim >= 0 && ndim <= CK_MAX_NDIM && to - from == head + per_dim * ndim)
+            return ops + from;
+    }
+    ck_value_error(error, "op %lld: index entries [%lld, %lld) do not hold one op of the %lld values given",
+                   (long long)number, (long long)from, (long long)to, (long long)length);
+    return NULL;
+}
+
 bool ck_view_check(const ck_view_row *row, bool writes, ck_error *error) {
     const char *kind = writes ? "destination" : "source";
     long long op = row->op;

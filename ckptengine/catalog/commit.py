@@ -7,10 +7,13 @@ from collections.abc import Collection
 from ckptengine.archive.record import ArchiveRecord
 from ckptengine.catalog.listing import Entry, claimed_generations, manifest_name, read_manifest
 from ckptengine.catalog.manifest import Manifest
-from ckptengine.errors import SaveFailedError
+from ckptengine.errors import SaveFailedError, StorageError
 from ckptengine.storage.base import Storage, join
+from ckptengine.storage.parallel import in_parallel
 
 __all__ = ["attempt_directory", "check_file", "publish"]
+
+_LOOKS = 8  # files that are looked up at once
 
 
 def attempt_directory(directory: str, attempt: str) -> str:
@@ -24,7 +27,9 @@ def publish(storage: Storage, directory: str, manifest: Manifest, ranks: Collect
     `ranks` are those whose archives lie on this very storage, None: all; the others lie on other nodes.
 
     Raises `SaveFailedError` where a file is missing or has another size, where another attempt has committed the
-    same step in the same generation, or where a later generation has been claimed: then this job's life is over.
+    same step in the same generation, or where a later generation has been claimed: then this job's life is over. The
+    files are looked up again after the publication: a writer that stood still before it may have been taken for dead,
+    and its data been swept. Then the manifest is taken back.
     """
     later = [number for number in claimed_generations(storage) if number > manifest.generation]
     if later:
@@ -34,10 +39,23 @@ def publish(storage: Storage, directory: str, manifest: Manifest, ranks: Collect
         )
     data = attempt_directory(directory, manifest.attempt)
     mine = [record for rank, record in enumerate(manifest.archives) if ranks is None or rank in ranks]
-    for record in (*mine, manifest.layout):
-        check_file(storage, join(data, record.name), record)
+    records = *mine, manifest.layout
+
+    threads = max(1, min(_LOOKS, len(records) // 2))
+
+    def check() -> None:
+        in_parallel(lambda record: check_file(storage, join(data, record.name), record), records, threads)
+
+    check()
     name = join(directory, manifest_name(manifest.generation))
     if storage.put_if_absent(name, manifest.encode()):
+        try:
+            check()
+        except SaveFailedError:
+            storage.delete(name)
+            raise
+        except StorageError:
+            pass  # it can't be looked at just now: the manifest is there, and a load checks the files
         return
     winner = read_manifest(storage, Entry(manifest.step, manifest.generation, directory)).attempt
     # Our own, where the reply to the publication was lost on the way and it was tried again.

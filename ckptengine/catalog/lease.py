@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import socket
@@ -9,10 +10,10 @@ import threading
 from pathlib import Path
 from types import TracebackType
 
-from ckptengine.errors import CheckpointError
+from ckptengine.errors import CheckpointError, StorageError
 from ckptengine.storage.base import Storage, join
 
-__all__ = ["LEASE_SECONDS", "Lease", "is_leased"]
+__all__ = ["LEASE_SECONDS", "Lease", "is_leased", "is_old"]
 
 LEASE_SECONDS = 120.0
 """After this long without renewal an attempt counts as given up; renewed four times as often."""
@@ -59,21 +60,42 @@ def is_leased(storage: Storage, directory: str) -> bool:
     """Return whether the writer of an attempt's directory may still be alive.
 
     A writer on this very machine is looked up by its process; for others the age of the lease decides (or of
-    the directory, where the lease has not been written yet), by the storage's own clock.
+    the directory, where the lease has not been written yet), by the storage's own clock. A lease that can't be read
+    counts as held.
     """
     name = join(directory, _NAME)
     modified = storage.modified(name)
     if modified is None:
         modified = storage.modified(directory)
-        return modified is not None and storage.now() - modified < LEASE_SECONDS
+        return modified is not None and not _is_old(storage, directory, modified, storage.now())
     try:
         holder = json.loads(storage.read_bytes(name, 4096))
         mine = _identity()
         if mine["boot"] and all(holder[key] == mine[key] for key in ("host", "boot", "namespace")):
             return bool(_started(int(holder["pid"])) == holder["started"])
-    except (CheckpointError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
-        pass  # unreadable: its age decides
-    return storage.now() - modified < LEASE_SECONDS
+    except StorageError:
+        return True  # its holder may live, or has let go of it just now; a later sweep will see
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
+        pass  # damaged: its age decides
+    return not _is_old(storage, name, modified, storage.now())
+
+
+def is_old(storage: Storage, name: str, now: float) -> bool:
+    """Return whether a file or directory was last written longer ago than a lease lasts.
+
+    `now` is the storage's time. What is dated in the future, as after a clock was set back, gets the present date: a
+    living writer sets its own again, and a dead one's is old at a later look. What is missing is not old.
+    """
+    modified = storage.modified(name)
+    return modified is not None and _is_old(storage, name, modified, now)
+
+
+def _is_old(storage: Storage, name: str, modified: float, now: float) -> bool:
+    if modified > now + LEASE_SECONDS:
+        with contextlib.suppress(CheckpointError):
+            storage.touch(name)
+        return False
+    return now - modified >= LEASE_SECONDS
 
 
 def _identity() -> dict[str, object]:

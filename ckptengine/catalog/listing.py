@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from ckptengine.catalog.manifest import (
@@ -36,6 +36,7 @@ __all__ = [
 ]
 
 _STEP = re.compile(r"step-(\d{8,18})")
+_STEPS = 10**18  # the first that has more digits
 _MANIFEST = re.compile(r"manifest-(\d{4,9})\.json")
 _CLAIM = re.compile(r"generation-(\d{4,9})\.json")
 MAX_CLAIM_NBYTES = 1 << 16
@@ -73,7 +74,9 @@ class Problem:
 
 
 def step_directory(step: int) -> str:
-    """Return the name of a step's directory."""
+    """Return the name of a step's directory; raises `ValueError` for a step whose name no listing would find."""
+    if not 0 <= step < _STEPS:
+        raise ValueError(f"step {step}: steps count from 0 to 10**18 - 1; count from the beginning of the training")
     return f"step-{step:08d}"
 
 
@@ -165,7 +168,9 @@ def read_claim(storage: StorageView, generation: int) -> tuple[int, int] | None:
         raise CheckpointDamagedError(f"{where}: {error}") from None
 
 
-def lineage(storage: StorageView) -> Iterator[tuple[Entry, Manifest] | Problem]:
+def lineage(
+    storage: StorageView, unknown: Callable[[int], None] | None = None
+) -> Iterator[tuple[Entry, Manifest] | Problem]:
     """Yield the checkpoints that lead to the newest one, newest first: what to restore, and to fall back to.
 
     From the newest down the steps of its generation, then from that generation's parent down, and so on. What
@@ -173,6 +178,9 @@ def lineage(storage: StorageView) -> Iterator[tuple[Entry, Manifest] | Problem]:
     of it, else by its claim; where neither can be read, or what they tell can't be, the next lower generation
     with checkpoints is taken, from its newest on: it may be a branch that was abandoned, but its checkpoints
     are whole. A checkpoint that lies outside of a run has no parents: its lower generations follow.
+
+    With `unknown` nothing is guessed, for those who delete what is not in the line: it is called with a generation of a
+    run whose parent can't be told, and the line ends there.
     """
     entries = committed(storage)[::-1]
     if not entries:
@@ -195,6 +203,9 @@ def lineage(storage: StorageView) -> Iterator[tuple[Entry, Manifest] | Problem]:
         if not known and highest >= 0:
             known, parent = _parent_without(storage, entries, generation, highest)
         if not known or (parent is not None and parent[0] >= generation):
+            if unknown is not None and highest >= 0:
+                unknown(generation)
+                return
             parent = next((entry.order for entry in entries if entry.generation < generation), None)
         place = parent
 

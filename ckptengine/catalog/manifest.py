@@ -107,15 +107,18 @@ class Manifest:
         for a newer format, `CheckpointDamagedError` for everything else that is not a whole manifest.
         """
         document = parse_document(data, where)
+        # The digest first: a flipped bit must not pass for a newer version, which no other copy could replace.
+        digest = document.pop("sha256", None)
         version = document.get("format_version")
-        if type(version) is int and version > FORMAT_VERSION:
+        newer = type(version) is int and version > FORMAT_VERSION
+        if digest != hashlib.sha256(_canonical(document)).hexdigest():
+            claim = f", and it claims the unknown format version {version}" if newer else ""
+            raise CheckpointDamagedError(f"{where}: the manifest is not what was written (its SHA-256 differs{claim})")
+        if newer:
             raise FormatVersionError(
                 f"{where}: format version {version} is newer than version {FORMAT_VERSION}, the newest "
                 "that this ckptengine reads: upgrade ckptengine to load this checkpoint"
             )
-        digest = document.pop("sha256", None)
-        if digest != hashlib.sha256(_canonical(document)).hexdigest():
-            raise CheckpointDamagedError(f"{where}: the manifest is not what was written (its SHA-256 differs)")
         get = _Fields(document, where)
         manifest = cls(
             format_version=get("format_version", _positive),

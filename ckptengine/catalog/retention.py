@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
 from ckptengine.catalog.commit import attempt_directory
-from ckptengine.catalog.lease import LEASE_SECONDS, is_leased
+from ckptengine.catalog.lease import LEASE_SECONDS, is_leased, is_old
 from ckptengine.catalog.listing import (
     Entry,
     Problem,
@@ -21,7 +21,7 @@ from ckptengine.catalog.listing import (
     step_directories,
 )
 from ckptengine.catalog.manifest import Manifest
-from ckptengine.errors import CheckpointError
+from ckptengine.errors import CheckpointError, StorageError
 from ckptengine.storage.base import Storage, join
 
 __all__ = ["Leftover", "delete_checkpoint", "remove_leftovers", "replace_older", "retain", "superseded"]
@@ -62,53 +62,72 @@ def retain(
 ) -> list[str]:
     """Delete the checkpoints that are `superseded`; return what could not be deleted, and raise nothing of that.
 
-    Attempts that are `protected`, by their ids, stay in any case.
+    Attempts that are `protected`, by their ids, stay in any case: what this life has just committed is among them.
     """
     try:
-        old = superseded(storage, keep_last, keep_every)
-        return _delete(storage, [(entry, manifest) for entry, manifest in old if manifest.attempt not in protected])
+        old, problems = superseded(storage, keep_last, keep_every)
     except CheckpointError as error:
         return [f"nothing was deleted: {error}"]
+    old = [(entry, manifest) for entry, manifest in old if manifest.attempt not in protected]
+    return [*problems, *_delete(storage, old)]
 
 
-def superseded(storage: Storage, keep_last: int, keep_every: int | None = None) -> list[tuple[Entry, Manifest]]:
+def superseded(
+    storage: Storage, keep_last: int, keep_every: int | None = None
+) -> tuple[list[tuple[Entry, Manifest]], list[str]]:
     """Return all but the newest `keep_last` checkpoints of a run's lineage, and in it all multiples of `keep_every`.
 
     What lies on an abandoned branch is among them; so that a life that has not saved yet can fall back, what it was
-    restored from is not. A manifest that can't be read is not, for people to look at. Where the line began without a
-    restore, earlier lives are no branch of it and stay: a job that forgot to restore must not delete what was trained
-    before. Raises `StorageError`, and where a claim can't be read what `read_claim` does.
+    restored from is not. Where the line began without a restore, earlier lives are no branch of it and stay: a job that
+    forgot to restore must not delete what was trained before. A link to a checkpoint is neither counted nor returned.
+
+    Nothing is among them because something could not be read: neither a checkpoint whose manifest was unreadable once,
+    whatever comes of it later, nor what may lie in the line below a generation whose parent can't be told. The second
+    value says what the storage could not read. Raises `StorageError`, and where the claim of a life that has not saved
+    yet can't be read what `read_claim` does.
     """
     if keep_last < 1:
         raise ValueError(f"keep_last={keep_last}: at least one checkpoint is kept")
     # Listed first: a checkpoint that another life commits meanwhile is in no danger.
-    entries = committed(storage)
-    kept: set[Entry] = set()
+    entries = [entry for entry in committed(storage) if not storage.is_linked(entry.manifest)]
+    own, kept = set(entries), set[Entry]()
     read: dict[Entry, Manifest] = {}
+    unread: dict[Entry, CheckpointError] = {}
+    unknown: list[int] = []
     line = root = 0
-    for item in lineage(storage):
+    for item in lineage(storage, unknown.append):
         if isinstance(item, Problem):
+            unread[item.entry] = item.error
             continue
         entry, manifest = item
-        read[entry] = manifest
         root = entry.generation if manifest.parent is None else 0
+        if entry not in own:
+            continue
+        read[entry] = manifest
         if line < keep_last or _is_multiple(entry.step, keep_every):
             kept.add(entry)
         line += 1
+    root = max([root, *unknown])
     parents = _parents_of_new_lives(storage, entries)
-    if not kept:
-        return []
-    stay = kept | {entry for entry in entries if entry.order in parents or entry.generation < root}
-    return _readable(storage, [entry for entry in entries if entry not in stay], read)
+    stay = kept | set(unread) | {entry for entry in entries if entry.order in parents or entry.generation < root}
+    old = _readable(storage, [entry for entry in entries if entry not in stay], read, unread) if kept else []
+    problems = [f"nothing before generation {number} was deleted: its parent is unknown" for number in unknown]
+    return old, problems + _unreadable(storage, unread)
 
 
 def replace_older(storage: Storage, generation: int) -> list[str]:
     """Delete the checkpoints of a single checkpoint's directory that a newer generation has replaced."""
+    unread: dict[Entry, CheckpointError] = {}
     try:
-        entries = [entry for entry in committed(storage) if entry.generation < generation]
+        entries = [
+            entry
+            for entry in committed(storage)
+            if entry.generation < generation and not storage.is_linked(entry.manifest)
+        ]
+        old = _readable(storage, entries, {}, unread)
     except CheckpointError as error:
         return [f"nothing was deleted: {error}"]
-    return _delete(storage, _readable(storage, entries, {}))
+    return [*_unreadable(storage, unread), *_delete(storage, old)]
 
 
 def remove_leftovers(storage: Storage, remove: Callable[[Leftover], None] | None = None) -> list[str]:
@@ -138,27 +157,33 @@ def remove_leftovers(storage: Storage, remove: Callable[[Leftover], None] | None
 
 
 def _sweep(storage: Storage, directory: str, now: float, remove: Callable[[Leftover], None]) -> None:
+    if directory and storage.is_linked(directory):
+        return  # another run's
     swept = False
     for name in storage.list(directory):
         attempt, path = attempt_of(name), join(directory, name)
         if attempt is None or not _OUR_ATTEMPT.fullmatch(attempt) or storage.size(path) is not None:
             continue
-        if not all(map(_OURS.fullmatch, storage.list(path))) or is_leased(storage, path):
+        if not all(map(_OURS.fullmatch, storage.list(path))) or storage.is_linked(path) or is_leased(storage, path):
             continue
         # Looked up last: a writer that was thought dead may have committed meanwhile.
         if attempt not in _attempts_in_use(storage, directory):
             remove(Leftover("attempt", path))
             swept = True
+        elif storage.leaves_temporaries:
+            # An upload that was killed, and was done again by another process.
+            _sweep_temporaries(storage, path, now, remove)
+    _sweep_temporaries(storage, directory, now, remove)
+    # A new one may be another job's, about to be filled.
+    if directory and not storage.list(directory) and (swept or is_old(storage, directory, now)):
+        remove(Leftover("directory", directory))
+
+
+def _sweep_temporaries(storage: Storage, directory: str, now: float, remove: Callable[[Leftover], None]) -> None:
     for name in filter(_OUR_TEMPORARY.fullmatch, storage.temporaries(directory)):
         path = join(directory, name)
-        modified = storage.modified(path)
-        if modified is not None and now - modified > LEASE_SECONDS:
+        if is_old(storage, path, now):
             remove(Leftover("temporary", path))
-    if directory and not storage.list(directory):
-        modified = storage.modified(directory)
-        # A new one may be another job's, about to be filled.
-        if swept or (modified is not None and now - modified > LEASE_SECONDS):
-            remove(Leftover("directory", directory))
 
 
 def _sweep_unfinished(storage: Storage, now: float, remove: Callable[[Leftover], None]) -> None:
@@ -190,15 +215,26 @@ def _is_multiple(step: int | None, every: int | None) -> bool:
     return step is not None and every is not None and step % every == 0
 
 
-def _readable(storage: Storage, entries: list[Entry], read: dict[Entry, Manifest]) -> list[tuple[Entry, Manifest]]:
-    """Return entries with their manifests, of which some have been `read`, but those whose manifest can't be read."""
+def _readable(
+    storage: Storage, entries: list[Entry], read: Mapping[Entry, Manifest], unread: dict[Entry, CheckpointError]
+) -> list[tuple[Entry, Manifest]]:
+    """Return entries with their manifests, of which some have been `read`; `unread` gets those that can't be."""
     found = []
     for entry in entries:
         try:
             found.append((entry, read[entry] if entry in read else read_manifest(storage, entry)))
-        except CheckpointError:
-            continue
+        except CheckpointError as error:
+            unread[entry] = error
     return found
+
+
+def _unreadable(storage: Storage, unread: Mapping[Entry, CheckpointError]) -> list[str]:
+    """Return what to tell of manifests that the storage could not read; damaged ones are for `ls` and `verify`."""
+    return [
+        f"{storage.location(entry.directory)} was not deleted, whether or not it is to be kept: {error}"
+        for entry, error in unread.items()
+        if isinstance(error, StorageError)
+    ]
 
 
 def _delete(storage: Storage, checkpoints: list[tuple[Entry, Manifest]]) -> list[str]:

@@ -9,6 +9,7 @@ import click
 from ckptengine.cli.audit import audit
 from ckptengine.cli.gc import gc
 from ckptengine.cli.ls import ls
+from ckptengine.cli.mend import mend
 from ckptengine.cli.prefetch import prefetch
 from ckptengine.cli.show import show
 from ckptengine.cli.verify import verify
@@ -19,7 +20,7 @@ __all__ = ["app"]
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(importlib.metadata.version("ckptengine"))
 def app() -> None:
-    """Look at the checkpoints of a run, check them, fetch them, delete what is not needed.
+    """Look at the checkpoints of a run, check them, fetch them, mend a split run, delete what is not needed.
 
     Exit codes: 0 all is well, 1 something is damaged, 2 wrong usage, nothing there, or not readable.
     """
@@ -28,6 +29,7 @@ def app() -> None:
 app.add_command(audit)
 app.add_command(gc)
 app.add_command(ls)
+app.add_command(mend)
 app.add_command(prefetch)
 app.add_command(show)
 app.add_command(verify)

@@ -7,13 +7,12 @@ import sys
 import click
 from rich.box import SIMPLE
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from ckptengine.audit import AuditReport, CursorReport
 from ckptengine.audit import audit as audit_run
-from ckptengine.cli.output import DAMAGED, console, failures, print_json
+from ckptengine.cli.output import DAMAGED, console, failures, print_json, shown
 
 __all__ = ["audit"]
 
@@ -47,18 +46,18 @@ def _print(report: AuditReport) -> None:
     for cursor in report.cursors:
         to.print(_lives(cursor))
         for line in cursor.proven:
-            to.print(f"[green]PROVEN[/] {escape(line)}", soft_wrap=True)
+            to.print(f"[green]PROVEN[/] {shown(line)}", soft_wrap=True)
         for line in cursor.notes:
-            to.print(f"NOTE   {escape(line)}", soft_wrap=True)
+            to.print(f"NOTE   {shown(line)}", soft_wrap=True)
     for finding in report.findings:
         name = "" if finding.cursor is None else f"{finding.cursor}: "
         where = _between(*finding.between)
-        to.print(f"[red]{finding.kind.upper()}[/] {escape(f'{name}{where}: {finding.message}')}", soft_wrap=True)
+        to.print(f"[red]{finding.kind.upper()}[/] {shown(f'{name}{where}: {finding.message}')}", soft_wrap=True)
     checkpoints = f"{len(report.checkpoints)} checkpoint{'' if len(report.checkpoints) == 1 else 's'}"
     if report.clean:
-        text = f"[green]{escape(report.path)}: {checkpoints}, nothing lost, nothing repeated[/]"
+        text = f"[green]{shown(report.path)}: {checkpoints}, nothing lost, nothing repeated[/]"
     else:
-        text = f"[red]{escape(report.path)}: {checkpoints}, {len(report.findings)} finding(s)[/]"
+        text = f"[red]{shown(report.path)}: {checkpoints}, {len(report.findings)} finding(s)[/]"
     to.print(text, soft_wrap=True)
 
 
@@ -73,7 +72,7 @@ def _between(before: int | None, after: int | None) -> str:
 def _lives(cursor: CursorReport) -> Table:
     order = ", ".join(f"{key} {value}" for key, value in cursor.order.items() if isinstance(value, int | str))
     title = f"{cursor.name}: {order}; {cursor.finished_epochs} finished epochs, then {cursor.consumed} samples"
-    table = Table(box=SIMPLE, pad_edge=False, title=escape(title), title_justify="left")
+    table = Table(box=SIMPLE, pad_edge=False, title=shown(title), title_justify="left")
     for head in ("life", "generation", "steps", "ranks", "global batches", "epochs", "samples", "padding", "left out"):
         table.add_column(head, justify="right", no_wrap=True)
     for life in cursor.lives:

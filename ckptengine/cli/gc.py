@@ -6,10 +6,9 @@ import sys
 from dataclasses import dataclass
 
 import click
-from rich.markup import escape
 
 from ckptengine.catalog.retention import Leftover, delete_checkpoint, remove_leftovers, superseded
-from ckptengine.cli.output import UNREADABLE, console, failures, print_json, size_text
+from ckptengine.cli.output import UNREADABLE, console, failures, print_json, printable, shown, size_text
 from ckptengine.errors import CheckpointError, CheckpointNotFoundError
 from ckptengine.storage.base import Storage, join
 from ckptengine.storage.open import open_storage
@@ -69,7 +68,7 @@ def gc(run: str, keep_last: int | None, keep_every: int | None, memory: bool, dr
     else:
         _print(storage, removed, dry_run)
         for problem in problems:
-            click.echo(f"ckptengine: {problem}", err=True)
+            click.echo(f"ckptengine: {printable(problem)}", err=True)
     if problems:
         sys.exit(UNREADABLE)
 
@@ -87,7 +86,9 @@ def _collect(
         removed.append(found)
 
     problems = remove_leftovers(storage, remove)
-    for entry, manifest in superseded(storage, keep_last, keep_every) if keep_last is not None else ():
+    old, unread = superseded(storage, keep_last, keep_every) if keep_last is not None else ([], [])
+    problems += unread
+    for entry, manifest in old:
         nbytes = manifest.nbytes + (storage.size(entry.manifest) or 0)
         try:
             if not dry_run:
@@ -128,7 +129,7 @@ def _print(storage: Storage, removed: list[_Removed], dry_run: bool) -> None:
     for one in removed:
         size = "" if one.kind == "directory" else f", {size_text(one.nbytes)}"
         verb = "would delete" if dry_run else "deleted"
-        to.print(f"{verb} {escape(one.path)}: {_WORDS[one.kind]}{size}", soft_wrap=True)
+        to.print(f"{verb} {shown(one.path)}: {_WORDS[one.kind]}{size}", soft_wrap=True)
     freed = size_text(sum(one.nbytes or 0 for one in removed))
     uploads = sum(one.nbytes is None for one in removed)
     and_uploads = f", and what {uploads} upload{'s' if uploads > 1 else ''} took" if uploads else ""
@@ -138,4 +139,4 @@ def _print(storage: Storage, removed: list[_Removed], dry_run: bool) -> None:
         text = f"{freed}{and_uploads} would be freed"
     else:
         text = f"{freed}{and_uploads} freed"
-    to.print(f"{escape(storage.location())}: {text}", soft_wrap=True)
+    to.print(f"{shown(storage.location())}: {text}", soft_wrap=True)

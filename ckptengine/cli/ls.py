@@ -6,10 +6,9 @@ import sys
 
 import click
 from rich.box import SIMPLE
-from rich.markup import escape
 from rich.table import Table
 
-from ckptengine.cli.output import DAMAGED, console, failures, print_json, size_text
+from ckptengine.cli.output import DAMAGED, console, failures, print_json, shown, size_text
 from ckptengine.inspect import CheckpointSummary, list_run
 
 __all__ = ["ls"]
@@ -43,11 +42,11 @@ def _table(checkpoints: list[CheckpointSummary]) -> Table:
     for one in checkpoints:
         step = "-" if one.step is None else str(one.step)
         if one.problem is not None:
-            note = f"NOT USABLE: {escape(one.problem)}"
+            note = f"NOT USABLE: {shown(one.problem)}"
             table.add_row(step, str(one.generation), "", "", "", "", note, style="red")
             continue
         parent = "-" if one.parent is None else f"{one.parent[1]} (generation {one.parent[0]})"
         sizes = str(one.world_size), size_text(one.nbytes)
-        note = "newest" if one.newest else ""
-        table.add_row(step, str(one.generation), parent, *sizes, escape(one.created or ""), note)
+        note = ", ".join(["newest"] * one.newest + ["a link, never deleted"] * one.linked)
+        table.add_row(step, str(one.generation), parent, *sizes, shown(one.created or ""), note)
     return table

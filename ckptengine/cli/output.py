@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, is_dataclass
-from pathlib import Path
 from typing import Any
 
 import click
 from rich.console import Console
+from rich.markup import escape
 
 from ckptengine.errors import CheckpointDamagedError, CheckpointError
 
@@ -24,7 +25,9 @@ __all__ = [
     "console",
     "failures",
     "print_json",
+    "printable",
     "ranks_text",
+    "shown",
     "size_text",
 ]
 
@@ -48,16 +51,32 @@ def failures() -> Iterator[None]:
     try:
         yield
     except CheckpointError as error:
-        click.echo(f"ckptengine: {error}", err=True)
+        click.echo(f"ckptengine: {printable(str(error))}", err=True)
         sys.exit(DAMAGED if isinstance(error, CheckpointDamagedError) else UNREADABLE)
 
 
 def checkpoint_path(text: str) -> str:
     """Return a path in which a step may be short of zeros: RUN/step-100 for RUN/step-00000100."""
     match = re.fullmatch(r"(.*[/\\])?step-(\d+)/?", text)
-    if match is None or Path(text).exists():
+    if match is None or os.path.exists(text):
         return text
     return f"{match[1] or ''}step-{int(match[2]):08d}"
+
+
+def printable(text: str) -> str:
+    """Return a text in which only line breaks are left of what a terminal would act on.
+
+    Names come from checkpoints, which may be anybody's: other control characters, and those that turn the direction of
+    writing, are written as `\\u001b` or `\\u202e`, which JSON reads as they were.
+    """
+    if text.isprintable():
+        return text
+    return "".join(one if one == "\n" or one.isprintable() else json.dumps(one)[1:-1] for one in text)
+
+
+def shown(text: str) -> str:
+    """Return a text as rich shows it as it is: `printable`, and without markup."""
+    return escape(printable(text))
 
 
 def size_text(nbytes: int | None) -> str:
@@ -84,7 +103,7 @@ def ranks_text(ranks: tuple[int, ...]) -> str:
 
 def print_json(value: Any) -> None:
     """Print dataclasses, containers and plain values as JSON; what JSON lacks becomes its `repr`."""
-    click.echo(json.dumps(_plain(value), indent=2, ensure_ascii=False))
+    click.echo(printable(json.dumps(_plain(value), indent=2, ensure_ascii=False)))
 
 
 def _plain(value: Any) -> Any:

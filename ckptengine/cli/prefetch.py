@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import click
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import (
     BarColumn,
     DownloadColumn,
@@ -14,7 +13,7 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
-from ckptengine.cli.output import checkpoint_path, console, failures, size_text
+from ckptengine.cli.output import checkpoint_path, console, failures, shown, size_text
 from ckptengine.storage.local import LocalStorage
 from ckptengine.storage.open import open_storage
 from ckptengine.tiers.prefetch import Prefetched
@@ -55,10 +54,10 @@ def prefetch(source: str, directory: str, step: int | None, timeout: float) -> N
             target,
             step=step,
             timeout=timeout,
-            tell=lambda text: errors.print(f"ckptengine: {escape(text)}", soft_wrap=True),
+            tell=lambda text: errors.print(f"ckptengine: {shown(text)}", soft_wrap=True),
             progress=lambda done, total: bar.update(task, completed=done, total=total),
         )
-    console().print(escape(_text(source, done)), soft_wrap=True)
+    console().print(shown(_text(source, done)), soft_wrap=True)
 
 
 def _text(source: str, done: Prefetched | None) -> str:

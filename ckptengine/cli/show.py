@@ -7,10 +7,9 @@ from typing import Any
 import click
 from rich.box import SIMPLE
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
-from ckptengine.cli.output import checkpoint_path, console, failures, print_json, ranks_text, size_text
+from ckptengine.cli.output import checkpoint_path, console, failures, print_json, ranks_text, shown, size_text
 from ckptengine.inspect import CheckpointDescription, describe
 
 __all__ = ["show"]
@@ -51,7 +50,7 @@ def _print(description: CheckpointDescription, to: Console) -> None:
     }
     table = Table(box=None, show_header=False, pad_edge=False)
     for name, fact in facts.items():
-        table.add_row(f"[bold]{escape(name)}[/]", escape(fact))
+        table.add_row(f"[bold]{shown(name)}[/]", shown(fact))
     to.print(table)
 
     table = Table(box=SIMPLE, pad_edge=False, title="Arrays", title_justify="left")
@@ -64,7 +63,7 @@ def _print(description: CheckpointDescription, to: Console) -> None:
     for leaf in description.leaves:
         shape = " × ".join(map(str, leaf.shape)) or "scalar"
         size, archives = size_text(leaf.nbytes), ranks_text(leaf.archives)
-        table.add_row(escape(leaf.name), leaf.dtype, shape, size, leaf.placement, archives)
+        table.add_row(shown(leaf.name), leaf.dtype, shape, size, leaf.placement, archives)
     total = sum(leaf.nbytes for leaf in description.leaves)
     table.caption = f"{len(description.leaves)} arrays, {size_text(total)}"
     table.caption_justify = "left"
@@ -80,7 +79,7 @@ def _print(description: CheckpointDescription, to: Console) -> None:
 def _values(title: str, values: dict[str, Any]) -> Table:
     table = Table(box=SIMPLE, pad_edge=False, title=title, title_justify="left", show_header=False)
     for name, value in values.items():
-        table.add_row(escape(name), escape(_short(value)))
+        table.add_row(shown(name), shown(_short(value)))
     return table
 
 

@@ -6,7 +6,6 @@ import sys
 
 import click
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import (
     BarColumn,
     DownloadColumn,
@@ -16,7 +15,7 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
-from ckptengine.cli.output import DAMAGED, checkpoint_path, console, failures, print_json, size_text
+from ckptengine.cli.output import DAMAGED, checkpoint_path, console, failures, print_json, shown, size_text
 from ckptengine.inspect import Problem
 from ckptengine.inspect import verify as verify_checkpoint
 
@@ -58,15 +57,15 @@ def verify(checkpoint: str, as_json: bool) -> None:
 def _print(checkpoint: str, total: int, problems: list[Problem]) -> None:
     to = console()
     for problem in problems:
-        to.print(f"[red]DAMAGED[/] {escape(problem.message)}", soft_wrap=True)
+        to.print(f"[red]DAMAGED[/] {shown(problem.message)}", soft_wrap=True)
         if problem.leaves:
             more = len(problem.leaves) - _LEAVES_SHOWN
             names = ", ".join(problem.leaves[:_LEAVES_SHOWN]) + (f" and {more} more" if more > 0 else "")
-            to.print(f"        leaves: {escape(names)}", soft_wrap=True)
+            to.print(f"        leaves: {shown(names)}", soft_wrap=True)
     if problems:
         to.print(
-            f"[red]{escape(checkpoint)}: {len(problems)} damaged place(s) in {size_text(total)}[/]",
+            f"[red]{shown(checkpoint)}: {len(problems)} damaged place(s) in {size_text(total)}[/]",
             soft_wrap=True,
         )
     else:
-        to.print(f"[green]{escape(checkpoint)}: {size_text(total)} verified, no damage[/]", soft_wrap=True)
+        to.print(f"[green]{shown(checkpoint)}: {size_text(total)} verified, no damage[/]", soft_wrap=True)

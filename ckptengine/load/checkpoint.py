@@ -27,7 +27,10 @@ def naming(location: str) -> Iterator[None]:
     except (CheckpointDamagedError, LoadMismatchError) as error:
         if location in str(error):
             raise
-        raise type(error)(f"{location}: {error}") from error
+        named = type(error)(f"{location}: {error}")
+        if isinstance(error, LoadMismatchError) and isinstance(named, LoadMismatchError):
+            named.report = error.report
+        raise named from error
 
 
 class Checkpoint:

@@ -4,33 +4,85 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import TypeVar
 
-from ckptengine.catalog.listing import Entry, Problem, committed, lineage, read_manifest
+from ckptengine.catalog.commit import attempt_directory
+from ckptengine.catalog.listing import Entry, Problem, committed, lineage, manifest_name, read_manifest
 from ckptengine.catalog.manifest import Manifest
 from ckptengine.comm.agree import share
 from ckptengine.comm.base import Communicator
-from ckptengine.errors import CheckpointDamagedError, CheckpointNotFoundError
+from ckptengine.errors import CheckpointDamagedError, CheckpointNotFoundError, StorageError
 from ckptengine.load.checkpoint import Checkpoint
-from ckptengine.storage.base import StorageView
+from ckptengine.storage.base import StorageView, join
 
-__all__ = ["Chooser", "newest_checkpoint"]
+__all__ = ["TRIES", "Chooser", "newest_checkpoint", "while_replaced"]
+
+TRIES = 20
+"""How often a reader begins anew because a writer has deleted what it reads."""
 
 _log = logging.getLogger("ckptengine")
+_T = TypeVar("_T")
 
 
 def newest_checkpoint(storage: StorageView) -> Checkpoint:
     """Return the newest checkpoint of a run or of a checkpoint directory.
 
+    One that is replaced or deleted meanwhile is no error: the one that has come in its place is taken.
+
     Raises `CheckpointNotFoundError` where none is committed, `CheckpointDamagedError` or `FormatVersionError` where
     its manifest can't be used.
     """
-    entries = committed(storage)
-    if not entries:
-        raise _not_found(storage)
-    checkpoint = Checkpoint(storage, entries[-1].directory, read_manifest(storage, entries[-1]))
-    checkpoint.check_files()
-    return checkpoint
+    return while_replaced(storage, lambda checkpoint: checkpoint)
+
+
+def while_replaced(storage: StorageView, read: Callable[[Checkpoint], _T]) -> _T:
+    """Return what `read` makes of the newest checkpoint, and read anew each time that it is deleted meanwhile.
+
+    A writer deletes a checkpoint's manifest before its data, so what fails while the manifest is there is no
+    replacement, and is raised.
+    """
+    for _ in range(TRIES):
+        # Of two names of which one comes before the other goes, a directory's listing may show neither.
+        entries = committed(storage) or committed(storage)
+        if not entries:
+            raise _not_found(storage)
+        looked_at = [entries[-1]]
+        try:
+            return read(_first_with_data(storage, looked_at))
+        except (CheckpointDamagedError, StorageError):
+            if storage.size(looked_at[-1].manifest) is not None:
+                raise
+    raise CheckpointNotFoundError(
+        f"{storage.location()}: its checkpoints are deleted faster than they can be read ({TRIES} tries): keep more"
+    )
+
+
+def _first_with_data(storage: StorageView, looked_at: list[Entry]) -> Checkpoint:
+    """Return the newest checkpoint whose data is there; the entries of the lineage are added to `looked_at`.
+
+    A writer that stood still and was swept before it published leaves a manifest whose data is gone as a whole: that is
+    passed over with a warning. Other damage is raised.
+    """
+    empty: CheckpointDamagedError | None = None
+    for item in lineage(storage):
+        looked_at.append(item.entry if isinstance(item, Problem) else item[0])
+        if isinstance(item, Problem):
+            raise item.error
+        checkpoint = Checkpoint(storage, item[0].directory, item[1])
+        try:
+            checkpoint.check_files()
+        except CheckpointDamagedError as error:
+            if storage.list(attempt_directory(checkpoint.directory, checkpoint.manifest.attempt)):
+                raise
+            if storage.size(item[0].manifest) is None:
+                raise
+            empty = empty or error
+            continue
+        if empty is not None:
+            _log.warning("%s is taken, a newer one has a manifest and no data: %s", checkpoint.location, empty)
+        return checkpoint
+    raise empty or _not_found(storage)
 
 
 class Chooser:
@@ -54,6 +106,18 @@ class Chooser:
         found = self._share(value, error)
         assert found is not None
         return found
+
+    def is_gone(self, checkpoint: Checkpoint) -> bool:
+        """Return whether a checkpoint was deleted since it was chosen: rank 0 looks, for all."""
+        value, error = None, None
+        if self._comm.rank == 0:
+            manifest = join(checkpoint.directory, manifest_name(checkpoint.manifest.generation))
+            try:
+                value = bytes([all(view.size(manifest) is None for view in self._views)])
+            except Exception as problem:
+                error = problem
+        doing = f"looking whether {checkpoint.location} was deleted"
+        return share(self._comm, value, error, self._timeout, doing) == b"\1"
 
     def candidates(self, step: int | None, damaged: list[str]) -> Iterator[Checkpoint]:
         """Yield what to try, one after the other: the lineage of the newest checkpoint, or the step's alone.

@@ -8,12 +8,14 @@ from typing import Any, TypeVar, overload
 from ckptengine.errors import CheckpointDamagedError
 from ckptengine.load.checkpoint import Checkpoint
 from ckptengine.state.leaf import Path, dotted
+from ckptengine.state.outline import Outline, decode_outline
 from ckptengine.state.saved import Saved, SavedLeaf
 from ckptengine.state.values import decode
 
 __all__ = ["describe"]
 
 _T = TypeVar("_T")
+_TABLES = ("values", "aliases", "containers")
 
 
 def describe(checkpoint: Checkpoint) -> Saved:
@@ -32,15 +34,21 @@ def describe(checkpoint: Checkpoint) -> Saved:
             own[record.rank][record.path] = leaf
     where = checkpoint.archive(0).location
     stored = checkpoint.shared
+    values = _values(stored, where)
     return Saved(
         world_size=world_size,
         leaves=shared,
-        values=_values(stored, where),
+        values=values,
         aliases=_aliases(stored, shared, where),
         containers=_containers(stored, where),
         rank_leaves=own,
         rank_values=_Lazy(world_size, lambda rank: _values(checkpoint.own(rank), _file(checkpoint, rank))),
         rank_containers=_Lazy(world_size, lambda rank: _containers(checkpoint.own(rank), _file(checkpoint, rank))),
+        outline=_outline(stored, len(shared) + len(values), where),
+        rank_outlines=_Lazy(
+            world_size,
+            lambda rank: _outline(checkpoint.own(rank), len(own[rank]), _file(checkpoint, rank)),
+        ),
     )
 
 
@@ -94,6 +102,16 @@ def _aliases(stored: Mapping[str, Any], leaves: Mapping[Path, SavedLeaf], where:
 
 def _containers(stored: Mapping[str, Any], where: str) -> dict[Path, str]:
     return {path: kind for path, kind in _pairs(stored, "containers", where) if kind in ("list", "tuple")}
+
+
+def _outline(stored: Mapping[str, Any], leaves: int, where: str) -> Outline | None:
+    """Return how the state was built; None where the checkpoint is of a version that did not say so."""
+    if "structure" not in stored:
+        return None
+    try:
+        return decode_outline(stored["structure"], leaves + sum(map(len, filter(None, map(stored.get, _TABLES)))))
+    except CheckpointDamagedError as error:
+        raise CheckpointDamagedError(f"{where}: {error}") from None
 
 
 def _pairs(stored: Mapping[str, Any], name: str, where: str) -> list[tuple[Path, Any]]:

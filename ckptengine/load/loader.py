@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -17,20 +18,22 @@ from ckptengine.comm.base import Communicator
 from ckptengine.errors import CheckpointDamagedError, CheckpointError, RankFailedError, StorageError
 from ckptengine.layout.box import Box
 from ckptengine.load.checkpoint import Checkpoint, naming
-from ckptengine.load.choose import Chooser, newest_checkpoint
+from ckptengine.load.choose import TRIES, Chooser, while_replaced
 from ckptengine.load.describe import describe
 from ckptengine.load.fill import Filling, host_memory, plan_filling, read_ranges
 from ckptengine.load.node import Offer
+from ckptengine.load.same import brings_the_same
 from ckptengine.load.share import Counts, make_offer, read, together
 from ckptengine.load.window import StoppedElsewhere
 from ckptengine.state.bind import Binding, LoadReport, bind
 from ckptengine.state.dtypes import DTYPES
 from ckptengine.state.leaf import ArrayLeaf, Part, Path, dotted
+from ckptengine.state.outline import put_in_order
 from ckptengine.state.select import Selection, renamer
 from ckptengine.state.tree import unflatten
 from ckptengine.storage.base import StorageView
 
-__all__ = ["LoadOptions", "Loaded", "load_arrays", "load_newest", "restore_newest"]
+__all__ = ["LoadOptions", "Loaded", "load_arrays", "load_newest", "restore_newest", "tell_leftovers"]
 
 _log = logging.getLogger("ckptengine")
 
@@ -73,13 +76,21 @@ def load_newest(
 
     Raises on all ranks what any of them found.
     """
-    checkpoint = Chooser([storage], comm, timeout).newest()
-    try:
-        return _load(checkpoint, state, comm, timeout, options)
-    except CheckpointDamagedError as error:
+    chooser = Chooser([storage], comm, timeout)
+    for _ in range(TRIES):
+        checkpoint = chooser.newest()
+        try:
+            return _load(checkpoint, state, comm, timeout, options)
+        except (CheckpointDamagedError, StorageError, RankFailedError) as error:
+            failure = error
+        if not chooser.is_gone(checkpoint):
+            break
+        _tell_gone(comm, checkpoint, failure)
+    if isinstance(failure, CheckpointDamagedError):
         raise CheckpointDamagedError(
-            f"{error}. Parts of the state may have been overwritten: don't use it; load another checkpoint into it"
-        ) from error
+            f"{failure}. Parts of the state may have been overwritten: don't use it; load another checkpoint into it"
+        ) from failure
+    raise failure
 
 
 def restore_newest(
@@ -100,28 +111,39 @@ def restore_newest(
 
     Raises `CheckpointDamagedError` naming all that are damaged, where none is whole; `StorageError`.
     """
-    damaged: list[str] = []
-    unread: StorageError | None = None
-    place: tuple[str, int] | None = None
-    for checkpoint in Chooser(views, comm, timeout).candidates(step, damaged):
-        if unread is not None and place != (checkpoint.directory, checkpoint.manifest.generation):
-            raise unread
-        unread, place = None, (checkpoint.directory, checkpoint.manifest.generation)
-        try:
-            if bring is not None:
-                bring(checkpoint)
-            return _load(checkpoint, state, comm, timeout, options)
-        except CheckpointDamagedError as error:
-            damaged.append(str(error))
-            if comm.rank == 0:
-                _log.warning("%s is damaged, another copy or the one before is tried: %s", checkpoint.location, error)
-        except StorageError as error:
-            # Another copy of it will do; an older one would not, for it may be there again the next time.
-            if checkpoint.storage is views[-1]:
-                raise
-            unread = error
-            if comm.rank == 0:
-                _log.warning("%s can't be read, another copy is tried: %s", checkpoint.location, error)
+    chooser = Chooser(views, comm, timeout)
+    for last in range(TRIES - 1, -1, -1):
+        damaged: list[str] = []
+        unread: StorageError | None = None
+        place: tuple[str, int] | None = None
+        for checkpoint in chooser.candidates(step, damaged):
+            if unread is not None and place != (checkpoint.directory, checkpoint.manifest.generation):
+                raise unread
+            unread, place = None, (checkpoint.directory, checkpoint.manifest.generation)
+            try:
+                if bring is not None:
+                    bring(checkpoint)
+                return _load(checkpoint, state, comm, timeout, options)
+            except (CheckpointDamagedError, StorageError) as error:
+                if last and chooser.is_gone(checkpoint):
+                    # Its writer has deleted it since: there is a newer one.
+                    _tell_gone(comm, checkpoint, error)
+                    break
+                if isinstance(error, CheckpointDamagedError):
+                    damaged.append(str(error))
+                    if comm.rank == 0:
+                        _log.warning(
+                            "%s is damaged, another copy or the one before is tried: %s", checkpoint.location, error
+                        )
+                    continue
+                # Another copy of it will do; an older one would not, for it may be there again the next time.
+                if checkpoint.storage is views[-1]:
+                    raise
+                unread = error
+                if comm.rank == 0:
+                    _log.warning("%s can't be read, another copy is tried: %s", checkpoint.location, error)
+        else:
+            break
     if unread is not None:
         raise unread
     if damaged:
@@ -132,6 +154,19 @@ def restore_newest(
     return None
 
 
+def tell_leftovers(loaded: Loaded, comm: Communicator) -> None:
+    """Log what did not fit and was left as it is, once for all ranks."""
+    if comm.rank == 0 and not loaded.report.complete:
+        _log.warning("%s: not all of it was loaded: %s", loaded.location, loaded.report)
+
+
+def _tell_gone(comm: Communicator, checkpoint: Checkpoint, error: Exception) -> None:
+    if comm.rank == 0:
+        _log.info(
+            "%s was deleted while it was read, the one that is there now is taken: %s", checkpoint.location, error
+        )
+
+
 def load_arrays(storage: StorageView, options: LoadOptions, rank: int | None = None) -> dict[Any, Any]:
     """Return the newest checkpoint as nested dicts of numpy arrays and plain values, in this process alone.
 
@@ -139,9 +174,12 @@ def load_arrays(storage: StorageView, options: LoadOptions, rank: int | None = N
     """
     if not options.strict or options.cast:
         raise ValueError("strict and cast are for loading into a state: load() without `into` returns what there is")
-    checkpoint = newest_checkpoint(storage)
-    with naming(checkpoint.location):
-        return _arrays_of(checkpoint, options, rank)
+
+    def read(checkpoint: Checkpoint) -> dict[Any, Any]:
+        with naming(checkpoint.location):
+            return _arrays_of(checkpoint, options, rank)
+
+    return while_replaced(storage, read)
 
 
 def _arrays_of(checkpoint: Checkpoint, options: LoadOptions, rank: int | None) -> dict[Any, Any]:
@@ -172,7 +210,11 @@ def _arrays_of(checkpoint: Checkpoint, options: LoadOptions, rank: int | None) -
     read_ranges(filling, filling.needs)
     filling.finish()
     containers = {rename(path): kind for path, kind in containers.items()}
-    return unflatten(values, {rename(path): arrays[source] for path, source in wanted.items()}, containers, {})
+    nested = unflatten(values, {rename(path): arrays[source] for path, source in wanted.items()}, containers, {})
+    for outline in (saved.outline, saved.rank_outlines[rank] if rank is not None else None):
+        if outline is not None:
+            put_in_order(nested, outline, rename)
+    return nested
 
 
 def _new_array(shape: tuple[int, ...], dtype: str, path: Path) -> NDArray[Any]:
@@ -205,6 +247,7 @@ def _load(
                 rename=options.rename,
                 strict=options.strict,
                 cast=options.cast,
+                same=functools.partial(brings_the_same, checkpoint),
             )
             index = checkpoint.rows.index
             filling = plan_filling(checkpoint, [(index[one.path, one.rank], one.target) for one in binding.reads])

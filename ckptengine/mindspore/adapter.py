@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -57,13 +57,17 @@ class MindSporeAdapter(Adapter):
         """Whether a value is a cell or a loss scaler."""
         return _cell.is_module(value)
 
-    def module_entries(self, module: Any, path: Path) -> list[ModuleEntry]:
+    def module_entries(self, module: Any, path: Path, values: Mapping[str, Any]) -> list[ModuleEntry]:
         """Return a cell's parameters by their own names, and its buffers; an optimizer's without the weights."""
         return _cell.module_entries(module, path)
 
     def module_values(self, module: Any) -> dict[str, Any]:
         """Return the values of `module_entries`."""
         return _cell.module_values(module)
+
+    def module_tensors(self, module: Any) -> Iterable[Any]:
+        """Return a cell's parameters and buffers."""
+        return [value for value in _cell.module_values(module).values() if self.is_tensor(value)]
 
     def load_module(self, module: Any, entries: Mapping[str, Any]) -> None:
         """Set hyperparameters and attributes."""

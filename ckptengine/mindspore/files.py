@@ -69,6 +69,8 @@ class Checkpoints:
             match = _NUMBERS.fullmatch(name)
             if match is None or match["prefix"] != self._prefix or match["rest"] != self._rest:
                 continue
+            if os.path.islink(os.path.join(self._directory, name)):
+                continue  # what it points to may be another training's
             if committed(open_storage(os.path.join(self._directory, name))):
                 found.append(Numbered(int(match["epoch"]), int(match["step"]), name))
         return sorted(found)

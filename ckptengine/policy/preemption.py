@@ -6,6 +6,8 @@ import os
 import signal
 from dataclasses import dataclass
 
+from ckptengine.storage.open import local_path
+
 __all__ = ["EXIT_CODE", "Preemption"]
 
 EXIT_CODE = 75
@@ -24,7 +26,7 @@ class Preemption:
     `timeout`. `exit_code` is that of every rank.
 
     Raises `ValueError` where a signal has no such name, can't be handled, `grace` isn't positive, or `exit_code` isn't
-    from 1 to 255.
+    from 1 to 255; `StorageError` where `file` is a URL.
     """
 
     signals: tuple[str, ...] = ("SIGTERM", "SIGUSR1")
@@ -34,6 +36,8 @@ class Preemption:
 
     def __post_init__(self) -> None:
         _ = self.numbers
+        if self.file is not None:
+            local_path(self.file, "file")
         if self.grace is not None and not self.grace > 0:
             raise ValueError(f"grace={self.grace!r}: give a number of seconds, or None for no bound")
         if type(self.exit_code) is not int or not 1 <= self.exit_code <= 255:

@@ -14,7 +14,7 @@ import weakref
 from collections.abc import Callable
 from typing import NoReturn
 
-from ckptengine.catalog.lease import LEASE_SECONDS
+from ckptengine.catalog.lease import is_old
 from ckptengine.catalog.receipt import StorageStore
 from ckptengine.comm.base import Communicator
 from ckptengine.errors import CheckpointError, DeadlineError, Preempted
@@ -393,10 +393,8 @@ def _sweep(storage: Storage, own: str) -> None:
     with contextlib.suppress(CheckpointError):
         now = storage.now()
         for name in storage.list():
-            if name.startswith(_FOLDER) and name != own:
-                modified = storage.modified(name)
-                if modified is not None and now - modified > LEASE_SECONDS:
-                    storage.delete_tree(name)
+            if name.startswith(_FOLDER) and name != own and is_old(storage, name, now):
+                storage.delete_tree(name)
 
 
 def _act(numbers: list[int]) -> None:

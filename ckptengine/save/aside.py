@@ -30,10 +30,11 @@ class Aside(Generic[_T]):
         except BaseException as error:
             self._error = error
 
-    def settle(self) -> None:
-        """Wait until the call has ended, well or not. It must be one that ends by itself."""
+    def settle(self, timeout: float | None = None) -> bool:
+        """Wait until the call has ended, well or not; return whether it had in `timeout` seconds (None: no bound)."""
         if self._thread.ident is not None:
-            self._thread.join()
+            self._thread.join(timeout)
+        return not self._thread.is_alive()
 
     def result(self) -> _T:
         """Wait for the call; return what it returned, or raise what it raised."""

@@ -8,11 +8,11 @@ from ckptengine.archive.layout_file import encode_layout
 from ckptengine.archive.record import ArchiveRecord
 from ckptengine.catalog.receipt import Receipt
 from ckptengine.comm.ranks import name_ranks
-from ckptengine.errors import ReplicaMismatchError, SaveFailedError
+from ckptengine.errors import SaveFailedError
 from ckptengine.layout.merge import merge
 from ckptengine.layout.rank_rows import PackedRows
+from ckptengine.save.replicas import compare_replicas
 from ckptengine.save.values import compare_values
-from ckptengine.state.leaf import dotted
 
 __all__ = ["Coordinator"]
 
@@ -58,13 +58,4 @@ def _compare(receipts: Sequence[Receipt]) -> None:
             "must call save and step with the same steps in the same order"
         )
     compare_values([(receipt.value_paths, receipt.digests) for receipt in receipts])
-    crcs = [dict(receipt.replica_crcs) for receipt in receipts]
-    for path in dict.fromkeys(path for own in crcs for path in own):
-        found = {rank: own[path] for rank, own in enumerate(crcs) if path in own}
-        first = next(iter(found))
-        other = [rank for rank, crc in found.items() if crc != found[first]]
-        if other:
-            raise ReplicaMismatchError(
-                f"{dotted(path)}: the replicas on {name_ranks(other)} differ from that of rank {first}; find out why "
-                "they drifted apart, or wrap the value in ckptengine.PerRank"
-            )
+    compare_replicas([([receipt.rank], receipt.replica_crcs) for receipt in receipts])

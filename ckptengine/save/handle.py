@@ -6,7 +6,9 @@ import threading
 import time
 from dataclasses import dataclass
 
+from ckptengine.comm.exchange import grace
 from ckptengine.errors import DeadlineError
+from ckptengine.storage.stuck import operation_of
 
 __all__ = ["Moment", "Phase", "SaveHandle", "SaveStats"]
 
@@ -47,9 +49,11 @@ class SaveStats:
 class Moment:
     """A moment that a save reaches or fails to reach."""
 
-    def __init__(self, name: str, deadline: float) -> None:
-        self._name = name
-        self._deadline = deadline
+    def __init__(self, name: str, timeout: float) -> None:
+        self._name, self._timeout = name, timeout
+        self._deadline = time.monotonic() + timeout + grace(timeout)
+        self.thread: threading.Thread | None = None
+        """The thread that is to reach it."""
         self._reached = threading.Event()
         self._error: BaseException | None = None
         self._stats: SaveStats | None = None
@@ -60,10 +64,14 @@ class Moment:
         """Return whether it has been reached or has failed."""
         return self._reached.is_set()
 
+    @property
+    def left(self) -> float:
+        """Seconds until the save's own time is over."""
+        return max(0.0, self._deadline - time.monotonic())
+
     def wait(self, timeout: float | None = None) -> bool:
-        """Wait at most `timeout` seconds (None: until the save's own deadline) and return `done()`."""
-        limit = max(0.0, self._deadline - time.monotonic()) if timeout is None else timeout
-        return self._reached.wait(limit)
+        """Wait at most `timeout` seconds (None: until the save's own time is over) and return `done()`."""
+        return self._reached.wait(self.left if timeout is None else timeout)
 
     def result(self, timeout: float | None = None) -> SaveStats | None:
         """Wait, then return the save's figures (None for `staged`), or raise what made the save fail.
@@ -71,7 +79,13 @@ class Moment:
         Raises `DeadlineError` where the moment does not come in time.
         """
         if not self.wait(timeout):
-            raise DeadlineError(f"{self._name} was not reached in time; the save is still running")
+            doing = operation_of(self.thread)
+            within = f"{self._timeout if timeout is None else timeout:g} s"
+            raise DeadlineError(
+                f"{self._name} was not reached within {within}: {doing} has not ended"
+                if doing
+                else f"{self._name} was not reached within {within}; the save is still running"
+            )
         self.observed = True
         if self._error is not None:
             raise self._error
@@ -104,11 +118,13 @@ class SaveHandle:
     """
 
     def __init__(self, path: str, timeout: float) -> None:
-        # The commit itself is bounded by `timeout`; the margin is for the threads to report that.
-        deadline = time.monotonic() + timeout + 30.0
         self.path = path
-        self.staged = Moment(f"the snapshot for {path}", deadline)
-        self.durable = Moment(f"the commit of {path}", deadline)
+        self.staged = Moment(f"the snapshot for {path}", timeout)
+        self.durable = Moment(f"the commit of {path}", timeout)
+
+    def work_in(self, thread: threading.Thread) -> None:
+        """Note the thread that brings the save to its end: what it is doing is said where that takes too long."""
+        self.staged.thread = self.durable.thread = thread
 
     def __repr__(self) -> str:
         state = "durable" if self.durable.done() else "staged" if self.staged.done() else "started"

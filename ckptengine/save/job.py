@@ -91,8 +91,6 @@ class Job:
     stall: float = 0.0
     error: Exception | None = None
     thread: threading.Thread | None = field(default=None, repr=False)
-    previous: threading.Thread | None = field(default=None, repr=False)
-    """The thread of the save before, which may still be cleaning up."""
     phases: list[Phase] = field(default_factory=list)
     sealing: Sealing = field(default_factory=lambda: Sealing(), repr=False)
 

@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 import secrets
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 
-from ckptengine import _native
-from ckptengine.archive.image import BLOCK_NBYTES, Image, plan_image
+from ckptengine.archive.image import Image, plan_image
 from ckptengine.archive.names import archive_name
 from ckptengine.comm.agree import agree
 from ckptengine.comm.base import Communicator
@@ -21,12 +20,11 @@ from ckptengine.layout.holdings import Holding, holdings_of
 from ckptengine.layout.rank_rows import RankRows
 from ckptengine.layout.survey import Boxes, Table, by_path, decode_boxes, encode_boxes, survey_of, table_of
 from ckptengine.save.reading import Reading, Structure
+from ckptengine.save.replicas import ReplicaCheck, compare_replicas, decode_crcs, encode_crcs, replica_crcs
 from ckptengine.save.values import StoredValues, compare_values
-from ckptengine.snapshot.threads import copy_threads
-from ckptengine.state.dtypes import DTYPES
-from ckptengine.state.leaf import ArrayLeaf, HostMemory, Path, Placement
+from ckptengine.state.leaf import Path
 
-__all__ = ["Plan", "Planner", "replica_crcs"]
+__all__ = ["Plan", "Planner"]
 
 _PATHS_NBYTES = struct.Struct("<Q")
 
@@ -55,6 +53,8 @@ class Planner:
         self._together = True
         self._session = ""
         self._attempts = 0
+        self.compared = False
+        """Whether the last call of `plan` has compared the contents of replicated arrays."""
 
     def next_attempt(self) -> str:
         """Return the next attempt's id, the same on all ranks: each exchange begins a new series under a new token."""
@@ -72,17 +72,25 @@ class Planner:
         self._together = True
 
     def plan(
-        self, reading: Reading | None, values: StoredValues | None, error: Exception | None, timeout: float
+        self,
+        reading: Reading | None,
+        values: StoredValues | None,
+        error: Exception | None,
+        timeout: float,
+        check: ReplicaCheck = ReplicaCheck.FIRST,
     ) -> tuple[Plan | None, Exception | None]:
         """Return this rank's plan of a state, or what keeps this rank from one; `error` is what kept it from leaves.
 
+        Where the ranks exchange plans, they compare their replicated arrays too, unless `check` says never.
         Raises, on all ranks, what any of them has to say in an exchange. What concerns this rank alone is returned:
         the caller reports it in the background, as no other rank waits for it here.
         """
         previous = None if self._together else self._plan
+        self.compared = False
         if previous is None:
-            holdings, assigned = self._exchange(reading, values, error, timeout)
-            self._together = False
+            compare = check is not ReplicaCheck.NEVER and self._comm.world_size > 1
+            holdings, assigned = self._exchange(reading, values, error, timeout, compare)
+            self._together, self.compared = False, compare
         elif reading is None or error is not None or not self.changed(reading):
             return (None if error is not None else previous), error
         assert reading is not None
@@ -96,7 +104,12 @@ class Planner:
         return self._plan, None
 
     def _exchange(
-        self, reading: Reading | None, values: StoredValues | None, error: Exception | None, timeout: float
+        self,
+        reading: Reading | None,
+        values: StoredValues | None,
+        error: Exception | None,
+        timeout: float,
+        compare: bool,
     ) -> tuple[tuple[Holding, ...], list[Assigned]]:
         """Find out what all ranks hold; return what this one holds, by path, and what it is to write.
 
@@ -110,12 +123,13 @@ class Planner:
             try:
                 mine = tuple(by_path(holdings_of(reading.leaves), rank))
                 check_own(mine, rank)
-                said = [_packed_values(values), table_of(mine, rank, world_size).encode()]
+                crcs = encode_crcs(replica_crcs(reading.leaves)) if compare else b""
+                said = [_packed_values(values), table_of(mine, rank, world_size).encode(), crcs]
             except Exception as problem:
                 error = problem
         agree(self._comm, error, timeout, "taking the state apart")
         token = secrets.token_hex(6).encode() if rank == 0 else b""
-        tokens, (distinct_values, tables) = gather_distinct(self._comm, token, said, timeout)
+        tokens, (distinct_values, tables, replicas) = gather_distinct(self._comm, token, said, timeout)
         self._session, self._attempts = tokens[0].decode(), 0
         if len(distinct_values.documents) > 1:
             unpacked = [_unpacked_values(document) for document in distinct_values.documents]
@@ -124,6 +138,10 @@ class Planner:
         boxes: Mapping[int, Boxes] = {}
         if survey.told:
             boxes = decode_boxes(survey, self._comm.all_gather(encode_boxes(survey, mine), timeout))
+        if len(replicas.documents) > 1:
+            ranks_of = [np.flatnonzero(np.asarray(replicas.of_rank) == n) for n in range(len(replicas.documents))]
+            crcs_of = map(decode_crcs, replicas.documents)
+            compare_replicas([(ranks.tolist(), own) for ranks, own in zip(ranks_of, crcs_of, strict=True)])
         return mine, assign(survey, boxes, rank, mine)
 
     def _lay_out(
@@ -140,30 +158,6 @@ def rows_of(image: Image, assigned: list[Assigned], rank: int) -> RankRows:
     for chunk in image.chunks:
         position[chunk.order] = chunk.position
     return RankRows.of(rank, assigned, position)
-
-
-def replica_crcs(leaves: Iterable[ArrayLeaf]) -> tuple[tuple[Path, int], ...]:
-    """Return path and the CRC32 of each replicated array, of its bytes in C order; reads every byte of them."""
-    result = []
-    for leaf in leaves:
-        if leaf.placement is not Placement.REPLICATED or not leaf.parts:
-            continue
-        (part,) = leaf.parts
-        memory = part.memory
-        dtype = DTYPES[leaf.dtype]
-        if not isinstance(memory, HostMemory):
-            host = np.empty(part.box.shape, dtype.numpy)
-            memory.copy_to_host(host)
-            result.append((leaf.path, _native.crc32(np.ascontiguousarray(host).reshape(-1).view(np.uint8))))
-            continue
-        nbytes, shape = part.box.volume * dtype.itemsize, part.box.shape
-        op = [0, nbytes, 0, dtype.itemsize, len(shape), memory.address, memory.low, memory.nbytes]
-        table = np.array([*op, *shape, *shape, *memory.strides], np.int64)
-        index = np.array([0, table.size], np.int64)
-        pieces = np.zeros(-(-nbytes // BLOCK_NBYTES), np.uint32)
-        _native.pack(0, nbytes, table, index, BLOCK_NBYTES, pieces, copy_threads())
-        result.append((leaf.path, _native.crc32(pieces)))
-    return tuple(result)
 
 
 def _packed_values(values: StoredValues) -> bytes:

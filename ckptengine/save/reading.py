@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from ckptengine.state.asked import Asked
+from ckptengine.state.kinds import Inspector
 from ckptengine.state.leaf import ArrayLeaf, Part, Path
 from ckptengine.state.trace import Trace
 from ckptengine.state.tree import FlatState, flatten_traced
@@ -32,16 +34,18 @@ class Reading:
         moved: dict[int, tuple[Part, ...]] | None,
         trace: Trace,
         tensors: list[Any],
+        asked: Asked,
     ) -> None:
         self.plain, self.structure, self.moved = plain, structure, moved
         self._state, self._leaves, self._trace = state, leaves, trace
+        self._asked = asked
         self._tensors = tensors  # they stay where they are for as long as this lives
 
     @property
     def leaves(self) -> tuple[ArrayLeaf, ...]:
         """The arrays, in the order of the structure; walks the state where it was only compared."""
         if self._leaves is None:
-            self._leaves = flatten_traced(self._state)[0].arrays
+            self._leaves = flatten_traced(self._state, self._asked)[0].arrays
         return self._leaves
 
     @property
@@ -63,25 +67,39 @@ class StateReader:
         self._structure: Structure = ()
 
     def read(self, state: Mapping[str, Any]) -> Reading:
-        """Return a reading; raises `StateError` naming what can't be saved."""
+        """Return a reading; raises `StateError` naming what can't be saved.
+
+        Every module and object has then been asked for its state once, in the state's order, whatever was found.
+        """
+        asked = Asked()
+        try:
+            return self._read(state, asked)
+        except Exception:
+            # Other ranks may have found nothing wrong, and have asked them all.
+            if isinstance(state, Mapping):
+                Inspector(asked).ask(state)
+            raise
+
+    def _read(self, state: Mapping[str, Any], asked: Asked) -> Reading:
         trace, self._trace = self._trace, None  # where it raises, the next reading walks
-        again = None if trace is None else trace.again(state)
+        again = None if trace is None else trace.again(state, asked)
         if again is None:
-            return self._walk(state)
+            return self._walk(state, asked)
         assert trace is not None
         assert self._plain is not None
         self._trace = trace
         plain = replace(self._plain, values=again.values, rank_values=again.rank_values)
-        return Reading(state, plain, self._structure, None, again.moved, trace, again.tensors)
+        return Reading(state, plain, self._structure, None, again.moved, trace, again.tensors, asked)
 
-    def _walk(self, state: Mapping[str, Any]) -> Reading:
-        flat, trace = flatten_traced(state)
+    def _walk(self, state: Mapping[str, Any], asked: Asked) -> Reading:
+        flat, trace = flatten_traced(state, asked)
         self._trace = trace
         structure = structure_of(flat)
         if structure != self._structure:
             self._structure = structure
         self._plain = replace(flat, arrays=(), values={}, rank_values={})
-        return Reading(state, replace(flat, arrays=()), self._structure, flat.arrays, None, trace, trace.tensors())
+        plain = replace(flat, arrays=())
+        return Reading(state, plain, self._structure, flat.arrays, None, trace, trace.tensors(), asked)
 
 
 def structure_of(flat: FlatState) -> Structure:

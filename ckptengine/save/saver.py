@@ -19,14 +19,17 @@ from typing import Any, Protocol
 from ckptengine.catalog.manifest import checked_metadata
 from ckptengine.comm.agree import agree
 from ckptengine.comm.base import Communicator
-from ckptengine.errors import CheckpointError, DeadlineError, RankFailedError, SaveFailedError, StateError
+from ckptengine.errors import CheckpointError, DeadlineError, RankFailedError, SaveFailedError
 from ckptengine.save.archive import MemoryArchive, StorageArchive
 from ckptengine.save.aside import Aside
+from ckptengine.save.cleaner import Cleaner
 from ckptengine.save.committer import Committer
 from ckptengine.save.handle import Phase, SaveHandle
 from ckptengine.save.job import Job, Target
-from ckptengine.save.planner import Plan, Planner, replica_crcs
+from ckptengine.save.planner import Plan, Planner
 from ckptengine.save.reading import Reading, StateReader
+from ckptengine.save.replicas import ReplicaCheck, replica_crcs
+from ckptengine.save.turn import Turns
 from ckptengine.save.values import StoredValues, stored_values
 from ckptengine.snapshot.feed import Feed
 from ckptengine.snapshot.pack import Checksums, CopyTable
@@ -34,8 +37,9 @@ from ckptengine.snapshot.shared_arena import SharedArena
 from ckptengine.snapshot.snapshotter import Images, Snapshotter
 from ckptengine.state.adapters import adapters
 from ckptengine.state.dtypes import DTYPES
+from ckptengine.state.held import held_arrays
 from ckptengine.state.leaf import ArrayLeaf, Placement, dotted
-from ckptengine.state.tree import flatten
+from ckptengine.storage.stuck import operation_of
 
 __all__ = ["DEFAULT_TIMEOUT", "Saver"]
 
@@ -77,7 +81,7 @@ class Saver:
     ) -> None:
         self._comm = comm
         self._memory = memory
-        self._timeout = timeout
+        self._timeout = self.timeout = timeout
         self._overlap, self._arena_nbytes = overlap, arena_nbytes
         self._planner = Planner(comm)
         self._reader = StateReader()
@@ -86,7 +90,9 @@ class Saver:
         self._prepared = False
         self._unhook: list[Callable[[], None]] = []
         self._job: Job | None = None
-        self._lock = threading.Lock()
+        self._copier: threading.Thread | None = None
+        self._turns = Turns("a save")
+        self._cleaner = Cleaner()
         self._usable = True
         self.generation: int | None = None
         """The generation of the last save that was started; None where it could not be claimed."""
@@ -107,22 +113,36 @@ class Saver:
         return self._job is not None and not self._job.handle.durable.done()
 
     def wait(self, timeout: float) -> None:
-        """Wait for the save in flight to end, well or not; raises `DeadlineError` where it doesn't in time."""
-        if self._job is not None and not self._job.handle.durable.wait(timeout):
-            raise DeadlineError(f"{self._job.handle.path} is still being saved after {timeout:g} s")
+        """Wait for the save in flight to end, well or not; raises `DeadlineError` where it doesn't in time.
+
+        Nobody waits for it longer than it may take itself.
+        """
+        if self._job is not None and not self._job.handle.durable.wait(min(timeout, self._job.handle.durable.left)):
+            doing = operation_of(self._job.thread)
+            raise DeadlineError(
+                f"{self._job.handle.path} is still being saved after {time.monotonic() - self._job.started:.3g} s"
+                f"{f': {doing} has not ended' if doing else ''}"
+            )
 
     def settle(self, timeout: float) -> None:
-        """Wait for the save in flight and for the cleaning up after it."""
+        """Wait for the save in flight and for the cleaning up after it; raises `DeadlineError`."""
         self.wait(timeout)
         if self._job is not None and self._job.thread is not None:
             self._job.thread.join(timeout)
-        if self._keeping is not None:
-            self._keeping.settle()
+        if not self._cleaner.settle(timeout):
+            doing = self._cleaner.doing or "it"
+            raise DeadlineError(f"cleaning up after a save did not end within {timeout:g} s: {doing} takes so long")
+        self._settle_memory(timeout)
+
+    def _settle_memory(self, timeout: float) -> None:
+        """Wait for the commit in memory, which says which arena is free."""
+        if self._keeping is not None and not self._keeping.settle(timeout):
+            raise DeadlineError(f"keeping a checkpoint in memory did not end within {timeout:g} s")
 
     def close(self) -> None:
         """Wait for the save in flight and give the memory back."""
         self.settle(self._timeout)
-        with self._held(self._timeout):
+        with self._turns.take(self._timeout):
             self._snapshotter.close()
         while self._unhook:
             self._unhook.pop()()
@@ -137,18 +157,9 @@ class Saver:
             durable.observed = True
             _log.error("%s was NOT saved: %s", self._job.handle.path, durable.error)
 
-    @contextmanager
-    def _held(self, timeout: float) -> Iterator[None]:
-        if not self._lock.acquire(timeout=timeout):
-            raise DeadlineError(f"another thread has been starting a save for {timeout:g} s")
-        try:
-            yield
-        finally:
-            self._lock.release()
-
     def after_fork(self) -> None:
         """Cut what a forked process shares with its parent: the arena, the save in flight, the series of attempts."""
-        self._lock = threading.Lock()
+        self._turns, self._cleaner, self._copier = Turns("a save"), Cleaner(), None
         self._usable = self._comm.world_size == 1
         if self._job is not None:
             self._job.handle.staged.abandon(RankFailedError("this save belongs to the parent process"))
@@ -164,7 +175,7 @@ class Saver:
         self,
         target: Target,
         state: Mapping[str, Any],
-        check_replicas: bool = False,
+        check: ReplicaCheck = ReplicaCheck.FIRST,
         timeout: float | None = None,
     ) -> SaveHandle:
         """Take the snapshot of a state and start its way to the storage; all ranks call it together.
@@ -175,10 +186,10 @@ class Saver:
         Raises `StateError`, `ReplicaMismatchError`, `StorageError`, `DeadlineError`.
         """
         timeout = self._timeout if timeout is None else timeout
-        with self._held(timeout):
-            return self._start(target, state, check_replicas, timeout)
+        with self._turns.take(timeout):
+            return self._start(target, state, check, timeout)
 
-    def _start(self, target: Target, state: Mapping[str, Any], check_replicas: bool, timeout: float) -> SaveHandle:
+    def _start(self, target: Target, state: Mapping[str, Any], check: ReplicaCheck, timeout: float) -> SaveHandle:
         if not self._usable:
             raise CheckpointError(
                 f"this process was forked from rank {self._comm.rank}: only the rank itself can save with the others"
@@ -190,25 +201,43 @@ class Saver:
             # The others may have gone on to an attempt that now fails; then all meet in the next exchange.
             self._planner.together_next()
             raise
-        if self._keeping is not None:
-            self._keeping.settle()  # it says which arena is free; its own deadline ends it
+        self._settle_memory(timeout)
+        if self._copier is not None:
+            self._copier.join(timeout)  # of a save that was interrupted: it still copies into the arena
         self.report()
+        behind = self._cleaner.wait_for_room(timeout / 2)
         started = time.monotonic()
         table, self._table = self._table, None  # good again when it has been told what has moved
         reading: Reading | None = None
         values: StoredValues | None = None
         error: Exception | None = None
+        interrupt: BaseException | None = None
         try:
-            checked_metadata(target.metadata)
             with _collection_later():
                 reading = self._reader.read(state)
                 values = stored_values(reading.plain)
+            checked_metadata(target.metadata)
+            if behind:
+                raise SaveFailedError(
+                    f"{target.storage.location()}: what earlier saves have made superfluous is deleted more slowly "
+                    f"than saves come: {behind} takes more than {timeout / 2:g} s"
+                )
         except Exception as problem:
             error = problem
+        except BaseException as problem:
+            # The other ranks hear of it before it goes its way: they would wait for this one.
+            interrupt, error = problem, _interrupted(problem)
         read = time.monotonic()
-        generation = self._open(target, reading, timeout)
-        with _collection_later():
-            plan, error = self._planner.plan(reading, values, error, timeout)
+        try:
+            generation = self._open(target, reading, timeout)
+            with _collection_later():
+                plan, error = self._planner.plan(reading, values, error, timeout, check)
+        except BaseException as problem:
+            if not isinstance(problem, Exception):
+                self._planner.together_next()  # whether the ranks have met is not known
+            if interrupt is not None:
+                raise interrupt from problem
+            raise
         job = Job(
             target=target,
             generation=generation,
@@ -224,19 +253,20 @@ class Saver:
         )
         job.phases.append(Phase("read", 0.0, read - started))
         job.phase("plan", read)
-        # The background makes its directory and reserves its file while this thread copies.
-        self._launch(job)
-        if self._memory is not None:
-            self._keeping = Aside(functools.partial(self._keep, self._memory, job))
         try:
+            # The background makes its directory and reserves its file while this thread copies.
+            self._launch(job)
+            if self._memory is not None:
+                self._keeping = Aside(functools.partial(self._keep, self._memory, job))
+            if interrupt is not None:
+                raise interrupt
             if error is not None:
                 raise error
             assert reading is not None
             assert plan is not None
-            self._snapshot(job, plan, reading, table, check_replicas, timeout)
+            self._snapshot(job, plan, reading, table, check, timeout)
         except BaseException as problem:
-            job.feed.finish(problem)
-            job.handle.durable.observed = True
+            self._give_up(job, problem)
             if isinstance(problem, CheckpointError) or not isinstance(problem, Exception):
                 raise
             raise SaveFailedError(f"{job.handle.path} was not saved: {type(problem).__name__}: {problem}") from problem
@@ -244,19 +274,24 @@ class Saver:
 
     def _launch(self, job: Job) -> None:
         """Send a save on its way through the background."""
-        job.previous = None if self._job is None else self._job.thread
         self._job = job
         job.thread = threading.Thread(target=self._finish, args=(job,), name="ckptengine-save", daemon=True)
+        job.handle.work_in(job.thread)
         try:
             job.thread.start()
-        except BaseException as problem:
-            # No thread will end this save: end it here, or every later one would wait for it.
-            job.thread = None
-            self._planner.together_next()
-            job.handle.staged.reach(error=problem)
-            job.handle.durable.reach(error=problem)
-            job.handle.durable.observed = True
+        except Exception as problem:
             raise SaveFailedError(f"{job.handle.path} was not saved, its thread did not start: {problem}") from problem
+
+    def _give_up(self, job: Job, problem: BaseException) -> None:
+        """End a save that can't be, or was interrupted, in this process and, by its receipt, on the other ranks."""
+        failure = problem if isinstance(problem, Exception) else _interrupted(problem)
+        job.feed.finish(failure)
+        job.handle.durable.observed = True
+        if job.thread is None or job.thread.ident is None:
+            # No thread will end this save: end it here, or every later one would wait for it.
+            self._planner.together_next()
+            job.handle.staged.reach(error=failure)
+            job.handle.durable.reach(error=failure)
 
     def _snapshot(
         self,
@@ -264,7 +299,7 @@ class Saver:
         plan: Plan,
         reading: Reading,
         table: CopyTable | None,
-        check_replicas: bool,
+        check: ReplicaCheck,
         timeout: float,
     ) -> None:
         """Copy the state, or have it copied until the optimizer's next step."""
@@ -278,7 +313,9 @@ class Saver:
         job.checksums = Checksums(plan.image)
         whole = self._snapshotter.reserve(plan.image, timeout)
         job.arena = self._snapshotter.shared
-        if check_replicas:
+        # A plan that was made alone has not been compared; the coordinator does it with the receipts.
+        wanted = check is ReplicaCheck.ALWAYS or (plan.alone and check is ReplicaCheck.FIRST)
+        if wanted and not self._planner.compared and self._comm.world_size > 1:
             job.replica_crcs = replica_crcs(reading.leaves)
         began = time.monotonic()
         if whole:
@@ -289,9 +326,9 @@ class Saver:
         if whole and table.has_fenced:
             self._hook()
             rest = (job, table, reading, reading.versions())
-            copier = threading.Thread(target=self._copy_fenced, args=rest, name="ckptengine-copy", daemon=True)
+            self._copier = threading.Thread(target=self._copy_fenced, args=rest, name="ckptengine-copy", daemon=True)
             job.stall = time.monotonic() - job.started
-            copier.start()
+            self._copier.start()
         else:
             table.release()
             job.phase("copy", began)
@@ -349,11 +386,7 @@ class Saver:
         if self._prepared or self._job is not None:
             return
         self._prepared = True
-        try:
-            leaves = flatten(state).arrays
-        except StateError:
-            return  # the save will say so
-        self._snapshotter.prepare(sum(self._share(leaf) + _LEAF_NBYTES for leaf in leaves))
+        self._snapshotter.prepare(sum(self._share(leaf) + _LEAF_NBYTES for leaf in held_arrays(state)))
 
     def _share(self, leaf: ArrayLeaf) -> int:
         """Return about how many bytes of a leaf this rank will write."""
@@ -390,21 +423,16 @@ class Saver:
         stats = None
         try:
             stats = self._committer.commit(job)
-        except Exception as problem:
+        except BaseException as problem:  # whatever it is: nobody may wait for a save that has no thread any more
             # Every rank comes here where the attempt failed on any, so all plan together at the next save.
-            job.error = job.error or problem
+            job.error = job.error or (problem if isinstance(problem, Exception) else _interrupted(problem))
             self._planner.together_next()
         job.handle.staged.reach(error=job.error)
         job.handle.durable.reach(stats, job.error)
         job.held.close()
-        if job.previous is not None:
-            job.previous.join(self._timeout)  # its cleaning and this one's must not meet in the same directories
-            job.previous = None
-        if job.error is None and job.target.committed is not None and (self._comm.rank == 0 or job.target.leads):
-            try:
-                job.target.committed(job.generation, job.attempt)
-            except Exception as problem:
-                _log.warning("%s: cleaning up after the commit failed: %s", job.handle.path, problem)
+        committed = job.target.committed
+        if job.error is None and committed is not None and (self._comm.rank == 0 or job.target.leads):
+            self._cleaner.offer(functools.partial(committed, job.generation, job.attempt), job.handle.path)
 
     def _keep(self, memory: MemoryPlace, job: Job) -> None:
         """Commit a snapshot where it lies, in shared memory, while it is on its way to the storage.
@@ -419,12 +447,11 @@ class Saver:
         kept = replace(
             job,
             target=memory.target(job),
-            error=error if error is None or isinstance(error, Exception) else SaveFailedError(repr(error)),
+            error=error if error is None or isinstance(error, Exception) else _interrupted(error),
             feed=Feed(job.deadline),
             held=ExitStack(),
             phases=[],
             thread=None,
-            previous=None,
         )
         try:
             self._keeper.commit(kept)
@@ -438,6 +465,11 @@ class Saver:
                 _log.warning("%s is not kept in memory: %s", job.handle.path, problem)
         finally:
             kept.held.close()
+
+
+def _interrupted(problem: BaseException) -> SaveFailedError:
+    """Return what is said of a save that something which is no error has ended, such as Ctrl-C."""
+    return SaveFailedError(f"it was interrupted by {type(problem).__name__}{f': {problem}' if str(problem) else ''}")
 
 
 @contextmanager
@@ -463,7 +495,7 @@ _living: weakref.WeakSet[Saver] = weakref.WeakSet()
 def _wait_for_all() -> None:
     for saver in list(_living):
         try:
-            saver.settle(DEFAULT_TIMEOUT)
+            saver.settle(saver.timeout)
         except DeadlineError as error:
             _log.error("%s", error)
         saver.report()

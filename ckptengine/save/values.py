@@ -54,10 +54,12 @@ def stored_values(flat: FlatState) -> StoredValues:
             "values": [[list(path), value] for path, value in shared],
             "aliases": [[list(path), list(target)] for path, target in flat.aliases.items()],
             "containers": [[list(path), kind] for path, kind in flat.containers.items()],
+            "structure": flat.outline.encoded,
         },
         own={
             "values": [[list(path), value] for path, value in own],
             "containers": [[list(path), kind] for path, kind in flat.rank_containers.items()],
+            "structure": flat.rank_outline.encoded,
         },
         paths=tuple(path for path, _ in shared),
         digests=b"".join(digest([list(path), value])[:DIGEST_NBYTES] for path, value in shared),

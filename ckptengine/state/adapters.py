@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +13,7 @@ import numpy as np
 from ckptengine.state.leaf import Part, Path, Placement
 from ckptengine.state.random_stream import RandomStream
 
-__all__ = ["Adapter", "ModuleEntry", "TensorView", "adapter_of_tensor", "adapters", "describe_type"]
+__all__ = ["Adapter", "Layouts", "ModuleEntry", "TensorView", "adapter_of_tensor", "adapters", "describe_type"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +29,18 @@ class TensorView:
     placement: Placement
     parts: tuple[Part, ...]
     identity: Hashable | None
+
+
+class Layouts(ABC):
+    """How the tensors of a job are spread over its ranks, so that new ones are made like them."""
+
+    @abstractmethod
+    def new(self, path: Path, dtype: str, shape: tuple[int, ...]) -> Any:
+        """Return a tensor of the global shape for what lies at a path of the state, spread and placed like the live
+        tensor that it belongs to; None where no live tensor tells.
+
+        Raises `LoadMismatchError` where several tell different things.
+        """
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +91,23 @@ class Adapter:
         """Return a new tensor in host memory, contents undefined."""
         raise NotImplementedError
 
+    def new_like(self, tensor: Any, order: tuple[int, ...] | None) -> Any:
+        """Return a new tensor like this one (dtype, shape, device, distribution), contents undefined.
+
+        `order` are its dimensions from the outermost in memory to the innermost, None for C order; a framework without
+        strides has only that.
+        """
+        view = self.view(tensor, (), target=False)
+        return self.empty(view.dtype, view.shape)
+
+    def replacement(self, tensor: Any) -> Any:
+        """Return a new tensor to fill in place of one that can't be written to, None where it can."""
+        return None
+
+    def layouts(self, tensors: Sequence[tuple[Path, Any]]) -> Layouts | None:
+        """Return how tensors, given with their paths, are spread; None where the framework's own don't tell."""
+        return None
+
     def convert(self, tensor: Any, buffers: Sequence[np.ndarray[Any, Any]], dtype: str) -> None:
         """Fill a tensor from host buffers of another dtype, one for each of `view`'s parts, in order."""
         raise NotImplementedError
@@ -86,13 +116,20 @@ class Adapter:
         """Whether a value is a module: named parameters and buffers that are filled in place."""
         return False
 
-    def module_entries(self, module: Any, path: Path) -> list[ModuleEntry]:
-        """Return the module's state in its own order."""
+    def check_module(self, module: Any, path: Path) -> None:
+        """Raise `StateError` where a module must not be asked for its state."""
+
+    def module_values(self, module: Any) -> Mapping[str, Any]:
+        """Return the module's live state by its own keys, in its own order, as fast as the framework can."""
         raise NotImplementedError
 
-    def module_values(self, module: Any) -> dict[str, Any]:
-        """Return the values of `module_entries` by their keys, as fast as the framework can."""
-        return {entry.key: entry.value for entry in self.module_entries(module, ())}
+    def module_entries(self, module: Any, path: Path, values: Mapping[str, Any]) -> list[ModuleEntry]:
+        """Return what the values that the module has given are, in their order."""
+        raise NotImplementedError
+
+    def module_tensors(self, module: Any) -> Iterable[Any]:
+        """Return the tensors that a module has now, without calling anything that its class may have changed."""
+        return ()
 
     def load_module(self, module: Any, entries: Mapping[str, Any]) -> None:
         """Hand over what could not be filled in place, by the module's own keys."""

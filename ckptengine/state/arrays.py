@@ -62,7 +62,8 @@ class NumpyAdapter(Adapter):
             )
         if target and not array.flags.writeable:
             raise StateError(f"{dotted(path)}: the array is read-only, so it can't be filled; pass a writable copy")
-        if target and may_overlap(array.shape, array.strides, array.itemsize):
+        # A read-only one is replaced when it is loaded; one that can be written to would have to be filled.
+        if array.flags.writeable and may_overlap(array.shape, array.strides, array.itemsize):
             raise StateError(f"{dotted(path)}: the array's elements share memory, so it can't be filled; pass a copy")
         memory = _memory(array)
         parts = (Part(Box.whole(array.shape), memory),) if array.size else ()
@@ -83,12 +84,21 @@ class NumpyAdapter(Adapter):
         """Return a new array."""
         return np.empty(shape, DTYPES[dtype].numpy)
 
+    def new_like(self, tensor: Any, order: tuple[int, ...] | None) -> np.ndarray[Any, Any]:
+        """Return a new array whose dimensions lie in memory in an order."""
+        order = order or tuple(range(tensor.ndim))
+        return np.empty([tensor.shape[dim] for dim in order], tensor.dtype).transpose(np.argsort(order))
+
     def convert(self, tensor: Any, buffers: Sequence[np.ndarray[Any, Any]], dtype: str) -> None:
         """Fill an array from a buffer of another dtype, as `astype` converts."""
         for buffer in buffers:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", RuntimeWarning)  # overflow to inf is what a cast asks for
                 np.copyto(tensor, buffer, casting="unsafe")
+
+    def replacement(self, tensor: Any) -> np.ndarray[Any, Any] | None:
+        """Return a new array in place of a read-only one."""
+        return None if tensor.flags.writeable else np.empty(tensor.shape, tensor.dtype)
 
     def random_streams(self) -> dict[str, RandomStream]:
         """Return the stream that `np.random.seed` seeds, as `numpy`."""

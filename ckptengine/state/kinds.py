@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter, OrderedDict
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from enum import Enum, auto
 from typing import Any
 
-from ckptengine.errors import StateError
+from ckptengine.errors import CheckpointError, StateError
 from ckptengine.state.adapters import Adapter, ModuleEntry, adapters, describe_type
+from ckptengine.state.asked import Asked
 from ckptengine.state.leaf import Key, Path, dotted
 from ckptengine.state.per_rank import PerRank
 from ckptengine.state.sharded import ShardedArray
@@ -39,11 +40,11 @@ SCALARS = frozenset({type(None), bool, int, float, str, bytes, complex})
 
 
 class Inspector:
-    """One walk's view of the frameworks: sorts values into kinds, asks each module only once."""
+    """One walk's view of the frameworks: sorts values into kinds; `asked` has what modules and objects answered."""
 
-    def __init__(self) -> None:
+    def __init__(self, asked: Asked | None = None) -> None:
         self._adapters = list(adapters())
-        self._entries: dict[int, tuple[Any, list[ModuleEntry]]] = {}
+        self.asked = Asked() if asked is None else asked
 
     def kind(self, value: Any, path: Path) -> tuple[Kind, Adapter | None]:
         """Return a value's kind, and its adapter where it is a framework's.
@@ -76,9 +77,7 @@ class Inspector:
                 return Kind.OPTIMIZER, adapter
         if isinstance(value, type):
             return None
-        if callable(getattr(value, "state_dict", None)) and callable(getattr(value, "load_state_dict", None)):
-            return Kind.OBJECT, None
-        return None
+        return (Kind.OBJECT, None) if _saves_itself(value) else None
 
     def _dict_kind(self, value: Mapping[Any, Any], path: Path) -> Kind:
         if not value or isinstance(value, Counter):
@@ -111,11 +110,47 @@ class Inspector:
                 return True
         return False
 
+    def holds_more(self, value: Any) -> bool:
+        """Whether a value is, or has somewhere inside, what a framework or the engine knows; False where it is odd."""
+        try:
+            return self._holds_more((value,), (), 0)
+        except StateError:
+            return False
+
     def entries(self, module: Any, adapter: Adapter, path: Path) -> list[ModuleEntry]:
         """Return a module's entries, the same ones each time that this walk asks."""
-        if id(module) not in self._entries:
-            self._entries[id(module)] = (module, adapter.module_entries(module, path))
-        return self._entries[id(module)][1]
+        return self.asked.entries_of(module, adapter, path)
+
+    def ask(
+        self,
+        value: Any,
+        path: Path = (),
+        wanted: Callable[[Any, Path], bool] = lambda value, path: True,
+        depth: int = 0,
+    ) -> None:
+        """Ask every module and object in a state, in the state's order, before anything is made of an answer.
+
+        Whatever differs between ranks, they then have all been asked as often and in the same order: what they raise
+        comes out when they are asked again. Objects that are not `wanted` are left out.
+        """
+        if depth > MAX_DEPTH:
+            return  # the walk refuses it
+        try:
+            kind, adapter = (Kind.DICT, None) if path == () else self.kind(value, path)
+            if kind is Kind.PER_RANK:
+                self.ask(value.value, path, wanted, depth + 1)
+            elif kind is Kind.MODULE:
+                assert adapter is not None
+                adapter.check_module(value, path)
+                self.asked.values_of(value, adapter, path)
+            elif kind is Kind.OBJECT and wanted(value, path):
+                self.ask(self.asked.state_of(value, path), path, wanted, depth + 1)
+            elif kind in (Kind.DICT, Kind.SEQUENCE):
+                for key, item in children(value, path):
+                    if type(item) not in SCALARS:
+                        self.ask(item, (*path, key), wanted, depth + 1)
+        except CheckpointError:
+            return  # the walk that follows comes to the same place, and says so
 
     def parameter_names(self, state: Any) -> dict[int, str]:
         """Return the names of all parameters of the modules in the state, by the `id` of the parameter.
@@ -141,6 +176,12 @@ class Inspector:
         elif kind in (Kind.DICT, Kind.SEQUENCE):
             for key, item in children(value, path):
                 self._collect(item, (*path, key), names)
+
+
+def _saves_itself(value: Any) -> bool:
+    # A dict may answer for any attribute (`AttrDict`), with an error of its own too: there the class decides.
+    owner = type(value) if isinstance(value, Mapping) else value
+    return callable(getattr(owner, "state_dict", None)) and callable(getattr(owner, "load_state_dict", None))
 
 
 def children(value: Any, path: Path) -> list[tuple[Key, Any]]:

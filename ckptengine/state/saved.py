@@ -9,6 +9,7 @@ from typing import Any
 from ckptengine.errors import CheckpointDamagedError, LoadMismatchError
 from ckptengine.state.adapters import describe_type
 from ckptengine.state.leaf import Key, Path, Placement, dotted
+from ckptengine.state.outline import Outline, in_given_order, renamed_key, sorted_keys
 from ckptengine.state.values import MAX_DEPTH
 
 __all__ = ["Node", "Saved", "SavedArray", "SavedLeaf", "SavedValue", "own_tree", "shared_tree"]
@@ -40,15 +41,22 @@ class Saved:
     rank_leaves: Sequence[Mapping[Path, SavedLeaf]] = ()
     rank_values: Sequence[Mapping[Path, Any]] = ()
     rank_containers: Sequence[Mapping[Path, str]] = ()
+    outline: Outline | None = None
+    rank_outlines: Sequence[Outline | None] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class SavedArray:
-    """An array of the checkpoint: its own path there, and its rank where it is a rank's own."""
+    """An array of the checkpoint: its own path there, and its rank where it is a rank's own.
+
+    `order` is how it lay in memory (`memory_order`; None: in C order). `told` says whether the checkpoint knows that.
+    """
 
     path: Path
     rank: int | None
     leaf: SavedLeaf
+    order: tuple[int, ...] | None = None
+    told: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,14 +67,21 @@ class SavedValue:
 
 
 class Node:
-    """One place in the tree; `used` once the state has taken it, or a message has named it."""
+    """One place in the tree; `used` once the state has taken it, or a message has named it.
 
-    __slots__ = ("children", "container", "entry", "used")
+    `cls` is the class of the optimizer or object that was here. `ordered` tells that the children are in the order that
+    the state had them in, `kind` what held them; None where the checkpoint does not say.
+    """
+
+    __slots__ = ("children", "cls", "container", "entry", "kind", "ordered", "used")
 
     def __init__(self) -> None:
         self.children: dict[Key, Node] = {}
         self.entry: SavedArray | SavedValue | None = None
         self.container: str | None = None
+        self.cls: str | None = None
+        self.kind: str | None = None
+        self.ordered = False
         self.used = False
 
     def child(self, key: Key) -> Node | None:
@@ -111,12 +126,16 @@ class Node:
 def shared_tree(saved: Saved, rename: Callable[[Path], Path]) -> Node:
     """Return the tree of what all ranks share, under the state's names."""
     root = Node()
-    arrays = {path: SavedArray(path, None, leaf) for path, leaf in saved.leaves.items()}
+    outline = saved.outline
+    orders: Mapping[Path, tuple[int, ...]] = {} if outline is None else outline.orders
+    told = outline is not None
+    arrays = {path: SavedArray(path, None, leaf, orders.get(path), told) for path, leaf in saved.leaves.items()}
     for path, first in saved.aliases.items():
         if first not in arrays:
             raise CheckpointDamagedError(f"{dotted(path)} is the same tensor as {dotted(first)}, which isn't there")
         arrays.setdefault(path, arrays[first])
     _insert(root, arrays, saved.values, saved.containers, rename)
+    _apply(root, outline, rename)
     return root
 
 
@@ -126,14 +145,39 @@ def own_tree(saved: Saved, rank: int, rename: Callable[[Path], Path]) -> Node:
     leaves = saved.rank_leaves[rank] if saved.rank_leaves else {}
     values = saved.rank_values[rank] if saved.rank_values else {}
     containers = saved.rank_containers[rank] if saved.rank_containers else {}
+    outline = saved.rank_outlines[rank] if saved.rank_outlines else None
+    orders: Mapping[Path, tuple[int, ...]] = {} if outline is None else outline.orders
+    told = outline is not None
     _insert(
         root,
-        {path: SavedArray(path, rank, leaf) for path, leaf in leaves.items()},
+        {path: SavedArray(path, rank, leaf, orders.get(path), told) for path, leaf in leaves.items()},
         values,
         containers,
         rename,
     )
+    _apply(root, outline, rename)
     return root
+
+
+def _apply(root: Node, outline: Outline | None, rename: Callable[[Path], Path]) -> None:
+    """Give the nodes their classes and kinds, and their children in the order that the state had them in."""
+    for one in () if outline is None else outline.containers:
+        path = rename(one.path)
+        node = root.find(path)
+        if node is None:
+            continue
+        if one.cls:
+            node.cls = one.cls
+        if one.kind == "object":  # what its state is built like comes next, under the same path
+            continue
+        node.kind = one.kind
+        if one.kind in ("list", "tuple"):
+            continue
+        keys = (
+            sorted_keys(node.children) if one.keys is None else [renamed_key(one.path, key, rename) for key in one.keys]
+        )
+        node.children = in_given_order(node.children, keys)
+        node.ordered = True
 
 
 def _insert(

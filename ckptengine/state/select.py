@@ -34,6 +34,12 @@ class Selection:
         self._matched.update(inside)
         return self.holds(path) or bool(inside)
 
+    def touches(self, path: Path) -> bool:
+        """Whether what lies at a path may be meant, or something inside of it; remembers nothing."""
+        name = dotted(path)
+        prefixes = (name,) if self._prefixes is None else self._prefixes
+        return any(name == p or name.startswith(f"{p}.") or p.startswith(f"{name}.") for p in prefixes)
+
     def refuse_part(self, path: Path) -> None:
         """Raise where something inside is meant of what can only be loaded as a whole."""
         name = dotted(path)

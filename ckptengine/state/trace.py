@@ -15,8 +15,10 @@ from typing import Any
 
 from ckptengine.layout.box import Box
 from ckptengine.state.adapters import Adapter
+from ckptengine.state.asked import Asked
 from ckptengine.state.kinds import SCALARS, Inspector, Kind
 from ckptengine.state.leaf import Part, Path, Placement
+from ckptengine.state.outline import part_order
 from ckptengine.state.sharded import ShardedArray
 
 __all__ = [
@@ -46,8 +48,8 @@ class _Met:
 
     __slots__ = ("inspector", "tensors", "values")
 
-    def __init__(self) -> None:
-        self.inspector = Inspector()
+    def __init__(self, asked: Asked) -> None:
+        self.inspector = Inspector(asked)
         self.tensors: list[Any] = []
         self.values: tuple[dict[Path, Any], dict[Path, Any]] = ({}, {})
 
@@ -109,8 +111,8 @@ class ShardedStep(Step):
         met.tensors.append(value.local)
 
 
-class _WrapperStep(Step):
-    """Something of one class around something else."""
+class PerRankStep(Step):
+    """A `PerRank` around something."""
 
     __slots__ = ("inner", "kind")
 
@@ -122,34 +124,23 @@ class _WrapperStep(Step):
         """Look at what is in it now."""
         if type(value) is not self.kind:
             raise Changed
-        self.inner.again(self.content(value), met)
-
-    @staticmethod
-    @abstractmethod
-    def content(value: Any) -> Any:
-        """Return what is in it."""
+        self.inner.again(value.value, met)
 
 
-class PerRankStep(_WrapperStep):
-    """A `PerRank` around something."""
-
-    __slots__ = ()
-
-    @staticmethod
-    def content(value: Any) -> Any:
-        """Return the value that each rank has of its own."""
-        return value.value
-
-
-class ObjectStep(_WrapperStep):
+class ObjectStep(Step):
     """An object with `state_dict`."""
 
-    __slots__ = ()
+    __slots__ = ("inner", "kind", "path")
 
-    @staticmethod
-    def content(value: Any) -> Any:
-        """Return the state that it gives now."""
-        return value.state_dict()
+    def __init__(self, kind: type, inner: Step, path: Path) -> None:
+        self.inner, self.path = inner, path
+        self.kind: Any = kind
+
+    def again(self, value: Any, met: _Met) -> None:
+        """Look at the state that it gives now."""
+        if type(value) is not self.kind:
+            raise Changed
+        self.inner.again(met.inspector.asked.state_of(value, self.path), met)
 
 
 class SequenceStep(Step):
@@ -201,17 +192,17 @@ class DictStep(Step):
 class ModuleStep(Step):
     """A module: the same one, with entries under the same keys."""
 
-    __slots__ = ("adapter", "entries", "module")
+    __slots__ = ("adapter", "entries", "module", "path")
 
-    def __init__(self, module: Any, adapter: Adapter, steps: Mapping[str, Step]) -> None:
-        self.module, self.adapter = weakref.ref(module), adapter
+    def __init__(self, module: Any, adapter: Adapter, steps: Mapping[str, Step], path: Path) -> None:
+        self.module, self.adapter, self.path = weakref.ref(module), adapter, path
         self.entries = DictStep(dict, steps)
 
     def again(self, value: Any, met: _Met) -> None:
         """Look at each entry."""
         if self.module() is not value:
             raise Changed
-        self.entries.again(self.adapter.module_values(value), met)
+        self.entries.again(met.inspector.asked.values_of(value, self.adapter, self.path), met)
 
 
 class OptimizerStep(Step):
@@ -274,8 +265,8 @@ class Visited:
 
 
 def head_of(dtype: str, shape: tuple[int, ...], placement: Placement, parts: Sequence[Part]) -> tuple[Any, ...]:
-    """Return what of a tensor's view its place in the plan depends on."""
-    return dtype, shape, placement, tuple((part.box, type(part.memory)) for part in parts)
+    """Return what of a tensor's view its place in the plan, and what is stored of it beside its bytes, depend on."""
+    return dtype, shape, placement, tuple((part.box, type(part.memory), part_order(part)) for part in parts)
 
 
 @dataclass(frozen=True, slots=True)
@@ -320,12 +311,14 @@ class Trace:
         """Return numbers that change when what is fenced is written to, given the tensors in the order of the trace."""
         return [self._rows[n].adapter.versions((tensors[n],))[0] for n in self._fenced]
 
-    def again(self, state: Any) -> Again | None:
+    def again(self, state: Any, asked: Asked | None = None) -> Again | None:
         """Compare a state with the one before; None where its structure has changed, or may have.
+
+        What modules and objects answer stays in `asked`.
 
         What is found to have moved is remembered: the next comparison is with this state.
         """
-        met = _Met()
+        met = _Met(Asked() if asked is None else asked)
         try:
             self._root.again(state, met)
             moved = self._moved(met.tensors)

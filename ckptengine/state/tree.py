@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
-from dataclasses import dataclass, replace
+from collections import OrderedDict
+from collections.abc import Hashable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ckptengine.errors import CheckpointDamagedError, StateError
+from ckptengine.layout.head import MAX_NDIM
 from ckptengine.state.adapters import Adapter, TensorView, describe_type
+from ckptengine.state.asked import Asked
 from ckptengine.state.kinds import Inspector, Kind, children, optimizer_names
 from ckptengine.state.leaf import ArrayLeaf, DeviceMemory, Key, Part, Path, Placement, dotted
 from ckptengine.state.loaders import is_stateful_loader
+from ckptengine.state.outline import Container, Outline, class_name, part_order, sorted_keys
 from ckptengine.state.sharded import ShardedArray
 from ckptengine.state.trace import (
     DictStep,
@@ -39,7 +43,8 @@ class FlatState:
     `arrays` are in the order in which they were met. `values` and `rank_values` are the user's own plain
     values, not copied and not yet checked: `encode` does both. `aliases` leads from each further path of tied
     memory to its first path. `containers` says `list` or `tuple` for sequences that were walked;
-    `rank_containers` the same inside `PerRank`.
+    `rank_containers` the same inside `PerRank`. `outline` and `rank_outline` say how the state is built, so that what
+    is built from a checkpoint can be built, and checked, in the same way.
     """
 
     arrays: tuple[ArrayLeaf, ...]
@@ -48,6 +53,8 @@ class FlatState:
     aliases: dict[Path, Path]
     containers: dict[Path, str]
     rank_containers: dict[Path, str]
+    outline: Outline = field(default_factory=Outline)
+    rank_outline: Outline = field(default_factory=Outline)
 
 
 def flatten(state: Mapping[str, Any]) -> FlatState:
@@ -59,11 +66,14 @@ def flatten(state: Mapping[str, Any]) -> FlatState:
     return flatten_traced(state)[0]
 
 
-def flatten_traced(state: Mapping[str, Any]) -> tuple[FlatState, Trace]:
-    """Return `flatten`'s leaves, and the trace by which the next state is compared with this one."""
+def flatten_traced(state: Mapping[str, Any], asked: Asked | None = None) -> tuple[FlatState, Trace]:
+    """Return `flatten`'s leaves, and the trace by which the next state is compared with this one.
+
+    Modules and objects that are in `asked` are not asked again.
+    """
     if not isinstance(state, Mapping):
         raise StateError(f"the state is {describe_type(state)}; pass a dict such as {{'model': model}}")
-    walk = _Walk(state)
+    walk = _Walk(state, Asked() if asked is None else asked)
     return walk.result(), walk.trace()
 
 
@@ -77,12 +87,15 @@ def sharded_parts(array: ShardedArray, path: Path, *, target: bool) -> TensorVie
 class _Walk:
     """One walk over a state."""
 
-    def __init__(self, state: Mapping[str, Any]) -> None:
-        self._inspector = Inspector()
+    def __init__(self, state: Mapping[str, Any], asked: Asked) -> None:
+        self._inspector = Inspector(asked)
+        self._inspector.ask(state)
         self._names = self._inspector.parameter_names(state)
         self._arrays: list[ArrayLeaf] = []
         self._values: tuple[dict[Path, Any], dict[Path, Any]] = ({}, {})
         self._containers: tuple[dict[Path, str], dict[Path, str]] = ({}, {})
+        self._built: tuple[list[Container], list[Container]] = ([], [])
+        self._orders: tuple[dict[Path, tuple[int, ...]], dict[Path, tuple[int, ...]]] = ({}, {})
         self._aliases: dict[Path, Path] = {}
         self._first: dict[Hashable, int] = {}
         self._visited: list[Visited] = []
@@ -98,7 +111,8 @@ class _Walk:
         arrays = tuple(
             replace(leaf, fenced=True) if number in self._fenced else leaf for number, leaf in enumerate(self._arrays)
         )
-        return FlatState(arrays, *self._values, self._aliases, *self._containers)
+        outlines = [Outline(tuple(self._built[own]), self._orders[own]) for own in (False, True)]
+        return FlatState(arrays, *self._values, self._aliases, *self._containers, *outlines)
 
     def trace(self) -> Trace:
         """Return what was met."""
@@ -132,22 +146,37 @@ class _Walk:
             case Kind.MODULE:
                 assert adapter is not None
                 steps: dict[Any, Step] = {}
-                for entry in self._inspector.entries(value, adapter, path):
+                entries = self._inspector.entries(value, adapter, path)
+                self._build(path, "module", per_rank, keys=[entry.name for entry in entries])
+                for entry in entries:
                     where = (*path, entry.name)
                     steps[entry.key] = self._visit(entry.value, where, per_rank=per_rank, buffer=entry.buffer)
-                return ModuleStep(value, adapter, steps)
+                return ModuleStep(value, adapter, steps, path)
             case Kind.OPTIMIZER:
                 assert adapter is not None
                 return self._visit_optimizer(value, adapter, path, per_rank)
             case Kind.OBJECT:
                 per_rank = per_rank or is_stateful_loader(value)
-                return ObjectStep(type(value), self._visit(value.state_dict(), path, per_rank=per_rank))
+                self._build(path, "object", per_rank, class_name(value))
+                own = self._inspector.asked.state_of(value, path)
+                return ObjectStep(type(value), self._visit(own, path, per_rank=per_rank), path)
             case Kind.DICT | Kind.SEQUENCE:
                 if kind is Kind.SEQUENCE:
                     self._containers[per_rank][path] = _sequence_kind(value, path)
                 return self._visit_items(value, path, per_rank)
 
+    def _build(self, path: Path, kind: str, per_rank: bool, cls: str = "", keys: Iterable[Key] | None = None) -> None:
+        """Note a container; keys that are sorted anyway are not worth a note."""
+        order = None if keys is None else tuple(keys)
+        if order is not None and list(order) == sorted_keys(order):
+            order = None
+        self._built[per_rank].append(Container(path, kind, cls, order))
+
     def _visit_items(self, value: Any, path: Path, per_rank: bool) -> DictStep | SequenceStep:
+        if isinstance(value, Mapping):
+            self._build(path, "ordered" if isinstance(value, OrderedDict) else "dict", per_rank, keys=value)
+        else:
+            self._build(path, "tuple" if isinstance(value, tuple) else "list", per_rank)
         steps = {key: self._visit(item, (*path, key), per_rank=per_rank) for key, item in children(value, path)}
         if isinstance(value, Mapping):
             return DictStep(type(value), steps)
@@ -172,6 +201,12 @@ class _Walk:
             if placement is Placement.SHARDED:
                 raise StateError(f"{dotted(path)}: a distributed tensor inside PerRank; take the PerRank away")
             placement, identity = Placement.PER_RANK, None
+        if parts and (order := part_order(parts[0])) is not None:
+            self._orders[per_rank][path] = order
+        if len(shape) > MAX_NDIM:
+            raise StateError(
+                f"{dotted(path)}: a tensor of {len(shape)} dimensions; {MAX_NDIM} is the most that can be saved"
+            )
         number = len(self._arrays) if identity is None else self._first.setdefault(identity, len(self._arrays))
         tied = number < len(self._arrays)
         head = head_of(view.dtype, view.shape, view.placement, view.parts)
@@ -191,6 +226,14 @@ class _Walk:
         groups = adapter.optimizer_groups(optimizer)
         names = optimizer_names(groups, self._names)
         states: list[Step] = []
+        self._build(path, "optimizer", per_rank, class_name(optimizer), ("state", "param_groups"))
+        held = [
+            n
+            for g, ns in zip(groups, names, strict=True)
+            for p, n in zip(g["params"], ns, strict=True)
+            if adapter.optimizer_state(optimizer, p)
+        ]
+        self._build((*path, "state"), "dict", per_rank, keys=held)
         for group, group_names in zip(groups, names, strict=True):
             for parameter, name in zip(group["params"], group_names, strict=True):
                 before = len(self._arrays)

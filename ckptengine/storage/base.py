@@ -40,6 +40,9 @@ def join(*parts: str) -> str:
 class ArchiveWriter(ABC):
     """A large file on its way into a storage; a context manager, which leaves nothing behind unless it was finished."""
 
+    where: str = "an archive"
+    """The file's full path, for messages."""
+
     @abstractmethod
     def write(self, address: int, nbytes: int, position: int) -> None:
         """Write memory to a position of the file; positions follow each other. Releases the GIL.
@@ -114,12 +117,20 @@ class StorageView(ABC):
         """Return whether there is such a file, or a directory with anything in it."""
         return self.size(name) is not None or bool(self.list(name))
 
+    def is_linked(self, name: str) -> bool:
+        """Return whether a symbolic link leads to a name, or is it: then what lies there may be somebody else's."""
+        return False
+
 
 class Storage(StorageView):
     """A `StorageView` that can be written to.
 
-    What a method has written is durable when it returns, and appears under its name as a whole or not at all.
+    What a method has written is durable when it returns, and appears under its name as a whole or not at all. Deleting
+    follows no symbolic link below the root: it raises `StorageError` (ELOOP).
     """
+
+    leaves_temporaries = True
+    """Whether a writer of an archive that is killed leaves a temporary file beside it."""
 
     @abstractmethod
     def create(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import shutil
@@ -89,7 +90,9 @@ class Disk:
             if rename_no_replace(source, target):
                 return True
             won = False
-        os.unlink(source)
+        # The name is decided: a temporary one that stays is swept later.
+        with contextlib.suppress(OSError):
+            os.unlink(source)
         return won
 
     def unlink(self, path: str) -> None:

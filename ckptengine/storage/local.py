@@ -32,6 +32,7 @@ LOAD_THREADS = 8
 the others keep the device busy. Their buffers, of `REQUEST_NBYTES` each, are all the memory that a load needs."""
 
 _TEMPORARY = ".tmp-"
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 _OUR_TEMPORARY = re.compile(r"\.tmp-.+\.[0-9a-f]{12}")  # other names of this kind are somebody else's
 _ADVICE = {
     errno.ENOSPC: "make room or save elsewhere",
@@ -72,20 +73,29 @@ class LocalStorage(Storage):
         self._synced: set[str] = set()
 
     def create(self) -> None:
-        """Make the root where it is missing, and check that it can be written to."""
+        """Make the root where it is missing, and check that it can be written to.
+
+        Where there is no room, a root that holds something is still opened, to be read and to be cleaned up.
+        """
         self._make_directories(str(self.root))
-        self.now()
+        try:
+            self._time_of_new_file()
+        except StorageError as error:
+            if error.errno not in _NO_ROOM or not self.list():
+                raise
+            _log.warning("%s has no room: it can be read, saves will fail: %s", self.root, error)
 
     def check_writable(self) -> None:
         """Raise where the root, or what of its path is there, is no directory or may not be written to."""
         path = self.root
-        while not path.exists() and path != path.parent:
+        while (found := self._status(str(path))) is None and path != path.parent:
             path = path.parent
         code = 0
-        if not path.is_dir():
+        if found is not None and not stat.S_ISDIR(found.st_mode):
             code = errno.ENOTDIR
         elif not os.access(path, os.W_OK | os.X_OK):
-            code = errno.EROFS if os.statvfs(path).f_flag & os.ST_RDONLY else errno.EACCES
+            mount = self._do("look up the file system of", str(path), lambda: os.statvfs(path))
+            code = errno.EROFS if mount.f_flag & os.ST_RDONLY else errno.EACCES
         if code:
             what = "write to" if path == self.root else "make the directory"
             raise _error(what, str(self.root), OSError(code, os.strerror(code)))
@@ -134,7 +144,7 @@ class LocalStorage(Storage):
 
         path = self._path(name)
         with self._opened(path) as fd:
-            found = os.fstat(fd).st_size
+            found = self._do("look up", path, lambda: os.fstat(fd)).st_size
             if found < fixed_nbytes:
                 raise CheckpointDamagedError(f"{path}: {found} bytes long, at least {fixed_nbytes} expected")
 
@@ -164,7 +174,7 @@ class LocalStorage(Storage):
         """Return exactly `nbytes` bytes; raises `CheckpointDamagedError` where the file ends before."""
         path = self._path(name)
         with self._opened(path) as fd:
-            size = os.fstat(fd).st_size
+            size = self._do("look up", path, lambda: os.fstat(fd)).st_size
             # Asked before reading, so that a hostile length doesn't allocate.
             data = self._read(fd, position, nbytes, path) if 0 <= position <= size - nbytes else b""
         if nbytes < 0 or len(data) != nbytes:
@@ -188,7 +198,7 @@ class LocalStorage(Storage):
 
     def delete(self, name: str, *, durable: bool = True) -> None:
         """Delete a file and sync its directory (not without `durable`); one that is missing is no error."""
-        path = self._path(name)
+        path = self._own_path("delete", name)
         try:
             self._disk.unlink(path)
         except FileNotFoundError:
@@ -200,7 +210,7 @@ class LocalStorage(Storage):
 
     def delete_tree(self, name: str) -> None:
         """Delete a directory and all below it; one that is missing is no error."""
-        path = self._path(name)
+        path = self._own_path("delete", name, last=True)
         try:
             self._disk.remove_tree(path)
         except FileNotFoundError:
@@ -211,7 +221,7 @@ class LocalStorage(Storage):
 
     def remove_directory(self, name: str) -> bool:
         """Remove a directory if it is empty; return whether it is gone."""
-        path = self._path(name)
+        path = self._own_path("remove the directory", name, last=True)
         try:
             self._disk.remove_directory(path)
         except FileNotFoundError:
@@ -234,19 +244,37 @@ class LocalStorage(Storage):
         return None if found is None else found.st_mtime
 
     def now(self) -> float:
-        """Return the present time as the file system sees it: that of a file just written."""
+        """Return the present time as the file system sees it: that of a file just written.
+
+        On a disk without room it is that of the root, which is touched.
+        """
+        try:
+            return self._time_of_new_file()
+        except StorageError as error:
+            if error.errno not in _NO_ROOM:
+                raise
+        root = str(self.root)
+        self._do("touch", root, lambda: os.utime(root))
+        return self._do("look up", root, lambda: os.stat(root)).st_mtime
+
+    def _time_of_new_file(self) -> float:
+        """Write a file, which is removed again, and return when it was modified."""
         path = self._temporary(str(self.root / "clock"))
-        with self._removed_on_failure(path):
-            fd = self._create(path, str(self.root))
-            try:
-                # A byte, because a network server stamps a write with its own clock.
-                self._do("write", path, lambda: os.write(fd, b"."))
-                self._do("sync", path, lambda: self._disk.sync(fd))
-                return self._do("look up", path, lambda: os.fstat(fd).st_mtime)
-            finally:
+        fd = self._create(path, str(self.root))
+        try:
+            # A byte, because a network server stamps a write with its own clock.
+            self._do("write", path, lambda: os.write(fd, b"."))
+            self._do("sync", path, lambda: self._disk.sync(fd))
+            return self._do("look up", path, lambda: os.fstat(fd).st_mtime)
+        finally:
+            with contextlib.suppress(OSError):
                 os.close(fd)
-                with contextlib.suppress(OSError):
-                    os.unlink(path)
+            with contextlib.suppress(OSError):
+                os.unlink(path)
+
+    def is_linked(self, name: str) -> bool:
+        """Return whether a symbolic link leads to a name, or is it; what is above the root does not count."""
+        return self._link(name) is not None
 
     def location(self, name: str = "") -> str:
         """Return the full path of a name."""
@@ -254,6 +282,36 @@ class LocalStorage(Storage):
 
     def _path(self, name: str, allow_root: bool = False) -> str:
         return str(self.root / check_name(name, allow_root=allow_root))
+
+    def _own_path(self, operation: str, name: str, *, last: bool = False) -> str:
+        """Return the path of what is to be deleted; raises `StorageError` (ELOOP) where a link leads out of the root.
+
+        With `last` the name itself must not be a link either: what it points to would be meant.
+        """
+        path = self._path(name)
+        link = self._link(name if last else os.path.dirname(name))
+        if link is not None:
+            raise StorageError(
+                errno.ELOOP,
+                f"cannot {operation} {path}: {link} is a symbolic link, which is not followed: what it points to may "
+                "be another run's; remove the link by hand where it is not wanted",
+            )
+        return path
+
+    def _link(self, name: str) -> str | None:
+        """Return the first part of a name below the root that is a symbolic link."""
+        path = str(self.root)
+        for part in name.split("/") if name else ():
+            path = f"{path}/{part}"
+            try:
+                found = os.lstat(path)
+            except (FileNotFoundError, NotADirectoryError):
+                return None
+            except OSError as error:
+                raise _error("look up", path, error) from error
+            if stat.S_ISLNK(found.st_mode):
+                return path
+        return None
 
     @staticmethod
     def _temporary(target: str) -> str:
@@ -326,7 +384,8 @@ class LocalStorage(Storage):
                 if durable:
                     self._do("sync", target, lambda: self._disk.sync(fd))
             except BaseException:
-                os.close(fd)
+                with contextlib.suppress(OSError):  # the error that led here says more
+                    os.close(fd)
                 raise
             self._do("close", target, lambda: os.close(fd))
         return temporary
@@ -360,11 +419,11 @@ class LocalStorage(Storage):
             if allocate(fd, nbytes):
                 return
         except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            if error.errno not in _NO_ROOM:
                 raise _error(f"reserve {nbytes} bytes for", target, error) from error
             code = error.errno
-            os.ftruncate(fd, 0)
-        free = os.fstatvfs(fd)
+            self._do("shorten", target, lambda: os.ftruncate(fd, 0))
+        free = self._do("look up the free space for", target, lambda: os.fstatvfs(fd))
         available = free.f_bavail * free.f_frsize
         if code is not None or available < nbytes:
             code = code or errno.ENOSPC
@@ -376,7 +435,7 @@ class LocalStorage(Storage):
 
     def _directly(self, fd: int, operation: str, path: str, call: Callable[[], _T]) -> tuple[_T, bool]:
         """Run I/O with `O_DIRECT`, and again without where the file system refuses; say which it was."""
-        device = os.fstat(fd).st_dev
+        device = self._do("look up", path, lambda: os.fstat(fd)).st_dev
         if device not in _refusing:
             try:
                 self._set_direct(fd, True)
@@ -385,7 +444,7 @@ class LocalStorage(Storage):
                 if error.errno not in REFUSALS:
                     raise _error(operation, path, error) from error
                 refusal = error
-            self._set_direct(fd, False)
+            self._do("turn direct I/O off for", path, lambda: self._set_direct(fd, False))
             result = self._do(operation, path, call)
             # Only now is it known that the refusal was about direct I/O.
             with _refusing_lock:
@@ -411,11 +470,12 @@ class LocalStorage(Storage):
         flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK
         fd = self._do("open", path, lambda: os.open(path, flags))
         try:
-            if not stat.S_ISREG(os.fstat(fd).st_mode):
+            if not stat.S_ISREG(self._do("look up", path, lambda: os.fstat(fd)).st_mode):
                 raise StorageError(errno.EINVAL, f"cannot read {path}: it is not a regular file")
             yield fd
         finally:
-            os.close(fd)
+            with contextlib.suppress(OSError):  # what was read is verified; a descriptor is freed whatever close says
+                os.close(fd)
 
     @staticmethod
     def _read(fd: int, position: int, nbytes: int, path: str) -> bytes:
@@ -457,6 +517,7 @@ class LocalArchiveWriter(ArchiveWriter):
 
     def __init__(self, storage: LocalStorage, target: str, nbytes: int) -> None:
         self._storage, self._target = storage, target
+        self.where = target
         self._temporary = storage._temporary(target)
         self._direct = True
         self._fd = storage._create(self._temporary, target)
@@ -502,7 +563,8 @@ class LocalArchiveWriter(ArchiveWriter):
         """Close the file, and remove it where it was not finished."""
         fd, self._fd = self._fd, -1
         if fd >= 0:
-            os.close(fd)
+            with contextlib.suppress(OSError):  # it is given up
+                os.close(fd)
         temporary, self._temporary = self._temporary, ""
         if temporary:
             with contextlib.suppress(OSError):

@@ -73,6 +73,8 @@ class Objects(ABC):
     least_part_nbytes = 1
     most_part_nbytes = 1 << 62
     most_parts = 1 << 62
+    most_deleted = 1 << 62
+    """How many keys `delete` takes at once."""
 
     @abstractmethod
     def put(self, key: str, data: Buffer, seconds: float) -> None:
@@ -101,6 +103,9 @@ class Objects(ABC):
     @abstractmethod
     def delete(self, keys: Sequence[str], seconds: float) -> None:
         """Delete objects; those that are missing are no error."""
+
+    def remove_empty(self, prefix: str, seconds: float) -> None:  # noqa: B027
+        """Remove a directory and those below it, as far as they are empty, where the store has directories at all."""
 
     @abstractmethod
     def upload(self, key: str, part_nbytes: int, seconds: float) -> Upload:

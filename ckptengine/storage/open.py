@@ -14,9 +14,41 @@ from ckptengine.storage.base import Storage
 from ckptengine.storage.local import LocalStorage
 from ckptengine.storage.remote import RemoteStorage
 
-__all__ = ["open_storage"]
+__all__ = ["is_url", "local_path", "open_storage"]
 
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
+# What `Path("s3://bucket/run")` makes of a URL, and `Path(...).absolute()` of that. Within a path only the protocols of
+# stores tell a URL from a directory whose name ends with a colon.
+_ONE_SLASH = re.compile(
+    r"(?:(?P<scheme>[A-Za-z][A-Za-z0-9+.-]+)|.*/(?P<store>s3a?|gs|gcs|abfss?|adl|az|obs|oss|r2|hdfs|sftp|memory|https?|file)):/"
+    r"(?P<rest>.*)",
+    re.DOTALL,
+)
+
+
+def is_url(location: str | os.PathLike[str]) -> bool:
+    """Whether a location is a URL, not a path; raises `StorageError` for a URL that has lost a slash."""
+    path = os.fspath(location)
+    if _URL.match(path):
+        return True
+    lost = _ONE_SLASH.fullmatch(path)
+    if lost is not None and "::" not in path:
+        scheme = lost["scheme"] or lost["store"]
+        url = f"{scheme}://{'/' if scheme.lower() == 'file' else ''}{lost['rest']}"
+        raise StorageError(
+            errno.EINVAL,
+            f"{path!r} is a URL that has lost a slash, as in Path('{scheme}://…'): give it as a string, {url!r}. "
+            f"A directory that is really called '{scheme}:' needs another name",
+        )
+    return False
+
+
+def local_path(location: str | os.PathLike[str], what: str) -> str:
+    """Return the path of what must be a local directory; raises `StorageError`, naming `what`, for a URL."""
+    path = os.fspath(location)
+    if is_url(path):
+        raise StorageError(errno.EINVAL, f"{what}={path!r}: this is a directory, not a URL")
+    return path
 
 
 def open_storage(location: str | os.PathLike[str], options: Mapping[str, Any] | None = None) -> Storage:
@@ -31,7 +63,7 @@ def open_storage(location: str | os.PathLike[str], options: Mapping[str, Any] | 
     path = os.fspath(location)
     if not path or "\0" in path:
         raise StorageError(errno.EINVAL, f"{path!r} is not a path: give a directory or a URL")
-    match = _URL.match(path)
+    match = _URL.match(path) if is_url(path) else None
     if match is None or match[1].lower() == "file":
         if options:
             raise ValueError("storage_options are for URLs such as s3://bucket/run, not for directories")

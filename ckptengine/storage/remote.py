@@ -44,6 +44,8 @@ class RemoteStorage(Storage):
     message. Directories don't exist here: one is there while anything is below it.
     """
 
+    leaves_temporaries = False  # an upload appears as a whole; what is left of one shows in `unfinished`
+
     def __init__(
         self,
         location: str,
@@ -251,10 +253,14 @@ class RemoteStorage(Storage):
         for upload in self._unfinished(check_name(name) + "/"):
             self._abort(upload, name)
         self._delete(sorted(self._below(name)), name)
+        self._remove_empty(name)
 
     def remove_directory(self, name: str) -> bool:
-        """Return whether nothing is below a directory: then it is none."""
-        return not self._names(name)
+        """Return whether nothing is below a directory: then it is none, and goes where the store has directories."""
+        if self._names(name):
+            return False
+        self._remove_empty(name)
+        return True
 
     def touch(self, name: str) -> None:
         """Write a small object once more: that sets its time on every store."""
@@ -385,10 +391,21 @@ class RemoteStorage(Storage):
         )
 
     def _delete(self, keys: _Names, name: str) -> None:
-        if keys:
+        most = self._objects.most_deleted
+        for some in (keys[begin : begin + most] for begin in range(0, len(keys), most)):
             self._ignore_missing(
-                lambda: self._do("delete", name, lambda objects, request: objects.delete(keys, request.left))
+                lambda some=some: self._do(  # type: ignore[misc]
+                    "delete", name, lambda objects, request: objects.delete(some, request.left)
+                )
             )
+
+    def _remove_empty(self, name: str) -> None:
+        prefix = _prefix(name)
+        self._ignore_missing(
+            lambda: self._do(
+                "remove the directory", name, lambda objects, request: objects.remove_empty(prefix, request.left)
+            )
+        )
 
     @staticmethod
     def _ignore_missing(call: Callable[[], object]) -> None:

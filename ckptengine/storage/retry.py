@@ -15,7 +15,7 @@ from typing import TypeVar
 
 from ckptengine.errors import StorageError
 
-__all__ = ["Garbled", "Kind", "Patience", "Request", "code_of", "kind_of", "persist"]
+__all__ = ["Garbled", "Kind", "Patience", "Request", "code_of", "is_not_understood", "kind_of", "persist"]
 
 _T = TypeVar("_T")
 
@@ -164,6 +164,11 @@ def kind_of(error: BaseException) -> Kind:
     return Kind.MISSING if status == 404 and code is None else Kind.REFUSED
 
 
+def is_not_understood(error: BaseException) -> bool:
+    """Return whether a store has refused a request because of its form: another one may do."""
+    return kind_of(error) is Kind.REFUSED and _errno_of(error, Kind.REFUSED) in (errno.EINVAL, errno.EOPNOTSUPP)
+
+
 def _is_lost(error: BaseException) -> bool:
     """Return whether no reply came, or not the whole of it."""
     lost = Garbled, TimeoutError, asyncio.TimeoutError, ConnectionError, EOFError
@@ -207,7 +212,7 @@ def _answer(error: BaseException | None) -> tuple[int | None, str | None]:
     return None, None
 
 
-def _errno_of(error: Exception, kind: Kind) -> int:
+def _errno_of(error: BaseException, kind: Kind) -> int:
     if kind is Kind.MISSING:
         return errno.ENOENT
     if kind is Kind.TAKEN:
@@ -215,6 +220,8 @@ def _errno_of(error: Exception, kind: Kind) -> int:
     status, code = _answer(error)
     if code == "NoSuchBucket":
         return errno.ENOENT
+    if code in ("NotImplemented", "MethodNotAllowed"):
+        return errno.EOPNOTSUPP
     if status in _OF_STATUS:
         return _OF_STATUS[status]
     if isinstance(error, PermissionError) or "Credentials" in type(error).__name__:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import contextlib
 import email.utils
+import hashlib
+import logging
 import threading
 from collections.abc import AsyncIterator, Coroutine, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ckptengine.storage.objects import Listing, Objects, Stat, Unfinished, Upload
-from ckptengine.storage.retry import Garbled
+from ckptengine.storage.retry import Garbled, code_of, is_not_understood
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -18,8 +21,9 @@ if TYPE_CHECKING:
 __all__ = ["S3Objects", "s3_options"]
 
 _CHUNK = 256 << 10  # bytes of the image that are copied at a time on their way into the socket
-_BULK = 1000  # keys in one request of deletion at most (S3, DeleteObjects)
 _CONNECTIONS = 32
+
+_log = logging.getLogger("ckptengine")
 
 
 def s3_options(options: dict[str, Any]) -> dict[str, Any]:
@@ -46,18 +50,21 @@ class S3Objects(Objects):
     least_part_nbytes = 5 << 20
     most_part_nbytes = 5 << 30
     most_parts = 10_000
+    most_deleted = 1000  # Amazon S3, "DeleteObjects"
 
     def __init__(self, fs: Any, root: str) -> None:
         self._fs = fs
         # One try each: `persist` is above.
         fs.retries = 1
+        self._deletes_many = True
         self._bucket, prefix, _ = fs.split_path(root)
         self._prefix = f"{prefix.strip('/')}/" if prefix.strip("/") else ""
 
     def put(self, key: str, data: Buffer, seconds: float) -> None:
         """Write an object."""
-        with _Body(memoryview(data).cast("B")) as body:
-            self._call("put_object", seconds, Key=self._prefix + key, Body=body)
+        memory = memoryview(data).cast("B")
+        with _Body(memory) as body:
+            self._call("put_object", seconds, Key=self._prefix + key, Body=body, **self.checksum(memory))
 
     def checksum(self, memory: memoryview) -> dict[str, str]:
         """Return a body's CRC32 as a request's argument, none where the client is told to send checksums only if asked.
@@ -122,15 +129,44 @@ class S3Objects(Objects):
         }
 
     def delete(self, keys: Sequence[str], seconds: float) -> None:
-        """Delete objects, a thousand with each request."""
-        if len(keys) == 1:
-            self._call("delete_object", seconds, Key=self._prefix + keys[0])
-            return
-        for begin in range(0, len(keys), _BULK):
-            some = [{"Key": self._prefix + key} for key in keys[begin : begin + _BULK]]
-            reply = self._call("delete_objects", seconds, Delete={"Objects": some, "Quiet": True})
-            for failure in reply.get("Errors", ()):
+        """Delete objects by one request, or one by one where the store does not take that."""
+        if len(keys) > 1 and self._deletes_many:
+            try:
+                self._run(self._delete_many(keys), seconds)
+                return
+            except Exception as error:
+                if not is_not_understood(error):
+                    raise
+                _log.info("the store does not take DeleteObjects (%s): objects are deleted one by one", code_of(error))
+                self._deletes_many = False
+        self._run(self._delete_each(keys), seconds)
+
+    async def _delete_many(self, keys: Sequence[str]) -> None:
+        client = await self._fs.get_s3(self._bucket)
+        # Amazon S3, "DeleteObjects": Content-MD5 is required. Amazon takes newer checksums too, other stores don't.
+        client.meta.events.register("before-call.s3.DeleteObjects", _add_md5, unique_id="ckptengine-content-md5")
+        some = [{"Key": self._prefix + key} for key in keys]
+        reply = await self._ask("delete_objects", Delete={"Objects": some, "Quiet": True})
+        for failure in reply.get("Errors", ()):
+            if failure.get("Code") != "NoSuchKey":
                 raise _Failure(str(failure.get("Code", "")))
+
+    async def _delete_each(self, keys: Sequence[str]) -> None:
+        slots = asyncio.Semaphore(_CONNECTIONS)
+
+        async def one(key: str) -> None:
+            async with slots:
+                with contextlib.suppress(FileNotFoundError):  # some stores tell
+                    await self._ask("delete_object", Key=self._prefix + key)
+
+        for error in await asyncio.gather(*map(one, keys), return_exceptions=True):
+            if error is not None:
+                raise error
+
+    def remove_empty(self, prefix: str, seconds: float) -> None:
+        """Remove what stores that lie on a file system leave in place of a directory: keys that end with a slash."""
+        for key in sorted((key for key in self.below(prefix, seconds) if key.endswith("/")), reverse=True):
+            self._call("delete_object", seconds, Key=self._prefix + key)
 
     def upload(self, key: str, part_nbytes: int, seconds: float) -> Upload:
         """Begin a multipart upload."""
@@ -264,6 +300,12 @@ class _Body:
     async def __aiter__(self) -> AsyncIterator[bytes]:
         while chunk := self.read(_CHUNK):
             yield chunk
+
+
+def _add_md5(params: dict[str, Any], **_: Any) -> None:
+    """Add the Content-MD5 of a request's body, as botocore did before it had other checksums."""
+    digest = hashlib.md5(params["body"], usedforsecurity=False).digest()
+    params["headers"]["Content-MD5"] = base64.b64encode(digest).decode()
 
 
 class _Failure(Exception):

@@ -61,7 +61,7 @@ class RemoteArchiveWriter(ArchiveWriter):
     """
 
     def __init__(self, objects: Objects, key: str, where: str, part: int, budget: Budget, patience: Patience) -> None:
-        self._objects, self._key, self._where = objects, key, where
+        self._objects, self._key, self.where = objects, key, where
         self._budget, self._patience = budget, patience
         self._part = part
         self._carry = bytearray()
@@ -72,7 +72,7 @@ class RemoteArchiveWriter(ArchiveWriter):
     def write(self, address: int, nbytes: int, position: int) -> None:
         """Send the parts that lie in this memory as a whole, and keep the rest."""
         if position != self._position:
-            raise ValueError(f"{self._where}: position {position} does not follow on {self._position}")
+            raise ValueError(f"{self.where}: position {position} does not follow on {self._position}")
         view = memoryview((ctypes.c_uint8 * nbytes).from_address(address)).cast("B")
         begin = 0
         if self._carry:
@@ -91,7 +91,7 @@ class RemoteArchiveWriter(ArchiveWriter):
             return
         upload = self._upload
         if upload is None:
-            upload = self._upload = persist("begin the upload of", self._where, self._begin, self._patience)
+            upload = self._upload = persist("begin the upload of", self.where, self._begin, self._patience)
         first, self._sent = self._sent + 1, self._sent + len(parts)
         patience = self._patience
 
@@ -100,10 +100,10 @@ class RemoteArchiveWriter(ArchiveWriter):
 
             def once(request: Request) -> None:
                 if request.doubtful and upload.in_order:
-                    raise StorageError(errno.EIO, f"cannot write {self._where}: part {number} was lost on its way")
+                    raise StorageError(errno.EIO, f"cannot write {self.where}: part {number} was lost on its way")
                 upload.send(number, memory, request.left)
 
-            persist(f"upload part {number} of", self._where, once, patience.for_bytes(memory.nbytes))
+            persist(f"upload part {number} of", self.where, once, patience.for_bytes(memory.nbytes))
 
         in_parallel(send, enumerate(parts, first), 1 if upload.in_order else min(self._budget.requests, len(parts)))
 
@@ -115,7 +115,7 @@ class RemoteArchiveWriter(ArchiveWriter):
         if self._upload is None:
             carry = memoryview(self._carry)
             patience = self._patience.for_bytes(carry.nbytes)
-            persist("write", self._where, lambda one: self._objects.put(self._key, carry, one.left), patience)
+            persist("write", self.where, lambda one: self._objects.put(self._key, carry, one.left), patience)
             return
         if self._carry:
             self._send([memoryview(self._carry)])
@@ -125,7 +125,7 @@ class RemoteArchiveWriter(ArchiveWriter):
             if request.doubtful and upload.in_order:
                 # A file that failed to close counts as closed.
                 if not self._is_there(request):
-                    raise StorageError(errno.EIO, f"cannot write {self._where}: its last part was lost on its way")
+                    raise StorageError(errno.EIO, f"cannot write {self.where}: its last part was lost on its way")
                 return
             try:
                 upload.complete(request.left)
@@ -134,7 +134,7 @@ class RemoteArchiveWriter(ArchiveWriter):
                 if not self._is_there(request):
                     raise
 
-        persist("complete the upload of", self._where, complete, self._patience)
+        persist("complete the upload of", self.where, complete, self._patience)
         self._upload = None
 
     def _is_there(self, request: Request) -> bool:
@@ -150,4 +150,4 @@ class RemoteArchiveWriter(ArchiveWriter):
         self._carry = bytearray()
         if upload is not None:
             with contextlib.suppress(StorageError):
-                persist("abort the upload of", self._where, lambda one: upload.abort(one.left), Patience(seconds=10))
+                persist("abort the upload of", self.where, lambda one: upload.abort(one.left), Patience(seconds=10))

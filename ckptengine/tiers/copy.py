@@ -15,6 +15,7 @@ from ckptengine.errors import CheckpointDamagedError, StorageError
 from ckptengine.snapshot.arena import Arena
 from ckptengine.storage.base import ArchiveWriter, Storage, StorageView, join
 from ckptengine.storage.parallel import in_parallel
+from ckptengine.tiers.mend import is_split
 from ckptengine.tiers.pace import Pace
 
 __all__ = ["WINDOW_NBYTES", "check_same_run", "copy_archive", "copy_commit", "is_committed"]
@@ -178,7 +179,15 @@ def check_same_run(source: StorageView, target: Storage) -> bool:
 
 def _check_claim(source: StorageView, target: Storage, generation: int) -> None:
     name = claim_name(generation)
-    if source.read_bytes(name, MAX_CLAIM_NBYTES) != target.read_bytes(name, MAX_CLAIM_NBYTES):
+    mine, theirs = source.read_bytes(name, MAX_CLAIM_NBYTES), target.read_bytes(name, MAX_CLAIM_NBYTES)
+    if is_split(mine, theirs):
+        raise StorageError(
+            errno.EEXIST,
+            f"{target.location()} looks like another run than {source.location()}, but one process has claimed "
+            f"generation {generation} in both, as older versions did when a reply was lost. If they are the places of "
+            "one run, end its jobs and call `ckptengine mend RUN DIRECTORY` with the run and the local directory",
+        )
+    if mine != theirs:
         raise StorageError(
             errno.EEXIST,
             f"{target.location()} holds another run than {source.location()}: generation {generation} was claimed by "

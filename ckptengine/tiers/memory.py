@@ -23,10 +23,11 @@ from ckptengine.catalog.listing import (
     read_manifest,
 )
 from ckptengine.catalog.listing import step_directories as steps_of
-from ckptengine.errors import CheckpointError, StorageError
+from ckptengine.errors import CheckpointDamagedError, CheckpointError, FormatVersionError, StorageError
 from ckptengine.snapshot.shared_arena import SharedArena, is_locked, remove_unused
 from ckptengine.storage.base import join
 from ckptengine.storage.local import LocalStorage
+from ckptengine.storage.open import local_path
 
 __all__ = ["MemoryTier", "memory_root"]
 
@@ -45,7 +46,7 @@ def memory_root(run: str, memory: Literal[True] | str | os.PathLike[str]) -> str
 
     `run` is the run's location, `memory` True or a directory of a tmpfs. Raises `StorageError` where it is none.
     """
-    base = os.path.realpath(_DEFAULT if memory is True else os.fspath(memory))
+    base = os.path.realpath(_DEFAULT if memory is True else local_path(memory, "memory"))
     if not os.path.isdir(base):
         raise StorageError(errno.ENOENT, f"memory={base!r}: there is no such directory; give one of a tmpfs")
     kind = _file_system(base)
@@ -128,8 +129,9 @@ class MemoryTier:
                 arena.reserve(nbytes)
                 arena.begin(nbytes)
             except StorageError as error:
-                if arena is not None and self._order(arena) is _NOTHING:
-                    arena.empty()  # what is too little for an image here may be enough elsewhere
+                with contextlib.suppress(StorageError):
+                    if arena is not None and self._order(arena) is _NOTHING:
+                        arena.empty()  # what is too little for an image here may be enough elsewhere
                 if not self._short:
                     self._short = True
                     _log.warning("%s. Until then checkpoints are not kept in memory", error)
@@ -179,11 +181,14 @@ class MemoryTier:
         return self._arenas
 
     def _order(self, arena: SharedArena) -> tuple[int, int]:
-        """Return the order of the committed checkpoint that lies in an arena, the lowest of all where none does."""
+        """Return the order of the committed checkpoint that lies in an arena, the lowest of all where none does.
+
+        Raises `StorageError` where that can't be read: what may be committed is not overwritten.
+        """
         for entry in reversed(committed(self.storage)):
             try:
                 data = attempt_directory(entry.directory, read_manifest(self.storage, entry).attempt)
-            except CheckpointError:
+            except (CheckpointDamagedError, FormatVersionError):
                 continue
             if self._is_in(arena, data):
                 return entry.order
@@ -206,8 +211,8 @@ class MemoryTier:
             if entry.directory == directory:
                 try:
                     mine = read_manifest(self.storage, entry).attempt == attempt
-                except CheckpointError:
-                    mine = True  # unreadable: nobody can use it
+                except (CheckpointDamagedError, FormatVersionError):
+                    mine = True  # nobody can use it
                 if mine:
                     self.storage.delete(entry.manifest)
         for _ in range(2):
@@ -253,8 +258,7 @@ class MemoryTier:
         self.storage.remove_directory(directory)
 
     def _remove_arenas(self) -> None:
-        folder = self.storage.root / _ARENAS
-        for path in map(str, sorted(folder.iterdir()) if folder.is_dir() else ()):
+        for path in self._arena_paths():
             if _ARENA.fullmatch(os.path.basename(path)):
                 try:
                     remove_unused(path)
@@ -280,11 +284,13 @@ class MemoryTier:
 
     def left_behind(self) -> int | None:
         """Return the bytes of the arenas here; None where a living process has any of them."""
-        folder = self.storage.root / _ARENAS
-        arenas = sorted(folder.iterdir()) if folder.is_dir() else []
-        if any(is_locked(str(path)) for path in arenas):
+        arenas = self._arena_paths()
+        if any(map(is_locked, arenas)):
             return None
-        return sum(path.stat().st_blocks * 512 for path in arenas)
+        return sum(map(_occupied, arenas))
+
+    def _arena_paths(self) -> list[str]:
+        return [self.storage.location(join(_ARENAS, name)) for name in self.storage.list(_ARENAS)]
 
     def clear(self) -> None:
         """Remove everything but what other living processes have, such as a job that has taken the run over."""
@@ -344,3 +350,13 @@ def _follows(other: str, attempt: str) -> bool:
     series, _, number = attempt.rpartition("-")
     other_series, _, other_number = other.rpartition("-")
     return series == other_series and other_number.isdigit() and int(other_number) > int(number)
+
+
+def _occupied(path: str) -> int:
+    """Return the bytes that a file occupies, 0 where it has just been removed."""
+    try:
+        return os.stat(path).st_blocks * 512
+    except FileNotFoundError:
+        return 0
+    except OSError as error:
+        raise StorageError(error.errno, f"cannot look up {path}: {error.strerror}") from error

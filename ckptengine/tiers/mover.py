@@ -105,7 +105,8 @@ class Mover:
     """Moves on all ranks what rank 0 says; on rank 0 also decides what that is: always the newest there is.
 
     `source` has the near tiers, `home` is where it goes. On rank 0 `moved` is called after each commit there, with the
-    load, and `own` returns the newest generation that this job has claimed: one above is another job's. A move that
+    load, and `own` returns the newest generation that this job has claimed, or found when it began, of a life that is
+    over: one above is another job's. A move that
     fails is told, and tried again until something newer is there: training never waits for it.
     """
 

@@ -104,6 +104,8 @@ class _Fetch:
     tell: Callable[[str], None]
     progress: Callable[[int, int], None]
     damaged: list[str] = field(default_factory=list)
+    made: list[str] = field(default_factory=list)
+    """The files of the present checkpoint that this process has fetched."""
 
     def run(self) -> Prefetched | None:
         """Fetch the first of the candidates that is whole."""
@@ -168,6 +170,7 @@ class _Fetch:
         missing = [record for record in records if self.target.size(join(data, record.name)) != record.nbytes]
         if is_committed(self.source, self.target, entry.directory, manifest) and not missing:
             return self._result(entry, manifest, 0)
+        self.made.clear()
         _check_sizes(self.source, data, records)
         # Nobody else is at it: they are those of a process that was killed, and take the room of the whole file.
         for name in self.target.temporaries(data):
@@ -179,9 +182,14 @@ class _Fetch:
         return self._result(entry, manifest, moved)
 
     def _forget(self, entry: Entry, manifest: Manifest) -> None:
-        """Delete what was fetched of a checkpoint that can't be had: the next one needs the room."""
+        """Delete what was fetched of a checkpoint that can't be had: the next one needs the room.
+
+        What was there before stays: it may be all that there is of this checkpoint.
+        """
         if not self.target.exists(entry.manifest):
-            self.target.delete_tree(attempt_directory(entry.directory, manifest.attempt))
+            for name in self.made:
+                self.target.delete(name)
+            self.target.remove_directory(attempt_directory(entry.directory, manifest.attempt))
             if entry.directory:
                 self.target.remove_directory(entry.directory)
 
@@ -209,6 +217,7 @@ class _Fetch:
                 raise
             with lock:
                 moved += nbytes
+                self.made += [join(data, record.name)] if nbytes else []
 
         try:
             in_parallel(copy, records, _ARCHIVES)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import atexit
 import contextlib
-import errno
 import json
 import logging
 import os
@@ -18,12 +17,13 @@ from typing import Any
 
 from ckptengine.catalog.commit import attempt_directory
 from ckptengine.catalog.generation import claim_generation
-from ckptengine.catalog.lease import LEASE_SECONDS, Lease
+from ckptengine.catalog.lease import Lease, is_old
 from ckptengine.catalog.listing import (
     Entry,
     claim_name,
     newest,
     read_manifest,
+    step_directory,
 )
 from ckptengine.catalog.manifest import Manifest
 from ckptengine.catalog.receipt import StorageStore
@@ -37,7 +37,7 @@ from ckptengine.save.job import Job, Target
 from ckptengine.snapshot.shared_arena import SharedArena
 from ckptengine.storage.base import Storage, StorageView, join
 from ckptengine.storage.local import LocalStorage
-from ckptengine.storage.open import open_storage
+from ckptengine.storage.open import local_path, open_storage
 from ckptengine.tiers.claims import claims_of, packed, unpacked
 from ckptengine.tiers.copy import check_same_run, copy_commit
 from ckptengine.tiers.inventory import Inventory, take_inventory
@@ -93,7 +93,8 @@ class Tiers:
         self._views: list[StorageView] = [self.home]
         self._mover: Mover | None = None
         self._messages: str | None = None
-        self._generation = 0  # the newest that this life has claimed, on rank 0
+        self._generation = 0  # on rank 0: the newest that this life has claimed or found; a later one is another job's
+        self._newest = ""  # the attempt that this life has committed last
         self._copied: set[tuple[str, int]] = set()  # places of this node, and the generations whose claims they have
         self._cleaning = threading.Lock()  # after a commit and after a move, which must not meet in one directory
         self.uploaded: int | None = None
@@ -154,17 +155,14 @@ class Tiers:
         claims, error = b"{}", None
         try:
             if self._comm.rank == 0:
-                claims = packed(claims_of(self.home))
+                found = claims_of(self.home)
+                self._generation = max(found, default=0)
+                claims = packed(found)
         except Exception as problem:
             error = problem
         claims = share(self._comm, claims if self._comm.rank == 0 else None, error, self._timeout, doing)
         try:
-            leads = self._memory_site is not None and self._memory_site.leads
-            if self.memory is not None and leads and self.memory.note_claims(unpacked(claims)):
-                _log.warning(
-                    "%s held checkpoints of an earlier run at this place, which were removed",
-                    self.memory.storage.location(),
-                )
+            # The disk first: where it is refused, what lies in memory may be needed yet.
             if self.local is not None and self._site is not None and self._site.leads:
                 check_same_run(self.home, self.local)
                 for generation, claim in unpacked(claims).items():
@@ -172,6 +170,12 @@ class Tiers:
                         self.local.put_if_absent(claim_name(generation), claim)
                 if self._site.shared:
                     self._tell(remove_leftovers(self.local))
+            leads = self._memory_site is not None and self._memory_site.leads
+            if self.memory is not None and leads and self.memory.note_claims(unpacked(claims)):
+                _log.warning(
+                    "%s held checkpoints of an earlier run at this place, which were removed",
+                    self.memory.storage.location(),
+                )
             if self._comm.rank == 0:
                 self.found = self.newest()
         except Exception as problem:
@@ -186,14 +190,7 @@ class Tiers:
     def claim(self, parent: tuple[int, int] | None) -> int:
         """Claim the next generation in all places, on rank 0; a home that can't be reached gets its claim later."""
         near = [storage for storage, _ in self._near]
-        try:
-            self._generation = claim_generation(self.home, parent, near)
-        except StorageError as error:
-            if self.local is None:
-                raise
-            _log.warning("%s: not reached, the run goes on in %s: %s", self.home.location(), self.local.root, error)
-            others = [storage for storage in near if storage is not self.local]
-            self._generation = claim_generation(self.local, parent, others)
+        self._generation = claim_generation(self.home, parent, near, self.local)
         return self._generation
 
     def target(self, job: Job) -> Target:
@@ -248,8 +245,9 @@ class Tiers:
             return None
         return (self.home if site is None or not site.shared else storage), self._messages
 
-    def committed(self, generation: int, step: int, directory: str) -> None:
+    def committed(self, generation: int, attempt: str, step: int, directory: str) -> None:
         """After a commit in the first tier, on the first rank of each site: have it moved on, delete what may go."""
+        self._newest = attempt
         if self._mover is not None and self.local is not None and self._comm.rank == 0:
             entry = Entry(step, generation, directory)
             try:
@@ -279,19 +277,23 @@ class Tiers:
     def _came_home(self, load: Load) -> None:
         self.uploaded = load.manifest.step
         try:
-            self._retain(self.home, self._home_keep)
+            self._retain(self.home, self._home_keep, load.manifest.attempt)
             if self.local is not None:
                 self._retain(self.local, self._first_keep, load.manifest.attempt)
         except CheckpointError as error:
             _log.warning("%s: cleaning up failed: %s", self.home.location(), error)
 
     def _retain(self, storage: Storage, keep: Keep, moved: str = "") -> None:
-        """Delete what may go; not what is still to be moved, of which the attempt `moved` is none any more."""
+        """Delete what may go; not what is still to be moved, of which the attempt `moved` is none any more.
+
+        What this life has committed last, and has moved last, is known without reading, and stays.
+        """
         with self._cleaning:
             self._tell(remove_leftovers(storage))
             if keep.last is not None:
                 protected = set() if self._mover is None else self._mover.protected
-                self._tell(retain(storage, keep.last, keep.every, protected - {moved}))
+                newest = {self._newest, moved} if storage is self.home else {self._newest}
+                self._tell(retain(storage, keep.last, keep.every, (protected - {moved}) | newest))
 
     def _tell(self, problems: list[str]) -> None:
         for problem in problems:
@@ -366,7 +368,7 @@ class Tiers:
             return
         try:
             near = Overlay([storage for storage, _ in self._near])
-            entry = Entry(step, generation, f"step-{step:08d}")
+            entry = Entry(step, generation, step_directory(step))
             if near.size(entry.manifest) is None:
                 return
             if self.home.size(entry.manifest) is None:
@@ -474,8 +476,7 @@ class Tiers:
         try:
             for storage in (self.home, *(near for near, _ in self._near)):
                 for name in filter(_MESSAGES.fullmatch, storage.list()):
-                    modified = storage.modified(name)
-                    if name != self._messages and modified is not None and storage.now() - modified > LEASE_SECONDS:
+                    if name != self._messages and is_old(storage, name, storage.now()):
                         storage.delete_tree(name)
         except CheckpointError as error:
             self._tell([f"messages of earlier jobs were not removed: {error}"])
@@ -486,10 +487,7 @@ _SLICE_SECONDS = 5.0
 
 
 def _local(local: str | os.PathLike[str]) -> LocalStorage:
-    path = os.fspath(local)
-    if "://" in path:
-        raise StorageError(errno.EINVAL, f"local={path!r}: the local tier is a directory, not a URL")
-    return LocalStorage(path)
+    return LocalStorage(local_path(local, "local"))
 
 
 def _entry(checkpoint: Checkpoint) -> Entry:

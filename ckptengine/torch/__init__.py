@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 
-from ckptengine.state.adapters import Adapter, ModuleEntry, TensorView
+from ckptengine.state.adapters import Adapter, Layouts, ModuleEntry, TensorView
 from ckptengine.state.leaf import Path
 from ckptengine.state.random_stream import RandomStream
 from ckptengine.torch import accelerator
 from ckptengine.torch import module as _module
 from ckptengine.torch import optimizer as _optimizer
 from ckptengine.torch import random as _random
-from ckptengine.torch.tensor import convert_tensor, dtype_name, fingerprints, torch_dtype, view_tensor
+from ckptengine.torch.layouts import TorchLayouts
+from ckptengine.torch.tensor import convert_tensor, dtype_name, fingerprints, new_like, torch_dtype, view_tensor
 
 __all__ = ["TorchAdapter"]
 
@@ -45,6 +46,14 @@ class TorchAdapter(Adapter):
         """Return a new CPU tensor."""
         return torch.empty(shape, dtype=torch_dtype(dtype))
 
+    def new_like(self, tensor: Any, order: tuple[int, ...] | None) -> torch.Tensor:
+        """Return a new tensor on the same device, or distributed in the same way."""
+        return new_like(tensor, order)
+
+    def layouts(self, tensors: Sequence[tuple[Path, Any]]) -> Layouts:
+        """Return how parameters and tensors are spread."""
+        return TorchLayouts(tensors)
+
     def convert(self, tensor: Any, buffers: Sequence[np.ndarray[Any, Any]], dtype: str) -> None:
         """Fill a tensor from host buffers of another dtype."""
         convert_tensor(tensor, buffers, dtype)
@@ -53,13 +62,21 @@ class TorchAdapter(Adapter):
         """Whether a value is a module."""
         return isinstance(value, torch.nn.Module)
 
-    def module_entries(self, module: Any, path: Path) -> list[ModuleEntry]:
-        """Return a module's state by names without wrappers' prefixes."""
-        return _module.module_entries(module, path)
+    def check_module(self, module: Any, path: Path) -> None:
+        """Raise `StateError` for modules that hide their parameters."""
+        _module.check_module(module, path)
 
-    def module_values(self, module: Any) -> dict[str, Any]:
+    def module_values(self, module: Any) -> Mapping[str, Any]:
         """Return the module's state by its own keys; under FSDP2 this puts the sharded parameters back."""
-        return dict(module.state_dict(keep_vars=True))
+        return _module.module_values(module)
+
+    def module_entries(self, module: Any, path: Path, values: Mapping[str, Any]) -> list[ModuleEntry]:
+        """Return a module's state by names without wrappers' prefixes."""
+        return _module.module_entries(module, path, values)
+
+    def module_tensors(self, module: Any) -> Iterable[Any]:
+        """Return parameters and buffers."""
+        return (*module.parameters(), *module.buffers())
 
     def load_module(self, module: Any, entries: Mapping[str, Any]) -> None:
         """Hand over what could not be filled in place."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import sys
 from collections import OrderedDict
 from collections.abc import Mapping
@@ -13,20 +15,60 @@ from torch.optim.swa_utils import AveragedModel
 from ckptengine.errors import StateError
 from ckptengine.state.adapters import ModuleEntry
 from ckptengine.state.leaf import Path, dotted
+from ckptengine.torch.dtensor import is_dtensor
 
-__all__ = ["load_module", "module_entries"]
+__all__ = ["check_module", "load_module", "module_entries", "module_values"]
 
 # `torch.compile` and activation checkpointing; these names are nobody else's.
 _PREFIXES = frozenset({"_orig_mod", "_checkpoint_wrapped_module"})
 
 
-def module_entries(module: torch.nn.Module, path: Path) -> list[ModuleEntry]:
+def module_values(module: torch.nn.Module) -> Mapping[str, Any]:
+    """Return a module's state by its own keys, with its own parameters and buffers where they are in it.
+
+    A class of its own may have a `state_dict` that knows no `keep_vars`: what it detaches is found again by its memory.
+    Raises `StateError` where it gives no dict.
+    """
+    call = type(module).state_dict
+    if call is torch.nn.Module.state_dict or _takes(call, "keep_vars"):
+        values = module.state_dict(keep_vars=True)
+    else:
+        values = _attached(module.state_dict(), module)
+    if not isinstance(values, Mapping):
+        raise TypeError(f"it returned {type(values).__name__}, not a dict from names to values")
+    return dict(values)
+
+
+@functools.lru_cache(maxsize=256)
+def _takes(call: Any, name: str) -> bool:
+    parameters = inspect.signature(call).parameters
+    return name in parameters or any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
+
+
+def _attached(values: Any, module: torch.nn.Module) -> Any:
+    if not isinstance(values, Mapping):
+        return values
+    own = {_place(tensor): tensor for tensor in (*module.parameters(), *module.buffers()) if tensor.numel()}
+    return {
+        key: own.get(_place(value), value) if isinstance(value, torch.Tensor) and value.numel() else value
+        for key, value in values.items()
+    }
+
+
+def _place(tensor: torch.Tensor) -> tuple[Any, ...]:
+    """Return what two tensors have in common that are the same memory seen in the same way."""
+    local = tensor._local_tensor if is_dtensor(tensor) else tensor  # type: ignore[attr-defined]
+    return local.data_ptr(), local.shape, local.stride(), local.dtype, tensor.shape
+
+
+def module_entries(module: torch.nn.Module, path: Path, state: Mapping[str, Any]) -> list[ModuleEntry]:
     """Return a module's state in its order, by names as the bare module has them.
 
-    Raises `StateError` for FullyShardedDataParallel (version 1), and where two entries have the same name.
+    `state` is what `module_values` gave: it was asked before the ids are taken, since under FSDP2 that puts the sharded
+    parameters back.
+
+    Raises `StateError` where two entries have the same name.
     """
-    _refuse_fsdp1(module, path)
-    state = module.state_dict(keep_vars=True)  # before the ids: under FSDP2 this puts the sharded parameters back
     parameters = {id(parameter) for parameter in module.parameters()}
     buffers = {id(buffer) for buffer in module.buffers()}
     wrapped = _wrapped_children(module)
@@ -54,7 +96,8 @@ def load_module(module: torch.nn.Module, entries: Mapping[str, Any]) -> None:
     module.load_state_dict(state, strict=False)
 
 
-def _refuse_fsdp1(module: torch.nn.Module, path: Path) -> None:
+def check_module(module: torch.nn.Module, path: Path) -> None:
+    """Raise `StateError` for FullyShardedDataParallel (version 1), whose `state_dict` gathers the parameters."""
     fsdp = sys.modules.get("torch.distributed.fsdp")
     if fsdp is not None and any(isinstance(m, fsdp.FullyShardedDataParallel) for m in module.modules()):
         raise StateError(

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
@@ -45,14 +47,28 @@ def check_optimizer(optimizer: torch.optim.Optimizer, path: Path) -> None:
             )
         if not (is_dtensor(parameter) and any(not p.is_replicate() for p in parameter.placements)):
             continue
-        for key, value in state.items():
-            if isinstance(value, torch.Tensor) and not is_dtensor(value) and value.numel() > 1:
-                raise StateError(
-                    f"{dotted(path)}: the state {key!r} of a sharded parameter of shape "
-                    f"{tuple(parameter.shape)} is a "
-                    f"plain tensor of shape {tuple(value.shape)}, so it can't be known whether ranks hold "
-                    "parts or copies of it; make it a DTensor"
-                )
+        for keys, value in _local_arrays(state, ()):
+            raise StateError(
+                f"{dotted(path)}: the state {dotted(keys)!r} of a sharded parameter of shape "
+                f"{tuple(parameter.shape)} is a plain {type(value).__name__} of shape {tuple(value.shape)}, so it "
+                "can't be known whether ranks hold parts or copies of it; have the optimizer make it as a DTensor, or "
+                "keep it beside the optimizer in ckptengine.ShardedArray(...) or ckptengine.PerRank"
+            )
+
+
+def _local_arrays(value: Any, keys: Path) -> Iterator[tuple[Path, Any]]:
+    """Yield tensors and arrays of more than one element that say nothing of other ranks' parts, at any depth."""
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from _local_arrays(item, (*keys, key if type(key) is int else str(key)))
+    elif isinstance(value, (list, tuple, deque)):
+        for number, item in enumerate(value):
+            yield from _local_arrays(item, (*keys, number))
+    elif isinstance(value, np.ndarray):
+        if value.size > 1:
+            yield keys, value
+    elif isinstance(value, torch.Tensor) and not is_dtensor(value) and value.numel() > 1:
+        yield keys, value
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer, parameter: torch.Tensor) -> dict[str, Any]:

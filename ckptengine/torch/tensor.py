@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from ckptengine.errors import StateError
+from ckptengine.errors import LoadMismatchError, StateError
 from ckptengine.layout.box import Box
 from ckptengine.state.adapters import TensorView
 from ckptengine.state.arrays import may_overlap
@@ -18,8 +18,9 @@ from ckptengine.state.dtypes import DTYPES
 from ckptengine.state.leaf import DeviceMemory, HostMemory, Memory, Part, Path, Placement, dotted
 from ckptengine.torch import accelerator
 from ckptengine.torch.dtensor import dtensor_pieces, is_dtensor
+from ckptengine.torch.emptied import refuse_emptied
 
-__all__ = ["convert_tensor", "dtype_name", "fingerprints", "torch_dtype", "view_tensor"]
+__all__ = ["convert_tensor", "dtype_name", "fingerprints", "new_like", "torch_dtype", "view_tensor"]
 
 # Types of equal size that numpy and torch share, to move bits between them.
 _BITS = {
@@ -29,6 +30,9 @@ _BITS = {
     8: (np.int64, torch.int64),
     16: (np.complex128, torch.complex128),
 }
+
+# As what bits are compared: a type without NaN, of the same size or half of it.
+_COMPARED = {bits: torch.int64 if bits is torch.complex128 else bits for _, bits in _BITS.values()}
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -72,6 +76,30 @@ def fingerprints(tensors: Sequence[torch.Tensor]) -> tuple[list[Any], ...]:
     )
 
 
+def new_like(tensor: torch.Tensor, order: Sequence[int] | None) -> torch.Tensor:
+    """Return an empty tensor of the same dtype, shape and device, its dimensions in memory in an order (None: C).
+
+    A DTensor gives one on the same mesh with the same placements.
+    """
+    order = tuple(range(tensor.ndim)) if order is None else order
+    inverse = [order.index(dim) for dim in range(tensor.ndim)]
+    if is_dtensor(tensor):
+        distributed: Any = tensor
+        local = new_like(distributed._local_tensor.detach(), order)
+        lengths = [tensor.shape[dim] for dim in order]
+        stride = torch.empty(lengths, device="meta").permute(inverse).stride()
+        return type(distributed).from_local(  # type: ignore[no-any-return]
+            local,
+            distributed.device_mesh,
+            distributed.placements,
+            run_check=False,
+            shape=tensor.shape,
+            stride=stride,
+        )
+    lengths = [tensor.shape[dim] for dim in order]
+    return torch.empty(lengths, dtype=tensor.dtype, device=tensor.device).permute(inverse)
+
+
 def convert_tensor(tensor: torch.Tensor, buffers: Sequence[np.ndarray[Any, Any]], dtype: str) -> None:
     """Fill a tensor from host buffers that hold another dtype's bits, one for each of its parts."""
     _, _, pieces = _pieces(tensor, ())
@@ -82,6 +110,7 @@ def convert_tensor(tensor: torch.Tensor, buffers: Sequence[np.ndarray[Any, Any]]
 
 def _check(tensor: torch.Tensor, path: Path) -> str:
     where, what = dotted(path), type(tensor).__name__
+    refuse_emptied(tensor, path)
     if torch.nn.parameter.is_lazy(tensor):
         raise StateError(f"{where}: {what} has no shape yet; run one forward pass first")
     if not is_dtensor(tensor) and is_traceable_wrapper_subclass(tensor):
@@ -118,29 +147,40 @@ def _identity(tensor: torch.Tensor, name: str) -> Hashable | None:
 
 
 def _memory(piece: torch.Tensor, path: Path, *, target: bool) -> Memory:
-    strides = tuple(stride * piece.element_size() for stride in piece.stride())
     lazy = piece.is_conj() or piece.is_neg()
-    if target and lazy:
+    base = _without_repeats(piece)
+    strides = tuple(stride * piece.element_size() for stride in base.stride())
+    if may_overlap(base.shape, strides, piece.element_size()):
         raise StateError(
-            f"{dotted(path)}: a lazily conjugated or negated view can't be filled; pass `tensor.resolve_conj()`"
+            f"{dotted(path)}: elements of the tensor share memory (it is a view of overlapping windows), so it "
+            "can't be filled; put a clone into the state, or the tensor that it is a view of"
         )
-    if target and may_overlap(piece.shape, strides, piece.element_size()):
-        raise StateError(f"{dotted(path)}: the tensor's elements share memory, so it can't be filled; pass a clone")
-    if lazy or piece.device.type != "cpu":
-        return _copied(piece)
+    strides = tuple(stride * piece.element_size() for stride in piece.stride())
     storage = piece.untyped_storage()
-    low, nbytes, address = storage.data_ptr(), storage.nbytes(), piece.data_ptr()
     span = sum((length - 1) * stride for length, stride in zip(piece.shape, strides, strict=True))
-    if not low <= address <= address + span + piece.element_size() <= low + nbytes:
+    begin, nbytes = int(piece.storage_offset()) * piece.element_size(), storage.nbytes()
+    if not 0 <= begin <= begin + span + piece.element_size() <= nbytes:
         raise StateError(
             f"{dotted(path)}: the tensor's memory was freed or resized (its storage has {nbytes} bytes); "
             "save between two steps, not inside forward or backward"
         )
-    return HostMemory(address, strides, low, nbytes, piece)
+    if lazy or piece.device.type != "cpu" or (target and base is not piece):
+        return _copied(piece, base, path)
+    low = storage.data_ptr()
+    return HostMemory(low + begin, strides, low, nbytes, piece)
 
 
-def _copied(piece: torch.Tensor) -> DeviceMemory:
-    """Return memory that torch copies: another device's, or a view whose conjugation is still to be done."""
+def _without_repeats(piece: torch.Tensor) -> torch.Tensor:
+    """Return an expanded tensor with its first element only along the dimensions in which it repeats itself."""
+    for dim, (length, stride) in enumerate(zip(piece.shape, piece.stride(), strict=True)):
+        if length > 1 and stride == 0:
+            piece = piece.narrow(dim, 0, 1)
+    return piece
+
+
+def _copied(piece: torch.Tensor, base: torch.Tensor, path: Path) -> DeviceMemory:
+    """Return memory that torch copies: another device's, a view whose conjugation is still to be done, or one that
+    repeats its elements, of which `base` has each once."""
     bits = _BITS[piece.element_size()][1]
 
     def copy_to_host(dst: np.ndarray[Any, Any]) -> None:
@@ -154,8 +194,20 @@ def _copied(piece: torch.Tensor) -> DeviceMemory:
         return accelerator.begin_copy(piece, bits, _bits_of(dst), beside)
 
     def copy_from_host(src: np.ndarray[Any, Any]) -> None:
+        source = _bits_of(src)
+        if base is not piece:
+            once = source[tuple(map(slice, base.shape))]
+            if not torch.equal(once.expand_as(source).view(_COMPARED[bits]), source.view(_COMPARED[bits])):
+                raise LoadMismatchError(
+                    f"{dotted(path)}: the tensor repeats its elements (it is expanded, and they share memory), the "
+                    "checkpoint has different ones; put a clone into the state"
+                )
+            source = once
         with torch.no_grad():
-            piece.view(bits).copy_(_bits_of(src))
+            if piece.is_conj() or piece.is_neg():
+                base.copy_(source.view(piece.dtype))
+            else:
+                base.view(bits).copy_(source)
 
     return DeviceMemory(copy_to_host, copy_from_host, piece, begin_copy)
 

@@ -1,6 +1,7 @@
 """Small real checkpoints for the tests of the catalog."""
 
 import hashlib
+import json
 import mmap
 
 import numpy as np
@@ -50,3 +51,9 @@ def write_checkpoint(storage, step, generation=1, parent=None, **fields):
     write_data(storage, manifest)
     publish(storage, directory_of(manifest), manifest)
     return manifest
+
+
+def signed_document(**document):
+    """Return the bytes of a manifest with these fields alone, and the digest that fits them."""
+    text = json.dumps(document, sort_keys=True, separators=(",", ":"))
+    return json.dumps(document | {"sha256": hashlib.sha256(text.encode()).hexdigest()}).encode()

@@ -1,5 +1,6 @@
 """Claims of a run's lives, by processes that race."""
 
+import errno
 import json
 import multiprocessing
 
@@ -63,3 +64,57 @@ def test_a_newer_claim_is_told(storage):
         read_claim(storage, 1)
     with pytest.raises(StorageError):
         read_claim(storage, 2)
+
+
+class FailingOnce(LocalStorage):
+    """A storage whose first claim fails, after it has come to be or before."""
+
+    def __init__(self, root, done):
+        super().__init__(root)
+        self.done, self.claims, self.unreadable = done, [], False
+
+    def put_if_absent(self, name, data):
+        self.claims.append(bytes(data))
+        if len(self.claims) == 1:
+            if self.done:
+                super().put_if_absent(name, data)
+            raise StorageError(errno.EIO, f"cannot sync the directory {self.root}: Input/output error")
+        return super().put_if_absent(name, data)
+
+    def read_bytes(self, name, limit):
+        if self.unreadable:
+            raise StorageError(errno.EIO, f"cannot read {self.location(name)}: Input/output error")
+        return super().read_bytes(name, limit)
+
+
+def claims_in(storage):
+    return {name: storage.read_bytes(name, 4096) for name in storage.list() if name.startswith("generation-")}
+
+
+def test_a_claim_that_failed_after_it_had_come_to_be_is_ours(tmp_path, storage):
+    home = FailingOnce(tmp_path / "home", done=True)
+    assert claim_generation(home, None, [storage], storage) == 1
+    assert len(home.claims) == 1
+    assert claims_in(home) == claims_in(storage) != {}
+
+
+def test_a_claim_of_which_nothing_is_known_is_made_again_elsewhere_as_the_very_same(tmp_path, storage):
+    home = FailingOnce(tmp_path / "home", done=True)
+    home.unreadable = True
+    assert claim_generation(home, None, [storage], storage) == 1
+    home.unreadable = False
+    assert claims_in(home) == claims_in(storage) != {}
+
+
+def test_a_claim_that_failed_before_it_came_to_be_is_made_elsewhere(tmp_path, storage):
+    home = FailingOnce(tmp_path / "home", done=False)
+    assert claim_generation(home, (1, 5), [storage], storage) == 1
+    assert read_claim(storage, 1) == (1, 5)
+    assert claims_in(home) == {}
+
+
+def test_a_claim_that_is_not_there_is_an_error_where_there_is_no_other_place(tmp_path):
+    home = FailingOnce(tmp_path / "home", done=False)
+    with pytest.raises(StorageError, match="Input/output error"):
+        claim_generation(home, None)
+    assert claim_generation(home, None) == 1

@@ -3,7 +3,7 @@
 import os
 
 import pytest
-from checkpoints import manifest_of, write_checkpoint, write_data
+from checkpoints import manifest_of, signed_document, write_checkpoint, write_data
 
 from ckptengine.catalog.commit import publish
 from ckptengine.catalog.generation import claim_generation
@@ -151,7 +151,7 @@ def test_a_manifest_of_another_place_is_damaged(storage):
 
 def test_a_newer_version_is_a_problem_on_the_way(storage):
     write_checkpoint(storage, 10, 1)
-    storage.write_bytes("step-00000020/manifest-0001.json", b'{"format_version": 7}')
+    storage.write_bytes("step-00000020/manifest-0001.json", signed_document(format_version=7))
     first, second = lineage(storage)
     assert isinstance(first.error, FormatVersionError)
     assert second[0].step == 10

@@ -61,10 +61,19 @@ def test_every_truncation_is_found():
             Manifest.decode(data[:length], "here")
 
 
-def test_a_newer_version_is_told_before_anything_else():
-    for data in (b'{"format_version": 2}', signed(format_version=FORMAT_VERSION + 1, archives="elsewhere")):
-        with pytest.raises(FormatVersionError, match=r"here: format version 2 is newer than version 1.*upgrade"):
-            Manifest.decode(data, "here")
+def test_a_newer_version_is_told_before_its_fields_are_looked_at():
+    data = signed(format_version=FORMAT_VERSION + 1, archives="elsewhere")
+    with pytest.raises(FormatVersionError, match=r"here: format version 2 is newer than version 1.*upgrade"):
+        Manifest.decode(data, "here")
+
+
+def test_a_flipped_bit_in_the_version_is_damage_and_no_newer_version():
+    data = GOOD.encode()
+    place = data.index(b'"format_version":1') + len(b'"format_version":')
+    for bit in (0x02, 0x04, 0x08):  # 1 becomes 3, 5, 9
+        flipped = data[:place] + bytes([data[place] ^ bit]) + data[place + 1 :]
+        with pytest.raises(CheckpointDamagedError, match=r"SHA-256 differs, and it claims .* version [359]"):
+            Manifest.decode(flipped, "here")
 
 
 def test_unknown_fields_are_ignored():

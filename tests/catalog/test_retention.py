@@ -1,14 +1,17 @@
 """What is deleted, and above all what is not."""
 
+import errno
 import os
 
 import pytest
-from checkpoints import manifest_of, write_checkpoint, write_data
+from checkpoints import manifest_of, signed_document, write_checkpoint, write_data
 
 from ckptengine.catalog.generation import claim_generation
 from ckptengine.catalog.lease import LEASE_SECONDS, Lease
 from ckptengine.catalog.listing import committed
 from ckptengine.catalog.retention import remove_leftovers, replace_older, retain
+from ckptengine.errors import StorageError
+from ckptengine.storage.local import LocalStorage
 
 
 def orders(storage):
@@ -63,7 +66,7 @@ def test_what_cannot_be_read_stays(storage):
     for step in (10, 20, 30, 40):
         write_checkpoint(storage, step)
     storage.write_bytes("step-00000010/manifest-0001.json", b"spoilt")
-    storage.write_bytes("step-00000020/manifest-0001.json", b'{"format_version": 2}')
+    storage.write_bytes("step-00000020/manifest-0001.json", signed_document(format_version=2))
     make_old(storage)
     assert retain(storage, 1) == []
     problems = remove_leftovers(storage)
@@ -154,3 +157,156 @@ def test_other_peoples_directories_stay(storage):
     make_old(storage)
     assert remove_leftovers(storage) == []
     assert all(map(storage.exists, [*files, "data-empty", "data-train-2024"]))
+
+
+@pytest.fixture
+def unreadable(storage, monkeypatch):
+    """Have the first so many reads of a file fail."""
+    failing = {}
+    original = type(storage).read_bytes
+
+    def read_bytes(self, name, limit):
+        if failing.get(name, 0) > 0:
+            failing[name] -= 1
+            raise StorageError(errno.EIO, f"cannot read {self.location(name)}: {os.strerror(errno.EIO)}")
+        return original(self, name, limit)
+
+    monkeypatch.setattr(type(storage), "read_bytes", read_bytes)
+    return failing
+
+
+@pytest.mark.parametrize("keep_last", [1, 2])
+def test_a_checkpoint_that_could_not_be_read_once_is_not_deleted(storage, unreadable, keep_last):
+    for step in (10, 20, 30):
+        write_checkpoint(storage, step)
+    unreadable["step-00000030/manifest-0001.json"] = 1
+    (problem,) = retain(storage, keep_last)
+    assert "step-00000030 was not deleted" in problem
+    assert "Input/output error" in problem
+    assert orders(storage)[-1] == (1, 30)
+    assert retain(storage, 1) == []
+    assert orders(storage) == [(1, 30)]
+
+
+@pytest.mark.parametrize("also", ["step-00000015/manifest-0002.json", "step-00000025/manifest-0002.json"])
+def test_nothing_of_earlier_lives_is_deleted_where_the_line_could_not_be_read(storage, unreadable, also):
+    for step in (10, 20):
+        write_checkpoint(storage, step)
+    assert claim_generation(storage, (1, 10)) == 2
+    for step in (15, 25):
+        write_checkpoint(storage, step, 2, (1, 10))
+    unreadable.update(dict.fromkeys(("step-00000025/manifest-0002.json", also, "generation-0002.json"), 9))
+    retain(storage, 3)
+    assert (1, 10) in orders(storage)
+    unreadable.clear()
+    assert retain(storage, 3) == []
+    assert orders(storage) == [(1, 10), (2, 15), (2, 25)]
+
+
+def test_nothing_is_deleted_where_no_parent_of_a_generation_can_be_told(storage, unreadable):
+    for step in (10, 20):
+        write_checkpoint(storage, step)
+    assert claim_generation(storage, (1, 10)) == 2
+    write_checkpoint(storage, 25, 2, (1, 10))
+    # It falls between two reads of the same file, so that what is read last is sound.
+    unreadable.update({"step-00000025/manifest-0002.json": 1, "generation-0002.json": 1})
+    problems = retain(storage, 1)
+    assert "its parent is unknown" in problems[0]
+    assert orders(storage) == [(1, 10), (1, 20), (2, 25)]
+
+
+def test_what_was_just_committed_is_never_deleted(storage):
+    for step in (10, 20):
+        write_checkpoint(storage, step)
+    assert retain(storage, 1, protected={"000000000001-10"}) == []
+    assert orders(storage) == [(1, 10), (1, 20)]
+
+
+def test_a_lease_that_cannot_be_read_once_protects_its_attempt(storage, unreadable):
+    write_data(storage, manifest_of(10))
+    data = "step-00000010/data-000000000001-10"
+    with Lease(storage, data):
+        make_old(storage)
+        unreadable[f"{data}/lease.json"] = 1
+        remove_leftovers(storage)
+        assert storage.exists(f"{data}/layout.zarr.zip")
+
+
+@pytest.fixture
+def other(tmp_path):
+    """Another run, whose newest step a link leads to."""
+    other = LocalStorage(tmp_path / "other")
+    other.create()
+    write_checkpoint(other, 40)
+    return other
+
+
+def everything(storage):
+    return sorted(str(path.relative_to(storage.root)) for path in storage.root.rglob("*"))
+
+
+def test_a_linked_step_of_another_run_is_neither_deleted_nor_counted(storage, other):
+    for step in (10, 20):
+        write_checkpoint(storage, step)
+    os.symlink(other.location("step-00000040"), storage.location("step-00000005"))
+    os.symlink(other.location("step-00000040"), storage.location("step-00000040"))
+    write_data(other, manifest_of(40, attempt="deaddeaddead-1"))
+    make_old(other)
+    make_old(storage)
+    before = everything(other)
+    assert retain(storage, 1) == []
+    assert remove_leftovers(storage) == []
+    assert everything(other) == before
+    assert orders(storage) == [(1, 5), (1, 20), (1, 40)]
+    assert os.path.islink(storage.location("step-00000005"))
+
+
+def test_data_that_is_a_link_stays_with_what_it_points_to(storage, other):
+    for step in (10, 20):
+        write_checkpoint(storage, step)
+    data = storage.location("step-00000010/data-000000000001-10")
+    os.rename(data, other.location("moved"))
+    os.symlink(other.location("moved"), data)
+    before = everything(other)
+    (problem,) = retain(storage, 1)
+    assert "data-000000000001-10 is a symbolic link, which is not followed" in problem
+    assert everything(other) == before
+
+
+@pytest.mark.parametrize("delete", ["delete", "delete_tree", "remove_directory"])
+def test_nothing_that_deletes_follows_a_link(storage, other, delete):
+    os.symlink(other.root, storage.location("link"))
+    before = everything(other)
+    with pytest.raises(StorageError, match="link is a symbolic link, which is not followed"):
+        getattr(storage, delete)("link/step-00000040/data-000000000001-40")
+    assert everything(other) == before
+
+
+def test_what_a_killed_upload_has_left_inside_a_committed_attempt_goes(storage):
+    write_checkpoint(storage, 10)
+    name = "step-00000010/data-000000000001-10/.tmp-rank-00000.zarr.zip.0123456789ab"
+    with open(storage.location(name), "w"):
+        pass
+    remove_leftovers(storage)
+    assert os.path.exists(storage.location(name)), "it may be of an upload under way"
+    make_old(storage)
+    assert remove_leftovers(storage) == []
+    assert not os.path.exists(storage.location(name))
+    assert storage.exists("step-00000010/data-000000000001-10/layout.zarr.zip")
+
+
+def test_what_is_dated_in_the_future_goes_a_lease_later(storage):
+    write_data(storage, manifest_of(10))
+    storage.write_bytes("step-00000010/data-000000000001-10/lease.json", b"{}")
+    with open(storage.location(".tmp-generation-0001.json.0123456789ab"), "w"):
+        pass
+    storage.make_directory("step-00000030")
+    then = storage.now() + 1e6
+    for path in storage.root.rglob("*"):
+        os.utime(path, (then, then))
+    assert remove_leftovers(storage) == []
+    assert storage.exists("step-00000010/data-000000000001-10/layout.zarr.zip"), "its writer may be alive"
+    for path in storage.root.rglob("*"):
+        os.utime(path, (os.stat(path).st_mtime - LEASE_SECONDS - 1,) * 2)
+    assert remove_leftovers(storage) == []
+    assert everything(storage) == []

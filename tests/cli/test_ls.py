@@ -47,3 +47,22 @@ def test_a_run_that_is_not_there_is_an_error_of_its_own(tmp_path: Path, call: Ca
     result = call("ls", tmp_path / "nothing")
     assert result.exit_code == 2
     assert "nothing" in result.stderr
+
+
+def test_a_linked_step_is_listed_as_such(run: Path, tmp_path: Path, call: Call) -> None:
+    (run / "step-00000030").rename(tmp_path / "elsewhere")
+    (run / "step-00000030").symlink_to(tmp_path / "elsewhere")
+    rows = [line for line in call("ls", run).stdout.splitlines() if "a link, never deleted" in line]
+    assert [row.split()[0] for row in rows] == ["30"]
+    assert [one["linked"] for one in json.loads(call("ls", run, "--json").stdout)] == [False, False, True]
+
+
+def test_gc_leaves_a_linked_step_and_what_it_points_to(run: Path, tmp_path: Path, call: Call) -> None:
+    other = tmp_path / "other"
+    other.mkdir()
+    (run / "step-00000010").rename(other / "step-00000010")
+    (run / "step-00000010").symlink_to(other / "step-00000010")
+    before = sorted(other.rglob("*"))
+    assert call("gc", run, "--keep-last", 1).exit_code == 0
+    assert sorted(other.rglob("*")) == before
+    assert sorted(path.name for path in run.glob("step-*")) == ["step-00000010", "step-00000030"]

@@ -70,3 +70,18 @@ def test_a_damaged_layout_is_an_error_that_names_it(run: Path, call: Call) -> No
     result = call("show", run / "step-30")
     assert result.exit_code == 1
     assert "layout.zarr.zip" in result.stderr
+
+
+def test_names_cannot_make_the_terminal_do_anything(tmp_path: Path, call: Call) -> None:
+    evil = "\x1b]0;owned\x07\x9b31m\u202eabc"
+    ce.save(tmp_path, {evil: np.zeros(3), "values": {evil: 1}}, metadata={evil: evil})
+    for options in ((), ("--json",)):
+        text = call("show", tmp_path, *options).stdout
+        assert all(one.isprintable() or one == "\n" for one in text)
+        assert "\\u001b]0;owned\\u0007\\u009b31m\\u202eabc" in text
+    assert json.loads(call("show", tmp_path, "--json").stdout)["metadata"] == {evil: evil}
+    with next(tmp_path.glob("data-*/rank-00000.zarr.zip")).open("r+b") as file:
+        file.write(b"damage" * 1000)
+    damaged = call("verify", tmp_path)
+    assert damaged.exit_code == 1
+    assert all(one.isprintable() or one == "\n" for one in damaged.output)

@@ -253,23 +253,69 @@ def values_that_differ_later_surface_when_durable_is_asked(comm: Communicator, f
     assert ce.load(folder) == {"cursor": 3}
 
 
-@scenario
-def replicated_arrays_that_differ_are_found_on_request(comm: Communicator, folder: Path) -> None:
-    def state(different: bool) -> dict[str, Any]:
-        a, b = torch.arange(12.0).reshape(3, 4).t(), np.arange(100_000)
-        if different and comm.rank == 1:
-            a[1, 2] = 77
-        return {"a": a, "deep": {"b": b}, "buffers": torch.nn.BatchNorm1d(3), "rows": rows(comm, 0)}
+def replicas(comm: Communicator, different: bool) -> dict[str, Any]:
+    a, b = torch.arange(12.0).reshape(3, 4).t(), np.arange(100_000)
+    if different and comm.rank == 1:
+        a[1, 2] = 77
+    return {"a": a, "deep": {"b": b}, "buffers": torch.nn.BatchNorm1d(3), "rows": rows(comm, 0)}
 
+
+@scenario
+def replicated_arrays_are_compared_at_every_save_on_request(comm: Communicator, folder: Path) -> None:
     for number in (1, 2):  # by a fresh plan and by a known one
-        with pytest.raises(ReplicaMismatchError, match=r"\Wa: the replicas on rank 1 differ from that of rank 0"):
-            ce.save(folder / "single", state(True), comm=comm, timeout=20, check_replicas=True)
-        ce.save(folder / f"good-{number}", state(False), comm=comm, timeout=20, check_replicas=True)
-    ce.save(folder / "unchecked", state(True), comm=comm, timeout=20)
+        with pytest.raises(ReplicaMismatchError, match=r"(^|\W)a: the replicas on rank 1 differ from that of rank 0"):
+            ce.save(folder / "single", replicas(comm, True), comm=comm, timeout=20, check_replicas=True)
+        ce.save(folder / f"good-{number}", replicas(comm, False), comm=comm, timeout=20, check_replicas="always")
+    ce.save(folder / "unchecked", replicas(comm, True), comm=comm, timeout=20, check_replicas=False)
     with checkpointer(comm, folder / "run", check_replicas=True) as ckpt:
-        ckpt.save(1, state(False)).durable.result(30)
+        ckpt.save(1, replicas(comm, False)).durable.result(30)
         with pytest.raises(ReplicaMismatchError, match="the replicas on rank 1 differ"):
-            ckpt.save(2, state(True)).durable.result(30)
+            ckpt.save(2, replicas(comm, True)).durable.result(30)
+
+
+@scenario
+def plain_tensors_of_one_name_that_differ_are_found_at_the_first_save(comm: Communicator, folder: Path) -> None:
+    """Each rank has an expert and a norm; the norm's statistics, a buffer, may differ, as torch has it."""
+    torch.manual_seed(comm.rank)
+    model = torch.nn.ModuleDict({"expert": torch.nn.Linear(4, 4), "norm": torch.nn.BatchNorm1d(4)})
+    model["norm"].running_mean.fill_(comm.rank)
+    state = {"model": model, "rows": rows(comm, 0)}
+    with pytest.raises(
+        ReplicaMismatchError, match=r"^model\.expert\.bias: .* ranks 1, 2 differ.*ShardedArray.*PerRank"
+    ):
+        ce.save(folder / "experts", state, comm=comm, timeout=20)
+    assert not list(folder.rglob("manifest*"))
+    with (
+        checkpointer(comm, folder / "run", every=1) as ckpt,
+        pytest.raises(ReplicaMismatchError, match=r"model\.expert\.bias"),
+    ):
+        ckpt.step(1, state)
+    expert = model["expert"].weight
+    declared = {
+        "own": ce.PerRank(model["expert"].bias),
+        "weight": ce.ShardedArray(expert, (4 * comm.world_size, 4), (4 * comm.rank, 0)),
+        "norm": model["norm"],
+    }
+    ce.save(folder / "declared", declared, comm=comm, timeout=20)
+    wanted = [model["expert"].bias.tolist(), expert.tolist()]
+    with torch.no_grad():
+        model["expert"].bias.zero_()
+        expert.zero_()
+    ce.load(folder / "declared", into=declared, comm=comm)
+    assert [model["expert"].bias.tolist(), expert.tolist()] == wanted
+
+
+@scenario
+def replicas_are_compared_once_for_each_structure(comm: Communicator, folder: Path) -> None:
+    with checkpointer(comm, folder) as ckpt:
+        ckpt.save(1, replicas(comm, False)).durable.result(30)
+        ckpt.save(2, replicas(comm, True)).durable.result(30)  # the plan is known: nothing is compared
+        more = {"moments": np.full(5, comm.rank)}
+        with pytest.raises(ReplicaMismatchError, match="moments: the replicas on ranks 1, 2 differ"):
+            ckpt.save(3, {**replicas(comm, False), **more}).durable.result(30)
+        with pytest.raises(ReplicaMismatchError, match="moments: the replicas on ranks 1, 2 differ"):
+            ckpt.save(4, {**replicas(comm, False), **more})
+        ckpt.save(5, {**replicas(comm, False), "moments": np.ones(5)}).durable.result(30)
 
 
 def own_state(comm: Communicator, filled: bool, resize: Any = None) -> dict[str, Any]:

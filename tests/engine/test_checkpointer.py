@@ -519,3 +519,29 @@ def test_a_life_that_was_taken_over_can_not_commit_any_more(tmp_path):
         with pytest.raises(SaveFailedError, match="taken over by generation 2"):
             old.step(3, state_at(3)).durable.result(20)
     assert steps_in(tmp_path) == [1, 2]
+
+
+@pytest.mark.parametrize("step", [10**18, 10**30])
+def test_a_step_that_no_listing_would_find_is_refused(tmp_path, step):
+    with ce.Checkpointer(tmp_path / "run", preemption=None) as ckpt:
+        with pytest.raises(ValueError, match=r"steps count from 0 to 10\*\*18 - 1"):
+            ckpt.save(step, {"w": np.zeros(3)})
+        ckpt.save(10**18 - 1, {"w": np.ones(3)}).durable.result()
+    state = {"w": np.zeros(3)}
+    with ce.Checkpointer(tmp_path / "run", preemption=None) as again:
+        assert again.restore(state) == 10**18 - 1
+    assert state["w"][0] == 1
+
+
+def test_a_step_below_one_that_was_saved_is_refused_unless_the_training_goes_back_by_restore(tmp_path):
+    state = {"w": np.zeros(3)}
+    with ce.Checkpointer(tmp_path / "run", keep_last=1, preemption=None) as ckpt:
+        for step in (5, 10):
+            ckpt.save(step, state).durable.result()
+        with pytest.raises(ValueError, match=r"has saved step 10 already.*restore\(state, step=7\)"):
+            ckpt.save(7, state)
+        assert ckpt.save(10, state).durable.result().step == 10
+        assert ckpt.restore(state, step=10) == 10
+        ckpt.save(7, state).durable.result()
+    with ce.Checkpointer(tmp_path / "run", preemption=None) as again:
+        assert again.restore(state) == 7

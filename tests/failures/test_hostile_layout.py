@@ -14,6 +14,7 @@ from hostile import read_all, refused, state
 from numcodecs.zstd import Zstd
 
 import ckptengine as ce
+from ckptengine.archive.column import MAX_CHUNK_ITEMS, encode_column
 
 ROWS: list[tuple[str, Callable[[Any], Any]]] = [
     ("an archive that is not there", lambda r: with_column(r, "archive", 0, 1)),
@@ -208,7 +209,7 @@ def test_a_table_of_leaves_that_claims_gibibytes_is_refused(place: Path, bounded
         "layout/leaves/c/0": chunk + struct.pack("<QQ", 0, len(chunk)) * count,
     }
     change_columns(place, lambda name, old: forged.get(name, old))
-    assert "at most 268435456 bytes" in refused(place)
+    assert "table of leaves claims 4,294,967,296 bytes" in refused(place)
 
 
 LEAVES = {
@@ -229,3 +230,27 @@ def test_an_evil_table_of_leaves_is_refused(place: Path, leaves: Any, bounded: N
     }
     change_columns(place, lambda name, old: forged.get(name, old))
     refused(place)
+
+
+def test_a_table_of_leaves_that_a_few_bytes_claim_is_refused_before_it_is_made(place: Path, bounded: None) -> None:
+    text = b"[" + b"[]," * (80 << 20) + b"[]]"  # 240 MB that compress to some kilobytes and parse to 5 GB
+    metadata, data = encode_column(np.frombuffer(text, np.uint8), MAX_CHUNK_ITEMS, differences=False)
+    assert len(data) < 1 << 20
+    del text
+    entries = {"layout/leaves/zarr.json": metadata, "layout/leaves/c/0": data}
+    change_columns(place, lambda name, content: entries.get(name, content))
+    assert "table of leaves claims" in refused(place)
+
+
+def test_more_chunks_than_the_archives_have_room_for_are_refused(place: Path, bounded: None) -> None:
+    def change(rows: Any) -> Any:
+        wide = with_leaf(rows, 0, chunk_shape=(1, 1), rows=(0, 100_000))
+        count = 100_000 + len(rows.archive) - 1
+        later = tuple(
+            dataclasses.replace(leaf, rows=(leaf.rows[0] + 99_999, leaf.rows[1] + 99_999)) for leaf in rows.leaves[1:]
+        )
+        zeros = {"archive": np.zeros(count, np.int32), "position": np.zeros(count, np.int64)}
+        return dataclasses.replace(wide, leaves=(wide.leaves[0], *later), **zeros)
+
+    change_rows(place, change)
+    assert "have no room" in refused(place)

@@ -6,6 +6,7 @@ import os
 import re
 import resource
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -103,12 +104,42 @@ def test_a_disk_that_fills_up_at_the_very_end_of_a_save_gives_the_room_back(smal
     assert same(ce.load(small_disk / "second"), state_at(2))
 
 
-def test_a_full_disk_can_still_be_read(small_disk: Path) -> None:
-    ce.save(small_disk / "point", state_at(1))
-    with (small_disk / "filler").open("wb", buffering=0) as filler, pytest.raises(OSError, match="No space"):
+def fill(disk: Path) -> None:
+    """Leave no byte free."""
+    with (disk / "filler").open("wb", buffering=0) as filler, pytest.raises(OSError, match="No space"):
         while filler.write(bytes(4096)):
             pass
-    assert free(small_disk) == 0
+    assert free(disk) == 0
+
+
+def test_a_run_on_a_disk_that_is_full_to_the_last_byte_is_opened_restored_from_and_cleaned_up(
+    small_disk: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = small_disk / "run"
+    with ce.Checkpointer(run, every=1) as checkpointer:
+        for step in (1, 2):
+            checkpointer.save(step, state_at(step)).durable.result()
+    dead = run / "step-00000003" / "data-0123456789ab-0003"
+    dead.mkdir(parents=True)
+    (dead / "rank-00000.zarr.zip").write_bytes(b"what a job that was killed has left")
+    os.utime(dead, (1, 1))
+    fill(small_disk)
+    state = state_at(0)
+    with ce.Checkpointer(run) as checkpointer:
+        assert f"{run} has no room: it can be read, saves will fail" in caplog.text
+        assert checkpointer.restore(state) == 2
+    assert same(state, state_at(2))
+    assert not dead.exists(), "opening a run cleans up after dead jobs, which needs the time of the file system"
+    fill(small_disk)
+    command = [sys.executable, "-m", "ckptengine.cli", "gc", str(run), "--keep-last", "1"]
+    assert subprocess.run(command, check=True, capture_output=True, text=True).stdout.count("deleted") == 1
+    assert free(small_disk) > 6 * MIB
+    assert committed_steps(run) == [2]
+
+
+def test_a_full_disk_can_still_be_read(small_disk: Path) -> None:
+    ce.save(small_disk / "point", state_at(1))
+    fill(small_disk)
     with pytest.raises(CheckpointError, match=f"{small_disk}.*No space left on device.*make room"):
         ce.save(small_disk / "other", state_at(2))
     with pytest.raises(StorageError, match=f"{small_disk}.*No space left on device.*make room"):

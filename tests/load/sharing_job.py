@@ -121,12 +121,12 @@ def main() -> None:
     handler = logging.Handler()
     handler.emit = lambda record: messages.append(record.getMessage())  # type: ignore[method-assign]
     logging.getLogger("ckptengine").addHandler(handler)
-    asked = [0]
+    asked: list[int] = []
     load = LocalStorage.load_archive
 
     def counted(self: LocalStorage, name: str, *arguments: Any) -> int:
         if "rank-" in name:
-            asked[0] += int(np.asarray(arguments[3])[:, 1].sum())
+            asked.append(int(np.asarray(arguments[3])[:, 1].sum()))  # several threads read; `+=` would lose some
         return load(self, name, *arguments)
 
     LocalStorage.load_archive = counted  # type: ignore[assignment,method-assign]
@@ -156,7 +156,7 @@ def main() -> None:
         "seconds": time.monotonic() - began,
         "same": all(np.array_equal(a, b) for a, b in zip(arrays(state), arrays(expected), strict=True)),
         "counts": counts,
-        "asked": asked[0],
+        "asked": sum(asked),
         "needs": needs,
         "growth": field("VmHWM") - before,
         "files": len(os.listdir("/proc/self/fd")),

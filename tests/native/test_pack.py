@@ -272,3 +272,13 @@ def test_impossible_sizes_are_refused(block, threads):
     image = np.zeros(4096, np.uint8)
     with pytest.raises(ValueError, match=r"block_nbytes|threads"):
         native.pack(image.ctypes.data, 4096, flat, index, block, np.zeros(64, np.uint32), threads)
+
+
+@pytest.mark.parametrize("ends", [(2**40, -(2**63)), (BIG, -(2**63)), (-(2**63), 8), (8, 0), (0, BIG), (-1, -1)])
+def test_an_index_that_leads_nowhere_is_refused_whatever_its_numbers(ends):
+    flat, _ = table([row_with()])
+    index = np.array(ends, np.int64)
+    image, crcs = np.full(4096, FILL, np.uint8), np.zeros(64, np.uint32)
+    with pytest.raises(ValueError, match="op 0: index entries"):
+        native.pack(image.ctypes.data, 4096, flat, index, 64, crcs, 1)
+    assert (image == FILL).all()

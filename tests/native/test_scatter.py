@@ -219,6 +219,14 @@ def test_an_op_out_of_bounds_is_refused(changes, message):
         native.scatter(file.ctypes.data, 0, 1000, 1000, 64, crcs, flat, index, 1)
 
 
+@pytest.mark.parametrize("ends", [(2**40, -(2**63)), (BIG, -(2**63)), (-(2**63), 8), (8, 0), (0, BIG), (-1, -1)])
+def test_an_index_that_leads_nowhere_is_refused_whatever_its_numbers(ends):
+    file, crcs, _, _, _ = small_file()
+    flat, _ = table([row_with()])
+    with pytest.raises(ValueError, match="op 0: index entries"):
+        native.scatter(file.ctypes.data, 0, 1000, 1000, 64, crcs, flat, np.array(ends, np.int64), 1)
+
+
 def test_ops_out_of_order_are_refused():
     file, crcs, _, _, _ = small_file()
     flat, index = table([row_with(file_pos=100), row_with(file_pos=99)])

@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from email.message import Message
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 KEY, SECRET = "AKIAEXAMPLEEXAMPLE00", "xyzzySecretXyzzy0123456789"
@@ -48,12 +49,13 @@ class Fault:
 
     `kind`: a status with a code, such as "503 SlowDown"; "reset before" or "reset after" the server has done its work;
     "silence": no reply; "truncated": half of the body and the end of the connection; "wrong length": half of the body
-    as if it were all.
+    as if it were all. Requests are spared that have a header `unless`, as "name: beginning of its value".
     """
 
     kind: str
     pattern: str
     times: int = 1
+    unless: str = ""
     done: int = 0
 
 
@@ -96,24 +98,28 @@ class Proxy:
         self.server.shutdown()
         self.server.server_close()
 
-    def fault(self, kind: str, pattern: str, times: int = 1) -> Fault:
-        fault = Fault(kind, pattern, times)
+    def fault(self, kind: str, pattern: str, times: int = 1, unless: str = "") -> Fault:
+        fault = Fault(kind, pattern, times, unless)
         with self.lock:
             self.faults.append(fault)
         return fault
 
-    def _next(self, line: str) -> str:
+    def _next(self, line: str, headers: Message) -> str:
+        def spared(fault: Fault) -> bool:
+            name, _, value = fault.unless.partition(": ")
+            return bool(name) and name in headers and str(headers[name]).startswith(value)
+
         with self.lock:
             self.seen.append(line)
             for fault in self.faults:
-                if fault.done < fault.times and re.search(fault.pattern, line):
+                if fault.done < fault.times and re.search(fault.pattern, line) and not spared(fault):
                     fault.done += 1
                     return fault.kind
         return ""
 
     def handle(self, client: BaseHTTPRequestHandler) -> None:
         body = client.rfile.read(int(client.headers.get("Content-Length", 0)))
-        kind = self._next(f"{client.command} {client.path}")
+        kind = self._next(f"{client.command} {client.path}", client.headers)
         if kind == "reset before":
             return self._reset(client)
         if kind == "silence":

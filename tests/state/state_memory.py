@@ -72,6 +72,8 @@ def save(*states: Mapping[str, Any]) -> Stored:
         rank_leaves=own,
         rank_values=[_through_json(flat.rank_values) for flat in flats],
         rank_containers=[flat.rank_containers for flat in flats],
+        outline=flats[0].outline,
+        rank_outlines=[flat.rank_outline for flat in flats],
     )
     return Stored(saved, arrays)
 

@@ -222,16 +222,23 @@ def test_values_in_a_tuple_can_only_stay_as_they_are() -> None:
 
 
 @pytest.mark.parametrize("shape", [(), (3,)])
-def test_memory_that_cannot_be_written_is_refused(shape: tuple[int, ...]) -> None:
-    stored = save({"x": np.ones(shape)})
+def test_an_array_that_cannot_be_written_to_is_replaced_where_that_is_possible(shape: tuple[int, ...]) -> None:
+    stored = save({"x": [np.ones(shape)]})
     frozen = np.zeros(shape)
     frozen.flags.writeable = False
-    with pytest.raises(StateError, match="x: the array is read-only"):
-        load(stored, {"x": frozen})
-    if shape:
-        shared = np.lib.stride_tricks.as_strided(np.zeros(1), shape, (0,))
+    state = {"x": [frozen]}
+    assert load(stored, state).complete
+    assert state["x"][0].tolist() == np.ones(shape).tolist()
+    assert frozen.tolist() == np.zeros(shape).tolist()
+    with pytest.raises(StateError, match="0: the array is read-only"):
+        load(save({"x": (np.ones(shape),)}), {"x": (frozen,)})
+
+
+def test_an_array_whose_elements_share_memory_is_refused_when_it_is_saved() -> None:
+    shared = np.lib.stride_tricks.as_strided(np.zeros(1), (3,), (0,))
+    for act in (save, lambda state: load(save({"x": np.ones(3)}), state)):
         with pytest.raises(StateError, match="x: the array's elements share memory"):
-            load(stored, {"x": shared})
+            act({"x": shared})
 
 
 def test_each_rank_gets_its_own_back() -> None:
@@ -345,3 +352,13 @@ def test_a_checkpoint_whose_tables_contradict_themselves_is_refused() -> None:
     deep = Saved(1, {("a",) * 1000: leaf}, {}, {}, {})
     with pytest.raises(CheckpointDamagedError, match="1000 keys"):
         bind({"a": np.zeros(1)}, deep, 0, 1)
+
+
+def test_a_part_of_an_array_without_a_place_in_the_state_is_no_whole_copy_on_every_rank() -> None:
+    halves = [{"x": ShardedArray(np.arange(3) + 3 * rank, (6,), (3 * rank,))} for rank in range(2)]
+    stored = save(*halves)
+    with pytest.raises(LoadMismatchError, match="x: was spread over the ranks .*ShardedArray"):
+        load(stored, {"x": None})
+    alone: dict[str, Any] = {"x": None}
+    load(stored, alone, world_size=1)
+    assert alone["x"].tolist() == [0, 1, 2, 3, 4, 5]

@@ -212,3 +212,9 @@ assert values.decode({"$torch.device": "cuda:1"}) == "cuda:1"
 assert "torch" not in sys.modules
 """
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def test_a_tensor_of_more_dimensions_than_a_checkpoint_can_describe_is_refused_by_name():
+    with pytest.raises(StateError, match=r"model\.w: a tensor of 33 dimensions; 32 is the most"):
+        flatten({"model": {"w": np.zeros((1,) * 33)}})
+    assert flatten({"w": np.zeros((1,) * 32)}).arrays[0].shape == (1,) * 32

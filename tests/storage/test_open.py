@@ -1,7 +1,13 @@
 """What users may write for a location."""
 
+import os
+from pathlib import Path
+
 import pytest
 
+import ckptengine as ce
+import ckptengine.inspect
+import ckptengine.zarr
 from ckptengine.errors import StorageError
 from ckptengine.storage.base import join
 from ckptengine.storage.open import open_storage
@@ -54,3 +60,43 @@ def test_what_is_no_path_is_refused(location):
 def test_names_are_joined_without_the_root():
     assert join("", "a", "", "b") == "a/b"
     assert join("") == ""
+
+
+@pytest.mark.parametrize(
+    ("location", "url"),
+    [
+        (Path("s3://bucket/run"), "s3://bucket/run"),
+        (Path("obs://bucket/run"), "obs://bucket/run"),
+        (Path("file:///data/run"), "file:///data/run"),
+        (Path("/home/me/gs:/bucket/run"), "gs://bucket/run"),
+        (os.path.realpath("s3://bucket/run"), "s3://bucket/run"),
+    ],
+)
+def test_a_url_that_a_path_has_taken_a_slash_from_is_refused_and_the_url_is_named(location, url):
+    with pytest.raises(StorageError, match=f"has lost a slash.*'{url}'"):
+        open_storage(location)
+
+
+def test_a_url_that_has_lost_a_slash_is_refused_by_every_call_and_leaves_no_directory(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    lost, state = Path("s3://bucket/run"), {"step": 1}
+    for call in (
+        lambda: ce.save(lost, state),
+        lambda: ce.async_save(lost, state),
+        lambda: ce.load(lost),
+        lambda: ce.load(lost, into=state),
+        lambda: ce.Checkpointer(lost),
+        lambda: ce.Checkpointer("run", local=lost),
+        lambda: ce.Checkpointer("run", memory=lost),
+        lambda: ce.Checkpointer("run", preemption=ce.Preemption(file=lost)),
+        lambda: ckptengine.inspect.describe(lost),
+        lambda: ckptengine.zarr.open(lost),
+    ):
+        with pytest.raises(StorageError, match="has lost a slash"):
+            call()
+    assert not (tmp_path / "s3:").exists()
+
+
+def test_colons_in_names_are_nothing_special(tmp_path):
+    for name in ("a:b", "12:30", "run:", "x/c:/d"):
+        assert open_storage(tmp_path / name).location() == str(tmp_path / name)

@@ -5,7 +5,9 @@ Writes one JSON file for each rank: case name → "ok" or a traceback.
 
 from __future__ import annotations
 
+import functools
 import json
+import logging
 import pathlib
 import re
 import sys
@@ -17,7 +19,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from state_memory import Stored, load, read_part, region
+from state_memory import Stored, load, read_part, region, save
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -25,7 +27,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distrib
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.distributed.tensor.placement_types import _StridedShard
 
-from ckptengine.errors import StateError
+from ckptengine.errors import LoadMismatchError, StateError
 from ckptengine.state.bind import Saved, SavedLeaf
 from ckptengine.state.dtypes import DTYPES
 from ckptengine.state.leaf import Placement
@@ -316,6 +318,141 @@ def what_is_no_part_of_a_tensor_is_refused() -> None:
     ):
         with pytest.raises(StateError, match=re.escape(text)):
             flatten({"x": value})
+
+
+@case
+def local_state_of_a_sharded_parameter_is_refused_at_any_depth() -> None:
+    model = fsdp(mesh_of(4), nn.Linear(6, 8, bias=False))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    rows = distribute_tensor(torch.ones(8, 2), mesh_of(4), [Shard(0)])
+    for value, where in (
+        ([rows, torch.ones(2, 6)], "blocks.1"),
+        ({"left": (rows, {3: torch.ones(2)})}, "blocks.left.1.3"),
+        ([np.ones(5)], "blocks.0"),
+    ):
+        optimizer.state[model.weight] = {"blocks": value}
+        with pytest.raises(StateError, match=f"the state {where!r} of a sharded parameter of shape"):
+            flatten({"optimizer": optimizer})
+    optimizer.state[model.weight] = {"blocks": [rows, {"step": torch.tensor(3.0)}]}
+    assert [leaf.placement for leaf in flatten({"optimizer": optimizer}).arrays] == [
+        Placement.SHARDED,
+        Placement.REPLICATED,
+    ]
+
+
+class Keeper:
+    """An object around an optimizer, as trainers have it."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self.optimizer = optimizer
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"inner": self.optimizer.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.optimizer.load_state_dict(state["inner"])
+
+
+def one_step(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[np.ndarray[Any, Any]]:
+    model(torch.linspace(-1, 1, 24).reshape(4, 6)).square().sum().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    return [full(parameter) for parameter in model.parameters()]
+
+
+def held(kind: str, optimizer: torch.optim.Optimizer) -> Any:
+    return {"object": Keeper, "dict": torch.optim.Optimizer.state_dict}[kind](optimizer)
+
+
+@case
+def state_that_has_no_counterpart_yet_is_made_like_its_parameter() -> None:
+    """In an object and in a plain dict, from sharded and from plain parameters, into a fresh optimizer."""
+    for kind in ("object", "dict"):
+        for one_rank in (False, True):
+            model: nn.Module = Block(10) if one_rank else fsdp(mesh_of(4), Block(10))
+            optimizer = trained(model, torch.optim.AdamW, 2)
+            stored = (save if one_rank else gather)({"model": model, "held": held(kind, optimizer)})
+            expected = one_step(model, optimizer)
+            target = fsdp(mesh_of(4), Block(10))
+            fresh = torch.optim.AdamW(target.parameters())
+            state = {"model": target, "held": held(kind, fresh)}
+            assert load(stored, state, rank=dist.get_rank(), world_size=4).complete
+            if kind == "dict":
+                fresh.load_state_dict(state["held"])
+            for parameter, items in fresh.state.items():
+                assert items["exp_avg"].placements == parameter.placements  # type: ignore[attr-defined]
+                assert items["exp_avg"].to_local().shape == parameter.to_local().shape  # type: ignore[attr-defined]
+                assert type(items["step"]) is torch.Tensor
+            # One rank multiplies in another order than four: not to the last bit.
+            close = functools.partial(np.allclose, atol=1e-6) if one_rank else np.array_equal
+            assert all(close(a, b) for a, b in zip(expected, one_step(target, fresh), strict=True)), kind
+
+
+@case
+def nested_state_of_a_fresh_optimizer_is_made_like_its_parameter() -> None:
+    model = fsdp(mesh_of(4), Block(10))
+    optimizer = trained(model, torch.optim.SGD, 1)
+    for parameter in model.parameters():
+        moments = parameter.detach().clone()
+        optimizer.state[parameter] = {"blocks": [moments, {"deep": (moments + 1, torch.tensor(2.0))}]}
+    stored = gather({"model": model, "optimizer": optimizer})
+    for target in (fsdp(mesh_of(2, 2), Block(10)), Block(10)):
+        fresh = torch.optim.SGD(target.parameters())
+        state = {"model": target, "optimizer": fresh}
+        assert load(stored, state, rank=dist.get_rank()).complete
+        for parameter, items in fresh.state.items():
+            first, deep = items["blocks"][0], items["blocks"][1]["deep"]
+            assert type(first) is type(deep[0]) is type(parameter.data)
+            if isinstance(parameter, DTensor):
+                assert first.placements == deep[0].placements == parameter.placements
+            assert np.array_equal(full(first), full(parameter))
+            assert np.array_equal(full(deep[0]), full(parameter) + 1)
+            assert type(deep[1]) is torch.Tensor
+
+
+@case
+def what_nothing_tells_how_to_spread_is_a_mismatch() -> None:
+    model = fsdp_tp(6)
+    optimizer = trained(model, torch.optim.AdamW, 1)
+    stored = gather({"model": model, "held": held("dict", optimizer)})
+    square = fsdp_tp(6)
+    for value, text in (
+        ({"held": None}, "held.state.0.exp_avg: was spread over the ranks .* nothing in the state tells"),
+        ({"model": nn.Linear(1, 1), "held": None}, ""),
+    ):
+        only = {"only": ["held"]}
+        if text:
+            with pytest.raises(LoadMismatchError, match=text):
+                load(stored, value, rank=dist.get_rank(), **only)
+        else:  # the job spreads nothing: every rank has the whole
+            load(stored, value, rank=dist.get_rank(), **only)
+            assert value["held"]["state"][0]["exp_avg"].shape == model.up.weight.shape
+    square.twin = distribute_tensor(torch.zeros(6, 6), mesh_of(4), [Shard(1)])
+    state = {"model": square, "twin": square.twin, "held": held("dict", torch.optim.AdamW(square.parameters()))}
+    with pytest.raises(LoadMismatchError, match="have its shape .* spread in different ways"):
+        load(stored, state, rank=dist.get_rank(), only=["held"])
+
+
+@case
+def an_optimizer_that_stays_fresh_is_told() -> None:
+    model = fsdp(mesh_of(4), Block(10))
+    optimizer = trained(model, torch.optim.AdamW, 1)
+    stored = gather({"model": model, "held": held("dict", optimizer)})
+    said: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("ckptengine").addHandler(handler)
+    try:
+        for fresh in (True, False):
+            said.clear()
+            source = torch.optim.AdamW(model.parameters()) if fresh else optimizer
+            load(stored, {"model": model, "held": held("dict", source)}, rank=dist.get_rank())
+            told = [
+                line for line in said if line.startswith("held: this is what the optimizer's state_dict() returned")
+            ]
+            assert len(told) == (fresh and dist.get_rank() == 0), said
+    finally:
+        logging.getLogger("ckptengine").removeHandler(handler)
 
 
 @case

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -75,23 +76,38 @@ def test_the_extent_is_the_whole_storage() -> None:
     assert memory.strides == (12, 2)
 
 
-def test_lazily_conjugated_and_negated_views_are_stored_resolved() -> None:
-    base = torch.tensor([1 + 2j, 3 - 4j])
-    for view in (base.conj(), base.conj().imag, base.to(torch.complex32).conj()):
+def test_lazily_conjugated_and_negated_views_are_stored_resolved_and_filled() -> None:
+    base = torch.tensor([1 + 2j, 3 - 4j, complex(math.nan, -0.0)])
+    for make in (
+        lambda base: base.conj(),
+        lambda base: base.conj().imag,
+        lambda base: base.to(torch.complex32).conj(),
+        lambda base: base[::2].conj(),
+    ):
+        view, target = make(base), make(torch.zeros(3, dtype=torch.complex64))
         assert view.is_conj() or view.is_neg()
         leaf = only_leaf(view)
         expected = view.resolve_conj().resolve_neg()
         assert read_part(leaf.parts[0], leaf.dtype).tobytes() == raw(expected)
-        with pytest.raises(StateError, match="x: a lazily conjugated"):
-            load(save({"x": view}), {"x": view})
+        assert load(save({"x": view}), {"x": target}).complete
+        assert raw(target.resolve_conj().resolve_neg()) == raw(expected)
 
 
-def test_expanded_tensors_are_saved_but_not_filled() -> None:
-    expanded = torch.ones(1, 3).expand(4, 3)
-    stored = save({"x": expanded})
-    assert stored.arrays[("x",), None].tolist() == expanded.tolist()
-    with pytest.raises(StateError, match="x: the tensor's elements share memory"):
-        load(stored, {"x": expanded})
+def test_expanded_tensors_are_filled_with_what_they_repeat() -> None:
+    base = torch.tensor([[1.0], [math.nan], [3.0]])
+    stored = save({"x": base.expand(2, 3, 4)})
+    assert stored.arrays[("x",), None].shape == (2, 3, 4)
+    memory = torch.zeros(3, 1)
+    assert load(stored, {"x": memory.expand(2, 3, 4)}).complete
+    assert raw(memory) == raw(base)
+    with pytest.raises(LoadMismatchError, match="x: the tensor repeats its elements .* put a clone"):
+        load(save({"x": torch.arange(24.0).reshape(2, 3, 4)}), {"x": memory.expand(2, 3, 4)})
+
+
+def test_views_of_overlapping_windows_are_refused_when_they_are_saved() -> None:
+    for view in (torch.arange(6.0).unfold(0, 3, 1), torch.arange(6.0).unfold(0, 3, 1).expand(2, 4, 3)):
+        with pytest.raises(StateError, match="x: elements of the tensor share memory .* put a clone"):
+            flatten({"x": view})
 
 
 def test_other_devices_go_through_copies() -> None:
@@ -102,8 +118,8 @@ def test_other_devices_go_through_copies() -> None:
         source = random_bits(dtype, (4, 6))[:, ::2]
         target = torch.zeros(4, 6, dtype=dtype)[:, ::2]
         host = np.empty((6, 4), DTYPES[str(dtype).removeprefix("torch.")].numpy)[::2].T
-        module._copied(source).copy_to_host(host[:, :])
-        memory = module._copied(target)
+        module._copied(source, source, ()).copy_to_host(host[:, :])
+        memory = module._copied(target, target, ())
         assert isinstance(memory, DeviceMemory)
         memory.copy_from_host(host)
         assert raw(target) == raw(source)
@@ -142,6 +158,30 @@ def test_fake_and_freed_tensors_are_refused() -> None:
     freed.untyped_storage().resize_(0)
     with pytest.raises(StateError, match="x: the tensor's memory was freed"):
         flatten({"x": freed})
+
+
+def test_parameters_that_a_runtime_has_emptied_are_refused_with_the_way_that_works() -> None:
+    """DeepSpeed's ZeRO-3 leaves a parameter of shape (0,) between the steps, with its own attributes on it."""
+    model = torch.nn.Linear(4, 3)
+    for parameter in model.parameters():
+        parameter.ds_id, parameter.ds_status, parameter.ds_shape = 0, "NOT_AVAILABLE", parameter.shape
+        parameter.data = torch.empty(0)
+    expected = r"model.weight: a parameter of DeepSpeed ZeRO-3, of shape \(0,\) here, of \(3, 4\) in all.*GatheredParam"
+    with pytest.raises(StateError, match=expected):
+        flatten({"model": model})
+    stored = save({"model": torch.nn.Linear(4, 3)})
+    with pytest.raises(StateError, match=expected):
+        load(stored, {"model": model}, strict=False)
+
+
+def test_parameters_of_the_first_fsdp_are_refused_without_their_module_too() -> None:
+    from torch.distributed.fsdp._common_utils import _set_fsdp_flattened
+
+    model = torch.nn.Linear(4, 3)
+    for parameter in model.parameters():
+        _set_fsdp_flattened(parameter)
+    with pytest.raises(StateError, match="weight: a parameter of FullyShardedDataParallel, .*`fully_shard`"):
+        flatten(dict(model.named_parameters()))
 
 
 def test_tied_memory_is_found_across_frameworks() -> None:

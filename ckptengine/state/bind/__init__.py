@@ -7,6 +7,7 @@ from typing import Any
 
 from ckptengine.errors import LoadMismatchError, StateError
 from ckptengine.state.adapters import describe_type
+from ckptengine.state.bind.base import Same
 from ckptengine.state.bind.walk import Binder
 from ckptengine.state.binding import Binding, Read
 from ckptengine.state.report import LoadReport
@@ -26,23 +27,35 @@ def bind(
     rename: Mapping[str, str] | None = None,
     strict: bool = True,
     cast: bool = False,
+    same: Same | None = None,
 ) -> Binding:
     """Return what to read and to set so that the state becomes what was saved.
 
     `only` are dotted prefixes of the state, `rename` leads from prefixes of the checkpoint to those of the
-    state, `cast` allows leaves to change their dtype. Raises `LoadMismatchError` listing every leaf that does
-    not fit; with `strict=False` these are left as they are and reported. Raises `StateError` where the state
-    can't be filled.
+    state, `cast` allows leaves to change their dtype. `same` tells whether reads into shared memory bring the same
+    bytes; without it, different arrays of the checkpoint never do.
+
+    Raises `LoadMismatchError` saying which leaves do not fit (its `report` has all); with `strict=False` these are left
+    as they are and reported, but that nothing fits is an error. Raises `StateError` where the state can't be filled.
     """
     if not isinstance(state, Mapping):
         raise StateError(f"the state is {describe_type(state)}; pass a dict such as {{'model': model}}")
-    binder = Binder(state, saved, rank, world_size, Selection(only), rename, cast)
+    binder = Binder(state, saved, rank, world_size, Selection(only), rename, cast, strict)
     binder.walk(state)
+    binder.separate(same or (lambda reads, tied: False))
     report = binder.report()
     if strict and not report.complete:
         raise LoadMismatchError(
             "the checkpoint and the state don't fit\n"
             + "\n".join(report.problem_lines())
-            + "\n(`strict=False` loads what fits; `rename` maps names, `cast=True` allows other dtypes)"
+            + "\n(`strict=False` loads what fits; `rename` maps names, `cast=True` allows other dtypes)",
+            report,
+        )
+    if not report.complete and not (report.loaded and (binder.reads or not report.lacks_arrays)):
+        raise LoadMismatchError(
+            "nothing of the checkpoint fits the state\n"
+            + "\n".join(report.problem_lines())
+            + "\n(is it the checkpoint of another model? `rename` maps names, `only` says what to load)",
+            report,
         )
     return Binding(binder.reads, report, binder.actions)

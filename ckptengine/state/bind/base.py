@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
+from ckptengine.state.adapters import Layouts
+from ckptengine.state.bind.sharing import Taken, extents, sharing
 from ckptengine.state.binding import Action, Read
 from ckptengine.state.kinds import Inspector
-from ckptengine.state.leaf import Path, dotted
+from ckptengine.state.leaf import ArrayLeaf, Path, dotted
+from ckptengine.state.loaders import is_stateful_loader
+from ckptengine.state.outline import class_name, is_of_class
 from ckptengine.state.report import LoadReport
 from ckptengine.state.saved import Node, Saved, SavedArray, own_tree, shared_tree
 from ckptengine.state.select import Selection, renamer
 
-__all__ = ["CONVERT", "FRAMEWORK", "OBJECTS", "SET", "BinderBase", "Put"]
+__all__ = ["CONVERT", "FRAMEWORK", "OBJECTS", "SET", "BinderBase", "Put", "Same"]
+
+Same = Callable[[Sequence[Read], bool], bool]
 
 Put = Callable[[Any], None]
 """Puts a new value where a plain one lies."""
@@ -34,12 +40,16 @@ class BinderBase(ABC):
         selection: Selection,
         rename: Mapping[str, str] | None,
         cast: bool,
+        strict: bool = True,
     ) -> None:
         self.reads: list[Read] = []
         self.actions: list[Action] = []
+        self._state = state
+        self._layouts: dict[str, Layouts | None] = {}
+        self._optimizer_states: set[Path] = set()
         self._saved, self._rank, self._world_size = saved, rank, world_size
         self._resized = world_size != saved.world_size
-        self._selection, self._may_cast = selection, cast
+        self._selection, self._may_cast, self._strict = selection, cast, strict
         self._rename = renamer(rename, state)
         self._shared = shared_tree(saved, self._rename)
         self._own = own_tree(saved, 0 if self._resized else rank, self._rename)
@@ -49,12 +59,25 @@ class BinderBase(ABC):
             if isinstance(node.entry, SavedArray)
         }
         self._inspector = Inspector()
+        self._inspector.ask(state, wanted=lambda value, path: selection.touches(path) and not is_stateful_loader(value))
         self._names = self._inspector.parameter_names(state)
         self._loaded: list[str] = []
         self._missing: list[tuple[str, Hashable | None]] = []
         self._mismatched: list[str] = []
+        self._other_class: list[str] = []
+        self._lacks_arrays = False
+        self.refused: list[Path] = []
+        """The paths of what does not fit, and of everything inside."""
+        self.derived: list[Path] = []
+        """The paths of what is made anew from what was saved, by a `resize`."""
+        self.built: list[Path] = []
+        """The paths of optimizers and objects: what lies there is built from the checkpoint."""
         self._cast: list[str] = []
-        self._filled: set[Hashable] = set()
+        self._filled: dict[Hashable, int] = {}
+        self._ties: list[tuple[int, int]] = []
+        self._converted: dict[int, tuple[ArrayLeaf, Action]] = {}
+        self._taken: Taken | None = None
+        self._late: list[Callable[[], None]] = []
 
     def report(self) -> LoadReport:
         """Return what fits and what doesn't."""
@@ -66,7 +89,15 @@ class BinderBase(ABC):
         ]
         # A tied tensor that is missing under its first name is none once another of its names has filled it.
         missing = tuple(name for name, identity in self._missing if identity is None or identity not in self._filled)
-        return LoadReport(tuple(self._loaded), missing, tuple(unexpected), tuple(self._mismatched), tuple(self._cast))
+        return LoadReport(
+            loaded=tuple(self._loaded),
+            missing=missing,
+            unexpected=tuple(unexpected),
+            mismatched=tuple(self._mismatched),
+            cast=tuple(self._cast),
+            other_class=tuple(self._other_class),
+            lacks_arrays=self._lacks_arrays,
+        )
 
     @abstractmethod
     def _bind(self, value: Any, put: Put | None, path: Path, node: Node | None, *, per_rank: bool) -> None:
@@ -76,6 +107,7 @@ class BinderBase(ABC):
 
     def _mismatch(self, path: Path, reason: str, node: Node | None) -> None:
         self._mismatched.append(f"{dotted(path)}: {reason}")
+        self.refused.append(path)
         if node is not None:
             node.use()
 
@@ -85,6 +117,66 @@ class BinderBase(ABC):
             self._mismatch(path, "each rank has its own in the checkpoint; wrap it in ce.PerRank", own)
         else:
             self._missing.append((dotted(path), identity))
+
+    def _another_class(self, value: Any, path: Path, node: Node) -> bool:
+        """Whether what was saved here belongs to another class; then nothing of it is taken, unless `strict` is off."""
+        if node.cls is None or is_of_class(value, node.cls):
+            return False
+        reason = f"{node.cls} in the checkpoint, {class_name(value)} here"
+        if self._strict:
+            self._mismatch(path, reason, node)
+            return True
+        taken = ", ".join(str(key) for key in list(node.children)[:12])
+        taken += f" and {len(node.children) - 12} more" if len(node.children) > 12 else ""
+        self._other_class.append(f"{dotted(path)}: {reason}; taken over all the same: {taken or 'its value'}")
+        return False
+
+    # Memory that two leaves would be read into.
+
+    def separate(self, same: Same) -> None:
+        """Keep one read for each memory. Where the checkpoint has two leaves that differ, the later is a mismatch.
+
+        `same` tells whether reads bring the same bytes: to shared memory, or as wholes (`tied`).
+        """
+        dropped: set[int] = set()
+        ties = [([first, later], True) for first, later in self._ties]
+        for group, tied in [*ties, *((group, False) for group in sharing([read.target for read in self.reads]))]:
+            left = [number for number in group if number not in dropped]
+            dropped.update(self._separate(left, same, tied))
+        for number in dropped & self._converted.keys():
+            self.actions.remove(self._converted[number][1])  # there is nothing to convert
+        self.reads = [read for number, read in enumerate(self.reads) if number not in dropped]
+
+    def _separate(self, group: list[int], same: Same, tied: bool) -> list[int]:
+        """Return which reads of a group are not to be done."""
+        reads = [self.reads[number] for number in group]
+        if len(group) < 2:
+            return []
+        kept, refused = [0], []
+        sources = {(read.path, read.rank, tuple(extents(read.target))) for read in reads}
+        if len(sources) == 1 or same(reads, tied):
+            kept = list(range(len(group)))
+        else:
+            for number in range(1, len(group)):
+                if same([reads[one] for one in kept] + [reads[number]], tied):
+                    kept.append(number)
+                else:
+                    refused.append(number)
+        first: dict[object, int] = {}
+        again = [n for n in kept if first.setdefault(tuple(extents(reads[n].target)), n) != n]
+        for number in refused:
+            path = reads[number].target.path
+            others = dotted(reads[0].target.path)
+            self._mismatch(
+                path,
+                f"the same memory as {others} here, and another tensor with other contents in the checkpoint; "
+                "give each its own memory, or load into a state in which they are not tied",
+                None,
+            )
+            name = dotted(path)
+            if name in self._loaded:
+                self._loaded.remove(name)
+        return [group[number] for number in (*again, *refused, *(kept[1:] if tied else ()))]
 
     def _act(self, phase: int, action: Callable[[], Any]) -> None:
         self.actions.append((phase, action))

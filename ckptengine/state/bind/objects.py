@@ -26,11 +26,14 @@ class ObjectBinder(TensorBinder):
         if not self._selection.holds(path):
             self._selection.refuse_part(path)
             return
-        current = target.state_dict()
+        current = self._inspector.asked.state_of(target, path)
         inner = [] if per_rank else list(per_rank_items(current, ()))
         if node is None and not (inner and self._own.find(path)):
             self._absent(path, per_rank)
             return
+        if node is not None and self._another_class(target, path, node):
+            return
+        self.built.append(path)
         rebuilt: Any = {} if node is None else self._rebuild(node, path, current)
         self._loaded.append(dotted(path))
         for keys, holder in inner:
@@ -72,6 +75,7 @@ class ObjectBinder(TensorBinder):
             self._mismatch(path, f"{reason}; {hint}", own)
             return
         own.use()
+        self.derived.append(path)
         mine = 0 if self._resized else self._rank
         ranks = range(saved_size)
         wanted = ranks if target.ranks is None else target.ranks(saved_size, self._rank, self._world_size)

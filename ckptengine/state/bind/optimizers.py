@@ -10,6 +10,7 @@ from ckptengine.state.bind.base import FRAMEWORK
 from ckptengine.state.bind.tensors import TensorBinder
 from ckptengine.state.kinds import optimizer_names
 from ckptengine.state.leaf import Path, dotted
+from ckptengine.state.outline import in_order
 from ckptengine.state.saved import Node, SavedArray
 
 __all__ = ["OptimizerBinder"]
@@ -42,6 +43,10 @@ class OptimizerBinder(TensorBinder):
             if self._selection.reaches(path):
                 self._absent(path, per_rank)
             return
+        if self._selection.reaches(path):
+            if self._another_class(optimizer, path, node):
+                return
+            self.built.append(path)
         saved_state = node.child("state") or Node()
         by_name = {self._parameter_name(str(key)): child for key, child in saved_state.children.items()}
         for group, group_names in zip(groups, names, strict=True):
@@ -88,17 +93,26 @@ class OptimizerBinder(TensorBinder):
         path: Path,
         node: Node,
     ) -> dict[str, Any]:
+        def make(entry: SavedArray, where: Path) -> Any:
+            array = adapter.new_state_tensor(group, parameter, str(where[-1]), entry.leaf.dtype, entry.leaf.shape)
+            if entry.told and not in_order(adapter.view(array, where, target=False), entry.order):
+                array = adapter.new_like(array, entry.order)
+            self._read(array, adapter, adapter.view(array, where, target=True), entry, where)
+            return array
+
         new: dict[str, Any] = {}
         for key, child in node.children.items():
             where = (*path, key)
             entry = child.entry
             if not isinstance(entry, SavedArray):
-                new[str(key)] = self._rebuild(child, where, current.get(str(key)))
+                new[str(key)] = self._rebuild(child, where, current.get(str(key)), make)
                 self._loaded.append(dotted(where))
                 continue
             tensor = current.get(str(key))
             if tensor is None or not adapter.is_tensor(tensor):
                 tensor = adapter.new_state_tensor(group, parameter, str(key), entry.leaf.dtype, entry.leaf.shape)
+            if entry.told and not in_order(adapter.view(tensor, where, target=False), entry.order):
+                tensor = adapter.new_like(tensor, entry.order)
             new[str(key)] = tensor
             self._bind_tensor(tensor, adapter, where, child, per_rank=entry.rank is not None)
         return new

@@ -5,25 +5,32 @@ from __future__ import annotations
 import copy
 import functools
 from collections import Counter, OrderedDict
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
-from ckptengine.errors import StateError
+from ckptengine.errors import LoadMismatchError, StateError
 from ckptengine.state.adapters import Adapter, TensorView, adapters, describe_type
 from ckptengine.state.arrays import NumpyAdapter
 from ckptengine.state.bind.base import CONVERT, SET, BinderBase, Put
+from ckptengine.state.bind.live import is_optimizer_state, live_tensors
+from ckptengine.state.bind.sharing import extents
 from ckptengine.state.binding import Read
 from ckptengine.state.dtypes import DTYPES
 from ckptengine.state.kinds import Kind
-from ckptengine.state.leaf import ArrayLeaf, Part, Path, dotted
+from ckptengine.state.leaf import ArrayLeaf, Part, Path, Placement, dotted
 from ckptengine.state.nested import item_of, replace_contents, sorted_like
+from ckptengine.state.outline import in_order
 from ckptengine.state.saved import Node, SavedArray, SavedLeaf, SavedValue
 from ckptengine.state.sharded import ShardedArray
 from ckptengine.state.tree import sharded_parts
 from ckptengine.state.values import digest, encode
 
 __all__ = ["TensorBinder"]
+
+Make = Callable[[SavedArray, Path], Any]
+"""Makes an array for what was saved, at its path in the state, and has it read."""
 
 _BITS_ONLY = frozenset({"complex32", "float4_e2m1fn_x2"})  # numpy has no arithmetic for these
 
@@ -36,20 +43,30 @@ class TensorBinder(BinderBase):
             return
         view = _target_view(tensor, adapter, path)
         if node is None:
+            self._lacks_arrays = True
             self._absent(path, per_rank, view.identity)
         elif not isinstance(node.entry, SavedArray):
             self._mismatch(path, f"a tensor here, {node.description} in the checkpoint", node)
-        elif view.identity is not None and view.identity in self._filled:
+        elif self._is_filled(view, node.entry):
             node.use()  # tied: one of its names has brought the bytes
             self._loaded.append(dotted(path))
         elif reason := self._differs(view, node.entry.leaf):
+            self._lacks_arrays = True
             self._mismatch(path, reason, node)
         else:
             node.use()
             self._loaded.append(dotted(path))
-            if view.identity is not None:
-                self._filled.add(view.identity)
+            number = len(self.reads)
             self._read(tensor, adapter, view, node.entry, path)
+            if view.identity is not None and (first := self._filled.setdefault(view.identity, number)) != number:
+                self._ties.append((first, number))  # whether both bring the same is seen before anything is read
+
+    def _is_filled(self, view: TensorView, entry: SavedArray) -> bool:
+        """Whether the very same array of the checkpoint is read into a memory under another name."""
+        if view.identity is None or view.identity not in self._filled:
+            return False
+        read = self.reads[self._filled[view.identity]]
+        return (read.path, read.rank) == (entry.path, entry.rank)
 
     def _differs(self, view: TensorView, leaf: SavedLeaf) -> str | None:
         if view.shape != leaf.shape:
@@ -72,16 +89,44 @@ class TensorBinder(BinderBase):
             parts = tuple(Part(part.box, memory) for part, memory in zip(parts, memories, strict=True))
             target = tensor.local if isinstance(tensor, ShardedArray) else tensor
             self._act(CONVERT, functools.partial(adapter.convert, target, buffers, entry.leaf.dtype))
+            memory = ArrayLeaf(path, view.dtype, view.shape, view.placement, view.parts, adapter.name)
+            self._converted[len(self.reads)] = memory, self.actions[-1]
         leaf = ArrayLeaf(path, entry.leaf.dtype, view.shape, view.placement, parts, adapter.name)
         self.reads.append(Read(entry.path, entry.rank, leaf))
 
     def _fresh(self, entry: SavedArray, path: Path) -> Any:
-        """Return a new array of the framework that the leaf came from, numpy's where that isn't imported."""
+        """Return a new array of the framework that the leaf came from, numpy's where that isn't imported.
+
+        It lies in memory as the saved one did. What was spread over the ranks, and what belongs to an optimizer's
+        parameters, is spread like the tensors that the state has: a whole copy on every rank would be no part of what
+        the other ranks have.
+        """
         known = {adapter.name: adapter for adapter in adapters()}
         adapter = known.get(entry.leaf.container, known["numpy"])
-        array = adapter.empty(entry.leaf.dtype, entry.leaf.shape)
+        dtype, shape = entry.leaf.dtype, entry.leaf.shape
+        was_spread = entry.rank is None and entry.leaf.placement is Placement.SHARDED
+        array = None
+        if was_spread or any(path[:depth] in self._optimizer_states for depth in range(len(path))):
+            array = self._spread(adapter, path, dtype, shape)
+            if array is None and was_spread and self._world_size > 1:
+                raise LoadMismatchError(
+                    f"{dotted(path)}: was spread over the ranks when it was saved, and nothing in the state tells how "
+                    "to spread it now. Pass the model in the same state, and the optimizer itself, not its "
+                    "state_dict(); for an array of your own, ckptengine.ShardedArray(local, global_shape, offset); or "
+                    "leave it out with `only`"
+                )
+        if array is None:
+            array = adapter.empty(dtype, shape)
+        if entry.told and not in_order(adapter.view(array, path, target=False), entry.order):
+            array = adapter.new_like(array, entry.order)
         self._read(array, adapter, adapter.view(array, path, target=True), entry, path)
         return array
+
+    def _spread(self, adapter: Adapter, path: Path, dtype: str, shape: tuple[int, ...]) -> Any:
+        if adapter.name not in self._layouts:
+            self._layouts[adapter.name] = adapter.layouts(live_tensors(self._state, self._inspector))
+        layouts = self._layouts[adapter.name]
+        return None if layouts is None else layouts.new(path, dtype, shape)
 
     # Plain values, and what is built anew from the checkpoint.
 
@@ -108,33 +153,69 @@ class TensorBinder(BinderBase):
                 "be changed, so it can't be loaded; use a list or a dict"
             )
 
-    def _rebuild(self, node: Node, path: Path, like: Any = None) -> Any:
-        """Return what was saved here, with new arrays or fitting ones of `like`, to be filled by `reads`."""
+    def _rebuild(self, node: Node, path: Path, like: Any = None, make: Make | None = None) -> Any:
+        """Return what was saved here, with new arrays or fitting ones of `like`, to be filled by `reads`.
+
+        `make` makes the new arrays, given what was saved and where it belongs.
+        """
         if isinstance(node.entry, SavedValue):
             node.used = True
             return copy.deepcopy(node.entry.value)
         if isinstance(node.entry, SavedArray):
             node.used = True
-            return self._rebuild_array(node.entry, path, like)
+            return self._rebuild_array(node.entry, path, like, make or self._fresh)
         result: dict[Any, Any] = {}
-        for key in sorted_like(node.children, like):
-            result[key] = self._rebuild(node.children[key], (*path, key), item_of(like, key))
+        if is_optimizer_state(node.children):
+            self._optimizer_states.add(path)
+        for key in node.children if node.ordered else sorted_like(node.children, like):
+            result[key] = self._rebuild(node.children[key], (*path, key), item_of(like, key), make)
         if node.container is not None and set(result) == set(range(len(result))):
             items = [result[index] for index in range(len(result))]
             return tuple(items) if node.container == "tuple" else items
-        return result
+        return OrderedDict(result) if node.kind == "ordered" else result
 
-    def _rebuild_array(self, entry: SavedArray, path: Path, like: Any) -> Any:
+    def _rebuild_array(self, entry: SavedArray, path: Path, like: Any, make: Make) -> Any:
         kind, adapter = (Kind.PLAIN, None) if like is None else self._inspector.kind(like, path)
         if adapter is not None and kind in (Kind.TENSOR, Kind.SHARDED):
             try:
                 view = _target_view(like, adapter, path)
             except StateError:  # it can be saved, but not filled: a read-only or expanded tensor
-                return self._fresh(entry, path)
+                return make(entry, path)
             if (view.shape, view.dtype) == (entry.leaf.shape, entry.leaf.dtype):
-                self._read(like, adapter, view, entry, path)
+                return self._rebuild_like(like, adapter, view, entry, path)
+        return make(entry, path)
+
+    def _rebuild_like(self, like: Any, adapter: Adapter, view: TensorView, entry: SavedArray, path: Path) -> Any:
+        """Return a fitting array itself, to be filled; one like it where it lies in memory in another way.
+
+        So too where its memory is that of another leaf: that of the model's parameter, for example, of which it is to
+        become a copy. It may stay tied to a leaf that is read from the same array of the checkpoint.
+        """
+        if entry.told and not in_order(view, entry.order):
+            like = _new_like(like, adapter, entry.order)
+            view = _target_view(like, adapter, path)
+        if self._taken is None:
+            self._read(like, adapter, view, entry, path)
+            return like
+        leaf = ArrayLeaf(path, view.dtype, view.shape, view.placement, view.parts, adapter.name)
+        found = extents(leaf)
+        for number in self._taken.meeting(found):
+            read = self.reads[number]
+            if (read.path, read.rank) == (entry.path, entry.rank) and extents(read.target) == found:
                 return like
-        return self._fresh(entry, path)
+            like = _new_like(like, adapter, entry.order)
+            view = _target_view(like, adapter, path)
+            found = extents(ArrayLeaf(path, view.dtype, view.shape, view.placement, view.parts, adapter.name))
+            break
+        self._taken.add(len(self.reads), found)
+        self._read(like, adapter, view, entry, path)
+        return like
+
+
+def _new_like(array: Any, adapter: Adapter, order: tuple[int, ...] | None) -> Any:
+    if isinstance(array, ShardedArray):
+        return ShardedArray(adapter.new_like(array.local, order), array.global_shape, array.box.offset)
+    return adapter.new_like(array, order)
 
 
 def _target_view(tensor: Any, adapter: Adapter, path: Path) -> TensorView:

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import functools
+import logging
 import operator
 from collections.abc import Mapping, MutableMapping
 from typing import Any
 
 from ckptengine.state.adapters import describe_type
 from ckptengine.state.bind.base import SET, Put
+from ckptengine.state.bind.live import is_optimizer_state
 from ckptengine.state.bind.objects import ObjectBinder
 from ckptengine.state.bind.optimizers import OptimizerBinder
+from ckptengine.state.bind.sharing import Taken, extents
 from ckptengine.state.kinds import Kind, children
 from ckptengine.state.leaf import Path, dotted
 from ckptengine.state.loaders import is_stateful_loader
 from ckptengine.state.saved import Node, SavedValue
 
 __all__ = ["Binder"]
+
+_log = logging.getLogger("ckptengine")
 
 
 class Binder(ObjectBinder, OptimizerBinder):
@@ -25,6 +30,14 @@ class Binder(ObjectBinder, OptimizerBinder):
     def walk(self, state: Mapping[str, Any]) -> None:
         """Bind everything in a state; raises where `only` names nothing in it."""
         self._bind_items(state, (), self._shared, per_rank=False)
+        # Objects come last: what they are handed must not be read into memory that something else is read into.
+        self._taken = Taken()
+        for number, read in enumerate(self.reads):
+            self._taken.add(number, extents(read.target))
+        for number, (leaf, _) in self._converted.items():
+            self._taken.add(number, extents(leaf))
+        while self._late:
+            self._late.pop(0)()
         self._selection.check()
 
     def _bind(self, value: Any, put: Put | None, path: Path, node: Node | None, *, per_rank: bool) -> None:
@@ -33,7 +46,11 @@ class Binder(ObjectBinder, OptimizerBinder):
             self._bind_per_rank(value, path, node)
         elif kind in (Kind.TENSOR, Kind.SHARDED):
             assert adapter is not None
-            self._bind_tensor(value, adapter, path, node, per_rank)
+            new = adapter.replacement(value) if kind is Kind.TENSOR and put is not None else None
+            reads = len(self.reads)
+            self._bind_tensor(value if new is None else new, adapter, path, node, per_rank)
+            if new is not None and put is not None and len(self.reads) > reads:
+                self._act(SET, functools.partial(put, new))
         elif kind is Kind.MODULE:
             assert adapter is not None
             self._bind_module(value, adapter, path, node, per_rank)
@@ -43,13 +60,27 @@ class Binder(ObjectBinder, OptimizerBinder):
         elif kind is Kind.OBJECT and is_stateful_loader(value):
             self._bind_loader(value, path, node if per_rank else self._own.find(path))
         elif kind is Kind.OBJECT:
-            self._bind_object(value, path, node, per_rank)
+            self._late.append(functools.partial(self._bind_object, value, path, node, per_rank))
         elif kind is Kind.PLAIN:
             self._bind_plain(value, put, path, node, per_rank)
         elif node is not None and node.entry is not None and self._selection.holds(path):
             self._bind_emptied(value, path, node)
         else:
+            if isinstance(value, Mapping) and is_optimizer_state(value):
+                self._note_optimizer_state(value, path, node)
             self._bind_items(value, path, node, per_rank=per_rank)
+
+    def _note_optimizer_state(self, value: Mapping[Any, Any], path: Path, node: Node | None) -> None:
+        """What an optimizer's `state_dict` returned is a copy: filling it fills no optimizer that has no state yet."""
+        self._optimizer_states.add(path)
+        saved = None if node is None else node.child("state")
+        if not value["state"] and saved is not None and saved.children and self._rank == 0:
+            _log.warning(
+                "%s: this is what the optimizer's state_dict() returned, and it is filled; the optimizer itself has no "
+                "state and stays as it is. Pass the optimizer itself in the state, or call "
+                "optimizer.load_state_dict(...) with this dict after the restore",
+                dotted(path),
+            )
 
     def _bind_items(self, value: Any, path: Path, node: Node | None, *, per_rank: bool) -> None:
         for key, item in children(value, path):

@@ -1,0 +1,38 @@
+"""`ckptengine mend`: a run that an older version has split is one again."""
+
+from __future__ import annotations
+
+import os
+
+import click
+
+from ckptengine.cli.output import failures
+from ckptengine.storage.local import LocalStorage
+from ckptengine.storage.open import open_storage
+from ckptengine.tiers.memory import memory_root
+from ckptengine.tiers.mend import mend as make_one
+
+__all__ = ["mend"]
+
+
+@click.command()
+@click.argument("run")
+@click.argument("directory")
+def mend(run: str, directory: str) -> None:
+    """Make RUN and its local tier DIRECTORY one run again, where a lost reply has split them.
+
+    Older versions claimed a generation twice, once in each place, when RUN failed just after it had taken the
+    claim; the next start then says that DIRECTORY holds another run. Only claims that one process made for one life
+    are made the same, and images in this machine's /dev/shm get the same; nothing is deleted. Call it while no job
+    writes to the run, on every node whose DIRECTORY is refused. Exit codes: 0, 2 if these are two runs, or can't be
+    read or written.
+    """
+    with failures():
+        storage = open_storage(run)
+        places = [storage, LocalStorage(directory)]
+        root = memory_root(storage.location(), True)
+        changed = make_one([*places, LocalStorage(root)] if os.path.isdir(root) else places)
+    for line in changed:
+        click.echo(line)
+    if not changed:
+        click.echo("nothing to mend: all claims are the same")

@@ -1,0 +1,142 @@
+"""Whether the arrays that the ranks hold as replicas of each other have the same contents."""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Iterable, Sequence
+from enum import Enum
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+
+from ckptengine import _native
+from ckptengine.archive.image import BLOCK_NBYTES
+from ckptengine.comm.ranks import name_ranks
+from ckptengine.errors import ReplicaMismatchError, SaveFailedError
+from ckptengine.snapshot.threads import copy_threads
+from ckptengine.state.dtypes import DTYPES
+from ckptengine.state.leaf import ArrayLeaf, HostMemory, Path, Placement, dotted
+
+__all__ = ["ReplicaCheck", "compare_replicas", "decode_crcs", "encode_crcs", "replica_check", "replica_crcs"]
+
+Crcs = tuple[tuple[Path, int], ...]
+"""Path and CRC32 of each replicated array that a rank holds."""
+
+_PATHS_NBYTES = struct.Struct("<Q")
+_NAMED = 4
+
+
+class ReplicaCheck(Enum):
+    """When the contents of replicated arrays are compared."""
+
+    FIRST = "first"
+    """At the first save of each plan: when the structure of the state is new."""
+    ALWAYS = "always"
+    NEVER = "never"
+
+
+def replica_check(value: str | bool) -> ReplicaCheck:
+    """Return what a caller's `check_replicas` stands for; raises `ValueError` naming the choices."""
+    if isinstance(value, bool):
+        return ReplicaCheck.ALWAYS if value else ReplicaCheck.NEVER
+    try:
+        return ReplicaCheck(value)
+    except ValueError:
+        raise ValueError(f"check_replicas={value!r}: give 'first', 'always' (True) or 'never' (False)") from None
+
+
+def replica_crcs(leaves: Iterable[ArrayLeaf]) -> Crcs:
+    """Return path and a CRC32 of each replicated array, of its bytes in C order; reads every byte of them.
+
+    It is the CRC32 of the CRC32s of the array's blocks. What lies in host memory is read in one call of the C core, by
+    its threads.
+    """
+    found: dict[Path, int] = {}
+    table: list[int] = []
+    index, blocks = [0], [0]
+    in_host: list[Path] = []
+    for leaf in leaves:
+        if leaf.placement is not Placement.REPLICATED or not leaf.parts:
+            continue
+        (part,) = leaf.parts
+        memory, dtype, shape = part.memory, DTYPES[leaf.dtype], part.box.shape
+        if isinstance(memory, HostMemory):
+            nbytes, first = part.box.volume * dtype.itemsize, blocks[-1]
+            table += [first * BLOCK_NBYTES, nbytes, first, dtype.itemsize, len(shape)]
+            table += [memory.address, memory.low, memory.nbytes, *shape, *shape, *memory.strides]
+            index.append(len(table))
+            blocks.append(first - (-nbytes // BLOCK_NBYTES))
+            in_host.append(leaf.path)
+        else:
+            host = np.empty(shape, dtype.numpy)
+            memory.copy_to_host(host)
+            found[leaf.path] = _crc_of(host)
+    crcs = np.zeros(blocks[-1], np.uint32)
+    end, operations = blocks[-1] * BLOCK_NBYTES, np.array(table, np.int64)
+    _native.pack(0, end, operations, np.array(index, np.int64), BLOCK_NBYTES, crcs, copy_threads())
+    for path, first, last in zip(in_host, blocks[:-1], blocks[1:], strict=True):
+        found[path] = _native.crc32(crcs[first:last])
+    return tuple(found.items())
+
+
+def _crc_of(array: np.ndarray[Any, Any]) -> int:
+    """Return what `replica_crcs` says of an array, so that a rank may hold its replica in another memory."""
+    data = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+    blocks = [_native.crc32(data[start : start + BLOCK_NBYTES]) for start in range(0, data.size, BLOCK_NBYTES)]
+    return _native.crc32(np.asarray(blocks, np.uint32))
+
+
+def encode_crcs(crcs: Crcs) -> bytes:
+    """Return paths and CRCs as one message, equal for equal replicas in any order; empty where there are none."""
+    if not crcs:
+        return b""
+    by_path = sorted((json.dumps(path), crc) for path, crc in crcs)
+    paths = json.dumps([path for path, _ in by_path]).encode()
+    return _PATHS_NBYTES.pack(len(paths)) + paths + np.asarray([crc for _, crc in by_path], "<u4").tobytes()
+
+
+def decode_crcs(message: bytes) -> Crcs:
+    """Return what `encode_crcs` was called on, by path; raises `SaveFailedError` where the message is damaged."""
+    if not message:
+        return ()
+    try:
+        end = _PATHS_NBYTES.size + _PATHS_NBYTES.unpack_from(message)[0]
+        paths = _paths(message[_PATHS_NBYTES.size : end])
+        return tuple(zip(paths, np.frombuffer(message[end:], "<u4").tolist(), strict=True))
+    except (ValueError, TypeError, struct.error) as error:
+        raise SaveFailedError(f"a rank's planning message is damaged ({error}); nothing was written") from error
+
+
+# Ranks that differ mostly differ in the CRCs, and there are as many messages as such ranks.
+@lru_cache(maxsize=64)
+def _paths(data: bytes) -> tuple[Path, ...]:
+    return tuple(tuple(json.loads(path)) for path in json.loads(data))
+
+
+def compare_replicas(said: Sequence[tuple[Sequence[int], Crcs]]) -> None:
+    """Compare the replicated arrays of all ranks, given ranks and what they say of theirs.
+
+    Raises `ReplicaMismatchError` naming leaves and ranks.
+    """
+    first: dict[Path, tuple[int, int]] = {}
+    differing: dict[Path, list[int]] = {}
+    for ranks, crcs in said:
+        for path, crc in crcs:
+            if crc != first.setdefault(path, (min(ranks), crc))[1]:
+                differing.setdefault(path, []).extend(ranks)
+    if not differing:
+        return
+    lines = [
+        f"{dotted(path)}: the replicas on {name_ranks(ranks)} differ from that of rank {first[path][0]}"
+        for path, ranks in list(differing.items())[:_NAMED]
+    ]
+    more = f"; and {len(differing) - _NAMED} more leaves" if len(differing) > _NAMED else ""
+    raise ReplicaMismatchError(
+        f"{'; '.join(lines)}{more}. A plain tensor or array that ranks have under one name counts as copies of one, "
+        "of which one is stored. Where each rank has a part of a larger array, pass ckptengine.ShardedArray(local, "
+        "global_shape, offset) or a DTensor; where each has its own, wrap it, or the module and its optimizer, in "
+        "ckptengine.PerRank; where they should be equal, find out why they drifted apart "
+        "(check_replicas='never' stores one of them unseen)"
+    )

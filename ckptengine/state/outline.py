@@ -1,0 +1,241 @@
+"""How a state is built: its containers, their classes and the order of their keys, and how its arrays lie in memory."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import functools
+import json
+import zlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from ckptengine.errors import CheckpointDamagedError
+from ckptengine.state.adapters import TensorView
+from ckptengine.state.leaf import HostMemory, Key, Part, Path, dotted
+
+__all__ = [
+    "Container",
+    "Outline",
+    "class_name",
+    "decode_outline",
+    "in_given_order",
+    "in_order",
+    "is_of_class",
+    "memory_order",
+    "part_order",
+    "put_in_order",
+    "renamed_key",
+    "sorted_keys",
+]
+
+_T = TypeVar("_T")
+
+_LEVEL = 6
+_GENERIC = frozenset({"Optimizer", "LRScheduler", "_LRScheduler", "Protocol", "Generic", "ABC", "Stateful"})
+"""Bases that say nothing of what a state means."""
+_MAX_NBYTES_PER_LEAF = 16 << 10
+"""What an outline may take at most when it is unpacked, for each leaf or plain value beside it: no file inflates."""
+
+
+@dataclass(frozen=True, slots=True)
+class Container:
+    """Something of a state that holds leaves, or hands them over.
+
+    `kind` is `dict`, `ordered`, `list`, `tuple`, `module`, `optimizer` or `object`; an object's state follows under the
+    same path. `cls` is the qualified name of an optimizer's or an object's class, else empty. `keys` are in the order
+    of the state; None where there are none (sequences, objects), or they are sorted.
+    """
+
+    path: Path
+    kind: str
+    cls: str = ""
+    keys: tuple[Key, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Outline:
+    """The containers of a state in the order of the walk, and the arrays that don't lie in C order.
+
+    `orders` has for each of these the dimensions from the outermost in memory to the innermost (see `memory_order`).
+    """
+
+    containers: tuple[Container, ...] = ()
+    orders: Mapping[Path, tuple[int, ...]] = field(default_factory=dict)
+
+    @functools.cached_property
+    def encoded(self) -> str:
+        """The outline as it is stored: made once for all saves of one structure."""
+        records: dict[tuple[Any, ...], int] = {}
+        containers = []
+        for one in self.containers:
+            record = one.kind, one.cls, one.keys
+            containers.append([records.setdefault(record, len(records)), list(one.path)])
+        document = {
+            "records": [[kind, cls, None if keys is None else list(keys)] for kind, cls, keys in records],
+            "containers": containers,
+            "orders": [[list(path), list(order)] for path, order in self.orders.items()],
+        }
+        text = json.dumps(document, separators=(",", ":")).encode()
+        return base64.b64encode(zlib.compress(text, _LEVEL)).decode()
+
+    @functools.cached_property
+    def by_path(self) -> dict[Path, list[Container]]:
+        """The containers of each path, an object before its state."""
+        result: dict[Path, list[Container]] = {}
+        for one in self.containers:
+            result.setdefault(one.path, []).append(one)
+        return result
+
+
+def decode_outline(text: object, leaves: int) -> Outline:
+    """Return the outline that `Outline.encoded` stood for, given the number of leaves and values it belongs to.
+
+    Raises `CheckpointDamagedError` where the text is anything else.
+    """
+    if not isinstance(text, str):
+        raise CheckpointDamagedError("the structure is not a string")
+    limit = (leaves + 16) * _MAX_NBYTES_PER_LEAF
+    try:
+        unpacker = zlib.decompressobj()
+        plain = unpacker.decompress(base64.b64decode(text, validate=True), limit)
+        if not unpacker.eof:
+            raise CheckpointDamagedError(f"the structure takes more than {limit:,} bytes, or is cut")
+        document = json.loads(plain)
+        records = [_record(*record) for record in document["records"]]
+        containers = tuple(Container(_path(path), *records[_index(number)]) for number, path in document["containers"])
+        orders = {_path(path): _order(order) for path, order in document["orders"]}
+    except (binascii.Error, zlib.error, ValueError, KeyError, TypeError, IndexError, RecursionError) as error:
+        raise CheckpointDamagedError(f"the structure is damaged ({type(error).__name__}: {error})") from error
+    return Outline(containers, orders)
+
+
+def class_name(value: Any) -> str:
+    """Return the qualified name of a value's class."""
+    kind = type(value)
+    return f"{kind.__module__}.{kind.__qualname__}"
+
+
+def is_of_class(value: Any, name: str) -> bool:
+    """Whether a value is of a class of this name, or of one made from it.
+
+    A class that has moved inside its package is the same one, and so is one of the program that is run (`__main__`).
+    """
+    if not name:
+        return True
+    return any(
+        _same_class(f"{kind.__module__}.{kind.__qualname__}", kind.__qualname__, name) for kind in _own_mro(value)
+    )
+
+
+def _own_mro(value: Any) -> Iterable[type]:
+    return (kind for kind in type(value).__mro__ if kind is not object and kind.__qualname__ not in _GENERIC)
+
+
+def _same_class(full: str, qualname: str, name: str) -> bool:
+    if full == name:
+        return True
+    if not name.endswith(f".{qualname}"):
+        return False
+    packages = {full.partition(".")[0], name.partition(".")[0]}
+    rest = name.removesuffix(f".{qualname}").rpartition(".")[2]  # a nested class's outer one begins with a capital
+    return (len(packages) == 1 or "__main__" in packages) and not rest[:1].isupper()
+
+
+def put_in_order(nested: dict[Key, Any], outline: Outline, rename: Callable[[Path], Path]) -> None:
+    """Put the keys of nested dicts, in place, in the order that the state had them in; others keep their place."""
+    for one in outline.containers:
+        if one.kind in ("object", "list", "tuple"):
+            continue
+        found: Any = nested
+        for key in rename(one.path):
+            known = isinstance(found, dict) or (isinstance(found, (list, tuple)) and type(key) is int)
+            found = (
+                found.get(key)
+                if isinstance(found, dict)
+                else found[int(key)]
+                if known and int(key) < len(found)
+                else None
+            )
+        if isinstance(found, dict):
+            keys = sorted_keys(found) if one.keys is None else [renamed_key(one.path, key, rename) for key in one.keys]
+            items = in_given_order(found, keys)
+            found.clear()
+            found.update(items)
+
+
+def renamed_key(path: Path, key: Key, rename: Callable[[Path], Path]) -> Key:
+    """Return what a container's key is called after renaming."""
+    renamed = rename((*path, key))
+    return renamed[-1] if renamed else key
+
+
+def in_given_order(items: Mapping[Key, _T], keys: Iterable[Key]) -> dict[Key, _T]:
+    """Return a dict with its keys in an order; those that are not in it come last."""
+    place = {key: number for number, key in enumerate(keys)}
+    return dict(sorted(items.items(), key=lambda item: place.get(item[0], len(place))))
+
+
+def memory_order(shape: Sequence[int], strides: Iterable[int]) -> tuple[int, ...] | None:
+    """Return the dimensions of a tensor from the outermost in memory to the innermost; None where that is C order.
+
+    (0, 2, 3, 1) is torch's `channels_last`, (1, 0) a column-major matrix. Gaps between elements say nothing.
+    """
+    if len(shape) < 2 or 0 in shape:
+        return None
+    steps = [abs(stride) for stride in strides]
+    natural = tuple(range(len(steps)))
+    order = tuple(sorted(natural, key=lambda dim: -steps[dim]))
+    return None if order == natural else order
+
+
+def part_order(part: Part) -> tuple[int, ...] | None:
+    """Return the `memory_order` of one box of a leaf; None also where its framework does not tell."""
+    memory = part.memory
+    if isinstance(memory, HostMemory):
+        return memory_order(part.box.shape, memory.strides)
+    stride = getattr(memory.owner, "stride", None)
+    return memory_order(part.box.shape, stride()) if callable(stride) else None
+
+
+def in_order(view: TensorView, order: Sequence[int] | None) -> bool:
+    """Whether what this rank has of a tensor lies in memory in an order (None: C); a length of 1 says nothing."""
+    if not view.parts:
+        return True
+    shape, here = view.parts[0].box.shape, part_order(view.parts[0])
+    natural = range(len(shape))
+    if order is not None and len(order) != len(shape):
+        return True
+    a, b = ([dim for dim in wanted or natural if shape[dim] > 1] for wanted in (here, order))
+    return a == b
+
+
+def sorted_keys(keys: Iterable[Key]) -> list[Key]:
+    """Return keys as a checkpoint's tables have them: strings first, then integers."""
+    return sorted(keys, key=lambda key: (True, key, "") if isinstance(key, int) else (False, 0, key))
+
+
+def _record(kind: object, cls: object, keys: object) -> tuple[str, str, tuple[Key, ...] | None]:
+    if not isinstance(kind, str) or not isinstance(cls, str):
+        raise ValueError("a container without kind and class")
+    return kind, cls, None if keys is None else _path(keys)
+
+
+def _path(value: object) -> Path:
+    if not isinstance(value, list) or not all(type(key) in (str, int) for key in value):
+        raise ValueError(f"{value!r:.80} is no list of keys")
+    return tuple(value)
+
+
+def _index(value: object) -> int:
+    if type(value) is not int or value < 0:
+        raise ValueError(f"{value!r:.80} is no index")
+    return value
+
+
+def _order(value: object) -> tuple[int, ...]:
+    order = _path(value)
+    if sorted(order, key=str) != sorted(range(len(order)), key=str):
+        raise ValueError(f"{dotted(order)} is no order of dimensions")
+    return tuple(int(dim) for dim in order)

@@ -1,0 +1,43 @@
+"""Parameters of which a runtime has taken the contents away, or keeps the real ones elsewhere."""
+
+from __future__ import annotations
+
+import torch
+
+from ckptengine.errors import StateError
+from ckptengine.state.leaf import Path, dotted
+
+__all__ = ["refuse_emptied"]
+
+_FSDP2 = "use `fully_shard` (FSDP2) with a plain optimizer instead"
+
+# What each runtime puts on the parameters that it manages, and what is to be done. Names as of DeepSpeed 0.18
+# (`runtime/zero/partition_parameters.py`), torch 2.13 (`distributed/fsdp/_common_utils.py`), FairScale 0.4
+# (`nn/data_parallel/fully_sharded_data_parallel.py`).
+_RUNTIMES: tuple[tuple[str, tuple[str, ...], str], ...] = (
+    (
+        "DeepSpeed ZeRO-3",
+        ("ds_id", "ds_shape", "ds_status"),
+        "save with the engine's own `save_checkpoint`; or for the weights alone, put clones into the state that are "
+        "made inside of `deepspeed.zero.GatheredParameters(list(model.parameters()))`, and after the restore copy them "
+        f"back inside of it with `modifier_rank=0`; or {_FSDP2}",
+    ),
+    ("FullyShardedDataParallel", ("_fsdp_flattened",), _FSDP2),
+    ("FairScale's FullyShardedDataParallel", ("_is_sharded", "_orig_size"), _FSDP2),
+)
+
+
+def refuse_emptied(tensor: torch.Tensor, path: Path) -> None:
+    """Raise `StateError` naming path and runtime where a tensor is a parameter that a runtime partitions by itself.
+
+    Such a parameter is empty, or holds this rank's part without saying so; even where its contents have been gathered
+    for the moment, what is filled into it is lost when it is released. Known by the attributes that the runtime sets.
+    """
+    attributes = tensor.__dict__
+    if not attributes:
+        return
+    for runtime, marks, way in _RUNTIMES:
+        if all(mark in attributes for mark in marks):
+            whole = attributes.get("ds_shape")
+            what = f"of shape {tuple(tensor.shape)} here" + ("" if whole is None else f", of {tuple(whole)} in all")
+            raise StateError(f"{dotted(path)}: a parameter of {runtime}, {what}, which keeps its contents apart; {way}")
