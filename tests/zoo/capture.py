@@ -25,6 +25,10 @@ Record = dict[str, str | bytes]
 """From a path to what is there: `(kind, ...)` as text, or a tensor's bytes."""
 
 _SKIPPED = (
+    # GradScaler makes its tensor from this when it is first used; what it restores is that tensor.
+    re.compile(r"^scaler\._init_scale$"),
+    # bitsandbytes: constant tables for quantizing, and whether a warning was given.
+    re.compile(r"\.name2qmap$|\._cpu_paged_warned$"),
     # The numbers of hooks come from a counter of the process; what is hooked is code.
     re.compile(r"_hooks(_with_kwargs|_always_called)?$"),
     # The step function that a scheduler has wrapped, and whether it was called: for a warning about their order.
@@ -93,7 +97,7 @@ class _Walk:
             self.record[path] = "weak reference"
         elif isinstance(value, (Mapping, list, tuple, deque)):
             self._container(value, path)
-        elif id(value) in self._seen:
+        elif id(value) in self._seen and not isinstance(value, torch.Tensor):
             self.record[path] = f"the same as {self._seen[id(value)]}"
         else:
             self._seen[id(value)] = path
@@ -155,6 +159,8 @@ class _Walk:
     def _key(self, key: Any) -> str:
         if isinstance(key, torch.Tensor):
             return self._parameters.get(id(key), "a tensor of no module")
+        if type(key) is int and key in self._parameters:
+            return f"the id of {self._parameters[key]}"
         if isinstance(key, (str, int, float, bool, tuple, Enum, bytes)) or key is None:
             return f"{key}" if isinstance(key, str) else f"{key!r}"
         if isinstance(key, type):

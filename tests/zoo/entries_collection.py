@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytorch_optimizer as collection
@@ -44,30 +46,42 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "StableSPAM": {"t_max": 4, "update_proj_gap": 2},
 }
 
-MATRICES = frozenset({"Fira", "GaLore", "LoRARite", "RACS", "Alice", "SpectralSphere", "Conda"})
+MATRICES = frozenset({"Fira", "GaLore", "LoRARite", "RACS", "Alice", "SpectralSphere", "Conda", "LBFGS", "DeMo"})
 """Those that treat matrices alone, or differently; the others train a model with all kinds of parameters."""
 
+EVEN = frozenset({"DAdaptAdam", "DAdaptLion", "FlashAdamW"})
+"""Those that flatten sharded parameters, which torch allows only where the ranks' parts are equally long."""
+
 LOW_RANK = frozenset({"APOLLO", "Fira", "GaLore"})
-GRAPH = frozenset({"AdaHessian", "SophiaH"})
-CLOSURE = frozenset({"AliG", "BSAM", "LBFGS"})
+HOW = {"AdaHessian": "graph", "SophiaH": "graph", "AliG": "value", "BSAM": "again", "LBFGS": "closure"}
 OF_MODEL = frozenset({"AdamMini"})
 SHARPNESS = frozenset({"SAM", "LookSAM", "FriendlySAM", "WSAM"})
 AROUND = frozenset({"Lookahead", "OrthoGrad", "TRAC", "ScheduleFreeWrapper", "Magma"})
 GROUPED = frozenset({"AdaGO", "AdaMuon", "DistributedMuon", "Muon", "MuonClip", "NorMuon"})
+WHOLE = frozenset({"DeMo", "DistributedMuon"})
+"""Those that exchange whole gradients or parameters between ranks themselves: under DDP or bare, not under FSDP2."""
 
 Make = Callable[[World, type, dict[str, Any]], Job]
 
 
 def entries() -> Iterator[Entry]:
     for name, kind in classes(collection, torch.optim.Optimizer):
-        yield Entry(PACKAGE, name, _starter(_maker(name), kind, OPTIONS.get(name, {})))
+        said = f"{name} (whole parameters on each rank)" if name in WHOLE else name
+        yield Entry(PACKAGE, said, _starter(_maker(name), kind, OPTIONS.get(name, {})))
     for name, kind in classes(collection, torch.optim.lr_scheduler.LRScheduler):
         yield Entry(PACKAGE, name, schedule(SCHEDULERS.get(name, _SCHEDULERS.get(name, kind)), False))
     yield Entry(PACKAGE, "ProportionScheduler", _proportion)
 
 
 def _starter(make: Make, kind: type, options: dict[str, Any]) -> Callable[[World], Job]:
-    return lambda world: make(world, kind, options)
+    def start(world: World) -> Job:
+        # What works on many tensors in one call has no rules for DTensors in this version of torch.
+        if kind.__name__ in WHOLE:
+            world = replace(world, sharded=False)
+        one_by_one = world.size > 1 and "foreach" in inspect.signature(kind.__init__).parameters
+        return make(world, kind, {"foreach": False, **options} if one_by_one else options)
+
+    return start
 
 
 def _maker(name: str) -> Make:
@@ -79,15 +93,17 @@ def _maker(name: str) -> Make:
 
 def _plain(world: World, kind: type, options: dict[str, Any]) -> Job:
     name = kind.__name__
-    model = (matrices if name in MATRICES | LOW_RANK else mixed)(world)
+    if name in EVEN and world.size > 1:
+        model = mixed(world, outputs=4)
+    else:
+        model = (matrices if name in MATRICES | LOW_RANK else mixed)(world)
     parameters: Any = model.parameters()
     if name in LOW_RANK:
         parameters = [{"params": list(model.parameters()), "rank": 2, "update_proj_gap": 2, "scale": 1.0}]
         parameters[0]["projection_type"] = "random" if name == "APOLLO" else "std"
     optimizer = kind(parameters, **options)
     _begin(optimizer)
-    how = "graph" if name in GRAPH else "closure" if name in CLOSURE else "plain"
-    return train(world, model, optimizer, how=how)
+    return train(world, model, optimizer, how=HOW.get(name, "plain"))
 
 
 def _begin(optimizer: Any) -> None:
@@ -102,7 +118,7 @@ def _of_model(world: World, kind: type, options: dict[str, Any]) -> Job:
 
 
 def _grouped(world: World, kind: type, options: dict[str, Any]) -> Job:
-    model = mixed(world)
+    model = (matrices if kind.__name__ in WHOLE else mixed)(world)
     of_two = [parameter for parameter in model.parameters() if parameter.ndim == 2]
     others = [parameter for parameter in model.parameters() if parameter.ndim != 2]
     groups = [{"params": of_two, "use_muon": True}, {"params": others, "use_muon": False}]
@@ -113,14 +129,18 @@ def _sharpness(world: World, kind: type, options: dict[str, Any]) -> Job:
     model = mixed(world)
     inner = {"base_optimizer": torch.optim.SGD, "lr": 0.05, "momentum": 0.9, **options}
     optimizer = kind(model, model.parameters(), **inner) if kind.__name__ == "WSAM" else kind(model.parameters(), **inner)
-    return train(world, model, optimizer, how="closure")
+    return train(world, model, optimizer, how="again")
 
 
 def _around(world: World, kind: type, options: dict[str, Any]) -> Job:
     model = mixed(world)
-    optimizer = kind(torch.optim.AdamW(model.parameters(), lr=0.01), **options)
+    optimizer = kind(_adamw(model, world), **options)
     _begin(optimizer)
     return train(world, model, optimizer)
+
+
+def _adamw(model: nn.Module, world: World) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(model.parameters(), lr=0.01, foreach=world.size == 1)
 
 
 def _gsam(world: World, kind: type, options: dict[str, Any]) -> Job:
@@ -142,7 +162,7 @@ def _gsam(world: World, kind: type, options: dict[str, Any]) -> Job:
 
 
 def _lomo(world: World, kind: type, options: dict[str, Any]) -> Job:
-    model = mixed(world)
+    model = (matrices if kind.__name__ == "AdaLOMO" else mixed)(world)
     optimizer = kind(model, **options)
 
     def step(number: int) -> float:
@@ -154,8 +174,8 @@ def _lomo(world: World, kind: type, options: dict[str, Any]) -> Job:
 
 
 def _pcgrad(world: World, kind: type, options: dict[str, Any]) -> Job:
-    model = mixed(world)
-    optimizer = kind(torch.optim.AdamW(model.parameters(), lr=0.01), **options)
+    model = mixed(world, outputs=4)
+    optimizer = kind(_adamw(model, world), **options)
 
     def step(number: int) -> float:
         optimizer.zero_grad()
@@ -169,7 +189,7 @@ def _pcgrad(world: World, kind: type, options: dict[str, Any]) -> Job:
 
 def _fp16(world: World, kind: type, options: dict[str, Any]) -> Job:
     model = mixed(world).half()
-    optimizer = kind(torch.optim.AdamW(model.parameters(), lr=0.01), **options)
+    optimizer = kind(_adamw(model, world), **options)
 
     def step(number: int) -> float:
         optimizer.zero_grad()

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-__all__ = ["BATCH", "Entry", "Job", "World", "loss_of", "matrices", "mixed", "train"]
+__all__ = ["BATCH", "Entry", "Job", "World", "loss_of", "matrices", "mixed", "train", "wide"]
 
 BATCH = 4
 
@@ -21,10 +21,11 @@ class World:
     rank: int = 0
     size: int = 1
     seed: int = 0
+    sharded: bool = True
 
     def shard(self, model: nn.Module) -> nn.Module:
         """Return the model, sharded by `fully_shard` layer by layer where there is more than one rank."""
-        if self.size > 1:
+        if self.size > 1 and self.sharded:
             from torch.distributed.fsdp import fully_shard
 
             for layer in model.children():
@@ -60,8 +61,11 @@ class Entry:
     """Why it is not run on two ranks; empty where it is."""
 
 
-def mixed(world: World) -> nn.Module:
-    """Return a model with parameters of one, two and four dimensions, sharded where there are ranks."""
+def mixed(world: World, outputs: int = 3) -> nn.Module:
+    """Return a model with parameters of one, two and four dimensions, sharded where there are ranks.
+
+    With three outputs the ranks' parts of the last layer have different lengths.
+    """
     torch.manual_seed(world.seed)
     model = nn.Sequential(
         nn.Conv2d(1, 4, 3),
@@ -69,7 +73,7 @@ def mixed(world: World) -> nn.Module:
         nn.Linear(16, 8),
         nn.LayerNorm(8),
         nn.Tanh(),
-        nn.Linear(8, 3),
+        nn.Linear(8, outputs),
     )
     return world.shard(model)
 
@@ -78,6 +82,12 @@ def matrices(world: World) -> nn.Module:
     """Return a model with matrices only, for what takes nothing else."""
     torch.manual_seed(world.seed)
     return world.shard(nn.Sequential(nn.Flatten(), nn.Linear(16, 8, bias=False), nn.Tanh(), nn.Linear(8, 4, bias=False)))
+
+
+def wide(world: World) -> nn.Module:
+    """Return a model one layer of which has 4096 elements on each of two ranks."""
+    torch.manual_seed(world.seed)
+    return world.shard(nn.Sequential(nn.Flatten(), nn.Linear(16, 64), nn.Tanh(), nn.Linear(64, 128), nn.Linear(128, 3)))
 
 
 def loss_of(world: World, model: Callable[[torch.Tensor], torch.Tensor], step: int) -> torch.Tensor:
@@ -95,8 +105,9 @@ def train(
 ) -> Job:
     """Return the job that trains a model with an optimizer.
 
-    `how` is `plain` (backward, then step), `closure` (the step calls forward and backward) or `graph` (backward
-    leaves a graph for second derivatives). `more` is added to the state, `after` is called after each step.
+    `how` is `plain` (backward, then step), `closure` (the step calls forward and backward), `again` (backward, then a
+    step that calls them again), `value` (backward, then a step that asks for the loss) or `graph` (backward leaves a
+    graph for second derivatives). `more` is added to the state, `after` is called after each step.
     """
 
     def step(number: int) -> float:
@@ -106,10 +117,12 @@ def train(
             loss.backward(create_graph=how == "graph")
             return loss
 
-        if how == "closure":
-            loss = optimizer.step(closure)
-        else:
-            loss = closure()
+        loss = optimizer.step(closure) if how == "closure" else closure()
+        if how == "again":
+            optimizer.step(closure)
+        elif how == "value":
+            optimizer.step(lambda: float(loss.detach()))
+        elif how != "closure":
             optimizer.step()
         for call in after:
             call(number, loss)

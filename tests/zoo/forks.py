@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from entry import Entry, World
-from trial import BROKEN, LIMIT, NOT_APPLICABLE, Outcome, Past, first_life, second_life
+from trial import BROKEN, EXACT, LIMIT, NOT_APPLICABLE, OWN, REFUSED, Outcome, Past, first_life, second_life
 
 __all__ = ["LIMIT_S", "import_all", "on_one_process", "on_two_ranks"]
 
@@ -158,15 +158,15 @@ def _one_on_two(ranks: Sequence[Child]) -> tuple[Outcome, bool]:
     if not outcomes:
         return Outcome(LIMIT, f"stopped after {LIMIT_S:.0f} s"), False
     if len(outcomes) < len(ranks):
-        only, outcome = next(iter(outcomes.items()))
-        return Outcome(outcome.status, f"{outcome.words} (rank {only}; the other waits)", outcome.details), False
-    worst = max(outcomes.values(), key=lambda outcome: _order(outcome.status))
+        outcome = next(iter(outcomes.values()))
+        return Outcome(outcome.status, f"{outcome.words} (one rank; the other waits)", outcome.details), False
+    worst = max((outcomes[rank] for rank in sorted(outcomes)), key=lambda outcome: _order(outcome.status))
     same = len({(outcome.status, outcome.words) for outcome in outcomes.values()}) == 1
     return worst, same or worst.status not in (NOT_APPLICABLE, BROKEN)
 
 
 def _order(status: str) -> int:
-    order = ("exact", "exact through its own `state_dict`", NOT_APPLICABLE, "refused")
+    order = (EXACT, OWN, NOT_APPLICABLE, REFUSED)
     return order.index(status) if status in order else len(order)
 
 

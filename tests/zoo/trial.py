@@ -26,7 +26,20 @@ from entry import Entry, Job, World
 import ckptengine as ce
 from ckptengine.errors import CheckpointError
 
-__all__ = ["FAULTS", "Outcome", "Past", "first_life", "second_life"]
+__all__ = [
+    "BROKEN",
+    "DIFFERENT",
+    "EXACT",
+    "FAULTS",
+    "LIMIT",
+    "NOT_APPLICABLE",
+    "OWN",
+    "REFUSED",
+    "Outcome",
+    "Past",
+    "first_life",
+    "second_life",
+]
 
 BEFORE, AFTER = 3, 3
 
@@ -79,7 +92,6 @@ def first_life(entry: Entry, world: World, folder: Path) -> Past | Outcome:
         return Outcome(REFUSED, words_of(error))
     except Exception as error:
         return Outcome(BROKEN, f"at the save: {words_of(error)}", (traceback.format_exc(),))
-    saved = look_at_states(job)
     again += [job.step(number).hex() for number in range(BEFORE, BEFORE + AFTER)]
     found = differences({**end, "losses": str(losses)}, {**look_at(job), "losses": str(again)})
     if found:
@@ -90,7 +102,7 @@ def first_life(entry: Entry, world: World, folder: Path) -> Past | Outcome:
     still = parameters_in(end) and not differences(parameters_in(middle), parameters_in(end))
     if still or not all(map(np.isfinite, map(float.fromhex, losses))):
         return Outcome(IDLE, "the training changes nothing, or its losses are not finite")
-    return Past(losses, end, saved)
+    return Past(losses, end, states_at_the_save(entry, world))
 
 
 def second_life(entry: Entry, world: World, folder: Path, past: Past) -> Outcome:
@@ -122,6 +134,15 @@ def uninterrupted(entry: Entry, world: World) -> tuple[list[str], Record]:
     job = entry.start(world)
     losses = [job.step(number).hex() for number in range(BEFORE + AFTER)]
     return losses, look_at(job)
+
+
+def states_at_the_save(entry: Entry, world: World) -> Record:
+    """Return what the objects' own `state_dict` say at the save, asked in a training that the engine does not see."""
+    seed_streams(0)
+    job = entry.start(world)
+    for number in range(BEFORE):
+        job.step(number)
+    return look_at_states(job)
 
 
 def seed_streams(seed: int) -> None:
@@ -159,6 +180,8 @@ def words_of(error: BaseException) -> str:
     if isinstance(error, CheckpointError):
         text = " ".join([text, *map(str.strip, lines[1:2])])
         return text if len(text) <= 300 else text[:299] + "…"
+    if not text:
+        text = f"in {traceback.extract_tb(error.__traceback__)[-1].name}"
     text = f"{type(error).__name__}: {text}"
     return text if len(text) <= 160 else text[:159] + "…"
 
