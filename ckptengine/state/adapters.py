@@ -13,7 +13,11 @@ import numpy as np
 from ckptengine.state.leaf import Part, Path, Placement
 from ckptengine.state.random_stream import RandomStream
 
-__all__ = ["Adapter", "Layouts", "ModuleEntry", "TensorView", "adapter_of_tensor", "adapters", "describe_type"]
+__all__ = ["ABOUT", "Adapter", "Layouts", "ModuleEntry", "TensorView", "adapter_of_tensor", "adapters", "describe_type"]
+
+
+ABOUT = "tensor_subclass"
+"""The key under which lies, beside the inner tensors of a tensor subclass, what they make."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,11 +40,15 @@ class Layouts(ABC):
 
     @abstractmethod
     def new(self, path: Path, dtype: str, shape: tuple[int, ...]) -> Any:
-        """Return a tensor of the global shape for what lies at a path of the state, spread and placed like the live
+        """Return a tensor of a global shape for what lies at a path of the state, spread and placed like the live
         tensor that it belongs to; None where no live tensor tells.
 
         Raises `LoadMismatchError` where several tell different things.
         """
+
+    @abstractmethod
+    def pattern(self, path: Path, shape: tuple[int, ...]) -> Any:
+        """Return the live tensor like which a tensor of a global shape is to be spread, as `new` finds it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +97,22 @@ class Adapter:
 
     def empty(self, dtype: str, shape: tuple[int, ...]) -> Any:
         """Return a new tensor in host memory, contents undefined."""
+        raise NotImplementedError
+
+    def is_wrapped(self, tensor: Any) -> bool:
+        """Whether a tensor is made of other tensors, which are leaves of their own."""
+        return False
+
+    def unwrap(self, tensor: Any, path: Path) -> dict[str, Any]:
+        """Return the inner tensors by name (`ShardedArray` for parts), and under `ABOUT` plain values that say what
+        they make."""
+        raise NotImplementedError
+
+    def new_wrapped(
+        self, about: Any, arrays: Mapping[str, tuple[str, tuple[int, ...]]], parameter: Any, path: Path
+    ) -> Any:
+        """Return a new tensor that `unwrap` says this of, with inner tensors of these dtypes and global shapes, spread
+        like a parameter (None: whole); raises `LoadMismatchError` naming the path where that can't be done."""
         raise NotImplementedError
 
     def new_like(self, tensor: Any, order: tuple[int, ...] | None) -> Any:
@@ -154,6 +178,21 @@ class Adapter:
     def check_optimizer(self, optimizer: Any, path: Path) -> None:
         """Raise `StateError` where the state can't be told apart by parameter, or by placement."""
 
+    def check_parameter_state(self, parameter: Any, state: Mapping[Any, Any], path: Path) -> None:
+        """Raise `StateError` where it can't be known how a parameter's state is spread over the ranks."""
+
+    def saves_itself(self, optimizer: Any) -> bool:
+        """Whether what an optimizer's `state_dict` gives is saved, since it may be more than its state and groups."""
+        return False
+
+    def loads_itself(self, optimizer: Any) -> bool:
+        """Whether an optimizer's `load_state_dict` must be called, since it may do more than to set these."""
+        return False
+
+    def hand_over(self, optimizer: Any, state: Any | None) -> None:
+        """Call an optimizer's `load_state_dict`; with its own state where `state` is None."""
+        raise NotImplementedError
+
     def set_optimizer_state(self, optimizer: Any, parameter: Any, state: dict[str, Any] | None) -> None:
         """Replace the state of one parameter; None removes it."""
         raise NotImplementedError
@@ -165,10 +204,6 @@ class Adapter:
     def before_optimizer_step(self, call: Callable[[], None]) -> Callable[[], None]:
         """Have something called before any of the framework's optimizers steps; return what undoes it."""
         return lambda: None
-
-    def state_fits(self, parameter: Any, key: str, shape: tuple[int, ...]) -> bool:
-        """Whether an item of a parameter's state may have this shape."""
-        return True
 
     def set_hyperparameter(self, group: dict[str, Any], key: str, value: Any) -> None:
         """Set one value of a group, in place where the group holds a tensor."""

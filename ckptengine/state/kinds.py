@@ -24,6 +24,8 @@ class Kind(Enum):
     PER_RANK = auto()
     SHARDED = auto()
     TENSOR = auto()
+    WRAPPED = auto()
+    """A tensor that is made of other tensors."""
     MODULE = auto()
     OPTIMIZER = auto()
     OBJECT = auto()
@@ -70,7 +72,7 @@ class Inspector:
             return Kind.SHARDED, value.adapter
         for adapter in self._adapters:
             if adapter.is_tensor(value):
-                return Kind.TENSOR, adapter
+                return (Kind.WRAPPED if adapter.is_wrapped(value) else Kind.TENSOR), adapter
             if adapter.is_module(value):
                 return Kind.MODULE, adapter
             if adapter.is_optimizer(value):
@@ -143,6 +145,11 @@ class Inspector:
                 assert adapter is not None
                 adapter.check_module(value, path)
                 self.asked.values_of(value, adapter, path)
+            elif kind is Kind.OPTIMIZER and wanted(value, path):
+                assert adapter is not None
+                adapter.check_optimizer(value, path)
+                if adapter.saves_itself(value):
+                    self.ask(self.asked.state_of(value, path), path, wanted, depth + 1)
             elif kind is Kind.OBJECT and wanted(value, path):
                 self.ask(self.asked.state_of(value, path), path, wanted, depth + 1)
             elif kind in (Kind.DICT, Kind.SEQUENCE):

@@ -14,11 +14,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from ckptengine.layout.box import Box
-from ckptengine.state.adapters import Adapter
+from ckptengine.state.adapters import ABOUT, Adapter
 from ckptengine.state.asked import Asked
 from ckptengine.state.kinds import SCALARS, Inspector, Kind
 from ckptengine.state.leaf import Part, Path, Placement
 from ckptengine.state.outline import part_order
+from ckptengine.state.own_state import named_state
 from ckptengine.state.sharded import ShardedArray
 
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     "ModuleStep",
     "ObjectStep",
     "OptimizerStep",
+    "OwnOptimizerStep",
     "PerRankStep",
     "PlainStep",
     "SequenceStep",
@@ -35,6 +37,7 @@ __all__ = [
     "TensorStep",
     "Trace",
     "Visited",
+    "WrappedStep",
     "head_of",
 ]
 
@@ -92,6 +95,25 @@ class TensorStep(Step):
         if type(value) is not self.kind:
             raise Changed
         met.tensors.append(value)
+
+
+class WrappedStep(Step):
+    """A tensor that is made of others: it is taken apart again, which costs more than a plain tensor does."""
+
+    __slots__ = ("adapter", "inner", "kind", "path", "per_rank")
+
+    def __init__(self, kind: type, adapter: Adapter, path: Path, steps: Mapping[str, Step], per_rank: bool) -> None:
+        self.kind: Any = kind
+        self.adapter, self.path, self.per_rank = adapter, path, per_rank
+        self.inner = DictStep(dict, steps)
+
+    def again(self, value: Any, met: _Met) -> None:
+        """Look at its inner tensors, and note what they make."""
+        if type(value) is not self.kind or not self.adapter.is_wrapped(value):
+            raise Changed
+        inner = self.adapter.unwrap(value, self.path)
+        met.values[self.per_rank][(*self.path, ABOUT)] = inner.pop(ABOUT)
+        self.inner.again(inner, met)
 
 
 class ShardedStep(Step):
@@ -224,22 +246,50 @@ class OptimizerStep(Step):
 
     def again(self, value: Any, met: _Met) -> None:
         """Look at each parameter's state, and at the groups."""
-        if self.optimizer() is not value:
+        if self.optimizer() is not value or self.adapter.saves_itself(value):  # a hook may be new
             raise Changed
         groups = self.adapter.optimizer_groups(value)
-        if len(groups) != len(self.parameters):
-            raise Changed
-        parameters: list[Any] = []
-        for group, known in zip(groups, self.parameters, strict=True):
-            if not _same(known, group["params"]):
-                raise Changed
-            parameters += group["params"]
+        parameters = _same_parameters(self.parameters, groups)
         states = self.adapter.optimizer_states(value, parameters)
         if states is None:
             raise Changed
         for step, state in zip(self.states, states, strict=True):
             step.again(state, met)
         self.groups.again([{**g, "params": n} for g, n in zip(groups, self.names, strict=True)], met)
+
+
+class OwnOptimizerStep(Step):
+    """An optimizer that is saved by its own `state_dict`: the same one, with the same parameters."""
+
+    __slots__ = ("adapter", "inner", "names", "optimizer", "parameters", "path")
+
+    def __init__(
+        self, optimizer: Any, adapter: Adapter, names: Sequence[Sequence[str]], inner: Step, path: Path
+    ) -> None:
+        self.optimizer, self.adapter, self.names = weakref.ref(optimizer), adapter, names
+        self.parameters = [[weakref.ref(p) for p in g["params"]] for g in adapter.optimizer_groups(optimizer)]
+        self.inner, self.path = inner, path
+
+    def again(self, value: Any, met: _Met) -> None:
+        """Look at what it says of itself now."""
+        if self.optimizer() is not value or not self.adapter.saves_itself(value):
+            raise Changed
+        groups = self.adapter.optimizer_groups(value)
+        _same_parameters(self.parameters, groups)
+        own = met.inspector.asked.state_of(value, self.path)
+        self.inner.again(named_state(own, groups, self.names), met)
+
+
+def _same_parameters(known: Sequence[Sequence[weakref.ref[Any]]], groups: Sequence[Mapping[str, Any]]) -> list[Any]:
+    """Return the parameters of all groups; raises `Changed` where they are not those that are known."""
+    if len(groups) != len(known):
+        raise Changed
+    parameters: list[Any] = []
+    for group, there in zip(groups, known, strict=True):
+        if not _same(there, group["params"]):
+            raise Changed
+        parameters += group["params"]
+    return parameters
 
 
 def _same(known: Sequence[weakref.ref[Any]], values: Sequence[Any]) -> bool:

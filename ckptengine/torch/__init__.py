@@ -14,7 +14,9 @@ from ckptengine.state.random_stream import RandomStream
 from ckptengine.torch import accelerator
 from ckptengine.torch import module as _module
 from ckptengine.torch import optimizer as _optimizer
+from ckptengine.torch import own_calls as _own_calls
 from ckptengine.torch import random as _random
+from ckptengine.torch import wrapped as _wrapped
 from ckptengine.torch.layouts import TorchLayouts
 from ckptengine.torch.tensor import convert_tensor, dtype_name, fingerprints, new_like, torch_dtype, view_tensor
 
@@ -45,6 +47,20 @@ class TorchAdapter(Adapter):
     def empty(self, dtype: str, shape: tuple[int, ...]) -> torch.Tensor:
         """Return a new CPU tensor."""
         return torch.empty(shape, dtype=torch_dtype(dtype))
+
+    def is_wrapped(self, tensor: Any) -> bool:
+        """Whether a tensor, or what a DTensor holds, is made of other tensors."""
+        return _wrapped.is_wrapped(tensor)
+
+    def unwrap(self, tensor: Any, path: Path) -> dict[str, Any]:
+        """Return the inner tensors of a tensor subclass, and what they make."""
+        return _wrapped.unwrap(tensor, path)
+
+    def new_wrapped(
+        self, about: Any, arrays: Mapping[str, tuple[str, tuple[int, ...]]], parameter: Any, path: Path
+    ) -> Any:
+        """Return a new tensor of a subclass that is imported."""
+        return _wrapped.new_wrapped(about, arrays, parameter, path)
 
     def new_like(self, tensor: Any, order: tuple[int, ...] | None) -> torch.Tensor:
         """Return a new tensor on the same device, or distributed in the same way."""
@@ -88,7 +104,7 @@ class TorchAdapter(Adapter):
 
     def optimizer_groups(self, optimizer: Any) -> list[dict[str, Any]]:
         """Return the live groups."""
-        groups: list[dict[str, Any]] = optimizer.param_groups
+        groups: list[dict[str, Any]] = getattr(optimizer, "param_groups", [])  # a container of optimizers may have none
         return groups
 
     def optimizer_state(self, optimizer: Any, parameter: Any) -> dict[str, Any]:
@@ -103,6 +119,22 @@ class TorchAdapter(Adapter):
         """Raise `StateError` for optimizers that can't be saved."""
         _optimizer.check_optimizer(optimizer, path)
 
+    def check_parameter_state(self, parameter: Any, state: Mapping[Any, Any], path: Path) -> None:
+        """Raise `StateError` for plain tensors in the state of a sharded parameter."""
+        _optimizer.check_parameter_state(parameter, state, path)
+
+    def saves_itself(self, optimizer: Any) -> bool:
+        """Whether the class or a hook has changed `state_dict`."""
+        return _own_calls.saves_itself(optimizer)
+
+    def loads_itself(self, optimizer: Any) -> bool:
+        """Whether the class or a hook has changed `load_state_dict`, or `state_dict`."""
+        return _own_calls.loads_itself(optimizer)
+
+    def hand_over(self, optimizer: Any, state: Any | None) -> None:
+        """Call the optimizer's `load_state_dict`; lists and state that were shared with others stay so."""
+        _own_calls.hand_over(optimizer, state)
+
     def set_optimizer_state(self, optimizer: Any, parameter: Any, state: dict[str, Any] | None) -> None:
         """Replace or remove one parameter's state."""
         _optimizer.set_optimizer_state(optimizer, parameter, state)
@@ -114,10 +146,6 @@ class TorchAdapter(Adapter):
     def before_optimizer_step(self, call: Callable[[], None]) -> Callable[[], None]:
         """Register torch's global hook, which runs before the step of every optimizer, fused and compiled ones too."""
         return _optimizer.before_optimizer_step(call)
-
-    def state_fits(self, parameter: Any, key: str, shape: tuple[int, ...]) -> bool:
-        """Whether an item of a parameter's state may have this shape."""
-        return _optimizer.state_fits(parameter, key, shape)
 
     def set_hyperparameter(self, group: dict[str, Any], key: str, value: Any) -> None:
         """Set one value of a group."""

@@ -15,7 +15,7 @@ from ckptengine.errors import StateError
 from ckptengine.layout.box import Box
 from ckptengine.state.leaf import Path, Placement, dotted
 
-__all__ = ["Split", "dtensor_pieces", "is_dtensor", "local_runs", "splits_of"]
+__all__ = ["Split", "dtensor_pieces", "is_dtensor", "local_runs", "row_runs", "splits_of"]
 
 Run = tuple[int, int]
 """Start and length, in elements, of indices that follow each other."""
@@ -67,6 +67,25 @@ def dtensor_pieces(tensor: Any, path: Path) -> tuple[tuple[int, ...], Placement,
             "distribute it with `distribute_tensor` or `fully_shard`, or use ShardedArray"
         )
     return shape, placement, _cut(local, [dim for dim in runs if dim is not None])
+
+
+def row_runs(tensor: Any, path: Path) -> list[Run] | None:
+    """Return the runs of global rows that this rank's local tensor holds; None where every rank holds the whole.
+
+    Raises `StateError` naming the path where the tensor is cut along another dimension than the first, lies on a mesh
+    of some ranks only, or is `Partial`.
+    """
+    mesh, shape = tensor.device_mesh, tuple(tensor.shape)
+    coordinate = mesh.get_coordinate()
+    splits = splits_of(tensor.placements, tuple(mesh.shape), coordinate, len(shape), path)
+    if coordinate is None or any(splits[1:]) or mesh.size() != torch.distributed.get_world_size():
+        raise StateError(
+            f"{dotted(path)}: a DTensor of {type(tensor._local_tensor).__name__} must be cut along its first "
+            f"dimension, over all ranks; it has the placements {tensor.placements} on a mesh of {tuple(mesh.shape)}"
+        )
+    if not any(splits):
+        return None
+    return local_runs(shape[0], splits[0], tensor._local_tensor.shape[0]) or []
 
 
 def splits_of(

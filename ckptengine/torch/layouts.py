@@ -42,10 +42,17 @@ class TorchLayouts(Layouts):
             return None
         if not self._distributed or shape == ():
             return new_state_tensor({}, torch.empty(0), "", dtype, shape)
+        like = self.pattern(path, shape)
+        return None if like is None else new_state_tensor({}, like, str(path[-1]), dtype, shape)
+
+    def pattern(self, path: Path, shape: tuple[int, ...]) -> torch.Tensor | None:
+        """Return the parameter whose name is a key of the path, or one of the shape; raises as `new`."""
+        if not self._distributed:
+            return None
         for key in reversed(path):
             named = self._by_name.get(key, []) if isinstance(key, str) else []
             if len(named) == 1 and (is_dtensor(named[0]) or tuple(named[0].shape) == shape):
-                return new_state_tensor({}, named[0], str(path[-1]), dtype, shape)
+                return named[0]
         alike = self._by_shape.get(shape, [])
         if not alike:
             return None
@@ -56,7 +63,7 @@ class TorchLayouts(Layouts):
                 f"{dotted(path)}: {dotted(alike[0][0])} and {dotted(other)} have its shape {shape} and are spread in "
                 "different ways, so it can't be known how to spread it; pass the optimizer itself, not its state_dict()"
             )
-        return new_state_tensor({}, first, str(path[-1]), dtype, shape)
+        return first
 
 
 def _layout(tensor: Any) -> tuple[Any, ...]:

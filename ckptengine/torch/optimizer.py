@@ -13,21 +13,20 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from ckptengine.errors import StateError
 from ckptengine.state.leaf import Path, dotted
 from ckptengine.torch.dtensor import is_dtensor, local_runs, splits_of
+from ckptengine.torch.own_calls import saves_itself
 from ckptengine.torch.tensor import torch_dtype
+from ckptengine.torch.wrapped import is_wrapped
 
 __all__ = [
     "before_optimizer_step",
     "check_optimizer",
+    "check_parameter_state",
     "new_state_tensor",
     "optimizer_state",
     "optimizer_states",
     "set_hyperparameter",
     "set_optimizer_state",
-    "state_fits",
 ]
-
-# What torch's own optimizers keep for each element of the parameter.
-_MOMENTS = frozenset({"exp_avg", "exp_avg_sq", "max_exp_avg_sq", "exp_inf", "momentum_buffer", "square_avg"})
 
 
 def check_optimizer(optimizer: torch.optim.Optimizer, path: Path) -> None:
@@ -37,6 +36,8 @@ def check_optimizer(optimizer: torch.optim.Optimizer, path: Path) -> None:
             f"{dotted(path)}: ZeroRedundancyOptimizer keeps whole parameters' state on single ranks; use "
             "`fully_shard` (FSDP2) with a plain optimizer instead"
         )
+    if saves_itself(optimizer):
+        return  # what it says of itself counts
     parameters = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     parameter: Any
     for parameter, state in optimizer.state.items():
@@ -45,15 +46,20 @@ def check_optimizer(optimizer: torch.optim.Optimizer, path: Path) -> None:
                 f"{dotted(path)}: the optimizer has state for something that is in none of its groups "
                 f"({type(parameter).__name__}); remove it, or save it beside the optimizer"
             )
-        if not (is_dtensor(parameter) and any(not p.is_replicate() for p in parameter.placements)):
-            continue
-        for keys, value in _local_arrays(state, ()):
-            raise StateError(
-                f"{dotted(path)}: the state {dotted(keys)!r} of a sharded parameter of shape "
-                f"{tuple(parameter.shape)} is a plain {type(value).__name__} of shape {tuple(value.shape)}, so it "
-                "can't be known whether ranks hold parts or copies of it; have the optimizer make it as a DTensor, or "
-                "keep it beside the optimizer in ckptengine.ShardedArray(...) or ckptengine.PerRank"
-            )
+        check_parameter_state(parameter, state, path)
+
+
+def check_parameter_state(parameter: Any, state: Mapping[Any, Any], path: Path) -> None:
+    """Raise `StateError` for plain tensors in the state of a sharded parameter: are they parts, or copies?"""
+    if not (is_dtensor(parameter) and any(not p.is_replicate() for p in parameter.placements)):
+        return
+    for keys, value in _local_arrays(state, ()):
+        raise StateError(
+            f"{dotted(path)}: the state {dotted(keys)!r} of a sharded parameter of shape "
+            f"{tuple(parameter.shape)} is a plain {type(value).__name__} of shape {tuple(value.shape)}, so it "
+            "can't be known whether ranks hold parts or copies of it; have the optimizer make it as a DTensor, or "
+            "keep it beside the optimizer in ckptengine.ShardedArray(...) or ckptengine.PerRank"
+        )
 
 
 def _local_arrays(value: Any, keys: Path) -> Iterator[tuple[Path, Any]]:
@@ -73,7 +79,7 @@ def _local_arrays(value: Any, keys: Path) -> Iterator[tuple[Path, Any]]:
 
 def optimizer_state(optimizer: torch.optim.Optimizer, parameter: torch.Tensor) -> dict[str, Any]:
     """Return a parameter's state, an empty dict where it has none; `optimizer.state[p]` would add one."""
-    state: dict[str, Any] = optimizer.state.get(parameter, {})
+    state: dict[str, Any] = getattr(optimizer, "state", {}).get(parameter, {})
     return state
 
 
@@ -105,11 +111,6 @@ def set_optimizer_state(
         optimizer.state[parameter] = state
 
 
-def state_fits(parameter: torch.Tensor, key: str, shape: tuple[int, ...]) -> bool:
-    """Whether an item of a parameter's state may have this shape; unknown items may have any."""
-    return key not in _MOMENTS or shape == tuple(parameter.shape)
-
-
 def set_hyperparameter(group: dict[str, Any], key: str, value: Any) -> None:
     """Set one value of a group; a tensor (a learning rate under `capturable`) stays the same tensor."""
     current = group.get(key)
@@ -133,7 +134,7 @@ def new_state_tensor(
     if shape == () and key == "step":
         on_device = group.get("capturable") or group.get("fused")
         return torch.zeros((), dtype=kind, device=parameter.device if on_device else "cpu")
-    if shape == tuple(parameter.shape):
+    if shape == tuple(parameter.shape) and not is_wrapped(parameter):
         return torch.zeros_like(parameter, dtype=kind, requires_grad=False)
     if is_dtensor(parameter) and shape:
         return _distributed_zeros(parameter, kind, shape)

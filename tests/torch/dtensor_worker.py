@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from blocks import Blocks, BlockSGD, spread
 from state_memory import Stored, load, read_part, region, save
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -453,6 +454,44 @@ def an_optimizer_that_stays_fresh_is_told() -> None:
             assert len(told) == (fresh and dist.get_rank() == 0), said
     finally:
         logging.getLogger("ckptengine").removeHandler(handler)
+
+
+@case
+def quantized_state_is_cut_and_joined_where_blocks_end() -> None:
+    """By four ranks and by one, into fresh optimizers on four, two by two, and one."""
+
+    def build(mesh: DeviceMesh | None) -> tuple[nn.Module, torch.optim.Optimizer]:
+        torch.manual_seed(3)
+        model = nn.Linear(4, 8, bias=False)
+        return (model if mesh is None else fsdp(mesh, model)), BlockSGD(model.parameters())
+
+    for source in (mesh_of(4), None):
+        model, optimizer = build(source)
+        optimizer.step()
+        stored = (save if source is None else gather)({"model": model, "optimizer": optimizer})
+        assert stored.arrays[("optimizer", "state", "model.weight", "moment", 0, "scale"), None].shape == (8,)
+        optimizer.step()
+        for target in (mesh_of(4), mesh_of(2, 2), None):
+            other, fresh = build(target)
+            state = {"model": other, "optimizer": fresh}
+            assert load(stored, state, rank=dist.get_rank(), world_size=4).complete
+            ((moment,),) = ((items["moment"][0],) for items in fresh.state.values())
+            assert isinstance(moment, Blocks if target is None else DTensor)
+            fresh.step()
+            assert np.array_equal(full(other.weight), full(model.weight))
+
+
+@case
+def a_quantized_tensor_that_cannot_be_cut_is_refused() -> None:
+    mesh = mesh_of(4)
+    one_row = spread(Blocks.of(torch.ones(1, 4)), distribute_tensor(torch.ones(4, 4), mesh, [Shard(0)]))
+    columns = spread(Blocks.of(torch.ones(8, 1)), distribute_tensor(torch.ones(8, 4), mesh, [Shard(1)]))
+    for tensor, text in (
+        (one_row, "x: a distributed blocks.Blocks can't be cut"),
+        (columns, "along its first dimension"),
+    ):
+        with pytest.raises(StateError, match=text):
+            flatten({"x": tensor})
 
 
 @case

@@ -28,7 +28,7 @@ def _look(value: Any, path: Path, inspector: Inspector, seen: set[int]) -> Itera
         return
     seen.add(id(value))
     kind, adapter = inspector.kind(value, path) if path else (Kind.DICT, None)
-    if kind is Kind.TENSOR:
+    if kind in (Kind.TENSOR, Kind.WRAPPED):
         yield path, value
     elif kind is Kind.MODULE and adapter is not None:
         for entry in inspector.entries(value, adapter, path):

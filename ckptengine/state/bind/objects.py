@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 from ckptengine.errors import CheckpointError, LoadMismatchError
@@ -16,13 +17,16 @@ from ckptengine.state.nested import per_rank_items, put_at, replace_contents
 from ckptengine.state.per_rank import PerRank
 from ckptengine.state.saved import Node, own_tree
 
-__all__ = ["ObjectBinder"]
+__all__ = ["ObjectBinder", "hand_over"]
 
 
 class ObjectBinder(TensorBinder):
     """Binds what takes its state as a whole."""
 
-    def _bind_object(self, target: Any, path: Path, node: Node | None, per_rank: bool) -> None:
+    def _bind_object(
+        self, target: Any, path: Path, node: Node | None, per_rank: bool, call: Callable[[Any], object] | None = None
+    ) -> None:
+        """Bind an object; `call` is what takes its state, its `load_state_dict` where it is None."""
         if not self._selection.holds(path):
             self._selection.refuse_part(path)
             return
@@ -39,7 +43,7 @@ class ObjectBinder(TensorBinder):
         for keys, holder in inner:
             self._bind_per_rank(holder, (*path, *keys), None if node is None else node.find(keys))
             self._act(SET, functools.partial(put_at, rebuilt, keys, holder))
-        self._act(OBJECTS, functools.partial(_hand_over, target, rebuilt, path))
+        self._act(OBJECTS, functools.partial(hand_over, target, rebuilt, path, call))
 
     def _bind_loader(self, loader: Any, path: Path, own: Node | None) -> None:
         """As an object in a PerRank; but its state is not asked for, which would start its workers."""
@@ -102,9 +106,13 @@ class ObjectBinder(TensorBinder):
             target.value = new
 
 
-def _hand_over(target: Any, state: Any, path: Path) -> None:
+def hand_over(target: Any, state: Any, path: Path, call: Callable[[Any], object] | None = None) -> None:
+    """Give something its state back, by `call` or its own `load_state_dict`.
+
+    Raises `LoadMismatchError` naming path, class and error where it does not take it.
+    """
     try:
-        target.load_state_dict(state)
+        (call or target.load_state_dict)(state)
     except CheckpointError:
         raise
     except Exception as error:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 from typing import Any
 
 from ckptengine.state.adapters import Adapter
 from ckptengine.state.bind.base import FRAMEWORK
-from ckptengine.state.bind.tensors import TensorBinder
+from ckptengine.state.bind.objects import hand_over
+from ckptengine.state.bind.tensors import Maker, TensorBinder
 from ckptengine.state.kinds import optimizer_names
 from ckptengine.state.leaf import Path, dotted
 from ckptengine.state.outline import in_order
@@ -56,7 +58,7 @@ class OptimizerBinder(TensorBinder):
                 child = by_name.get(name)
                 if not (child or current) or not self._selection.holds(where):
                     continue
-                if child is not None and self._state_differs(adapter, parameter, name, where, child):
+                if child is not None and self._state_differs(parameter, name, where, child, current):
                     continue
                 new: dict[str, Any] | None = None
                 if child is not None:
@@ -64,21 +66,22 @@ class OptimizerBinder(TensorBinder):
                 setting = functools.partial(adapter.set_optimizer_state, optimizer, parameter, new)
                 self._act(FRAMEWORK, setting)
         self._bind_groups(adapter, groups, names, (*path, "param_groups"), node.child("param_groups"), per_rank)
+        if adapter.loads_itself(optimizer):
+            call = functools.partial(adapter.hand_over, optimizer)
+            self._act(FRAMEWORK, functools.partial(hand_over, optimizer, None, path, call))
 
     def _parameter_name(self, name: str) -> str:
         """A parameter's name is itself a dotted path, so `rename` holds for it too."""
         renamed = self._rename((name,))
         return name if renamed == (name,) else dotted(renamed)
 
-    def _state_differs(self, adapter: Adapter, parameter: Any, name: str, path: Path, node: Node) -> bool:
-        """Whether the saved state belongs to a parameter of another shape: then none of it is taken."""
+    def _state_differs(self, parameter: Any, name: str, path: Path, node: Node, current: Mapping[Any, Any]) -> bool:
+        """Whether the saved state belongs to a parameter of another shape: then none of it is taken.
+
+        The checkpoint says the shape of that parameter, whatever the shapes of its state; only old ones may not.
+        """
         here = tuple(parameter.shape)
-        saved = self._saved_shapes.get(name, here)
-        for key, child in node.children.items():
-            if isinstance(child.entry, SavedArray) and not adapter.state_fits(
-                parameter, str(key), child.entry.leaf.shape
-            ):
-                saved = child.entry.leaf.shape
+        saved = node.parameter_shape or self._saved_shapes.get(name) or _shape_by_state(here, current, node)
         if saved == here:
             return False
         self._mismatch(path, f"state of a parameter of shape {here} here, {saved} in the checkpoint", node)
@@ -105,11 +108,11 @@ class OptimizerBinder(TensorBinder):
             where = (*path, key)
             entry = child.entry
             if not isinstance(entry, SavedArray):
-                new[str(key)] = self._rebuild(child, where, current.get(str(key)), make)
+                new[str(key)] = self._rebuild(child, where, current.get(str(key)), Maker(make, parameter))
                 self._loaded.append(dotted(where))
                 continue
             tensor = current.get(str(key))
-            if tensor is None or not adapter.is_tensor(tensor):
+            if tensor is None or not adapter.is_tensor(tensor) or adapter.is_wrapped(tensor):
                 tensor = adapter.new_state_tensor(group, parameter, str(key), entry.leaf.dtype, entry.leaf.shape)
             if entry.told and not in_order(adapter.view(tensor, where, target=False), entry.order):
                 tensor = adapter.new_like(tensor, entry.order)
@@ -158,3 +161,22 @@ class OptimizerBinder(TensorBinder):
                     f" and {len(odd) - 8} more" if len(odd) > 8 else ""
                 )
         return None
+
+
+def _shape_by_state(here: tuple[int, ...], current: Mapping[Any, Any], node: Node) -> tuple[int, ...]:
+    """Return the shape that a parameter seems to have had, from its saved state alone.
+
+    Arrays with as many dimensions as the parameter have its shape, or that of something that is kept for rows, blocks
+    or a projection of it. So they tell another shape only where none has the parameter's, and the state that is here
+    has no such array either.
+    """
+    shapes = {
+        str(key): child.entry.leaf.shape
+        for key, child in node.children.items()
+        if isinstance(child.entry, SavedArray) and len(child.entry.leaf.shape) == len(here) > 0
+    }
+    live = {key: tuple(getattr(current.get(key), "shape", ())) for key in shapes}
+    if here in shapes.values() or any(live[key] == shape for key, shape in shapes.items()):
+        return here
+    odd = [shape for shape in shapes.values() if all(a != 1 for a in shape)]
+    return odd[0] if odd and len(set(odd)) == 1 and not any(live.values()) else here

@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import copy
 import functools
+from abc import abstractmethod
 from collections import Counter, OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from ckptengine.errors import LoadMismatchError, StateError
-from ckptengine.state.adapters import Adapter, TensorView, adapters, describe_type
+from ckptengine.state.adapters import ABOUT, Adapter, Layouts, TensorView, adapters, describe_type
 from ckptengine.state.arrays import NumpyAdapter
 from ckptengine.state.bind.base import CONVERT, SET, BinderBase, Put
 from ckptengine.state.bind.live import is_optimizer_state, live_tensors
 from ckptengine.state.bind.sharing import extents
 from ckptengine.state.binding import Read
 from ckptengine.state.dtypes import DTYPES
-from ckptengine.state.kinds import Kind
+from ckptengine.state.kinds import SCALARS, Kind
 from ckptengine.state.leaf import ArrayLeaf, Part, Path, Placement, dotted
 from ckptengine.state.nested import item_of, replace_contents, sorted_like
 from ckptengine.state.outline import in_order
@@ -27,10 +29,17 @@ from ckptengine.state.sharded import ShardedArray
 from ckptengine.state.tree import sharded_parts
 from ckptengine.state.values import digest, encode
 
-__all__ = ["TensorBinder"]
+__all__ = ["Maker", "TensorBinder"]
 
-Make = Callable[[SavedArray, Path], Any]
-"""Makes an array for what was saved, at its path in the state, and has it read."""
+
+@dataclass(frozen=True, slots=True)
+class Maker:
+    """How new arrays are made: `array` makes one for what was saved, at its path in the state, and has it read;
+    `parameter` is what they belong to, None where nothing is known of that."""
+
+    array: Callable[[SavedArray, Path], Any]
+    parameter: Any
+
 
 _BITS_ONLY = frozenset({"complex32", "float4_e2m1fn_x2"})  # numpy has no arithmetic for these
 
@@ -40,6 +49,9 @@ class TensorBinder(BinderBase):
 
     def _bind_tensor(self, tensor: Any, adapter: Adapter, path: Path, node: Node | None, per_rank: bool) -> None:
         if not self._selection.holds(path):
+            return
+        if adapter.is_wrapped(tensor):
+            self._bind_wrapped(tensor, adapter, path, node, per_rank)
             return
         view = _target_view(tensor, adapter, path)
         if node is None:
@@ -67,6 +79,53 @@ class TensorBinder(BinderBase):
             return False
         read = self.reads[self._filled[view.identity]]
         return (read.path, read.rank) == (entry.path, entry.rank)
+
+    def _bind_wrapped(self, tensor: Any, adapter: Adapter, path: Path, node: Node | None, per_rank: bool) -> None:
+        """Bind what a tensor subclass is made of, where the checkpoint has one that is made in the same way."""
+        if node is None:
+            self._absent(path, per_rank)
+            return
+        saved, kind = _about(node), describe_type(tensor)
+        if saved is None:
+            self._mismatch(path, f"a {kind} here, {node.description} in the checkpoint", node)
+            return
+        inner = adapter.unwrap(tensor, path)
+        here, where = inner.pop(ABOUT), (*path, ABOUT)
+        if digest(encode(here, where)) != digest(encode(saved, where)):
+            odd = [f"{key} {here.get(key)} here, {saved.get(key)} in the checkpoint" for key in here]
+            different = [line for key, line in zip(here, odd, strict=True) if here[key] != saved.get(key)]
+            self._mismatch(path, f"a {kind}: {'; '.join(different)}", node)
+            return
+        node.children[ABOUT].used = True
+        self._loaded.append(dotted(where))
+        for name, item in inner.items():
+            self._bind_tensor(item, adapter, (*path, name), node.child(name), per_rank)
+
+    def _rebuild_wrapped(self, node: Node, about: Any, path: Path, like: Any, make: Maker) -> Any:
+        """Return a tensor subclass, `like` where it is made in the same way, else a new one, to be read into.
+
+        Where the framework isn't imported, return the inner tensors as a dict.
+        """
+        children = {str(key): child.entry for key, child in node.children.items()}
+        arrays = {key: entry.leaf for key, entry in children.items() if isinstance(entry, SavedArray)}
+        known = {adapter.name: adapter for adapter in adapters()}
+        adapter = next((known.get(leaf.container) for leaf in arrays.values()), None)
+        if adapter is None:
+            return None
+        target, where = None, (*path, ABOUT)
+        if like is not None and self._inspector.kind(like, path)[0] is Kind.WRAPPED:
+            here = adapter.unwrap(like, path)[ABOUT]
+            target = like if digest(encode(here, where)) == digest(encode(about, where)) else None
+        if target is None:
+            parameter = make.parameter if make.parameter is not None else self._pattern(adapter, path, about)
+            shapes = {key: (leaf.dtype, leaf.shape) for key, leaf in arrays.items()}
+            target = adapter.new_wrapped(about, shapes, parameter, path)
+        self._bind_wrapped(target, adapter, path, node, per_rank=False)
+        return target
+
+    def _pattern(self, adapter: Adapter, path: Path, about: Any) -> Any:
+        layouts = self._layouts_of(adapter)
+        return None if layouts is None else layouts.pattern(path, tuple(about["shape"]))
 
     def _differs(self, view: TensorView, leaf: SavedLeaf) -> str | None:
         if view.shape != leaf.shape:
@@ -123,10 +182,13 @@ class TensorBinder(BinderBase):
         return array
 
     def _spread(self, adapter: Adapter, path: Path, dtype: str, shape: tuple[int, ...]) -> Any:
+        layouts = self._layouts_of(adapter)
+        return None if layouts is None else layouts.new(path, dtype, shape)
+
+    def _layouts_of(self, adapter: Adapter) -> Layouts | None:
         if adapter.name not in self._layouts:
             self._layouts[adapter.name] = adapter.layouts(live_tensors(self._state, self._inspector))
-        layouts = self._layouts[adapter.name]
-        return None if layouts is None else layouts.new(path, dtype, shape)
+        return self._layouts[adapter.name]
 
     # Plain values, and what is built anew from the checkpoint.
 
@@ -153,37 +215,76 @@ class TensorBinder(BinderBase):
                 "be changed, so it can't be loaded; use a list or a dict"
             )
 
-    def _rebuild(self, node: Node, path: Path, like: Any = None, make: Make | None = None) -> Any:
+    def _rebuild(self, node: Node, path: Path, like: Any = None, make: Maker | None = None) -> Any:
         """Return what was saved here, with new arrays or fitting ones of `like`, to be filled by `reads`.
 
-        `make` makes the new arrays, given what was saved and where it belongs.
+        `make` makes the new arrays.
         """
+        make = Maker(self._fresh, None) if make is None else make
         if isinstance(node.entry, SavedValue):
             node.used = True
             return copy.deepcopy(node.entry.value)
         if isinstance(node.entry, SavedArray):
             node.used = True
-            return self._rebuild_array(node.entry, path, like, make or self._fresh)
+            return self._rebuild_array(node.entry, path, like, make)
+        about = _about(node)
+        if about is not None:
+            wrapped = self._rebuild_wrapped(node, about, path, like, make)
+            if wrapped is not None:
+                return wrapped
         result: dict[Any, Any] = {}
         if is_optimizer_state(node.children):
             self._optimizer_states.add(path)
         for key in node.children if node.ordered else sorted_like(node.children, like):
-            result[key] = self._rebuild(node.children[key], (*path, key), item_of(like, key), make)
+            result[key] = self._rebuild_item(node.children[key], (*path, key), item_of(like, key), make)
+        self._look_for_live(like, path, node)
         if node.container is not None and set(result) == set(range(len(result))):
             items = [result[index] for index in range(len(result))]
             return tuple(items) if node.container == "tuple" else items
         return OrderedDict(result) if node.kind == "ordered" else result
 
-    def _rebuild_array(self, entry: SavedArray, path: Path, like: Any, make: Make) -> Any:
+    def _rebuild_item(self, node: Node, path: Path, like: Any, make: Maker | None) -> Any:
+        """As `_rebuild`, for something inside; a live object stays itself and is loaded: nothing takes its place."""
+        lives = self._is_live(like, path)
+        was_alive = node.cls is not None or node.kind == "module"
+        if lives and (was_alive or node.kind is not None or not isinstance(node.entry, SavedValue)):
+            self._bind_live(like, path, node)
+            return like
+        if lives or was_alive:
+            here, there = describe_type(like), node.cls or ("a module" if was_alive else node.description)
+            self._mismatch(
+                path, f"{here} here, {there} in the checkpoint; make it before the load, as it was then", node
+            )
+            return like
+        return self._rebuild(node, path, like, make)
+
+    def _is_live(self, value: Any, path: Path) -> bool:
+        """Whether a value takes its state itself."""
+        if value is None or type(value) in SCALARS:
+            return False
+        return self._inspector.kind(value, path)[0] in (Kind.OBJECT, Kind.MODULE, Kind.OPTIMIZER)
+
+    def _look_for_live(self, like: Any, path: Path, node: Node) -> None:
+        """Tell live objects of which the checkpoint has nothing."""
+        if isinstance(like, (Mapping, list, tuple)):
+            for key, item in like.items() if isinstance(like, Mapping) else enumerate(like):
+                if key not in node.children and self._is_live(item, (*path, str(key))):
+                    self._absent((*path, key if type(key) is int else str(key)), per_rank=False)
+
+    @abstractmethod
+    def _bind_live(self, value: Any, path: Path, node: Node) -> None:
+        """Bind something that takes its state itself and lies in what is built anew."""
+
+    def _rebuild_array(self, entry: SavedArray, path: Path, like: Any, make: Maker) -> Any:
         kind, adapter = (Kind.PLAIN, None) if like is None else self._inspector.kind(like, path)
         if adapter is not None and kind in (Kind.TENSOR, Kind.SHARDED):
             try:
                 view = _target_view(like, adapter, path)
             except StateError:  # it can be saved, but not filled: a read-only or expanded tensor
-                return make(entry, path)
+                return make.array(entry, path)
             if (view.shape, view.dtype) == (entry.leaf.shape, entry.leaf.dtype):
                 return self._rebuild_like(like, adapter, view, entry, path)
-        return make(entry, path)
+        return make.array(entry, path)
 
     def _rebuild_like(self, like: Any, adapter: Adapter, view: TensorView, entry: SavedArray, path: Path) -> Any:
         """Return a fitting array itself, to be filled; one like it where it lies in memory in another way.
@@ -210,6 +311,13 @@ class TensorBinder(BinderBase):
         self._taken.add(len(self.reads), found)
         self._read(like, adapter, view, entry, path)
         return like
+
+
+def _about(node: Node) -> Any:
+    """Return what is said of a tensor subclass whose inner tensors lie here, None where none does."""
+    child = node.child(ABOUT)
+    value = child.entry.value if child is not None and isinstance(child.entry, SavedValue) else None
+    return value if isinstance(value, dict) and "class" in value and "context" in value else None
 
 
 def _new_like(array: Any, adapter: Adapter, order: tuple[int, ...] | None) -> Any:

@@ -11,8 +11,7 @@ from typing import Any
 from ckptengine.state.adapters import describe_type
 from ckptengine.state.bind.base import SET, Put
 from ckptengine.state.bind.live import is_optimizer_state
-from ckptengine.state.bind.objects import ObjectBinder
-from ckptengine.state.bind.optimizers import OptimizerBinder
+from ckptengine.state.bind.own_calls import OwnCallsBinder
 from ckptengine.state.bind.sharing import Taken, extents
 from ckptengine.state.kinds import Kind, children
 from ckptengine.state.leaf import Path, dotted
@@ -24,7 +23,7 @@ __all__ = ["Binder"]
 _log = logging.getLogger("ckptengine")
 
 
-class Binder(ObjectBinder, OptimizerBinder):
+class Binder(OwnCallsBinder):
     """Walks a state and sorts its values by kind."""
 
     def walk(self, state: Mapping[str, Any]) -> None:
@@ -44,7 +43,7 @@ class Binder(ObjectBinder, OptimizerBinder):
         kind, adapter = self._inspector.kind(value, path)
         if kind is Kind.PER_RANK:
             self._bind_per_rank(value, path, node)
-        elif kind in (Kind.TENSOR, Kind.SHARDED):
+        elif kind in (Kind.TENSOR, Kind.WRAPPED, Kind.SHARDED):
             assert adapter is not None
             new = adapter.replacement(value) if kind is Kind.TENSOR and put is not None else None
             reads = len(self.reads)
@@ -56,7 +55,10 @@ class Binder(ObjectBinder, OptimizerBinder):
             self._bind_module(value, adapter, path, node, per_rank)
         elif kind is Kind.OPTIMIZER:
             assert adapter is not None
-            self._bind_optimizer(value, adapter, path, node, per_rank)
+            if adapter.saves_itself(value):
+                self._late.append(functools.partial(self._bind_own_optimizer, value, adapter, path, node, per_rank))
+            else:
+                self._bind_optimizer(value, adapter, path, node, per_rank)
         elif kind is Kind.OBJECT and is_stateful_loader(value):
             self._bind_loader(value, path, node if per_rank else self._own.find(path))
         elif kind is Kind.OBJECT:
@@ -81,6 +83,16 @@ class Binder(ObjectBinder, OptimizerBinder):
                 "optimizer.load_state_dict(...) with this dict after the restore",
                 dotted(path),
             )
+
+    def _bind_live(self, value: Any, path: Path, node: Node) -> None:
+        """What holds it is handed it as it is; it has its own state before that."""
+        kind, adapter = self._inspector.kind(value, path)
+        if kind is Kind.OBJECT:
+            self._bind_object(value, path, node, False)
+        elif kind is Kind.OPTIMIZER and adapter is not None and adapter.saves_itself(value):
+            self._bind_own_optimizer(value, adapter, path, node, False)
+        else:
+            self._bind(value, None, path, node, per_rank=False)
 
     def _bind_items(self, value: Any, path: Path, node: Node | None, *, per_rank: bool) -> None:
         for key, item in children(value, path):

@@ -1,0 +1,108 @@
+"""How optimizers that are saved by their own `state_dict` are bound."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+from ckptengine.state.adapters import Adapter
+from ckptengine.state.bind.base import FRAMEWORK
+from ckptengine.state.bind.objects import ObjectBinder, hand_over
+from ckptengine.state.bind.optimizers import OptimizerBinder
+from ckptengine.state.kinds import optimizer_names
+from ckptengine.state.leaf import Path, dotted
+from ckptengine.state.own_state import GROUPS, STATE, numbers_of, parts_of
+from ckptengine.state.saved import Node
+
+__all__ = ["OwnCallsBinder"]
+
+
+class OwnCallsBinder(ObjectBinder, OptimizerBinder):
+    """Binds optimizers whose `state_dict` says more than their state and groups, by their own calls."""
+
+    def _bind_own_optimizer(
+        self, optimizer: Any, adapter: Adapter, path: Path, node: Node | None, per_rank: bool
+    ) -> None:
+        adapter.check_optimizer(optimizer, path)
+        current = self._inspector.asked.state_of(optimizer, path)
+        groups = adapter.optimizer_groups(optimizer)
+        parts = parts_of(current, groups)
+        call = functools.partial(adapter.hand_over, optimizer)
+        if parts is None:
+            self._bind_object(optimizer, path, node, per_rank, call)
+            return
+        if not self._selection.holds(path):
+            self._selection.refuse_part(path)
+            return
+        if node is None:
+            self._absent(path, per_rank)
+            return
+        if self._another_class(optimizer, path, node):
+            return
+        self.built.append(path)
+        names = optimizer_names(groups, self._names)
+        packed = self._own_groups(groups, names, path, node, per_rank)
+        if packed is None:
+            return
+        state = self._own_states(adapter, groups, names, parts[0], packed, path, node)
+        numbers = numbers_of(groups)
+        handed: dict[Any, Any] = {
+            STATE: state,
+            GROUPS: [{**group, "params": numbers[g]} for g, group in enumerate(packed)],
+        }
+        for key, child in node.children.items():
+            if key not in (STATE, GROUPS):
+                handed[key] = self._rebuild(child, (*path, key), current.get(key))
+                self._loaded.append(dotted((*path, key)))
+        for key in current:
+            if key not in handed:
+                self._absent((*path, key), per_rank)
+        self._act(FRAMEWORK, functools.partial(hand_over, optimizer, handed, path, call))
+
+    def _own_groups(
+        self, groups: list[dict[str, Any]], names: list[list[str]], path: Path, node: Node, per_rank: bool
+    ) -> list[dict[str, Any]] | None:
+        """Return the saved groups, with the parameters' names; None where they are not those that are here."""
+        where, child = (*path, GROUPS), node.child(GROUPS)
+        if child is None:
+            self._absent(where, per_rank)
+            return None
+        reads, actions, cast = len(self.reads), len(self.actions), len(self._cast)
+        saved: list[dict[str, Any]] = self._rebuild(child, where, groups)
+        reason = self._groups_differ(saved, names)
+        if reason is not None:
+            del self.reads[reads:], self.actions[actions:], self._cast[cast:]
+            self._mismatch(where, reason, node)
+            return None
+        self._loaded.append(dotted(where))
+        return saved
+
+    def _own_states(
+        self,
+        adapter: Adapter,
+        groups: list[dict[str, Any]],
+        names: list[list[str]],
+        current: Any,
+        packed: list[dict[str, Any]],
+        path: Path,
+        node: Node,
+    ) -> dict[Any, Any]:
+        """Return the saved states, under the parameters' numbers; what belongs to no parameter under its own key."""
+        saved = node.child(STATE) or Node()
+        saved.used = True  # where no parameter had state it is an empty dict
+        by_name = {self._parameter_name(str(key)): (key, child) for key, child in saved.children.items()}
+        states: dict[Any, Any] = {}
+        for group, group_names, numbers in zip(groups, names, numbers_of(groups), strict=True):
+            for parameter, name, number in zip(group["params"], group_names, numbers, strict=True):
+                where = (*path, STATE, name)
+                _, child = by_name.pop(name, (None, None))
+                here = current.get(number, {})
+                if child is None or self._state_differs(parameter, name, where, child, here):
+                    continue
+                states[number] = self._bind_parameter_state(adapter, group, parameter, here, where, child)
+        of_parameters = {self._parameter_name(str(name)) for group in packed for name in group["params"]}
+        for name, (key, child) in by_name.items():
+            if name not in of_parameters:
+                states[key] = self._rebuild(child, (*path, STATE, key), current.get(key))
+                self._loaded.append(dotted((*path, STATE, key)))
+        return states
