@@ -11,7 +11,12 @@ __all__ = ["catalogue", "of_torch"]
 
 def of_torch() -> list[Entry]:
     """Return the entries that need nothing but torch."""
-    return [*entries_torch.optimizers(), *entries_torch.schedulers(), *entries_around.wrappers(), *entries_around.layers()]
+    return [
+        *entries_torch.optimizers(),
+        *entries_torch.schedulers(),
+        *entries_around.wrappers(),
+        *entries_around.layers(),
+    ]
 
 
 def catalogue() -> list[Entry]:

@@ -22,9 +22,11 @@ LAYERS = "layers of torch"
 def wrappers() -> Iterator[Entry]:
     yield Entry(WRAPPERS, "AveragedModel (SWA)", _averaged())
     yield Entry(WRAPPERS, "AveragedModel (EMA)", _averaged(multi_avg_fn=swa_utils.get_ema_multi_avg_fn(0.9)))
-    yield Entry(WRAPPERS, "AveragedModel (EMA, buffers too)", _averaged(
-        multi_avg_fn=swa_utils.get_ema_multi_avg_fn(0.9), use_buffers=True
-    ))
+    yield Entry(
+        WRAPPERS,
+        "AveragedModel (EMA, buffers too)",
+        _averaged(multi_avg_fn=swa_utils.get_ema_multi_avg_fn(0.9), use_buffers=True),
+    )
     yield Entry(WRAPPERS, "GradScaler", _scaled)
     yield Entry(WRAPPERS, "PostLocalSGDOptimizer (DDP)", _post_local)
     yield Entry(WRAPPERS, "ZeroRedundancyOptimizer (DDP)", _zero)
@@ -166,18 +168,30 @@ def _early_stopping(world: World) -> Job:
 
 
 def layers() -> Iterator[Entry]:
-    norm, spectral, orthogonal = parametrizations.weight_norm, parametrizations.spectral_norm, parametrizations.orthogonal
+    norm, spectral, orthogonal = (
+        parametrizations.weight_norm,
+        parametrizations.spectral_norm,
+        parametrizations.orthogonal,
+    )
     yield Entry(LAYERS, "parametrizations.weight_norm", _with_linear(norm))
     yield Entry(LAYERS, "parametrizations.spectral_norm", _with_linear(spectral))
     yield Entry(LAYERS, "parametrizations.orthogonal", _with_linear(orthogonal))
     yield Entry(LAYERS, "utils.weight_norm", _with_linear(nn.utils.weight_norm))
     yield Entry(LAYERS, "utils.spectral_norm", _with_linear(nn.utils.spectral_norm))
     yield Entry(LAYERS, "utils.prune.l1_unstructured", _with_linear(_pruned))
-    yield Entry(LAYERS, "BatchNorm1d", _of(lambda: nn.Sequential(nn.Flatten(), nn.Linear(16, 8), nn.BatchNorm1d(8), nn.Linear(8, 3))))
-    yield Entry(LAYERS, "BatchNorm1d(momentum=None)", _of(
-        lambda: nn.Sequential(nn.Flatten(), nn.Linear(16, 8), nn.BatchNorm1d(8, momentum=None), nn.Linear(8, 3))
-    ))
-    yield Entry(LAYERS, "Dropout", _of(lambda: nn.Sequential(nn.Flatten(), nn.Linear(16, 8), nn.Dropout(0.5), nn.Linear(8, 3))))
+    yield Entry(
+        LAYERS,
+        "BatchNorm1d",
+        _of(lambda: nn.Sequential(nn.Flatten(), nn.Linear(16, 8), nn.BatchNorm1d(8), nn.Linear(8, 3))),
+    )
+    yield Entry(
+        LAYERS,
+        "BatchNorm1d(momentum=None)",
+        _of(lambda: nn.Sequential(nn.Flatten(), nn.Linear(16, 8), nn.BatchNorm1d(8, momentum=None), nn.Linear(8, 3))),
+    )
+    yield Entry(
+        LAYERS, "Dropout", _of(lambda: nn.Sequential(nn.Flatten(), nn.Linear(16, 8), nn.Dropout(0.5), nn.Linear(8, 3)))
+    )
     yield Entry(LAYERS, "LSTM", _of(lambda: _Recurrent()))
     yield Entry(LAYERS, "TransformerEncoderLayer", _of(lambda: _Attention()))
     yield Entry(LAYERS, "tied weights", _of(lambda: _Tied()))

@@ -128,7 +128,9 @@ def _grouped(world: World, kind: type, options: dict[str, Any]) -> Job:
 def _sharpness(world: World, kind: type, options: dict[str, Any]) -> Job:
     model = mixed(world)
     inner = {"base_optimizer": torch.optim.SGD, "lr": 0.05, "momentum": 0.9, **options}
-    optimizer = kind(model, model.parameters(), **inner) if kind.__name__ == "WSAM" else kind(model.parameters(), **inner)
+    optimizer = (
+        kind(model, model.parameters(), **inner) if kind.__name__ == "WSAM" else kind(model.parameters(), **inner)
+    )
     return train(world, model, optimizer, how="again")
 
 

@@ -134,4 +134,3 @@ def _low_bit(kind: Callable[..., Any]) -> Callable[[World], Job]:
         return train(world, model, kind(model.parameters(), **options))
 
     return start
-

@@ -171,7 +171,9 @@ def _metric(make: Callable[[], Any], persistent: bool) -> Callable[[World], Job]
         optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
 
         def look(number: int, _: torch.Tensor) -> None:
-            metric.update(world.batch(number, 3).softmax(1), world.batch(number + 50).abs().mul(1.5).long().clamp(max=2))
+            metric.update(
+                world.batch(number, 3).softmax(1), world.batch(number + 50).abs().mul(1.5).long().clamp(max=2)
+            )
 
         job = train(world, model, optimizer, more={"metric": metric}, after=[look])
         return _ending(job, metric)

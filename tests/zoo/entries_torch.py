@@ -31,7 +31,11 @@ def classes(module: ModuleType, base: type, *, but: tuple[str, ...] = ()) -> Ite
         kind = getattr(module, name)
         if not inspect.isclass(kind) or not issubclass(kind, base) or kind is base or name.startswith("_"):
             continue
-        if not inspect.isabstract(kind) and name not in but and kind.__module__.startswith(module.__name__.split(".")[0]):
+        if (
+            not inspect.isabstract(kind)
+            and name not in but
+            and kind.__module__.startswith(module.__name__.split(".")[0])
+        ):
             yield name, kind
 
 

@@ -81,7 +81,9 @@ def mixed(world: World, outputs: int = 3) -> nn.Module:
 def matrices(world: World) -> nn.Module:
     """Return a model with matrices only, for what takes nothing else."""
     torch.manual_seed(world.seed)
-    return world.shard(nn.Sequential(nn.Flatten(), nn.Linear(16, 8, bias=False), nn.Tanh(), nn.Linear(8, 4, bias=False)))
+    return world.shard(
+        nn.Sequential(nn.Flatten(), nn.Linear(16, 8, bias=False), nn.Tanh(), nn.Linear(8, 4, bias=False))
+    )
 
 
 def wide(world: World) -> nn.Module:

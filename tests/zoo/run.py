@@ -1,8 +1,8 @@
 """Try the entries of the zoo, and compare the table that comes of it with the one in docs/zoo.md.
 
-    python tests/zoo/run.py                     all entries; fails where a line is at fault or the table differs
-    python tests/zoo/run.py --write             the same, and writes the table
-    python tests/zoo/run.py --details AdamW     those whose package or name contains a word; no table
+python tests/zoo/run.py                     all entries; fails where a line is at fault or the table differs
+python tests/zoo/run.py --write             the same, and writes the table
+python tests/zoo/run.py --details AdamW     those whose package or name contains a word; no table
 """
 
 from __future__ import annotations
@@ -65,7 +65,9 @@ def up_to_date(text: str, *, write: bool) -> bool:
         DOCUMENT.write_text(text)
         return True
     before = DOCUMENT.read_text() if DOCUMENT.exists() else ""
-    for line in difflib.unified_diff(before.splitlines(), text.splitlines(), str(DOCUMENT), "this run", lineterm="", n=0):
+    for line in difflib.unified_diff(
+        before.splitlines(), text.splitlines(), str(DOCUMENT), "this run", lineterm="", n=0
+    ):
         print(line)
     return before == text
 

@@ -25,12 +25,12 @@ PACKAGES = (
 HEAD = """\
 # What comes back: the zoo
 
-`make zoo` tries what people train with, on the CPU, in one process and on two ranks under FSDP2 (gloo), and writes this table;
-CI fails where a run gives another one. Each entry is trained for six steps without the engine. Then it is trained
-for three steps, saved, restored into fresh objects (made anew, with other weights and other random numbers), and trained
-for three more. Losses, parameters, buffers, gradients, the optimizer's state and *everything else that the objects hold*,
-also what their `state_dict` leaves out, have to be the same bit for bit as in the training without interruption: values,
-dtypes, shapes, strides, placements, shared memory, the order of keys. The state always has `ce.RNG()`.
+`make zoo` tries what people train with, on the CPU, in one process and on two ranks under FSDP2 (gloo), and makes this
+table; CI fails where a run gives another one. Each entry is trained for six steps without the engine. Then it is
+trained for three steps, saved, restored into fresh objects (with other weights and other random numbers), and trained
+for three more. Losses, parameters, buffers, gradients, the optimizer's state and *everything else that the objects
+hold*, also what their `state_dict` leaves out, have to be the same bit for bit as in the training without interruption:
+values, dtypes, shapes, strides, placements, shared memory, the order of keys. The state always has `ce.RNG()`.
 
 | word | meaning |
 |---|---|
@@ -39,9 +39,9 @@ dtypes, shapes, strides, placements, shared memory, the order of keys. The state
 | refused | The save raises an error, whose words are in the note. Nothing is saved that could not be restored. |
 | – | Not applicable: the training fails without any checkpoint, or can't be repeated; the note has its error. |
 
-There is no line that says "different": such a line fails the run. Where optimizers on two ranks have the choice, they are
-given `foreach=False`, since torch has no rules for DTensors for many operations on lists. What compiles its step is not
-compiled here. timm is used without torchvision, so of timm only its optimizers and schedulers are here.
+There is no line that says "different": such a line fails the run. Where optimizers on two ranks have the choice, they
+are given `foreach=False`, since torch has no rules for DTensors for many operations on lists. What compiles its step is
+not compiled here. timm is used without torchvision, so of timm only its optimizers and schedulers are here.
 """
 
 
