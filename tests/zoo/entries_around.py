@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -40,8 +41,10 @@ def wrappers() -> Iterator[Entry]:
 
 def _averaged(**options: Any) -> Callable[[World], Job]:
     def start(world: World) -> Job:
-        model = mixed(world)
+        model = mixed(replace(world, sharded=False))
         averaged = swa_utils.AveragedModel(model, **options)
+        world.shard(averaged.module)
+        world.shard(model)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
         after = [lambda _, __: averaged.update_parameters(model)]
         return train(world, model, optimizer, more={"averaged": averaged}, after=after)
@@ -66,7 +69,7 @@ def _scaled(world: World) -> Job:
 
 
 def _plain_model(world: World) -> nn.Module:
-    return mixed(World(world.rank, 1, world.seed))
+    return mixed(replace(world, sharded=False))
 
 
 def _ddp_model(world: World) -> nn.Module:

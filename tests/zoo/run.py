@@ -53,7 +53,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def show(where: str, entry: Entry, outcome: Outcome, details: bool) -> None:
-    print(f"{where} {entry.package}.{entry.name}: {outcome.status} {outcome.words}".rstrip(), flush=True)
+    words = f": {outcome.words}" if outcome.words else ""
+    print(f"{where} {entry.package}.{entry.name}: {outcome.status}{words}", flush=True)
     if details:
         for line in outcome.details[:12]:
             print("    " + line.replace("\n", "\n    "))
