@@ -78,7 +78,7 @@ class Refusing(Disk):
 
 
 def test_where_direct_writes_are_refused_it_is_said_once_and_written_buffered(tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr("ckptengine.storage.local._refusing", set())
+    monkeypatch.setattr("ckptengine.storage.direct._refusing", set())
     storage, data = LocalStorage(tmp_path, Refusing()), aligned(1 << 20)
     for number in range(2):
         write_archive(storage, f"{number}.zip", data)
