@@ -85,7 +85,9 @@ def async_save(
     """
     comm = comm or current()
     saver = _saver(comm, timeout)
-    target = single_checkpoint(open_storage(path, storage_options), metadata)
+    storage = open_storage(path, storage_options, timeout)
+    storage.check_shared(comm.world_size)
+    target = single_checkpoint(storage, metadata)
     return saver.start(target, state, replica_check(check_replicas), timeout)
 
 
@@ -135,11 +137,12 @@ def load(
     leaf that doesn't fit, `FormatVersionError`. After damage that was found while tensors were being filled, the
     state is not usable; the message says so.
     """
-    storage = open_storage(path, storage_options)
+    storage = open_storage(path, storage_options, timeout)
     options = LoadOptions.of(only, rename, strict, cast)
     if into is None:
         return load_arrays(storage, options, rank)
     comm = comm or current()
+    storage.check_shared(comm.world_size)
     loaded = load_newest(storage, into, comm, timeout, options)
     tell_leftovers(loaded, comm)
     report: LoadReport = loaded.report

@@ -140,6 +140,7 @@ class Checkpointer:
         self._failures = 0
         self._failure: SaveFailedError | None = None
         self._found: int | None = None  # on rank 0: the newest step that was there
+        self._read_only = ""  # why the run can't be written to
         self._asked = False  # whether `restore` was called, or the lack of it told
         weakref.finalize(self, self._tiers.forget).atexit = False
         token = self._open()
@@ -157,23 +158,37 @@ class Checkpointer:
     def _open(self) -> str:
         """Make the run's directory and sweep what dead attempts left, on rank 0; an error is one on all ranks.
 
-        Returns a name that only this life has, the same on all ranks.
+        A run that has checkpoints and can't be written to is opened for `restore` alone. Returns a name that only this
+        life has, the same on all ranks.
         """
         error: Exception | None = None
         token = b""
         if self._comm.rank == 0:
             try:
                 self._refuse_checkpoint()
-                self._storage.create()
-                self._sweep(remove_leftovers(self._storage))
                 self._tiers.found = self._tiers.newest()
-                token = secrets.token_hex(8).encode()
+                refusal = self._refusal_to_write()
+                if not refusal:
+                    self._sweep(remove_leftovers(self._storage))
+                token = f"{secrets.token_hex(8)} {refusal}".encode()
             except Exception as problem:
                 error = problem
-        name = gather(self._comm, token, error, self._timeout, f"opening {self.run}")[0].decode()
+        opened = gather(self._comm, token, error, self._timeout, f"opening {self.run}")[0].decode()
+        name, _, self._read_only = opened.partition(" ")
         self._tiers.open(name)
         self._found = self._tiers.found
         return name
+
+    def _refusal_to_write(self) -> str:
+        """Make the run's directory; return why it can't be, where there is something to restore from it."""
+        try:
+            self._storage.create()
+        except StorageError as error:
+            if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS) or self._tiers.found is None:
+                raise
+            _log.warning("%s can be restored from, and not be saved to: %s", self.run, error)
+            return str(error.strerror)
+        return ""
 
     def _refuse_checkpoint(self) -> None:
         found = [entry for entry in committed(self._storage) if entry.step is None]
@@ -252,7 +267,8 @@ class Checkpointer:
         options = LoadOptions.of(module_names(state) if only is None else only, rename, strict, cast)
         if not options.only:
             raise StateError("the state has no modules: say with `only` what warm_start is to load")
-        loaded = load_newest(open_storage(path, storage_options), state, self._comm, self._timeout, options)
+        storage = open_storage(path, storage_options, self._timeout)
+        loaded = load_newest(storage, state, self._comm, self._timeout, options)
         if self._comm.rank == 0:
             level = logging.INFO if loaded.report.complete else logging.WARNING
             _log.log(level, "%s: warm start from %s: %s", self.run, loaded.location, loaded.report)
@@ -309,6 +325,8 @@ class Checkpointer:
         step = operator.index(step)
         if step < 0:
             raise ValueError(f"step {step}: steps count from 0 on")
+        if self._read_only:
+            raise StorageError(errno.EACCES, f"{self.run} was opened to restore from it alone: {self._read_only}")
         directory = step_directory(step)
         if self._highest is not None and step < self._highest:
             raise ValueError(

@@ -19,12 +19,8 @@ os.environ.setdefault("RES_OPTIONS", "timeout:1")
 
 def _before_damage(event: str, arguments: tuple[object, ...]) -> None:
     """Make an archive writable that a test is about to damage: archives are read-only files, to all but root."""
-    if (
-        event == "open" and isinstance(arguments[2], int) and arguments[2] & (os.O_WRONLY | os.O_RDWR)
-    ) or event == "os.truncate":
-        path = arguments[0]
-    else:
-        return
+    writes = event == "open" and isinstance(arguments[2], int) and arguments[2] & (os.O_WRONLY | os.O_RDWR)
+    path = arguments[0] if writes or event == "os.truncate" else None
     if isinstance(path, str | os.PathLike) and str(path).endswith(".zip") and os.path.isfile(path):
         os.chmod(path, 0o644)
 

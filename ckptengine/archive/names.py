@@ -33,8 +33,8 @@ def escape(key: Key) -> str:
     """Return the Zarr node name of one key; distinct keys give distinct names.
 
     `/`, `\\`, `%` and control characters become `%XX`; so do the first character of a name that consists of dots alone
-    or is `zarr.json` in any case, a leading `#`, and the first of a leading `__`. The empty string is `%`, the integer 7
-    is `#7`.
+    or is `zarr.json` in any case, a leading `#`, and the first of a leading `__`. The empty string is `%`, and the
+    integer 7 is `#7`.
     """
     if isinstance(key, int):
         return f"#{key}"

@@ -86,8 +86,8 @@ def read_line(storage: Storage, *, deep: bool) -> Line:
     Retention deletes a checkpoint's manifest first. So where something can't be read and the manifest is gone as well,
     the checkpoint was deleted meanwhile: it is passed over, and where it is the newest one, the run is listed again.
 
-    Raises `CheckpointNotFoundError` where there is no checkpoint, `StorageError` where the newest one was deleted each
-    time.
+    Raises `CheckpointNotFoundError` where there is no checkpoint, `StorageError` where the storage refuses or fails to
+    read, which says nothing of what lies there, or where the newest one was deleted each time.
     """
     for _ in range(_MOST_LISTINGS):
         line = _read_once(storage, deep)
@@ -111,6 +111,7 @@ def _read_once(storage: Storage, deep: bool) -> Line | None:
         if not isinstance(item, listing.Problem):
             found.insert(0, item)
         elif not _gone(storage, entry):
+            _raise_unread(item.error)
             findings.add("damage", (entry.step, entry.step), str(item.error))
         elif entry == newest:
             return None
@@ -137,6 +138,12 @@ def _read_once(storage: Storage, deep: bool) -> Line | None:
     return Line(line, looks, findings)
 
 
+def _raise_unread(error: Exception) -> None:
+    """Raise an error of the storage that is no damage: what is there could not be read."""
+    if isinstance(error, StorageError) and error.errno not in (errno.ENOENT, errno.EFBIG):
+        raise error
+
+
 def _gone(storage: Storage, entry: Entry) -> bool:
     """Whether a checkpoint that was listed has been deleted."""
     return listing.manifest_name(entry.generation) not in storage.list(entry.directory)
@@ -150,7 +157,8 @@ def _restarts(storage: Storage, before: Entry, entry: Entry, manifest: Manifest)
     while parent is not None and parent[0] > before.generation:
         try:
             count, parent = count + 1, listing.read_claim(storage, parent[0])
-        except (CheckpointDamagedError, FormatVersionError, StorageError):
+        except (CheckpointDamagedError, FormatVersionError, StorageError) as error:
+            _raise_unread(error)
             return 1
     return count
 
@@ -170,6 +178,7 @@ def _look(
             checkpoint.archive(rank)
         saved = describe(checkpoint)
     except (CheckpointDamagedError, CheckpointNotFoundError, StorageError) as error:
+        _raise_unread(error)
         findings.add("damage", between, str(error))
         return None
     names, states = set(), {}
@@ -208,7 +217,8 @@ def _leads_to(storage: Storage, parent: tuple[int, int] | None, before: Entry) -
     while parent is not None and parent[0] > before.generation:
         try:
             parent = listing.read_claim(storage, parent[0])
-        except (CheckpointDamagedError, FormatVersionError, StorageError):
+        except (CheckpointDamagedError, FormatVersionError, StorageError) as error:
+            _raise_unread(error)
             return False
     return parent is not None and parent[0] == before.generation and parent >= before.order
 

@@ -107,23 +107,24 @@ def _record(value: Any) -> ArchiveRecord:
 class Outcome:
     """How an attempt ended, as rank 0 tells the others: committed where `error` is empty.
 
-    `kind` names the error's class in `ckptengine.errors`.
+    `kind` names the error's class in `ckptengine.errors`, `directory` is the checkpoint's where rank 0 has written.
     """
 
     error: str = ""
     plan_together: bool = False
     kind: str = ""
+    directory: str = ""
 
     def encode(self) -> bytes:
         """Return the outcome as it travels."""
-        return json.dumps([self.error, self.plan_together, self.kind]).encode()
+        return json.dumps([self.error, self.plan_together, self.kind, self.directory]).encode()
 
     @classmethod
     def decode(cls, data: bytes) -> Outcome:
         """Return the outcome of a message; raises `SaveFailedError` where it is damaged."""
         try:
-            error, plan_together, kind = json.loads(data)
-            return cls(_of(str, error), _of(bool, plan_together), _of(str, kind))
+            error, plan_together, kind, directory = json.loads(data)
+            return cls(_of(str, error), _of(bool, plan_together), _of(str, kind), _of(str, directory))
         except (TypeError, ValueError, RecursionError) as problem:
             raise SaveFailedError(
                 f"rank 0's word on the commit is damaged ({problem}): the storage tells whether it came"
@@ -184,8 +185,8 @@ class Channel:
         data = get_large(self._store, key, timeout)
         if data is None:
             return None
-        delete_large(self._store, key)
         self._came.add(rank)
+        self._forget(key)
         return Receipt.decode(data)
 
     def drain(self, deadline: float) -> bool:
@@ -198,10 +199,15 @@ class Channel:
                 return False
         return True
 
-    def announce(self, outcome: Outcome) -> None:
-        """Tell all other ranks how the attempt ended."""
-        for rank in range(1, self.world_size):
-            put_large(self._store, f"{self._prefix}/outcome/{rank}", outcome.encode())
+    def announce(self, outcome: Outcome, ranks: Iterable[int] | None = None) -> dict[int, CheckpointError]:
+        """Tell the other ranks, or `ranks`, how the attempt ended; return those that could not be told, and why."""
+        untold: dict[int, CheckpointError] = {}
+        for rank in range(1, self.world_size) if ranks is None else ranks:
+            try:
+                put_large(self._store, f"{self._prefix}/outcome/{rank}", outcome.encode())
+            except CheckpointError as error:
+                untold[rank] = error
+        return untold
 
     def hand_out(self, manifest: bytes, ranks: Iterable[int]) -> None:
         """Give the manifest that was published to the ranks whose nodes get a copy; before the outcome."""
@@ -213,7 +219,7 @@ class Channel:
         key = f"{self._prefix}/manifest/{self.rank}"
         data = get_large(self._store, key, 0.0)
         if data is not None:
-            delete_large(self._store, key)
+            self._forget(key)
         return data
 
     def heard(self, deadline: float) -> bool:
@@ -230,14 +236,24 @@ class Channel:
 
     def outcome(self, deadline: float) -> Outcome:
         """Wait for rank 0's word until a moment of `time.monotonic`; raises `DeadlineError` naming rank 0."""
-        key = f"{self._prefix}/outcome/{self.rank}"
-        data = get_large(self._store, key, max(0.0, deadline - time.monotonic()) + _GRACE)
-        if data is None:
+        outcome = self.hear(max(0.0, deadline - time.monotonic()) + _GRACE)
+        if outcome is None:
             raise DeadlineError("rank 0 did not say in time whether the checkpoint was committed; it may have died")
-        # The outcome is known: a key that stays, because rank 0 has ended and its store with it, does no harm.
+        return outcome
+
+    def hear(self, seconds: float) -> Outcome | None:
+        """Wait for rank 0's word for so many seconds; None where it does not come."""
+        key = f"{self._prefix}/outcome/{self.rank}"
+        data = get_large(self._store, key, seconds)
+        if data is None:
+            return None
+        self._forget(key)
+        return Outcome.decode(data)
+
+    def _forget(self, key: str) -> None:
+        """Delete what was read: it is known, and a key that stays does no harm, as where the store's host has ended."""
         with contextlib.suppress(CheckpointError):
             delete_large(self._store, key)
-        return Outcome.decode(data)
 
 
 def collect(channel: Channel, own: Receipt, deadline: float) -> list[Receipt]:

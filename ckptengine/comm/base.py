@@ -34,6 +34,9 @@ class Communicator(ABC):
 
     rank: int
     world_size: int
+    about: str = ""
+    """What the operations to come are for, in the same words on all ranks, or nothing: by it a rank that left one out
+    is told from one that is late, for which the others have waited in vain."""
 
     @abstractmethod
     def all_gather(self, value: bytes, timeout: float) -> list[bytes]:
@@ -46,6 +49,10 @@ class Communicator(ABC):
     @abstractmethod
     def barrier(self, timeout: float) -> None:
         """Return when all ranks have come."""
+
+    def awaited(self) -> bool:
+        """Return, without waiting, whether rank 0 is in an operation to which this rank has yet to come."""
+        return False
 
     @abstractmethod
     def store(self) -> KeyValueStore | None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import struct
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import IntEnum
 from typing import NoReturn, TypeVar
 
@@ -38,22 +40,32 @@ _TO_LEADER, _FROM_LEADER = 32_101, 32_102
 """Tags; the standard has them up to 32,767 at least. Only `from_mpi` sends under them on a job's own communicator."""
 _SPINS = 100
 _LONGEST_PAUSE = 0.002
+_ASK_SECONDS = 1.0
+"""How often a rank asks whether rank 0 waits for it."""
 _MOST_TEXT = 900
 """Bytes of an error's text: a word must fit into what every MPI sends eagerly, so that receiving it never blocks."""
 
+_log = logging.getLogger("ckptengine")
 _alone = SingleProcess()  # one for the process: plans and memory are kept by communicator
 
 
 class _Word(IntEnum):
-    """What ranks say: the first three to rank 0, the others by it."""
+    """What ranks say: those before GO to rank 0, the others by it."""
 
     CAME = 0
     GAVE_UP = 1
-    FAILED = 2
-    GO = 3
-    LATE = 4
-    MISMATCH = 5
-    BROKEN = 6
+    WITHDREW = 2
+    """It came too early, being behind: as if it had never come."""
+    ASK = 3
+    """Is rank 0 in an operation?"""
+    FAILED = 4
+    GO = 5
+    LATE = 6
+    MISSED = 7
+    """As LATE, to those who were not in it."""
+    MISMATCH = 8
+    BROKEN = 9
+    HERE = 10
 
 
 class _Kind(IntEnum):
@@ -70,26 +82,32 @@ class _Kind(IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class _Message:
-    """A word about operation `number`. `nbytes` is the length of a broadcast's value, `text` why there is no go."""
+    """A word about operation `number`.
+
+    `nbytes` is the length of a broadcast's value. `entry` counts the calls of a rank, so that what is said to an
+    earlier one is told from what is said to this one. `text` is why there is no go; of those who come, and before a
+    line's end where one was missed, what the operation is for.
+    """
 
     number: int
     word: _Word
     kind: _Kind
     root: int = 0
     nbytes: int = 0
+    entry: int = 0
     text: str = ""
 
     def encode(self) -> bytes:
         text = self.text.encode()[:_MOST_TEXT]
-        return _HEAD.pack(self.number, self.word, self.kind, self.root, self.nbytes) + text
+        return _HEAD.pack(self.number, self.word, self.kind, self.root, self.nbytes, self.entry) + text
 
     @classmethod
     def decode(cls, data: bytes) -> _Message:
-        number, word, kind, root, nbytes = _HEAD.unpack_from(data)
-        return cls(number, _Word(word), _Kind(kind), root, nbytes, data[_HEAD.size :].decode(errors="replace"))
+        number, word, kind, root, nbytes, entry = _HEAD.unpack_from(data)
+        return cls(number, _Word(word), _Kind(kind), root, nbytes, entry, data[_HEAD.size :].decode(errors="replace"))
 
 
-_HEAD = struct.Struct("<QBBiQ")
+_HEAD = struct.Struct("<QBBiQQ")
 
 
 class MPICommunicator(Communicator):
@@ -99,7 +117,9 @@ class MPICommunicator(Communicator):
     missing. Only after a go do they enter a collective, a non-blocking one that is polled: MPI can't take back a
     collective that a rank has entered, so nobody enters one for which not all are there. What is told carries n,
     and messages between two ranks keep their order, so what is left of an operation that failed is recognized and
-    dropped, and the next operation works once the missing ranks are back.
+    dropped, and the next operation works once the missing ranks are back. Rank 0 alone counts, as in
+    `StoreCommunicator`: the others go to the next number by its answer only, and by the same rules a rank that has left
+    operations out is in step again.
 
     Where a rank dies, or is away for more than the timeout, between its coming and the end of the collective, the
     group is broken: this operation raises `DeadlineError` naming the ranks that were not heard of, and every later
@@ -112,7 +132,11 @@ class MPICommunicator(Communicator):
         self.rank, self.world_size = comm.Get_rank(), comm.Get_size()
         self._comm = comm
         self._thread = threading.get_ident()
-        self._number = 0
+        self._number = self._entry = 0
+        self._left: int | None = None  # the operation that this rank gave up on
+        self._late = False  # whether its last call ended with an answer that had been given without it
+        self._kept: deque[_Message] = deque()  # answers that were met while looking for something else
+        self._asked = 0.0
         self._broken = ""
         self._sending: list[tuple[MPI.Request, bytes]] = []
         # Rank 0's: what others said of this operation and of later ones; who has spoken since the last go.
@@ -196,21 +220,22 @@ class MPICommunicator(Communicator):
             raise CheckpointError("MPI is finalized: no save or load can begin any more")
         if self._broken:
             raise RankFailedError(self._broken)
-        number, self._number = self._number, self._number + 1
-        own = _Message(number, _Word.CAME, kind, root, nbytes)
+        self._entry += 1
+        own = _Message(self._number, _Word.CAME, kind, root, nbytes, self._entry, self.about)
         try:
             self._sending = [(request, data) for request, data in self._sending if not request.Test()]
             go = self._lead(own, timeout) if self.rank == 0 else self._follow(own, timeout)
             return then(go)
         except MPI.Exception as error:
             self._broken = (
-                f"{_what(kind, number)}: MPI failed ({error}), which usually means that a rank has died: start the job "
-                "again"
+                f"{_what(kind, own.number)}: MPI failed ({error}), which usually means that a rank has died: start the "
+                "job again"
             )
             raise RankFailedError(self._broken) from error
 
     def _lead(self, own: _Message, timeout: float) -> _Message:
         """Rank 0: wait for all others, then tell them whether to go."""
+        self._number += 1
         deadline, number = time.monotonic() + timeout, own.number
         came = self._heard.setdefault(number, {})
         for pause in _pauses():
@@ -224,7 +249,12 @@ class MPICommunicator(Communicator):
         answer = self._verdict(own, came, timeout)
         if answer.word is _Word.GO:
             self._spoke.clear()
-        self._tell_all(answer)
+        for rank in range(1, self.world_size):
+            word = came.get(rank)
+            away = answer.word is _Word.LATE and (word is None or word.word is _Word.GAVE_UP)
+            mine = replace(answer, entry=0 if word is None else word.entry)
+            missed = replace(mine, word=_Word.MISSED, text=f"{own.text}\n{answer.text}")
+            self._tell(rank, missed if away else mine, _FROM_LEADER)
         return self._obey(answer)
 
     def _verdict(self, own: _Message, came: dict[int, _Message], timeout: float) -> _Message:
@@ -256,28 +286,85 @@ class MPICommunicator(Communicator):
         return _Message(own.number, _Word.GO, own.kind, own.root, nbytes)
 
     def _follow(self, own: _Message, timeout: float) -> _Message:
-        """Any other rank: say that it has come, and wait for rank 0's answer."""
-        self._tell(0, own, _TO_LEADER)
+        """Any other rank: say that it has come, and do as rank 0 answers."""
         # Rank 0 may have entered later, and needs a moment to find and tell who is missing.
-        deadline = time.monotonic() + timeout + grace(timeout)
-        what = _what(own.kind, own.number)
+        deadline, missed = time.monotonic() + timeout + grace(timeout), ""
+        while True:
+            left, self._left = self._left == own.number, None
+            self._tell(0, own, _TO_LEADER)
+            try:
+                answer = self._await(own, deadline, grace(timeout) if missed else 0.0)
+            except BaseException:
+                self._leave(own, bool(missed))
+                raise
+            if answer is None:
+                self._leave(own, bool(missed))
+                text = f"{_what(own.kind, own.number)}: rank 0 did not answer within {timeout:g} s"
+                raise DeadlineError(missed or text)
+            self._number = own.number + 1
+            about, text = own.text, answer.text
+            if answer.word is _Word.MISSED:
+                about, _, text = text.partition("\n")
+            away = answer.word is _Word.MISSED or (answer.word is not _Word.BROKEN and answer.entry != own.entry)
+            if not away:
+                self._late = False
+                if missed and answer.word is _Word.GO:
+                    _log.warning("rank %d was not in an operation, and is in step again: %s", self.rank, missed)
+                return self._obey(answer)
+            # What was left out is told from what this rank is late for as in `StoreCommunicator`.
+            before = left or bool(missed) or self._late
+            if not (about != own.text if about and own.text else before):
+                self._late = True
+                raise DeadlineError(text)
+            missed = missed or text
+            own = replace(own, number=self._number)
+
+    def _await(self, own: _Message, deadline: float, seconds: float) -> _Message | None:
+        """Return rank 0's answer to this rank's coming, or to an earlier one; None where there is none in time.
+
+        With `seconds` this rank is behind, and waits for so long only where rank 0 is not there.
+        """
+        end = min(deadline, time.monotonic() + seconds) if seconds else deadline
+        if seconds:
+            self._tell(0, replace(own, word=_Word.ASK), _TO_LEADER)
         for pause in _pauses():
-            answer = self._answer()
+            answer = self._kept.popleft() if self._kept else self._answer()
             if answer is not None:
-                if answer.word is _Word.BROKEN or answer.number == own.number:
-                    return self._obey(answer)
-                if answer.word is _Word.GO:
+                if answer.word is _Word.GO and (answer.number, answer.entry) != (own.number, own.entry):
                     # The others have begun without this rank, which had just given up.
                     self._tell(0, _Message(answer.number, _Word.FAILED, answer.kind), _TO_LEADER)
-                    text = f"{what}: this rank left {_what(answer.kind, answer.number)} that the others went on with; "
-                    self._break(text + _AGAIN)
+                    text = f"this rank left {_what(answer.kind, answer.number)} that the others went on with; {_AGAIN}"
+                    self._break(f"{_what(own.kind, own.number)}: {text}")
+                if answer.word is _Word.HERE:
+                    end = deadline
+                elif answer.word is _Word.BROKEN or answer.number == own.number:
+                    return answer
                 continue
-            left = deadline - time.monotonic()
+            left = end - time.monotonic()
             if left <= 0:
-                break
+                return None
             time.sleep(min(pause, left))
-        self._tell(0, _Message(own.number, _Word.GAVE_UP, own.kind), _TO_LEADER)
-        raise DeadlineError(f"{what}: rank 0 did not answer within {timeout:g} s")
+        raise AssertionError("unreachable")
+
+    def _leave(self, own: _Message, behind: bool) -> None:
+        """Say that this rank does not wait any more."""
+        self._left = own.number
+        self._tell(0, replace(own, word=_Word.WITHDREW if behind else _Word.GAVE_UP), _TO_LEADER)
+
+    def awaited(self) -> bool:
+        """Return whether rank 0 is in an operation to which this rank has yet to come; it takes a moment to answer."""
+        if self.rank == 0 or self._broken or MPI.Is_finalized():
+            return False
+        if time.monotonic() - self._asked > _ASK_SECONDS:
+            self._asked = time.monotonic()
+            self._tell(0, _Message(self._number, _Word.ASK, _Kind.BARRIER), _TO_LEADER)
+        here = False
+        while (answer := self._answer()) is not None:
+            if answer.word is _Word.HERE:
+                here = here or answer.number >= self._number
+            else:
+                self._kept.append(answer)
+        return here
 
     def _obey(self, answer: _Message) -> _Message:
         if answer.word is _Word.LATE:
@@ -341,6 +428,11 @@ class MPICommunicator(Communicator):
         self._spoke.add(rank)
         if message.word is _Word.FAILED:
             self._failed.add(rank)
+        elif message.word is _Word.ASK:
+            # Only in an operation does it come to listen.
+            self._tell(rank, _Message(self._number - 1, _Word.HERE, message.kind), _FROM_LEADER)
+        elif message.word is _Word.WITHDREW:
+            self._heard.get(message.number, {}).pop(rank, None)
         elif message.number >= self._number - 1:  # an earlier one is over
             self._heard.setdefault(message.number, {})[rank] = message
         return True

@@ -6,6 +6,7 @@ import errno
 import logging
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 from ckptengine.archive.image import BLOCK_NBYTES
 from ckptengine.archive.record import ArchiveRecord
@@ -15,6 +16,7 @@ from ckptengine.catalog.listing import Entry, manifest_name, read_manifest
 from ckptengine.catalog.manifest import Manifest
 from ckptengine.catalog.receipt import Channel, Outcome, Receipt, StorageStore, collect
 from ckptengine.comm.base import Communicator
+from ckptengine.comm.ranks import name_ranks
 from ckptengine.errors import CheckpointError, DeadlineError, ReplicaMismatchError, SaveFailedError, StorageError
 from ckptengine.save.aside import Aside
 from ckptengine.save.coordinator import Coordinator
@@ -31,15 +33,32 @@ _KINDS: dict[str, type[CheckpointError]] = {kind.__name__: kind for kind in (Dea
 _DRAIN_SECONDS = 10.0
 """How long rank 0 waits, after a failed attempt, for ranks that are still writing, before it cleans up."""
 
+_LOOK_SECONDS = 0.25
+"""How often a rank that waits for rank 0's word looks whether rank 0 waits for it."""
+
 _log = logging.getLogger("ckptengine")
+
+
+@dataclass(frozen=True, slots=True)
+class _Open:
+    """A save whose end another rank may not know: rank 0's word of it, or this rank's doubt."""
+
+    job: Job
+    channel: Channel
+    receipt: Receipt
+    began: float
+    outcome: Outcome | None = None
+    ranks: tuple[int, ...] = ()
+    asked: bool = False
+    """Whether this rank has waited for rank 0's word in vain: then it goes on without."""
 
 
 class Committer:
     """Has this rank's archives written and, on rank 0, commits everybody's. Works in the thread of one save at a time.
 
     `write` makes an archive of a job in its attempt's directory, and returns the record. `plan_together` is called
-    where the ranks are to exchange their plans at the next save. `tier` tells this committer's messages from those of
-    another one that commits the same attempt elsewhere.
+    where the ranks are to exchange their plans at the next save, which all of them know from the same outcome. `tier`
+    tells this committer's messages from those of another one that commits the same attempt elsewhere.
     """
 
     def __init__(
@@ -52,6 +71,74 @@ class Committer:
         self._comm, self._write_archive, self._plan_together, self._tier = comm, write, plan_together, tier
         self._coordinator = Coordinator(comm.world_size) if comm.rank == 0 else None
         self._reported: Plan | None = None  # whose rows rank 0 has
+        self._open: _Open | None = None
+
+    @property
+    def in_doubt(self) -> bool:
+        """Whether this rank does not know how the last save ended, so that only `settle` tells what comes next."""
+        return self._comm.rank != 0 and self._open is not None and not self._open.asked
+
+    def settle(self, timeout: float, directory: str = "") -> None:
+        """Bring the ranks to one mind about the last save, before the next one begins; mostly there is nothing to do.
+
+        Rank 0 tells again whom it could not tell; a rank that has not heard asks. What turns out to be committed is
+        told as such, whatever was told before. Raises `DeadlineError` where rank 0 is not heard of in `timeout`
+        seconds, and where the store fails `CheckpointError`. `directory` is where the next save goes: raises
+        `SaveFailedError` where rank 0 was in that one already, as where it has left one out, and has failed.
+        """
+        open_, self._open = self._open, None
+        if open_ is None:
+            return
+        try:
+            if open_.outcome is not None:
+                for rank, error in open_.channel.announce(open_.outcome, open_.ranks).items():
+                    raise CheckpointError(f"rank {rank} can't be told how the last save ended: {error}")
+                return
+            outcome, awaited = self._ask(open_, timeout)
+        except CheckpointError:
+            self._open = open_
+            raise
+        if outcome is None:
+            self._open = replace(open_, asked=True)
+            if open_.asked:
+                return
+            if awaited:
+                self._plan_together()  # as the others do, who are at it
+                return
+            raise DeadlineError(
+                f"rank 0 has not said within {timeout:g} s how the save before ended, {open_.job.target.location}"
+            )
+        self._heard(open_, outcome)
+        if outcome.error and directory == outcome.directory != open_.job.target.directory:
+            raise SaveFailedError(f"rank 0 has left a save out, and this one has failed: {outcome.error}")
+
+    def _ask(self, open_: _Open, timeout: float) -> tuple[Outcome | None, bool]:
+        """Wait for rank 0's word, or until it waits for this rank elsewhere; return the word and whether it does."""
+        deadline = time.monotonic() + (0.0 if open_.asked else timeout)
+        while True:
+            left = deadline - time.monotonic()
+            outcome = open_.channel.hear(max(0.0, min(left, _LOOK_SECONDS)))
+            awaited = outcome is None and self._comm.awaited()
+            if outcome is not None or awaited or left <= 0:
+                return outcome, awaited
+
+    def _heard(self, open_: _Open, outcome: Outcome) -> None:
+        """Take the outcome of a save that was in doubt."""
+        job = open_.job
+        if outcome.plan_together and not open_.asked:
+            self._plan_together()
+        if outcome.error:
+            self._reported = None
+            return
+        self._copy_manifest(job, open_.channel)
+        if job.handle.durable.error is not None:
+            _log.warning(
+                "%s is committed: rank %d had not heard of that in time, and had told it as failed",
+                job.target.location,
+                self._comm.rank,
+            )
+            job.error = None
+            job.handle.durable.correct(self._stats(job, open_.receipt, open_.began))
 
     def commit(self, job: Job) -> SaveStats:
         """Bring a snapshot to the storage and through the commit; returns when the outcome is known."""
@@ -72,8 +159,13 @@ class Committer:
         if outcome.error:
             self._reported = None
             raise _KINDS.get(outcome.kind, SaveFailedError)(f"{target.location} was not committed: {outcome.error}")
+        return self._stats(job, receipt, began)
+
+    @staticmethod
+    def _stats(job: Job, receipt: Receipt, began: float) -> SaveStats:
         assert receipt.archive is not None
         job.phase("commit", began)
+        target = job.target
         return SaveStats(
             step=target.step,
             path=target.location,
@@ -90,23 +182,32 @@ class Committer:
         aside = Aside(lambda: self._hold(job, data))
         receipt, began = self._write(job, data), time.monotonic()
         aside.settle()
-        channel.send(receipt)
         try:
+            channel.send(receipt)
             outcome = channel.outcome(job.deadline)
         except CheckpointError:
+            # Also a receipt that could not be sent may have come to rank 0. What came of it is asked for before the
+            # next save: the ranks must do the same then.
+            self._open = _Open(job, channel, receipt, began)
             # Rank 0 may have published and then lost its voice: our own attempt in the manifest means success.
-            if not self._published(job):
+            if receipt.error or not self._published(job):
                 raise
-            outcome = Outcome(plan_together=True)
-        if job.target.leads and not outcome.error:
-            try:
-                manifest = channel.handed()
-                if manifest is not None:
-                    name = join(job.target.directory, manifest_name(job.generation))
-                    job.target.storage.put_if_absent(name, manifest)
-            except CheckpointError as problem:
-                _log.warning("%s: this node's copy of the manifest is missing: %s", job.target.location, problem)
+            outcome = Outcome()
+        if not outcome.error:
+            self._copy_manifest(job, channel)
         return receipt, outcome, began
+
+    def _copy_manifest(self, job: Job, channel: Channel) -> None:
+        """Give this node its copy of the manifest, where this rank acts for a node that does not see the storage."""
+        if not job.target.leads:
+            return
+        try:
+            manifest = channel.handed()
+            if manifest is not None:
+                name = join(job.target.directory, manifest_name(job.generation))
+                job.target.storage.put_if_absent(name, manifest)
+        except CheckpointError as problem:
+            _log.warning("%s: this node's copy of the manifest is missing: %s", job.target.location, problem)
 
     def _hold(self, job: Job, data: str) -> None:
         """Show that the attempt is alive, where this rank is the first that sees the storage."""
@@ -185,12 +286,13 @@ class Committer:
             kind = type(problem).__name__
             # A store that did not answer may still carry it out: then the data must be there. Swept later if not.
             doubtful = doubtful and isinstance(problem, StorageError) and problem.errno == errno.ETIMEDOUT
-            outcome = Outcome(error=f"{problem}" or kind, plan_together=True, kind=kind)
-        try:
-            channel.announce(outcome)
-        except CheckpointError as problem:
-            # What is published is durable, whoever hears of it.
-            _log.warning("%s: the other ranks could not be told how the save ended: %s", target.location, problem)
+            outcome = Outcome(f"{problem}" or kind, plan_together=True, kind=kind, directory=target.directory)
+        untold = channel.announce(outcome)
+        if untold:
+            # What is published is durable, whoever hears of it. They are told once more before the next save.
+            why = next(iter(untold.values()))
+            _log.warning("%s: %s could not be told how the save ended: %s", target.location, name_ranks(untold), why)
+            self._open = _Open(job, channel, receipt, began, outcome, tuple(untold))
         if outcome.error:
             job.held.close()
             if not doubtful:

@@ -97,6 +97,10 @@ class Moment:
             self._stats, self._error = stats, error
             self._reached.set()
 
+    def correct(self, stats: SaveStats | None) -> None:
+        """Note that it was reached after all, where this rank had been told, or had to assume, that it failed."""
+        self._stats, self._error = stats, None
+
     @property
     def error(self) -> BaseException | None:
         """What made it fail, None where it was reached or is still to come."""

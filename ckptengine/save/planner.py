@@ -67,6 +67,11 @@ class Planner:
             return True
         return reading.structure is not self._plan.structure and reading.structure != self._plan.structure
 
+    @property
+    def together(self) -> bool:
+        """Whether all ranks plan together at the next save."""
+        return self._together
+
     def together_next(self) -> None:
         """Have all ranks plan together at the next save. Every rank learns this from the commit's result."""
         self._together = True

@@ -17,7 +17,7 @@ from dataclasses import replace
 from typing import Any, Protocol
 
 from ckptengine.catalog.manifest import checked_metadata
-from ckptengine.comm.agree import agree
+from ckptengine.comm.agree import gather
 from ckptengine.comm.base import Communicator
 from ckptengine.errors import CheckpointError, DeadlineError, RankFailedError, SaveFailedError
 from ckptengine.save.archive import MemoryArchive, StorageArchive
@@ -197,7 +197,8 @@ class Saver:
         called = time.monotonic()
         try:
             self.wait(timeout)
-        except DeadlineError:
+            self._committer.settle(max(0.0, called + timeout - time.monotonic()), target.directory)
+        except CheckpointError:
             # The others may have gone on to an attempt that now fails; then all meet in the next exchange.
             self._planner.together_next()
             raise
@@ -228,6 +229,8 @@ class Saver:
             # The other ranks hear of it before it goes its way: they would wait for this one.
             interrupt, error = problem, _interrupted(problem)
         read = time.monotonic()
+        # Which save this is: a rank that has left one out is in step again at its next one.
+        self._comm.about = target.location
         try:
             generation = self._open(target, reading, timeout)
             with _collection_later():
@@ -238,6 +241,8 @@ class Saver:
             if interrupt is not None:
                 raise interrupt from problem
             raise
+        finally:
+            self._comm.about = ""
         job = Job(
             target=target,
             generation=generation,
@@ -398,21 +403,22 @@ class Saver:
     def _open(self, target: Target, reading: Reading | None, timeout: float) -> int:
         """Return the generation to write under; where rank 0 has yet to claim it, all ranks exchange a word.
 
-        That exchange also tells whether any rank's structure changed: then all plan together.
+        That exchange also tells whether any rank's structure changed: then all plan together. They exchange it too
+        where they plan together anyway, as after a failure, which some of them may have met before they knew it.
         """
         self.generation = target.generation
-        if target.generation is not None:
+        if target.generation is not None and not self._planner.together:
             return target.generation
-        assert target.claim is not None
         word: dict[str, Any] = {"changed": self._planner.changed(reading)}
         error = None
         if self._comm.rank == 0:
             try:
-                word["generation"] = target.claim()
+                assert target.claim is not None
+                word["generation"] = target.claim() if target.generation is None else target.generation
             except Exception as problem:
                 error = problem
-        agree(self._comm, error, timeout, f"opening {target.location}")
-        words = [json.loads(reply) for reply in self._comm.all_gather(json.dumps(word).encode(), timeout)]
+        replies = gather(self._comm, json.dumps(word).encode(), error, timeout, f"opening {target.location}")
+        words = [json.loads(reply) for reply in replies]
         if any(word["changed"] for word in words):
             self._planner.together_next()
         self.generation = int(words[0]["generation"])
@@ -424,9 +430,11 @@ class Saver:
         try:
             stats = self._committer.commit(job)
         except BaseException as problem:  # whatever it is: nobody may wait for a save that has no thread any more
-            # Every rank comes here where the attempt failed on any, so all plan together at the next save.
+            # Every rank comes here where the attempt failed on any, so all plan together at the next save. One that
+            # has not heard how it ended asks first: it may have failed on no other.
             job.error = job.error or (problem if isinstance(problem, Exception) else _interrupted(problem))
-            self._planner.together_next()
+            if not self._committer.in_doubt:
+                self._planner.together_next()
         job.handle.staged.reach(error=job.error)
         job.handle.durable.reach(stats, job.error)
         job.held.close()

@@ -205,10 +205,6 @@ class Adapter:
         """Have something called before any of the framework's optimizers steps; return what undoes it."""
         return lambda: None
 
-    def state_fits(self, parameter: Any, key: str, shape: tuple[int, ...]) -> bool:
-        """Whether an item of a parameter's state may have this shape."""
-        return True
-
     def set_hyperparameter(self, group: dict[str, Any], key: str, value: Any) -> None:
         """Set one value of a group, in place where the group holds a tensor."""
         raise NotImplementedError

@@ -59,10 +59,13 @@ class Outline:
     """The containers of a state in the order of the walk, and the arrays that don't lie in C order.
 
     `orders` has for each of these the dimensions from the outermost in memory to the innermost (see `memory_order`).
+    `shapes` has the shape of each parameter that an optimizer has state for and that is in none of the state's modules,
+    under the path of that state.
     """
 
     containers: tuple[Container, ...] = ()
     orders: Mapping[Path, tuple[int, ...]] = field(default_factory=dict)
+    shapes: Mapping[Path, tuple[int, ...]] = field(default_factory=dict)
 
     @functools.cached_property
     def encoded(self) -> str:
@@ -77,6 +80,8 @@ class Outline:
             "containers": containers,
             "orders": [[list(path), list(order)] for path, order in self.orders.items()],
         }
+        if self.shapes:
+            document["shapes"] = [[list(path), list(shape)] for path, shape in self.shapes.items()]
         text = json.dumps(document, separators=(",", ":")).encode()
         return base64.b64encode(zlib.compress(text, _LEVEL)).decode()
 
@@ -106,9 +111,10 @@ def decode_outline(text: object, leaves: int) -> Outline:
         records = [_record(*record) for record in document["records"]]
         containers = tuple(Container(_path(path), *records[_index(number)]) for number, path in document["containers"])
         orders = {_path(path): _order(order) for path, order in document["orders"]}
+        shapes = {_path(path): tuple(map(_index, _path(shape))) for path, shape in document.get("shapes", [])}
     except (binascii.Error, zlib.error, ValueError, KeyError, TypeError, IndexError, RecursionError) as error:
         raise CheckpointDamagedError(f"the structure is damaged ({type(error).__name__}: {error})") from error
-    return Outline(containers, orders)
+    return Outline(containers, orders, shapes)
 
 
 def class_name(value: Any) -> str:

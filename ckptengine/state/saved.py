@@ -73,7 +73,7 @@ class Node:
     the state had them in, `kind` what held them; None where the checkpoint does not say.
     """
 
-    __slots__ = ("children", "cls", "container", "entry", "kind", "ordered", "used")
+    __slots__ = ("children", "cls", "container", "entry", "kind", "ordered", "parameter_shape", "used")
 
     def __init__(self) -> None:
         self.children: dict[Key, Node] = {}
@@ -82,6 +82,7 @@ class Node:
         self.cls: str | None = None
         self.kind: str | None = None
         self.ordered = False
+        self.parameter_shape: tuple[int, ...] | None = None
         self.used = False
 
     def child(self, key: Key) -> Node | None:
@@ -178,6 +179,10 @@ def _apply(root: Node, outline: Outline | None, rename: Callable[[Path], Path]) 
         )
         node.children = in_given_order(node.children, keys)
         node.ordered = True
+    for where, shape in ({} if outline is None else outline.shapes).items():
+        node = root.find(rename(where))
+        if node is not None:
+            node.parameter_shape = shape
 
 
 def _insert(

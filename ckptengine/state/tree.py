@@ -15,7 +15,7 @@ from ckptengine.state.kinds import Inspector, Kind, children, optimizer_names
 from ckptengine.state.leaf import ArrayLeaf, DeviceMemory, Key, Part, Path, Placement, dotted
 from ckptengine.state.loaders import is_stateful_loader
 from ckptengine.state.outline import Container, Outline, class_name, part_order, sorted_keys
-from ckptengine.state.own_state import named_state, numbers_of, parts_of
+from ckptengine.state.own_state import STATE, named_state, numbers_of, parts_of
 from ckptengine.state.sharded import ShardedArray
 from ckptengine.state.trace import (
     DictStep,
@@ -99,6 +99,7 @@ class _Walk:
         self._containers: tuple[dict[Path, str], dict[Path, str]] = ({}, {})
         self._built: tuple[list[Container], list[Container]] = ([], [])
         self._orders: tuple[dict[Path, tuple[int, ...]], dict[Path, tuple[int, ...]]] = ({}, {})
+        self._shapes: tuple[dict[Path, tuple[int, ...]], dict[Path, tuple[int, ...]]] = ({}, {})
         self._aliases: dict[Path, Path] = {}
         self._first: dict[Hashable, int] = {}
         self._visited: list[Visited] = []
@@ -114,7 +115,7 @@ class _Walk:
         arrays = tuple(
             replace(leaf, fenced=True) if number in self._fenced else leaf for number, leaf in enumerate(self._arrays)
         )
-        outlines = [Outline(tuple(self._built[own]), self._orders[own]) for own in (False, True)]
+        outlines = [Outline(tuple(self._built[own]), self._orders[own], self._shapes[own]) for own in (False, True)]
         return FlatState(arrays, *self._values, self._aliases, *self._containers, *outlines)
 
     def trace(self) -> Trace:
@@ -239,14 +240,20 @@ class _Walk:
         names = optimizer_names(groups, self._names)
         own = self._inspector.asked.state_of(optimizer, path)
         parts = parts_of(own, groups)
-        for group, numbers in zip(groups, numbers_of(groups), strict=True):
-            for parameter, number in zip(group["params"], numbers, strict=True):
+        for group, group_names, numbers in zip(groups, names, numbers_of(groups), strict=True):
+            for parameter, name, number in zip(group["params"], group_names, numbers, strict=True):
                 self._stepped.add(id(parameter))
-                if parts is not None:
-                    adapter.check_parameter_state(parameter, parts[0].get(number, {}), path)
+                if parts is not None and parts[0].get(number):
+                    adapter.check_parameter_state(parameter, parts[0][number], path)
+                    self._note_shape(parameter, (*path, STATE, name), per_rank)
         self._build(path, "object", per_rank, class_name(optimizer))
         inner = self._visit(named_state(own, groups, names), path, per_rank=per_rank)
         return OwnOptimizerStep(optimizer, adapter, names, inner, path)
+
+    def _note_shape(self, parameter: Any, path: Path, per_rank: bool) -> None:
+        """Note the shape of a parameter that is not itself in the state: its own state need not have it."""
+        if id(parameter) not in self._names:
+            self._shapes[per_rank][path] = tuple(parameter.shape)
 
     def _visit_optimizer(self, optimizer: Any, adapter: Adapter, path: Path, per_rank: bool) -> OptimizerStep:
         adapter.check_optimizer(optimizer, path)
@@ -268,6 +275,8 @@ class _Walk:
                 states.append(self._visit_items(state, (*path, "state", name), per_rank))
                 self._fenced.update(range(before, len(self._arrays)))
                 self._stepped.add(id(parameter))
+                if state:
+                    self._note_shape(parameter, (*path, "state", name), per_rank)
         plain_groups = [{**group, "params": group_names} for group, group_names in zip(groups, names, strict=True)]
         group_step = self._visit(plain_groups, (*path, "param_groups"), per_rank=per_rank)
         return OptimizerStep(optimizer, adapter, names, states, group_step)

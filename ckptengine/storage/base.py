@@ -140,6 +140,9 @@ class Storage(StorageView):
     def check_writable(self) -> None:
         """Raise where it is plain, without touching anything, that the root can't be made or written to."""
 
+    def check_shared(self, ranks: int) -> None:
+        """Raise `StorageError` where it is plain that so many ranks can't all see the place."""
+
     @abstractmethod
     def make_directory(self, name: str) -> None:
         """Make a directory and those above it; one that is there already is no error."""

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import secrets
 import threading
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from ckptengine.storage.objects import Listing, Objects, Stat, Unfinished, Upload
 
@@ -15,63 +16,165 @@ if TYPE_CHECKING:
 
 __all__ = ["FsspecObjects"]
 
+_T = TypeVar("_T")
+
 # Whose `pipe_file(mode="create")` is one conditional request: Google's `ifGenerationMatch=0`, Azure's `If-None-Match`.
 _ATOMIC = frozenset(("gs", "gcs", "abfs", "abfss", "az", "adl"))
-_TIMES = "LastModified", "last_modified", "updated", "mtime", "created"
+# Where directories have to be made and removed, names are given by renaming, and a connection is lost for good.
+_FILES = frozenset(("sftp", "ssh", "sshfs", "ftp", "ftps", "smb", "hdfs", "arrow_hdfs", "webhdfs", "webHDFS", "dbfs"))
+# Whose connection takes one command at a time.
+_ONE_AT_A_TIME = frozenset(("ftp", "ftps"))
+_TIMES = "LastModified", "last_modified", "updated", "mtime", "modify", "modificationTime", "created"
 
 # The dictionary of `memory://` is this process's, and its files share one position among all who read them.
 _memory = threading.RLock()
 
 
 class FsspecObjects(Objects):
-    """Objects below a path of a file system. `fs` is an `fsspec.AbstractFileSystem`, `protocol` the URL's."""
+    """Objects below a path of a file system. `make` opens the file system and returns it with the path."""
 
-    def __init__(self, fs: Any, root: str, protocol: str) -> None:
-        self._fs, self._root = fs, root.rstrip("/")
-        self._guard = _memory if protocol == "memory" else contextlib.nullcontext()
-        self.atomic_create = protocol == "memory" or protocol in _ATOMIC
+    def __init__(self, make: Callable[[], tuple[Any, str]], protocol: str, location: str) -> None:
+        super().__init__()
+        # In a chain the last one has the files.
+        store = location.rpartition("::")[2].partition("://")[0]
+        self._make, self._in_memory = make, store == "memory"
+        one = protocol in _ONE_AT_A_TIME or store in _ONE_AT_A_TIME
+        self._guard = _memory if self._in_memory else threading.RLock() if one else contextlib.nullcontext()
+        self._has_files = store in _FILES
+        self.atomic_create = self._in_memory or protocol in _ATOMIC
         self.needs_probe = protocol in _ATOMIC
+        self._opening = threading.Lock()
+        self._opened: tuple[Any, str] | None = None
+        self._made: set[str] = set()
+        if self._in_memory:
+            self._file_system()
+
+    def _file_system(self) -> tuple[Any, str]:
+        """Return the file system and what comes before a key in its paths."""
+        with self._opening:
+            if self._opened is None:
+                fs, root = self._make()
+                self._opened = fs, root if root in ("", "/") else f"{root.rstrip('/')}/"
+            return self._opened
+
+    @property
+    def _fs(self) -> Any:
+        return self._file_system()[0]
 
     def _path(self, key: str) -> str:
-        return f"{self._root}/{key}".rstrip("/")
+        before = self._file_system()[1]
+        return f"{before}{key}".rstrip("/") or before
+
+    def renew(self, seen: int) -> bool:
+        """Open the file system anew: whether its credentials differ can't be seen."""
+        with self._renewing:
+            if self.version == seen:
+                self.version += 1
+                self._opened = None
+            return True
+
+    def reconnect(self, seen: int) -> None:
+        """Open the file system anew where its one connection may be the one that was lost."""
+        if self._has_files:
+            self.renew(seen)
+
+    def _run(self, call: Callable[[], _T], seconds: float) -> _T:
+        """Return what a call returns, within `seconds`: few of these file systems have a limit of their own."""
+        if self._in_memory:
+            with self._guard:
+                return call()
+        results: list[_T] = []
+        errors: list[BaseException] = []
+
+        def work() -> None:
+            try:
+                with self._guard:
+                    results.append(call())
+            except BaseException as error:
+                errors.append(error)
+
+        thread = threading.Thread(target=work, name="ckptengine-request", daemon=True)
+        thread.start()
+        thread.join(seconds)
+        if errors:
+            raise errors[0]
+        if not results:
+            raise TimeoutError("no reply")
+        return results[0]
+
+    def _with_parents(self, path: str, write: Callable[[], _T]) -> _T:
+        """Return what `write` returns, after the directories above the path were made where it has such."""
+        parent = path.rpartition("/")[0]
+        if self._has_files and parent not in self._made:
+            self._fs.makedirs(parent, exist_ok=True)
+            self._made.add(parent)
+        try:
+            return write()
+        except FileNotFoundError:
+            # It may have been removed by another process meanwhile, or be a store whose directories we don't know of.
+            self._fs.makedirs(parent, exist_ok=True)
+            return write()
 
     def put(self, key: str, data: Buffer, seconds: float) -> None:
-        """Write an object."""
-        with self._guard:
-            self._fs.pipe_file(self._path(key), bytes(data))
+        """Write an object, under another name first where that would show half of it."""
+        body = bytes(data)
+
+        def put() -> None:
+            path = self._path(key)
+            if not self._has_files:
+                self._with_parents(path, lambda: self._fs.pipe_file(path, body))
+                return
+            parent, _, name = path.rpartition("/")
+            temporary = f"{parent}/.tmp-{name}.{secrets.token_hex(6)}"
+            self._with_parents(path, lambda: self._fs.pipe_file(temporary, body))
+            try:
+                self._fs.mv(temporary, path)
+            except Exception:
+                # Some can't replace by renaming.
+                with contextlib.suppress(Exception):
+                    self._fs.rm_file(path)
+                self._fs.mv(temporary, path)
+
+        self._run(put, seconds)
 
     def create(self, key: str, data: bytes, seconds: float) -> None:
         """Write an object by `pipe_file(mode="create")`."""
-        with self._guard:
-            self._fs.pipe_file(self._path(key), data, mode="create")
+        self._run(lambda: self._fs.pipe_file(self._path(key), data, mode="create"), seconds)
 
     def get(self, key: str, position: int, nbytes: int, seconds: float) -> bytes:
         """Return bytes of an object by `cat_file`."""
-        with self._guard:
-            if nbytes == 0 or position >= self.stat(key, seconds).nbytes:
+
+        def get() -> bytes:
+            if nbytes == 0 or position >= self._stat(key).nbytes:
                 return b""
-            data = bytes(self._fs.cat_file(self._path(key), start=position, end=position + nbytes))
-        return data
+            return bytes(self._fs.cat_file(self._path(key), start=position, end=position + nbytes))
+
+        return self._run(get, seconds)
 
     def stat(self, key: str, seconds: float) -> Stat:
         """Return size and time by `info`."""
-        with self._guard:
-            self._fs.invalidate_cache()
-            info = self._fs.info(self._path(key))
+        return self._run(lambda: self._stat(key), seconds)
+
+    def _stat(self, key: str) -> Stat:
+        self._fs.invalidate_cache()
+        info = self._fs.info(self._path(key))
         if info["type"] != "file":
             raise FileNotFoundError(key)
         return Stat(int(info["size"] or 0), _time(info))
 
     def list(self, prefix: str, seconds: float) -> Listing:
         """Return what lies right below a prefix by `ls`."""
-        with self._guard:
+
+        def found() -> list[dict[str, Any]]:
             self._fs.invalidate_cache()
             try:
-                found = self._fs.ls(self._path(prefix), detail=True)
+                return list(self._fs.ls(self._path(prefix), detail=True))
             except (FileNotFoundError, NotADirectoryError):
-                return Listing((), ())
+                return []
+
+        items = self._run(found, seconds)
         own = self._path(prefix).strip("/")
-        names = [(item["name"].rstrip("/"), item["type"]) for item in found]
+        names = [(item["name"].rstrip("/"), item["type"]) for item in items]
         below = [(name.rpartition("/")[2], kind) for name, kind in names if name.strip("/") != own]
         return Listing(
             tuple(sorted(name for name, kind in below if kind == "file")),
@@ -80,29 +183,60 @@ class FsspecObjects(Objects):
 
     def below(self, prefix: str, seconds: float) -> dict[str, Stat]:
         """Return all objects below a prefix by `find`."""
-        with self._guard:
-            self._fs.invalidate_cache()
-            try:
-                found = self._fs.find(self._path(prefix), detail=True)
-            except (FileNotFoundError, NotADirectoryError):
-                return {}
-        start = len(self._root.strip("/")) + 1 if self._root.strip("/") else 0
+        found = self._run(lambda: self._find(prefix), seconds)
+        start = len(self._file_system()[1].strip("/"))
+        start += 1 if start else 0
         return {
             name.strip("/")[start:]: Stat(int(info["size"] or 0), _time(info))
             for name, info in found.items()
             if info["type"] == "file"
         }
 
+    def _find(self, prefix: str, withdirs: bool = False) -> dict[str, Any]:
+        self._fs.invalidate_cache()
+        try:
+            return dict(self._fs.find(self._path(prefix), detail=True, withdirs=withdirs))
+        except (FileNotFoundError, NotADirectoryError):
+            return {}
+
     def delete(self, keys: Sequence[str], seconds: float) -> None:
         """Delete objects by `rm_file`."""
         for key in keys:
-            with self._guard, contextlib.suppress(FileNotFoundError):
-                self._fs.rm_file(self._path(key))
+            self._run(lambda key=key: self._delete(key), seconds)  # type: ignore[misc]
+
+    def _delete(self, key: str) -> None:
+        try:
+            self._fs.rm_file(self._path(key))
+        except FileNotFoundError:
+            pass
+        except Exception:
+            # Not all tell by their error that there was none.
+            if self._fs.exists(self._path(key)):
+                raise
+
+    def remove_empty(self, prefix: str, seconds: float) -> None:
+        """Remove a directory and those below it, the deepest first, where they are empty."""
+
+        def remove() -> None:
+            root = self._path(prefix.rstrip("/"))
+            found = [name for name, info in self._find(prefix, withdirs=True).items() if info["type"] == "directory"]
+            for name in [*sorted(found, reverse=True), root]:
+                path = f"/{name.strip('/')}" if root.startswith("/") else name.strip("/")
+                self._made.discard(path)
+                with contextlib.suppress(OSError, NotImplementedError):
+                    self._fs.rmdir(path)
+
+        if self._has_files:
+            self._run(remove, seconds)
 
     def upload(self, key: str, part_nbytes: int, seconds: float) -> Upload:
         """Open a file for writing, whose buffer is one part."""
-        with self._guard:
-            return _File(self, self._fs.open(self._path(key), "wb", block_size=part_nbytes), key)
+
+        def opened() -> Any:
+            path = self._path(key)
+            return self._with_parents(path, lambda: self._fs.open(path, "wb", block_size=part_nbytes))
+
+        return _File(self, self._run(opened, seconds), key)
 
     def unfinished(self, prefix: str, seconds: float) -> tuple[Unfinished, ...]:
         """Return nothing: fsspec has no call for them."""
@@ -125,23 +259,26 @@ class _File(Upload):
         self._objects, self._file, self._key = objects, file, key
 
     def send(self, number: int, memory: memoryview, seconds: float) -> None:
-        with self._objects._guard:
-            self._file.write(memory)
+        # A call that was given up may still look at what it was given.
+        part = memory if self._objects._in_memory else bytes(memory)
+        self._objects._run(lambda: self._file.write(part), seconds)
 
     def complete(self, seconds: float) -> None:
-        with self._objects._guard:
-            self._file.close()
+        self._objects._run(self._file.close, seconds)
 
     def abort(self, seconds: float) -> None:
-        with self._objects._guard:
-            discard = getattr(self._file, "discard", None)
-            if discard is not None:
+        def discard() -> None:
+            call = getattr(self._file, "discard", None)
+            if call is not None:
                 with contextlib.suppress(Exception):
-                    discard()
-            # Closing would upload what is there.
-            self._file.closed = True
-            with contextlib.suppress(FileNotFoundError):
-                self._objects.delete([self._key], seconds)
+                    call()
+            try:
+                self._file.closed = True  # closing would upload what is there
+            except AttributeError:
+                self._file.close()
+
+        self._objects._run(discard, seconds)
+        self._objects.delete([self._key], seconds)
 
 
 def _time(info: dict[str, Any]) -> float:
@@ -149,10 +286,19 @@ def _time(info: dict[str, Any]) -> float:
     for name in _TIMES:
         value = info.get(name)
         if isinstance(value, str):
-            with contextlib.suppress(ValueError):
-                value = datetime.datetime.fromisoformat(value)
+            value = _parsed(value)
         if isinstance(value, datetime.datetime):
             return value.timestamp()
         if isinstance(value, int | float):
-            return float(value)
+            # WebHDFS tells milliseconds.
+            return value / 1000 if name == "modificationTime" else float(value)
     return 0.0
+
+
+def _parsed(text: str) -> datetime.datetime | None:
+    """Return the time that a text says; `YYYYMMDDHHMMSS` is FTP's (RFC 3659), in UTC."""
+    with contextlib.suppress(ValueError):
+        if text[:14].isdigit() and len(text) >= 14:
+            return datetime.datetime.strptime(text[:14], "%Y%m%d%H%M%S").replace(tzinfo=datetime.UTC)
+        return datetime.datetime.fromisoformat(text)
+    return None

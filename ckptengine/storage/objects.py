@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -75,6 +76,31 @@ class Objects(ABC):
     most_parts = 1 << 62
     most_deleted = 1 << 62
     """How many keys `delete` takes at once."""
+
+    version = 0
+    """How often the store was connected anew."""
+    told = 0
+    """Up to which version that was told."""
+    outage = -float("inf")
+    """When an operation was last given up because the store did not answer, by `time.monotonic`."""
+
+    def __init__(self) -> None:
+        self._renewing = threading.Lock()
+
+    @property
+    def endpoint(self) -> str:
+        """Where the store is asked, without credentials; empty where the location says it."""
+        return ""
+
+    def renew(self, seen: int) -> bool:
+        """Connect anew with the credentials that are there now, unless that was done since version `seen`.
+
+        Returns whether a refused request may have another answer then.
+        """
+        return False
+
+    def reconnect(self, seen: int) -> None:  # noqa: B027
+        """Let go of a connection that was lost, where that does not go by itself."""
 
     @abstractmethod
     def put(self, key: str, data: Buffer, seconds: float) -> None:

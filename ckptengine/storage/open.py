@@ -16,7 +16,12 @@ from ckptengine.storage.remote import RemoteStorage
 
 __all__ = ["is_url", "local_path", "open_storage"]
 
-_URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
+# The last part of a chain (`dir::s3://bucket/run`) says where the files are.
+_URL = re.compile(
+    r"(?P<chain>(?:[A-Za-z][A-Za-z0-9+.-]*(?:://[^:]*)?::)*)(?P<scheme>[A-Za-z][A-Za-z0-9+.-]*)://",
+)
+_CACHES = frozenset(("simplecache", "filecache", "blockcache", "cached"))
+_ARCHIVES = frozenset(("zip", "tar", "libarchive", "reference", "data", "generic"))
 # What `Path("s3://bucket/run")` makes of a URL, and `Path(...).absolute()` of that. Within a path only the protocols of
 # stores tell a URL from a directory whose name ends with a colon.
 _ONE_SLASH = re.compile(
@@ -51,11 +56,14 @@ def local_path(location: str | os.PathLike[str], what: str) -> str:
     return path
 
 
-def open_storage(location: str | os.PathLike[str], options: Mapping[str, Any] | None = None) -> Storage:
+def open_storage(
+    location: str | os.PathLike[str], options: Mapping[str, Any] | None = None, timeout: float | None = None
+) -> Storage:
     """Return the storage at a path, a `file://` URL, or any other URL that fsspec opens; nothing is touched yet.
 
     `options` are fsspec's `storage_options` for the URL's file system, such as `endpoint_url`; what is not given comes
-    from fsspec's configuration and the store's own environment variables and files.
+    from fsspec's configuration and the store's own environment variables and files. `timeout`, in seconds, bounds each
+    operation of a store.
 
     Raises `StorageError` for an empty path and for URLs that hold credentials or name no place, `ValueError` for
     options of a path.
@@ -64,35 +72,61 @@ def open_storage(location: str | os.PathLike[str], options: Mapping[str, Any] | 
     if not path or "\0" in path:
         raise StorageError(errno.EINVAL, f"{path!r} is not a path: give a directory or a URL")
     match = _URL.match(path) if is_url(path) else None
-    if match is None or match[1].lower() == "file":
+    if match is None or (match["scheme"].lower() in ("file", "local") and not match["chain"]):
         if options:
             raise ValueError("storage_options are for URLs such as s3://bucket/run, not for directories")
-        if match is None and "::" in path and "://" in path:
-            raise StorageError(errno.EPROTONOSUPPORT, "chains of file systems (with ::) are not supported")
         return LocalStorage(path if match is None else _directory(path))
-    protocol, rest = match[1].lower(), path[match.end() :].strip("/")
-    host = rest.partition("/")[0]
-    # Messages carry the scheme only: credentials may hide in the rest.
-    if "?" in rest or "#" in rest or ":" in host.rpartition("@")[0]:
+    chain, protocol, rest = match["chain"] or "", match["scheme"].lower(), path[match.end() :].rstrip("/")
+    _check_chain(chain)
+    _check_rest(protocol, rest)
+    return RemoteStorage(f"{chain}{protocol}://{rest}", options, timeout=timeout)
+
+
+def _check_chain(chain: str) -> None:
+    """Raise for a part of a chain that checkpoints can't be written through, or not be read through as they are."""
+    for part in chain.split("::")[:-1]:
+        protocol, _, path = part.partition("://")
+        if path:
+            raise StorageError(
+                errno.EPROTONOSUPPORT, f"{protocol}://…:: in a chain: only the last part may have a path"
+            )
+        if protocol in _CACHES:
+            raise StorageError(
+                errno.EPROTONOSUPPORT,
+                f"{protocol}:: keeps copies of files, and would show manifests and leases that have changed: leave it "
+                "out; local= and `ckptengine prefetch` keep checkpoints on the local disk",
+            )
+        if protocol in _ARCHIVES:
+            raise StorageError(
+                errno.EPROTONOSUPPORT, f"{protocol}:: is an archive, into which a run can't be written: leave it out"
+            )
+
+
+def _check_rest(protocol: str, rest: str) -> None:
+    # Messages repeat only what comes before a sign that credentials may follow.
+    host, _, _ = rest.partition("/")
+    if ":" in host.rpartition("@")[0]:
         raise StorageError(
             errno.EINVAL,
-            f"{protocol}://…: a location holds no credentials and no query: give them as storage_options, or by the "
-            "environment",
+            f"{protocol}://…: a location holds no credentials: give them as storage_options, or by the environment",
         )
-    if not rest:
+    sign = re.search(r"[?#]", rest)
+    if sign is not None:
+        raise StorageError(
+            errno.EINVAL,
+            f"{protocol}://{rest[: sign.start()]} goes on with {sign[0]!r}: a location holds no query, no "
+            "credentials and no name with ? or # in it; choose another name, and give settings as storage_options",
+        )
+    if not rest.strip("/"):
         raise StorageError(errno.EINVAL, f"{protocol}:// names no place: write {protocol}://bucket/path/to/run")
-    return RemoteStorage(f"{protocol}://{_checked(rest)}", options)
-
-
-def _checked(path: str) -> str:
-    """Return a path with its parts checked; raises `StorageError` for `.`, `..` and empty ones."""
-    if any(part in ("", ".", "..") for part in path.split("/")):
-        raise StorageError(errno.EINVAL, f"{path!r} has empty parts, . or ..: write a plain path")
-    return path
+    # A path that begins with a slash has no host, as in hdfs:///user/run.
+    if any(part in ("", ".", "..") for part in rest.removeprefix("/").split("/")):
+        raise StorageError(errno.EINVAL, f"{rest!r} has empty parts, . or ..: write a plain path")
 
 
 def _directory(path: str) -> str:
     url = urlsplit(path)
     if url.netloc not in ("", "localhost") or not url.path:
-        raise StorageError(errno.EINVAL, f"file://{url.hostname or ''}…: write file:///path/to/directory")
+        scheme = url.scheme
+        raise StorageError(errno.EINVAL, f"{scheme}://{url.hostname or ''}…: write {scheme}:///path/to/directory")
     return unquote(url.path)

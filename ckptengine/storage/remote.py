@@ -15,9 +15,10 @@ from numpy.typing import NDArray
 
 from ckptengine.errors import CheckpointDamagedError, StorageError
 from ckptengine.storage.base import Storage, check_name, join
+from ckptengine.storage.connect import connect
 from ckptengine.storage.objects import Objects, Stat, Unfinished
 from ckptengine.storage.parallel import in_parallel
-from ckptengine.storage.retry import Patience, Request, code_of, persist
+from ckptengine.storage.retry import Patience, Request, persist
 from ckptengine.storage.upload import Budget, RemoteArchiveWriter, part_nbytes_for
 
 if TYPE_CHECKING:
@@ -40,8 +41,9 @@ _told_lock = threading.Lock()
 class RemoteStorage(Storage):
     """Objects below a URL that fsspec opens. Nothing is connected before the first use.
 
-    `location` is `PROTOCOL://PATH` without credentials; `options` are fsspec's `storage_options`, and never appear in a
-    message. Directories don't exist here: one is there while anything is below it.
+    `location` is `PROTOCOL://PATH` without credentials; `options` are fsspec's `storage_options`, whose values never
+    appear in a message. No operation takes longer than `timeout` seconds, None: two minutes and what its bytes take.
+    Directories don't exist here: one is there while anything is below it.
     """
 
     leaves_temporaries = False  # an upload appears as a whole; what is left of one shows in `unfinished`
@@ -52,10 +54,11 @@ class RemoteStorage(Storage):
         options: Mapping[str, Any] | None = None,
         budget: Budget | None = None,
         patience: Patience | None = None,
+        timeout: float | None = None,
     ) -> None:
         self._location = location.rstrip("/")
         self._options = dict(options or {})
-        self._budget, self._patience = budget or Budget(), patience or Patience()
+        self._budget, self._patience = budget or Budget(), (patience or Patience()).within(timeout)
         self._lock = threading.Lock()
         self._opened: tuple[int, Objects] | None = None
         self._atomic: bool | None = None
@@ -71,13 +74,13 @@ class RemoteStorage(Storage):
         with self._lock:
             # The connections and the event loop are not there in a forked process.
             if self._opened is None or self._opened[0] != os.getpid():
-                self._opened = os.getpid(), _connect(self._location, self._options)
+                self._opened = os.getpid(), connect(self._location, self._options)
             return self._opened[1]
 
     def _do(self, operation: str, name: str, call: Callable[[Objects, Request], _T], nbytes: int = 0) -> _T:
         """Make a request that moves about `nbytes` bytes."""
         objects, patience = self._objects, self._patience.for_bytes(nbytes)
-        return persist(operation, self.location(name), lambda request: call(objects, request), patience)
+        return persist(operation, self.location(name), lambda request: call(objects, request), patience, objects)
 
     def _get(self, name: str, position: int, nbytes: int) -> bytes:
         """Return bytes of an object, fewer only where it ends before."""
@@ -92,6 +95,15 @@ class RemoteStorage(Storage):
     def check_writable(self) -> None:
         """Raise where the place can't even be listed."""
         self._do("list", "", lambda objects, request: objects.list("", request.left))
+
+    def check_shared(self, ranks: int) -> None:
+        """Raise where the place is this process's memory, and other ranks are to find something in it."""
+        if ranks > 1 and self._location.rpartition("::")[2].startswith("memory://"):
+            raise StorageError(
+                errno.EINVAL,
+                f"{self._location}: memory:// is the memory of one process, and not seen by the others of {ranks} "
+                "ranks: give a directory or a bucket that all ranks see",
+            )
 
     def make_directory(self, name: str) -> None:
         """Do nothing but check the name."""
@@ -113,7 +125,10 @@ class RemoteStorage(Storage):
         if not self._can_create():
             if self.size(name) is not None:
                 return False
-            self.write_bytes(name, body)
+            try:
+                self.write_bytes(name, body)
+            except StorageError as error:
+                return self._read_back(key, body, error)
             return True
         return self._create(key, body)
 
@@ -122,12 +137,21 @@ class RemoteStorage(Storage):
             self._do("publish", key, lambda objects, request: objects.create(key, body, request.left))
             return True
         except StorageError as error:
-            if error.errno not in (errno.EEXIST, errno.ETIMEDOUT, errno.EIO):
-                raise
-            problem = error
-        # A reply may have been lost, and the request been made again, by the HTTP library too, which does not say so.
-        # Whatever came of it shows in what is there now.
-        found = self._found(key, len(body))
+            return self._read_back(key, body, error)
+
+    def _read_back(self, key: str, body: bytes, problem: StorageError) -> bool:
+        """Return whether what is there is ours, after a write that was refused or had no answer.
+
+        A reply may have been lost, and the request been made again, by the HTTP library too, which does not say so.
+        Whatever came of it shows in what is there now. Raises `StorageError`: ETIMEDOUT where that is not known.
+        """
+        if problem.errno not in (errno.EEXIST, errno.ETIMEDOUT, errno.EIO):
+            raise problem
+        try:
+            found = self._found(key, len(body))
+        except StorageError as error:
+            text = f"{problem.strerror}; what came of it can't be read: {error.strerror}"
+            raise StorageError(errno.ETIMEDOUT, text) from error
         if found is not None:
             return found == body
         if problem.errno == errno.EEXIST:
@@ -432,37 +456,3 @@ def _requests(rows: list[list[int]], most: int, gap: int) -> list[list[tuple[int
             else:
                 requests.append([span])
     return requests
-
-
-def _connect(location: str, options: dict[str, Any]) -> Objects:
-    """Return the objects at a location; raises `StorageError` saying what to install where a package is missing."""
-    protocol, _, _ = location.partition("://")
-    # Never fsspec's instance of earlier: it may have been made when the environment held no credentials, or others.
-    try:
-        import fsspec
-        from fsspec.config import conf
-    except ImportError:
-        raise StorageError(
-            errno.EPROTONOSUPPORT, f"{location}: object stores need fsspec: pip install 'ckptengine[s3]'"
-        ) from None
-    try:
-        if protocol in ("s3", "s3a"):
-            from ckptengine.storage.s3 import S3Objects, s3_options
-
-            fs = fsspec.filesystem(
-                protocol, skip_instance_cache=True, **s3_options({**conf.get(protocol, {}), **options})
-            )
-            return S3Objects(fs, fs._strip_protocol(location))
-        from ckptengine.storage.generic import FsspecObjects
-
-        fs = fsspec.filesystem(protocol, skip_instance_cache=True, **options)
-        return FsspecObjects(fs, fs._strip_protocol(location), protocol)
-    except ImportError:
-        package = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "abfs": "adlfs", "az": "adlfs"}
-        name = package.get(protocol)
-        what = f"pip install {name}" if name else f"install fsspec's implementation for {protocol}://"
-        raise StorageError(errno.EPROTONOSUPPORT, f"{location}: {what}") from None
-    except Exception as error:
-        raise StorageError(
-            errno.EINVAL, f"{location} can't be opened: {code_of(error)}; check the location and storage_options"
-        ) from None

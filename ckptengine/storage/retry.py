@@ -5,17 +5,32 @@ from __future__ import annotations
 import asyncio
 import enum
 import errno
+import logging
 import os
 import random
 import re
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from ckptengine.errors import StorageError
 
-__all__ = ["Garbled", "Kind", "Patience", "Request", "code_of", "is_not_understood", "kind_of", "persist"]
+if TYPE_CHECKING:
+    from ckptengine.storage.objects import Objects
+
+__all__ = [
+    "Garbled",
+    "Kind",
+    "Patience",
+    "Request",
+    "code_of",
+    "is_momentary",
+    "is_unknown",
+    "kind_of",
+    "persist",
+]
 
 _T = TypeVar("_T")
 
@@ -56,8 +71,32 @@ _OF_STATUS = {
 # Classes of the HTTP libraries under fsspec's file systems, which are not imported here.
 _LOST = re.compile(
     r".*(Timeout|Connect|Disconnect|ClientPayload|ClientOSError|ServerError|IncompleteRead|ResponseStreaming|"
-    r"HTTPClientError|ServiceRequest|ServiceResponse|ResponseParser|ProtocolError|BadStatusLine).*"
+    r"HTTPClientError|SSHException|ServiceRequest|ServiceResponse|ResponseParser|ProtocolError|BadStatusLine).*"
 )
+# Of those, the ones that are a refusal all the same.
+_DENIED = re.compile(r".*(Authentication|PermissionDenied|HostKey|Credentials).*")
+_KEYWORD = re.compile(r"keyword argument:? '(\w+)'")
+# The credentials are not valid any more, or not the ones that are now; some stores say 400 or no more than 403.
+_EXPIRED = frozenset(
+    (
+        "ExpiredToken",
+        "ExpiredTokenException",
+        "InvalidToken",
+        "TokenRefreshRequired",
+        "RequestExpired",
+        "InvalidAccessKeyId",
+        "InvalidClientTokenId",
+        "SignatureDoesNotMatch",
+    )
+)
+# A wait is told from so many seconds on, and the same one not again for so many.
+_TOLD_FROM, _TOLD_FOR = 4.0, 60.0
+# After an operation was given up, those that follow at once, cleaning up, wait no more than this.
+_OUTAGE, _AFTER_OUTAGE = 5.0, 1.0
+
+_log = logging.getLogger("ckptengine")
+_waits: dict[tuple[str, str], float] = {}
+_waits_lock = threading.Lock()
 _WORD = re.compile(r"[A-Za-z][A-Za-z0-9_.]{0,63}")
 _ADVICE = {
     errno.EACCES: "check the credentials and what they permit",
@@ -86,7 +125,7 @@ class Patience:
 
     "Full jitter": a pause is uniform between 0 and the bound, which doubles from `first` seconds on (M. Brooker,
     "Exponential Backoff And Jitter", AWS Architecture Blog, 2015). A single request may take `request` seconds. Both
-    are longer for many bytes, by what these take at `slowest` bytes per second.
+    are longer for many bytes, by what these take at `slowest` bytes per second, and never longer than `limit`.
     """
 
     seconds: float = 120.0
@@ -94,11 +133,22 @@ class Patience:
     longest: float = 10.0
     request: float = 60.0
     slowest: float = 256 << 10
+    limit: float = float("inf")
 
     def for_bytes(self, nbytes: int) -> Patience:
         """Return the patience for a request that moves so many bytes."""
         more = nbytes / self.slowest
-        return replace(self, seconds=self.seconds + more, request=self.request + more)
+        return replace(self, seconds=min(self.seconds + more, self.limit), request=min(self.request + more, self.limit))
+
+    def within(self, timeout: float | None) -> Patience:
+        """Return the patience of what a caller does who waits `timeout` seconds at most; None: as long as it takes.
+
+        A little less, so that the error comes in time on other ranks, which wait for this one as long.
+        """
+        if timeout is None:
+            return self
+        limit = 0.8 * timeout
+        return replace(self, seconds=min(self.seconds, limit), request=min(self.request, limit), limit=limit)
 
 
 @dataclass(slots=True)
@@ -116,38 +166,82 @@ class Request:
         return max(0.1, min(self.seconds, self.deadline - time.monotonic()))
 
 
-def persist(operation: str, where: str, call: Callable[[Request], _T], patience: Patience) -> _T:
+def persist(
+    operation: str, where: str, call: Callable[[Request], _T], patience: Patience, objects: Objects | None = None
+) -> _T:
     """Return what `call` returns, trying again after momentary failures until the patience is at its end.
+
+    Where the store refuses the credentials, `objects` are connected anew once, with those that are there now. A wait of
+    more than a few seconds is told, once.
 
     Raises `StorageError` naming operation and place: ENOENT for what is missing, EEXIST where a condition was not met,
     EACCES, EINVAL or EOPNOTSUPP for a refusal, ETIMEDOUT or EIO after the last try. Its message has the store's error
     code, never the store's words or the request's: those may hold credentials.
     """
     began = time.monotonic()
+    if objects is not None and began - objects.outage < _OUTAGE:
+        patience = replace(patience, seconds=min(patience.seconds, _AFTER_OUTAGE))
     told: tuple[str, int] | None = None
     request = Request(began + patience.seconds, patience.request)
     bound = patience.first
+    renewed = False
     while True:
         request.tries += 1
+        version = 0 if objects is None else objects.version
         try:
-            return call(request)
+            result = call(request)
+            if objects is not None:
+                objects.outage = -float("inf")
+            return result
         except StorageError:
             raise
         except Exception as error:
-            kind, code = kind_of(error), code_of(error)
+            kind, code, lost = kind_of(error), code_of(error), _is_lost(error)
             number = _errno_of(error, kind)
         if kind is not Kind.MOMENTARY:
+            if number == errno.EACCES and objects is not None and not renewed and objects.renew(version):
+                renewed = True
+                _tell_renewal(operation, where, code, objects)
+                continue
             raise _error(operation, where, code, number)
         request.doubtful = True
+        if lost and objects is not None:
+            code = f"{code} at {objects.endpoint}" if objects.endpoint else code
+            objects.reconnect(version)
         # The last try may have had no time left: what the store said before tells more.
         if told is None or number != errno.ETIMEDOUT:
             told = code, number
         pause = random.uniform(0.0, bound)
         bound = min(2 * bound, patience.longest)
-        if time.monotonic() + pause >= request.deadline:
-            taken = f" ({request.tries} tries in {time.monotonic() - began:.3g} s)"
+        now = time.monotonic()
+        if now + pause >= request.deadline:
+            if objects is not None:
+                objects.outage = now
+            taken = f" ({request.tries} tries in {now - began:.3g} s)"
             raise _error(operation, where, told[0] + taken, told[1])
+        if now + pause - began >= _TOLD_FROM:
+            _tell_wait(operation, where, told[0], patience.seconds)
         time.sleep(pause)
+
+
+def _tell_renewal(operation: str, where: str, code: str, objects: Objects) -> None:
+    """Warn that a store was connected anew, not for each of the requests that were refused at the same time."""
+    with _waits_lock:
+        known, objects.told = objects.told >= objects.version, objects.version
+    if not known:
+        _log.warning(
+            "cannot %s %s: %s; the credentials were read anew, and it is tried once more", operation, where, code
+        )
+
+
+def _tell_wait(operation: str, where: str, code: str, seconds: float) -> None:
+    """Warn that a store does not answer, not for each of the operations that wait for the same."""
+    key, now = (where.partition("/step-")[0], code), time.monotonic()
+    with _waits_lock:
+        if now - _waits.get(key, -float("inf")) < _TOLD_FOR:
+            return
+        _waits[key] = now
+    _log.warning("cannot %s %s yet: %s; it is tried again for up to %.3g s in all", operation, where, code, seconds)
 
 
 def kind_of(error: BaseException) -> Kind:
@@ -164,7 +258,12 @@ def kind_of(error: BaseException) -> Kind:
     return Kind.MISSING if status == 404 and code is None else Kind.REFUSED
 
 
-def is_not_understood(error: BaseException) -> bool:
+def is_momentary(error: BaseException) -> bool:
+    """Return whether the same may go well another time."""
+    return kind_of(error) is Kind.MOMENTARY
+
+
+def is_unknown(error: BaseException) -> bool:
     """Return whether a store has refused a request because of its form: another one may do."""
     return kind_of(error) is Kind.REFUSED and _errno_of(error, Kind.REFUSED) in (errno.EINVAL, errno.EOPNOTSUPP)
 
@@ -172,6 +271,10 @@ def is_not_understood(error: BaseException) -> bool:
 def _is_lost(error: BaseException) -> bool:
     """Return whether no reply came, or not the whole of it."""
     lost = Garbled, TimeoutError, asyncio.TimeoutError, ConnectionError, EOFError
+    if any(_DENIED.fullmatch(kind.__name__) for kind in type(error).__mro__):
+        return False
+    if isinstance(error, OSError) and str(error) == "Socket is closed":  # paramiko
+        return True
     return isinstance(error, lost) or any(_LOST.fullmatch(kind.__name__) for kind in type(error).__mro__)
 
 
@@ -187,6 +290,10 @@ def code_of(error: BaseException) -> str:
         words.append(type(error).__name__)
         if isinstance(error, OSError) and error.errno:
             words.append(os.strerror(error.errno))
+        # Names of parameters only, never their values.
+        option = _KEYWORD.search(str(error)) if isinstance(error, TypeError) else None
+        if option is not None:
+            words.append(f"about the option {option[1]!r}")
     return " ".join(words)
 
 
@@ -220,11 +327,13 @@ def _errno_of(error: BaseException, kind: Kind) -> int:
     status, code = _answer(error)
     if code == "NoSuchBucket":
         return errno.ENOENT
+    if code in _EXPIRED:
+        return errno.EACCES
     if code in ("NotImplemented", "MethodNotAllowed"):
         return errno.EOPNOTSUPP
     if status in _OF_STATUS:
         return _OF_STATUS[status]
-    if isinstance(error, PermissionError) or "Credentials" in type(error).__name__:
+    if isinstance(error, PermissionError) or any(_DENIED.fullmatch(kind.__name__) for kind in type(error).__mro__):
         return errno.EACCES
     if isinstance(error, TimeoutError | asyncio.TimeoutError) or "Timeout" in type(error).__name__:
         return errno.ETIMEDOUT

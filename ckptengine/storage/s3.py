@@ -9,11 +9,13 @@ import email.utils
 import hashlib
 import logging
 import threading
-from collections.abc import AsyncIterator, Coroutine, Sequence
+import time
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 from ckptengine.storage.objects import Listing, Objects, Stat, Unfinished, Upload
-from ckptengine.storage.retry import Garbled, code_of, is_not_understood
+from ckptengine.storage.retry import Garbled, code_of, is_unknown
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -22,6 +24,7 @@ __all__ = ["S3Objects", "s3_options"]
 
 _CHUNK = 256 << 10  # bytes of the image that are copied at a time on their way into the socket
 _CONNECTIONS = 32
+_LOOK_AGAIN = 30.0  # seconds until credentials that were refused and had not changed are looked at again
 
 _log = logging.getLogger("ckptengine")
 
@@ -42,7 +45,7 @@ def s3_options(options: dict[str, Any]) -> dict[str, Any]:
 
 
 class S3Objects(Objects):
-    """Objects below a prefix of one bucket. `fs` is an `s3fs.S3FileSystem`, `root` is `bucket/prefix`."""
+    """Objects below a prefix of one bucket. `make` gives an `s3fs.S3FileSystem`, `root` is `bucket/prefix`."""
 
     needs_probe = True
     parts_in_parallel = True
@@ -52,13 +55,44 @@ class S3Objects(Objects):
     most_parts = 10_000
     most_deleted = 1000  # Amazon S3, "DeleteObjects"
 
-    def __init__(self, fs: Any, root: str) -> None:
-        self._fs = fs
+    def __init__(self, make: Callable[[], Any], root: str) -> None:
+        super().__init__()
+        self._make = make
+        self._fs = self._open()
+        self._deletes_many = True
+        self._looked = -float("inf")  # when the credentials were last found to be the same
+        self._bucket, prefix, _ = self._fs.split_path(root)
+        self._prefix = f"{prefix.strip('/')}/" if prefix.strip("/") else ""
+
+    def _open(self) -> Any:
+        fs = self._make()
         # One try each: `persist` is above.
         fs.retries = 1
-        self._deletes_many = True
-        self._bucket, prefix, _ = fs.split_path(root)
-        self._prefix = f"{prefix.strip('/')}/" if prefix.strip("/") else ""
+        return fs
+
+    @property
+    def endpoint(self) -> str:
+        """Return scheme, host and port of the store, as far as they are known without asking anybody."""
+        client = self._fs._s3
+        url = urlsplit(str(self._fs.endpoint_url or (client.meta.endpoint_url if client is not None else "")))
+        host = f"{url.hostname}:{url.port}" if url.port else url.hostname
+        return f"{url.scheme}://{host}" if url.hostname else ""
+
+    def renew(self, seen: int) -> bool:
+        """Make a client with the credentials that environment, files and roles give now, if those differ."""
+        with self._renewing:
+            if self.version != seen:
+                return True
+            # What was given as options stays what it is.
+            if self._fs.key or time.monotonic() - self._looked < _LOOK_AGAIN:
+                return False
+            fresh = self._open()
+            if self._run(_credentials(fresh), _LOOK_AGAIN) == self._run(_credentials(self._fs), _LOOK_AGAIN):
+                self._looked = time.monotonic()
+                return False
+            self._fs = fresh
+            self.version += 1
+            return True
 
     def put(self, key: str, data: Buffer, seconds: float) -> None:
         """Write an object."""
@@ -135,7 +169,7 @@ class S3Objects(Objects):
                 self._run(self._delete_many(keys), seconds)
                 return
             except Exception as error:
-                if not is_not_understood(error):
+                if not is_unknown(error):
                     raise
                 _log.info("the store does not take DeleteObjects (%s): objects are deleted one by one", code_of(error))
                 self._deletes_many = False
@@ -300,6 +334,13 @@ class _Body:
     async def __aiter__(self) -> AsyncIterator[bytes]:
         while chunk := self.read(_CHUNK):
             yield chunk
+
+
+async def _credentials(fs: Any) -> object:
+    """Return what a file system's client signs with."""
+    client = await fs.set_session()
+    credentials = client._request_signer._credentials
+    return None if credentials is None else await credentials.get_frozen_credentials()
 
 
 def _add_md5(params: dict[str, Any], **_: Any) -> None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import TypeVar
 
 from ckptengine.counters import note_file
 from ckptengine.errors import StorageError
@@ -16,6 +18,7 @@ from ckptengine.storage.retry import Patience, Request, persist
 
 __all__ = ["Budget", "RemoteArchiveWriter", "part_nbytes_for"]
 
+_T = TypeVar("_T")
 _MIB = 1 << 20
 
 
@@ -86,12 +89,15 @@ class RemoteArchiveWriter(ArchiveWriter):
         self._carry += view[begin + whole * self._part :]
         self._position += nbytes
 
+    def _persist(self, operation: str, call: Callable[[Request], _T], patience: Patience | None = None) -> _T:
+        return persist(operation, self.where, call, patience or self._patience, self._objects)
+
     def _send(self, parts: list[memoryview]) -> None:
         if not parts:
             return
         upload = self._upload
         if upload is None:
-            upload = self._upload = persist("begin the upload of", self.where, self._begin, self._patience)
+            upload = self._upload = self._persist("begin the upload of", self._begin)
         first, self._sent = self._sent + 1, self._sent + len(parts)
         patience = self._patience
 
@@ -103,7 +109,7 @@ class RemoteArchiveWriter(ArchiveWriter):
                     raise StorageError(errno.EIO, f"cannot write {self.where}: part {number} was lost on its way")
                 upload.send(number, memory, request.left)
 
-            persist(f"upload part {number} of", self.where, once, patience.for_bytes(memory.nbytes))
+            self._persist(f"upload part {number} of", once, patience.for_bytes(memory.nbytes))
 
         in_parallel(send, enumerate(parts, first), 1 if upload.in_order else min(self._budget.requests, len(parts)))
 
@@ -115,7 +121,7 @@ class RemoteArchiveWriter(ArchiveWriter):
         if self._upload is None:
             carry = memoryview(self._carry)
             patience = self._patience.for_bytes(carry.nbytes)
-            persist("write", self.where, lambda one: self._objects.put(self._key, carry, one.left), patience)
+            self._persist("write", lambda one: self._objects.put(self._key, carry, one.left), patience)
             return
         if self._carry:
             self._send([memoryview(self._carry)])
@@ -134,7 +140,7 @@ class RemoteArchiveWriter(ArchiveWriter):
                 if not self._is_there(request):
                     raise
 
-        persist("complete the upload of", self.where, complete, self._patience)
+        self._persist("complete the upload of", complete)
         self._upload = None
 
     def _is_there(self, request: Request) -> bool:
@@ -149,5 +155,6 @@ class RemoteArchiveWriter(ArchiveWriter):
         upload, self._upload = self._upload, None
         self._carry = bytearray()
         if upload is not None:
+            few = replace(self._patience, seconds=min(10.0, self._patience.seconds))
             with contextlib.suppress(StorageError):
-                persist("abort the upload of", self.where, lambda one: upload.abort(one.left), Patience(seconds=10))
+                self._persist("abort the upload of", lambda one: upload.abort(one.left), few)

@@ -76,7 +76,8 @@ class Tiers:
         storage_options: Mapping[str, Any] | None,
     ) -> None:
         self._comm, self._timeout = comm, timeout
-        self.home = open_storage(run, storage_options)
+        self.home = open_storage(run, storage_options, timeout)
+        self.home.check_shared(comm.world_size)
         self.local = None if local is None else _local(local)
         self.first: Storage = self.local or self.home
         protocol = run.partition("://")[0] if "://" in run else "run"

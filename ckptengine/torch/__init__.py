@@ -147,10 +147,6 @@ class TorchAdapter(Adapter):
         """Register torch's global hook, which runs before the step of every optimizer, fused and compiled ones too."""
         return _optimizer.before_optimizer_step(call)
 
-    def state_fits(self, parameter: Any, key: str, shape: tuple[int, ...]) -> bool:
-        """Whether an item of a parameter's state may have this shape."""
-        return _optimizer.state_fits(parameter, key, shape)
-
     def set_hyperparameter(self, group: dict[str, Any], key: str, value: Any) -> None:
         """Set one value of a group."""
         _optimizer.set_hyperparameter(group, key, value)

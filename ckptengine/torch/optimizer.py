@@ -26,11 +26,7 @@ __all__ = [
     "optimizer_states",
     "set_hyperparameter",
     "set_optimizer_state",
-    "state_fits",
 ]
-
-# What torch's own optimizers keep for each element of the parameter.
-_MOMENTS = frozenset({"exp_avg", "exp_avg_sq", "max_exp_avg_sq", "exp_inf", "momentum_buffer", "square_avg"})
 
 
 def check_optimizer(optimizer: torch.optim.Optimizer, path: Path) -> None:
@@ -113,11 +109,6 @@ def set_optimizer_state(
         optimizer.state.pop(parameter, None)
     else:
         optimizer.state[parameter] = state
-
-
-def state_fits(parameter: torch.Tensor, key: str, shape: tuple[int, ...]) -> bool:
-    """Whether an item of a parameter's state may have this shape; unknown items may have any."""
-    return key not in _MOMENTS or shape == tuple(parameter.shape)
 
 
 def set_hyperparameter(group: dict[str, Any], key: str, value: Any) -> None:

@@ -80,6 +80,19 @@ def main() -> None:
     report["leader late"] = late(0, lambda: comm.broadcast(None if rank else b"x", TIMEOUT))
     report["after leader"] = [item.decode() for item in comm.all_gather(b"%d" % rank, 20)]
 
+    # Rank 2 leaves one out, then rank 0 does, and one is left out twice: all are in step at the next one, or after it.
+    for name, who, times in (("left out", 2, 1), ("left out twice", 1, 2), ("left out by the leader", 0, 1)):
+        for number in range(times):
+            comm.about = f"{name} {number}"
+            if rank != who:
+                report[name] = said(lambda: comm.all_gather(b"x", TIMEOUT))
+            world.Barrier()
+        comm.about = f"{name} next"
+        report[f"next to {name}"] = said(lambda: comm.all_gather(b"%d" % rank, 20))
+        world.Barrier()
+        report[f"after {name}"] = [item.decode() for item in comm.all_gather(b"%d" % rank, 20)]
+        comm.about = ""
+
     report["contradiction"] = said(lambda: comm.barrier(20) if rank == 1 else comm.all_gather(b"", 20))
     report["after contradiction"] = [item.decode() for item in comm.all_gather(b"%d" % rank, 20)]
 

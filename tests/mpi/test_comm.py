@@ -48,6 +48,20 @@ def test_the_group_works_again_after_a_failed_operation(said):
             assert report[name] == ["0", "1", "2", "3"]
 
 
+def test_a_rank_that_leaves_operations_out_is_named_and_comes_in_step_again(said):
+    everyone = [b"%d" % rank for rank in range(RANKS)]
+    for rank, report in enumerate(said):
+        for name, who in (("left out", 2), ("left out twice", 1)):
+            assert rank == who or report[name][1].endswith(f"rank {who} did not come within 2 s")
+            assert report[f"next to {name}"] == ["returned", str(everyone)]
+        assert rank == 0 or report["left out by the leader"][1].endswith("rank 0 did not answer within 2 s")
+        # Whoever comes first finds that the others have given up, or have come again.
+        kind, text = report["next to left out by the leader"]
+        assert (kind, text) == ("returned", str(everyone)) or "gave up waiting before" in text
+        for name in ("left out", "left out twice", "left out by the leader"):
+            assert report[f"after {name}"] == ["0", "1", "2", "3"]
+
+
 def test_ranks_that_call_different_operations_are_told_so(said):
     for report in said:
         kind, text = report["contradiction"]

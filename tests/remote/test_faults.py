@@ -81,7 +81,7 @@ def test_a_save_that_can_not_be_done_commits_nothing_and_leaves_nothing(
 ):
     ce.save(f"{bucket.url}/run", state(1), storage_options=bucket.options)
     disturbed.storage().list()  # so that the connection is there
-    monkeypatch.setattr("ckptengine.storage.remote.Patience", lambda: replace(QUICK, seconds=3))
+    monkeypatch.setattr("ckptengine.storage.remote.Patience", lambda: replace(QUICK, seconds=8))
     proxy.fault("503 SlowDown", pattern, 10**6)
     with pytest.raises(CheckpointError, match=r"upload .*s3://.*rank-00000.*: 503 SlowDown \(\d+ tries in"):
         ce.save(f"{disturbed.url}/run", state(2), storage_options=disturbed.options)
@@ -177,7 +177,9 @@ def test_credentials_and_the_stores_words_appear_nowhere(bucket, disturbed, prox
                 texts += _all_of(error)
         fault.times = 0
     for storage in (
-        RemoteStorage(url, {**options, "endpoint_url": f"http://{SECRET}.invalid"}, patience=replace(QUICK, seconds=1)),
+        RemoteStorage(
+            url, {**options, "endpoint_url": f"http://key:{SECRET}@store.invalid"}, patience=replace(QUICK, seconds=1)
+        ),
     ):
         with pytest.raises(StorageError) as caught:
             storage.list()
@@ -209,7 +211,7 @@ def test_the_proxy_itself_passes_things_on(disturbed: Bucket, proxy: Proxy):
 def test_a_publication_whose_outcome_is_not_known_keeps_its_data(bucket, disturbed, proxy, quick, monkeypatch):
     ce.save(f"{bucket.url}/run", state(1), storage_options=bucket.options)
     disturbed.storage().list()  # so that the connection is there
-    monkeypatch.setattr("ckptengine.storage.remote.Patience", lambda: replace(QUICK, seconds=3))
+    monkeypatch.setattr("ckptengine.storage.remote.Patience", lambda: replace(QUICK, seconds=8))
     proxy.fault("reset before", WRITES["the manifest"], 10**6)
     with pytest.raises(CheckpointError, match="it is not known whether it was carried out"):
         ce.save(f"{disturbed.url}/run", state(2), storage_options=disturbed.options)

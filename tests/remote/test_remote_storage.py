@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import errno
-import json
 import subprocess
 import sys
-import time
 import tracemalloc
 import uuid
 
 import numpy as np
 import pytest
 from buckets import QUICK, SMALL, Bucket
+from contract import StorageContract, write_archive
 
 from ckptengine.catalog.lease import Lease
 from ckptengine.catalog.retention import remove_leftovers
-from ckptengine.errors import CheckpointDamagedError, StorageError
+from ckptengine.errors import StorageError
 from ckptengine.storage.remote import RemoteStorage, _requests
 from ckptengine.storage.s3 import S3Objects
 from ckptengine.storage.upload import Budget, part_nbytes_for
@@ -29,70 +27,12 @@ def storage(request: pytest.FixtureRequest) -> RemoteStorage:
     return RemoteStorage(f"memory://{uuid.uuid4().hex}/run", budget=SMALL, patience=QUICK)
 
 
-def write(storage: RemoteStorage, name: str, data: np.ndarray, windows: int = 1) -> None:
-    with storage.create_archive(name, data.nbytes) as archive:
-        step = -(-data.nbytes // windows // 4096) * 4096
-        for begin in range(0, data.nbytes, step):
-            part = data[begin : begin + step]
-            archive.write(part.ctypes.data, part.nbytes, begin)
-        archive.finish()
+class TestContract(StorageContract):
+    """The list that all storages keep."""
 
 
 def some_bytes(nbytes: int) -> np.ndarray:
     return np.random.default_rng(7).integers(0, 256, nbytes, np.uint8)
-
-
-def test_small_objects_are_written_read_listed_and_deleted(storage):
-    storage.create()
-    storage.write_bytes("a/b/x", b"12345")
-    storage.write_bytes("a/y", b"")
-    assert (storage.read_bytes("a/b/x", 5), storage.read_bytes("a/y", 5)) == (b"12345", b"")
-    assert (storage.size("a/b/x"), storage.size("a/b"), storage.size("a/z")) == (5, None, None)
-    assert (storage.list(), storage.list("a"), storage.list("nowhere")) == (["a"], ["b", "y"], [])
-    assert storage.exists("a/b")
-    assert not storage.exists("a/c")
-    assert storage.read_range("a/b/x", 1, 3) == b"234"
-    with pytest.raises(CheckpointDamagedError, match="ends at byte 5"):
-        storage.read_range("a/b/x", 3, 4)
-    with pytest.raises(StorageError) as caught:
-        storage.read_bytes("a/b/x", 4)
-    assert caught.value.errno == errno.EFBIG
-    with pytest.raises(StorageError, match="cannot read .*/a/z") as caught:
-        storage.read_bytes("a/z", 4)
-    assert caught.value.errno == errno.ENOENT
-    storage.delete("a/y")
-    storage.delete("a/y")
-    assert not storage.remove_directory("a")
-    storage.delete_tree("a")
-    assert storage.remove_directory("a")
-    assert storage.list() == []
-
-
-def test_times_are_the_stores(storage):
-    storage.write_bytes("a/x", b"1")
-    assert abs(storage.now() - time.time()) < 30
-    assert abs(storage.modified("a/x") - storage.now()) < 30
-    assert storage.modified("a") == storage.modified("a/x")
-    assert storage.modified("b") is None
-    storage.touch("a/x")
-    assert storage.read_bytes("a/x", 9) == b"1"
-
-
-def test_a_name_is_taken_once(storage):
-    assert storage.put_if_absent("m", b"first")
-    assert not storage.put_if_absent("m", b"second")
-    assert storage.read_bytes("m", 9) == b"first"
-    assert storage.list() == ["m"]
-    assert storage.temporaries() == []
-
-
-@pytest.mark.parametrize(("nbytes", "windows"), [(4096, 1), (12 << 20, 1), ((11 << 20) + 4096, 3), (10 << 20, 5)])
-def test_an_archive_arrives_as_it_lies_in_memory(storage, nbytes, windows):
-    data = some_bytes(nbytes)
-    write(storage, "data/archive", data, windows)
-    assert storage.size("data/archive") == nbytes
-    assert storage.read_range("data/archive", 0, nbytes) == data.tobytes()
-    assert storage.unfinished() == []
 
 
 def test_an_archive_that_is_given_up_leaves_nothing(bucket):
@@ -107,10 +47,10 @@ def test_an_archive_that_is_given_up_leaves_nothing(bucket):
 
 def test_an_upload_takes_no_more_memory_than_its_parts_in_flight(bucket):
     storage, data = bucket.storage(), some_bytes(64 << 20)
-    write(storage, "warm", data[: 6 << 20])
+    write_archive(storage, "warm", data[: 6 << 20])
     tracemalloc.start()
     try:
-        write(storage, "archive", data)
+        write_archive(storage, "archive", data)
         _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
@@ -191,10 +131,3 @@ for package, advice in (("s3fs", "pip install s3fs"), ("fsspec", "pip install 'c
 
 def test_nothing_is_imported_before_it_is_needed_and_what_is_missing_is_named():
     subprocess.run([sys.executable, "-c", MISSING], check=True, timeout=60)
-
-
-def test_the_lease_is_a_plain_object(storage):
-    with Lease(storage, "data-0123456789ab-1"):
-        held = json.loads(storage.read_bytes("data-0123456789ab-1/lease.json", 4096))
-        assert held["pid"]
-    assert storage.list("data-0123456789ab-1") == []

@@ -252,3 +252,40 @@ def test_a_function_among_the_hyperparameters_is_refused_by_path() -> None:
     optimizer.param_groups[0]["scale"] = abs
     with pytest.raises(StateError, match=r"opt\.param_groups\.0\.scale"):
         save({"opt": optimizer})
+
+
+class Factored(torch.optim.Optimizer):
+    """Keeps what has another shape than the parameter under the names that Adam has: rows, blocks, a projection."""
+
+    def step(self, closure: Any = None) -> None:
+        with torch.no_grad():
+            for p in self.param_groups[0]["params"]:
+                self.state[p].setdefault("exp_avg_sq", torch.zeros(3, p.numel() // p.shape[-1])).add_(p.grad.sum())
+                self.state[p].setdefault("exp_avg", torch.zeros(p.numel() * 2)).add_(1)
+                p.sub_(self.state[p]["exp_avg_sq"].mean())
+
+
+@pytest.mark.parametrize("with_model", [True, False])
+def test_state_of_any_shape_is_restored_to_a_parameter_of_the_same_shape_and_no_other(with_model: bool) -> None:
+    def made(width: int) -> tuple[nn.Module, dict[str, Any]]:
+        torch.manual_seed(1)
+        net = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, width))
+        state: dict[str, Any] = {"opt": Factored(net.parameters(), {})}
+        return net, {"model": net, **state} if with_model else state
+
+    net, state = made(2)
+    net(torch.ones(1, 3)).sum().backward()
+    state["opt"].step()
+    stored = save(state)
+    fresh, target = made(2)
+    load(stored, target)
+    for mine, theirs in zip(fresh.parameters(), net.parameters(), strict=True):
+        for key, value in state["opt"].state[theirs].items():
+            assert torch.equal(target["opt"].state[mine][key], value)
+    other, target = made(5)
+    report = load(stored, target, strict=False)
+    reasons = [line for line in report.mismatched if "opt.state" in line]
+    assert len(reasons) == 2
+    assert all("state of a parameter of shape (5" in line for line in reasons)
+    assert other[0].weight in target["opt"].state
+    assert other[1].weight not in target["opt"].state

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 from typing import Any
 
 from ckptengine.state.adapters import Adapter
@@ -57,7 +58,7 @@ class OptimizerBinder(TensorBinder):
                 child = by_name.get(name)
                 if not (child or current) or not self._selection.holds(where):
                     continue
-                if child is not None and self._state_differs(adapter, parameter, name, where, child):
+                if child is not None and self._state_differs(parameter, name, where, child, current):
                     continue
                 new: dict[str, Any] | None = None
                 if child is not None:
@@ -74,15 +75,13 @@ class OptimizerBinder(TensorBinder):
         renamed = self._rename((name,))
         return name if renamed == (name,) else dotted(renamed)
 
-    def _state_differs(self, adapter: Adapter, parameter: Any, name: str, path: Path, node: Node) -> bool:
-        """Whether the saved state belongs to a parameter of another shape: then none of it is taken."""
+    def _state_differs(self, parameter: Any, name: str, path: Path, node: Node, current: Mapping[Any, Any]) -> bool:
+        """Whether the saved state belongs to a parameter of another shape: then none of it is taken.
+
+        The checkpoint says the shape of that parameter, whatever the shapes of its state; only old ones may not.
+        """
         here = tuple(parameter.shape)
-        saved = self._saved_shapes.get(name, here)
-        for key, child in node.children.items():
-            if isinstance(child.entry, SavedArray) and not adapter.state_fits(
-                parameter, str(key), child.entry.leaf.shape
-            ):
-                saved = child.entry.leaf.shape
+        saved = node.parameter_shape or self._saved_shapes.get(name) or _shape_by_state(here, current, node)
         if saved == here:
             return False
         self._mismatch(path, f"state of a parameter of shape {here} here, {saved} in the checkpoint", node)
@@ -162,3 +161,22 @@ class OptimizerBinder(TensorBinder):
                     f" and {len(odd) - 8} more" if len(odd) > 8 else ""
                 )
         return None
+
+
+def _shape_by_state(here: tuple[int, ...], current: Mapping[Any, Any], node: Node) -> tuple[int, ...]:
+    """Return the shape that a parameter seems to have had, from its saved state alone.
+
+    Arrays with as many dimensions as the parameter have its shape, or that of something that is kept for rows, blocks
+    or a projection of it. So they tell another shape only where none has the parameter's, and the state that is here
+    has no such array either.
+    """
+    shapes = {
+        str(key): child.entry.leaf.shape
+        for key, child in node.children.items()
+        if isinstance(child.entry, SavedArray) and len(child.entry.leaf.shape) == len(here) > 0
+    }
+    live = {key: tuple(getattr(current.get(key), "shape", ())) for key in shapes}
+    if here in shapes.values() or any(live[key] == shape for key, shape in shapes.items()):
+        return here
+    odd = [shape for shape in shapes.values() if all(a != 1 for a in shape)]
+    return odd[0] if odd and len(set(odd)) == 1 and not any(live.values()) else here

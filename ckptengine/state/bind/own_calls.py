@@ -96,9 +96,9 @@ class OwnCallsBinder(ObjectBinder, OptimizerBinder):
             for parameter, name, number in zip(group["params"], group_names, numbers, strict=True):
                 where = (*path, STATE, name)
                 _, child = by_name.pop(name, (None, None))
-                if child is None or self._state_differs(adapter, parameter, name, where, child):
-                    continue
                 here = current.get(number, {})
+                if child is None or self._state_differs(parameter, name, where, child, here):
+                    continue
                 states[number] = self._bind_parameter_state(adapter, group, parameter, here, where, child)
         of_parameters = {self._parameter_name(str(name)) for group in packed for name in group["params"]}
         for name, (key, child) in by_name.items():

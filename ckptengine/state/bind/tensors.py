@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 import functools
+from abc import abstractmethod
 from collections import Counter, OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +20,7 @@ from ckptengine.state.bind.live import is_optimizer_state, live_tensors
 from ckptengine.state.bind.sharing import extents
 from ckptengine.state.binding import Read
 from ckptengine.state.dtypes import DTYPES
-from ckptengine.state.kinds import Kind
+from ckptengine.state.kinds import SCALARS, Kind
 from ckptengine.state.leaf import ArrayLeaf, Part, Path, Placement, dotted
 from ckptengine.state.nested import item_of, replace_contents, sorted_like
 from ckptengine.state.outline import in_order
@@ -235,11 +236,44 @@ class TensorBinder(BinderBase):
         if is_optimizer_state(node.children):
             self._optimizer_states.add(path)
         for key in node.children if node.ordered else sorted_like(node.children, like):
-            result[key] = self._rebuild(node.children[key], (*path, key), item_of(like, key), make)
+            result[key] = self._rebuild_item(node.children[key], (*path, key), item_of(like, key), make)
+        self._look_for_live(like, path, node)
         if node.container is not None and set(result) == set(range(len(result))):
             items = [result[index] for index in range(len(result))]
             return tuple(items) if node.container == "tuple" else items
         return OrderedDict(result) if node.kind == "ordered" else result
+
+    def _rebuild_item(self, node: Node, path: Path, like: Any, make: Maker | None) -> Any:
+        """As `_rebuild`, for something inside; a live object stays itself and is loaded: nothing takes its place."""
+        lives = self._is_live(like, path)
+        was_alive = node.cls is not None or node.kind == "module"
+        if lives and (was_alive or node.kind is not None or not isinstance(node.entry, SavedValue)):
+            self._bind_live(like, path, node)
+            return like
+        if lives or was_alive:
+            here, there = describe_type(like), node.cls or ("a module" if was_alive else node.description)
+            self._mismatch(
+                path, f"{here} here, {there} in the checkpoint; make it before the load, as it was then", node
+            )
+            return like
+        return self._rebuild(node, path, like, make)
+
+    def _is_live(self, value: Any, path: Path) -> bool:
+        """Whether a value takes its state itself."""
+        if value is None or type(value) in SCALARS:
+            return False
+        return self._inspector.kind(value, path)[0] in (Kind.OBJECT, Kind.MODULE, Kind.OPTIMIZER)
+
+    def _look_for_live(self, like: Any, path: Path, node: Node) -> None:
+        """Tell live objects of which the checkpoint has nothing."""
+        if isinstance(like, (Mapping, list, tuple)):
+            for key, item in like.items() if isinstance(like, Mapping) else enumerate(like):
+                if key not in node.children and self._is_live(item, (*path, str(key))):
+                    self._absent((*path, key if type(key) is int else str(key)), per_rank=False)
+
+    @abstractmethod
+    def _bind_live(self, value: Any, path: Path, node: Node) -> None:
+        """Bind something that takes its state itself and lies in what is built anew."""
 
     def _rebuild_array(self, entry: SavedArray, path: Path, like: Any, make: Maker) -> Any:
         kind, adapter = (Kind.PLAIN, None) if like is None else self._inspector.kind(like, path)

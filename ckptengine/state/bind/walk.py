@@ -84,6 +84,16 @@ class Binder(OwnCallsBinder):
                 dotted(path),
             )
 
+    def _bind_live(self, value: Any, path: Path, node: Node) -> None:
+        """What holds it is handed it as it is; it has its own state before that."""
+        kind, adapter = self._inspector.kind(value, path)
+        if kind is Kind.OBJECT:
+            self._bind_object(value, path, node, False)
+        elif kind is Kind.OPTIMIZER and adapter is not None and adapter.saves_itself(value):
+            self._bind_own_optimizer(value, adapter, path, node, False)
+        else:
+            self._bind(value, None, path, node, per_rank=False)
+
     def _bind_items(self, value: Any, path: Path, node: Node | None, *, per_rank: bool) -> None:
         for key, item in children(value, path):
             settable = isinstance(value, (MutableMapping, list))
