@@ -38,7 +38,7 @@ from ckptengine.snapshot.snapshotter import Images, Snapshotter
 from ckptengine.state.adapters import adapters
 from ckptengine.state.dtypes import DTYPES
 from ckptengine.state.held import held_arrays
-from ckptengine.state.leaf import ArrayLeaf, Placement, dotted
+from ckptengine.state.leaf import ArrayLeaf, Path, Placement, dotted
 from ckptengine.storage.stuck import operation_of
 
 __all__ = ["DEFAULT_TIMEOUT", "Saver"]
@@ -88,6 +88,7 @@ class Saver:
         self._table: CopyTable | None = None
         self._make_workers()
         self._prepared = False
+        self._told_empty: set[Path] = set()
         self._unhook: list[Callable[[], None]] = []
         self._job: Job | None = None
         self._copier: threading.Thread | None = None
@@ -217,6 +218,7 @@ class Saver:
             with _collection_later():
                 reading = self._reader.read(state)
                 values = stored_values(reading.plain)
+            self._tell_empty(reading.plain.empty)
             checked_metadata(target.metadata)
             if behind:
                 raise SaveFailedError(
@@ -399,6 +401,15 @@ class Saver:
         if leaf.placement is Placement.REPLICATED:
             return held // self._comm.world_size
         return held if leaf.placement is not Placement.WHOLE or self._comm.rank == 0 else 0
+
+    def _tell_empty(self, empty: Mapping[Path, str]) -> None:
+        """Log once what has nothing to save: who put it into the state may have expected otherwise."""
+        new = {path: kind for path, kind in empty.items() if path not in self._told_empty}
+        self._told_empty.update(new)
+        if new and self._comm.rank == 0:
+            names = ", ".join(f"{dotted(path)} ({kind})" for path, kind in list(new.items())[:8])
+            more = f" and {len(new) - 8} more" if len(new) > 8 else ""
+            _log.warning("nothing of %s%s is saved: its state_dict() is empty", names, more)
 
     def _open(self, target: Target, reading: Reading | None, timeout: float) -> int:
         """Return the generation to write under; where rank 0 has yet to claim it, all ranks exchange a word.

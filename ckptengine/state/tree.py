@@ -47,7 +47,8 @@ class FlatState:
     values, not copied and not yet checked: `encode` does both. `aliases` leads from each further path of tied
     memory to its first path. `containers` has the forms of those that were walked;
     `rank_containers` the same inside `PerRank`. `outline` and `rank_outline` say how the state is built, so that what
-    is built from a checkpoint can be built, and checked, in the same way.
+    is built from a checkpoint can be built, and checked, in the same way. `empty` has the classes of modules and
+    objects that gave nothing to save.
     """
 
     arrays: tuple[ArrayLeaf, ...]
@@ -58,6 +59,7 @@ class FlatState:
     rank_containers: dict[Path, Form]
     outline: Outline = field(default_factory=Outline)
     rank_outline: Outline = field(default_factory=Outline)
+    empty: dict[Path, str] = field(default_factory=dict)
 
 
 def flatten(state: Mapping[str, Any]) -> FlatState:
@@ -99,6 +101,7 @@ class _Walk:
         self._containers: tuple[dict[Path, Form], dict[Path, Form]] = ({}, {})
         self._built: tuple[list[Container], list[Container]] = ([], [])
         self._orders: tuple[dict[Path, tuple[int, ...]], dict[Path, tuple[int, ...]]] = ({}, {})
+        self._empty: dict[Path, str] = {}
         self._shapes: tuple[dict[Path, tuple[int, ...]], dict[Path, tuple[int, ...]]] = ({}, {})
         self._aliases: dict[Path, Path] = {}
         self._first: dict[Hashable, int] = {}
@@ -115,8 +118,8 @@ class _Walk:
         arrays = tuple(
             replace(leaf, fenced=True) if number in self._fenced else leaf for number, leaf in enumerate(self._arrays)
         )
-        outlines = [Outline(tuple(self._built[own]), self._orders[own], self._shapes[own]) for own in (False, True)]
-        return FlatState(arrays, *self._values, self._aliases, *self._containers, *outlines)
+        shared, own = (Outline(tuple(self._built[own]), self._orders[own], self._shapes[own]) for own in (False, True))
+        return FlatState(arrays, *self._values, self._aliases, *self._containers, shared, own, self._empty)
 
     def trace(self) -> Trace:
         """Return what was met."""
@@ -157,6 +160,8 @@ class _Walk:
                 assert adapter is not None
                 steps: dict[Any, Step] = {}
                 entries = self._inspector.entries(value, adapter, path)
+                if not entries:
+                    self._empty[path] = class_name(value)
                 self._build(path, "module", per_rank, keys=[entry.name for entry in entries])
                 for entry in entries:
                     where = (*path, entry.name)
@@ -171,6 +176,8 @@ class _Walk:
                 per_rank = per_rank or is_stateful_loader(value)
                 self._build(path, "object", per_rank, class_name(value))
                 own = self._inspector.asked.state_of(value, path)
+                if isinstance(own, Mapping) and not own:
+                    self._empty[path] = class_name(value)
                 return ObjectStep(type(value), self._visit(own, path, per_rank=per_rank), path)
             case Kind.DICT | Kind.SEQUENCE:
                 form = form_of(value, path)

@@ -7,6 +7,7 @@ from typing import Any
 
 from ckptengine.state.adapters import Adapter
 from ckptengine.state.bind.base import FRAMEWORK
+from ckptengine.state.bind.modules import ModuleBinder
 from ckptengine.state.bind.objects import ObjectBinder, hand_over
 from ckptengine.state.bind.optimizers import OptimizerBinder
 from ckptengine.state.kinds import optimizer_names
@@ -31,7 +32,7 @@ def has_own_names(node: Node | None) -> bool:
     return any(str(key) not in names for key in state.children)
 
 
-class OwnCallsBinder(ObjectBinder, OptimizerBinder):
+class OwnCallsBinder(ObjectBinder, OptimizerBinder, ModuleBinder):
     """Binds optimizers whose `state_dict` says more than their state and groups, by their own calls."""
 
     def _bind_own_optimizer(
