@@ -24,7 +24,11 @@ from ckptengine.state.leaf import ArrayLeaf, DeviceMemory, HostMemory
 from ckptengine.storage.stuck import operation_of
 from ckptengine.storage.within import within
 
-__all__ = ["Filling", "Source", "host_memory", "plan_filling", "read_ranges"]
+__all__ = ["READ_TIMEOUT", "Filling", "Source", "host_memory", "plan_filling", "read_ranges"]
+
+
+READ_TIMEOUT = 600.0
+"""Seconds without a byte after which a read is given up, where the caller has no other number."""
 
 
 @dataclass(frozen=True, slots=True)

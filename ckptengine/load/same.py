@@ -9,7 +9,7 @@ import numpy as np
 
 from ckptengine.layout.box import Box
 from ckptengine.load.checkpoint import Checkpoint
-from ckptengine.load.fill import host_memory, plan_filling, read_ranges
+from ckptengine.load.fill import READ_TIMEOUT, host_memory, plan_filling, read_ranges
 from ckptengine.state.bind.sharing import Extent, extents
 from ckptengine.state.binding import Read
 from ckptengine.state.dtypes import DTYPES
@@ -23,7 +23,7 @@ def brings_the_same(checkpoint: Checkpoint, timeout: float, reads: Sequence[Read
 
     With `tied`, each is to fill the whole of one tensor; else they fill what their targets say, which overlap.
     """
-    stored = [stored_parts(checkpoint, timeout, read, read.target) for read in reads]
+    stored = [stored_parts(checkpoint, read, read.target, timeout) for read in reads]
     if tied:
         first = reads[0].target
         return all(
@@ -44,7 +44,9 @@ def brings_the_same(checkpoint: Checkpoint, timeout: float, reads: Sequence[Read
     return all(_equal(v, p) for found, parts in pairs for v, p in zip(found, parts, strict=True))
 
 
-def stored_parts(checkpoint: Checkpoint, timeout: float, read: Read, target: ArrayLeaf) -> list[np.ndarray[Any, Any]]:
+def stored_parts(
+    checkpoint: Checkpoint, read: Read, target: ArrayLeaf, timeout: float = READ_TIMEOUT
+) -> list[np.ndarray[Any, Any]]:
     """Return this rank's parts of a leaf as they are stored, one array of its box's shape for each; all verified."""
     dtype = DTYPES[target.dtype].numpy
     arrays = [np.empty(part.box.shape, dtype) for part in target.parts]
