@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.distributed._shard.sharded_tensor
 from state_memory import load, read_part, save
 
 from ckptengine.errors import CheckpointDamagedError, LoadMismatchError, StateError
