@@ -38,6 +38,7 @@ from ckptengine.snapshot.shared_arena import SharedArena
 from ckptengine.storage.base import Storage, StorageView, join
 from ckptengine.storage.local import LocalStorage
 from ckptengine.storage.open import local_path, open_storage
+from ckptengine.tiers.apart import check_apart
 from ckptengine.tiers.claims import claims_of, packed, unpacked
 from ckptengine.tiers.copy import check_same_run, copy_commit
 from ckptengine.tiers.inventory import Inventory, take_inventory
@@ -113,6 +114,16 @@ class Tiers:
         if self.local is not None and self._site is not None:
             found.append((self.local, self._site))
         return found
+
+    def check_apart(self) -> None:
+        """Raise `ValueError` where one of the run's places is, or lies in, another one of them."""
+        places = {"run": str(self.home.root)} if isinstance(self.home, LocalStorage) else {}
+        if self.local is not None:
+            places["local"] = str(self.local.root)
+        if self._memory_base:
+            base = self._memory_base
+            places["memory"] = memory_root(self.home.location(), True if isinstance(base, bool) else base)
+        check_apart(places)
 
     def open(self, token: str) -> None:
         """Make the near tiers ready, and see who shares them; all ranks. `token` is this life's, 16 hex digits."""

@@ -475,3 +475,26 @@ def test_impossible_arguments_are_refused():
         ce.RNG(key="a")
     with pytest.raises(ValueError, match="pass `resize` too"):
         ce.PerRank(1, ranks=lambda saved, rank, world_size: [0])
+
+
+def test_rewind_goes_back_to_the_restore_once(tmp_path):
+    given = everything(1)
+    ce.save(tmp_path / "point", {"rng": ce.RNG(given)})
+    expected = draw(given)
+    others = everything(2)
+    rng = ce.RNG(others)
+    ce.load(tmp_path / "point", into={"rng": rng})
+    draw(others)  # as a framework does that makes its loader after the restore
+    assert rng.rewind()
+    assert draw(others) == expected
+    assert not rng.rewind(), "a second call must not repeat the numbers that training has used"
+    assert draw(others) != expected
+    assert not ce.RNG().rewind(), "without a restore there is nothing to go back to"
+
+
+def test_rewind_goes_back_to_streams_that_began_anew_at_another_world_size():
+    for state in resumed(save(*ranks(2)), 3):
+        first = numbers(state)
+        numbers(state)
+        assert state["rng"].rewind()
+        assert numbers(state) == first
