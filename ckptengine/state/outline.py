@@ -62,8 +62,8 @@ class Outline:
 
     `orders` has for each of these the dimensions from the outermost in memory to the innermost (see `memory_order`).
     `shapes` has the shape of each parameter that an optimizer has state for and that is in none of the state's modules,
-    under the path of that state. `metadata` has torch's `_metadata` of each `OrderedDict` that has one (the versions of a
-    module's parts), by which a later `load_state_dict` knows what it is given.
+    under the path of that state. `metadata` has torch's `_metadata` of each `OrderedDict` that has one (the versions of
+    a module's parts), by which a later `load_state_dict` knows what it is given.
     """
 
     containers: tuple[Container, ...] = ()

@@ -247,7 +247,12 @@ class TensorBinder(BinderBase):
         self._look_for_live(like, path, node)
         if node.container is not None:
             return rebuild(node.container, result, like, path, strict=True)
-        return OrderedDict(result) if node.kind == "ordered" else result
+        if node.kind != "ordered":
+            return result
+        ordered = OrderedDict(result)
+        if node.metadata is not None:
+            ordered._metadata = copy.deepcopy(node.metadata)  # type: ignore[attr-defined]
+        return ordered
 
     def _rebuild_item(self, node: Node, path: Path, like: Any, make: Maker | None) -> Any:
         """As `_rebuild`, for something inside; a live object stays itself and is loaded: nothing takes its place."""
