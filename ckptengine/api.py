@@ -54,7 +54,7 @@ def save(
     was there before then still is.
     """
     timeout = checked_seconds("timeout", timeout)
-    comm = checked_comm(comm) or current()
+    comm = checked_comm(comm) or current(timeout)
     saver = _saver(comm, timeout)
     handle = async_save(
         path,
@@ -87,7 +87,7 @@ def async_save(
     Takes and raises what `save` does; what happens after the snapshot is raised by `handle.durable.result()`.
     """
     timeout = checked_seconds("timeout", timeout)
-    comm = checked_comm(comm) or current()
+    comm = checked_comm(comm) or current(timeout)
     saver = _saver(comm, timeout)
     storage = open_storage(path, storage_options, timeout)
     storage.check_shared(comm.world_size)
@@ -147,7 +147,7 @@ def load(
     options = LoadOptions.of(only, rename, strict, cast)
     if into is None:
         return load_arrays(storage, options, rank)
-    comm = comm or current()
+    comm = comm or current(timeout)
     storage.check_shared(comm.world_size)
     loaded = load_newest(storage, into, comm, timeout, options)
     tell_leftovers(loaded, comm)

@@ -126,7 +126,7 @@ class Checkpointer:
         preemption = checked_preemption(preemption)
         self.history: list[SaveStats] = []
         """The saves that were committed, oldest first."""
-        self._comm = checked_comm(comm) or current()
+        self._comm = checked_comm(comm) or current(timeout)
         self._schedule = Schedule(every, self._comm, timeout)
         self._every = every
         self._when_busy = when_busy
@@ -354,7 +354,7 @@ class Checkpointer:
         the others are in, and if the caller goes on after it, each rank would save another step from then on.
         """
         directory = step_directory(step)
-        self._saver.wait(self._timeout)
+        self._saver.wait(self._timeout, directory)
         self._reap()
         if self._last is not None and self._last[0] == step:
             self._unsaved = None

@@ -16,7 +16,15 @@ from ckptengine.comm.single import SingleProcess
 from ckptengine.errors import CheckpointNotFoundError
 from ckptengine.load.loader import LoadOptions, load_arrays
 from ckptengine.mindspore.files import find_checkpoint
-from ckptengine.mindspore.parameters import LoadedParameters, optimizers_of, parameters_of, refuse_split, state_of
+from ckptengine.mindspore.parameters import (
+    ExactNames,
+    LoadedParameters,
+    optimizers_of,
+    optimizers_own,
+    parameters_of,
+    refuse_split,
+    state_of,
+)
 from ckptengine.save.handle import SaveHandle
 from ckptengine.save.saver import DEFAULT_TIMEOUT, Saver
 from ckptengine.save.single import single_checkpoint
@@ -159,12 +167,17 @@ def load_param_into_net(
 ) -> tuple[list[str], list[str]]:
     """Load parameters into a network or an optimizer; return the names of either side that were not loaded.
 
-    This is MindSpore's own function, with its rules for names and dtypes. It notes for `ModelCheckpoint` where the
-    training was that an optimizer's state came from, so that epochs and steps are counted on from there.
+    This is MindSpore's own function, with its rules for names and dtypes, except that a weight that is missing is never
+    taken from an optimizer's own parameters, whose names end like the weights': it is returned as missing. It notes for
+    `ModelCheckpoint` where the training was that an optimizer's state came from, so that epochs and steps are counted
+    on from there.
     """
     # What the dict holds belongs to this engine whole: there is no redundancy to bring back.
     removed = remove_redundancy and not isinstance(parameter_dict, LoadedParameters)
-    missing, unused = ms.load_param_into_net(net, parameter_dict, strict_load, removed)
+    given = parameter_dict
+    if isinstance(net, nn.Cell) and isinstance(parameter_dict, dict) and not strict_load:
+        given = ExactNames(parameter_dict, optimizers_own(net, parameter_dict))
+    missing, unused = ms.load_param_into_net(net, given, strict_load, removed)
     if isinstance(parameter_dict, LoadedParameters) and parameter_dict.progress is not None:
         for optimizer in optimizers_of(net):
             own = {parameter.name for parameter in optimizer.get_parameters()} - {p.name for p in optimizer.parameters}

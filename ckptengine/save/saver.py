@@ -113,11 +113,22 @@ class Saver:
         """Whether a save is in flight."""
         return self._job is not None and not self._job.handle.durable.done()
 
-    def wait(self, timeout: float) -> None:
-        """Wait for the save in flight to end, well or not; raises `DeadlineError` where it doesn't in time.
+    def wait(self, timeout: float, directory: str = "") -> None:
+        """Wait until the save in flight has ended, well or not, and this rank knows how, on all ranks the same.
 
-        Nobody waits for it longer than it may take itself.
+        Nobody waits for it longer than it may take itself. `directory` is where the next one goes. Raises
+        `DeadlineError` where it doesn't end in time, and what `Committer.settle` does.
         """
+        called = time.monotonic()
+        try:
+            self._wait(timeout)
+            self._committer.settle(max(0.0, called + timeout - time.monotonic()), directory)
+        except CheckpointError:
+            # The others may have gone on to an attempt that now fails; then all meet in the next exchange.
+            self._planner.together_next()
+            raise
+
+    def _wait(self, timeout: float) -> None:
         if self._job is not None and not self._job.handle.durable.wait(min(timeout, self._job.handle.durable.left)):
             doing = operation_of(self._job.thread)
             raise DeadlineError(
@@ -196,13 +207,7 @@ class Saver:
                 f"this process was forked from rank {self._comm.rank}: only the rank itself can save with the others"
             )
         called = time.monotonic()
-        try:
-            self.wait(timeout)
-            self._committer.settle(max(0.0, called + timeout - time.monotonic()), target.directory)
-        except CheckpointError:
-            # The others may have gone on to an attempt that now fails; then all meet in the next exchange.
-            self._planner.together_next()
-            raise
+        self.wait(timeout, target.directory)
         self._settle_memory(timeout)
         if self._copier is not None:
             self._copier.join(timeout)  # of a save that was interrupted: it still copies into the arena

@@ -187,8 +187,8 @@ def _advice(value: Any) -> str:
             "leave out plain functions and lambdas; of other callables they save the attributes)."
         )
     return (
-        "Give the object `state_dict()` and `load_state_dict()`, or convert it to numbers, strings, lists, "
-        "dicts, arrays or tensors."
+        "Give the object `state_dict()` and `load_state_dict()` (a library's: in a class of your own around it), or "
+        "convert it to numbers, strings, lists, dicts, arrays or tensors."
     )
 
 

@@ -462,12 +462,16 @@ class LocalArchiveWriter(ArchiveWriter):
         self._direct = self._direct and direct
 
     def finish(self) -> None:
-        """Sync, close, rename, sync the directory.
+        """Make the file read-only, sync, close, rename, sync the directory.
+
+        No program that opens it for writing by mistake changes it then; deleting it asks the directory only.
 
         A failed sync fails the file and is never repeated: the kernel may have dropped the pages, and a second one
         would report success.
         """
         storage, target = self._storage, self._target
+        with contextlib.suppress(OSError):  # not all file systems have permissions
+            os.fchmod(self._fd, os.fstat(self._fd).st_mode & 0o7777 & ~0o222)
         checked("sync", target, lambda: storage._disk.sync(self._fd))
         fd, self._fd = self._fd, -1
         # Network file systems report write errors at close.

@@ -14,9 +14,9 @@ import zarr
 
 from ckptengine.zarr.dtype import BFloat16
 from ckptengine.zarr.store import CheckpointStore
-from ckptengine.zarr.tensorstore import tensorstore_spec
+from ckptengine.zarr.tensorstore import open_tensorstore, tensorstore_spec
 
-__all__ = ["BFloat16", "CheckpointStore", "open", "tensorstore_spec"]
+__all__ = ["BFloat16", "CheckpointStore", "open", "open_tensorstore", "tensorstore_spec"]
 
 
 def open(path: str | os.PathLike[str], step: int | None = None) -> zarr.Group:

@@ -249,9 +249,11 @@ class TensorBinder(BinderBase):
             return rebuild(node.container, result, like, path, strict=True)
         if node.kind != "ordered":
             return result
-        ordered = OrderedDict(result)
-        if node.metadata is not None:
-            ordered._metadata = copy.deepcopy(node.metadata)  # type: ignore[attr-defined]
+        ordered: Any = OrderedDict(result)
+        # The versions of modules, which their own loading code asks for; old checkpoints do not tell.
+        metadata = getattr(like, "_metadata", None) if node.metadata is None else copy.deepcopy(node.metadata)
+        if metadata is not None:
+            ordered._metadata = metadata
         return ordered
 
     def _rebuild_item(self, node: Node, path: Path, like: Any, make: Maker | None) -> Any:
