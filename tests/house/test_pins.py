@@ -1,4 +1,4 @@
-"""requirements-dev.txt pins every package exactly, and covers what pyproject.toml asks for."""
+"""The requirements files pin every package exactly; requirements-dev.txt covers what pyproject.toml asks for."""
 
 import re
 import tomllib
@@ -10,8 +10,8 @@ from packaging.utils import canonicalize_name
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def pins() -> dict[str, str]:
-    lines = (ROOT / "requirements-dev.txt").read_text().splitlines()
+def pins(name: str = "requirements-dev.txt") -> dict[str, str]:
+    lines = (ROOT / name).read_text().splitlines()
     found = {}
     for line in lines:
         if line and not line.startswith("#"):
@@ -23,6 +23,13 @@ def pins() -> dict[str, str]:
 
 def test_every_requirement_is_an_exact_pin() -> None:
     assert len(pins()) > 20
+    assert len(pins("requirements-servers.txt")) > 20
+
+
+def test_both_environments_have_the_same_of_what_they_share() -> None:
+    mine, others = pins(), pins("requirements-servers.txt")
+    shared = {"fsspec", "s3fs", "aiobotocore", "botocore", "numpy", "pytest"}
+    assert {name: others[name] for name in shared} == {name: mine[name] for name in shared}
 
 
 def test_the_pins_cover_and_satisfy_the_project_and_its_dev_extra() -> None:
