@@ -260,7 +260,10 @@ class FsspecObjects(Objects):
             path = self._path(key)
             # To files a block is what goes in one packet, to objects a part.
             block = {} if self._has_files else {"block_size": part_nbytes}
-            return self._with_parents(path, lambda: self._fs.open(path, "wb", **block))
+            file = self._with_parents(path, lambda: self._fs.open(path, "wb", **block))
+            if hasattr(file, "set_pipelined"):  # paramiko: packets don't wait for each other's replies
+                file.set_pipelined(True)
+            return file
 
         return _File(self, self._run(opened, seconds), key)
 
