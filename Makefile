@@ -3,6 +3,7 @@
 
 PYTHON ?= python3.11
 VENV := .venv
+ZOO := .venv-zoo
 BIN := $(VENV)/bin
 
 SOURCES := $(wildcard csrc/*.c csrc/*.h)
@@ -14,11 +15,11 @@ C_FILES := $(SOURCES) $(wildcard tests/native/*.c tests/native/*.h)
 
 # Registries have bad moments: pip's own retries first, then the whole command twice more.
 pip_install = for try in 1 2 3; do \
-		$(or $(2),$(BIN))/python -m pip install --disable-pip-version-check --quiet --retries 5 --timeout 60 $(1) && exit 0; \
+		$(if $(2),$(2),$(BIN))/python -m pip install --disable-pip-version-check --quiet --retries 5 --timeout 60 $(1) && exit 0; \
 		echo "pip failed (try $$try of 3)" >&2; sleep $$((try * 5)); \
 	done; exit 1
 
-.PHONY: setup demo test test-servers lint bench sanitize clean
+.PHONY: setup demo test test-servers zoo lint bench sanitize clean
 
 setup: $(VENV)/engine.stamp
 
@@ -56,6 +57,21 @@ $(SERVERS)/azurite.stamp: $(SERVERS)/requirements.stamp
 	else echo "npm is not here: Azure's protocol will not be tested" >&2; fi
 	@touch $@
 
+$(ZOO)/requirements.stamp: requirements-zoo.txt
+	@test -x $(ZOO)/bin/python || { echo "making $(ZOO) with $(PYTHON)"; $(PYTHON) -m venv $(ZOO); }
+	@echo "installing requirements-zoo.txt into $(ZOO)"
+	@$(call pip_install,--no-deps -r requirements-zoo.txt,$(ZOO)/bin)
+	@touch $@
+
+$(ZOO)/engine.stamp: $(ZOO)/requirements.stamp pyproject.toml $(SOURCES)
+	@echo "building ckptengine"
+	@$(call pip_install,--no-build-isolation --no-deps --editable .,$(ZOO)/bin)
+	@touch $@
+
+# make zoo ARGS=--write writes docs/zoo.md anew: python tests/zoo/run.py --help names all.
+zoo: $(ZOO)/engine.stamp
+	$(ZOO)/bin/python tests/zoo/run.py $(ARGS)
+
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -70,6 +86,6 @@ sanitize: setup
 	PYTHON=$(abspath $(BIN)/python) bash tests/native/run_sanitized.sh
 
 clean:
-	rm -rf $(VENV) $(SERVERS) build dist ckptengine.egg-info demo .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(ZOO) $(SERVERS) build dist ckptengine.egg-info demo .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	rm -f ckptengine/_native.*.so benchmarks.json
 	find ckptengine tests examples benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -3,6 +3,7 @@
 from ckptengine import errors
 from ckptengine.api import async_save, load, save
 from ckptengine.checkpointer import Checkpointer
+from ckptengine.comm.single import SingleProcess
 from ckptengine.data.sampler import ElasticSampler
 from ckptengine.data.shards import Shards
 from ckptengine.data.stream import ElasticBatches
@@ -27,6 +28,7 @@ __all__ = [
     "SaveStats",
     "ShardedArray",
     "Shards",
+    "SingleProcess",
     "async_save",
     "errors",
     "load",

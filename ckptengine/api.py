@@ -7,10 +7,12 @@ import threading
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from ckptengine.catalog.naming import open_checkpoint
 from ckptengine.comm.base import Communicator
 from ckptengine.comm.select import current
 from ckptengine.errors import SaveFailedError
 from ckptengine.load.loader import LoadOptions, load_arrays, load_newest, tell_leftovers
+from ckptengine.policy.arguments import checked_comm, checked_seconds, checked_step
 from ckptengine.save.handle import SaveHandle, SaveStats
 from ckptengine.save.replicas import replica_check
 from ckptengine.save.saver import DEFAULT_TIMEOUT, Saver
@@ -23,7 +25,7 @@ __all__ = ["async_save", "load", "save"]
 
 # Plans and memory are reused from call to call; one group of ranks at a time, so that those of an ended one are freed.
 _savers: dict[Communicator, Saver] = {}
-_lock = threading.Lock()
+_lock = threading.RLock()  # a signal handler may save while this thread is in here
 
 
 def save(
@@ -51,7 +53,8 @@ def save(
     ranks, `SaveFailedError` where any rank failed, `DeadlineError` naming the ranks that did not come. Whatever
     was there before then still is.
     """
-    comm = comm or current()
+    timeout = checked_seconds("timeout", timeout)
+    comm = checked_comm(comm) or current(timeout)
     saver = _saver(comm, timeout)
     handle = async_save(
         path,
@@ -83,7 +86,8 @@ def async_save(
 
     Takes and raises what `save` does; what happens after the snapshot is raised by `handle.durable.result()`.
     """
-    comm = comm or current()
+    timeout = checked_seconds("timeout", timeout)
+    comm = checked_comm(comm) or current(timeout)
     saver = _saver(comm, timeout)
     storage = open_storage(path, storage_options, timeout)
     storage.check_shared(comm.world_size)
@@ -102,7 +106,7 @@ def _saver(comm: Communicator, timeout: float) -> Saver:
 
 def _after_fork() -> None:
     global _lock
-    _lock = threading.Lock()
+    _lock = threading.RLock()
 
 
 os.register_at_fork(after_in_child=_after_fork)
@@ -112,6 +116,7 @@ def load(
     path: str | os.PathLike[str],
     into: Mapping[str, Any] | None = None,
     *,
+    step: int | None = None,
     only: Iterable[str] | None = None,
     rename: Mapping[str, str] | None = None,
     strict: bool = True,
@@ -121,13 +126,13 @@ def load(
     comm: Communicator | None = None,
     storage_options: Mapping[str, Any] | None = None,
 ) -> Any:
-    """Fill a state from the newest checkpoint at a path, or return its arrays and values.
+    """Fill a state from a checkpoint, or return its arrays and values.
 
-    `path` is a checkpoint directory or a run, or its URL, with fsspec's `storage_options`. With `into`, all ranks
-    call it, at any world size and sharding, and get a `LoadReport`; tensors are filled in place, objects through
-    `load_state_dict`. Without, this process alone gets nested dicts of numpy arrays (bfloat16 and float8 as
-    `ml_dtypes`' types) and plain values; no framework is needed. What ranks have of their own (`PerRank`) is left out,
-    or with `rank` that rank's is included.
+    `path` is a run, of which the newest checkpoint is taken or that of `step`; or RUN/step-40, or what `save` wrote; or
+    a URL of these, with fsspec's `storage_options`. With `into`, all ranks call it, at any world size and sharding, and
+    get a `LoadReport`; tensors are filled in place, objects through `load_state_dict`. Without, this process alone gets
+    nested dicts of numpy arrays (bfloat16 and float8 as `ml_dtypes`' types) and plain values; no framework is needed.
+    What ranks have of their own (`PerRank`) is left out, or with `rank` that rank's is included.
 
     `only` restricts to parts of the state, by dotted prefixes (`["model", "optimizer.state"]`); `rename` maps
     dotted prefixes of the checkpoint to those of the state; with `strict=False` missing and unexpected leaves are
@@ -137,11 +142,12 @@ def load(
     leaf that doesn't fit, `FormatVersionError`. After damage that was found while tensors were being filled, the
     state is not usable; the message says so.
     """
-    storage = open_storage(path, storage_options, timeout)
+    timeout, comm = checked_seconds("timeout", timeout), checked_comm(comm)
+    storage = open_checkpoint(path, storage_options, None if step is None else checked_step(step, {}), timeout)
     options = LoadOptions.of(only, rename, strict, cast)
     if into is None:
         return load_arrays(storage, options, rank)
-    comm = comm or current()
+    comm = comm or current(timeout)
     storage.check_shared(comm.world_size)
     loaded = load_newest(storage, into, comm, timeout, options)
     tell_leftovers(loaded, comm)

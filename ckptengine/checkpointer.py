@@ -2,25 +2,37 @@
 
 from __future__ import annotations
 
-import errno
 import logging
-import operator
 import os
-import secrets
 import weakref
 from collections.abc import Iterable, Mapping
 from types import TracebackType
 from typing import Any, Literal, NoReturn
 
-from ckptengine.catalog.listing import committed, manifest_name, step_directory
+from ckptengine.catalog.listing import step_directory
 from ckptengine.catalog.manifest import checked_metadata
-from ckptengine.catalog.retention import remove_leftovers
-from ckptengine.comm.agree import gather
+from ckptengine.catalog.naming import open_checkpoint
 from ckptengine.comm.base import Communicator
 from ckptengine.comm.select import current
-from ckptengine.errors import CheckpointError, SaveFailedError, StateError, StorageError
+from ckptengine.errors import (
+    CheckpointError,
+    StateError,
+)
 from ckptengine.load.loader import LoadOptions, load_newest, restore_newest, tell_leftovers
+from ckptengine.policy.arguments import (
+    checked_choice,
+    checked_comm,
+    checked_count,
+    checked_keep_last,
+    checked_location,
+    checked_preemption,
+    checked_seconds,
+    checked_state,
+    checked_step,
+)
+from ckptengine.policy.failures import Failures
 from ckptengine.policy.interval import Auto
+from ckptengine.policy.opening import Opening
 from ckptengine.policy.preemption import Preemption
 from ckptengine.policy.schedule import Schedule
 from ckptengine.policy.watch import Watch
@@ -28,10 +40,10 @@ from ckptengine.save.handle import SaveHandle, SaveStats
 from ckptengine.save.job import Target
 from ckptengine.save.replicas import replica_check
 from ckptengine.save.saver import DEFAULT_TIMEOUT, Saver
+from ckptengine.save.turn import Turn, Turns
 from ckptengine.snapshot.snapshotter import LEAST_ARENA_NBYTES
 from ckptengine.state.report import LoadReport
 from ckptengine.state.select import module_names
-from ckptengine.storage.open import open_storage
 from ckptengine.tiers.tiers import Tiers
 
 __all__ = ["Checkpointer"]
@@ -95,23 +107,28 @@ class Checkpointer:
         storage_options: Mapping[str, Any] | None = None,
         upload_bytes_per_second: float | None = None,
     ) -> None:
-        if keep_every is not None and keep_every < 1:
-            raise ValueError(f"keep_every={keep_every}: give a number of steps from 1 on, or None")
-        if max_failures < 1:
-            raise ValueError(f"max_failures={max_failures}: how many failed saves in a row raise, from 1 on")
-        if arena_nbytes is not None and arena_nbytes < LEAST_ARENA_NBYTES:
-            raise ValueError(f"arena_nbytes={arena_nbytes}: give at least {LEAST_ARENA_NBYTES} bytes, or None")
+        self.run = checked_location("run", run)
+        keep_last = checked_keep_last(keep_last)
+        if keep_every is not None:
+            keep_every = checked_count("keep_every", keep_every, 1, "a number of steps (None: no such ones)")
+        if memory not in (True, False):
+            checked_location("memory", memory)
+        if local is not None:
+            local = checked_location("local", local)
+        checked_choice("on_error", on_error, ("warn", "raise"))
+        checked_choice("when_busy", when_busy, ("wait", "skip"))
+        max_failures = checked_count("max_failures", max_failures, 1, "how many failed saves in a row raise")
+        if arena_nbytes is not None:
+            arena_nbytes = checked_count("arena_nbytes", arena_nbytes, LEAST_ARENA_NBYTES, "bytes (None: all)")
         if arena_nbytes is not None and memory:
             raise ValueError("arena_nbytes bounds the snapshot's memory, memory=True keeps two whole ones: give one")
-        if on_error not in ("warn", "raise") or when_busy not in ("wait", "skip"):
-            raise ValueError(f"on_error={on_error!r}, when_busy={when_busy!r}: see the signature for the choices")
-        self.run = os.fspath(run)
+        timeout = checked_seconds("timeout", timeout)
+        preemption = checked_preemption(preemption)
         self.history: list[SaveStats] = []
         """The saves that were committed, oldest first."""
-        self._comm = comm or current()
+        self._comm = checked_comm(comm) or current(timeout)
         self._schedule = Schedule(every, self._comm, timeout)
         self._every = every
-        self._on_error, self._max_failures = on_error, max_failures
         self._when_busy = when_busy
         self._check_replicas = replica_check(check_replicas)
         self._metadata = checked_metadata(metadata)
@@ -127,9 +144,13 @@ class Checkpointer:
             upload_bytes_per_second=upload_bytes_per_second,
             storage_options=storage_options,
         )
-        self._storage = self._tiers.home
         images = self._tiers if memory else None
         self._saver = Saver(self._comm, timeout, overlap=overlap, arena_nbytes=arena_nbytes, memory=images)
+        self._turns = Turns(f"step, save, restore or close of {self.run}")
+        self._failures = Failures(on_error == "raise", max_failures)
+        self._closed = False
+        self._started = False  # whether a snapshot was ever taken
+        self._committed: int | None = None  # the step at which this life of the run stands
         self._parent: tuple[int, int] | None = None
         self._generation: int | None = None
         self._claimed: int | None = None  # on rank 0
@@ -137,13 +158,10 @@ class Checkpointer:
         self._last: tuple[int, SaveHandle] | None = None
         self._unsaved: int | None = None  # the last step, where no save of it was started
         self._pending: list[SaveHandle] = []
-        self._failures = 0
-        self._failure: SaveFailedError | None = None
-        self._found: int | None = None  # on rank 0: the newest step that was there
-        self._read_only = ""  # why the run can't be written to
-        self._asked = False  # whether `restore` was called, or the lack of it told
+        self._opening = Opening(self.run, self._tiers, self._comm, timeout, chosen=comm is None)
         weakref.finalize(self, self._tiers.forget).atexit = False
-        token = self._open()
+        weakref.finalize(self, self._opening.close)
+        token = self._opening.open()
         self._watch: Watch | None = None
         if preemption is not None:
             stands = weakref.WeakMethod(self._stands)
@@ -152,52 +170,8 @@ class Checkpointer:
                 living = stands()
                 return None if living is None else living()
 
-            self._watch = Watch(preemption, self._comm, self._storage, token, self.run, timeout, standing)
+            self._watch = Watch(preemption, self._comm, self._tiers.home, token, self.run, timeout, standing)
             weakref.finalize(self, self._watch.forget).atexit = False
-
-    def _open(self) -> str:
-        """Make the run's directory and sweep what dead attempts left, on rank 0; an error is one on all ranks.
-
-        A run that has checkpoints and can't be written to is opened for `restore` alone. Returns a name that only this
-        life has, the same on all ranks.
-        """
-        error: Exception | None = None
-        token = b""
-        if self._comm.rank == 0:
-            try:
-                self._refuse_checkpoint()
-                self._tiers.found = self._tiers.newest()
-                refusal = self._refusal_to_write()
-                if not refusal:
-                    self._sweep(remove_leftovers(self._storage))
-                token = f"{secrets.token_hex(8)} {refusal}".encode()
-            except Exception as problem:
-                error = problem
-        opened = gather(self._comm, token, error, self._timeout, f"opening {self.run}")[0].decode()
-        name, _, self._read_only = opened.partition(" ")
-        self._tiers.open(name)
-        self._found = self._tiers.found
-        return name
-
-    def _refusal_to_write(self) -> str:
-        """Make the run's directory; return why it can't be, where there is something to restore from it."""
-        try:
-            self._storage.create()
-        except StorageError as error:
-            if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS) or self._tiers.found is None:
-                raise
-            _log.warning("%s can be restored from, and not be saved to: %s", self.run, error)
-            return str(error.strerror)
-        return ""
-
-    def _refuse_checkpoint(self) -> None:
-        found = [entry for entry in committed(self._storage) if entry.step is None]
-        if found:
-            raise StorageError(
-                errno.EEXIST,
-                f"{self.run} is a single checkpoint ({manifest_name(found[-1].generation)} lies in it), not a run "
-                "of many: load it with ckptengine.load and give the run a directory of its own",
-            )
 
     def restore(
         self,
@@ -215,28 +189,41 @@ class Checkpointer:
         step is taken and the run goes on from there: later steps become an abandoned branch. The other options are
         those of `ckptengine.load`.
 
-        Raises `CheckpointNotFoundError` where `step` has no committed checkpoint, `CheckpointDamagedError` where
-        all are damaged, `LoadMismatchError` where the state doesn't fit.
+        With `only`, in a job that has restored or saved already, parts of the checkpoint that the job stands at (or of
+        `step`) are read once more, and nothing else changes: what it saves next still follows on what it saved last.
+
+        Raises `CheckpointNotFoundError` where `step` has no committed checkpoint, or nothing is there but one of
+        another library; `CheckpointDamagedError` where all are damaged, `LoadMismatchError` where the state doesn't
+        fit.
         """
-        self._asked = True
-        self.wait(self._timeout)
-        self._saver.settle(self._timeout)  # what cleans up after a save must not meet what is read
-        options = LoadOptions.of(only, rename, strict, cast)
-        tiers = self._tiers
-        loaded = restore_newest(
-            tiers.views(), state, self._comm, self._timeout, options, step, tiers.bring, tiers.home.location()
-        )
-        if loaded is not None:
-            tell_leftovers(loaded, self._comm)
-        # What follows is a new life of the run, also where this process has saved before.
-        self._generation = self._claimed = self._last = self._unsaved = self._highest = None
-        self._schedule.restart()
-        self._parent = None if loaded is None or loaded.step is None else (loaded.generation, loaded.step)
-        if self._parent is None:
-            return None
-        self._tiers.restored(*self._parent)
-        self._saver.prepare(state)
-        return self._parent[1]
+        with self._turn("restore"):
+            checked_state(state)
+            self._opening.restoring()
+            self.wait(self._timeout)
+            self._saver.settle(self._timeout)  # what cleans up after a save must not meet what is read
+            again = only is not None and (self._parent is not None or self._last is not None)
+            if again and step is None:
+                step = self._committed
+            options = LoadOptions.of(only, rename, strict, cast)
+            tiers = self._tiers
+            loaded = restore_newest(
+                tiers.views(), state, self._comm, self._timeout, options, step, tiers.bring, tiers.home.location()
+            )
+            if loaded is not None:
+                tell_leftovers(loaded, self._comm)
+            if again:
+                return None if loaded is None else loaded.step
+            # What follows is a new life of the run, also where this process has saved before.
+            self._generation = self._claimed = self._last = self._unsaved = self._highest = None
+            self._schedule.restart()
+            self._parent = None if loaded is None or loaded.step is None else (loaded.generation, loaded.step)
+            self._committed = None if self._parent is None else self._parent[1]
+            if self._parent is None:
+                self._opening.tell_foreign()
+                return None
+            self._tiers.restored(*self._parent)
+            self._saver.prepare(state)
+            return self._parent[1]
 
     def warm_start(
         self,
@@ -251,14 +238,29 @@ class Checkpointer:
     ) -> LoadReport:
         """Begin from the newest checkpoint of another run: its weights, for new data, another optimizer, a new head.
 
-        `path` is a run or a checkpoint directory. Without `only` the modules of `state` are filled and nothing else:
-        not the step, the optimizer, the scheduler, the cursor. What does not fit is left as it is and is in the report
-        that is returned, which prints as a table; with `strict=True` it is raised. The other options are those of
-        `ckptengine.load`. Call it where `restore` returned None, so that a restarted job goes on with its own work.
+        `path` names a checkpoint as in `ckptengine.load`. Without `only` the modules of `state` are filled and nothing
+        else: not the step, the optimizer, the scheduler, the cursor. What does not fit is left as it is and is in the
+        report that is returned, which prints as a table; with `strict=True` it is raised. The other options are those
+        of `ckptengine.load`. Call it where `restore` returned None, so that a restarted job goes on with its own work.
 
         Raises `StateError` where this run has been restored or has saved already, or `state` has no modules and `only`
         does not say what to load; `LoadMismatchError` where nothing fits at all; else what `ckptengine.load` raises.
         """
+        with self._turn("warm_start"):
+            return self._warm_start(path, state, only, rename, strict, cast, storage_options)
+
+    def _warm_start(
+        self,
+        path: str | os.PathLike[str],
+        state: Mapping[str, Any],
+        only: Iterable[str] | None,
+        rename: Mapping[str, str] | None,
+        strict: bool,
+        cast: bool,
+        storage_options: Mapping[str, Any] | None,
+    ) -> LoadReport:
+        checked_state(state)
+        self._opening.check_place()
         if self._parent is not None or self._last is not None:
             raise StateError(
                 f"{self.run}: warm_start would overwrite what this run has trained so far; call it only where restore "
@@ -267,7 +269,7 @@ class Checkpointer:
         options = LoadOptions.of(module_names(state) if only is None else only, rename, strict, cast)
         if not options.only:
             raise StateError("the state has no modules: say with `only` what warm_start is to load")
-        storage = open_storage(path, storage_options, self._timeout)
+        storage = open_checkpoint(path, storage_options, timeout=self._timeout)
         loaded = load_newest(storage, state, self._comm, self._timeout, options)
         if self._comm.rank == 0:
             level = logging.INFO if loaded.report.complete else logging.WARNING
@@ -277,44 +279,73 @@ class Checkpointer:
     def step(self, step: int, state: Mapping[str, Any]) -> SaveHandle | None:
         """Save if a save is due after this step; return its handle, or None where none is or it failed.
 
-        A save that fails is treated as `on_error` says, except that a state which can't be saved at all
-        (`StateError`) is raised at once: it won't get better. Raises `Preempted` where the job was told to end, once
-        this step is durable.
+        A save that fails is treated as `on_error` says. At the first one, what can't be saved at all (`StateError`) is
+        raised at once: it won't get better. Raises `RunInUseError` at the first step where another job that lives
+        writes to the run, `ValueError` for a step below one that this life has saved, and `Preempted` where the job was
+        told to end, once this step is durable.
         """
-        handle = None
-        self._warn_unrestored()
-        self._reap()
-        self._unsaved = None if self._last is not None and self._last[0] == step else step
-        if self._watch is not None and self._watch.arrive():
-            self._preempt(self._watch, step, state)
-        if self._schedule.due(step):
-            if self._when_busy == "skip" and self._is_busy():
-                _log.warning("step %d: not saved, the save before it is still in flight", step)
+        with self._turn("step"):
+            step = self._enter(step, state)
+            handle = None
+            self._reap()
+            self._unsaved = None if self._last is not None and self._last[0] == step else step
+            if self._watch is not None and self._watch.arrive():
+                self._preempt(self._watch, step, state)
+            if self._schedule.due(step):
+                handle = self._save_due(step, state)
             else:
-                try:
-                    handle = self._save(step, state)
-                except StateError:
-                    raise
-                except CheckpointError as error:
-                    self._failed(error, f"step {step} of {self.run}")
-        else:
-            self._saver.prepare(state)
-        self._raise_failure()
-        return handle
+                self._saver.prepare(state)
+            self._failures.raise_due()
+            return handle
 
     def save(self, step: int, state: Mapping[str, Any]) -> SaveHandle:
         """Save now, in the background; return the handle, or that of the save of this very step in this life.
 
         Raises `ValueError` for a step below one that this life has saved, or from 10**18 on; what makes the snapshot
-        impossible (`StateError`, `StorageError`, `DeadlineError`), with
+        impossible (`StateError`, `StorageError`, `DeadlineError`), `RunInUseError` as `step` does, with
         `on_error="raise"` also what made an earlier save fail, and `Preempted` as `step` does.
         """
-        self._warn_unrestored()
-        if self._watch is not None and self._watch.arrive():
-            self._preempt(self._watch, step, state)
-        handle = self._save(step, state)
-        self._raise_failure()
-        return handle
+        with self._turn("save"):
+            step = self._enter(step, state)
+            if self._watch is not None and self._watch.arrive():
+                self._preempt(self._watch, step, state)
+            handle = self._save(step, state)
+            self._failures.raise_due()
+            return handle
+
+    def _turn(self, doing: str) -> Turn:
+        """Return the turn of a call; raises `CheckpointError` after `close`."""
+        if self._closed:
+            raise CheckpointError(
+                f"{doing} of {self.run}: this Checkpointer is closed (its `with` block has ended, or close() was "
+                "called), and nothing more is saved or restored by it; make another one"
+            )
+        return self._turns.take(self._timeout)
+
+    def _enter(self, step: int, state: Mapping[str, Any]) -> int:
+        """Check what `step` and `save` are given, and begin to write to the run; return the step's number."""
+        step = checked_step(step, state)
+        checked_state(state)
+        if self._highest is not None and step < self._highest:
+            raise ValueError(
+                f"step {step}: this life of {self.run} has saved step {self._highest} already, which would stay the "
+                "newest. Steps must not go back: count them over all epochs (epoch * steps_per_epoch + n); a training "
+                f"that goes back to an earlier checkpoint begins a new life there with restore(state, step={step})"
+            )
+        self._opening.begin()
+        return step
+
+    def _save_due(self, step: int, state: Mapping[str, Any]) -> SaveHandle | None:
+        if self._when_busy == "skip" and self._is_busy():
+            _log.warning("step %d: not saved, the save before it is still in flight", step)
+            return None
+        try:
+            return self._save(step, state)
+        except CheckpointError as error:
+            if isinstance(error, StateError) and not self._started:
+                raise
+            self._failed(error, f"step {step} of {self.run}")
+            return None
 
     def _save(self, step: int, state: Mapping[str, Any]) -> SaveHandle:
         """Save; what became of earlier saves is raised afterwards.
@@ -322,19 +353,8 @@ class Checkpointer:
         Ranks learn of a failure at different steps. Raised before the save, it would keep one rank out of a save that
         the others are in, and if the caller goes on after it, each rank would save another step from then on.
         """
-        step = operator.index(step)
-        if step < 0:
-            raise ValueError(f"step {step}: steps count from 0 on")
-        if self._read_only:
-            raise StorageError(errno.EACCES, f"{self.run} was opened to restore from it alone: {self._read_only}")
         directory = step_directory(step)
-        if self._highest is not None and step < self._highest:
-            raise ValueError(
-                f"step {step}: this life of {self.run} has saved step {self._highest} already, which would stay the "
-                "newest. Steps must not go back: count them over all epochs; a training that goes back to an earlier "
-                f"checkpoint begins a new life there with restore(state, step={step})"
-            )
-        self._saver.wait(self._timeout)
+        self._saver.wait(self._timeout, directory)
         self._reap()
         if self._last is not None and self._last[0] == step:
             self._unsaved = None
@@ -358,6 +378,7 @@ class Checkpointer:
             # Also where this rank's snapshot failed: whether the next save claims one is the same on all ranks.
             self._generation = self._saver.generation
             self._highest = step
+        self._started = True
         self._last, self._unsaved = (step, handle), None
         self._pending.append(handle)
         return handle
@@ -384,7 +405,7 @@ class Checkpointer:
             if not handle.durable.wait(timeout):
                 handle.durable.result(0)
         self._reap()
-        self._raise_failure()
+        self._failures.raise_due()
 
     def flush(self, timeout: float | None = None) -> None:
         """Wait until the newest checkpoint is durable and has come to `run` from the local tier; all ranks call it.
@@ -405,32 +426,40 @@ class Checkpointer:
     def close(self) -> None:
         """Wait for the saves in flight, and until the newest is in `run`; give the memory back.
 
-        The Checkpointer can't be used afterwards. Raises what `flush` does.
+        The Checkpointer can't be used afterwards. Raises what `flush` does, and `SaveFailedError` where the last save
+        of all has failed: a job must not seem to have ended well.
         """
         self._close(failed=False)
 
     def _close(self, failed: bool) -> None:
-        if failed and self._watch is not None:
-            # At once: the others must not wait for this rank, nor the launcher's signal for the saves in flight.
-            self._watch.close(failed)
-        done = idle = False
-        try:
-            self.wait(self._timeout)
-            # Of several ranks, some may be dead where one has failed: the next start brings home what is to come.
-            if not failed or self._comm.world_size == 1:
-                self.flush()
-            # What could not be made durable may still be in memory, on all ranks.
-            done = not failed and not self._failures
-            if not failed and self._failures:
-                self._tiers.tell_kept()
-        finally:
+        if self._closed:
+            return
+        with self._turns.take(self._timeout):
+            self._closed = True
+            if failed and self._watch is not None:
+                # At once: the others must not wait for this rank, nor the launcher's signal for the saves in flight.
+                self._watch.close(failed)
+            done = idle = False
             try:
-                self._saver.close()
-                idle = True
+                self.wait(self._timeout)
+                # Of several ranks, some may be dead where one has failed: the next start brings home what is to come.
+                if not failed or self._comm.world_size == 1:
+                    self.flush()
+                # What could not be made durable may still be in memory, on all ranks.
+                done = not failed and not self._failures.count
+                if not failed and self._failures.count:
+                    self._tiers.tell_kept()
             finally:
-                self._tiers.close(done=done and idle, idle=idle)
-                if self._watch is not None:
-                    self._watch.close()
+                try:
+                    self._saver.close()
+                    idle = True
+                finally:
+                    self._tiers.close(done=done and idle, idle=idle)
+                    self._opening.close()
+                    if self._watch is not None:
+                        self._watch.close()
+        if not failed:
+            self._failures.raise_last(self._stands())
 
     def __enter__(self) -> Checkpointer:
         return self
@@ -491,28 +520,12 @@ class Checkpointer:
                 return None if stats is None else stats.step
         if self.history:
             return self.history[-1].step
-        return self._found if self._parent is None else self._parent[1]
-
-    def _warn_unrestored(self) -> None:
-        """Say, once, that a job which finds checkpoints begins without them."""
-        asked, self._asked = self._asked, True
-        if not asked and self._found is not None:
-            _log.warning(
-                "%s has checkpoints, the newest of step %d, and restore() was not called before the first step: this "
-                "job begins anew, and what it saves is the newest from then on. Call restore(state) before the first "
-                "step, or give the job a directory of its own",
-                self.run,
-                self._found,
-            )
+        return self._opening.found if self._parent is None else self._parent[1]
 
     def _is_busy(self) -> bool:
         """Return whether rank 0 has a save in flight: one answer for all ranks."""
         mine = bytes([self._saver.busy]) if self._comm.rank == 0 else None
         return self._comm.broadcast(mine, self._timeout) != b"\0"
-
-    def _sweep(self, problems: list[str]) -> None:
-        for problem in problems:
-            _log.warning("%s: %s", self.run, problem)
 
     def _reap(self) -> None:
         """Account for the saves that have ended since the last call."""
@@ -526,24 +539,10 @@ class Checkpointer:
                 assert stats is not None
                 self.history.append(stats)
                 self._schedule.learn(stats)
-                self._failures = 0
-
-    def _raise_failure(self) -> None:
-        """Raise what the policy has to say of failed saves, once."""
-        failure, self._failure = self._failure, None
-        if failure is not None:
-            raise failure
+                self._failures.succeeded()
+                self._committed = stats.step
 
     def _failed(self, error: Exception, path: str) -> None:
-        self._failures += 1
         self._schedule.failed()
         self._last = None  # the same step may be tried again
-        if self._on_error == "raise" or self._failures >= self._max_failures:
-            self._failure = SaveFailedError(
-                f"{path} was not saved ({self._failures} failure(s) in a row): {error}; "
-                "checkpoints committed earlier are not affected"
-            )
-            self._failure.__cause__ = error
-            return
-        counted = f"failure {self._failures} of {self._max_failures} in a row"
-        _log.error("%s was NOT saved, training goes on (%s): %s", path, counted, error)
+        self._failures.note(error, path)

@@ -10,6 +10,7 @@ __all__ = [
     "Preempted",
     "RankFailedError",
     "ReplicaMismatchError",
+    "RunInUseError",
     "SaveFailedError",
     "StateError",
     "StorageError",
@@ -57,6 +58,10 @@ class StorageError(CheckpointError, OSError):
 
 class SaveFailedError(CheckpointError):
     """A save was not committed; the message names the ranks and their reasons. Earlier checkpoints stand."""
+
+
+class RunInUseError(CheckpointError):
+    """Another job that lives writes to the run; the message names its host and process."""
 
 
 class RankFailedError(CheckpointError):

@@ -13,13 +13,13 @@ from ckptengine.archive.layout_file import StoredRows
 from ckptengine.archive.reader import Archive, open_archive
 from ckptengine.archive.record import ArchiveRecord
 from ckptengine.catalog import listing
+from ckptengine.catalog.naming import open_checkpoint
 from ckptengine.errors import CheckpointDamagedError, CheckpointError, CheckpointNotFoundError
 from ckptengine.load.checkpoint import Checkpoint
 from ckptengine.load.choose import while_replaced
 from ckptengine.load.describe import describe as saved_of
 from ckptengine.state.leaf import Path, dotted
 from ckptengine.storage.base import Storage, join
-from ckptengine.storage.open import open_storage
 
 __all__ = [
     "CheckpointDescription",
@@ -118,7 +118,7 @@ def list_run(path: str | os.PathLike[str]) -> list[CheckpointSummary]:
 
     Raises `CheckpointNotFoundError` where there is none, `StorageError` where the place can't be read.
     """
-    storage = open_storage(path)
+    storage = open_checkpoint(path)
     sound = (item for item in listing.lineage(storage) if not isinstance(item, listing.Problem))
     newest = next(sound, None)
     return [_summary(storage, entry, newest is not None and entry == newest[0]) for entry in _committed(storage)]
@@ -129,7 +129,7 @@ def describe(path: str | os.PathLike[str]) -> CheckpointDescription:
 
     Raises `CheckpointNotFoundError`, `CheckpointDamagedError` naming the file, `FormatVersionError`.
     """
-    return while_replaced(open_storage(path), _described)
+    return while_replaced(open_checkpoint(path), _described)
 
 
 def _described(checkpoint: Checkpoint) -> CheckpointDescription:
@@ -166,7 +166,7 @@ def verify(path: str | os.PathLike[str], progress: Callable[[int, int], None] | 
     Raises `CheckpointNotFoundError` where there is no checkpoint, `FormatVersionError` for one of a newer
     format, `StorageError` where the storage fails.
     """
-    storage = open_storage(path)
+    storage = open_checkpoint(path)
     problems: list[Problem] = []
     checkpoints = []
     for entry in _committed(storage):

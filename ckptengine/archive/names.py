@@ -24,6 +24,7 @@ OBJECTS = "objects"
 # Zarr v3 forbids `/`, names of dots alone and the empty name, and reserves leading `__`; `%` escapes, and a
 # leading `#` marks an integer key. Control characters and backslashes would not survive `unzip` everywhere.
 _UNSAFE = re.compile(r"[%/\\\x00-\x1f\x7f]")
+_METADATA = "zarr.json"  # what each node's own metadata is called: a node of that name could not lie beside it
 _ONLY_DOTS = re.compile(r"\.+")
 _LONGEST_NODE = 60_000  # a ZIP entry's name holds 65,535 bytes; chunk keys need some of them
 
@@ -31,15 +32,16 @@ _LONGEST_NODE = 60_000  # a ZIP entry's name holds 65,535 bytes; chunk keys need
 def escape(key: Key) -> str:
     """Return the Zarr node name of one key; distinct keys give distinct names.
 
-    `/`, `\\`, `%` and control characters become `%XX`; so do the first character of a name that consists of
-    dots alone, a leading `#`, and the first of a leading `__`. The empty string is `%`, the integer 7 is `#7`.
+    `/`, `\\`, `%` and control characters become `%XX`; so do the first character of a name that consists of dots alone
+    or is `zarr.json` in any case, a leading `#`, and the first of a leading `__`. The empty string is `%`, and the
+    integer 7 is `#7`.
     """
     if isinstance(key, int):
         return f"#{key}"
     if not key:
         return "%"
     name = _UNSAFE.sub(lambda match: f"%{ord(match[0]):02X}", key)
-    if name.startswith(("#", "__")) or _ONLY_DOTS.fullmatch(name):
+    if name.startswith(("#", "__")) or _ONLY_DOTS.fullmatch(name) or name.lower() == _METADATA:
         name = f"%{ord(name[0]):02X}{name[1:]}"
     return name
 

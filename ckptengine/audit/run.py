@@ -8,9 +8,9 @@ from collections.abc import Callable
 from ckptengine.audit.line import read_line
 from ckptengine.audit.report import AuditedCheckpoint, AuditReport
 from ckptengine.audit.stretch import check, stretches
+from ckptengine.catalog.naming import open_checkpoint
 from ckptengine.data.proof import samples_in
 from ckptengine.errors import CheckpointNotFoundError
-from ckptengine.storage.open import open_storage
 
 __all__ = ["audit"]
 
@@ -31,7 +31,7 @@ def audit(path: str | os.PathLike[str], *, deep: bool = False, progress: Progres
     `progress` is called with the samples that were hashed and those that are to be. Raises `CheckpointNotFoundError`
     where there is no checkpoint, or none with a data cursor; `StorageError`.
     """
-    storage = open_storage(path)
+    storage = open_checkpoint(path)
     line = read_line(storage, deep=deep)
     findings = line.findings
     found = stretches(line.looks, findings)

@@ -13,7 +13,7 @@ from types import TracebackType
 from ckptengine.errors import CheckpointError, StorageError
 from ckptengine.storage.base import Storage, join
 
-__all__ = ["LEASE_SECONDS", "Lease", "is_leased", "is_old"]
+__all__ = ["LEASE_SECONDS", "Lease", "identity", "is_alive", "is_leased", "is_old", "is_own"]
 
 LEASE_SECONDS = 120.0
 """After this long without renewal an attempt counts as given up; renewed four times as often."""
@@ -33,7 +33,7 @@ class Lease:
 
     def __enter__(self) -> Lease:
         # After a crash of the machine the writer is gone, and so may its lease be.
-        self._storage.write_bytes(self._name, json.dumps(_identity()).encode(), durable=False)
+        self._storage.write_bytes(self._name, json.dumps(identity()).encode(), durable=False)
         self._thread.start()
         return self
 
@@ -70,13 +70,13 @@ def is_leased(storage: Storage, directory: str) -> bool:
         return modified is not None and not _is_old(storage, directory, modified, storage.now())
     try:
         holder = json.loads(storage.read_bytes(name, 4096))
-        mine = _identity()
-        if mine["boot"] and all(holder[key] == mine[key] for key in ("host", "boot", "namespace")):
-            return bool(_started(int(holder["pid"])) == holder["started"])
     except StorageError:
         return True  # its holder may live, or has let go of it just now; a later sweep will see
-    except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
-        pass  # damaged: its age decides
+    except (ValueError, RecursionError):
+        holder = None  # damaged: its age decides
+    alive = is_alive(holder)
+    if alive is not None:
+        return alive
     return not _is_old(storage, name, modified, storage.now())
 
 
@@ -98,7 +98,27 @@ def _is_old(storage: Storage, name: str, modified: float, now: float) -> bool:
     return now - modified >= LEASE_SECONDS
 
 
-def _identity() -> dict[str, object]:
+def is_alive(holder: object) -> bool | None:
+    """Return whether the process that a lease names lives; None where that can't be told from here.
+
+    It can for the processes of this machine, this boot and this namespace of process numbers.
+    """
+    try:
+        mine = identity()
+        if mine["boot"] and all(holder[key] == mine[key] for key in ("host", "boot", "namespace")):  # type: ignore[index]
+            return bool(_started(int(holder["pid"])) == holder["started"])  # type: ignore[index]
+    except (ValueError, KeyError, TypeError, OverflowError):
+        pass  # damaged
+    return None
+
+
+def is_own(holder: object) -> bool:
+    """Return whether the process that a lease names is this one."""
+    return isinstance(holder, dict) and all(holder.get(key) == value for key, value in identity().items())
+
+
+def identity() -> dict[str, object]:
+    """Return what tells this process from every other one, for a lease."""
     pid = os.getpid()
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
@@ -115,9 +135,13 @@ def _identity() -> dict[str, object]:
 
 
 def _started(pid: int) -> str | None:
-    """Return when a process started, in ticks since boot (proc(5), stat field 22); None if there is none."""
+    """Return when a process started, in ticks since boot; None if there is none, or only its exit code is left.
+
+    proc(5), `stat`: field 3 is the state (Z: a zombie), field 22 the time.
+    """
     try:
         stat = Path(f"/proc/{pid}/stat").read_text()
     except OSError:
         return None
-    return stat.rpartition(")")[2].split()[19]
+    fields = stat.rpartition(")")[2].split()
+    return None if fields[0] in ("Z", "X", "x") else fields[19]

@@ -31,7 +31,7 @@ __all__ = ["Leftover", "delete_checkpoint", "remove_leftovers", "replace_older",
 _OURS = re.compile(r"lease\.json|layout\.zarr\.zip|rank-\d+\.zarr\.zip|message-[\w-]+|receipts")
 _OUR_ATTEMPT = re.compile(r"[0-9a-f]{12}-\d+")  # what the planner makes; a user's `data-train` is not ours to delete
 _OUR_TEMPORARY = re.compile(
-    r"\.tmp-(site|manifest-\d+\.json|generation-\d+\.json|lease\.json|clock|.+\.zarr\.zip)\.[0-9a-f]{12}"
+    r"\.tmp-(site|manifest-\d+\.json|generation-\d+\.json|lease\.json|writer\.json|clock|.+\.zarr\.zip)\.[0-9a-f]{12}"
 )
 
 

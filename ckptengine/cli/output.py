@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,7 +19,6 @@ from ckptengine.errors import CheckpointDamagedError, CheckpointError
 __all__ = [
     "DAMAGED",
     "UNREADABLE",
-    "checkpoint_path",
     "console",
     "failures",
     "print_json",
@@ -53,14 +50,6 @@ def failures() -> Iterator[None]:
     except CheckpointError as error:
         click.echo(f"ckptengine: {printable(str(error))}", err=True)
         sys.exit(DAMAGED if isinstance(error, CheckpointDamagedError) else UNREADABLE)
-
-
-def checkpoint_path(text: str) -> str:
-    """Return a path in which a step may be short of zeros: RUN/step-100 for RUN/step-00000100."""
-    match = re.fullmatch(r"(.*[/\\])?step-(\d+)/?", text)
-    if match is None or os.path.exists(text):
-        return text
-    return f"{match[1] or ''}step-{int(match[2]):08d}"
 
 
 def printable(text: str) -> str:

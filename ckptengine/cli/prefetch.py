@@ -13,7 +13,8 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
-from ckptengine.cli.output import checkpoint_path, console, failures, shown, size_text
+from ckptengine.catalog.naming import open_checkpoint
+from ckptengine.cli.output import console, failures, shown, size_text
 from ckptengine.storage.local import LocalStorage
 from ckptengine.storage.open import open_storage
 from ckptengine.tiers.prefetch import Prefetched
@@ -50,7 +51,7 @@ def prefetch(source: str, directory: str, step: int | None, timeout: float) -> N
         if not isinstance(target, LocalStorage):
             raise click.UsageError(f"{target.location()} is no local directory: give one to fetch to")
         done = fetch(
-            open_storage(checkpoint_path(source)),
+            open_checkpoint(source),
             target,
             step=step,
             timeout=timeout,

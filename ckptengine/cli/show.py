@@ -9,7 +9,7 @@ from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
-from ckptengine.cli.output import checkpoint_path, console, failures, print_json, ranks_text, shown, size_text
+from ckptengine.cli.output import console, failures, print_json, ranks_text, shown, size_text
 from ckptengine.inspect import CheckpointDescription, describe
 
 __all__ = ["show"]
@@ -29,7 +29,7 @@ def show(checkpoint: str, as_json: bool) -> None:
     read.
     """
     with failures():
-        description = describe(checkpoint_path(checkpoint))
+        description = describe(checkpoint)
     if as_json:
         print_json(description)
     else:

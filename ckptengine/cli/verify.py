@@ -15,7 +15,7 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
-from ckptengine.cli.output import DAMAGED, checkpoint_path, console, failures, print_json, shown, size_text
+from ckptengine.cli.output import DAMAGED, console, failures, print_json, shown, size_text
 from ckptengine.inspect import Problem
 from ckptengine.inspect import verify as verify_checkpoint
 
@@ -45,7 +45,7 @@ def verify(checkpoint: str, as_json: bool) -> None:
             total = whole
             bar.update(task, completed=done, total=whole)
 
-        problems = verify_checkpoint(checkpoint_path(checkpoint), progress)
+        problems = verify_checkpoint(checkpoint, progress)
     if as_json:
         print_json({"verified_nbytes": total, "problems": problems})
     else:

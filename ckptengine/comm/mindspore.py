@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import socket
 import threading
+import time
 from collections.abc import Callable
+from concurrent.futures import Future
 from datetime import timedelta
 from typing import Any
 
@@ -16,15 +18,20 @@ from ckptengine.comm.base import Communicator, KeyValueStore
 from ckptengine.comm.exchange import connect
 from ckptengine.comm.keyvalue import poll
 from ckptengine.comm.single import SingleProcess
-from ckptengine.errors import CheckpointError
+from ckptengine.errors import CheckpointError, DeadlineError
 
 __all__ = ["MindSporeStore", "from_mindspore"]
 
 _CONNECT_TIMEOUT = 600.0
 _CALL_TIMEOUT = timedelta(seconds=30)
+_RECONNECT_TIMEOUT = timedelta(seconds=5)
+_GONE_SECONDS = 10.0
+"""How long a store whose host could not be reached counts as gone before it is tried again."""
+_FAILURES = (RuntimeError, ValueError)
 _lock = threading.Lock()
 _alone = SingleProcess()  # one for the process: plans and memory are kept by communicator
 _current: Communicator | None = None
+_meeting: Future[tuple[str, int]] | None = None
 
 
 def from_mindspore(timeout: float = _CONNECT_TIMEOUT) -> Communicator:
@@ -42,9 +49,40 @@ def from_mindspore(timeout: float = _CONNECT_TIMEOUT) -> Communicator:
         return _alone
     with _lock:
         if _current is None:
-            store = MindSporeStore(rank, world_size, *_agree_on_address(rank, world_size))
-            _current = connect(store, rank, world_size, timeout, background=store)
+            deadline = time.monotonic() + timeout
+            store = MindSporeStore(rank, world_size, *_told_address(rank, world_size, timeout))
+            left = max(1.0, deadline - time.monotonic())
+            _current = connect(store, rank, world_size, left, background=store)
         return _current
+
+
+def _told_address(rank: int, world_size: int, timeout: float) -> tuple[str, int]:
+    """Return what `_agree_on_address` does, or raise `DeadlineError` after `timeout` seconds.
+
+    A collective of MindSpore can't be left: it goes on in its thread, and the next call waits for the same one.
+    """
+    global _meeting
+    if _meeting is None:
+        _meeting = Future()
+
+        def meet(future: Future[tuple[str, int]]) -> None:
+            try:
+                future.set_result(_agree_on_address(rank, world_size))
+            except BaseException as error:
+                future.set_exception(error)
+
+        threading.Thread(target=meet, args=(_meeting,), name="ckptengine-meeting", daemon=True).start()
+    try:
+        address = _meeting.result(timeout)
+    except TimeoutError:
+        raise DeadlineError(
+            f"connecting: of the {world_size} ranks some did not come to their first meeting within {timeout:g} s, as "
+            f"rank {rank} did: all ranks must make their Checkpointer, or save or load, at the same point"
+        ) from None
+    except BaseException:
+        _meeting = None
+        raise
+    return address
 
 
 def _agree_on_address(rank: int, world_size: int) -> tuple[str, int]:
@@ -81,16 +119,24 @@ class MindSporeStore(KeyValueStore):
     """`mint.distributed.TCPStore`, hosted by rank 0; threads may share it.
 
     Its `get` waits, holding up the caller until its own timeout, for a key that isn't there. So each key has a counter
-    beside it, which can be looked at without waiting.
+    beside it, which can be looked at without waiting. A client whose call failed is replaced, for its connection may be
+    broken, and the call made once more; only where there is no new one, the host is gone.
     """
 
     def __init__(self, rank: int, world_size: int, host: str, port: int) -> None:
         self._where = f"{host}:{port}"
         self._lock = threading.Lock()
-        self._store: Any = self._call(
-            "connecting",
-            lambda: dist.TCPStore(host, port, world_size, rank == 0, timeout=_CALL_TIMEOUT, wait_for_workers=False),
-        )
+        self._gone_until = 0.0
+        self._place = host, port, world_size
+        try:
+            self._store: Any = self._connect(rank == 0, _CALL_TIMEOUT)
+        except _FAILURES as error:
+            raise self._gone("connecting", error) from error
+        self._host = self._store if rank == 0 else None  # lives as long as this object, whatever becomes of its client
+
+    def _connect(self, hosts: bool, timeout: timedelta) -> Any:
+        host, port, world_size = self._place
+        return dist.TCPStore(host, port, world_size, hosts, timeout=timeout, wait_for_workers=False)
 
     def set(self, key: str, value: bytes) -> None:
         """Store a value."""
@@ -126,15 +172,34 @@ class MindSporeStore(KeyValueStore):
         return found
 
     def _call(self, operation: str, call: Callable[[], Any]) -> Any:
-        try:
-            with self._lock:
+        with self._lock:
+            try:
                 return call()
-        except (RuntimeError, ValueError) as error:
-            text = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise CheckpointError(
-                f"the store of the job at {self._where} failed ({operation}: {text}); rank 0, which hosts it, has "
-                "probably ended"
-            ) from error
+            except _FAILURES as error:
+                broken = error
+            if time.monotonic() < self._gone_until:
+                raise self._gone(operation, broken) from broken
+            try:
+                self._store = self._connect(False, _RECONNECT_TIMEOUT)
+            except _FAILURES as error:
+                self._gone_until = time.monotonic() + _GONE_SECONDS
+                raise self._gone(operation, broken) from error
+            try:
+                return call()
+            except _FAILURES as error:
+                raise CheckpointError(
+                    f"the store of the job at {self._where} failed ({operation}: {_first(error)}); its host is there"
+                ) from error
+
+    def _gone(self, operation: str, error: BaseException) -> CheckpointError:
+        return CheckpointError(
+            f"the store of the job at {self._where} can't be reached ({operation}: {_first(error)}); rank 0, which "
+            "hosts it, has probably ended"
+        )
+
+
+def _first(error: BaseException) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
 def _counter(key: str) -> str:

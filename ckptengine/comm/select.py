@@ -19,8 +19,11 @@ _WORLD_SIZES = ("WORLD_SIZE", "MS_WORKER_NUM", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE
 _alone = SingleProcess()
 
 
-def current() -> Communicator:
+def current(timeout: float = 600.0) -> Communicator:
     """Return the communicator of what is initialized: torch.distributed, MindSpore, MPI (mpi4py), or one process alone.
+
+    At the first call the ranks meet, for which none waits longer than `timeout` seconds: then it raises `DeadlineError`
+    naming those that did not come.
 
     Raises `CheckpointError` where a launcher has started several ranks and nothing is initialized: each would
     take itself for the only one, and all would write the same checkpoint.
@@ -29,15 +32,15 @@ def current() -> Communicator:
         case "torch":
             from ckptengine.comm.torch import from_torch
 
-            return from_torch()
+            return from_torch(timeout)
         case "mindspore":
             from ckptengine.comm.mindspore import from_mindspore
 
-            return from_mindspore()
+            return from_mindspore(timeout)
         case "mpi":
             from ckptengine.comm.mpi import from_mpi
 
-            return from_mpi()
+            return from_mpi(timeout=timeout)
     _refuse_several("`comm=`")
     return _alone
 

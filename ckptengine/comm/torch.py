@@ -23,6 +23,13 @@ __all__ = ["TorchStore", "from_torch"]
 
 _CONNECT_TIMEOUT = 600.0
 _CALL_TIMEOUT = timedelta(seconds=30)
+_RECONNECT_TIMEOUT = timedelta(seconds=5)
+_GONE_SECONDS = 10.0
+"""How long a store whose host could not be reached counts as gone before it is tried again."""
+_GONE = (
+    "the store of torch.distributed can't be reached any more ({}: {}); the process that hosts it, rank 0 or "
+    "torchrun's agent, has probably ended"
+)
 _lock = threading.Lock()
 _alone = SingleProcess()  # one for the process: plans and memory are kept by communicator
 # Of the default process group that was seen last: its store, which no other group shares.
@@ -62,13 +69,16 @@ class TorchStore(KeyValueStore):
 
     A client that waits blocks every other thread that uses it, through `PrefixStore` too; clones don't. They are kept
     for the next call of any thread: each connects to the store's host, and both ends ask for the other's name, for
-    which all ranks wait where that takes long. `cloned` says whether a clone was possible (a store written in Python
+    which all ranks wait where that takes long. One whose call failed is not used again: its connection may be
+    broken, and the call is made once more by a new one. Only where none can be had, the host is gone; that is told at
+    once for some seconds, then looked at again. `cloned` says whether a clone was possible (a store written in Python
     has no `clone`): else it polls the given store and is for the thread that owns it.
     """
 
     def __init__(self, store: Any) -> None:
         self._lock = threading.Lock()
         self._idle: list[Any] = []  # clients that no call uses
+        self._gone_until = 0.0
         try:
             # Kept for cloning only.
             self._base = store.clone()
@@ -123,29 +133,57 @@ class TorchStore(KeyValueStore):
         self._call("wait", wait)
 
     def _call(self, operation: str, call: Any) -> Any:
+        if not self.cloned:
+            try:
+                return call(self._base)
+            except RuntimeError as error:
+                raise CheckpointError(
+                    f"the store of torch.distributed failed ({operation}: {_first(error)})"
+                ) from error
+        if time.monotonic() < self._gone_until:
+            raise CheckpointError(_GONE.format(operation, "it was not there a moment ago"))
         try:
             with self._client() as client:
                 return call(client)
         except RuntimeError as error:
-            text = str(error).splitlines()[0] if str(error) else type(error).__name__
+            # Every call can be made twice: values are set, looked at and deleted.
+            broken = error
+        try:
+            client = self._connect(_RECONNECT_TIMEOUT)
+        except RuntimeError as error:
+            self._gone_until = time.monotonic() + _GONE_SECONDS
+            raise CheckpointError(_GONE.format(operation, _first(broken))) from error
+        try:
+            result = call(client)
+        except RuntimeError as error:
             raise CheckpointError(
-                f"the store of torch.distributed failed ({operation}: {text}); the process that hosts it, "
-                "rank 0 or torchrun's agent, has probably ended"
+                f"the store of torch.distributed failed ({operation}: {_first(error)}), and its host is there"
             ) from error
+        self._idle.append(client)
+        return result
+
+    def _connect(self, timeout: timedelta = _CALL_TIMEOUT) -> Any:
+        """Return a new client; raises `RuntimeError` where the host can't be reached in time."""
+        with self._lock:
+            # Clones take it over, also for connecting.
+            self._base.set_timeout(timeout)
+            try:
+                client = self._base.clone()
+            finally:
+                self._base.set_timeout(_CALL_TIMEOUT)
+        client.set_timeout(_CALL_TIMEOUT)
+        return client
 
     @contextmanager
     def _client(self) -> Iterator[Any]:
-        """Have a client for one call."""
-        if not self.cloned:
-            yield self._base
-            return
+        """Have a client for one call; one whose call fails is left to be closed."""
         try:
             client = self._idle.pop()
         except IndexError:
-            with self._lock:
-                client = self._base.clone()
-        try:
-            yield client
-        finally:
-            # Also after an error: where the host is gone, the next call learns it at once, without connecting.
-            self._idle.append(client)
+            client = self._connect()
+        yield client
+        self._idle.append(client)
+
+
+def _first(error: BaseException) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
 
 from ckptengine.catalog.commit import attempt_directory
+from ckptengine.catalog.foreign import foreign_checkpoint, foreign_file
 from ckptengine.catalog.listing import Entry, Problem, committed, lineage, manifest_name, read_manifest
 from ckptengine.catalog.manifest import Manifest
 from ckptengine.comm.agree import share
@@ -199,4 +201,9 @@ def _not_found(storage: StorageView, step: int | None = None) -> CheckpointNotFo
     what = "no committed checkpoint" if step is None else f"no committed checkpoint of step {step}"
     steps = sorted({entry.step for entry in committed(storage) if entry.step is not None})
     there = f"; there are steps {', '.join(map(str, steps[-10:]))}" if steps else "; `ckptengine ls` lists a run"
-    return CheckpointNotFoundError(f"{storage.location()}: {what}{there}")
+    message = f"{storage.location()}: {what}{there}"
+    if not steps:
+        with contextlib.suppress(StorageError):
+            found = foreign_file(storage) or foreign_checkpoint(storage)
+            message = found.tell(storage.location()) if found is not None else message
+    return CheckpointNotFoundError(message)

@@ -7,6 +7,7 @@ from typing import Any, TypeVar, overload
 
 from ckptengine.errors import CheckpointDamagedError
 from ckptengine.load.checkpoint import Checkpoint
+from ckptengine.state.forms import Form, is_form
 from ckptengine.state.leaf import Path, dotted
 from ckptengine.state.outline import Outline, decode_outline
 from ckptengine.state.saved import Saved, SavedLeaf
@@ -100,8 +101,8 @@ def _aliases(stored: Mapping[str, Any], leaves: Mapping[Path, SavedLeaf], where:
     return result
 
 
-def _containers(stored: Mapping[str, Any], where: str) -> dict[Path, str]:
-    return {path: kind for path, kind in _pairs(stored, "containers", where) if kind in ("list", "tuple")}
+def _containers(stored: Mapping[str, Any], where: str) -> dict[Path, Form]:
+    return {path: form for path, form in _pairs(stored, "containers", where) if is_form(form)}
 
 
 def _outline(stored: Mapping[str, Any], leaves: int, where: str) -> Outline | None:

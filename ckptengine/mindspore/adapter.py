@@ -69,9 +69,10 @@ class MindSporeAdapter(Adapter):
         """Return a cell's parameters and buffers."""
         return [value for value in _cell.module_values(module).values() if self.is_tensor(value)]
 
-    def load_module(self, module: Any, entries: Mapping[str, Any]) -> None:
+    def load_module(self, module: Any, entries: Mapping[str, Any]) -> Sequence[str]:
         """Set hyperparameters and attributes."""
         _cell.load_module(module, entries)
+        return ()
 
     def encode_value(self, value: Any) -> tuple[str, Any] | None:
         """Return a dtype's name."""

@@ -16,6 +16,7 @@ from ckptengine.mindspore.files import Checkpoints, numbered_name
 from ckptengine.mindspore.parameters import refuse_split, state_of
 from ckptengine.save.handle import SaveHandle
 from ckptengine.save.saver import DEFAULT_TIMEOUT
+from ckptengine.storage.open import local_path
 
 __all__ = ["CheckpointConfig", "ModelCheckpoint"]
 
@@ -126,7 +127,7 @@ class ModelCheckpoint(train.Callback):  # type: ignore[misc]
         epoch = self._before[0] + parameters.cur_epoch_num
         step = self._before[1] + parameters.cur_step_num
         step_in_epoch = (parameters.cur_step_num - 1) % parameters.batch_num + 1
-        directory = os.path.realpath(_evaluated(self._directory, parameters) or os.getcwd())
+        directory = os.path.realpath(local_path(_evaluated(self._directory, parameters) or os.getcwd(), "directory"))
         os.makedirs(directory, exist_ok=True)
         suffix = self._config.format
         kept: Checkpoints | None = None

@@ -14,7 +14,7 @@ from ckptengine.errors import StateError
 from ckptengine.state.adapters import ModuleEntry
 from ckptengine.state.leaf import Path, dotted
 
-__all__ = ["is_module", "is_optimizer", "load_module", "module_entries", "module_values"]
+__all__ = ["is_module", "is_optimizer", "load_module", "module_entries", "module_values", "shared_weights"]
 
 _STATISTICS = frozenset({"moving_mean", "moving_variance", "running_mean", "running_var", "num_batches_tracked"})
 _GROUPS = "param_groups"
@@ -33,6 +33,11 @@ def is_module(value: Any) -> bool:
 def is_optimizer(value: Any) -> bool:
     """Whether a value is an optimizer of `nn`, `experimental.optim` or `mint.optim`."""
     return isinstance(value, (nn.Optimizer, GroupOptimizer))
+
+
+def shared_weights(optimizer: Any) -> list[Any]:
+    """Return the weights that an optimizer changes, which are the network's."""
+    return [weight if weight.inited_param is None else weight.inited_param for weight in optimizer.parameters]
 
 
 def module_entries(module: Any, path: Path) -> list[ModuleEntry]:

@@ -9,22 +9,31 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import mindspore as ms
-from mindspore import nn
+from mindspore import Generator, Tensor, nn
 
 from ckptengine.catalog.listing import committed, read_manifest
 from ckptengine.comm.single import SingleProcess
 from ckptengine.errors import CheckpointNotFoundError
 from ckptengine.load.loader import LoadOptions, load_arrays
 from ckptengine.mindspore.files import find_checkpoint
-from ckptengine.mindspore.parameters import LoadedParameters, optimizers_of, parameters_of, refuse_split, state_of
+from ckptengine.mindspore.parameters import (
+    ExactNames,
+    LoadedParameters,
+    optimizers_of,
+    optimizers_own,
+    parameters_of,
+    refuse_split,
+    state_of,
+)
 from ckptengine.save.handle import SaveHandle
 from ckptengine.save.saver import DEFAULT_TIMEOUT, Saver
 from ckptengine.save.single import single_checkpoint
-from ckptengine.storage.open import open_storage
+from ckptengine.storage.open import local_path, open_storage
 
 __all__ = [
     "SLICES",
     "SUFFIXES",
+    "check_appended",
     "load_checkpoint",
     "load_param_into_net",
     "progress_of",
@@ -66,7 +75,8 @@ def save_checkpoint(
     parameters are split over devices is refused unless `integrated_save` is False. `format` gives the name's ending
     only.
 
-    Raises `ValueError` for encryption and incremental saving, `StateError` for what can't be saved, `SaveFailedError`
+    Raises `ValueError` for encryption and incremental saving, `TypeError` for other values in `append_dict`,
+    `StorageError` for a URL (`ckptengine.save` takes those), `StateError` for what can't be saved, `SaveFailedError`
     or `StorageError` where it failed; what was there before then still is.
     """
     refuse_encryption("save_checkpoint", enc_key)
@@ -82,7 +92,8 @@ def save_checkpoint(
         raise TypeError(f"save_checkpoint: save_obj is {type(save_obj).__name__}, not a Cell, list or dict")
     if integrated_save:
         refuse_split("save_checkpoint", save_obj, SLICES)
-    path = os.path.realpath(ckpt_file_name)
+    check_appended("save_checkpoint", append_dict)
+    path = os.path.realpath(local_path(ckpt_file_name, "ckpt_file_name"))
     path = path if path.endswith(format) else f"{path}.{format}"
     handle = start_save(path, state_of(save_obj, append_dict, choice_func))
     if async_save is False:
@@ -111,6 +122,10 @@ def load_checkpoint(
     Raises `CheckpointNotFoundError`, `CheckpointDamagedError`, `FormatVersionError`, and `ValueError` for encryption
     and where nothing is left to load.
     """
+    local_path(ckpt_file_name, "ckpt_file_name")
+    if format not in SUFFIXES:
+        raise ValueError(f"load_checkpoint: format={format!r}: 'ckpt' or 'safetensors'")
+    specified, filtered = _prefixes(specify_prefix), _prefixes(filter_prefix)
     settle()
     where = find_checkpoint(ckpt_file_name)
     if where is None and os.path.isfile(ckpt_file_name):
@@ -131,8 +146,6 @@ def load_checkpoint(
     if where is None:
         raise CheckpointNotFoundError(f"{ckpt_file_name}: neither a committed checkpoint nor a file of MindSpore's")
     refuse_encryption("load_checkpoint", dec_key)
-
-    specified, filtered = _prefixes(specify_prefix), _prefixes(filter_prefix)
 
     def wanted(name: str) -> bool:
         if specified or filtered:
@@ -159,12 +172,17 @@ def load_param_into_net(
 ) -> tuple[list[str], list[str]]:
     """Load parameters into a network or an optimizer; return the names of either side that were not loaded.
 
-    This is MindSpore's own function, with its rules for names and dtypes. It notes for `ModelCheckpoint` where the
-    training was that an optimizer's state came from, so that epochs and steps are counted on from there.
+    This is MindSpore's own function, with its rules for names and dtypes, except that a weight that is missing is never
+    taken from an optimizer's own parameters, whose names end like the weights': it is returned as missing. It notes for
+    `ModelCheckpoint` where the training was that an optimizer's state came from, so that epochs and steps are counted
+    on from there.
     """
     # What the dict holds belongs to this engine whole: there is no redundancy to bring back.
     removed = remove_redundancy and not isinstance(parameter_dict, LoadedParameters)
-    missing, unused = ms.load_param_into_net(net, parameter_dict, strict_load, removed)
+    given = parameter_dict
+    if isinstance(net, nn.Cell) and isinstance(parameter_dict, dict) and not strict_load:
+        given = ExactNames(parameter_dict, optimizers_own(net, parameter_dict))
+    missing, unused = ms.load_param_into_net(net, given, strict_load, removed)
     if isinstance(parameter_dict, LoadedParameters) and parameter_dict.progress is not None:
         for optimizer in optimizers_of(net):
             own = {parameter.name for parameter in optimizer.get_parameters()} - {p.name for p in optimizer.parameters}
@@ -217,5 +235,33 @@ def settle() -> None:
         _saver.settle(DEFAULT_TIMEOUT)
 
 
+def check_appended(function: str, appended: Any) -> None:
+    """Raise `TypeError` where further values are none that MindSpore takes: they would come back changed, or not."""
+    if appended is not None and not isinstance(appended, dict):
+        raise TypeError(f"{function}: append_dict is {type(appended).__name__}, not a dict")
+    for name, value in (appended or {}).items():
+        if not isinstance(name, str) or not isinstance(value, (int, float, bool, str, Tensor, Generator)):
+            raise TypeError(
+                f"{function}: append_dict[{name!r}] is {type(value).__name__}: names are strings, and values int, "
+                "float, bool, str, Tensor, Parameter or Generator; ckptengine.save takes everything else"
+            )
+
+
 def _prefixes(given: str | Sequence[str] | None) -> tuple[str, ...]:
-    return () if given is None else (given,) if isinstance(given, str) else tuple(given)
+    """Return the prefixes; raises as MindSpore does where none is given, or an empty one."""
+    if given is None:
+        return ()
+    if not isinstance(given, (str, list, tuple)):
+        raise TypeError(
+            f"load_checkpoint: specify_prefix and filter_prefix are strings or lists of them, not {given!r}"
+        )
+    prefixes = (given,) if isinstance(given, str) else tuple(given)
+    if not all(isinstance(prefix, str) for prefix in prefixes):
+        raise TypeError(
+            f"load_checkpoint: specify_prefix and filter_prefix are strings or lists of them, not {given!r}"
+        )
+    if not prefixes or "" in prefixes:
+        raise ValueError(
+            f"load_checkpoint: {given!r} names no prefix; leave specify_prefix or filter_prefix out for all"
+        )
+    return prefixes

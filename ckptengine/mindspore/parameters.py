@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 from mindspore import Generator, Parameter, Tensor, nn
 
 from ckptengine.errors import StateError
-from ckptengine.mindspore.cell import is_optimizer, module_entries
+from ckptengine.mindspore.cell import is_optimizer, module_entries, shared_weights
 from ckptengine.mindspore.tensor import as_tensor
 from ckptengine.state.adapters import describe_type
 from ckptengine.state.dtypes import name_of_numpy_dtype
@@ -18,8 +18,10 @@ __all__ = [
     "APPENDED",
     "NETWORK",
     "OPTIMIZER",
+    "ExactNames",
     "LoadedParameters",
     "optimizers_of",
+    "optimizers_own",
     "parameters_of",
     "refuse_split",
     "state_of",
@@ -27,6 +29,24 @@ __all__ = [
 
 NETWORK, OPTIMIZER, APPENDED = "net", "optimizer", "append"
 Choice = Callable[[str], Any] | None
+
+
+# What MindSpore's optimizers put before a weight's name for what they have of their own (`clone(prefix=...)` there).
+_SLOTS = (
+    *("accum", "accum_update", "adam_m", "adam_v", "ax", "ax_", "exp_avg", "exp_avg_sq", "exp_inf", "lamb_m", "lamb_v"),
+    *(
+        "linear",
+        "max_exp_avg_sq",
+        "mean_grad",
+        "mean_square",
+        "moment",
+        "moment1",
+        "moment2",
+        "momentum_buf",
+        "moments",
+    ),
+    *("prev", "stat", "step_size", "vhat"),
+)
 
 
 class LoadedParameters(dict[str, Any]):
@@ -38,6 +58,30 @@ class LoadedParameters(dict[str, Any]):
     progress: tuple[int, int] | None = None
 
 
+class ExactNames(dict[str, Any]):
+    """Parameters of which some are found by their exact names only.
+
+    Where a weight is missing, MindSpore goes through the names of the dict for one that ends like the weight's, and
+    takes what comes before for a prefix: `moment1.weight` for `weight`. Here it does not meet an optimizer's own names.
+    """
+
+    def __init__(self, parameters: Mapping[str, Any], exact: frozenset[str]) -> None:
+        super().__init__(parameters)
+        self._exact = exact
+
+    def __iter__(self) -> Iterator[str]:
+        return (name for name in self.keys() if name not in self._exact)
+
+
+def optimizers_own(net: nn.Cell, names: Iterable[str]) -> frozenset[str]:
+    """Return those of a dict's names that are an optimizer's own: of an optimizer in `net`, or of any by their form."""
+    own = {name for one in optimizers_of(net) for name in _own_names(one)}
+    known = set(names)
+    return frozenset(
+        name for name in known if name in own or (name.partition(".")[0] in _SLOTS and name.partition(".")[2])
+    )
+
+
 def optimizers_of(network: nn.Cell) -> list[Any]:
     """Return the optimizers in a network's cells, itself included."""
     return [cell for _, cell in network.cells_and_names() if is_optimizer(cell)]
@@ -46,12 +90,15 @@ def optimizers_of(network: nn.Cell) -> list[Any]:
 def state_of(saved: Any, appended: Mapping[str, Any] | None, choice: Choice) -> dict[str, Any]:
     """Return the state for what `save_checkpoint` may be given: a cell, a list or dict of parameters.
 
-    A training network's weights are under `net`, what its optimizers have of their own under `optimizer`.
+    A training network's weights are under `net`, what its optimizers have of their own under `optimizer`; so are those
+    of an optimizer by itself.
     """
     state: dict[str, Any] = {NETWORK: {}}
     if isinstance(saved, nn.Cell):
         owned = {name for one in optimizers_of(saved) for name in _own_names(one)}
         items = {entry.name: entry.value for entry in module_entries(saved, (NETWORK,)) if entry.live}
+        if is_optimizer(saved):  # as MindSpore does: what is loaded into it later needs its weights too
+            items = {weight.name: weight for weight in shared_weights(saved)} | items
     else:
         owned, items = set(), dict(_named(saved))
     for name, value in items.items():

@@ -37,7 +37,7 @@ class DataPosition:
     """
 
     def __init__(self, dataset: Any) -> None:
-        self.step = 0
+        self.step, self._warned = 0, False
         self._dataset, self._seed = dataset, int(ds.config.get_seed())
         self._batches = int(dataset.get_dataset_size())
         if self._batches < 1:
@@ -82,11 +82,30 @@ class DataPosition:
 
     def seek(self) -> None:
         """Have the dataset's next iterators begin at the position; `rewind` has them begin at the first batch again."""
+        if self.step and (operations := _mapped(self._dataset)):
+            # Fast recovery leaves out what was trained before, with the random numbers that its operations drew.
+            ds.config.set_fast_recovery(False)
+            if any(not type(one).__module__.startswith("mindspore.") for one in operations) and not self._warned:
+                self._warned = True
+                _log.warning(
+                    "the dataset maps Python functions: what they draw from np.random or random is not part of the "
+                    "position, so random augmentation in them draws other numbers after this restart than without it. "
+                    "MindSpore's own random operations go on exactly"
+                )
         self._dataset.set_init_step(self.step)
 
     def rewind(self) -> None:
         """Have the dataset's next iterators begin at the first batch."""
         self._dataset.set_init_step(0)
+
+
+def _mapped(dataset: Any) -> list[Any]:
+    """Return the operations that a pipeline maps its samples by."""
+    own = getattr(dataset, "operations", None) or []
+    found = list(own) if isinstance(own, (list, tuple)) else [own]
+    for child in getattr(dataset, "children", []):
+        found += _mapped(child)
+    return found
 
 
 def training_state(network: nn.Cell) -> dict[str, Any]:

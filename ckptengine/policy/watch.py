@@ -22,6 +22,7 @@ from ckptengine.policy.agreement import Agreement, Limit, Request, Verdict
 from ckptengine.policy.preemption import Preemption
 from ckptengine.policy.signals import Subscription, ignore, is_shared, subscribe
 from ckptengine.storage.base import Storage
+from ckptengine.storage.open import local_path
 
 __all__ = ["Watch"]
 
@@ -100,7 +101,7 @@ class Watch:
             self._agreement = Agreement(store, comm.rank, comm.world_size, prefix, timeout)
             self._start("agree", self._agree)
         if preemption.file is not None and self._rank == 0:
-            self._start("file", self._watch_file, os.fspath(preemption.file))
+            self._start("file", self._watch_file, local_path(preemption.file, "file"))
         _living.add(self)
 
     def _start(self, name: str, work: Callable[..., None], *arguments: object) -> None:

@@ -38,7 +38,7 @@ from ckptengine.snapshot.snapshotter import Images, Snapshotter
 from ckptengine.state.adapters import adapters
 from ckptengine.state.dtypes import DTYPES
 from ckptengine.state.held import held_arrays
-from ckptengine.state.leaf import ArrayLeaf, Placement, dotted
+from ckptengine.state.leaf import ArrayLeaf, Path, Placement, dotted
 from ckptengine.storage.stuck import operation_of
 
 __all__ = ["DEFAULT_TIMEOUT", "Saver"]
@@ -88,6 +88,7 @@ class Saver:
         self._table: CopyTable | None = None
         self._make_workers()
         self._prepared = False
+        self._told_empty: set[Path] = set()
         self._unhook: list[Callable[[], None]] = []
         self._job: Job | None = None
         self._copier: threading.Thread | None = None
@@ -112,11 +113,22 @@ class Saver:
         """Whether a save is in flight."""
         return self._job is not None and not self._job.handle.durable.done()
 
-    def wait(self, timeout: float) -> None:
-        """Wait for the save in flight to end, well or not; raises `DeadlineError` where it doesn't in time.
+    def wait(self, timeout: float, directory: str = "") -> None:
+        """Wait until the save in flight has ended, well or not, and this rank knows how, on all ranks the same.
 
-        Nobody waits for it longer than it may take itself.
+        Nobody waits for it longer than it may take itself. `directory` is where the next one goes. Raises
+        `DeadlineError` where it doesn't end in time, and what `Committer.settle` does.
         """
+        called = time.monotonic()
+        try:
+            self._wait(timeout)
+            self._committer.settle(max(0.0, called + timeout - time.monotonic()), directory)
+        except CheckpointError:
+            # The others may have gone on to an attempt that now fails; then all meet in the next exchange.
+            self._planner.together_next()
+            raise
+
+    def _wait(self, timeout: float) -> None:
         if self._job is not None and not self._job.handle.durable.wait(min(timeout, self._job.handle.durable.left)):
             doing = operation_of(self._job.thread)
             raise DeadlineError(
@@ -195,13 +207,7 @@ class Saver:
                 f"this process was forked from rank {self._comm.rank}: only the rank itself can save with the others"
             )
         called = time.monotonic()
-        try:
-            self.wait(timeout)
-            self._committer.settle(max(0.0, called + timeout - time.monotonic()), target.directory)
-        except CheckpointError:
-            # The others may have gone on to an attempt that now fails; then all meet in the next exchange.
-            self._planner.together_next()
-            raise
+        self.wait(timeout, target.directory)
         self._settle_memory(timeout)
         if self._copier is not None:
             self._copier.join(timeout)  # of a save that was interrupted: it still copies into the arena
@@ -217,6 +223,7 @@ class Saver:
             with _collection_later():
                 reading = self._reader.read(state)
                 values = stored_values(reading.plain)
+            self._tell_empty(reading.plain.empty)
             checked_metadata(target.metadata)
             if behind:
                 raise SaveFailedError(
@@ -399,6 +406,15 @@ class Saver:
         if leaf.placement is Placement.REPLICATED:
             return held // self._comm.world_size
         return held if leaf.placement is not Placement.WHOLE or self._comm.rank == 0 else 0
+
+    def _tell_empty(self, empty: Mapping[Path, str]) -> None:
+        """Log once what has nothing to save: who put it into the state may have expected otherwise."""
+        new = {path: kind for path, kind in empty.items() if path not in self._told_empty}
+        self._told_empty.update(new)
+        if new and self._comm.rank == 0:
+            names = ", ".join(f"{dotted(path)} ({kind})" for path, kind in list(new.items())[:8])
+            more = f" and {len(new) - 8} more" if len(new) > 8 else ""
+            _log.warning("nothing of %s%s is saved: its state_dict() is empty", names, more)
 
     def _open(self, target: Target, reading: Reading | None, timeout: float) -> int:
         """Return the generation to write under; where rank 0 has yet to claim it, all ranks exchange a word.

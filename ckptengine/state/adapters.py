@@ -155,8 +155,18 @@ class Adapter:
         """Return the tensors that a module has now, without calling anything that its class may have changed."""
         return ()
 
-    def load_module(self, module: Any, entries: Mapping[str, Any]) -> None:
-        """Hand over what could not be filled in place, by the module's own keys."""
+    def module_loading(self, module: Any) -> frozenset[str] | None:
+        """Return None where a module has no loading code of its own, that must run after the fill.
+
+        Else the names of the submodules in it whose tensors may change their shapes by that.
+        """
+        return None
+
+    def load_module(self, module: Any, entries: Mapping[str, Any]) -> Sequence[str]:
+        """Have a module's loading code run, and hand over what could not be filled in place, by the module's own keys.
+
+        Returns the keys that it did not take.
+        """
         raise NotImplementedError
 
     def is_optimizer(self, value: Any) -> bool:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterable, Mapping
+from collections import Counter, OrderedDict, defaultdict, deque
+from collections.abc import Callable, Iterable, Mapping, ValuesView
 from enum import Enum, auto
 from typing import Any
 
 from ckptengine.errors import CheckpointError, StateError
 from ckptengine.state.adapters import Adapter, ModuleEntry, adapters, describe_type
 from ckptengine.state.asked import Asked
+from ckptengine.state.forms import path_keys
 from ckptengine.state.leaf import Key, Path, dotted
 from ckptengine.state.per_rank import PerRank
 from ckptengine.state.sharded import ShardedArray
@@ -61,7 +62,7 @@ class Inspector:
             return known
         if isinstance(value, Mapping):
             return self._dict_kind(value, path), None
-        if isinstance(value, (list, tuple)):
+        if isinstance(value, (list, tuple, deque)):
             return (Kind.SEQUENCE if self._holds_more(value, path, 0) else Kind.PLAIN), None
         return Kind.PLAIN, None
 
@@ -82,21 +83,17 @@ class Inspector:
         return (Kind.OBJECT, None) if _saves_itself(value) else None
 
     def _dict_kind(self, value: Mapping[Any, Any], path: Path) -> Kind:
-        if not value or isinstance(value, Counter):
+        if isinstance(value, Counter) or (not value and type(value) in (dict, OrderedDict, defaultdict)):
             return Kind.PLAIN
         keys_fit = all(type(key) in (str, int) for key in value)
-        if type(value) is dict and keys_fit:
+        # A class made from dict has no place among plain values: its items are filled into the one that is there.
+        own_class = isinstance(value, dict) and type(value) not in (dict, OrderedDict, defaultdict)
+        if keys_fit and (type(value) is dict or own_class):
             return Kind.DICT
         if not self._holds_more(value.values(), path, 0):
             return Kind.PLAIN
-        if type(value) not in (dict, OrderedDict):
+        if not isinstance(value, dict):
             raise StateError(f"{dotted(path)}: {describe_type(value)} holds tensors; convert it to a plain dict")
-        if not keys_fit:
-            odd = next(key for key in value if type(key) not in (str, int))
-            raise StateError(
-                f"{dotted(path)}: a dict that holds tensors needs keys that are str or int, not "
-                f"{describe_type(odd)} ({odd!r})"
-            )
         return Kind.DICT
 
     def _holds_more(self, items: Iterable[Any], path: Path, depth: int) -> bool:
@@ -107,7 +104,9 @@ class Inspector:
                 continue
             if self._framework_kind(item) is not None:
                 return True
-            inner = item.values() if isinstance(item, Mapping) else item if isinstance(item, (list, tuple)) else ()
+            inner = item.values() if isinstance(item, Mapping) else item
+            if not isinstance(inner, (list, tuple, deque, ValuesView)):
+                continue
             if self._holds_more(inner, path, depth + 1):
                 return True
         return False
@@ -192,14 +191,14 @@ def _saves_itself(value: Any) -> bool:
 
 
 def children(value: Any, path: Path) -> list[tuple[Key, Any]]:
-    """Return keys and items of a dict or sequence; raises `StateError` at a key that fits no path."""
+    """Return keys, as they are in paths, and items of a dict or sequence; raises `StateError` at one that fits none."""
     if not isinstance(value, Mapping):
         return list(enumerate(value))
-    for key in value:
-        if type(key) not in (str, int):
-            where = dotted(path) or "the state"
-            raise StateError(f"{where}: the key {key!r} is {describe_type(key)}; use str or int")
-    return list(value.items())
+    if not path:
+        for key in value:
+            if type(key) not in (str, int):
+                raise StateError(f"the state: the key {key!r} is {describe_type(key)}; use str or int")
+    return list(zip(path_keys(value, path), value.values(), strict=True))
 
 
 def optimizer_names(groups: list[dict[str, Any]], names: Mapping[int, str]) -> list[list[str]]:

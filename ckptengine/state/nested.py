@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -14,8 +15,10 @@ __all__ = ["item_of", "per_rank_items", "put_at", "replace_contents", "sorted_li
 def item_of(like: Any, key: Any) -> Any:
     """Return what a dict or sequence has under a key, None where it has nothing."""
     if isinstance(like, Mapping):
-        return like.get(key)
-    if isinstance(like, (list, tuple)) and type(key) is int and 0 <= key < len(like):
+        if key in like:
+            return like[key]
+        return next((item for own, item in like.items() if type(own) not in (str, int) and repr(own) == key), None)
+    if isinstance(like, (list, tuple, deque)) and type(key) is int and 0 <= key < len(like):
         return like[key]
     return None
 
@@ -23,7 +26,7 @@ def item_of(like: Any, key: Any) -> Any:
 def replace_contents(value: Any, new: Any) -> None:
     """Make a dict or list equal to another one, in place."""
     value.clear()
-    if isinstance(value, list):
+    if isinstance(value, (list, deque)):
         value.extend(new)
     else:
         value.update(new)

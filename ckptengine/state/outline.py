@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 from ckptengine.errors import CheckpointDamagedError
 from ckptengine.state.adapters import TensorView
 from ckptengine.state.leaf import HostMemory, Key, Part, Path, dotted
+from ckptengine.state.nested import item_of
 
 __all__ = [
     "Container",
@@ -156,15 +157,8 @@ def put_in_order(nested: dict[Key, Any], outline: Outline, rename: Callable[[Pat
             continue
         found: Any = nested
         for key in rename(one.path):
-            known = isinstance(found, dict) or (isinstance(found, (list, tuple)) and type(key) is int)
-            found = (
-                found.get(key)
-                if isinstance(found, dict)
-                else found[int(key)]
-                if known and int(key) < len(found)
-                else None
-            )
-        if isinstance(found, dict):
+            found = item_of(found, key)
+        if isinstance(found, dict) and all(type(key) in (str, int) for key in found):  # else its form has the order
             keys = sorted_keys(found) if one.keys is None else [renamed_key(one.path, key, rename) for key in one.keys]
             items = in_given_order(found, keys)
             found.clear()

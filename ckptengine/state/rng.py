@@ -73,6 +73,7 @@ class RNG:
         self._found: frozenset[str] = frozenset()
         self._arrays: dict[str, NDArray[np.uint8]] = {}
         self._handed_out: Callable[[], object] = lambda: None
+        self._restored: dict[str, NDArray[np.uint8] | bytes] | None = None  # states, and what begins streams anew
         here = self._streams()
         for name in sorted(self._declared):
             if name not in here and not _FRAMEWORK_NAME.fullmatch(name):
@@ -123,16 +124,33 @@ class RNG:
         first = saved.records[0]
         data = {name: saved.state(name, here[name]) for name in here if name in shared and name in first.streams}
         # Nothing has been changed so far, and no state is refused from here on.
+        self._restored = {}
         for name, stream in here.items():
             if name in data:
-                stream.set(data[name])
+                self._restored[name] = np.array(data[name])  # the array that was loaded may be filled anew
             else:
                 alike = name in self._declared or (saved.resized and name in shared)
                 who = {} if alike else {"rank": saved.rank} if self._key is None else {"key": self._key}
-                stream.seed(new_seed(name, saved.records, who, saved.world_size))
+                self._restored[name] = new_seed(name, saved.records, who, saved.world_size)
+            _set(stream, self._restored[name])
         self._resumed = max(record.resumed for record in saved.records) + 1
         self._found = shared if saved.resized else first.found
         self._tell(saved, here, data)
+
+    def rewind(self) -> bool:
+        """Set the streams once more to where the last load has left them; return whether there was such a load.
+
+        For frameworks that draw random numbers after the restore, as for the seeds of a data loader's workers: call it
+        where the training goes on, after the loader's iterator is made and before the first batch is fetched. Each load
+        is gone back to once: further calls change nothing, so that it may be called for every batch.
+        """
+        restored, self._restored = self._restored, None
+        here = self._streams()
+        for name, state in (restored or {}).items():
+            stream = here.get(name) or _unused_stream(name)
+            if stream is not None:
+                _set(stream, state)
+        return restored is not None
 
     def _tell(self, saved: _Saved, here: Iterable[str], going_on: Iterable[str]) -> None:
         where = f"RNG, rank {saved.rank}"
@@ -164,6 +182,14 @@ class RNG:
         for adapter in adapters():
             streams |= adapter.random_streams()
         return streams | self._given
+
+
+def _set(stream: RandomStream, state: NDArray[np.uint8] | bytes) -> None:
+    """Set a stream to a state, or begin it anew from a seed."""
+    if isinstance(state, bytes):
+        stream.seed(state)
+    else:
+        stream.set(state)
 
 
 def _unused_stream(name: str) -> RandomStream | None:

@@ -8,6 +8,7 @@ from typing import Any
 
 from ckptengine.errors import CheckpointDamagedError, LoadMismatchError
 from ckptengine.state.adapters import describe_type
+from ckptengine.state.forms import Form
 from ckptengine.state.leaf import Key, Path, Placement, dotted
 from ckptengine.state.outline import Outline, in_given_order, renamed_key, sorted_keys
 from ckptengine.state.values import MAX_DEPTH
@@ -37,10 +38,10 @@ class Saved:
     leaves: Mapping[Path, SavedLeaf]
     values: Mapping[Path, Any]
     aliases: Mapping[Path, Path]
-    containers: Mapping[Path, str]
+    containers: Mapping[Path, Form]
     rank_leaves: Sequence[Mapping[Path, SavedLeaf]] = ()
     rank_values: Sequence[Mapping[Path, Any]] = ()
-    rank_containers: Sequence[Mapping[Path, str]] = ()
+    rank_containers: Sequence[Mapping[Path, Form]] = ()
     outline: Outline | None = None
     rank_outlines: Sequence[Outline | None] = ()
 
@@ -78,7 +79,7 @@ class Node:
     def __init__(self) -> None:
         self.children: dict[Key, Node] = {}
         self.entry: SavedArray | SavedValue | None = None
-        self.container: str | None = None
+        self.container: Form | None = None
         self.cls: str | None = None
         self.kind: str | None = None
         self.ordered = False
@@ -189,7 +190,7 @@ def _insert(
     root: Node,
     arrays: Mapping[Path, SavedArray],
     values: Mapping[Path, Any],
-    containers: Mapping[Path, str],
+    containers: Mapping[Path, Form],
     rename: Callable[[Path], Path],
 ) -> None:
     entries: list[tuple[Path, SavedArray | SavedValue]] = [*arrays.items()]

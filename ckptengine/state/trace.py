@@ -168,10 +168,11 @@ class ObjectStep(Step):
 class SequenceStep(Step):
     """Items one after the other."""
 
-    __slots__ = ("kind", "kinds", "steps")
+    __slots__ = ("kind", "kinds", "maxlen", "steps")
 
-    def __init__(self, kind: type, steps: Sequence[Step]) -> None:
+    def __init__(self, kind: type, steps: Sequence[Step], maxlen: int | None = None) -> None:
         self.steps = list(steps)
+        self.maxlen = maxlen
         self.kind: Any = kind
         only = [step.kind for step in steps if isinstance(step, TensorStep)]
         self.kinds = only if len(only) == len(self.steps) else None
@@ -180,6 +181,8 @@ class SequenceStep(Step):
     def again(self, value: Any, met: _Met) -> None:
         """Look at each item."""
         if type(value) is not self.kind or len(value) != len(self.steps):
+            raise Changed
+        if self.maxlen is not None and value.maxlen != self.maxlen:
             raise Changed
         self.items(value, met)
 

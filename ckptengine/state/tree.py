@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -11,6 +10,7 @@ from ckptengine.errors import CheckpointDamagedError, StateError
 from ckptengine.layout.head import MAX_NDIM
 from ckptengine.state.adapters import ABOUT, Adapter, TensorView, describe_type
 from ckptengine.state.asked import Asked
+from ckptengine.state.forms import Form, container_kind, form_of, rebuild
 from ckptengine.state.kinds import Inspector, Kind, children, optimizer_names
 from ckptengine.state.leaf import ArrayLeaf, DeviceMemory, Key, Part, Path, Placement, dotted
 from ckptengine.state.loaders import is_stateful_loader
@@ -45,19 +45,21 @@ class FlatState:
 
     `arrays` are in the order in which they were met. `values` and `rank_values` are the user's own plain
     values, not copied and not yet checked: `encode` does both. `aliases` leads from each further path of tied
-    memory to its first path. `containers` says `list` or `tuple` for sequences that were walked;
+    memory to its first path. `containers` has the forms of those that were walked;
     `rank_containers` the same inside `PerRank`. `outline` and `rank_outline` say how the state is built, so that what
-    is built from a checkpoint can be built, and checked, in the same way.
+    is built from a checkpoint can be built, and checked, in the same way. `empty` has the classes of modules and
+    objects that gave nothing to save.
     """
 
     arrays: tuple[ArrayLeaf, ...]
     values: dict[Path, Any]
     rank_values: dict[Path, Any]
     aliases: dict[Path, Path]
-    containers: dict[Path, str]
-    rank_containers: dict[Path, str]
+    containers: dict[Path, Form]
+    rank_containers: dict[Path, Form]
     outline: Outline = field(default_factory=Outline)
     rank_outline: Outline = field(default_factory=Outline)
+    empty: dict[Path, str] = field(default_factory=dict)
 
 
 def flatten(state: Mapping[str, Any]) -> FlatState:
@@ -96,9 +98,10 @@ class _Walk:
         self._names = self._inspector.parameter_names(state)
         self._arrays: list[ArrayLeaf] = []
         self._values: tuple[dict[Path, Any], dict[Path, Any]] = ({}, {})
-        self._containers: tuple[dict[Path, str], dict[Path, str]] = ({}, {})
+        self._containers: tuple[dict[Path, Form], dict[Path, Form]] = ({}, {})
         self._built: tuple[list[Container], list[Container]] = ([], [])
         self._orders: tuple[dict[Path, tuple[int, ...]], dict[Path, tuple[int, ...]]] = ({}, {})
+        self._empty: dict[Path, str] = {}
         self._shapes: tuple[dict[Path, tuple[int, ...]], dict[Path, tuple[int, ...]]] = ({}, {})
         self._aliases: dict[Path, Path] = {}
         self._first: dict[Hashable, int] = {}
@@ -115,8 +118,8 @@ class _Walk:
         arrays = tuple(
             replace(leaf, fenced=True) if number in self._fenced else leaf for number, leaf in enumerate(self._arrays)
         )
-        outlines = [Outline(tuple(self._built[own]), self._orders[own], self._shapes[own]) for own in (False, True)]
-        return FlatState(arrays, *self._values, self._aliases, *self._containers, *outlines)
+        shared, own = (Outline(tuple(self._built[own]), self._orders[own], self._shapes[own]) for own in (False, True))
+        return FlatState(arrays, *self._values, self._aliases, *self._containers, shared, own, self._empty)
 
     def trace(self) -> Trace:
         """Return what was met."""
@@ -157,6 +160,8 @@ class _Walk:
                 assert adapter is not None
                 steps: dict[Any, Step] = {}
                 entries = self._inspector.entries(value, adapter, path)
+                if not entries:
+                    self._empty[path] = class_name(value)
                 self._build(path, "module", per_rank, keys=[entry.name for entry in entries])
                 for entry in entries:
                     where = (*path, entry.name)
@@ -171,10 +176,13 @@ class _Walk:
                 per_rank = per_rank or is_stateful_loader(value)
                 self._build(path, "object", per_rank, class_name(value))
                 own = self._inspector.asked.state_of(value, path)
+                if isinstance(own, Mapping) and not own:
+                    self._empty[path] = class_name(value)
                 return ObjectStep(type(value), self._visit(own, path, per_rank=per_rank), path)
             case Kind.DICT | Kind.SEQUENCE:
-                if kind is Kind.SEQUENCE:
-                    self._containers[per_rank][path] = _sequence_kind(value, path)
+                form = form_of(value, path)
+                if form is not None and path:
+                    self._containers[per_rank][path] = form
                 return self._visit_items(value, path, per_rank)
 
     def _build(self, path: Path, kind: str, per_rank: bool, cls: str = "", keys: Iterable[Key] | None = None) -> None:
@@ -185,14 +193,13 @@ class _Walk:
         self._built[per_rank].append(Container(path, kind, cls, order))
 
     def _visit_items(self, value: Any, path: Path, per_rank: bool) -> DictStep | SequenceStep:
+        items = children(value, path)
+        keys = [key for key, _ in items] if isinstance(value, Mapping) else None
+        self._build(path, container_kind(value), per_rank, keys=keys)
+        steps = [self._visit(item, (*path, key), per_rank=per_rank) for key, item in items]
         if isinstance(value, Mapping):
-            self._build(path, "ordered" if isinstance(value, OrderedDict) else "dict", per_rank, keys=value)
-        else:
-            self._build(path, "tuple" if isinstance(value, tuple) else "list", per_rank)
-        steps = {key: self._visit(item, (*path, key), per_rank=per_rank) for key, item in children(value, path)}
-        if isinstance(value, Mapping):
-            return DictStep(type(value), steps)
-        return SequenceStep(type(value), list(steps.values()))
+            return DictStep(type(value), dict(zip(value, steps, strict=True)))
+        return SequenceStep(type(value), steps, getattr(value, "maxlen", None))
 
     def _add(
         self,
@@ -282,18 +289,10 @@ class _Walk:
         return OptimizerStep(optimizer, adapter, names, states, group_step)
 
 
-def _sequence_kind(value: Any, path: Path) -> str:
-    if type(value) is list:
-        return "list"
-    if type(value) is tuple:
-        return "tuple"
-    raise StateError(f"{dotted(path)}: {describe_type(value)} holds tensors; convert it to a plain list, tuple or dict")
-
-
 def unflatten(
     values: Mapping[Path, Any],
     arrays: Mapping[Path, Any],
-    containers: Mapping[Path, str],
+    containers: Mapping[Path, Form],
     aliases: Mapping[Path, Path],
 ) -> dict[Key, Any]:
     """Return leaves as nested dicts, with lists and tuples where the state had them.
@@ -319,7 +318,6 @@ def unflatten(
         inner[path[:-1]][path[-1]] = leaf
     for path in sorted(containers, key=len, reverse=True):  # the inner ones first
         items = inner.get(path)
-        if path and items is not None and set(items) == set(range(len(items))):
-            ordered = [items[i] for i in range(len(items))]
-            inner[path[:-1]][path[-1]] = tuple(ordered) if containers[path] == "tuple" else ordered
+        if path and items is not None:
+            inner[path[:-1]][path[-1]] = rebuild(containers[path], items, None, path, strict=False)
     return root

@@ -17,6 +17,8 @@ with one key:
 | `$dtype` | a numpy dtype: its name, or its type string |
 | `$torch.dtype`, `$torch.size`, `$torch.device` | name; list of lengths; text (other frameworks likewise) |
 
+and those of `ckptengine.state.classes`.
+
 A framework's tag gives the framework's object where that framework is imported; elsewhere a dtype or a device
 gives its text (`"torch.float32"`) and a size gives a tuple.
 """
@@ -27,6 +29,7 @@ import base64
 import hashlib
 import json
 import math
+import random
 import re
 import struct
 from collections import Counter, OrderedDict
@@ -37,6 +40,7 @@ import numpy as np
 
 from ckptengine.errors import CheckpointDamagedError, StateError
 from ckptengine.state.adapters import adapters, describe_type
+from ckptengine.state.classes import CLASS_TAGS, decode_class, encode_class
 from ckptengine.state.dtypes import DTYPES
 from ckptengine.state.leaf import Path, dotted
 from ckptengine.state.refusal import Refusal
@@ -96,6 +100,9 @@ def _encode(value: Any, path: Path, depth: int) -> Any:
         tagged = adapter.encode_value(value)
         if tagged is not None:
             return {f"${adapter.name}.{tagged[0]}": tagged[1]}
+    told = encode_class(value, path, lambda item, where: _encode(item, where, depth + 1))
+    if told is not None:
+        return told
     if isinstance(value, Refusal):
         raise StateError(f"{dotted(path)}: {value.reason}")
     raise StateError(f"{dotted(path)}: {describe_type(value)} can't be saved. {_advice(value)}")
@@ -160,12 +167,15 @@ def _little(array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
 
 
 def _advice(value: Any) -> str:
+    if isinstance(value, random.Random) or any(a.random_stream_of(value) is not None for a in adapters()):
+        return (
+            "Random streams go into ckptengine.RNG: `ckptengine.RNG({'name': generator})` in the state, which "
+            "holds the process's own streams too."
+        )
     if isinstance(value, tuple):
-        return "Convert it to a plain tuple or a dict (`value._asdict()`)."
+        return "Convert it to a plain tuple: `tuple(value)`."
     if isinstance(value, dict):
         return "Convert it to a plain dict: `dict(value)`."
-    if isinstance(value, (set, frozenset)):
-        return "Convert it to a sorted list."
     if isinstance(value, (bytearray, memoryview)):
         return "Convert it to bytes, or to a numpy array."
     if isinstance(value, (bool, int, float, complex, str, bytes, list)):
@@ -177,8 +187,8 @@ def _advice(value: Any) -> str:
             "leave out plain functions and lambdas; of other callables they save the attributes)."
         )
     return (
-        "Give the object `state_dict()` and `load_state_dict()`, or convert it to numbers, strings, lists, "
-        "dicts, arrays or tensors."
+        "Give the object `state_dict()` and `load_state_dict()` (a library's: in a class of your own around it), or "
+        "convert it to numbers, strings, lists, dicts, arrays or tensors."
     )
 
 
@@ -213,13 +223,21 @@ def _decode(data: Any, depth: int) -> Any:
 
 
 def _decode_tagged(tag: str, payload: Any, depth: int) -> Any:
+    if tag in CLASS_TAGS:
+        try:
+            return decode_class(tag, payload, lambda item: _decode(item, depth + 1))
+        except (ValueError, TypeError, KeyError) as error:
+            raise CheckpointDamagedError(f"a plain value's {tag} is invalid: {_short(payload)}") from error
     if tag in _MAPPINGS:
         return _decode_pairs(tag, payload, depth)
     if tag == "$tuple":
         return tuple(_decode(item, depth + 1) for item in _expect(tag, payload, list))
     decoder = _DECODERS.get(tag) or _framework_decoder(tag)
     if decoder is None:
-        raise CheckpointDamagedError(f"a plain value has the unknown tag {_short(tag)}")
+        raise CheckpointDamagedError(
+            f"a plain value has the unknown tag {_short(tag)}: a newer ckptengine wrote it (install that), or it is "
+            "damaged"
+        )
     try:
         return decoder(payload)
     except (ValueError, TypeError, KeyError, AttributeError, OverflowError, struct.error) as error:

@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import logging
 import os
 import re
 import secrets
 import stat
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from ckptengine.errors import CheckpointDamagedError, StorageError
 from ckptengine.storage.base import ArchiveWriter, Storage, check_name
-from ckptengine.storage.disk import REFUSALS, REQUEST_NBYTES, Disk
-from ckptengine.storage.system import allocate
+from ckptengine.storage.direct import directly, reserve
+from ckptengine.storage.disk import REQUEST_NBYTES, Disk
+from ckptengine.storage.failure import NO_ROOM, checked, failure
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -32,30 +31,10 @@ LOAD_THREADS = 8
 the others keep the device busy. Their buffers, of `REQUEST_NBYTES` each, are all the memory that a load needs."""
 
 _TEMPORARY = ".tmp-"
-_NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 _OUR_TEMPORARY = re.compile(r"\.tmp-.+\.[0-9a-f]{12}")  # other names of this kind are somebody else's
-_ADVICE = {
-    errno.ENOSPC: "make room or save elsewhere",
-    errno.EDQUOT: "the quota is used up: make room or save elsewhere",
-    errno.EACCES: "check the owner and the permissions",
-    errno.EPERM: "check the owner and the permissions",
-    errno.EROFS: "the file system is mounted read-only: save elsewhere",
-    errno.ENOENT: "check the path",
-    errno.ENOTDIR: "a part of the path is a file: choose another directory",
-    errno.EFBIG: "the file size limit is too low: see `ulimit -f`",
-    errno.EIO: "the device reports an error: see the kernel's log and save elsewhere",
-    errno.ESTALE: "the network file system lost the file: check the mount",
-    errno.ENAMETOOLONG: "choose a shorter path",
-    errno.EMFILE: "too many open files: see `ulimit -n`",
-}
-
 _log = logging.getLogger("ckptengine")
 _T = TypeVar("_T")
 _Names = list[str]
-
-# Devices whose file system refused direct I/O: not asked again, and told once per process.
-_refusing: set[int] = set()
-_refusing_lock = threading.Lock()
 
 
 class LocalStorage(Storage):
@@ -81,7 +60,7 @@ class LocalStorage(Storage):
         try:
             self._time_of_new_file()
         except StorageError as error:
-            if error.errno not in _NO_ROOM or not self.list():
+            if error.errno not in NO_ROOM or not self.list():
                 raise
             _log.warning("%s has no room: it can be read, saves will fail: %s", self.root, error)
 
@@ -94,11 +73,11 @@ class LocalStorage(Storage):
         if found is not None and not stat.S_ISDIR(found.st_mode):
             code = errno.ENOTDIR
         elif not os.access(path, os.W_OK | os.X_OK):
-            mount = self._do("look up the file system of", str(path), lambda: os.statvfs(path))
+            mount = checked("look up the file system of", str(path), lambda: os.statvfs(path))
             code = errno.EROFS if mount.f_flag & os.ST_RDONLY else errno.EACCES
         if code:
             what = "write to" if path == self.root else "make the directory"
-            raise _error(what, str(self.root), OSError(code, os.strerror(code)))
+            raise failure(what, str(self.root), OSError(code, os.strerror(code)))
 
     def make_directory(self, name: str) -> None:
         """Make a directory and those above it, each with its parent synced."""
@@ -109,7 +88,7 @@ class LocalStorage(Storage):
         target = self._path(name)
         temporary = self._write_temporary(target, data, durable)
         with self._removed_on_failure(temporary):
-            self._do("rename the finished file to", target, lambda: self._disk.rename(temporary, target))
+            checked("rename the finished file to", target, lambda: self._disk.rename(temporary, target))
         if durable:
             self._sync_directory(os.path.dirname(target))
 
@@ -118,7 +97,7 @@ class LocalStorage(Storage):
         target = self._path(name)
         temporary = self._write_temporary(target, data)
         with self._removed_on_failure(temporary):
-            won = self._do("publish", target, lambda: self._disk.publish(temporary, target))
+            won = checked("publish", target, lambda: self._disk.publish(temporary, target))
         self._sync_directory(os.path.dirname(target))
         return won
 
@@ -144,7 +123,7 @@ class LocalStorage(Storage):
 
         path = self._path(name)
         with self._opened(path) as fd:
-            found = self._do("look up", path, lambda: os.fstat(fd)).st_size
+            found = checked("look up", path, lambda: os.fstat(fd)).st_size
             if found < fixed_nbytes:
                 raise CheckpointDamagedError(f"{path}: {found} bytes long, at least {fixed_nbytes} expected")
 
@@ -154,7 +133,7 @@ class LocalStorage(Storage):
                 )
 
             # A part that was scattered before a refusal is simply scattered again.
-            damaged, direct = self._directly(fd, "read", path, load)
+            damaged, direct = directly(fd, "read", path, load)
         if direct:
             self.direct_reads += 1
         else:
@@ -174,7 +153,7 @@ class LocalStorage(Storage):
         """Return exactly `nbytes` bytes; raises `CheckpointDamagedError` where the file ends before."""
         path = self._path(name)
         with self._opened(path) as fd:
-            size = self._do("look up", path, lambda: os.fstat(fd)).st_size
+            size = checked("look up", path, lambda: os.fstat(fd)).st_size
             # Asked before reading, so that a hostile length doesn't allocate.
             data = self._read(fd, position, nbytes, path) if 0 <= position <= size - nbytes else b""
         if nbytes < 0 or len(data) != nbytes:
@@ -204,7 +183,7 @@ class LocalStorage(Storage):
         except FileNotFoundError:
             return
         except OSError as error:
-            raise _error("delete", path, error) from error
+            raise failure("delete", path, error) from error
         if durable:
             self._sync_directory(os.path.dirname(path))
 
@@ -216,7 +195,7 @@ class LocalStorage(Storage):
         except FileNotFoundError:
             return
         except OSError as error:
-            raise _error("delete", path, error) from error
+            raise failure("delete", path, error) from error
         self._sync_directory(os.path.dirname(path))
 
     def remove_directory(self, name: str) -> bool:
@@ -229,14 +208,14 @@ class LocalStorage(Storage):
         except OSError as error:
             if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
                 return False
-            raise _error("remove the directory", path, error) from error
+            raise failure("remove the directory", path, error) from error
         self._sync_directory(os.path.dirname(path))
         return True
 
     def touch(self, name: str) -> None:
         """Set a file's time of modification to the file system's present time."""
         path = self._path(name)
-        self._do("touch", path, lambda: os.utime(path))
+        checked("touch", path, lambda: os.utime(path))
 
     def modified(self, name: str) -> float | None:
         """Return when a file or directory was last modified, None where it is missing."""
@@ -251,11 +230,11 @@ class LocalStorage(Storage):
         try:
             return self._time_of_new_file()
         except StorageError as error:
-            if error.errno not in _NO_ROOM:
+            if error.errno not in NO_ROOM:
                 raise
         root = str(self.root)
-        self._do("touch", root, lambda: os.utime(root))
-        return self._do("look up", root, lambda: os.stat(root)).st_mtime
+        checked("touch", root, lambda: os.utime(root))
+        return checked("look up", root, lambda: os.stat(root)).st_mtime
 
     def _time_of_new_file(self) -> float:
         """Write a file, which is removed again, and return when it was modified."""
@@ -263,9 +242,9 @@ class LocalStorage(Storage):
         fd = self._create(path, str(self.root))
         try:
             # A byte, because a network server stamps a write with its own clock.
-            self._do("write", path, lambda: os.write(fd, b"."))
-            self._do("sync", path, lambda: self._disk.sync(fd))
-            return self._do("look up", path, lambda: os.fstat(fd).st_mtime)
+            checked("write", path, lambda: os.write(fd, b"."))
+            checked("sync", path, lambda: self._disk.sync(fd))
+            return checked("look up", path, lambda: os.fstat(fd).st_mtime)
         finally:
             with contextlib.suppress(OSError):
                 os.close(fd)
@@ -308,7 +287,7 @@ class LocalStorage(Storage):
             except (FileNotFoundError, NotADirectoryError):
                 return None
             except OSError as error:
-                raise _error("look up", path, error) from error
+                raise failure("look up", path, error) from error
             if stat.S_ISLNK(found.st_mode):
                 return path
         return None
@@ -317,13 +296,6 @@ class LocalStorage(Storage):
     def _temporary(target: str) -> str:
         directory, name = os.path.split(target)
         return f"{directory}/{_TEMPORARY}{name}.{secrets.token_hex(6)}"
-
-    @staticmethod
-    def _do(operation: str, path: str, call: Callable[[], _T]) -> _T:
-        try:
-            return call()
-        except OSError as error:
-            raise _error(operation, path, error) from error
 
     @contextlib.contextmanager
     def _removed_on_failure(self, temporary: str) -> Iterator[None]:
@@ -335,7 +307,7 @@ class LocalStorage(Storage):
             raise
 
     def _sync_directory(self, path: str) -> None:
-        self._do("sync the directory", path, lambda: self._disk.sync_directory(path))
+        checked("sync the directory", path, lambda: self._disk.sync_directory(path))
 
     def _make_directories(self, path: str) -> None:
         """Make a directory and those above it.
@@ -365,7 +337,7 @@ class LocalStorage(Storage):
         return chain[::-1]
 
     def _make_directory(self, path: str) -> None:
-        made = self._do("make the directory", path, lambda: self._disk.make_directory(path))
+        made = checked("make the directory", path, lambda: self._disk.make_directory(path))
         try:
             self._sync_directory(os.path.dirname(path))
         except StorageError as error:
@@ -380,14 +352,14 @@ class LocalStorage(Storage):
         with self._removed_on_failure(temporary):
             fd = self._create(temporary, target)
             try:
-                self._do("write", target, lambda: self._disk.write(fd, memoryview(data).cast("B")))
+                checked("write", target, lambda: self._disk.write(fd, memoryview(data).cast("B")))
                 if durable:
-                    self._do("sync", target, lambda: self._disk.sync(fd))
+                    checked("sync", target, lambda: self._disk.sync(fd))
             except BaseException:
                 with contextlib.suppress(OSError):  # the error that led here says more
                     os.close(fd)
                 raise
-            self._do("close", target, lambda: os.close(fd))
+            checked("close", target, lambda: os.close(fd))
         return temporary
 
     def _create(self, temporary: str, target: str) -> int:
@@ -401,9 +373,9 @@ class LocalStorage(Storage):
                 # Someone has removed the directory since: it is made once more.
                 self._forget(directory)
                 if last:
-                    raise _error("create", target, error) from error
+                    raise failure("create", target, error) from error
             except OSError as error:
-                raise _error("create", target, error) from error
+                raise failure("create", target, error) from error
         raise AssertionError("unreachable")
 
     def _forget(self, directory: str) -> None:
@@ -412,65 +384,14 @@ class LocalStorage(Storage):
         for count in range(len(parts) + 1):
             self._synced.discard(os.path.normpath(os.path.join(self.root, *parts[:count])))
 
-    def _reserve(self, fd: int, nbytes: int, target: str) -> None:
-        """Reserve the space of a file; a file system without that is at least asked what is free."""
-        code = None
-        try:
-            if allocate(fd, nbytes):
-                return
-        except OSError as error:
-            if error.errno not in _NO_ROOM:
-                raise _error(f"reserve {nbytes} bytes for", target, error) from error
-            code = error.errno
-            self._do("shorten", target, lambda: os.ftruncate(fd, 0))
-        free = self._do("look up the free space for", target, lambda: os.fstatvfs(fd))
-        available = free.f_bavail * free.f_frsize
-        if code is not None or available < nbytes:
-            code = code or errno.ENOSPC
-            raise StorageError(
-                code,
-                f"{target}: {nbytes} bytes are needed and {available} are available ({os.strerror(code)}); "
-                f"{_ADVICE[code]}",
-            )
-
-    def _directly(self, fd: int, operation: str, path: str, call: Callable[[], _T]) -> tuple[_T, bool]:
-        """Run I/O with `O_DIRECT`, and again without where the file system refuses; say which it was."""
-        device = self._do("look up", path, lambda: os.fstat(fd)).st_dev
-        if device not in _refusing:
-            try:
-                self._set_direct(fd, True)
-                return call(), True
-            except OSError as error:
-                if error.errno not in REFUSALS:
-                    raise _error(operation, path, error) from error
-                refusal = error
-            self._do("turn direct I/O off for", path, lambda: self._set_direct(fd, False))
-            result = self._do(operation, path, call)
-            # Only now is it known that the refusal was about direct I/O.
-            with _refusing_lock:
-                if device not in _refusing:
-                    _refusing.add(device)
-                    _log.warning(
-                        "%s: the file system refuses direct I/O (%s): buffered I/O is used, which is slower",
-                        path,
-                        refusal.strerror,
-                    )
-            return result, False
-        return self._do(operation, path, call), False
-
-    @staticmethod
-    def _set_direct(fd: int, on: bool) -> None:
-        flags = fcntl.fcntl(fd, fcntl.F_GETFL)
-        fcntl.fcntl(fd, fcntl.F_SETFL, flags | os.O_DIRECT if on else flags & ~os.O_DIRECT)
-
     @contextlib.contextmanager
     def _opened(self, path: str) -> Iterator[int]:
         """Open a regular file for reading."""
         # Non-blocking, because a pipe in place of the file would otherwise hold up the reader for ever.
         flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK
-        fd = self._do("open", path, lambda: os.open(path, flags))
+        fd = checked("open", path, lambda: os.open(path, flags))
         try:
-            if not stat.S_ISREG(self._do("look up", path, lambda: os.fstat(fd)).st_mode):
+            if not stat.S_ISREG(checked("look up", path, lambda: os.fstat(fd)).st_mode):
                 raise StorageError(errno.EINVAL, f"cannot read {path}: it is not a regular file")
             yield fd
         finally:
@@ -485,7 +406,7 @@ class LocalStorage(Storage):
             try:
                 part = os.pread(fd, min(nbytes, 64 << 20), position)
             except OSError as error:
-                raise _error("read", path, error) from error
+                raise failure("read", path, error) from error
             if not part:
                 break
             parts.append(part)
@@ -500,7 +421,7 @@ class LocalStorage(Storage):
         except (FileNotFoundError, NotADirectoryError):
             return None
         except OSError as error:
-            raise _error("look up", path, error) from error
+            raise failure("look up", path, error) from error
 
     def _names(self, directory: str) -> _Names:
         path = self._path(directory, allow_root=True)
@@ -509,7 +430,7 @@ class LocalStorage(Storage):
         except (FileNotFoundError, NotADirectoryError):
             return []
         except OSError as error:
-            raise _error("list", path, error) from error
+            raise failure("list", path, error) from error
 
 
 class LocalArchiveWriter(ArchiveWriter):
@@ -522,7 +443,7 @@ class LocalArchiveWriter(ArchiveWriter):
         self._direct = True
         self._fd = storage._create(self._temporary, target)
         try:
-            storage._reserve(self._fd, nbytes, target)
+            reserve(self._fd, nbytes, target)
         except BaseException:
             self.close()
             raise
@@ -535,23 +456,27 @@ class LocalArchiveWriter(ArchiveWriter):
                 f"{ALIGNMENT}"
             )
         disk = self._storage._disk
-        _, direct = self._storage._directly(
+        _, direct = directly(
             self._fd, "write", self._target, lambda: disk.write_memory(self._fd, address, nbytes, position)
         )
         self._direct = self._direct and direct
 
     def finish(self) -> None:
-        """Sync, close, rename, sync the directory.
+        """Make the file read-only, sync, close, rename, sync the directory.
+
+        No program that opens it for writing by mistake changes it then; deleting it asks the directory only.
 
         A failed sync fails the file and is never repeated: the kernel may have dropped the pages, and a second one
         would report success.
         """
         storage, target = self._storage, self._target
-        storage._do("sync", target, lambda: storage._disk.sync(self._fd))
+        with contextlib.suppress(OSError):  # not all file systems have permissions
+            os.fchmod(self._fd, os.fstat(self._fd).st_mode & 0o7777 & ~0o222)
+        checked("sync", target, lambda: storage._disk.sync(self._fd))
         fd, self._fd = self._fd, -1
         # Network file systems report write errors at close.
-        storage._do("close", target, lambda: os.close(fd))
-        storage._do("rename the finished file to", target, lambda: storage._disk.rename(self._temporary, target))
+        checked("close", target, lambda: os.close(fd))
+        checked("rename the finished file to", target, lambda: storage._disk.rename(self._temporary, target))
         self._temporary = ""
         storage._sync_directory(os.path.dirname(target))
         if self._direct:
@@ -569,10 +494,3 @@ class LocalArchiveWriter(ArchiveWriter):
         if temporary:
             with contextlib.suppress(OSError):
                 os.unlink(temporary)
-
-
-def _error(operation: str, path: str, error: OSError) -> StorageError:
-    code = error.errno or errno.EIO
-    advice = _ADVICE.get(code)
-    text = f"cannot {operation} {path}: {error.strerror or error}"
-    return StorageError(code, f"{text}; {advice}" if advice else text)

@@ -49,11 +49,11 @@ def is_url(location: str | os.PathLike[str]) -> bool:
 
 
 def local_path(location: str | os.PathLike[str], what: str) -> str:
-    """Return the path of what must be a local directory; raises `StorageError`, naming `what`, for a URL."""
+    """Return the path of what must be a local path, `~` expanded; raises `StorageError`, naming `what`, for URLs."""
     path = os.fspath(location)
     if is_url(path):
         raise StorageError(errno.EINVAL, f"{what}={path!r}: this is a directory, not a URL")
-    return path
+    return os.path.expanduser(path)
 
 
 def open_storage(
@@ -75,7 +75,7 @@ def open_storage(
     if match is None or (match["scheme"].lower() in ("file", "local") and not match["chain"]):
         if options:
             raise ValueError("storage_options are for URLs such as s3://bucket/run, not for directories")
-        return LocalStorage(path if match is None else _directory(path))
+        return LocalStorage(os.path.expanduser(path) if match is None else _directory(path))
     chain, protocol, rest = match["chain"] or "", match["scheme"].lower(), path[match.end() :].rstrip("/")
     _check_chain(chain)
     _check_rest(protocol, rest)

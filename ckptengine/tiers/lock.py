@@ -11,7 +11,8 @@ import socket
 import time
 from collections.abc import Callable, Iterator
 
-from ckptengine.errors import DeadlineError, StorageError
+from ckptengine.errors import DeadlineError
+from ckptengine.storage.failure import failure
 
 __all__ = ["locked"]
 
@@ -29,7 +30,7 @@ def locked(path: str, timeout: float, waiting: Callable[[str], None]) -> Iterato
     try:
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
     except OSError as error:
-        raise _error("open", path, error) from error
+        raise failure("open", path, error) from error
     try:
         deadline, told = time.monotonic() + timeout, False
         while not _take(fd, path):
@@ -55,7 +56,7 @@ def _take(fd: int, path: str) -> bool:
     except OSError as error:
         if error.errno in (errno.EWOULDBLOCK, errno.EACCES, errno.EINTR):
             return False
-        raise _error("lock", path, error) from error
+        raise failure("lock", path, error) from error
 
 
 def _holder(fd: int) -> str:
@@ -64,7 +65,3 @@ def _holder(fd: int) -> str:
         return f"process {int(holder['pid'])} on {holder['host']!s:.255}"
     except (OSError, ValueError, KeyError, TypeError):
         return "another process"
-
-
-def _error(operation: str, path: str, error: OSError) -> StorageError:
-    return StorageError(error.errno or errno.EIO, f"cannot {operation} {path}: {error.strerror}")

@@ -38,6 +38,7 @@ from ckptengine.snapshot.shared_arena import SharedArena
 from ckptengine.storage.base import Storage, StorageView, join
 from ckptengine.storage.local import LocalStorage
 from ckptengine.storage.open import local_path, open_storage
+from ckptengine.tiers.apart import check_apart
 from ckptengine.tiers.claims import claims_of, packed, unpacked
 from ckptengine.tiers.copy import check_same_run, copy_commit
 from ckptengine.tiers.inventory import Inventory, take_inventory
@@ -113,6 +114,16 @@ class Tiers:
         if self.local is not None and self._site is not None:
             found.append((self.local, self._site))
         return found
+
+    def check_apart(self) -> None:
+        """Raise `ValueError` where one of the run's places is, or lies in, another one of them."""
+        places = {"run": str(self.home.root)} if isinstance(self.home, LocalStorage) else {}
+        if self.local is not None:
+            places["local"] = str(self.local.root)
+        if self._memory_base:
+            base = self._memory_base
+            places["memory"] = memory_root(self.home.location(), True if isinstance(base, bool) else base)
+        check_apart(places)
 
     def open(self, token: str) -> None:
         """Make the near tiers ready, and see who shares them; all ranks. `token` is this life's, 16 hex digits."""
@@ -251,17 +262,28 @@ class Tiers:
         self._newest = attempt
         if self._mover is not None and self.local is not None and self._comm.rank == 0:
             entry = Entry(step, generation, directory)
-            try:
-                manifest = read_manifest(self.local, entry)
-            except StorageError:
-                if self.local.size(entry.manifest) is not None:
-                    raise
+            manifest = self._manifest_of(self.local, entry)
+            if manifest is None:
                 return  # newer ones have replaced it meanwhile
             holder = {record.name: rank for rank, record in enumerate(manifest.archives)}
             self._mover.offer(Load(directory, manifest, holder | {manifest.layout.name: 0}))
         if self.local is not None:
             self._copy_claims(self.local, generation)
         self._retain(self.first, self._first_keep)
+
+    @staticmethod
+    def _manifest_of(storage: Storage, entry: Entry) -> Manifest | None:
+        """Return a committed checkpoint's manifest, None where it is gone; one failed read must not cost the upload."""
+        for left in (2, 1, 0):
+            try:
+                return read_manifest(storage, entry)
+            except StorageError:
+                if storage.size(entry.manifest) is None:
+                    return None
+                if not left:
+                    raise
+                time.sleep(_REREAD_SECONDS)
+        raise AssertionError("unreachable")
 
     def _copy_claims(self, storage: Storage, generation: int) -> None:
         """Give a tier of this node the run's claims, once in a life: by them the next one knows whose it is."""
@@ -483,6 +505,7 @@ class Tiers:
             self._tell([f"messages of earlier jobs were not removed: {error}"])
 
 
+_REREAD_SECONDS = 0.2
 _SLICE_SECONDS = 5.0
 """How often rank 0 tells the others, at the end of a job, that it still waits for uploads."""
 

@@ -18,6 +18,7 @@ from ckptengine.torch import own_calls as _own_calls
 from ckptengine.torch import random as _random
 from ckptengine.torch import wrapped as _wrapped
 from ckptengine.torch.layouts import TorchLayouts
+from ckptengine.torch.own_loading import module_loading
 from ckptengine.torch.tensor import convert_tensor, dtype_name, fingerprints, new_like, torch_dtype, view_tensor
 
 __all__ = ["TorchAdapter"]
@@ -94,9 +95,13 @@ class TorchAdapter(Adapter):
         """Return parameters and buffers."""
         return (*module.parameters(), *module.buffers())
 
-    def load_module(self, module: Any, entries: Mapping[str, Any]) -> None:
-        """Hand over what could not be filled in place."""
-        _module.load_module(module, entries)
+    def module_loading(self, module: Any) -> frozenset[str] | None:
+        """Return which submodules may take tensors of other shapes; None where only torch's own code would load."""
+        return module_loading(module)
+
+    def load_module(self, module: Any, entries: Mapping[str, Any]) -> Sequence[str]:
+        """Call `load_state_dict`, and return the keys that were not taken."""
+        return _module.load_module(module, entries)
 
     def is_optimizer(self, value: Any) -> bool:
         """Whether a value is an optimizer."""

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import functools
-import inspect
 import sys
-from collections import OrderedDict
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,6 +13,7 @@ from ckptengine.errors import StateError
 from ckptengine.state.adapters import ModuleEntry
 from ckptengine.state.leaf import Path, dotted
 from ckptengine.torch.dtensor import is_dtensor
+from ckptengine.torch.own_loading import hand_to_module, same_value, takes
 
 __all__ = ["check_module", "load_module", "module_entries", "module_values"]
 
@@ -29,20 +27,18 @@ def module_values(module: torch.nn.Module) -> Mapping[str, Any]:
     A class of its own may have a `state_dict` that knows no `keep_vars`: what it detaches is found again by its memory.
     Raises `StateError` where it gives no dict.
     """
+    return dict(_own_values(module))
+
+
+def _own_values(module: torch.nn.Module) -> Mapping[str, Any]:
     call = type(module).state_dict
-    if call is torch.nn.Module.state_dict or _takes(call, "keep_vars"):
+    if call is torch.nn.Module.state_dict or takes(call, "keep_vars"):
         values = module.state_dict(keep_vars=True)
     else:
         values = _attached(module.state_dict(), module)
     if not isinstance(values, Mapping):
         raise TypeError(f"it returned {type(values).__name__}, not a dict from names to values")
-    return dict(values)
-
-
-@functools.lru_cache(maxsize=256)
-def _takes(call: Any, name: str) -> bool:
-    parameters = inspect.signature(call).parameters
-    return name in parameters or any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
+    return values
 
 
 def _attached(values: Any, module: torch.nn.Module) -> Any:
@@ -85,15 +81,18 @@ def module_entries(module: torch.nn.Module, path: Path, state: Mapping[str, Any]
     return list(entries.values())
 
 
-def load_module(module: torch.nn.Module, entries: Mapping[str, Any]) -> None:
-    """Hand over extra state, and what hooks of the module make out of its tensors, by `load_state_dict`.
+def load_module(module: torch.nn.Module, entries: Mapping[str, Any]) -> list[str]:
+    """Have a module's own loading code run: `load_state_dict` with its live values and with `entries`, by its keys.
 
-    What was filled in place is handed over too, so that hooks see the whole.
+    `entries` are extra state, what its hooks make out of its tensors, and tensors of other shapes than those that are
+    here. Returns the keys that it did not take, and under which there is something else than what it was handed.
     """
-    current = module.state_dict(keep_vars=True)
-    state = OrderedDict({**current, **entries})
-    state._metadata = getattr(current, "_metadata", None)  # type: ignore[attr-defined]
-    module.load_state_dict(state, strict=False)
+    values = _own_values(module)
+    told = hand_to_module(module, values, getattr(values, "_metadata", None), entries)
+    if not told:
+        return []
+    now, handed = _own_values(module), {**values, **entries}
+    return [key for key in told if key not in now or not same_value(now[key], handed[key])]
 
 
 def check_module(module: torch.nn.Module, path: Path) -> None:

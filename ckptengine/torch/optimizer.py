@@ -44,7 +44,8 @@ def check_optimizer(optimizer: torch.optim.Optimizer, path: Path) -> None:
         if id(parameter) not in parameters:
             raise StateError(
                 f"{dotted(path)}: the optimizer has state for something that is in none of its groups "
-                f"({type(parameter).__name__}); remove it, or save it beside the optimizer"
+                f"({type(parameter).__name__} of shape {tuple(getattr(parameter, 'shape', ()))}); add that parameter "
+                "to a group (`add_param_group`), or take its state away (`optimizer.state.pop(parameter)`)"
             )
         check_parameter_state(parameter, state, path)
 
@@ -57,8 +58,9 @@ def check_parameter_state(parameter: Any, state: Mapping[Any, Any], path: Path) 
         raise StateError(
             f"{dotted(path)}: the state {dotted(keys)!r} of a sharded parameter of shape "
             f"{tuple(parameter.shape)} is a plain {type(value).__name__} of shape {tuple(value.shape)}, so it "
-            "can't be known whether ranks hold parts or copies of it; have the optimizer make it as a DTensor, or "
-            "keep it beside the optimizer in ckptengine.ShardedArray(...) or ckptengine.PerRank"
+            "can't be known whether ranks hold parts or copies of it; use an optimizer that makes it as a DTensor, "
+            "as torch's do (`DTensor.from_local(value, p.device_mesh, p.placements)`), or train with "
+            "DistributedDataParallel"
         )
 
 

@@ -15,12 +15,13 @@ _DEPTH = 4
 
 
 def saves_itself(optimizer: Any) -> bool:
-    """Whether an optimizer's `state_dict` may hold other things than its state and its groups: its class, or a hook,
-    has changed it."""
+    """Whether an optimizer's `state_dict` may hold other things than its parameters' state and its groups: its class,
+    or a hook, has changed it, or there is state under names of its own."""
     return (
         type(optimizer).state_dict is not Optimizer.state_dict
         or "state_dict" in vars(optimizer)
         or any(vars(optimizer).get(f"_optimizer_state_dict_{when}_hooks") for when in ("pre", "post"))
+        or str in map(type, getattr(optimizer, "state", ()))
     )
 
 

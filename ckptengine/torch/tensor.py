@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ckptengine.errors import LoadMismatchError, StateError
 from ckptengine.layout.box import Box
@@ -113,14 +112,35 @@ def _check(tensor: torch.Tensor, path: Path) -> str:
     refuse_emptied(tensor, path)
     if torch.nn.parameter.is_lazy(tensor):
         raise StateError(f"{where}: {what} has no shape yet; run one forward pass first")
-    if not is_dtensor(tensor) and is_traceable_wrapper_subclass(tensor):
-        raise StateError(f"{where}: {what} wraps other tensors in a way of its own; put those into the state")
+    if tensor.is_nested:
+        raise StateError(
+            f"{where}: a nested tensor ({what}); put its parts into the state (`unbind()`, or `values()` and "
+            "`offsets()`), and make it of them after the load"
+        )
     if tensor.is_quantized:
-        raise StateError(f"{where}: quantized tensor ({tensor.dtype}); save `int_repr()` and its scales")
-    if tensor.is_nested or tensor.layout is not torch.strided:
-        raise StateError(f"{where}: tensor with layout {tensor.layout}; save its values and indices, or a dense copy")
+        raise StateError(
+            f"{where}: quantized tensor ({tensor.dtype}); put `int_repr()`, its scales and its zero points into the "
+            "state, and make it of them after the load (of a library's module, in an object with `state_dict` and "
+            "`load_state_dict`)"
+        )
+    if tensor.layout is not torch.strided:
+        raise StateError(
+            f"{where}: tensor with layout {tensor.layout}; put its `values()` and `indices()` into the state, or "
+            "`to_dense()`, and make it of them after the load"
+        )
     if tensor.is_meta or (tensor.device.type == "cpu" and tensor.untyped_storage().device.type == "meta"):
-        raise StateError(f"{where}: tensor on the meta device has no memory; materialize it first (`to_empty`)")
+        raise StateError(
+            f"{where}: tensor on the meta device has no memory; materialize the model first (`to_empty`, then its "
+            "weights), or, where a library has offloaded it (`device_map`), load it without that"
+        )
+    if not is_dtensor(tensor):
+        try:
+            tensor.untyped_storage().data_ptr()
+        except RuntimeError as error:
+            raise StateError(
+                f"{where}: {what} has no memory of its own; put the tensors that it is made of into the state, and "
+                "make it of them after the load"
+            ) from error
     name = dtype_name(tensor.dtype)
     if name not in DTYPES:
         raise StateError(f"{where}: tensors of dtype {tensor.dtype} can't be saved; convert it to another dtype")

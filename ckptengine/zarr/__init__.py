@@ -14,17 +14,20 @@ import zarr
 
 from ckptengine.zarr.dtype import BFloat16
 from ckptengine.zarr.store import CheckpointStore
-from ckptengine.zarr.tensorstore import tensorstore_spec
+from ckptengine.zarr.tensorstore import open_tensorstore, tensorstore_spec
 
-__all__ = ["BFloat16", "CheckpointStore", "open", "tensorstore_spec"]
+__all__ = ["BFloat16", "CheckpointStore", "open", "open_tensorstore", "tensorstore_spec"]
 
 
-def open(path: str | os.PathLike[str]) -> zarr.Group:
-    """Return the root group of the newest checkpoint of a run or a checkpoint directory, for reading.
+def open(path: str | os.PathLike[str], step: int | None = None) -> zarr.Group:
+    """Return the root group of a checkpoint, for reading.
+
+    `path` and `step` name it as in `ckptengine.load`: a run, of which the newest is taken or that of `step`, or
+    RUN/step-40, or another checkpoint's directory.
 
     Arrays lie below `state` and `ranks/<rank>`, escaped keys as node names (`docs/format.md`); no array is read
     before it is indexed.
 
     Raises `CheckpointNotFoundError`, `CheckpointDamagedError`, `FormatVersionError`.
     """
-    return zarr.open_group(CheckpointStore(path), mode="r", zarr_format=3)
+    return zarr.open_group(CheckpointStore(path, step=step), mode="r", zarr_format=3)

@@ -20,6 +20,7 @@ from zarr.core.buffer import Buffer, BufferPrototype, default_buffer_prototype
 
 from ckptengine.archive.directory import DirectoryEntry, read_directory, read_entry
 from ckptengine.catalog.manifest import Manifest
+from ckptengine.catalog.naming import open_checkpoint
 from ckptengine.load.checkpoint import Checkpoint
 from ckptengine.load.choose import newest_checkpoint
 from ckptengine.storage.open import open_storage
@@ -38,9 +39,10 @@ class StoreIndex:
 class CheckpointStore(Store):
     """The archives of a checkpoint as one Zarr v3 store.
 
-    `checkpoint` is a run or a checkpoint directory, of which the newest checkpoint at that moment is taken, or a
-    checkpoint that has been chosen already. The directories of the archives are read at the first access, chunks
-    when they are asked for; what is read is verified block by block. Copies in other processes (pickled) read
+    `checkpoint` names a checkpoint as in `ckptengine.load`: a run, of which the newest at that moment is taken, or its
+    checkpoint of `step`; RUN/step-40 or another directory; or it is a checkpoint that has been chosen already. The
+    directories of the archives are read at the first access, chunks when they are asked for; what is read is verified
+    block by block. Copies in other processes (pickled) read
     the same checkpoint. Safe to use from several threads.
 
     Raises `CheckpointNotFoundError`, `CheckpointDamagedError` (reading does, too), `FormatVersionError`, and
@@ -51,12 +53,14 @@ class CheckpointStore(Store):
     supports_deletes = False
     supports_listing = True
 
-    def __init__(self, checkpoint: Checkpoint | str | os.PathLike[str], *, read_only: bool = True) -> None:
+    def __init__(
+        self, checkpoint: Checkpoint | str | os.PathLike[str], *, step: int | None = None, read_only: bool = True
+    ) -> None:
         if not read_only:
             raise ValueError("a checkpoint is never changed in place: open it with read_only=True and save a new one")
         super().__init__(read_only=True)
         if not isinstance(checkpoint, Checkpoint):
-            checkpoint = newest_checkpoint(open_storage(checkpoint))
+            checkpoint = newest_checkpoint(open_checkpoint(checkpoint, step=step))
         self.checkpoint = checkpoint
         self._index: StoreIndex | None = None
         self._lock = threading.Lock()

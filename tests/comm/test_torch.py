@@ -1,7 +1,10 @@
 """The communicator of a real torch.distributed job."""
 
+import contextlib
 import datetime
 import os
+import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -165,3 +168,118 @@ def test_a_store_whose_host_is_gone_is_an_error():
 def test_no_process_group_is_an_error():
     with pytest.raises(CheckpointError, match="init_process_group"):
         from_torch()
+
+
+class Wire:
+    """A way to a store that can be cut, each connection at once by a reset, and made again."""
+
+    def __init__(self, upstream):
+        self.upstream, self.pairs = upstream, []
+        self.server = socket.create_server(("127.0.0.1", 0))
+        self.port = self.server.getsockname()[1]
+        threading.Thread(target=self.accept, daemon=True).start()
+
+    def accept(self):
+        with contextlib.suppress(OSError):
+            while True:
+                pair = self.server.accept()[0], socket.create_connection(("127.0.0.1", self.upstream))
+                self.pairs.append(pair)
+                for one, other in (pair, pair[::-1]):
+                    threading.Thread(target=self.pump, args=(one, other), daemon=True).start()
+
+    def pump(self, one, other):
+        with contextlib.suppress(OSError):
+            while data := one.recv(65536):
+                other.sendall(data)
+
+    def reset(self):
+        """Cut all connections as a middlebox does that has forgotten them."""
+        for client, server in self.pairs:
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            with contextlib.suppress(OSError):
+                client.shutdown(socket.SHUT_RD)  # wakes the pump
+            client.close()
+            with contextlib.suppress(OSError):
+                server.shutdown(socket.SHUT_RDWR)
+            server.close()
+        self.pairs.clear()
+
+
+@pytest.fixture
+def wire(tmp_path):
+    host = c10d_stores(tmp_path)["tcp"]
+    wire = Wire(host.port)
+    yield wire
+    wire.server.close()
+    wire.reset()
+
+
+def test_a_connection_that_is_reset_is_replaced_and_no_call_fails(wire):
+    store = TorchStore(dist.TCPStore("127.0.0.1", wire.port, None, False, datetime.timedelta(seconds=20)))
+    store.set("key", b"1")
+    for number in range(3):
+        wire.reset()
+        assert store.get("key", 5) == b"1"
+        wire.reset()
+        store.set(f"key-{number}", b"2")
+        wire.reset()
+        store.delete(f"key-{number}")
+        assert store.get(f"key-{number}", 0) is None
+
+
+def test_a_wait_whose_connection_is_reset_goes_on(wire):
+    store = TorchStore(dist.TCPStore("127.0.0.1", wire.port, None, False, datetime.timedelta(seconds=20)))
+    seen = []
+    waiter = threading.Thread(target=lambda: seen.append(store.get("later", 60)))
+    waiter.start()
+    time.sleep(0.3)
+    wire.reset()
+    time.sleep(0.3)
+    store.set("later", b"3")
+    waiter.join(60)
+    assert seen == [b"3"]
+
+
+def test_a_host_that_is_gone_is_told_at_once_after_the_first_time():
+    server = dist.TCPStore("127.0.0.1", 0, None, True, datetime.timedelta(seconds=2))
+    client = TorchStore(dist.TCPStore("127.0.0.1", server.port, None, False, datetime.timedelta(seconds=2)))
+    client.set("key", b"1")
+    del server
+    for _ in range(5):
+        began = time.monotonic()
+        with pytest.raises(CheckpointError, match="has probably ended"):
+            client.get("other", 5.0)
+    assert time.monotonic() - began < 1
+
+
+MEETING = """
+import os, sys, time
+import torch.distributed as dist
+import ckptengine as ce
+
+dist.init_process_group("gloo")
+rank, out = dist.get_rank(), os.environ["OUT"]
+if rank == 1:
+    time.sleep(12)
+began = time.monotonic()
+try:
+    ce.Checkpointer(out + "/run", timeout=3, preemption=None)
+    text = ""
+except ce.errors.DeadlineError as error:
+    text = str(error)
+with open(f"{out}/{rank}", "w") as file:
+    file.write(f"{time.monotonic() - began:.3f} {text}")
+dist.barrier()
+"""
+
+
+def test_the_first_meeting_of_the_ranks_keeps_to_the_callers_timeout(tmp_path):
+    script = tmp_path / "job.py"
+    script.write_text(MEETING)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
+    environment = {**os.environ, "OUT": str(tmp_path), "PYTHONPATH": os.getcwd(), "OMP_NUM_THREADS": "1"}
+    job = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
+    assert job.returncode == 0, job.stderr[-4000:]
+    seconds, _, text = (tmp_path / "0").read_text().partition(" ")
+    assert "rank 1 did not come within 3 s" in text
+    assert float(seconds) < 60, "the default is 600 s"

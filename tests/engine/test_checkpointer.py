@@ -510,14 +510,16 @@ def test_nothing_partial_is_listed(tmp_path):
 
 
 def test_a_life_that_was_taken_over_can_not_commit_any_more(tmp_path):
-    with ce.Checkpointer(tmp_path, every=1) as old:
-        old.step(1, state_at(1))
-        old.wait()
-        with ce.Checkpointer(tmp_path, every=1) as new:
-            assert new.restore(blank()) == 1
-            new.step(2, state_at(2))
-        with pytest.raises(SaveFailedError, match="taken over by generation 2"):
-            old.step(3, state_at(3)).durable.result(20)
+    old = ce.Checkpointer(tmp_path, every=1)
+    old.step(1, state_at(1))
+    old.wait()
+    with ce.Checkpointer(tmp_path, every=1) as new:
+        assert new.restore(blank()) == 1
+        new.step(2, state_at(2))
+    with pytest.raises(SaveFailedError, match="taken over by generation 2"):
+        old.step(3, state_at(3)).durable.result(20)
+    with pytest.raises(SaveFailedError, match="the last save of this job failed.*taken over by generation 2"):
+        old.close()
     assert steps_in(tmp_path) == [1, 2]
 
 

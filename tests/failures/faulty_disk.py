@@ -60,5 +60,5 @@ def install(patch: pytest.MonkeyPatch) -> FaultyDisk:
     """Have all saves and Checkpointers that begin from now on use a faulty disk."""
     disk = FaultyDisk()
     for module in ("ckptengine.api", "ckptengine.checkpointer", "ckptengine.tiers.tiers"):
-        patch.setattr(f"{module}.open_storage", lambda path, options=None: LocalStorage(Path(path), disk))
+        patch.setattr(f"{module}.open_storage", lambda path, options=None, timeout=None: LocalStorage(Path(path), disk))
     return disk

@@ -1,4 +1,4 @@
-"""The requirements files pin every package exactly; requirements-dev.txt covers what pyproject.toml asks for."""
+"""The requirements files pin every package exactly, and requirements-dev.txt covers what pyproject.toml asks for."""
 
 import re
 import tomllib
@@ -10,8 +10,8 @@ from packaging.utils import canonicalize_name
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def pins(name: str = "requirements-dev.txt") -> dict[str, str]:
-    lines = (ROOT / name).read_text().splitlines()
+def pins(file: str = "requirements-dev.txt") -> dict[str, str]:
+    lines = (ROOT / file).read_text().splitlines()
     found = {}
     for line in lines:
         if line and not line.startswith("#"):
@@ -24,6 +24,12 @@ def pins(name: str = "requirements-dev.txt") -> dict[str, str]:
 def test_every_requirement_is_an_exact_pin() -> None:
     assert len(pins()) > 20
     assert len(pins("requirements-servers.txt")) > 20
+    assert len(pins("requirements-zoo.txt")) > 20
+
+
+def test_the_zoo_has_the_same_torch_and_numpy_as_the_other_tests() -> None:
+    for name in ("torch", "numpy", "ml-dtypes", "numcodecs", "setuptools"):
+        assert pins("requirements-zoo.txt")[name] == pins()[name]
 
 
 def test_both_environments_have_the_same_of_what_they_share() -> None:

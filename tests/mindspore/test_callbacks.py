@@ -198,6 +198,27 @@ def test_encryption_and_wrong_arguments_are_errors_that_say_so(tmp_path):
         load_checkpoint(str(tmp_path / "b.ckpt"))
 
 
+def test_what_mindspore_refuses_and_urls_are_errors_and_leave_nothing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    net = nn.Dense(2, 2)
+    save_checkpoint(net, "a.ckpt")
+    for value in (None, [1, 2], {"a": 1}):
+        with pytest.raises(TypeError, match=r"append_dict\['v'\] is"):
+            save_checkpoint(net, "b.ckpt", append_dict={"v": value})
+    for prefix in ([], "", ["0", ""]):
+        with pytest.raises(ValueError, match="names no prefix"):
+            load_checkpoint("a.ckpt", specify_prefix=prefix)
+    with pytest.raises(ValueError, match="format='pickle'"):
+        load_checkpoint("a.ckpt", format="pickle")
+    for url in ("s3://bucket/a.ckpt", "obs://bucket/a.ckpt"):
+        for call in (lambda url=url: save_checkpoint(net, url), lambda url=url: load_checkpoint(url)):
+            with pytest.raises(StorageError, match="a directory, not a URL"):
+                call()
+    with pytest.raises(StorageError, match="a directory, not a URL"):
+        train(a_model(), 1, [ModelCheckpoint("net", "s3://bucket", CheckpointConfig(1))])
+    assert names(tmp_path) == ["a.ckpt"]
+
+
 def test_cells_lists_and_dicts_are_saved_and_chosen_by_name(tmp_path):
     net = nn.SequentialCell(nn.Dense(2, 3), nn.Dense(3, 4))
     save_checkpoint(net, str(tmp_path / "cell"), choice_func=lambda name: name != "1.bias", async_save=True)

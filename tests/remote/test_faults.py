@@ -229,3 +229,30 @@ def test_without_the_permission_to_see_uploads_all_else_works_and_it_is_told_onc
         "run/step-00000002/manifest-0001.json"
     ]
     assert caplog.text.count("s3:ListBucketMultipartUploads") == 1
+
+
+def test_a_publication_of_which_nothing_can_be_learned_is_not_taken_for_one_that_failed(bucket, disturbed, proxy):
+    storage = disturbed.storage(patience=replace(QUICK, seconds=1))
+    storage.create()
+    lost = proxy.fault("reset after", "PUT .*generation-0001", times=10_000)
+    proxy.fault("403 AccessDenied", "GET .*generation-0001", times=1)
+    with pytest.raises(StorageError, match="can't be read") as caught:
+        storage.put_if_absent("generation-0001.json", b'{"id": "mine"}')
+    assert caught.value.errno == errno.ETIMEDOUT
+    lost.times = 0
+    assert storage.put_if_absent("generation-0001.json", b'{"id": "mine"}')
+    assert not storage.put_if_absent("generation-0001.json", b'{"id": "other"}')
+
+
+def test_a_claim_whose_reply_is_lost_is_read_back_and_the_local_tier_does_not_make_another(
+    bucket, disturbed, proxy, tmp_path, quick
+):
+    proxy.fault("reset after", "PUT .*generation-0001", times=10_000)
+    proxy.fault("403 ExpiredToken", "GET .*generation-0001", times=2)
+    with ce.Checkpointer(
+        f"{bucket.url}/run", local=tmp_path / "ckpt", storage_options=disturbed.options, preemption=None
+    ) as ckpt:
+        ckpt.save(1, state(1)).durable.result()
+    claim = (tmp_path / "ckpt" / "generation-0001.json").read_bytes()
+    assert bucket.storage().read_bytes("generation-0001.json", 4096) == claim
+    check(bucket)

@@ -91,6 +91,51 @@ def test_every_stream_goes_on_bit_for_bit_in_the_middle_of_a_pair_of_normals(tmp
     assert draw(others) == expected
 
 
+SPAWNING = {
+    "seeded": lambda: np.random.default_rng(3),
+    "not seeded": np.random.default_rng,
+    "of several numbers": lambda: np.random.Generator(np.random.Philox([1, 1 << 80])),
+    "a child": lambda: np.random.default_rng(3).spawn(2)[1],
+    "a bit generator": lambda: np.random.SFC64(5),
+}
+
+
+@pytest.mark.skipif(int(np.__version__.partition(".")[0]) < 2, reason="numpy 1 sets no seed sequence")
+@pytest.mark.parametrize("make", SPAWNING.values(), ids=SPAWNING)
+def test_the_next_children_of_a_generator_are_those_of_the_uninterrupted_run(make, tmp_path):
+    def children():
+        spawned = (child if hasattr(child, "random_raw") else child.bit_generator for child in generator.spawn(2))
+        return [child.random_raw() for child in spawned]
+
+    generator = make()
+    generator.spawn(3)
+    ce.save(tmp_path / "point", {"rng": ce.RNG({"own": generator})})
+    expected = children(), children()
+    generator = make()
+    assert children() != expected[0]
+    assert ce.load(tmp_path / "point", into={"rng": ce.RNG({"own": generator})}).complete
+    assert (children(), children()) == expected
+
+
+def test_a_generator_whose_state_an_earlier_version_saved_goes_on_with_its_numbers(tmp_path, monkeypatch):
+    generator = np.random.default_rng(3)
+    with monkeypatch.context() as earlier:
+        earlier.setattr(NumpyStream, "_sequence", lambda self: None)
+        ce.save(tmp_path / "point", {"rng": ce.RNG({"own": generator})})
+    expected = generator.random(3).tolist()
+    other = np.random.default_rng(4)
+    assert ce.load(tmp_path / "point", into={"rng": ce.RNG({"own": other})}).complete
+    assert other.random(3).tolist() == expected
+
+
+def test_bytes_that_are_no_seed_sequence_are_refused():
+    stream = NumpyStream(np.random.default_rng(3))
+    data = stream.get()
+    for wrong in (data[:-1], np.concatenate([data, data[-1:]]), data[:-3]):
+        with pytest.raises(ValueError, match="no seed sequence"):
+            stream.check(wrong)
+
+
 def test_a_global_stream_of_another_bit_generator_goes_on(tmp_path):
     usual = np.random.get_bit_generator()
     try:
@@ -475,3 +520,26 @@ def test_impossible_arguments_are_refused():
         ce.RNG(key="a")
     with pytest.raises(ValueError, match="pass `resize` too"):
         ce.PerRank(1, ranks=lambda saved, rank, world_size: [0])
+
+
+def test_rewind_goes_back_to_the_restore_once(tmp_path):
+    given = everything(1)
+    ce.save(tmp_path / "point", {"rng": ce.RNG(given)})
+    expected = draw(given)
+    others = everything(2)
+    rng = ce.RNG(others)
+    ce.load(tmp_path / "point", into={"rng": rng})
+    draw(others)  # as a framework does that makes its loader after the restore
+    assert rng.rewind()
+    assert draw(others) == expected
+    assert not rng.rewind(), "a second call must not repeat the numbers that training has used"
+    assert draw(others) != expected
+    assert not ce.RNG().rewind(), "without a restore there is nothing to go back to"
+
+
+def test_rewind_goes_back_to_streams_that_began_anew_at_another_world_size():
+    for state in resumed(save(*ranks(2)), 3):
+        first = numbers(state)
+        numbers(state)
+        assert state["rng"].rewind()
+        assert numbers(state) == first

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections import Counter, OrderedDict, namedtuple
+from collections import Counter, OrderedDict
 from types import MappingProxyType
 from typing import Any
 
@@ -130,7 +130,8 @@ def test_a_hand_sharded_array_must_fit(arguments: tuple[Any, ...], message: str)
         ShardedArray(*arguments)
 
 
-Pair = namedtuple("Pair", "a b")
+class Row(list[Any]):
+    pass
 
 
 @pytest.mark.parametrize(
@@ -141,8 +142,8 @@ Pair = namedtuple("Pair", "a b")
         (np.array(["a"]), r"state\.x: arrays of dtype <U1"),
         (np.zeros(2, [("a", "i4")]), r"state\.x: arrays of dtype"),
         (np.ma.masked_array([1.0, 2.0]), r"state\.x: a masked array"),
-        (Pair(np.zeros(1), 2), r"state\.x: .*Pair holds tensors"),
-        ({(1, 2): np.zeros(1)}, r"state\.x: .*str or int, not tuple"),
+        (Row([np.zeros(1), 2]), r"state\.x: .*Row holds tensors"),
+        ({(1, object): np.zeros(1)}, r"state\.x\..*type can't be saved"),
         (MappingProxyType({"a": np.zeros(1)}), r"state\.x: .*mappingproxy holds tensors"),
         (PerRank(ShardedArray(np.zeros(1), (2,), (0,))), r"state\.x: a ShardedArray inside PerRank"),
     ],

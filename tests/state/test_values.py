@@ -3,9 +3,11 @@ from __future__ import annotations
 import enum
 import json
 import math
+import pathlib
+import random
 import struct
 import sys
-from collections import Counter, OrderedDict, defaultdict, namedtuple
+from collections import Counter, OrderedDict, defaultdict, deque, namedtuple
 from typing import Any
 
 import ml_dtypes
@@ -138,17 +140,78 @@ class Text(str):
     pass
 
 
+class Held(dict[str, int]):
+    pass
+
+
+class Sides(enum.Flag):
+    LEFT = 1
+    RIGHT = 2
+    BOTH = 3
+
+
 Point = namedtuple("Point", "x y")
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        Colour.RED,
+        Sides.LEFT | Sides.RIGHT,
+        Sides(0),
+        Point(1, float("nan")),
+        defaultdict(list, {"a": [1], 2.5: [Colour.RED]}),
+        defaultdict(None, {}),
+        deque([1, (2, Point(0, 0))], maxlen=3),
+        deque(),
+        {1, 2.5, "a", (1, None)},
+        frozenset({b"x"}),
+        pathlib.Path("/a/b c"),
+        pathlib.PureWindowsPath("C:\\x"),
+        [{Colour.RED: pathlib.Path("x")}],
+    ],
+)
+def test_containers_paths_and_enums_come_back_with_their_classes(value: Any) -> None:
+    again = through_json(value)
+    assert type(again) is type(value)
+    assert repr(again) == repr(value) if not isinstance(value, set) else again == value
+    assert getattr(again, "maxlen", None) == getattr(value, "maxlen", None)
+    assert getattr(again, "default_factory", None) == getattr(value, "default_factory", None)
+    assert digest(encode(again, ())) == digest(encode(value, ()))
+
+
+def test_a_class_that_is_not_imported_is_not_looked_for() -> None:
+    point = decode({"$namedtuple": ["gone.Point", ["x", "y"], [1, 2]]})
+    assert (type(point).__name__, point.x, point.y) == ("Point", 1, 2)
+    assert decode({"$enum": ["gone.Colour", ["RED"]]}) == "gone.Colour.RED"
+    assert decode({"$enum": ["builtins.print", ["RED"]]}) == "builtins.print.RED"
+    assert type(decode({"$namedtuple": ["os.stat_result", ["x"], [1]]})).__mro__[1] is tuple
+    for data in (
+        {"$namedtuple": ["a.B", ["x", "x"], [1, 2]]},
+        {"$namedtuple": ["a.B", ["x; import os"], [1]]},
+        {"$defaultdict": ["exec", []]},
+        {"$deque": [2]},
+        {"$path": ["PosixPath", "a"]},
+        {"$set": [[1]]},
+    ):
+        with pytest.raises(CheckpointDamagedError):
+            decode(data)
+    with pytest.raises(CheckpointDamagedError, match="a newer ckptengine wrote it"):
+        decode({"$unknown": 1})
+
+
+def test_generators_point_to_the_random_state() -> None:
+    for generator in (np.random.default_rng(1), random.Random(1)):
+        with pytest.raises(StateError, match=r"x: .*can't be saved. Random streams go into ckptengine.RNG"):
+            encode(generator, ("x",))
 
 
 @pytest.mark.parametrize(
     ("value", "kind"),
     [
-        (Colour.RED, "Colour"),
         (Text("a"), "Text"),
-        (Point(1, 2), "Point"),
-        (defaultdict(int), "defaultdict"),
-        ({1, 2}, "set"),
+        (defaultdict(lambda: 0), "defaultdict"),
+        (Held({"a": 1}), "Held"),
         (bytearray(b"x"), "bytearray"),
         (object(), "object"),
         (print, "builtin_function_or_method"),

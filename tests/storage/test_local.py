@@ -41,6 +41,16 @@ def test_an_archive_is_written_whole(storage, nbytes):
     assert storage.direct_writes + storage.buffered_writes == 1
 
 
+def test_a_finished_archive_is_a_read_only_file_and_can_be_deleted_all_the_same(storage):
+    data = aligned(4096)
+    for name in ("step/data/rank.zip", "step/data/other.zip"):
+        write_archive(storage, name, data.ctypes.data, 4096)
+        assert not os.stat(storage.location(name)).st_mode & 0o222
+    storage.delete("step/data/other.zip")
+    storage.delete_tree("step")
+    assert all_files(storage) == []
+
+
 def test_an_archive_comes_in_parts_and_is_not_there_before_it_is_finished(storage):
     data = aligned(3 * 4096)
     with storage.create_archive("rank.zip", 4096) as archive:
@@ -78,7 +88,7 @@ class Refusing(Disk):
 
 
 def test_where_direct_writes_are_refused_it_is_said_once_and_written_buffered(tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr("ckptengine.storage.local._refusing", set())
+    monkeypatch.setattr("ckptengine.storage.direct._refusing", set())
     storage, data = LocalStorage(tmp_path, Refusing()), aligned(1 << 20)
     for number in range(2):
         write_archive(storage, f"{number}.zip", data)

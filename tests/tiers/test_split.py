@@ -127,3 +127,20 @@ def test_a_restored_checkpoint_is_uploaded_after_a_life_that_claimed_and_died(tm
         assert steps(tmp_path / "run") == [1]
         again.save(2, state_of(2))
     assert steps(tmp_path / "run") == [1, 2]
+
+
+def test_one_failed_read_of_what_was_just_committed_does_not_cost_its_upload(tmp_path, monkeypatch):
+    failed = []
+    read = LocalStorage.read_bytes
+
+    def failing(self, name, limit):
+        if not failed and self.root == tmp_path / "local" and "manifest-" in name:
+            failed.append(name)
+            raise ce.errors.StorageError(errno.EIO, f"cannot read {self.location(name)}: Input/output error")
+        return read(self, name, limit)
+
+    monkeypatch.setattr(LocalStorage, "read_bytes", failing)
+    with ce.Checkpointer(tmp_path / "run", local=tmp_path / "local", preemption=None) as ckpt:
+        ckpt.save(1, state_of(1))
+    assert failed
+    assert steps(tmp_path / "run") == [1]

@@ -169,3 +169,25 @@ def test_a_meta_module_is_to_be_materialized_first() -> None:
         model = nn.Linear(2, 2)
     with pytest.raises(StateError, match=r"model\.weight: .*to_empty"):
         load(save({"model": nn.Linear(2, 2)}), {"model": model})
+
+
+class Best:
+    """Keeps a copy of the best weights, as early stopping does."""
+
+    def __init__(self, weights: Any) -> None:
+        self.weights = weights
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"weights": self.weights}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.weights = state["weights"]
+
+
+def test_a_modules_state_that_an_object_holds_keeps_its_versions() -> None:
+    model = nn.BatchNorm1d(2)
+    best = Best(model.state_dict())
+    versions = best.weights._metadata
+    assert load(save({"best": Best(nn.BatchNorm1d(2).state_dict())}), {"best": best}).complete
+    assert best.weights._metadata == versions
+    assert best.weights._metadata[""] == {"version": 2}

@@ -240,9 +240,36 @@ def test_schedulers_come_back_exactly() -> None:
             s.step()
 
 
+class Counting(torch.optim.SGD):
+    """Keeps state of its own under names, as some published optimizers do."""
+
+    def step(self, closure: Any = None) -> None:
+        super().step()
+        count = self.state.setdefault("shared", {"count": 0})["count"] + 1
+        self.state["shared"] = {"count": count, "mean": torch.full((3,), float(count))}
+        self.state["steps"] = count
+
+
+def test_state_under_names_of_its_own_comes_back_into_a_fresh_optimizer() -> None:
+    model, other = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
+    optimizer, fresh = (Counting(m.parameters(), lr=0.1, momentum=0.9) for m in (model, other))
+    for _ in range(2):
+        model(torch.ones(1, 2)).sum().backward()
+        optimizer.step()
+    assert load(save({"model": model, "optimizer": optimizer}), {"model": other, "optimizer": fresh}).complete
+    assert fresh.state["steps"] == fresh.state["shared"]["count"] == 2
+    assert fresh.state["shared"]["mean"].tolist() == [2, 2, 2]
+    moments = [
+        [s["momentum_buffer"] for s in o.state.values() if isinstance(s, dict) and "momentum_buffer" in s]
+        for o in (optimizer, fresh)
+    ]
+    assert all(torch.equal(a, b) for a, b in zip(*moments, strict=True))
+    assert len(moments[1]) == 2
+
+
 def test_state_for_no_parameter_is_refused() -> None:
     optimizer = torch.optim.SGD(model().parameters(), lr=0.1)
-    optimizer.state["global"] = {"x": 1}  # type: ignore[index]
+    optimizer.state[torch.nn.Parameter(torch.ones(2))] = {"x": 1}
     with pytest.raises(StateError, match=r"opt: .*none of its groups"):
         flatten({"opt": optimizer})
 

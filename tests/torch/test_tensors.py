@@ -132,10 +132,14 @@ def test_other_devices_go_through_copies() -> None:
         (lambda: torch.eye(2).to_sparse(), "x: tensor with layout torch.sparse_coo"),
         (lambda: torch.eye(2).to_sparse_csr(), "x: tensor with layout torch.sparse_csr"),
         (lambda: torch.empty(2, device="meta"), "x: tensor on the meta device"),
-        (lambda: torch.nested.nested_tensor([torch.ones(1), torch.ones(2)]), "x: .*"),
+        (lambda: torch.nested.nested_tensor([torch.ones(1), torch.ones(2)]), "x: a nested tensor"),
+        (
+            lambda: torch.masked.masked_tensor(torch.ones(2), torch.ones(2) > 0),
+            "x: MaskedTensor has no memory of its own",
+        ),
         (
             lambda: torch.nested.nested_tensor([torch.ones(1), torch.ones(2)], layout=torch.jagged),
-            "x: NestedTensor wraps",
+            r"x: a nested tensor \(NestedTensor\)",
         ),
         (lambda: torch.quantize_per_tensor(torch.ones(2), 0.1, 0, torch.qint8), "x: quantized tensor"),
         (lambda: torch.nn.UninitializedParameter(), "x: UninitializedParameter has no shape"),

@@ -163,3 +163,27 @@ def test_writing_is_refused(checkpoint: Path) -> None:
     group = ckptengine.zarr.open(checkpoint)
     with pytest.raises(ValueError, match="read-only"):
         group["state/model/h.0.weight"][0] = 1
+
+
+def test_a_leaf_called_like_the_metadata_of_nodes_is_unzipped_listed_and_read(tmp_path: Path) -> None:
+    arrays = {"zarr.json": np.arange(3), "b": {"Zarr.JSON": np.arange(4), "x": np.arange(5)}}
+    ce.save(tmp_path / "a", arrays)
+    (archive,) = (tmp_path / "a").glob("data-*/rank-00000.zarr.zip")
+    with zipfile.ZipFile(archive) as file:
+        file.extractall(tmp_path / "unzipped")
+    for group in (ckptengine.zarr.open(tmp_path / "a"), zarr.open_group(tmp_path / "unzipped", mode="r")):
+        assert sorted(name for name, _ in group["state"].members()) == ["%7Aarr.json", "b"]
+        assert group["state/%7Aarr.json"][:].tolist() == [0, 1, 2]
+        assert group["state/b/%5Aarr.JSON"][:].tolist() == [0, 1, 2, 3]
+    loaded = ce.load(tmp_path / "a")
+    assert loaded["zarr.json"].tolist() == [0, 1, 2]
+    assert loaded["b"]["Zarr.JSON"].tolist() == [0, 1, 2, 3]
+
+
+def test_a_leaf_that_an_earlier_version_called_so_is_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as earlier:
+        earlier.setattr("ckptengine.archive.names._METADATA", "\0")
+        ce.save(tmp_path / "a", {"zarr.json": np.arange(3)})
+    (archive,) = (tmp_path / "a").glob("data-*/rank-00000.zarr.zip")
+    assert "state/zarr.json/c/0" in zipfile.ZipFile(archive).namelist()
+    assert ce.load(tmp_path / "a")["zarr.json"].tolist() == [0, 1, 2]

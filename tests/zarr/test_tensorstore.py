@@ -5,11 +5,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import three_ranks
+from buckets import Bucket
 from leaves import check
 
 import ckptengine as ce
 from ckptengine.errors import CheckpointNotFoundError
-from ckptengine.zarr import tensorstore_spec
+from ckptengine.zarr import open_tensorstore, tensorstore_spec
 
 ts = pytest.importorskip("tensorstore")
 
@@ -68,3 +69,36 @@ def test_what_is_no_leaf_is_named(checkpoint: Path, tmp_path: Path) -> None:
         tensorstore_spec(checkpoint, "objects")
     with pytest.raises(CheckpointNotFoundError):
         tensorstore_spec(tmp_path, "state/a")
+
+
+def files(folder: Path) -> dict[str, tuple[int, bytes]]:
+    return {str(path): (path.stat().st_ino, path.read_bytes()) for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("node", ["state/model/h.0.weight", "state/model/fragments", "state/scalar"])
+def test_an_assignment_never_reaches_an_archive(checkpoint: Path, node: str) -> None:
+    before = files(checkpoint)
+    spec = tensorstore_spec(checkpoint, node)
+    for array in (open_tensorstore(checkpoint, node), ts.open(spec).result(), ts.open(spec, open=True).result()):
+        assert (array.readable, array.writable) == (True, False)
+        with pytest.raises(ValueError, match="not support writing"):
+            array[...] = 0
+    with pytest.raises(ValueError, match="only reading is supported"):
+        ts.open(spec, read=True, write=True).result()
+    assert files(checkpoint) == before
+    check(open_tensorstore(checkpoint, node).read().result(), three_ranks.shared()[node], node)
+
+
+def test_stores_that_tensorstore_can_not_read_are_refused() -> None:
+    ce.save("memory://tensorstore/a", {"w": np.arange(3)})
+    with pytest.raises(ValueError, match=r"memory://tensorstore/a/.*no driver for memory://"):
+        tensorstore_spec("memory://tensorstore/a", "state/w")
+
+
+def test_a_checkpoint_in_a_bucket_is_read_by_the_s3_driver(in_environment: Bucket) -> None:
+    weight = np.arange(6, dtype="f4").reshape(2, 3)
+    url = f"{in_environment.url}/final"
+    ce.save(url, {"w": weight})
+    array = open_tensorstore(url, "state/w")
+    assert "s3" in str(array.spec().to_json())
+    check(array.read().result(), weight, "w")

@@ -1,4 +1,4 @@
-"""How modules and optimizers are bound."""
+"""How optimizers are bound."""
 
 from __future__ import annotations
 
@@ -19,23 +19,7 @@ __all__ = ["OptimizerBinder"]
 
 
 class OptimizerBinder(TensorBinder):
-    """Binds modules by their entries, optimizers by their parameters."""
-
-    def _bind_module(self, module: Any, adapter: Adapter, path: Path, node: Node | None, per_rank: bool) -> None:
-        handed: dict[str, Any] = {}
-        for entry in self._inspector.entries(module, adapter, path):
-            where = (*path, entry.name)
-            child = None if node is None else node.child(entry.name)
-            if entry.live:
-                self._bind_tensor(entry.value, adapter, where, child, per_rank)
-            elif self._selection.holds(where):
-                if child is None:
-                    self._absent(where, per_rank)
-                    continue
-                handed[entry.key] = self._rebuild(child, where, entry.value)
-                self._loaded.append(dotted(where))
-        if handed:
-            self._act(FRAMEWORK, functools.partial(adapter.load_module, module, handed))
+    """Binds optimizers by their parameters."""
 
     def _bind_optimizer(self, optimizer: Any, adapter: Adapter, path: Path, node: Node | None, per_rank: bool) -> None:
         adapter.check_optimizer(optimizer, path)

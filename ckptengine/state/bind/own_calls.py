@@ -7,17 +7,32 @@ from typing import Any
 
 from ckptengine.state.adapters import Adapter
 from ckptengine.state.bind.base import FRAMEWORK
+from ckptengine.state.bind.modules import ModuleBinder
 from ckptengine.state.bind.objects import ObjectBinder, hand_over
 from ckptengine.state.bind.optimizers import OptimizerBinder
 from ckptengine.state.kinds import optimizer_names
 from ckptengine.state.leaf import Path, dotted
 from ckptengine.state.own_state import GROUPS, STATE, numbers_of, parts_of
-from ckptengine.state.saved import Node
+from ckptengine.state.saved import Node, SavedValue
 
-__all__ = ["OwnCallsBinder"]
+__all__ = ["OwnCallsBinder", "has_own_names"]
 
 
-class OwnCallsBinder(ObjectBinder, OptimizerBinder):
+def has_own_names(node: Node | None) -> bool:
+    """Whether an optimizer was saved with state under other names than its parameters'."""
+    state, groups = (None, None) if node is None else (node.child(STATE), node.child(GROUPS))
+    if state is None or groups is None:
+        return False
+    if isinstance(groups.entry, SavedValue):
+        listed = [group.get("params", ()) for group in groups.entry.value if isinstance(group, dict)]
+    else:
+        params = [child.child("params") for child in groups.children.values()]
+        listed = [one.entry.value for one in params if one is not None and isinstance(one.entry, SavedValue)]
+    names = {str(name) for group in listed for name in group}
+    return any(str(key) not in names for key in state.children)
+
+
+class OwnCallsBinder(ObjectBinder, OptimizerBinder, ModuleBinder):
     """Binds optimizers whose `state_dict` says more than their state and groups, by their own calls."""
 
     def _bind_own_optimizer(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 from abc import abstractmethod
-from collections import Counter, OrderedDict
+from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +19,9 @@ from ckptengine.state.bind.base import CONVERT, SET, BinderBase, Put
 from ckptengine.state.bind.live import is_optimizer_state, live_tensors
 from ckptengine.state.bind.sharing import extents
 from ckptengine.state.binding import Read
+from ckptengine.state.classes import unknown_member
 from ckptengine.state.dtypes import DTYPES
+from ckptengine.state.forms import rebuild
 from ckptengine.state.kinds import SCALARS, Kind
 from ckptengine.state.leaf import ArrayLeaf, Part, Path, Placement, dotted
 from ckptengine.state.nested import item_of, replace_contents, sorted_like
@@ -199,13 +201,13 @@ class TensorBinder(BinderBase):
         if node is None:
             self._absent(path, per_rank)
             return
-        placeholder = value is None or (isinstance(value, (dict, list, tuple)) and not value)
+        placeholder = value is None or (isinstance(value, (dict, list, tuple, deque)) and not value)
         if node.holds_arrays and not placeholder:
             self._mismatch(path, f"{describe_type(value)} here, {node.description} in the checkpoint", node)
             return
         new = self._rebuild(node, path)
         self._loaded.append(dotted(path))
-        if type(value) is type(new) and type(value) in (dict, list, Counter, OrderedDict):
+        if _may_take(value, new):
             self._act(SET, functools.partial(replace_contents, value, new))
         elif put is not None:
             self._act(SET, functools.partial(put, new))
@@ -223,6 +225,11 @@ class TensorBinder(BinderBase):
         make = Maker(self._fresh, None) if make is None else make
         if isinstance(node.entry, SavedValue):
             node.used = True
+            unknown = unknown_member(node.entry.value)
+            if unknown is not None:
+                raise LoadMismatchError(
+                    f"{dotted(path)}: holds {unknown}, an enum's member; import the enum before the load"
+                )
             return copy.deepcopy(node.entry.value)
         if isinstance(node.entry, SavedArray):
             node.used = True
@@ -238,10 +245,14 @@ class TensorBinder(BinderBase):
         for key in node.children if node.ordered else sorted_like(node.children, like):
             result[key] = self._rebuild_item(node.children[key], (*path, key), item_of(like, key), make)
         self._look_for_live(like, path, node)
-        if node.container is not None and set(result) == set(range(len(result))):
-            items = [result[index] for index in range(len(result))]
-            return tuple(items) if node.container == "tuple" else items
-        return OrderedDict(result) if node.kind == "ordered" else result
+        if node.container is not None:
+            return rebuild(node.container, result, like, path, strict=True)
+        if node.kind != "ordered":
+            return result
+        ordered: Any = OrderedDict(result)
+        if hasattr(like, "_metadata"):  # the versions of modules, which their own loading code asks for
+            ordered._metadata = like._metadata
+        return ordered
 
     def _rebuild_item(self, node: Node, path: Path, like: Any, make: Maker | None) -> Any:
         """As `_rebuild`, for something inside; a live object stays itself and is loaded: nothing takes its place."""
@@ -266,10 +277,11 @@ class TensorBinder(BinderBase):
 
     def _look_for_live(self, like: Any, path: Path, node: Node) -> None:
         """Tell live objects of which the checkpoint has nothing."""
-        if isinstance(like, (Mapping, list, tuple)):
-            for key, item in like.items() if isinstance(like, Mapping) else enumerate(like):
-                if key not in node.children and self._is_live(item, (*path, str(key))):
-                    self._absent((*path, key if type(key) is int else str(key)), per_rank=False)
+        if isinstance(like, (Mapping, list, tuple, deque)):
+            for own, item in like.items() if isinstance(like, Mapping) else enumerate(like):
+                key = own if type(own) in (str, int) else repr(own)
+                if key not in node.children and self._is_live(item, (*path, key)):
+                    self._absent((*path, key), per_rank=False)
 
     @abstractmethod
     def _bind_live(self, value: Any, path: Path, node: Node) -> None:
@@ -311,6 +323,17 @@ class TensorBinder(BinderBase):
         self._taken.add(len(self.reads), found)
         self._read(like, adapter, view, entry, path)
         return like
+
+
+def _may_take(value: Any, new: Any) -> bool:
+    """Whether a container becomes equal to a new one by taking its contents."""
+    if type(value) is not type(new):
+        return False
+    if isinstance(value, deque):
+        return isinstance(new, deque) and value.maxlen == new.maxlen
+    if isinstance(value, defaultdict):
+        return isinstance(new, defaultdict) and value.default_factory is new.default_factory
+    return type(value) in (dict, list, Counter, OrderedDict, set)
 
 
 def _about(node: Node) -> Any:

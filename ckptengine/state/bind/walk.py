@@ -5,14 +5,16 @@ from __future__ import annotations
 import functools
 import logging
 import operator
+from collections import deque
 from collections.abc import Mapping, MutableMapping
 from typing import Any
 
 from ckptengine.state.adapters import describe_type
 from ckptengine.state.bind.base import SET, Put
 from ckptengine.state.bind.live import is_optimizer_state
-from ckptengine.state.bind.own_calls import OwnCallsBinder
+from ckptengine.state.bind.own_calls import OwnCallsBinder, has_own_names
 from ckptengine.state.bind.sharing import Taken, extents
+from ckptengine.state.forms import own_keys
 from ckptengine.state.kinds import Kind, children
 from ckptengine.state.leaf import Path, dotted
 from ckptengine.state.loaders import is_stateful_loader
@@ -55,7 +57,7 @@ class Binder(OwnCallsBinder):
             self._bind_module(value, adapter, path, node, per_rank)
         elif kind is Kind.OPTIMIZER:
             assert adapter is not None
-            if adapter.saves_itself(value):
+            if adapter.saves_itself(value) or has_own_names(node):
                 self._late.append(functools.partial(self._bind_own_optimizer, value, adapter, path, node, per_rank))
             else:
                 self._bind_optimizer(value, adapter, path, node, per_rank)
@@ -95,9 +97,9 @@ class Binder(OwnCallsBinder):
             self._bind(value, None, path, node, per_rank=False)
 
     def _bind_items(self, value: Any, path: Path, node: Node | None, *, per_rank: bool) -> None:
-        for key, item in children(value, path):
-            settable = isinstance(value, (MutableMapping, list))
-            put = functools.partial(operator.setitem, value, key) if settable else None
+        settable = isinstance(value, (MutableMapping, list, deque))
+        for own, (key, item) in zip(own_keys(value), children(value, path), strict=True):
+            put = functools.partial(operator.setitem, value, own) if settable else None
             child = None if node is None else node.child(key)
             self._bind(item, put, (*path, key), child, per_rank=per_rank)
 

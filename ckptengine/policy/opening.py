@@ -1,0 +1,168 @@
+"""How a job comes into its run: what lies there, whether it may write, and who else does."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import secrets
+
+from ckptengine.catalog.foreign import Foreign, foreign_checkpoint
+from ckptengine.catalog.life import Life
+from ckptengine.catalog.listing import committed, manifest_name
+from ckptengine.catalog.retention import remove_leftovers
+from ckptengine.comm.agree import agree, gather, share
+from ckptengine.comm.base import Communicator
+from ckptengine.comm.select import place
+from ckptengine.errors import CheckpointError, CheckpointNotFoundError, StorageError
+from ckptengine.storage.within import within
+from ckptengine.tiers.tiers import Tiers
+
+__all__ = ["Opening"]
+
+_READ_ONLY = (errno.EROFS, errno.EACCES, errno.EPERM)
+
+_log = logging.getLogger("ckptengine")
+
+
+class Opening:
+    """One job's way into its run. Methods marked "all ranks" are called by all, in one order.
+
+    `chosen` tells whether the communicator is what was initialized when the Checkpointer was made, not what the user
+    passed.
+    """
+
+    def __init__(self, run: str, tiers: Tiers, comm: Communicator, timeout: float, *, chosen: bool) -> None:
+        self._run, self._tiers, self._comm, self._timeout, self._chosen = run, tiers, comm, timeout, chosen
+        self._storage = tiers.home
+        self._life = Life(tiers.home, run)
+        self._begun = False
+        self._asked = False  # whether `restore` was called, or the lack of it told
+        self._refusal: StorageError | None = None
+        self._foreign: Foreign | None = None
+        self.found: int | None = None
+        """On rank 0: the newest step that was there."""
+
+    def open(self) -> str:
+        """Make the run's directory and sweep what dead attempts left, on rank 0; all ranks.
+
+        Returns a name that only this life has, the same on all ranks. A run that can be read only is opened all the
+        same; `begin` then says what is wrong.
+        """
+        error: Exception | None = None
+        token = b""
+        doing = f"opening {self._run}"
+        try:
+            self._tiers.check_apart()
+            if self._comm.rank == 0:
+                within(self._timeout, doing, self._prepare)
+                token = secrets.token_hex(8).encode()
+        except Exception as problem:
+            error = problem
+        name = gather(self._comm, token, error, self._timeout, doing)[0].decode()
+        self._tiers.open(name)
+        self.found = self._tiers.found
+        return name
+
+    def _prepare(self) -> None:
+        storage = self._storage
+        entries = committed(storage)
+        self._refuse_checkpoint(entries[-1].generation if entries and entries[-1].step is None else None)
+        try:
+            storage.create()
+        except StorageError as error:
+            if error.errno not in _READ_ONLY or not entries:
+                raise
+            self._refusal = error
+            _log.warning("%s can be restored from, and not be saved to: %s", self._run, error)
+        else:
+            for problem in remove_leftovers(storage):
+                _log.warning("%s: %s", self._run, problem)
+        self._tiers.found = self._tiers.newest()
+        if self._tiers.found is None:
+            self._foreign = foreign_checkpoint(storage)
+
+    def _refuse_checkpoint(self, generation: int | None) -> None:
+        if generation is not None:
+            raise StorageError(
+                errno.EEXIST,
+                f"{self._run} is a single checkpoint ({manifest_name(generation)} lies in it), not a run of many: load "
+                "it with ckptengine.load and give the run a directory of its own",
+            )
+
+    def check_place(self) -> None:
+        """Raise where this process was alone when the Checkpointer was made, and is one of several ranks by now.
+
+        Each would take itself for the only one, and they would fight over the run.
+        """
+        if not self._chosen:
+            return
+        rank, world_size = place()
+        if world_size != self._comm.world_size:
+            raise CheckpointError(
+                f"{self._run}: this Checkpointer was made for {self._comm.world_size} rank(s), and now there are "
+                f"{world_size}, of which this is rank {rank}: make it after the ranks have been initialized "
+                "(torch.distributed.init_process_group, or mindspore.communication.init), on all of them. Where each "
+                "process is to save by itself, pass comm=ckptengine.SingleProcess() and a directory of its own"
+            )
+
+    def restoring(self) -> None:
+        """Note that the job has asked for what is there."""
+        self._asked = True
+        self.check_place()
+
+    def tell_foreign(self) -> None:
+        """Where nothing was restored: say what another library has left there; all ranks.
+
+        Raises `CheckpointNotFoundError` for a checkpoint that a job could have gone on with; weights, which a job may
+        begin with, are told as a warning.
+        """
+        found = self._foreign
+        error = None
+        if found is not None and found.training:
+            error = CheckpointNotFoundError(found.tell(self._run))
+        elif found is not None:
+            _log.warning("%s: the job begins anew", found.tell(self._run))
+        share(self._comm, b"" if self._comm.rank == 0 else None, error, self._timeout, "restoring")
+
+    def begin(self) -> None:
+        """Become the one who writes to the run, at the first step of a life; all ranks.
+
+        Raises `RunInUseError` where another job that lives does, `StorageError` where nobody may write there.
+        """
+        if self._begun:
+            return
+        self.check_place()
+        self._warn_unrestored()
+        error: Exception | None = None
+        if self._comm.rank == 0:
+            try:
+                if self._refusal is not None:
+                    raise StorageError(
+                        self._refusal.errno,
+                        f"{self._run} was opened to restore from it alone: {self._refusal.strerror}",
+                    )
+                within(self._timeout, f"beginning to write to {self._run}", lambda: self._life.take(self._timeout / 2))
+            except Exception as problem:
+                error = problem
+        agree(self._comm, error, self._timeout, f"beginning to write to {self._run}")
+        self._begun = True
+
+    def _warn_unrestored(self) -> None:
+        """Say, once, that a job which finds checkpoints begins without them."""
+        asked, self._asked = self._asked, True
+        if asked or self._comm.rank != 0:
+            return
+        if self.found is not None:
+            _log.warning(
+                "%s has checkpoints, the newest of step %d, and restore() was not called before the first step: this "
+                "job begins anew, and what it saves is the newest from then on. Call restore(state) before the first "
+                "step, or give the job a directory of its own",
+                self._run,
+                self.found,
+            )
+        elif self._foreign is not None:
+            _log.warning("%s", self._foreign.tell(self._run))
+
+    def close(self) -> None:
+        """Let go of the run."""
+        self._life.close()

@@ -1,0 +1,31 @@
+"""The store that rank 0 of a job under msrun hosts, with a connection that breaks."""
+
+import socket
+
+import pytest
+
+pytest.importorskip("mindspore")
+from ckptengine.comm.mindspore import MindSporeStore
+
+
+class Broken:
+    """A client whose connection was reset: every call fails."""
+
+    def __getattr__(self, name):
+        raise RuntimeError("Broken pipe")
+
+
+def test_a_client_whose_connection_breaks_is_replaced_on_the_host_and_on_others():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    host = MindSporeStore(0, 2, "127.0.0.1", port)
+    other = MindSporeStore(1, 2, "127.0.0.1", port)
+    for store in (host, other, host):
+        store._store = Broken()
+        store.set("key", b"1")
+        store._store = Broken()
+        assert store.get("key", 0) == b"1"
+        store._store = Broken()
+        store.delete("key")
+        assert other.get("key", 0) is None
