@@ -24,6 +24,7 @@ from ckptengine.load.fill import Filling, host_memory, plan_filling, read_ranges
 from ckptengine.load.node import Offer
 from ckptengine.load.same import brings_the_same
 from ckptengine.load.share import Counts, make_offer, read, together
+from ckptengine.load.verify import Marks, check_restored
 from ckptengine.load.window import StoppedElsewhere
 from ckptengine.state.bind import Binding, LoadReport, bind
 from ckptengine.state.dtypes import DTYPES
@@ -46,13 +47,21 @@ class LoadOptions:
     rename: Mapping[str, str] | None = None
     strict: bool = True
     cast: bool = False
+    verify: bool = True
 
     @classmethod
-    def of(cls, only: Iterable[str] | None, rename: Mapping[str, str] | None, strict: bool, cast: bool) -> LoadOptions:
+    def of(
+        cls,
+        only: Iterable[str] | None,
+        rename: Mapping[str, str] | None,
+        strict: bool,
+        cast: bool,
+        verify: bool = True,
+    ) -> LoadOptions:
         """Return the options as users give them: `only` may be a single prefix."""
         if isinstance(only, str):
             only = [only]
-        return cls(None if only is None else tuple(only), rename, strict, cast)
+        return cls(None if only is None else tuple(only), rename, strict, cast, verify)
 
 
 @dataclass(frozen=True, slots=True)
@@ -271,10 +280,18 @@ def _load(
             agree(comm, error, timeout, f"reading {where}")
     if counts is None:
         raise RankFailedError(f"reading {where} was stopped by a rank that did not say why")
+    marks: Marks | None = None
     try:
+        marks = Marks(binding) if options.verify else None
         binding.finish()
     except Exception as problem:
         error = problem
     agree(comm, error, timeout, f"setting the state from {where}")
+    if marks is not None:  # all ranks ask their objects once more, or none does
+        try:
+            check_restored(checkpoint, state, binding, marks, comm.rank, comm.world_size)
+        except Exception as problem:
+            error = problem
+        agree(comm, error, timeout, f"comparing the state with {where}")
     manifest = checkpoint.manifest
     return Loaded(manifest.step, manifest.generation, where, binding.report, counts)

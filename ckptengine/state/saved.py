@@ -105,6 +105,12 @@ class Node:
         for key, child in self.children.items():
             yield from child.leaves((*path, key))
 
+    def nodes(self, path: Path = ()) -> Iterator[tuple[Path, Node]]:
+        """Yield this and all nodes below, with their paths."""
+        yield path, self
+        for key, child in self.children.items():
+            yield from child.nodes((*path, key))
+
     def use(self) -> None:
         """Mark everything from here on as used."""
         for _, node in self.leaves():

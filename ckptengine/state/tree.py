@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -36,7 +36,10 @@ from ckptengine.state.trace import (
 )
 from ckptengine.state.values import MAX_DEPTH
 
-__all__ = ["FlatState", "flatten", "flatten_traced", "sharded_parts", "unflatten"]
+__all__ = ["FlatState", "Wanted", "flatten", "flatten_loaded", "flatten_traced", "sharded_parts", "unflatten"]
+
+
+Wanted = Callable[[Any, Path], bool]
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +85,11 @@ def flatten_traced(state: Mapping[str, Any], asked: Asked | None = None) -> tupl
     return walk.result(), walk.trace()
 
 
+def flatten_loaded(state: Mapping[str, Any], wanted: Wanted) -> FlatState:
+    """Return `flatten`'s leaves of what is wanted, given a value and its path; nothing else is looked at."""
+    return _Walk(state, Asked(), wanted).result()
+
+
 def sharded_parts(array: ShardedArray, path: Path, *, target: bool) -> TensorView:
     """Return a hand-sharded array's view: the local part's memory at its place in the global array."""
     local = array.adapter.view(array.local, path, target=target)
@@ -92,9 +100,10 @@ def sharded_parts(array: ShardedArray, path: Path, *, target: bool) -> TensorVie
 class _Walk:
     """One walk over a state."""
 
-    def __init__(self, state: Mapping[str, Any], asked: Asked) -> None:
+    def __init__(self, state: Mapping[str, Any], asked: Asked, wanted: Wanted | None = None) -> None:
         self._inspector = Inspector(asked)
-        self._inspector.ask(state)
+        self._wanted = wanted
+        self._inspector.ask(state, wanted=wanted or (lambda value, path: True))
         self._names = self._inspector.parameter_names(state)
         self._arrays: list[ArrayLeaf] = []
         self._values: tuple[dict[Path, Any], dict[Path, Any]] = ({}, {})
@@ -129,6 +138,8 @@ class _Walk:
     def _visit(self, value: Any, path: Path, *, per_rank: bool, buffer: bool = False) -> Step:
         if len(path) > MAX_DEPTH:
             raise StateError(f"{dotted(path[:3])}…: nested more than {MAX_DEPTH} deep (or inside itself); flatten it")
+        if self._wanted is not None and not self._wanted(value, path):
+            return PlainStep(path, per_rank)
         kind, adapter = self._inspector.kind(value, path)
         match kind:
             case Kind.PLAIN:
