@@ -121,6 +121,7 @@ def load(
     rename: Mapping[str, str] | None = None,
     strict: bool = True,
     cast: bool = False,
+    verify: bool = True,
     rank: int | None = None,
     timeout: float = DEFAULT_TIMEOUT,
     comm: Communicator | None = None,
@@ -136,17 +137,19 @@ def load(
 
     `only` restricts to parts of the state, by dotted prefixes (`["model", "optimizer.state"]`); `rename` maps
     dotted prefixes of the checkpoint to those of the state; with `strict=False` missing and unexpected leaves are
-    reported, not raised; with `cast=True` a leaf may change its dtype. `timeout` is in seconds.
+    reported, not raised; with `cast=True` a leaf may change its dtype. With `into`, the state is compared with the
+    checkpoint afterwards (`docs/verification.md`), unless `verify=False`. `timeout` is in seconds.
 
     Raises `CheckpointNotFoundError`, `CheckpointDamagedError` naming the file, `LoadMismatchError` listing every
-    leaf that doesn't fit, `FormatVersionError`. After damage that was found while tensors were being filled, the
+    leaf that doesn't fit, `RestoreDifferenceError` naming what is not as it was saved once all is set,
+    `FormatVersionError`. After damage that was found while tensors were being filled, the
     state is not usable; the message says so.
     """
     timeout, comm = checked_seconds("timeout", timeout), checked_comm(comm)
     storage = open_checkpoint(path, storage_options, None if step is None else checked_step(step, {}), timeout)
-    options = LoadOptions.of(only, rename, strict, cast)
+    options = LoadOptions.of(only, rename, strict, cast, verify)
     if into is None:
-        return load_arrays(storage, options, rank)
+        return load_arrays(storage, options, rank, timeout)
     comm = comm or current(timeout)
     storage.check_shared(comm.world_size)
     loaded = load_newest(storage, into, comm, timeout, options)

@@ -182,6 +182,7 @@ class Checkpointer:
         rename: Mapping[str, str] | None = None,
         strict: bool = True,
         cast: bool = False,
+        verify: bool = True,
     ) -> int | None:
         """Fill `state` from the newest valid checkpoint and return its step, or None where there is none.
 
@@ -204,7 +205,7 @@ class Checkpointer:
             again = only is not None and (self._parent is not None or self._last is not None)
             if again and step is None:
                 step = self._committed
-            options = LoadOptions.of(only, rename, strict, cast)
+            options = LoadOptions.of(only, rename, strict, cast, verify)
             tiers = self._tiers
             loaded = restore_newest(
                 tiers.views(), state, self._comm, self._timeout, options, step, tiers.bring, tiers.home.location()
@@ -234,6 +235,7 @@ class Checkpointer:
         rename: Mapping[str, str] | None = None,
         strict: bool = False,
         cast: bool = False,
+        verify: bool = True,
         storage_options: Mapping[str, Any] | None = None,
     ) -> LoadReport:
         """Begin from the newest checkpoint of another run: its weights, for new data, another optimizer, a new head.
@@ -247,7 +249,7 @@ class Checkpointer:
         does not say what to load; `LoadMismatchError` where nothing fits at all; else what `ckptengine.load` raises.
         """
         with self._turn("warm_start"):
-            return self._warm_start(path, state, only, rename, strict, cast, storage_options)
+            return self._warm_start(path, state, only, rename, strict, cast, verify, storage_options)
 
     def _warm_start(
         self,
@@ -257,6 +259,7 @@ class Checkpointer:
         rename: Mapping[str, str] | None,
         strict: bool,
         cast: bool,
+        verify: bool,
         storage_options: Mapping[str, Any] | None,
     ) -> LoadReport:
         checked_state(state)
@@ -266,7 +269,7 @@ class Checkpointer:
                 f"{self.run}: warm_start would overwrite what this run has trained so far; call it only where restore "
                 "returned None"
             )
-        options = LoadOptions.of(module_names(state) if only is None else only, rename, strict, cast)
+        options = LoadOptions.of(module_names(state) if only is None else only, rename, strict, cast, verify)
         if not options.only:
             raise StateError("the state has no modules: say with `only` what warm_start is to load")
         storage = open_checkpoint(path, storage_options, timeout=self._timeout)

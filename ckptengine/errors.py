@@ -10,6 +10,7 @@ __all__ = [
     "Preempted",
     "RankFailedError",
     "ReplicaMismatchError",
+    "RestoreDifferenceError",
     "RunInUseError",
     "SaveFailedError",
     "StateError",
@@ -38,6 +39,13 @@ class LoadMismatchError(CheckpointError, ValueError):
     def __init__(self, message: str, report: object = None) -> None:
         super().__init__(message)
         self.report = report
+
+
+class RestoreDifferenceError(CheckpointError, ValueError):
+    """After a load the state is not what was saved; the message names the leaves, the rank, and what differs.
+
+    The state has been changed: don't train on with it.
+    """
 
 
 class CheckpointNotFoundError(CheckpointError, FileNotFoundError):

@@ -233,6 +233,16 @@ class Cursor:
             "digest": PerRank(write_digest(self.digest), resize=_joined),
         }
 
+    def rederived_state(self, saved_world_size: int, world_size: int) -> tuple[str, ...]:
+        """Return what is not as it was saved after a load: the constructor's settings, the count of lives.
+
+        Where nothing of the epoch is left, the next one begins.
+        """
+        settings = ("global_batch", "micro_batch", "last", "life")
+        at_once = ("epoch", "consumed", "ledger", "digest") if self.consumed == 0 else ()
+        joined = ("digest",) if saved_world_size != world_size else ()
+        return settings + at_once + joined
+
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from where a cursor was, of any world size and global batch.
 

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ckptengine import _native
 from ckptengine.comm.agree import agree, gather
 from ckptengine.comm.base import Communicator
 from ckptengine.errors import CheckpointDamagedError, CheckpointError, RankFailedError, StorageError
@@ -24,6 +25,7 @@ from ckptengine.load.fill import Filling, host_memory, plan_filling, read_ranges
 from ckptengine.load.node import Offer
 from ckptengine.load.same import brings_the_same
 from ckptengine.load.share import Counts, make_offer, read, together
+from ckptengine.load.verify import Marks, check_restored
 from ckptengine.load.window import StoppedElsewhere
 from ckptengine.state.bind import Binding, LoadReport, bind
 from ckptengine.state.dtypes import DTYPES
@@ -32,6 +34,7 @@ from ckptengine.state.outline import put_in_order
 from ckptengine.state.select import Selection, renamer
 from ckptengine.state.tree import unflatten
 from ckptengine.storage.base import StorageView
+from ckptengine.storage.within import within
 
 __all__ = ["LoadOptions", "Loaded", "load_arrays", "load_newest", "restore_newest", "tell_leftovers"]
 
@@ -46,13 +49,21 @@ class LoadOptions:
     rename: Mapping[str, str] | None = None
     strict: bool = True
     cast: bool = False
+    verify: bool = True
 
     @classmethod
-    def of(cls, only: Iterable[str] | None, rename: Mapping[str, str] | None, strict: bool, cast: bool) -> LoadOptions:
+    def of(
+        cls,
+        only: Iterable[str] | None,
+        rename: Mapping[str, str] | None,
+        strict: bool,
+        cast: bool,
+        verify: bool = True,
+    ) -> LoadOptions:
         """Return the options as users give them: `only` may be a single prefix."""
         if isinstance(only, str):
             only = [only]
-        return cls(None if only is None else tuple(only), rename, strict, cast)
+        return cls(None if only is None else tuple(only), rename, strict, cast, verify)
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,7 +178,9 @@ def _tell_gone(comm: Communicator, checkpoint: Checkpoint, error: Exception) -> 
         )
 
 
-def load_arrays(storage: StorageView, options: LoadOptions, rank: int | None = None) -> dict[Any, Any]:
+def load_arrays(
+    storage: StorageView, options: LoadOptions, rank: int | None = None, timeout: float = 600.0
+) -> dict[Any, Any]:
     """Return the newest checkpoint as nested dicts of numpy arrays and plain values, in this process alone.
 
     With `rank`, also what that rank has of its own.
@@ -177,12 +190,13 @@ def load_arrays(storage: StorageView, options: LoadOptions, rank: int | None = N
 
     def read(checkpoint: Checkpoint) -> dict[Any, Any]:
         with naming(checkpoint.location):
-            return _arrays_of(checkpoint, options, rank)
+            return _arrays_of(checkpoint, options, rank, timeout)
 
-    return while_replaced(storage, read)
+    doing = f"loading {storage.location()}"
+    return within(timeout, doing, lambda: while_replaced(storage, read), _native.counters)
 
 
-def _arrays_of(checkpoint: Checkpoint, options: LoadOptions, rank: int | None) -> dict[Any, Any]:
+def _arrays_of(checkpoint: Checkpoint, options: LoadOptions, rank: int | None, timeout: float) -> dict[Any, Any]:
     saved = describe(checkpoint)
     if rank is not None and not 0 <= rank < saved.world_size:
         raise ValueError(f"rank {rank}: {checkpoint.location} was saved by {saved.world_size} ranks")
@@ -207,7 +221,7 @@ def _arrays_of(checkpoint: Checkpoint, options: LoadOptions, rank: int | None) -
         target = ArrayLeaf(record.path, record.dtype, record.shape, record.placement, parts, "numpy")
         reads.append((checkpoint.rows.index[source], target))
     filling = plan_filling(checkpoint, reads)
-    read_ranges(filling, filling.needs)
+    read_ranges(filling, filling.needs, timeout)
     filling.finish()
     containers = {rename(path): kind for path, kind in containers.items()}
     nested = unflatten(values, {rename(path): arrays[source] for path, source in wanted.items()}, containers, {})
@@ -240,17 +254,18 @@ def _load(
         with naming(where):
             binding = bind(
                 state,
-                describe(checkpoint),
+                within(timeout, f"reading {where}", lambda: describe(checkpoint), _native.counters),
                 comm.rank,
                 comm.world_size,
                 only=options.only,
                 rename=options.rename,
                 strict=options.strict,
                 cast=options.cast,
-                same=functools.partial(brings_the_same, checkpoint),
+                same=functools.partial(brings_the_same, checkpoint, timeout),
             )
             index = checkpoint.rows.index
-            filling = plan_filling(checkpoint, [(index[one.path, one.rank], one.target) for one in binding.reads])
+            wanted = [(index[one.path, one.rank], one.target) for one in binding.reads]
+            filling = within(timeout, f"reading {where}", lambda: plan_filling(checkpoint, wanted), _native.counters)
             offer = make_offer(comm, filling)
     except Exception as problem:
         error = problem
@@ -271,10 +286,18 @@ def _load(
             agree(comm, error, timeout, f"reading {where}")
     if counts is None:
         raise RankFailedError(f"reading {where} was stopped by a rank that did not say why")
+    marks: Marks | None = None
     try:
+        marks = Marks(binding) if options.verify else None
         binding.finish()
     except Exception as problem:
         error = problem
     agree(comm, error, timeout, f"setting the state from {where}")
+    if marks is not None:  # all ranks ask their objects once more, or none does
+        try:
+            check_restored(checkpoint, state, binding, marks, comm.rank, comm.world_size)
+        except Exception as problem:
+            error = problem
+        agree(comm, error, timeout, f"comparing the state with {where}")
     manifest = checkpoint.manifest
     return Loaded(manifest.step, manifest.generation, where, binding.report, counts)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from ckptengine.state.leaf import ArrayLeaf, Path
 from ckptengine.state.report import LoadReport
+from ckptengine.state.saved import Node, SavedArray, SavedValue
 
-__all__ = ["Action", "Binding", "Read"]
+__all__ = ["Action", "Binding", "Promise", "Read"]
 
 Action = tuple[int, Callable[[], object]]
 """A phase, lower ones first, and what is to be done in it."""
@@ -24,16 +26,44 @@ class Read:
     target: ArrayLeaf
 
 
+@dataclass(frozen=True, slots=True)
+class Promise:
+    """What the state must be once everything is set.
+
+    `leaves` are the entries of the checkpoint that are loaded, by their paths in the state, and `containers` the nodes
+    that hold them. `built` are the optimizers and objects by their paths: what lies there is built from the checkpoint.
+    `before` is what the objects' `state_dict` gave before. `derived` are the paths of what is not taken over as it was
+    saved, `refused` of what did not fit, `other_class` of what takes over what another class had saved. `wanted` tells,
+    given a value and its path, whether it was asked for.
+    """
+
+    leaves: Mapping[Path, SavedArray | SavedValue]
+    containers: Mapping[Path, Node]
+    built: Mapping[Path, Any]
+    optimizers: frozenset[Path]
+    before: Mapping[Path, Any]
+    derived: frozenset[Path]
+    cast: frozenset[str]
+    wanted: Callable[[Any, Path], bool]
+    parameter_name: Callable[[str], str]
+    refused: frozenset[Path]
+    other_class: frozenset[Path]
+    saved_world_size: int
+
+
 class Binding:
     """A state and a checkpoint that fit; nothing has been changed yet.
 
-    `reads` are filled in place first. `report` says what fits. `finish` is called once, after all ranks have
-    read and verified everything.
+    `reads` are filled in place first. `report` says what fits, `promise` what must be there in the end. `finish` is
+    called once, after all ranks have read and verified everything.
     """
 
-    def __init__(self, reads: list[Read], report: LoadReport, actions: list[Action]) -> None:
+    def __init__(
+        self, reads: list[Read], report: LoadReport, actions: list[Action], promise: Promise | None = None
+    ) -> None:
         self.reads = reads
         self.report = report
+        self.promise = promise
         self._actions: list[Action] | None = actions
 
     def finish(self) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
@@ -21,6 +21,7 @@ __all__ = [
     "Path",
     "Placement",
     "dotted",
+    "is_inside",
 ]
 
 Key = str | int
@@ -30,6 +31,11 @@ Path = tuple[Key, ...]
 def dotted(path: Path) -> str:
     """Return a path as people read it, `model.h.0.weight`; not unique, for messages only."""
     return ".".join(str(key) for key in path)
+
+
+def is_inside(path: Path, others: Collection[Path]) -> bool:
+    """Whether a path is one of others, or lies inside one of them."""
+    return bool(others) and any(path[:depth] in others for depth in range(len(path) + 1))
 
 
 class Placement(StrEnum):

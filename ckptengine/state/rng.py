@@ -79,6 +79,7 @@ class RNG:
         self._declared = frozenset(shared)
         self._key = None if key is None else operator.index(key)
         self._resumed = 0
+        self._anew: tuple[str, ...] = ()
         self._found: frozenset[str] = frozenset()
         self._arrays: dict[str, NDArray[np.uint8]] = {}
         self._handed_out: Callable[[], object] = lambda: None
@@ -117,6 +118,12 @@ class RNG:
             "states": PerRank(states, resize=_only, ranks=_first_or_own),
         }
 
+    def rederived_state(self, saved_world_size: int, world_size: int) -> list[str | tuple[str, ...]]:
+        """Return what is not as it was saved after a load: the count of lives, and the streams that don't go on."""
+        if saved_world_size != world_size:
+            return ["record", "shared", "states"]
+        return ["record", "shared", *(("states", name) for name in self._anew)]
+
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Set the streams from what `state_dict` returned, or what loading made of it for this rank.
 
@@ -144,6 +151,7 @@ class RNG:
             _set(stream, self._restored[name])
         self._resumed = max(record.resumed for record in saved.records) + 1
         self._found = shared if saved.resized else first.found
+        self._anew = tuple(name for name in {*here, *saved.names} if name not in data)
         self._tell(saved, here, data)
 
     def rewind(self) -> bool:

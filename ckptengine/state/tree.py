@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Mapping
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -36,7 +37,10 @@ from ckptengine.state.trace import (
 )
 from ckptengine.state.values import MAX_DEPTH
 
-__all__ = ["FlatState", "flatten", "flatten_traced", "sharded_parts", "unflatten"]
+__all__ = ["FlatState", "Wanted", "flatten", "flatten_loaded", "flatten_traced", "sharded_parts", "unflatten"]
+
+
+Wanted = Callable[[Any, Path], bool]
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +86,11 @@ def flatten_traced(state: Mapping[str, Any], asked: Asked | None = None) -> tupl
     return walk.result(), walk.trace()
 
 
+def flatten_loaded(state: Mapping[str, Any], wanted: Wanted) -> FlatState:
+    """Return `flatten`'s leaves of what is wanted, given a value and its path; nothing else is looked at."""
+    return _Walk(state, Asked(), wanted).result()
+
+
 def sharded_parts(array: ShardedArray, path: Path, *, target: bool) -> TensorView:
     """Return a hand-sharded array's view: the local part's memory at its place in the global array."""
     local = array.adapter.view(array.local, path, target=target)
@@ -92,9 +101,10 @@ def sharded_parts(array: ShardedArray, path: Path, *, target: bool) -> TensorVie
 class _Walk:
     """One walk over a state."""
 
-    def __init__(self, state: Mapping[str, Any], asked: Asked) -> None:
+    def __init__(self, state: Mapping[str, Any], asked: Asked, wanted: Wanted | None = None) -> None:
         self._inspector = Inspector(asked)
-        self._inspector.ask(state)
+        self._wanted = wanted
+        self._inspector.ask(state, wanted=wanted or (lambda value, path: True))
         self._names = self._inspector.parameter_names(state)
         self._arrays: list[ArrayLeaf] = []
         self._values: tuple[dict[Path, Any], dict[Path, Any]] = ({}, {})
@@ -102,6 +112,7 @@ class _Walk:
         self._built: tuple[list[Container], list[Container]] = ([], [])
         self._orders: tuple[dict[Path, tuple[int, ...]], dict[Path, tuple[int, ...]]] = ({}, {})
         self._empty: dict[Path, str] = {}
+        self._metadata: tuple[dict[Path, Any], dict[Path, Any]] = ({}, {})
         self._shapes: tuple[dict[Path, tuple[int, ...]], dict[Path, tuple[int, ...]]] = ({}, {})
         self._aliases: dict[Path, Path] = {}
         self._first: dict[Hashable, int] = {}
@@ -118,7 +129,10 @@ class _Walk:
         arrays = tuple(
             replace(leaf, fenced=True) if number in self._fenced else leaf for number, leaf in enumerate(self._arrays)
         )
-        shared, own = (Outline(tuple(self._built[own]), self._orders[own], self._shapes[own]) for own in (False, True))
+        shared, own = (
+            Outline(tuple(self._built[own]), self._orders[own], self._shapes[own], self._metadata[own])
+            for own in (False, True)
+        )
         return FlatState(arrays, *self._values, self._aliases, *self._containers, shared, own, self._empty)
 
     def trace(self) -> Trace:
@@ -129,6 +143,8 @@ class _Walk:
     def _visit(self, value: Any, path: Path, *, per_rank: bool, buffer: bool = False) -> Step:
         if len(path) > MAX_DEPTH:
             raise StateError(f"{dotted(path[:3])}…: nested more than {MAX_DEPTH} deep (or inside itself); flatten it")
+        if self._wanted is not None and not self._wanted(value, path):
+            return PlainStep(path, per_rank)
         kind, adapter = self._inspector.kind(value, path)
         match kind:
             case Kind.PLAIN:
@@ -196,6 +212,8 @@ class _Walk:
         items = children(value, path)
         keys = [key for key, _ in items] if isinstance(value, Mapping) else None
         self._build(path, container_kind(value), per_rank, keys=keys)
+        if type(value) is OrderedDict and getattr(value, "_metadata", None) is not None:
+            self._metadata[per_rank][path] = vars(value)["_metadata"]
         steps = [self._visit(item, (*path, key), per_rank=per_rank) for key, item in items]
         if isinstance(value, Mapping):
             return DictStep(type(value), dict(zip(value, steps, strict=True)))

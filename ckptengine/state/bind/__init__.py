@@ -58,4 +58,4 @@ def bind(
             + "\n(is it the checkpoint of another model? `rename` maps names, `only` says what to load)",
             report,
         )
-    return Binding(binder.reads, report, binder.actions)
+    return Binding(binder.reads, report, binder.actions, binder.promise())

@@ -8,13 +8,13 @@ from typing import Any
 
 from ckptengine.state.adapters import Layouts
 from ckptengine.state.bind.sharing import Taken, extents, sharing
-from ckptengine.state.binding import Action, Read
+from ckptengine.state.binding import Action, Promise, Read
 from ckptengine.state.kinds import Inspector
-from ckptengine.state.leaf import ArrayLeaf, Path, dotted
+from ckptengine.state.leaf import ArrayLeaf, Path, dotted, is_inside
 from ckptengine.state.loaders import is_stateful_loader
 from ckptengine.state.outline import class_name, is_of_class
 from ckptengine.state.report import LoadReport
-from ckptengine.state.saved import Node, Saved, SavedArray, own_tree, shared_tree
+from ckptengine.state.saved import Node, Saved, SavedArray, SavedValue, own_tree, shared_tree
 from ckptengine.state.select import Selection, renamer
 
 __all__ = ["CONVERT", "FRAMEWORK", "OBJECTS", "SET", "BinderBase", "Put", "Same"]
@@ -65,13 +65,17 @@ class BinderBase(ABC):
         self._missing: list[tuple[str, Hashable | None]] = []
         self._mismatched: list[str] = []
         self._other_class: list[str] = []
+        self._of_other_class: set[Path] = set()
         self._lacks_arrays = False
         self.refused: list[Path] = []
         """The paths of what does not fit, and of everything inside."""
         self.derived: list[Path] = []
         """The paths of what is made anew from what was saved, by a `resize`."""
-        self.built: list[Path] = []
-        """The paths of optimizers and objects: what lies there is built from the checkpoint."""
+        self.built: dict[Path, Any] = {}
+        """The optimizers and objects by their paths: what lies there is built from the checkpoint."""
+        self.optimizers: set[Path] = set()
+        self.before: dict[Path, Any] = {}
+        """What the objects' `state_dict` gave before."""
         self._cast: list[str] = []
         self._filled: dict[Hashable, int] = {}
         self._ties: list[tuple[int, int]] = []
@@ -98,6 +102,47 @@ class BinderBase(ABC):
             other_class=tuple(self._other_class),
             lacks_arrays=self._lacks_arrays,
         )
+
+    def promise(self) -> Promise:
+        """Return what the state must be once everything is read and set."""
+        refused = frozenset(self.refused)
+        leaves: dict[Path, SavedArray | SavedValue] = {}
+        containers: dict[Path, Node] = {}
+        for root in (self._shared, self._own):
+            for path, node in root.nodes():
+                where = self._path_here(path)
+                if is_inside(where, refused):
+                    continue
+                if node.entry is not None and node.used:
+                    leaves[where] = node.entry
+                elif node.entry is None and (where not in containers or containers[where].kind is None):
+                    containers[where] = node
+        return Promise(
+            leaves=leaves,
+            containers=containers,
+            built=self.built,
+            optimizers=frozenset(self.optimizers),
+            before=self.before,
+            derived=frozenset(self.derived),
+            cast=frozenset(self._cast),
+            wanted=lambda value, path: self._selection.touches(path) and not is_stateful_loader(value),
+            parameter_name=self._parameter_name,
+            refused=refused,
+            other_class=frozenset(self._of_other_class),
+            saved_world_size=self._saved.world_size,
+        )
+
+    def _path_here(self, path: Path) -> Path:
+        """Return a path with the name that an optimizer's parameter has in the state."""
+        for depth in range(len(path) - 2):
+            if path[: depth + 1] in self.optimizers and path[depth + 1] == "state":
+                return (*path[: depth + 2], self._parameter_name(str(path[depth + 2])), *path[depth + 3 :])
+        return path
+
+    def _parameter_name(self, name: str) -> str:
+        """A parameter's name is itself a dotted path, so `rename` holds for it too."""
+        renamed = self._rename((name,))
+        return name if renamed == (name,) else dotted(renamed)
 
     @abstractmethod
     def _bind(self, value: Any, put: Put | None, path: Path, node: Node | None, *, per_rank: bool) -> None:
@@ -128,6 +173,7 @@ class BinderBase(ABC):
             return True
         taken = ", ".join(str(key) for key in list(node.children)[:12])
         taken += f" and {len(node.children) - 12} more" if len(node.children) > 12 else ""
+        self._of_other_class.add(path)
         self._other_class.append(f"{dotted(path)}: {reason}; taken over all the same: {taken or 'its value'}")
         return False
 

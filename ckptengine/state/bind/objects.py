@@ -37,7 +37,7 @@ class ObjectBinder(TensorBinder):
             return
         if node is not None and self._another_class(target, path, node):
             return
-        self.built.append(path)
+        self.built[path], self.before[path] = target, current
         rebuilt: Any = {} if node is None else self._rebuild(node, path, current)
         self._loaded.append(dotted(path))
         for keys, holder in inner:
@@ -55,6 +55,7 @@ class ObjectBinder(TensorBinder):
             self._mismatch(path, reason, own)
         else:
             rebuilt = self._rebuild(own, path)
+            self.derived.append(path)  # it is not asked for its state, so nobody can say what it is now
             self._loaded.append(dotted(path))
             self._act(OBJECTS, functools.partial(loader.load_state_dict, rebuilt))
 

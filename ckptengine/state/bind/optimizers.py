@@ -32,7 +32,8 @@ class OptimizerBinder(TensorBinder):
         if self._selection.reaches(path):
             if self._another_class(optimizer, path, node):
                 return
-            self.built.append(path)
+            self.built[path] = optimizer
+            self.optimizers.add(path)
         saved_state = node.child("state") or Node()
         by_name = {self._parameter_name(str(key)): child for key, child in saved_state.children.items()}
         for group, group_names in zip(groups, names, strict=True):
@@ -53,11 +54,6 @@ class OptimizerBinder(TensorBinder):
         if adapter.loads_itself(optimizer):
             call = functools.partial(adapter.hand_over, optimizer)
             self._act(FRAMEWORK, functools.partial(hand_over, optimizer, None, path, call))
-
-    def _parameter_name(self, name: str) -> str:
-        """A parameter's name is itself a dotted path, so `rename` holds for it too."""
-        renamed = self._rename((name,))
-        return name if renamed == (name,) else dotted(renamed)
 
     def _state_differs(self, parameter: Any, name: str, path: Path, node: Node, current: Mapping[Any, Any]) -> bool:
         """Whether the saved state belongs to a parameter of another shape: then none of it is taken.

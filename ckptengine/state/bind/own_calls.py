@@ -54,7 +54,8 @@ class OwnCallsBinder(ObjectBinder, OptimizerBinder, ModuleBinder):
             return
         if self._another_class(optimizer, path, node):
             return
-        self.built.append(path)
+        self.built[path], self.before[path] = optimizer, current
+        self.optimizers.add(path)
         names = optimizer_names(groups, self._names)
         packed = self._own_groups(groups, names, path, node, per_rank)
         if packed is None:

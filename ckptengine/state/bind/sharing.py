@@ -12,7 +12,7 @@ import numpy as np
 from ckptengine.state.dtypes import DTYPES
 from ckptengine.state.leaf import ArrayLeaf, HostMemory, Part
 
-__all__ = ["Extent", "Taken", "extents", "overlap", "sharing"]
+__all__ = ["Extent", "Taken", "array_at", "extents", "overlap", "sharing"]
 
 _MAX_WORK = 10_000
 """Steps after which two strided memories count as overlapping: more than any slices of one tensor need."""
@@ -73,18 +73,23 @@ def overlap(one: Extent, other: Extent) -> bool:
 class _Interface:
     """What numpy needs to make an array that is never looked into."""
 
-    def __init__(self, extent: Extent) -> None:
+    def __init__(self, address: int, shape: tuple[int, ...], strides: tuple[int, ...], itemsize: int) -> None:
         self.__array_interface__ = {
             "version": 3,
-            "data": (extent.address, True),
-            "shape": extent.shape,
-            "strides": extent.strides,
-            "typestr": f"|V{extent.itemsize}",
+            "data": (address, True),
+            "shape": shape,
+            "strides": strides,
+            "typestr": f"|V{itemsize}",
         }
 
 
 def _array(extent: Extent) -> np.ndarray[Any, Any]:
-    return np.asarray(_Interface(extent))
+    return array_at(extent.address, extent.shape, extent.strides, extent.itemsize)
+
+
+def array_at(address: int, shape: tuple[int, ...], strides: tuple[int, ...], itemsize: int) -> np.ndarray[Any, Any]:
+    """Return memory as a read-only array of raw elements of `itemsize` bytes; whoever has it keeps it alive."""
+    return np.asarray(_Interface(address, shape, strides, itemsize))
 
 
 class Taken:

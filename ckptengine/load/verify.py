@@ -1,0 +1,220 @@
+"""After a load: whether the state is what was saved, without reading most of it twice."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ckptengine import _native
+from ckptengine.errors import CheckpointError, RestoreDifferenceError
+from ckptengine.load.checkpoint import Checkpoint
+from ckptengine.load.same import stored_parts
+from ckptengine.state.adapters import adapters
+from ckptengine.state.bind.sharing import Extent, array_at, extents, sharing
+from ckptengine.state.binding import Binding, Promise, Read
+from ckptengine.state.compare import Difference, Found, compare
+from ckptengine.state.dtypes import DTYPES
+from ckptengine.state.leaf import HostMemory, Part, Path, is_inside
+from ckptengine.state.outline import part_order
+from ckptengine.state.tree import FlatState, flatten_loaded
+
+__all__ = ["Marks", "check_restored"]
+
+_SAMPLES = 32
+"""Elements of an array, evenly spread, that show whether user code has written to it past the framework's counter."""
+
+_SHOWN = 8
+
+_log = logging.getLogger("ckptengine")
+
+
+@dataclass(frozen=True, slots=True)
+class _Mark:
+    """What a read has filled, verified, before any code of the user ran: where it lies, and what shows a change."""
+
+    read: Read
+    places: tuple[Extent, ...]
+    now: tuple[Any, ...]
+
+
+class Marks:
+    """Taken when all is read and verified, and nothing is set yet."""
+
+    def __init__(self, binding: Binding) -> None:
+        assert binding.promise is not None
+        self._promise: Promise = binding.promise
+        self._versions = {adapter.name: adapter for adapter in adapters()}
+        self._of: dict[tuple[Path, int | None], list[_Mark]] = {}
+        for read in binding.reads:
+            mark = _Mark(read, tuple(extents(read.target)), self._look(read))
+            self._of.setdefault((read.path, read.rank), []).append(mark)
+
+    def _look(self, read: Read) -> tuple[Any, ...]:
+        """Return what changes when the memory of a read is written to.
+
+        What objects are handed is summed up whole: it may be numpy's, which counts no writes.
+        """
+        whole = read.target.path not in self._promise.optimizers and is_inside(read.target.path, self._promise.before)
+        adapter = self._versions[read.target.container]
+        seen: list[Any] = []
+        for part in read.target.parts:
+            memory = part.memory
+            seen.append(adapter.versions([memory.owner])[0] if adapter.is_tensor(memory.owner) else 0)
+            if isinstance(memory, HostMemory):
+                array = _host(part, read.target.dtype)
+                seen.append(_crc(array) if whole else _sampled(array))
+        return tuple(seen)
+
+    def vouch_for(self, one: Found) -> bool | None:
+        """Return whether a leaf is as it was read; None where only the checkpoint can tell.
+
+        What lies where it was read to and was not touched since needs no second look. What was read, and is untouched,
+        is compared with what lies elsewhere.
+        """
+        places = tuple(extents(one.leaf))
+        boxes = [part.box for part in one.leaf.parts]
+        for mark in self._of.get((one.entry.path, one.entry.rank), []):
+            target = mark.read.target
+            if [part.box for part in target.parts] != boxes or mark.now != self._look(mark.read):
+                continue
+            if len(places) == len(boxes) and mark.places == places:
+                return True
+            pairs = zip(target.parts, one.leaf.parts, strict=True)
+            if all(_equal(_host(a, target.dtype), _host(b, target.dtype)) for a, b in pairs):
+                return True
+        return None
+
+    def made(self, one: Found) -> bool:
+        """Whether a leaf lies in memory that was read into."""
+        places = tuple(extents(one.leaf))
+        return any(mark.places == places for mark in self._of.get((one.entry.path, one.entry.rank), []))
+
+
+def check_restored(
+    checkpoint: Checkpoint, state: Mapping[str, Any], binding: Binding, marks: Marks, rank: int, world_size: int
+) -> FlatState:
+    """Walk the state as a save would and compare it with the checkpoint; return what the walk saw.
+
+    Raises `RestoreDifferenceError` naming the leaves, the rank, what was stored and what is there now.
+    """
+    promise = binding.promise
+    assert promise is not None
+    try:
+        flat = flatten_loaded(state, promise.wanted)
+        differences, kept, found = compare(promise, flat, world_size)
+    except CheckpointError as error:
+        raise RestoreDifferenceError(
+            f"rank {rank}: the state can't be compared with {checkpoint.location}, from which it was restored: "
+            f"{error}. `verify=False` restores without looking"
+        ) from error
+    differences += _arrays(checkpoint, promise, marks, found)
+    if kept:
+        _log.warning(
+            "%s: %d value(s) of objects are newer than the checkpoint and were left as they are: %s",
+            checkpoint.location,
+            len(kept),
+            ", ".join(str(one).partition(":")[0] for one in kept[:_SHOWN]),
+        )
+    if differences:
+        raise RestoreDifferenceError(_message(checkpoint.location, differences, rank))
+    return flat
+
+
+def _arrays(checkpoint: Checkpoint, promise: Promise, marks: Marks, found: Sequence[Found]) -> list[Difference]:
+    """Return the arrays whose bytes, or whose order in memory, are not those of the checkpoint."""
+    differences = []
+    doubtful = _sharing(found)
+    for number, one in enumerate(found):
+        name = ".".join(map(str, one.path))
+        if name in promise.cast:
+            continue  # its bytes are what the cast made of them
+        if (number in doubtful or not marks.vouch_for(one)) and not _as_stored(checkpoint, one):
+            differences.append(Difference(one.path, f"other contents now than in the checkpoint, {_head(one)}"))
+        elif one.entry.told and is_inside(one.path, promise.built) and marks.made(one) and not _lies_as_saved(one):
+            order = "row-major" if one.entry.order is None else f"dimensions {one.entry.order}, outermost first"
+            differences.append(Difference(one.path, f"{order} in the checkpoint, another memory layout now"))
+    return differences
+
+
+def _sharing(found: Sequence[Found]) -> set[int]:
+    """Return the arrays that have memory in common with one that has other bytes in the checkpoint."""
+    leaves = [one.leaf for one in found]
+    result: set[int] = set()
+    for group in sharing(leaves):
+        if len({(found[n].entry.path, found[n].entry.rank) for n in group}) > 1:
+            result.update(group)
+    return result
+
+
+def _lies_as_saved(one: Found) -> bool:
+    if not one.leaf.parts:
+        return True
+    shape, here = one.leaf.parts[0].box.shape, part_order(one.leaf.parts[0])
+    natural = range(len(shape))
+    orders = [
+        [dim for dim in (order or natural) if dim < len(shape) and shape[dim] > 1] for order in (here, one.entry.order)
+    ]
+    return orders[0] == orders[1]
+
+
+def _as_stored(checkpoint: Checkpoint, one: Found) -> bool:
+    """Whether an array has the bytes that are stored, which are read once more."""
+    stored = stored_parts(checkpoint, Read(one.entry.path, one.entry.rank, one.leaf), one.leaf)
+    pairs = zip(one.leaf.parts, stored, strict=True)
+    return all(_equal(_host(part, one.leaf.dtype), array) for part, array in pairs)
+
+
+def _host(part: Part, dtype: str) -> np.ndarray[Any, Any]:
+    """Return a part's memory as an array of raw elements, a copy of it where it is a device's."""
+    raw = DTYPES[dtype].numpy
+    memory = part.memory
+    if isinstance(memory, HostMemory):
+        kind = np.dtype(f"V{raw.itemsize}")
+        return array_at(memory.address, part.box.shape, memory.strides, kind.itemsize)
+    array = np.empty(part.box.shape, raw)
+    memory.copy_to_host(array)
+    return array.view(f"V{raw.itemsize}")
+
+
+def _equal(one: np.ndarray[Any, Any], other: np.ndarray[Any, Any]) -> bool:
+    kind = _WORDS.get(one.dtype.itemsize)
+    if kind is None:
+        return one.tobytes() == other.tobytes()
+    return bool(np.array_equal(one.view(kind), other.view(kind)))
+
+
+_WORDS = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
+
+
+def _crc(array: np.ndarray[Any, Any]) -> int:
+    return int(_native.crc32(np.ascontiguousarray(array).reshape(-1).view(np.uint8)))
+
+
+def _sampled(array: np.ndarray[Any, Any]) -> bytes:
+    count = min(array.size, _SAMPLES)
+    if array.flags.c_contiguous:
+        return array.reshape(-1)[:: max(1, array.size // count)].tobytes()
+    numbers = np.linspace(0, array.size - 1, count).astype(np.int64)
+    return array[np.unravel_index(numbers, array.shape)].tobytes()
+
+
+def _head(one: Found) -> str:
+    leaf = one.leaf
+    return f"{leaf.dtype} of shape {leaf.shape}, {leaf.placement.value}"
+
+
+def _message(where: str, differences: Sequence[Difference], rank: int) -> str:
+    lines = [f"  {one}" for one in differences[:_SHOWN]]
+    if len(differences) > _SHOWN:
+        lines.append(f"  … and {len(differences) - _SHOWN:,} more")
+    count = "1 thing" if len(differences) == 1 else f"{len(differences):,} things"
+    return (
+        f"rank {rank}: the state is not what {where} has, {count} differ after the load:\n" + "\n".join(lines) + "\n"
+        "Don't train on with it. Code of the state's own objects (load_state_dict, hooks) has most likely changed what "
+        "it was handed; an object that derives part of its state anew says so with `rederived_state`. `verify=False` "
+        "restores without looking"
+    )
