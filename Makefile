@@ -7,6 +7,10 @@ ZOO := .venv-zoo
 BIN := $(VENV)/bin
 
 SOURCES := $(wildcard csrc/*.c csrc/*.h)
+# The stores that tests/servers runs against, and their clients: an environment of their own.
+SERVERS := .venv-servers
+AZURITE := 3.35.0
+
 C_FILES := $(SOURCES) $(wildcard tests/native/*.c tests/native/*.h)
 
 # Registries have bad moments: pip's own retries first, then the whole command twice more.
@@ -15,7 +19,7 @@ pip_install = for try in 1 2 3; do \
 		echo "pip failed (try $$try of 3)" >&2; sleep $$((try * 5)); \
 	done; exit 1
 
-.PHONY: setup demo test zoo lint bench sanitize clean
+.PHONY: setup demo test test-servers zoo lint bench sanitize clean
 
 setup: $(VENV)/engine.stamp
 
@@ -35,6 +39,23 @@ demo: setup
 
 test: setup
 	$(BIN)/python -m pytest
+
+# Against real servers of the protocols: an S3 gateway, Google's, Azure's (on Node.js), SFTP.
+test-servers: setup $(SERVERS)/requirements.stamp $(SERVERS)/azurite.stamp
+	CKPTENGINE_TEST_SERVERS=1 PYTHONPATH=$(CURDIR) $(SERVERS)/bin/python -m pytest tests/servers $(ARGS)
+
+$(SERVERS)/requirements.stamp: requirements-servers.txt
+	@test -x $(SERVERS)/bin/python || { echo "making $(SERVERS) with $(PYTHON)"; $(PYTHON) -m venv $(SERVERS); }
+	@echo "installing requirements-servers.txt into $(SERVERS)"
+	@$(call pip_install,-r requirements-servers.txt,$(SERVERS)/bin)
+	@touch $@
+
+$(SERVERS)/azurite.stamp: $(SERVERS)/requirements.stamp
+	@if command -v npm >/dev/null; then \
+		echo "installing azurite $(AZURITE)"; \
+		npm install --no-audit --no-fund --loglevel=error --prefix $(SERVERS)/azurite azurite@$(AZURITE); \
+	else echo "npm is not here: Azure's protocol will not be tested" >&2; fi
+	@touch $@
 
 $(ZOO)/requirements.stamp: requirements-zoo.txt
 	@test -x $(ZOO)/bin/python || { echo "making $(ZOO) with $(PYTHON)"; $(PYTHON) -m venv $(ZOO); }
@@ -65,6 +86,6 @@ sanitize: setup
 	PYTHON=$(abspath $(BIN)/python) bash tests/native/run_sanitized.sh
 
 clean:
-	rm -rf $(VENV) $(ZOO) build dist ckptengine.egg-info demo .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(ZOO) $(SERVERS) build dist ckptengine.egg-info demo .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	rm -f ckptengine/_native.*.so benchmarks.json
 	find ckptengine tests examples benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +

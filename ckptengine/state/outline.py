@@ -15,6 +15,7 @@ from ckptengine.errors import CheckpointDamagedError
 from ckptengine.state.adapters import TensorView
 from ckptengine.state.leaf import HostMemory, Key, Part, Path, dotted
 from ckptengine.state.nested import item_of
+from ckptengine.state.values import decode, encode
 
 __all__ = [
     "Container",
@@ -61,12 +62,14 @@ class Outline:
 
     `orders` has for each of these the dimensions from the outermost in memory to the innermost (see `memory_order`).
     `shapes` has the shape of each parameter that an optimizer has state for and that is in none of the state's modules,
-    under the path of that state.
+    under the path of that state. `metadata` has torch's `_metadata` of each `OrderedDict` that has one (the versions of
+    a module's parts), by which a later `load_state_dict` knows what it is given.
     """
 
     containers: tuple[Container, ...] = ()
     orders: Mapping[Path, tuple[int, ...]] = field(default_factory=dict)
     shapes: Mapping[Path, tuple[int, ...]] = field(default_factory=dict)
+    metadata: Mapping[Path, Any] = field(default_factory=dict)
 
     @functools.cached_property
     def encoded(self) -> str:
@@ -83,6 +86,10 @@ class Outline:
         }
         if self.shapes:
             document["shapes"] = [[list(path), list(shape)] for path, shape in self.shapes.items()]
+        if self.metadata:
+            document["metadata"] = [
+                [list(path), encode(value, (*path, "_metadata"))] for path, value in self.metadata.items()
+            ]
         text = json.dumps(document, separators=(",", ":")).encode()
         return base64.b64encode(zlib.compress(text, _LEVEL)).decode()
 
@@ -113,9 +120,10 @@ def decode_outline(text: object, leaves: int) -> Outline:
         containers = tuple(Container(_path(path), *records[_index(number)]) for number, path in document["containers"])
         orders = {_path(path): _order(order) for path, order in document["orders"]}
         shapes = {_path(path): tuple(map(_index, _path(shape))) for path, shape in document.get("shapes", [])}
+        metadata = {_path(path): decode(value) for path, value in document.get("metadata", [])}
     except (binascii.Error, zlib.error, ValueError, KeyError, TypeError, IndexError, RecursionError) as error:
         raise CheckpointDamagedError(f"the structure is damaged ({type(error).__name__}: {error})") from error
-    return Outline(containers, orders, shapes)
+    return Outline(containers, orders, shapes, metadata)
 
 
 def class_name(value: Any) -> str:

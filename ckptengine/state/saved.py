@@ -71,10 +71,11 @@ class Node:
     """One place in the tree; `used` once the state has taken it, or a message has named it.
 
     `cls` is the class of the optimizer or object that was here. `ordered` tells that the children are in the order that
-    the state had them in, `kind` what held them; None where the checkpoint does not say.
+    the state had them in, `kind` what held them; None where the checkpoint does not say. `parameter_shape` is that of
+    the parameter whose state lies here, `metadata` the `_metadata` of an `OrderedDict`, None where there is none.
     """
 
-    __slots__ = ("children", "cls", "container", "entry", "kind", "ordered", "parameter_shape", "used")
+    __slots__ = ("children", "cls", "container", "entry", "kind", "metadata", "ordered", "parameter_shape", "used")
 
     def __init__(self) -> None:
         self.children: dict[Key, Node] = {}
@@ -84,6 +85,7 @@ class Node:
         self.kind: str | None = None
         self.ordered = False
         self.parameter_shape: tuple[int, ...] | None = None
+        self.metadata: Any = None
         self.used = False
 
     def child(self, key: Key) -> Node | None:
@@ -190,6 +192,10 @@ def _apply(root: Node, outline: Outline | None, rename: Callable[[Path], Path]) 
         node = root.find(rename(where))
         if node is not None:
             node.parameter_shape = shape
+    for where, metadata in ({} if outline is None else outline.metadata).items():
+        node = root.find(rename(where))
+        if node is not None:
+            node.metadata = metadata
 
 
 def _insert(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -111,6 +112,7 @@ class _Walk:
         self._built: tuple[list[Container], list[Container]] = ([], [])
         self._orders: tuple[dict[Path, tuple[int, ...]], dict[Path, tuple[int, ...]]] = ({}, {})
         self._empty: dict[Path, str] = {}
+        self._metadata: tuple[dict[Path, Any], dict[Path, Any]] = ({}, {})
         self._shapes: tuple[dict[Path, tuple[int, ...]], dict[Path, tuple[int, ...]]] = ({}, {})
         self._aliases: dict[Path, Path] = {}
         self._first: dict[Hashable, int] = {}
@@ -127,7 +129,10 @@ class _Walk:
         arrays = tuple(
             replace(leaf, fenced=True) if number in self._fenced else leaf for number, leaf in enumerate(self._arrays)
         )
-        shared, own = (Outline(tuple(self._built[own]), self._orders[own], self._shapes[own]) for own in (False, True))
+        shared, own = (
+            Outline(tuple(self._built[own]), self._orders[own], self._shapes[own], self._metadata[own])
+            for own in (False, True)
+        )
         return FlatState(arrays, *self._values, self._aliases, *self._containers, shared, own, self._empty)
 
     def trace(self) -> Trace:
@@ -207,6 +212,8 @@ class _Walk:
         items = children(value, path)
         keys = [key for key, _ in items] if isinstance(value, Mapping) else None
         self._build(path, container_kind(value), per_rank, keys=keys)
+        if type(value) is OrderedDict and getattr(value, "_metadata", None) is not None:
+            self._metadata[per_rank][path] = vars(value)["_metadata"]
         steps = [self._visit(item, (*path, key), per_rank=per_rank) for key, item in items]
         if isinstance(value, Mapping):
             return DictStep(type(value), dict(zip(value, steps, strict=True)))

@@ -22,8 +22,8 @@ _T = TypeVar("_T")
 _ATOMIC = frozenset(("gs", "gcs", "abfs", "abfss", "az", "adl"))
 # Where directories have to be made and removed, names are given by renaming, and a connection is lost for good.
 _FILES = frozenset(("sftp", "ssh", "sshfs", "ftp", "ftps", "smb", "hdfs", "arrow_hdfs", "webhdfs", "webHDFS", "dbfs"))
-# Whose connection takes one command at a time.
-_ONE_AT_A_TIME = frozenset(("ftp", "ftps"))
+# Whose connection takes one command at a time: ftplib's, and paramiko's, whose threads take each other's replies.
+_ONE_AT_A_TIME = frozenset(("ftp", "ftps", "sftp", "ssh"))
 _TIMES = "LastModified", "last_modified", "updated", "mtime", "modify", "modificationTime", "created"
 
 # The dictionary of `memory://` is this process's, and its files share one position among all who read them.
@@ -38,8 +38,7 @@ class FsspecObjects(Objects):
         # In a chain the last one has the files.
         store = location.rpartition("::")[2].partition("://")[0]
         self._make, self._in_memory = make, store == "memory"
-        one = protocol in _ONE_AT_A_TIME or store in _ONE_AT_A_TIME
-        self._guard = _memory if self._in_memory else threading.RLock() if one else contextlib.nullcontext()
+        self._one = threading.RLock() if store in _ONE_AT_A_TIME else None
         self._has_files = store in _FILES
         self.atomic_create = self._in_memory or protocol in _ATOMIC
         self.needs_probe = protocol in _ATOMIC
@@ -71,6 +70,8 @@ class FsspecObjects(Objects):
             if self.version == seen:
                 self.version += 1
                 self._opened = None
+                # Who holds the old one may never come back.
+                self._one = self._one and threading.RLock()
             return True
 
     def reconnect(self, seen: int) -> None:
@@ -81,14 +82,14 @@ class FsspecObjects(Objects):
     def _run(self, call: Callable[[], _T], seconds: float) -> _T:
         """Return what a call returns, within `seconds`: few of these file systems have a limit of their own."""
         if self._in_memory:
-            with self._guard:
+            with _memory:
                 return call()
         results: list[_T] = []
         errors: list[BaseException] = []
 
         def work() -> None:
             try:
-                with self._guard:
+                with self._alone():
                     results.append(call())
             except BaseException as error:
                 errors.append(error)
@@ -101,6 +102,12 @@ class FsspecObjects(Objects):
         if not results:
             raise TimeoutError("no reply")
         return results[0]
+
+    def _alone(self) -> contextlib.AbstractContextManager[Any]:
+        """Return a lock where the file system can't do two things at once."""
+        if self._one is None or self._fs.async_impl:
+            return contextlib.nullcontext()
+        return self._one
 
     def _with_parents(self, path: str, write: Callable[[], _T]) -> _T:
         """Return what `write` returns, after the directories above the path were made where it has such."""
@@ -145,9 +152,17 @@ class FsspecObjects(Objects):
         """Return bytes of an object by `cat_file`."""
 
         def get() -> bytes:
-            if nbytes == 0 or position >= self._stat(key).nbytes:
+            end = min(position + nbytes, self._stat(key).nbytes) if nbytes else 0
+            if position >= end:
                 return b""
-            return bytes(self._fs.cat_file(self._path(key), start=position, end=position + nbytes))
+            if not self._has_files:
+                return bytes(self._fs.cat_file(self._path(key), start=position, end=end))
+            # `cat_file` of some reads the whole file.
+            with self._fs.open(self._path(key), "rb") as file:
+                if hasattr(file, "readv"):  # paramiko: all of a range is asked for at once
+                    return b"".join(file.readv([(position, end - position)]))
+                file.seek(position)
+                return bytes(file.read(end - position))
 
         return self._run(get, seconds)
 
@@ -224,17 +239,31 @@ class FsspecObjects(Objects):
                 path = f"/{name.strip('/')}" if root.startswith("/") else name.strip("/")
                 self._made.discard(path)
                 with contextlib.suppress(OSError, NotImplementedError):
-                    self._fs.rmdir(path)
+                    self._remove_directory(path)
 
         if self._has_files:
             self._run(remove, seconds)
+
+    def _remove_directory(self, path: str) -> None:
+        if self._fs.async_impl and hasattr(self._fs, "_rmdir"):
+            # `rmdir` is not among the calls that fsspec makes of the asynchronous ones.
+            from fsspec.asyn import sync
+
+            sync(self._fs.loop, self._fs._rmdir, path)
+        else:
+            self._fs.rmdir(path)
 
     def upload(self, key: str, part_nbytes: int, seconds: float) -> Upload:
         """Open a file for writing, whose buffer is one part."""
 
         def opened() -> Any:
             path = self._path(key)
-            return self._with_parents(path, lambda: self._fs.open(path, "wb", block_size=part_nbytes))
+            # To files a block is what goes in one packet, to objects a part.
+            block = {} if self._has_files else {"block_size": part_nbytes}
+            file = self._with_parents(path, lambda: self._fs.open(path, "wb", **block))
+            if hasattr(file, "set_pipelined"):  # paramiko: packets don't wait for each other's replies
+                file.set_pipelined(True)
+            return file
 
         return _File(self, self._run(opened, seconds), key)
 

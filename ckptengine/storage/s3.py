@@ -199,7 +199,9 @@ class S3Objects(Objects):
 
     def remove_empty(self, prefix: str, seconds: float) -> None:
         """Remove what stores that lie on a file system leave in place of a directory: keys that end with a slash."""
-        for key in sorted((key for key in self.below(prefix, seconds) if key.endswith("/")), reverse=True):
+        # Without its slash, since one that is asked for with it is not told itself.
+        found = self.below(prefix.removesuffix("/"), seconds)
+        for key in sorted((key for key in found if key.startswith(prefix) and key.endswith("/")), reverse=True):
             self._call("delete_object", seconds, Key=self._prefix + key)
 
     def upload(self, key: str, part_nbytes: int, seconds: float) -> Upload:

@@ -34,6 +34,14 @@ _BITS = {
 _COMPARED = {bits: torch.int64 if bits is torch.complex128 else bits for _, bits in _BITS.values()}
 
 
+# Subclasses of which torch's own calls on tensors fail with errors of their own.
+_OWN_FORMS = {
+    "MaskedTensor": "is more than its data; put `get_data()` and `get_mask()` into the state",
+    "ShardedTensorBase": "is torch's old form of a sharded tensor; use a DTensor, or ckptengine.ShardedArray(local, "
+    "global_shape, offset) for each local shard",
+}
+
+
 def dtype_name(dtype: torch.dtype) -> str:
     """Return the logical name of a dtype, `float32`."""
     return str(dtype).removeprefix("torch.")
@@ -109,6 +117,9 @@ def convert_tensor(tensor: torch.Tensor, buffers: Sequence[np.ndarray[Any, Any]]
 
 def _check(tensor: torch.Tensor, path: Path) -> str:
     where, what = dotted(path), type(tensor).__name__
+    for kind in type(tensor).__mro__:
+        if kind.__name__ in _OWN_FORMS:
+            raise StateError(f"{where}: {what} {_OWN_FORMS[kind.__name__]}")
     refuse_emptied(tensor, path)
     if torch.nn.parameter.is_lazy(tensor):
         raise StateError(f"{where}: {what} has no shape yet; run one forward pass first")

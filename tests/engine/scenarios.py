@@ -271,6 +271,7 @@ def replicated_arrays_are_compared_at_every_save_on_request(comm: Communicator, 
         ckpt.save(1, replicas(comm, False)).durable.result(30)
         with pytest.raises(ReplicaMismatchError, match="the replicas on rank 1 differ"):
             ckpt.save(2, replicas(comm, True)).durable.result(30)
+        ckpt.save(3, replicas(comm, False)).durable.result(30)
 
 
 @scenario

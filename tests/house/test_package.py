@@ -90,6 +90,7 @@ def test_the_source_distribution_holds_what_is_needed_to_build_and_test(
         "LICENSE",
         "README.md",
         "requirements-dev.txt",
+        "requirements-servers.txt",
         "docs/format.md",
         "examples/demo.py",
     }

@@ -23,12 +23,19 @@ def pins(file: str = "requirements-dev.txt") -> dict[str, str]:
 
 def test_every_requirement_is_an_exact_pin() -> None:
     assert len(pins()) > 20
+    assert len(pins("requirements-servers.txt")) > 20
     assert len(pins("requirements-zoo.txt")) > 20
 
 
 def test_the_zoo_has_the_same_torch_and_numpy_as_the_other_tests() -> None:
     for name in ("torch", "numpy", "ml-dtypes", "numcodecs", "setuptools"):
         assert pins("requirements-zoo.txt")[name] == pins()[name]
+
+
+def test_both_environments_have_the_same_of_what_they_share() -> None:
+    mine, others = pins(), pins("requirements-servers.txt")
+    shared = {"fsspec", "s3fs", "aiobotocore", "botocore", "numpy", "pytest"}
+    assert {name: others[name] for name in shared} == {name: mine[name] for name in shared}
 
 
 def test_the_pins_cover_and_satisfy_the_project_and_its_dev_extra() -> None:

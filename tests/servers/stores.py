@@ -120,6 +120,8 @@ def google(folder: Path) -> Iterator[int]:
 
 
 def google_place(port: int) -> Place:
+    # gcsfs would ask a service which the server does not have for the kind of the bucket, for a minute.
+    os.environ["GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT"] = "false"
     import gcsfs
 
     options = {"endpoint_url": f"http://127.0.0.1:{port}", "token": "anon", "project": "p"}

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import logging
+from collections import OrderedDict
 from typing import Any
 
 import pytest
@@ -220,3 +222,29 @@ def test_what_has_nothing_to_save_is_told_once(tmp_path: Any, caplog: Any) -> No
     assert len(told) == 1
     assert "metrics.0 (torch.nn.modules.activation.ReLU)" in told[0]
     assert "scaler (torch.amp.grad_scaler.GradScaler)" in told[0]
+
+
+class Best:
+    """Keeps the best weights so far, as early stopping does."""
+
+    def __init__(self) -> None:
+        self.weights: Any = None
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"weights": self.weights}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.weights = state["weights"]
+
+
+def test_kept_weights_still_say_their_versions() -> None:
+    module = nn.Sequential(nn.BatchNorm1d(3), PerChannelMinMaxObserver())
+    module(torch.rand(4, 3))
+    best, fresh = Best(), Best()
+    best.weights = copy.deepcopy(module.state_dict())
+    load(save({"best": best}), {"best": fresh})
+    assert type(fresh.weights) is OrderedDict
+    assert fresh.weights._metadata == best.weights._metadata
+    other = nn.Sequential(nn.BatchNorm1d(3), PerChannelMinMaxObserver())
+    other.load_state_dict(fresh.weights)
+    assert torch.equal(other[1].min_val, module[1].min_val)

@@ -6,7 +6,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.distributed._shard.sharded_tensor
 from state_memory import load, read_part, save
+from torch.distributed._shard.sharded_tensor import ShardedTensor
 
 from ckptengine.errors import CheckpointDamagedError, LoadMismatchError, StateError
 from ckptengine.state.dtypes import DTYPES
@@ -248,3 +250,12 @@ def test_torch_values_that_do_not_exist_are_damage(data: Any) -> None:
 
 def test_new_tensors_have_the_saved_type() -> None:
     assert TorchAdapter().empty("bfloat16", (2, 0)).dtype is torch.bfloat16
+
+
+def test_masked_and_old_sharded_tensors_are_refused_by_path() -> None:
+    masked = torch.masked.masked_tensor(torch.ones(3), torch.tensor([True, False, True]))
+    with pytest.raises(StateError, match=r"a\.m: MaskedTensor is more than its data; put `get_data"):
+        flatten({"a": {"m": masked}})
+    sharded = torch.Tensor._make_wrapper_subclass(ShardedTensor, (4,), dtype=torch.float32)
+    with pytest.raises(StateError, match=r"a\.m: ShardedTensor is torch's old form .*DTensor"):
+        flatten({"a": {"m": sharded}})

@@ -250,8 +250,10 @@ class TensorBinder(BinderBase):
         if node.kind != "ordered":
             return result
         ordered: Any = OrderedDict(result)
-        if hasattr(like, "_metadata"):  # the versions of modules, which their own loading code asks for
-            ordered._metadata = like._metadata
+        # The versions of modules, which their own loading code asks for; old checkpoints do not tell.
+        metadata = getattr(like, "_metadata", None) if node.metadata is None else copy.deepcopy(node.metadata)
+        if metadata is not None:
+            ordered._metadata = metadata
         return ordered
 
     def _rebuild_item(self, node: Node, path: Path, like: Any, make: Maker | None) -> Any:
