@@ -63,8 +63,8 @@ def _flat(name: str, value: Any) -> Iterator[tuple[str, Any]]:
             yield from _flat(f"{name}.{number}", item)
     elif isinstance(value, nn.Cell) and any(True for _ in value.get_parameters()):
         raise StateError(
-            f"the scheduler's attribute {name!r} is a {describe_type(value)} with parameters: put it into the state under a "
-            "name of its own, and let a class made from the scheduler take it as an argument of `step`"
+            f"the scheduler's attribute {name!r} is a {describe_type(value)} with parameters: put it into the state "
+            "under a name of its own, and have `step` take it as an argument"
         )
     elif isinstance(value, Tensor) or not callable(value):
         yield name, value

@@ -92,7 +92,7 @@ def test_learning_rates_and_losses_after_a_restart_are_those_without_one(kind, t
     ce.save(tmp_path, first.state)
     second = Job(kind, seed=5, rate=0.5)
     report = ce.load(tmp_path, into=second.state)
-    assert not (report.missing or report.unexpected or report.mismatched)
+    assert [*report.missing, *report.unexpected, *report.mismatched] == []
     assert second.train(range(SAVED_AT, STEPS)) == whole[SAVED_AT:]
 
 
