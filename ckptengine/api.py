@@ -149,7 +149,7 @@ def load(
     storage = open_checkpoint(path, storage_options, None if step is None else checked_step(step, {}), timeout)
     options = LoadOptions.of(only, rename, strict, cast, verify)
     if into is None:
-        return load_arrays(storage, options, rank)
+        return load_arrays(storage, options, rank, timeout)
     comm = comm or current(timeout)
     storage.check_shared(comm.world_size)
     loaded = load_newest(storage, into, comm, timeout, options)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -44,6 +43,8 @@ class Checkpoint:
         self.directory = directory
         self.manifest = manifest
         self._archives: dict[int, Archive] = {}
+        self._rows: StoredRows | None = None
+        self._shared: dict[str, Any] | None = None
 
     @property
     def location(self) -> str:
@@ -61,9 +62,15 @@ class Checkpoint:
             self._archives[rank] = open_archive(self.storage, self.file(record.name), record)
         return self._archives[rank]
 
-    @functools.cached_property
+    @property
     def rows(self) -> StoredRows:
         """Which box of which leaf lies where: the layout file, of which each part is verified when it is read."""
+        # Not a `cached_property`: all of a class share one lock, and one that hangs would hold up every load.
+        if self._rows is None:
+            self._rows = self._read_rows()
+        return self._rows
+
+    def _read_rows(self) -> StoredRows:
         record = self.manifest.layout
         fixed_nbytes = [archive.tail_position for archive in self.manifest.archives]
         name = self.file(record.name)
@@ -78,10 +85,12 @@ class Checkpoint:
             )
         return rows
 
-    @functools.cached_property
+    @property
     def shared(self) -> dict[str, Any]:
         """The replicated values, as stored."""
-        return self.archive(0).attributes(OBJECTS)
+        if self._shared is None:
+            self._shared = self.archive(0).attributes(OBJECTS)
+        return self._shared
 
     def own(self, rank: int) -> dict[str, Any]:
         """Return the values of one rank that saved, as stored."""

@@ -17,6 +17,7 @@ from ckptengine.comm.base import Communicator
 from ckptengine.errors import CheckpointDamagedError, CheckpointNotFoundError, StorageError
 from ckptengine.load.checkpoint import Checkpoint
 from ckptengine.storage.base import StorageView, join
+from ckptengine.storage.within import within
 
 __all__ = ["TRIES", "Chooser", "newest_checkpoint", "while_replaced"]
 
@@ -97,12 +98,16 @@ class Chooser:
     def __init__(self, views: Sequence[StorageView], comm: Communicator, timeout: float) -> None:
         self._views, self._storage, self._comm, self._timeout = views, views[0], comm, timeout
 
+    def _within(self, look: Callable[[], _T]) -> _T:
+        """Return what a look at the storage returns, in time; see `within`."""
+        return within(self._timeout, f"choosing a checkpoint in {self._storage.location()}", look)
+
     def newest(self) -> Checkpoint:
         """Return the newest checkpoint; raises on all ranks as `newest_checkpoint` does."""
         value, error = None, None
         if self._comm.rank == 0:
             try:
-                value = _pack(newest_checkpoint(self._storage), 0)
+                value = _pack(self._within(lambda: newest_checkpoint(self._storage)), 0)
             except Exception as problem:
                 error = problem
         found = self._share(value, error)
@@ -115,7 +120,7 @@ class Chooser:
         if self._comm.rank == 0:
             manifest = join(checkpoint.directory, manifest_name(checkpoint.manifest.generation))
             try:
-                value = bytes([all(view.size(manifest) is None for view in self._views)])
+                value = bytes([self._within(lambda: all(view.size(manifest) is None for view in self._views))])
             except Exception as problem:
                 error = problem
         doing = f"looking whether {checkpoint.location} was deleted"
@@ -134,7 +139,7 @@ class Chooser:
             value, error = b"", None
             if self._comm.rank == 0:
                 try:
-                    item = next(items, None)
+                    item = self._within(lambda: next(items, None))
                     value = b"" if item is None else _pack(*item)
                 except Exception as problem:
                     error = problem

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,16 +11,24 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ckptengine import _native
 from ckptengine.archive.image import BLOCK_NBYTES
 from ckptengine.archive.reader import Archive
+from ckptengine.errors import DeadlineError
 from ckptengine.layout.read_plan import Copy, WantedPart, blocks, plan_read
 from ckptengine.layout.tiling import Int64s
 from ckptengine.load.checkpoint import Checkpoint
 from ckptengine.load.schedule import needed_nbytes
 from ckptengine.state.dtypes import DTYPES
 from ckptengine.state.leaf import ArrayLeaf, DeviceMemory, HostMemory
+from ckptengine.storage.stuck import operation_of
+from ckptengine.storage.within import within
 
-__all__ = ["Filling", "Source", "host_memory", "plan_filling", "read_ranges"]
+__all__ = ["READ_TIMEOUT", "Filling", "Source", "host_memory", "plan_filling", "read_ranges"]
+
+
+READ_TIMEOUT = 600.0
+"""Seconds without a byte after which a read is given up, where the caller has no other number."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,12 +45,13 @@ class Filling:
     """How this rank's parts of leaves are filled: its archives by number, and the ranges that it needs of them.
 
     `needs` are int64 rows of archive, start and stop, ascending. `finish` is called when all is read: it brings what
-    was read for devices there.
+    was read for devices there. `memories` keep what is filled where it is.
     """
 
     sources: dict[int, Source]
     needs: Int64s
     finish: Callable[[], None]
+    memories: tuple[HostMemory, ...]
 
 
 def host_memory(array: NDArray[Any]) -> HostMemory:
@@ -80,22 +90,45 @@ def plan_filling(checkpoint: Checkpoint, reads: Sequence[tuple[int, ArrayLeaf]])
         for copy in copies_to_devices:
             copy()
 
-    return Filling(sources, np.concatenate(needs), finish)
+    return Filling(sources, np.concatenate(needs), finish, tuple(memories))
 
 
-def read_ranges(filling: Filling, ranges: Int64s) -> int:
+def read_ranges(filling: Filling, ranges: Int64s, timeout: float) -> int:
     """Read ranges, rows as those of `needs` and parts of them, for this rank alone; return their bytes.
 
-    Every byte is verified before it is used. Raises `CheckpointDamagedError` naming the file and the place; some parts
-    may then have been filled.
+    Every byte is verified before it is used. Raises `CheckpointDamagedError` naming the file and the place, and
+    `DeadlineError` naming the file where nothing has come of it for `timeout` seconds; some parts may then have been
+    filled. While a read that was given up like that is still under way, no other one is begun in this process.
     """
+    check_no_read_is_left_behind()
     for number, source in filling.sources.items():
         begin, end = np.searchsorted(ranges[:, 0], (number, number + 1))
         mine = ranges[begin:end]
         if mine.size:
             spans = np.stack([mine[:, 1], mine[:, 2] - mine[:, 1]], axis=1)
-            source.archive.load(spans, source.ops, source.index)
+            within(
+                timeout,
+                "reading a checkpoint",
+                functools.partial(source.archive.load, spans, source.ops, source.index),
+                _native.counters,
+                lambda thread: _left_behind.append((thread, filling)),
+            )
     return needed_nbytes(ranges)
+
+
+# Reads that nobody waits for any more. They may still fill the memory of a state, which is kept for them.
+_left_behind: list[tuple[threading.Thread, Filling]] = []
+
+
+def check_no_read_is_left_behind() -> None:
+    """Raise `DeadlineError` where a read that was given up may still write into a state, as over what is loaded now."""
+    _left_behind[:] = [(thread, filling) for thread, filling in _left_behind if thread.is_alive()]
+    if _left_behind:
+        what = operation_of(_left_behind[0][0]) or "it"
+        raise DeadlineError(
+            f"a read of a checkpoint that was given up is still under way ({what}), and may overwrite what is loaded "
+            "now: end this process and load in a new one"
+        )
 
 
 def _table(copies: Sequence[Copy], memories: Sequence[HostMemory]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

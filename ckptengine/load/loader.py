@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ckptengine import _native
 from ckptengine.comm.agree import agree, gather
 from ckptengine.comm.base import Communicator
 from ckptengine.errors import CheckpointDamagedError, CheckpointError, RankFailedError, StorageError
@@ -33,6 +34,7 @@ from ckptengine.state.outline import put_in_order
 from ckptengine.state.select import Selection, renamer
 from ckptengine.state.tree import unflatten
 from ckptengine.storage.base import StorageView
+from ckptengine.storage.within import within
 
 __all__ = ["LoadOptions", "Loaded", "load_arrays", "load_newest", "restore_newest", "tell_leftovers"]
 
@@ -176,7 +178,9 @@ def _tell_gone(comm: Communicator, checkpoint: Checkpoint, error: Exception) -> 
         )
 
 
-def load_arrays(storage: StorageView, options: LoadOptions, rank: int | None = None) -> dict[Any, Any]:
+def load_arrays(
+    storage: StorageView, options: LoadOptions, rank: int | None = None, timeout: float = 600.0
+) -> dict[Any, Any]:
     """Return the newest checkpoint as nested dicts of numpy arrays and plain values, in this process alone.
 
     With `rank`, also what that rank has of its own.
@@ -186,12 +190,13 @@ def load_arrays(storage: StorageView, options: LoadOptions, rank: int | None = N
 
     def read(checkpoint: Checkpoint) -> dict[Any, Any]:
         with naming(checkpoint.location):
-            return _arrays_of(checkpoint, options, rank)
+            return _arrays_of(checkpoint, options, rank, timeout)
 
-    return while_replaced(storage, read)
+    doing = f"loading {storage.location()}"
+    return within(timeout, doing, lambda: while_replaced(storage, read), _native.counters)
 
 
-def _arrays_of(checkpoint: Checkpoint, options: LoadOptions, rank: int | None) -> dict[Any, Any]:
+def _arrays_of(checkpoint: Checkpoint, options: LoadOptions, rank: int | None, timeout: float) -> dict[Any, Any]:
     saved = describe(checkpoint)
     if rank is not None and not 0 <= rank < saved.world_size:
         raise ValueError(f"rank {rank}: {checkpoint.location} was saved by {saved.world_size} ranks")
@@ -216,7 +221,7 @@ def _arrays_of(checkpoint: Checkpoint, options: LoadOptions, rank: int | None) -
         target = ArrayLeaf(record.path, record.dtype, record.shape, record.placement, parts, "numpy")
         reads.append((checkpoint.rows.index[source], target))
     filling = plan_filling(checkpoint, reads)
-    read_ranges(filling, filling.needs)
+    read_ranges(filling, filling.needs, timeout)
     filling.finish()
     containers = {rename(path): kind for path, kind in containers.items()}
     nested = unflatten(values, {rename(path): arrays[source] for path, source in wanted.items()}, containers, {})
@@ -249,17 +254,18 @@ def _load(
         with naming(where):
             binding = bind(
                 state,
-                describe(checkpoint),
+                within(timeout, f"reading {where}", lambda: describe(checkpoint), _native.counters),
                 comm.rank,
                 comm.world_size,
                 only=options.only,
                 rename=options.rename,
                 strict=options.strict,
                 cast=options.cast,
-                same=functools.partial(brings_the_same, checkpoint),
+                same=functools.partial(brings_the_same, checkpoint, timeout),
             )
             index = checkpoint.rows.index
-            filling = plan_filling(checkpoint, [(index[one.path, one.rank], one.target) for one in binding.reads])
+            wanted = [(index[one.path, one.rank], one.target) for one in binding.reads]
+            filling = within(timeout, f"reading {where}", lambda: plan_filling(checkpoint, wanted), _native.counters)
             offer = make_offer(comm, filling)
     except Exception as problem:
         error = problem

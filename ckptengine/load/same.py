@@ -9,7 +9,7 @@ import numpy as np
 
 from ckptengine.layout.box import Box
 from ckptengine.load.checkpoint import Checkpoint
-from ckptengine.load.fill import host_memory, plan_filling, read_ranges
+from ckptengine.load.fill import READ_TIMEOUT, host_memory, plan_filling, read_ranges
 from ckptengine.state.bind.sharing import Extent, extents
 from ckptengine.state.binding import Read
 from ckptengine.state.dtypes import DTYPES
@@ -18,12 +18,12 @@ from ckptengine.state.leaf import ArrayLeaf, Part
 __all__ = ["brings_the_same", "stored_parts"]
 
 
-def brings_the_same(checkpoint: Checkpoint, reads: Sequence[Read], tied: bool) -> bool:
+def brings_the_same(checkpoint: Checkpoint, timeout: float, reads: Sequence[Read], tied: bool) -> bool:
     """Return whether reads don't undo each other, in whatever order they come; reads what they ask for, into copies.
 
     With `tied`, each is to fill the whole of one tensor; else they fill what their targets say, which overlap.
     """
-    stored = [stored_parts(checkpoint, read, read.target) for read in reads]
+    stored = [stored_parts(checkpoint, read, read.target, timeout) for read in reads]
     if tied:
         first = reads[0].target
         return all(
@@ -44,7 +44,9 @@ def brings_the_same(checkpoint: Checkpoint, reads: Sequence[Read], tied: bool) -
     return all(_equal(v, p) for found, parts in pairs for v, p in zip(found, parts, strict=True))
 
 
-def stored_parts(checkpoint: Checkpoint, read: Read, target: ArrayLeaf) -> list[np.ndarray[Any, Any]]:
+def stored_parts(
+    checkpoint: Checkpoint, read: Read, target: ArrayLeaf, timeout: float = READ_TIMEOUT
+) -> list[np.ndarray[Any, Any]]:
     """Return this rank's parts of a leaf as they are stored, one array of its box's shape for each; all verified."""
     dtype = DTYPES[target.dtype].numpy
     arrays = [np.empty(part.box.shape, dtype) for part in target.parts]
@@ -54,7 +56,7 @@ def stored_parts(checkpoint: Checkpoint, read: Read, target: ArrayLeaf) -> list[
     )
     leaf = ArrayLeaf(target.path, target.dtype, target.shape, target.placement, parts, "numpy")
     filling = plan_filling(checkpoint, [(checkpoint.rows.index[read.path, read.rank], leaf)])
-    read_ranges(filling, filling.needs)
+    read_ranges(filling, filling.needs, timeout)
     filling.finish()
     return arrays
 

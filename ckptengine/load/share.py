@@ -107,13 +107,13 @@ def read(filling: Filling, group: Together | None, timeout: float) -> Counts:
     """
     needed = needed_nbytes(filling.needs)
     if group is None:
-        return Counts(read_ranges(filling, filling.needs), needed, needed)
+        return Counts(read_ranges(filling, filling.needs, timeout), needed, needed)
     schedule, window, rank = group.schedule, group.window, group.rank
     nbytes = 0
     try:
         if window is not None:
             nbytes += _read_shared(filling, schedule.requests, window, rank, timeout)
-        nbytes += read_ranges(filling, schedule.private[rank])
+        nbytes += read_ranges(filling, schedule.private[rank], timeout)
     except BaseException:
         if window is not None:
             window.stop()

@@ -68,7 +68,7 @@ def load_module(module: Any, entries: Mapping[str, Any]) -> None:
             setattr(module, name, value)
             continue
         for group, new in zip(module.param_groups, value, strict=True):
-            group.update({key: item for key, item in new.items() if not isinstance(item, Tensor)})
+            group.update({k: item for k, item in new.items() if k != "params" and not isinstance(item, Tensor)})
 
 
 def _items(module: Any) -> Iterator[tuple[str, Any, bool, bool]]:

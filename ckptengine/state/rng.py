@@ -20,13 +20,21 @@ from ckptengine.state.per_rank import PerRank
 from ckptengine.state.random_record import Record, digest_of, new_seed, shared_streams
 from ckptengine.state.random_stream import PythonStream, RandomStream
 
-__all__ = ["RNG"]
+__all__ = ["RNG", "given_streams"]
 
 _log = logging.getLogger("ckptengine")
 
 _VERSION = 1
 _GIVEN_NAME = re.compile(r"[^.:/]{1,64}")  # so that it is never a framework's
 _FRAMEWORK_NAME = re.compile(r"[a-z]+\.[a-z]+(:\d+)?")
+
+
+_living: weakref.WeakSet[RNG] = weakref.WeakSet()
+
+
+def given_streams() -> list[RandomStream]:
+    """Return the streams of all generators that were given to any `RNG` that there is."""
+    return [stream for rng in list(_living) for stream in rng._given.values()]
 
 
 class RNG:
@@ -67,6 +75,7 @@ class RNG:
         if isinstance(shared, str):
             raise TypeError(f"RNG: shared={shared!r} is one string; pass a list of names")
         self._given = {name: _given_stream(name, item) for name, item in (generators or {}).items()}
+        _living.add(self)
         self._declared = frozenset(shared)
         self._key = None if key is None else operator.index(key)
         self._resumed = 0

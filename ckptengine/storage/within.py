@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -11,14 +12,23 @@ from ckptengine.storage.stuck import operation_of
 
 __all__ = ["within"]
 
+_LOOK_SECONDS = 1.0
+
 _T = TypeVar("_T")
 
 
-def within(timeout: float, doing: str, call: Callable[[], _T]) -> _T:
+def within(
+    timeout: float,
+    doing: str,
+    call: Callable[[], _T],
+    moved: Callable[[], object] | None = None,
+    left_behind: Callable[[threading.Thread], None] | None = None,
+) -> _T:
     """Return what a call returns, or raise what it raises; raises `DeadlineError` where it takes too long.
 
-    The call runs in a thread of its own, which nobody can end: what it does after `timeout` seconds must do no harm.
-    `doing` says what it is for; the error adds the file and the operation.
+    The call runs in a thread of its own, which nobody can end: what it does after `timeout` seconds must do no harm, or
+    `left_behind` is given, which gets the thread. With `moved` the time counts from the last moment at which that
+    returned something new. `doing` says what the call is for; the error adds the file and the operation.
     """
     results: list[_T] = []
     errors: list[BaseException] = []
@@ -31,11 +41,30 @@ def within(timeout: float, doing: str, call: Callable[[], _T]) -> _T:
 
     thread = threading.Thread(target=run, name="ckptengine-within", daemon=True)
     thread.start()
-    thread.join(timeout)
-    if thread.is_alive():
-        what = operation_of(thread)
-        took = f"{what} has not ended after {timeout:g} s" if what else f"it has not ended after {timeout:g} s"
-        raise DeadlineError(f"{doing}: {took}; the storage does not answer")
+    try:
+        ended = _wait(thread, timeout, moved)
+    except BaseException:  # Ctrl-C: as a call in this thread would, it ends first; a second one does not wait
+        _wait(thread, timeout, moved)
+        if thread.is_alive() and left_behind is not None:
+            left_behind(thread)
+        raise
+    if not ended:
+        if left_behind is not None:
+            left_behind(thread)
+        what = operation_of(thread) or "it"
+        raise DeadlineError(f"{doing}: {what} has not ended after {timeout:g} s; the storage does not answer")
     if errors:
         raise errors[0]
     return results[0]
+
+
+def _wait(thread: threading.Thread, timeout: float, moved: Callable[[], object] | None) -> bool:
+    """Wait for a thread that gets on; return whether it has ended."""
+    last, since = None if moved is None else moved(), time.monotonic()
+    while (left := since + timeout - time.monotonic()) > 0:
+        thread.join(left if moved is None else min(left, _LOOK_SECONDS))
+        if not thread.is_alive():
+            return True
+        if moved is not None and (now := moved()) != last:
+            last, since = now, time.monotonic()
+    return not thread.is_alive()

@@ -96,12 +96,23 @@ def load_module(module: torch.nn.Module, entries: Mapping[str, Any]) -> list[str
 
 
 def check_module(module: torch.nn.Module, path: Path) -> None:
-    """Raise `StateError` for FullyShardedDataParallel (version 1), whose `state_dict` gathers the parameters."""
+    """Raise `StateError` where a module's `state_dict` is not its state.
+
+    That is FullyShardedDataParallel (version 1), which gathers the parameters, and metrics of torchmetrics, which leave
+    out their values unless they are told to keep them.
+    """
     fsdp = sys.modules.get("torch.distributed.fsdp")
     if fsdp is not None and any(isinstance(m, fsdp.FullyShardedDataParallel) for m in module.modules()):
         raise StateError(
             f"{dotted(path)}: FullyShardedDataParallel hides its parameters; use `fully_shard` (FSDP2) instead"
         )
+    metrics = getattr(sys.modules.get("torchmetrics"), "Metric", ())
+    for name, metric in module.named_modules():
+        if isinstance(metric, metrics) and not all(metric._persistent.values()):
+            raise StateError(
+                f"{dotted((*path, name) if name else path)}: {type(metric).__name__} leaves its values out of its "
+                "`state_dict`, so it would begin anew; call `persistent(True)` on it, or leave it out of the state"
+            )
 
 
 def _wrapped_children(module: torch.nn.Module) -> frozenset[str]:

@@ -14,6 +14,7 @@ from ckptengine.errors import StateError
 from ckptengine.state.leaf import Path, dotted
 from ckptengine.torch.dtensor import is_dtensor, local_runs, splits_of
 from ckptengine.torch.own_calls import saves_itself
+from ckptengine.torch.random import is_given
 from ckptengine.torch.tensor import torch_dtype
 from ckptengine.torch.wrapped import is_wrapped
 
@@ -30,11 +31,26 @@ __all__ = [
 
 
 def check_optimizer(optimizer: torch.optim.Optimizer, path: Path) -> None:
-    """Raise `StateError` where state belongs to no parameter, or nobody knows which part a rank holds."""
+    """Raise `StateError` where state belongs to no parameter, is left out, or nobody knows which part a rank holds."""
     if any(kind.__name__ == "ZeroRedundancyOptimizer" for kind in type(optimizer).__mro__):
         raise StateError(
             f"{dotted(path)}: ZeroRedundancyOptimizer keeps whole parameters' state on single ranks; use "
             "`fully_shard` (FSDP2) with a plain optimizer instead"
+        )
+    for name, value in vars(optimizer).items():
+        if isinstance(value, torch.Generator) and not is_given(value):
+            raise StateError(
+                f"{dotted(path)}: {type(optimizer).__name__} draws from its own `{name}`, which its state does not "
+                f"have; give it to the random streams in the state: `ce.RNG({{{name!r}: optimizer.{name}}})`"
+            )
+    if getattr(optimizer, "update_each", 1) != 1 and any(
+        isinstance(getattr(parameter, "hess", None), torch.Tensor)
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+    ):
+        raise StateError(
+            f"{dotted(path)}: {type(optimizer).__name__} keeps `hess` on the parameters from step to step, where no "
+            "state has it; use `update_each=1`"
         )
     if saves_itself(optimizer):
         return  # what it says of itself counts

@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 
 from ckptengine.state.random_stream import RandomStream, expand
+from ckptengine.state.rng import given_streams
 
 __all__ = ["DeviceStream", "GeneratorStream", "process_streams", "unused_stream"]
 
@@ -58,6 +59,13 @@ class GeneratorStream(RandomStream):
         state[0] |= 1 << 31  # a state of zeros would stay there
         fresh[_CPU_WORDS] = state.view(np.uint8)
         self._generator.set_state(_tensor(fresh))
+
+
+def is_given(generator: torch.Generator) -> bool:
+    """Whether a generator was given to a `ce.RNG`, or is the process's own."""
+    if generator is torch.default_generator:
+        return True
+    return any(isinstance(stream, GeneratorStream) and stream._generator is generator for stream in given_streams())
 
 
 class DeviceStream(RandomStream):

@@ -44,7 +44,7 @@ def test_an_archive_is_written_whole(storage, nbytes):
 def test_a_finished_archive_is_a_read_only_file_and_can_be_deleted_all_the_same(storage):
     data = aligned(4096)
     for name in ("step/data/rank.zip", "step/data/other.zip"):
-        write_archive(storage, name, data.ctypes.data, 4096)
+        write_archive(storage, name, data)
         assert not os.stat(storage.location(name)).st_mode & 0o222
     storage.delete("step/data/other.zip")
     storage.delete_tree("step")

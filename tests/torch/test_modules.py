@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import sys
+import types
 from collections import OrderedDict
 from typing import Any
 
@@ -191,3 +193,18 @@ def test_a_modules_state_that_an_object_holds_keeps_its_versions() -> None:
     assert load(save({"best": Best(nn.BatchNorm1d(2).state_dict())}), {"best": best}).complete
     assert best.weights._metadata == versions
     assert best.weights._metadata[""] == {"version": 2}
+
+
+def test_a_metric_that_leaves_its_values_out_of_its_state_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Metric(nn.Module):
+        """What torchmetrics' class has, as far as it matters here."""
+
+        def __init__(self, persistent: bool) -> None:
+            super().__init__()
+            self._persistent = {"total": persistent}
+            self.register_buffer("total", torch.zeros(()), persistent=persistent)
+
+    monkeypatch.setitem(sys.modules, "torchmetrics", types.SimpleNamespace(Metric=Metric))
+    with pytest.raises(StateError, match=r"m\.1: Metric leaves its values out.*persistent\(True\)"):
+        flatten({"m": nn.Sequential(nn.Linear(2, 2), Metric(persistent=False))})
+    flatten({"m": nn.Sequential(nn.Linear(2, 2), Metric(persistent=True))})

@@ -10,6 +10,7 @@ from state_memory import Stored, load, save
 from torch import nn
 
 from ckptengine.errors import LoadMismatchError, StateError
+from ckptengine.state.rng import RNG
 from ckptengine.state.tree import flatten
 
 Make = Callable[[Any], torch.optim.Optimizer]
@@ -316,3 +317,19 @@ def test_state_of_any_shape_is_restored_to_a_parameter_of_the_same_shape_and_no_
     assert all("state of a parameter of shape (5" in line for line in reasons)
     assert other[0].weight in target["opt"].state
     assert other[1].weight not in target["opt"].state
+
+
+class Draws(torch.optim.SGD):
+    """Its steps are random, by a generator of its own."""
+
+    def __init__(self, params: Any) -> None:
+        super().__init__(params, lr=0.1)
+        self.generator = torch.Generator().manual_seed(3)
+
+
+def test_an_optimizer_with_a_generator_of_its_own_is_refused_until_the_streams_have_it() -> None:
+    optimizer = Draws(model().parameters())
+    with pytest.raises(StateError, match=r"opt: Draws draws from its own `generator`.*ce\.RNG"):
+        flatten({"opt": optimizer})
+    rng = RNG({"generator": optimizer.generator})
+    flatten({"opt": optimizer, "rng": rng})

@@ -26,7 +26,7 @@ Record = dict[str, str | bytes]
 
 _SKIPPED = (
     # GradScaler makes its tensor from this when it is first used; what it restores is that tensor.
-    re.compile(r"^scaler\._init_scale$"),
+    re.compile(r"^scaler\._init_(scale|growth_tracker)$"),
     # bitsandbytes: constant tables for quantizing, and whether a warning was given.
     re.compile(r"\.name2qmap$|\._cpu_paged_warned$"),
     # The numbers of hooks come from a counter of the process; what is hooked is code.
@@ -128,7 +128,11 @@ class _Walk:
             return
         self._inside[id(value)] = path
         if isinstance(value, Mapping):
-            self._items(value, [(self._key(key), item) for key, item in value.items()], path)
+            items = [(self._key(key), item) for key, item in value.items()]
+            # torch's own `load_state_dict` adds this key, with the value that a missing one means.
+            if path.endswith(".defaults") and not value.get("differentiable"):
+                items = [(key, item) for key, item in items if key != "differentiable"]
+            self._items(value, items, path)
         else:
             self._items(value, [(str(number), item) for number, item in enumerate(value)], path)
         del self._inside[id(value)]
@@ -138,7 +142,8 @@ class _Walk:
         keys = f" {sorted(key for key, _ in items)}" if isinstance(value, Mapping) else f" {len(items)}"
         self.record[path] = f"{type(value).__name__}{limit}{keys}"
         if isinstance(value, Mapping):
-            self.record[f"{path} order"] = f"{[key for key, _ in items]}"
+            # torch's own `load_state_dict` puts a group's parameters at its end.
+            self.record[f"{path} order"] = f"{[key for key, _ in items if key != 'params']}"
         for key, item in items:
             self.visit(item, f"{path}.{key}")
         if isinstance(value, dict) and type(value) is not dict and hasattr(value, "__dict__"):

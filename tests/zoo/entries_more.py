@@ -67,7 +67,6 @@ def timm_without_models() -> tuple[types.ModuleType, types.ModuleType]:
 TIMM: dict[str, dict[str, Any]] = {
     "Adan": {"lr": 0.01},
     "Lookahead": {"alpha": 0.5, "k": 2},
-    "Adahessian": {"update_each": 2},
     "Lars": {"lr": 0.1, "momentum": 0.9},
     "SGDP": {"lr": 0.01, "momentum": 0.9},
     "SGDW": {"lr": 0.01, "momentum": 0.9},
@@ -79,14 +78,20 @@ def _timm() -> Iterator[Entry]:
     optimizers, schedulers = timm_without_models()
     for name, kind in classes(optimizers, Optimizer):
         yield Entry("timm.optim", name, _of_timm(kind, name))
+        if name == "Adahessian":
+            for every in (1, 2):
+                said = f"{name}(update_each={every}), its generator in ce.RNG"
+                yield Entry("timm.optim", said, _of_timm(kind, name, update_each=every))
     for name, kind in classes(schedulers, schedulers.scheduler.Scheduler):
         yield Entry("timm.scheduler", name, _scheduled(kind, name))
 
 
-def _of_timm(kind: Callable[..., Any], name: str) -> Callable[[World], Job]:
+def _of_timm(kind: Callable[..., Any], name: str, update_each: int = 0) -> Callable[[World], Job]:
     def start(world: World) -> Job:
         model = mixed(world)
         options = {"lr": 0.01, **TIMM.get(name, {})}
+        if update_each:
+            options["update_each"] = update_each
         if world.size > 1 and "foreach" in inspect.signature(kind).parameters:
             options["foreach"] = False
         if name == "Lookahead":
@@ -94,7 +99,10 @@ def _of_timm(kind: Callable[..., Any], name: str) -> Callable[[World], Job]:
             optimizer = kind(inner, **TIMM[name])
         else:
             optimizer = kind(model.parameters(), **options)
-        return train(world, model, optimizer, how="graph" if name == "Adahessian" else "plain")
+        job = train(world, model, optimizer, how="graph" if name == "Adahessian" else "plain")
+        if update_each:
+            job.generators["hessian"] = optimizer.generator
+        return job
 
     return start
 

@@ -48,6 +48,8 @@ class Job:
     step: Callable[[int], float]
     watched: dict[str, Any] = field(default_factory=dict)
     """Further objects to compare, such as the parts of a wrapper."""
+    generators: dict[str, Any] = field(default_factory=dict)
+    """What is given to `ce.RNG`."""
 
 
 @dataclass(frozen=True)

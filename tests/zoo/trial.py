@@ -85,7 +85,7 @@ def first_life(entry: Entry, world: World, folder: Path) -> Past | Outcome:
     job = entry.start(world)
     again = [job.step(number).hex() for number in range(BEFORE)]
     middle = look_at(job)
-    state = {**job.state, "rng": ce.RNG()}
+    state = {"rng": ce.RNG(job.generators), **job.state}
     try:
         ce.save(folder, state)
     except CheckpointError as error:
@@ -111,7 +111,7 @@ def second_life(entry: Entry, world: World, folder: Path, past: Past) -> Outcome
     job = entry.start(World(world.rank, world.size, seed=world.seed + 1))
     try:
         with calls_of_load_state_dict(job) as called:
-            ce.load(folder, into={**job.state, "rng": ce.RNG()})
+            ce.load(folder, into={"rng": ce.RNG(job.generators), **job.state})
     except CheckpointError as error:
         return Outcome(LATE, words_of(error), (str(error),))
     except Exception as error:

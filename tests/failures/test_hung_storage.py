@@ -1,0 +1,178 @@
+"""A storage that does not answer, or deletes more slowly than saves come: each wait ends and says for what."""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import ckptengine as ce
+from ckptengine.errors import CheckpointError, DeadlineError, SaveFailedError
+from ckptengine.storage.local import LocalArchiveWriter, LocalStorage
+
+HANGS = """
+import sys, threading
+import numpy as np
+import ckptengine as ce
+from ckptengine.storage.local import LocalArchiveWriter
+
+ckpt = ce.Checkpointer(sys.argv[1], every=1, timeout=2)
+LocalArchiveWriter.finish = lambda self: threading.Event().wait()
+ckpt.step(1, {"a": np.zeros(1000)})
+"""
+
+
+def state_at(step: int) -> dict[str, Any]:
+    return {"a": np.arange(3000.0) + step, "step": step}
+
+
+Hang = Callable[..., None]
+
+
+@pytest.fixture
+def hang(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hang]:
+    """Have a call of a storage block until the test has ended."""
+    released = threading.Event()
+
+    def install(owner: type, name: str, only: str = "") -> None:
+        real = getattr(owner, name)
+
+        def blocked(self: Any, name: str = "", *arguments: Any, **options: Any) -> Any:
+            if name.endswith(only):
+                released.wait(100)
+            return real(self, name, *arguments, **options) if name else real(self)
+
+        blocked.__code__ = blocked.__code__.replace(co_name=real.__name__)
+        monkeypatch.setattr(owner, real.__name__, blocked)
+
+    yield install
+    released.set()
+    for thread in threading.enumerate():
+        if thread.name.startswith("ckptengine-") and thread.name != "ckptengine-signals":
+            thread.join(20)
+
+
+def test_opening_ends_after_the_timeout_and_names_file_and_operation(tmp_path: Path, hang: Hang) -> None:
+    hang(LocalStorage, "list")
+    began = time.monotonic()
+    with pytest.raises(DeadlineError, match=f"opening {tmp_path}: listing {tmp_path} has not ended after 1 s"):
+        ce.Checkpointer(tmp_path, timeout=1)
+    assert time.monotonic() - began < 60
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        ("list", "listing {run}"),
+        ("read_bytes", "reading {run}/step-00000001/manifest-0001.json"),
+        ("read_range", "reading {run}/step-00000001/data-.*zarr.zip"),
+        ("load_archive", "reading {run}/step-00000001/data-.*/rank-00000.zarr.zip"),
+    ],
+)
+def test_restore_and_load_end_after_the_timeout_and_name_file_and_operation(
+    call: str, message: str, tmp_path: Path, hang: Hang
+) -> None:
+    with ce.Checkpointer(tmp_path, every=1) as ckpt:
+        ckpt.step(1, state_at(1))
+    ckpt = ce.Checkpointer(tmp_path, timeout=1)
+    hang(LocalStorage, call, "rank-00000.zarr.zip" if call == "load_archive" else "")
+    expected = f"{message.format(run=tmp_path)} has not ended after 1 s"
+    with pytest.raises(DeadlineError, match=expected):
+        ckpt.restore(state_at(0))
+    if call == "load_archive":
+        # What hangs may yet write into that state: nothing is loaded beside it, in whatever state.
+        expected = r"given up is still under way \(reading .*rank-00000.zarr.zip\).*end this process"
+    for into in (None, state_at(0)):
+        with pytest.raises(DeadlineError, match=expected):
+            ce.load(tmp_path, into=into, timeout=1)
+    ckpt.close()
+
+
+def test_a_store_that_takes_connections_and_never_answers_ends_the_opening(tmp_path: Path) -> None:
+    pytest.importorskip("s3fs")
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        options = {
+            "endpoint_url": f"http://127.0.0.1:{server.getsockname()[1]}",
+            "key": "a",
+            "secret": "b",
+            "client_kwargs": {"region_name": "us-east-1"},
+        }
+        began = time.monotonic()
+        with pytest.raises(CheckpointError, match=r"s3://bucket/run"):
+            ce.Checkpointer("s3://bucket/run", timeout=3, storage_options=options)
+        assert time.monotonic() - began < 60
+
+
+def test_a_save_that_hangs_is_told_soon_after_its_timeout_and_the_next_does_not_wait_as_long_again(
+    tmp_path: Path, hang: Hang
+) -> None:
+    ckpt = ce.Checkpointer(tmp_path, every=1, timeout=2)
+    hang(LocalArchiveWriter, "finish")
+    began = time.monotonic()
+    handle = ckpt.step(1, state_at(1))
+    assert handle is not None
+    with pytest.raises(DeadlineError, match=r"not reached within 2 s: finishing .*rank-00000.zarr.zip has not ended"):
+        handle.durable.result()
+    assert time.monotonic() - began < 20
+    with pytest.raises(DeadlineError, match="is still being saved after .*: finishing .*rank-00000.zarr.zip"):
+        ckpt.save(2, state_at(2))
+
+
+def test_the_end_of_a_process_waits_for_a_hung_save_no_longer_than_its_timeout(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", HANGS, str(tmp_path)]
+    job = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
+    assert "is still being saved after" in job.stderr
+    assert "finishing" not in job.stdout
+
+
+# Cleaning.
+
+
+def engine_threads() -> list[str]:
+    return [thread.name for thread in threading.enumerate() if thread.name.startswith("ckptengine-")]
+
+
+def test_fast_saves_leave_no_threads_behind(tmp_path: Path) -> None:
+    seen = []
+    with ce.Checkpointer(tmp_path, every=1, keep_last=1) as ckpt:
+        for step in range(1, 61):
+            ckpt.step(step, state_at(step))
+            seen.append(engine_threads())
+    assert max(names.count("ckptengine-clean") for names in seen) == 1
+    assert max(map(len, seen)) <= 8, seen[-1]
+    assert [path.name for path in tmp_path.glob("step-*")] == ["step-00000060"]
+
+
+def test_saves_wait_for_a_storage_that_deletes_more_slowly_and_the_log_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    may_delete, real = threading.Event(), LocalStorage.delete_tree
+
+    def delete_tree(self: LocalStorage, name: str) -> None:
+        may_delete.wait(100)
+        real(self, name)
+
+    monkeypatch.setattr(LocalStorage, "delete_tree", delete_tree)
+    with ce.Checkpointer(tmp_path, every=1, keep_last=1, timeout=4) as ckpt:
+        failed = []
+        for step in range(1, 14):
+            try:
+                ckpt.save(step, state_at(step)).durable.result()
+            except SaveFailedError as error:
+                failed.append(str(error))
+                break
+        assert step <= 12, "the backlog must be bounded"
+        assert f"deleting {tmp_path}/step-00000001/data-" in failed[0]
+        assert "deleting old checkpoints is slower than saving" in caplog.text
+        assert len(list(tmp_path.glob("step-*"))) <= 12
+        may_delete.set()
+        ckpt.save(20, state_at(20)).durable.result()
+    assert [path.name for path in tmp_path.glob("step-*")] == ["step-00000020"]
