@@ -39,17 +39,18 @@ def scheduler_items(scheduler: Any) -> Iterator[tuple[str, Any]]:
 def load_scheduler(scheduler: Any, values: Mapping[str, Any]) -> None:
     """Set the plain values among a scheduler's items; tensors are filled in place."""
     for name, value in values.items():
-        owner, keys = scheduler, name.split(".")
+        owner: Any = scheduler
+        keys = name.split(".")
         for key in keys[:-1]:
             owner = owner[int(key)] if isinstance(owner, (list, tuple)) else getattr(owner, key)
         if isinstance(owner, list):
             last = int(keys[-1])
             if callable(owner[last]):
-                vars(owner[last]).update(value)
+                owner[last].__dict__.update(value)
             else:
                 owner[last] = value
         elif callable(held := getattr(owner, keys[-1], None)):
-            vars(held).update(value)
+            held.__dict__.update(value)
         else:
             setattr(owner, keys[-1], value)
 
