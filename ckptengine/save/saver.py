@@ -17,6 +17,7 @@ from dataclasses import replace
 from typing import Any, Protocol
 
 from ckptengine.catalog.manifest import checked_metadata
+from ckptengine.catalog.receipt import patience
 from ckptengine.comm.agree import gather
 from ckptengine.comm.base import Communicator
 from ckptengine.errors import CheckpointError, DeadlineError, RankFailedError, SaveFailedError
@@ -254,7 +255,7 @@ class Saver:
             target=target,
             generation=generation,
             attempt=self._planner.next_attempt(),
-            handle=SaveHandle(target.location, timeout),
+            handle=SaveHandle(target.location, timeout, patience(self._comm.rank)),
             deadline=started + timeout,
             started=started,
             waited=started - called,
