@@ -98,6 +98,7 @@ def test_a_failed_attempt_gives_its_room_back_at_once(tmp_path: Path, disk: Faul
         assert files_of(tmp_path) == before
         assert not (tmp_path / "run" / "step-00000002").exists()
         disk.fail_always()
+        checkpointer.save(3, state_at(3, ELEMENTS)).durable.result()
 
 
 def test_a_file_that_ends_while_it_is_read_is_named(tmp_path: Path) -> None:
