@@ -200,7 +200,7 @@ class Checkpointer:
         with self._turn("restore"):
             checked_state(state)
             self._opening.restoring()
-            self.wait(self._timeout)
+            self.wait()
             self._saver.settle(self._timeout)  # what cleans up after a save must not meet what is read
             again = only is not None and (self._parent is not None or self._last is not None)
             if again and step is None:
@@ -402,11 +402,11 @@ class Checkpointer:
     def wait(self, timeout: float | None = None) -> None:
         """Wait until the saves in flight are durable; failed ones are treated as `on_error` says.
 
-        Raises `DeadlineError` after `timeout` seconds.
+        Raises `DeadlineError` after `timeout` seconds (None: when the save's own time is over).
         """
         for handle in list(self._pending):
             if not handle.durable.wait(timeout):
-                handle.durable.result(0)
+                raise handle.durable.overdue(timeout)
         self._reap()
         self._failures.raise_due()
 
@@ -416,8 +416,8 @@ class Checkpointer:
         Shows a progress bar on rank 0. Gives up `timeout` seconds (None: the Checkpointer's own) after the last byte
         that moved, and raises `SaveFailedError` saying where the checkpoint is.
         """
-        timeout = self._timeout if timeout is None else timeout
         self.wait(timeout)
+        timeout = self._timeout if timeout is None else timeout
         self._saver.settle(timeout)  # what is to be moved is said after the commit
         self._tiers.flush(timeout)
 
@@ -444,7 +444,7 @@ class Checkpointer:
                 self._watch.close(failed)
             done = idle = False
             try:
-                self.wait(self._timeout)
+                self.wait()
                 # Of several ranks, some may be dead where one has failed: the next start brings home what is to come.
                 if not failed or self._comm.world_size == 1:
                     self.flush()

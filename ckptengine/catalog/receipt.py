@@ -18,12 +18,17 @@ from ckptengine.comm.ranks import name_ranks
 from ckptengine.errors import CheckpointError, DeadlineError, SaveFailedError, StorageError
 from ckptengine.storage.base import Storage, join
 
-__all__ = ["Channel", "Outcome", "Receipt", "StorageStore", "collect"]
+__all__ = ["Channel", "Outcome", "Receipt", "StorageStore", "collect", "patience"]
 
 _T = TypeVar("_T")
 _MAX_FILE_NBYTES = 1 << 30
 _GRACE = 15.0
 """Seconds that the other ranks wait longer than rank 0, so that they hear from it who is missing."""
+
+
+def patience(rank: int) -> float:
+    """Return the seconds beyond a save's deadline that a rank waits for the word of rank 0; rank 0 itself: none."""
+    return 0.0 if rank == 0 else _GRACE
 
 
 @dataclass(frozen=True, slots=True)
@@ -236,7 +241,7 @@ class Channel:
 
     def outcome(self, deadline: float) -> Outcome:
         """Wait for rank 0's word until a moment of `time.monotonic`; raises `DeadlineError` naming rank 0."""
-        outcome = self.hear(max(0.0, deadline - time.monotonic()) + _GRACE)
+        outcome = self.hear(max(0.0, deadline - time.monotonic()) + patience(self.rank))
         if outcome is None:
             raise DeadlineError("rank 0 did not say in time whether the checkpoint was committed; it may have died")
         return outcome

@@ -11,7 +11,7 @@ from typing import Any
 import mindspore.train as train
 
 from ckptengine.errors import CheckpointError, SaveFailedError, StateError
-from ckptengine.mindspore.checkpoint import SLICES, progress_of, refuse_encryption, settle, start_save
+from ckptengine.mindspore.checkpoint import SLICES, check_appended, progress_of, refuse_encryption, settle, start_save
 from ckptengine.mindspore.files import Checkpoints, numbered_name
 from ckptengine.mindspore.parameters import refuse_split, state_of
 from ckptengine.save.handle import SaveHandle
@@ -69,7 +69,7 @@ class ModelCheckpoint(train.Callback):  # type: ignore[misc]
         if not callable(prefix):
             _check_prefix(prefix)
         self._prefix, self._directory, self._config = prefix, directory, config
-        self._given: dict[str, Any] = dict(config.append_dict or {})
+        self._given: dict[str, Any] = config.append_dict or {}  # the script may change it during the training
         self._chosen: str | None = None  # the prefix of this training
         self._before = (0, 0)
         self._parameters: Any = None
@@ -141,6 +141,7 @@ class ModelCheckpoint(train.Callback):  # type: ignore[misc]
             kept = Checkpoints(directory, prefix, suffix)
         network = parameters.train_network if self._config.saved_network is None else self._config.saved_network
         appended = {**self._given, **self._counted(epoch, step, parameters)}
+        check_appended("ModelCheckpoint", appended)
         self._latest = os.path.join(directory, name)
         self._wait()
         if self._config.integrated_save:

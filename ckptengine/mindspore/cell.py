@@ -11,6 +11,7 @@ from mindspore.experimental.optim import Optimizer as GroupOptimizer
 from mindspore.train import DynamicLossScaleManager
 
 from ckptengine.errors import StateError
+from ckptengine.mindspore.scheduler import is_scheduler, load_scheduler, scheduler_items
 from ckptengine.state.adapters import ModuleEntry
 from ckptengine.state.leaf import Path, dotted
 
@@ -26,8 +27,8 @@ _ATTRIBUTES: tuple[tuple[type, tuple[str, ...]], ...] = (
 
 
 def is_module(value: Any) -> bool:
-    """Whether a value is a Cell, an optimizer among them, or one of MindSpore's loss scalers."""
-    return isinstance(value, (nn.Cell, DynamicLossScaleManager, LossScaler))
+    """Whether a value is a Cell, an optimizer among them, or one of MindSpore's loss scalers and schedulers."""
+    return isinstance(value, (nn.Cell, DynamicLossScaleManager, LossScaler)) or is_scheduler(value)
 
 
 def is_optimizer(value: Any) -> bool:
@@ -62,7 +63,10 @@ def module_values(module: Any) -> dict[str, Any]:
 
 
 def load_module(module: Any, entries: Mapping[str, Any]) -> None:
-    """Set what could not be filled in place: hyperparameters of groups, and attributes of loss scalers."""
+    """Set what could not be filled in place: hyperparameters of groups, attributes of loss scalers and schedulers."""
+    if is_scheduler(module):
+        load_scheduler(module, entries)
+        return
     for name, value in entries.items():
         if name != _GROUPS or not isinstance(module, GroupOptimizer):
             setattr(module, name, value)
@@ -80,6 +84,10 @@ def _items(module: Any) -> Iterator[tuple[str, Any, bool, bool]]:
                     value = getattr(module, name)
                     yield name, value, False, isinstance(value, Tensor)
             return
+    if is_scheduler(module):
+        for name, value in scheduler_items(module):
+            yield name, value, False, isinstance(value, Tensor)
+        return
     weights = {id(weight) for weight in module.parameters} if is_optimizer(module) else frozenset()
     seen = set(weights)
     for prefix, cell in _cells(module):

@@ -162,7 +162,7 @@ class Resume(train.Callback):  # type: ignore[misc]
         self.start = self._checkpointer.restore(self._state)
         self._position.rewind()
         self._base = self._position.step
-        self._trained, self._begun = 0, False
+        self._trained, self._begun, self._within = 0, False, 0
         if self.start is not None:
             _warn_of_random_operators(network)
 
@@ -188,10 +188,20 @@ class Resume(train.Callback):  # type: ignore[misc]
         self._checkpointer.close()
 
     def __enter__(self) -> Resume:
-        """Begin a training: `Model.train` enters its callbacks before it makes its iterator."""
-        self._begun = False
-        self._position.seek()
+        """Begin a training: `Model.train` enters its callbacks before it makes its iterator.
+
+        `Model.fit` enters them once more for each validation, within the training.
+        """
+        self._within += 1
+        if self._within == 1:
+            self._begun = False
+            self._position.seek()
         return self
+
+    def on_eval_begin(self, run_context: Any) -> None:
+        """Have an evaluation begin at the dataset's first batch; this comes before it makes its iterator."""
+        self._position.rewind()
+        self._begun = True
 
     def on_train_begin(self, run_context: Any) -> None:
         """Count on from what was restored, or trained before by this object."""
@@ -223,6 +233,9 @@ class Resume(train.Callback):  # type: ignore[misc]
 
     def __exit__(self, *error: Any) -> None:
         """End a training; where it ends in an exception, wait for the save in flight."""
+        self._within -= 1
+        if self._within:
+            return
         self._position.rewind()
         if not self._begun and self._position.step:
             _log.error(

@@ -112,6 +112,14 @@ class Committer:
         if outcome.error and directory == outcome.directory != open_.job.target.directory:
             raise SaveFailedError(f"rank 0 has left a save out, and this one has failed: {outcome.error}")
 
+    @property
+    def certain(self) -> bool:
+        """Whether this rank knows that the save about which the ranks have to come to one mind is committed."""
+        if self._open is None:
+            return False
+        durable = self._open.job.handle.durable
+        return durable.done() and durable.error is None
+
     def _ask(self, open_: _Open, timeout: float) -> tuple[Outcome | None, bool]:
         """Wait for rank 0's word, or until it waits for this rank elsewhere; return the word and whether it does."""
         deadline = time.monotonic() + (0.0 if open_.asked else timeout)

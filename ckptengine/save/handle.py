@@ -49,9 +49,9 @@ class SaveStats:
 class Moment:
     """A moment that a save reaches or fails to reach."""
 
-    def __init__(self, name: str, timeout: float) -> None:
+    def __init__(self, name: str, timeout: float, patience: float = 0.0) -> None:
         self._name, self._timeout = name, timeout
-        self._deadline = time.monotonic() + timeout + grace(timeout)
+        self._deadline = time.monotonic() + timeout + patience + grace(timeout)
         self.thread: threading.Thread | None = None
         """The thread that is to reach it."""
         self._reached = threading.Event()
@@ -79,17 +79,21 @@ class Moment:
         Raises `DeadlineError` where the moment does not come in time.
         """
         if not self.wait(timeout):
-            doing = operation_of(self.thread)
-            within = f"{self._timeout if timeout is None else timeout:g} s"
-            raise DeadlineError(
-                f"{self._name} was not reached within {within}: {doing} has not ended"
-                if doing
-                else f"{self._name} was not reached within {within}; the save is still running"
-            )
+            raise self.overdue(timeout)
         self.observed = True
         if self._error is not None:
             raise self._error
         return self._stats
+
+    def overdue(self, timeout: float | None = None) -> DeadlineError:
+        """Return the error that says what goes on, where a wait of `timeout` seconds has ended without the moment."""
+        doing = operation_of(self.thread)
+        within = f"{self._timeout if timeout is None else timeout:g} s"
+        return DeadlineError(
+            f"{self._name} was not reached within {within}: {doing} has not ended"
+            if doing
+            else f"{self._name} was not reached within {within}; the save is still running"
+        )
 
     def reach(self, stats: SaveStats | None = None, error: BaseException | None = None) -> None:
         """Mark it as reached, or as failed."""
@@ -118,13 +122,14 @@ class SaveHandle:
     """A save under way.
 
     `staged`: the snapshot is complete, training may change its tensors. `durable`: the checkpoint is committed
-    and survives power loss.
+    and survives power loss. A wait for them ends `timeout` seconds after the call, plus the `patience` with which this
+    rank waits for rank 0's word: its error names the rank that is missing, and must come first.
     """
 
-    def __init__(self, path: str, timeout: float) -> None:
+    def __init__(self, path: str, timeout: float, patience: float = 0.0) -> None:
         self.path = path
         self.staged = Moment(f"the snapshot for {path}", timeout)
-        self.durable = Moment(f"the commit of {path}", timeout)
+        self.durable = Moment(f"the commit of {path}", timeout, patience)
 
     def work_in(self, thread: threading.Thread) -> None:
         """Note the thread that brings the save to its end: what it is doing is said where that takes too long."""

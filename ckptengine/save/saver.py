@@ -17,6 +17,7 @@ from dataclasses import replace
 from typing import Any, Protocol
 
 from ckptengine.catalog.manifest import checked_metadata
+from ckptengine.catalog.receipt import patience
 from ckptengine.comm.agree import gather
 from ckptengine.comm.base import Communicator
 from ckptengine.errors import CheckpointError, DeadlineError, RankFailedError, SaveFailedError
@@ -137,8 +138,18 @@ class Saver:
             )
 
     def settle(self, timeout: float) -> None:
-        """Wait for the save in flight and for the cleaning up after it; raises `DeadlineError`."""
-        self.wait(timeout)
+        """Wait for the save in flight and for the cleaning up after it; raises `DeadlineError`.
+
+        Where this rank knows that the save is committed, and only the others can't be met about it, that is logged: the
+        next save, if there is one, meets them.
+        """
+        self._wait(timeout)
+        try:
+            self.wait(timeout)
+        except CheckpointError as problem:
+            if not self._committer.certain:
+                raise
+            _log.warning("%s; this rank knows that the save is committed", problem)
         if self._job is not None and self._job.thread is not None:
             self._job.thread.join(timeout)
         if not self._cleaner.settle(timeout):
@@ -254,7 +265,7 @@ class Saver:
             target=target,
             generation=generation,
             attempt=self._planner.next_attempt(),
-            handle=SaveHandle(target.location, timeout),
+            handle=SaveHandle(target.location, timeout, patience(self._comm.rank)),
             deadline=started + timeout,
             started=started,
             waited=started - called,

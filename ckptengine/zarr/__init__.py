@@ -12,6 +12,7 @@ import os
 
 import zarr
 
+from ckptengine.zarr.dimensions import DimensionNames
 from ckptengine.zarr.dtype import BFloat16
 from ckptengine.zarr.store import CheckpointStore
 from ckptengine.zarr.tensorstore import open_tensorstore, tensorstore_spec
@@ -19,7 +20,9 @@ from ckptengine.zarr.tensorstore import open_tensorstore, tensorstore_spec
 __all__ = ["BFloat16", "CheckpointStore", "open", "open_tensorstore", "tensorstore_spec"]
 
 
-def open(path: str | os.PathLike[str], step: int | None = None) -> zarr.Group:
+def open(
+    path: str | os.PathLike[str], step: int | None = None, *, dimension_names: DimensionNames | None = None
+) -> zarr.Group:
     """Return the root group of a checkpoint, for reading.
 
     `path` and `step` name it as in `ckptengine.load`: a run, of which the newest is taken or that of `step`, or
@@ -28,6 +31,12 @@ def open(path: str | os.PathLike[str], step: int | None = None) -> zarr.Group:
     Arrays lie below `state` and `ranks/<rank>`, escaped keys as node names (`docs/format.md`); no array is read
     before it is indexed.
 
-    Raises `CheckpointNotFoundError`, `CheckpointDamagedError`, `FormatVersionError`.
+    `dimension_names` are for xarray, which opens no array without them: a dict of nodes and their dimensions' names,
+    `{"state/model/weight": ("out", "in")}`. All other arrays, and all with "auto", get names of their own (`weight_0`,
+    `weight_1`). The checkpoint stays as it is.
+
+    Raises `CheckpointNotFoundError`, `CheckpointDamagedError`, `FormatVersionError`; for `dimension_names` `KeyError`
+    where there is no such array, `ValueError` where their number is not that of its dimensions, `TypeError`.
     """
-    return zarr.open_group(CheckpointStore(path, step=step), mode="r", zarr_format=3)
+    store = CheckpointStore(path, step=step, dimension_names=dimension_names)
+    return zarr.open_group(store, mode="r", zarr_format=3)

@@ -24,6 +24,7 @@ from ckptengine.catalog.naming import open_checkpoint
 from ckptengine.load.checkpoint import Checkpoint
 from ckptengine.load.choose import newest_checkpoint
 from ckptengine.storage.open import open_storage
+from ckptengine.zarr.dimensions import DimensionNames, Names, chosen_names, named
 
 __all__ = ["CheckpointStore", "StoreIndex"]
 
@@ -45,8 +46,11 @@ class CheckpointStore(Store):
     block by block. Copies in other processes (pickled) read
     the same checkpoint. Safe to use from several threads.
 
-    Raises `CheckpointNotFoundError`, `CheckpointDamagedError` (reading does, too), `FormatVersionError`, and
-    `ValueError` for `read_only=False`.
+    `dimension_names` puts names into the metadata of the arrays, as `ckptengine.zarr.open` says; the checkpoint stays
+    as it is.
+
+    Raises `CheckpointNotFoundError`, `CheckpointDamagedError` (reading does, too), `FormatVersionError`, `ValueError`
+    for `read_only=False`, and where `dimension_names` do not fit: `KeyError`, `ValueError`, `TypeError`.
     """
 
     supports_writes = False
@@ -54,7 +58,12 @@ class CheckpointStore(Store):
     supports_listing = True
 
     def __init__(
-        self, checkpoint: Checkpoint | str | os.PathLike[str], *, step: int | None = None, read_only: bool = True
+        self,
+        checkpoint: Checkpoint | str | os.PathLike[str],
+        *,
+        step: int | None = None,
+        read_only: bool = True,
+        dimension_names: DimensionNames | None = None,
     ) -> None:
         if not read_only:
             raise ValueError("a checkpoint is never changed in place: open it with read_only=True and save a new one")
@@ -64,6 +73,14 @@ class CheckpointStore(Store):
         self.checkpoint = checkpoint
         self._index: StoreIndex | None = None
         self._lock = threading.Lock()
+        self._names: Names | None = chosen_names(dimension_names)
+        for node in self._names or ():
+            document = self._document(f"{node}/zarr.json")  # raises where the number of names is another
+            if document is None or b'"dimension_names"' not in document:
+                raise KeyError(
+                    f"dimension_names: {self} has no array {node!r}: it lies below `state`, with escaped keys "
+                    "(docs/format.md), and a leaf of fragments is a group of arrays"
+                )
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, CheckpointStore) and self._identity == other._identity
@@ -72,8 +89,9 @@ class CheckpointStore(Store):
         return hash(self._identity)
 
     @property
-    def _identity(self) -> tuple[str, str]:
-        return self.checkpoint.location, self.checkpoint.manifest.attempt
+    def _identity(self) -> tuple[Any, ...]:
+        names = None if self._names is None else tuple(sorted(self._names.items()))
+        return self.checkpoint.location, self.checkpoint.manifest.attempt, names
 
     def __str__(self) -> str:
         return self.checkpoint.location
@@ -83,13 +101,13 @@ class CheckpointStore(Store):
 
     def __reduce__(self) -> tuple[Any, ...]:
         chosen = self.checkpoint
-        return _restored, (chosen.storage.location(), chosen.directory, chosen.manifest.encode())
+        return _restored, (chosen.storage.location(), chosen.directory, chosen.manifest.encode(), self._names)
 
     def with_read_only(self, read_only: bool = False) -> CheckpointStore:
         """Return a store of the same checkpoint; raises `NotImplementedError` for one that can be written to."""
         if not read_only:
             super().with_read_only(read_only)
-        return CheckpointStore(self.checkpoint)
+        return CheckpointStore(self.checkpoint, dimension_names=self._names)
 
     def index(self) -> StoreIndex:
         """Return the index of all keys; the first call reads the archives' directories."""
@@ -110,8 +128,13 @@ class CheckpointStore(Store):
         if key not in entries:
             return None
         rank, entry = entries[key]
-        start, stop = _bounds(byte_range, entry.nbytes)
-        data = read_entry(self.checkpoint.archive(rank), key, entry, start, stop)
+        if self._is_changed(key):
+            whole = self._document(key) or b""
+            start, stop = _bounds(byte_range, len(whole))
+            data = whole[start:stop]
+        else:
+            start, stop = _bounds(byte_range, entry.nbytes)
+            data = read_entry(self.checkpoint.archive(rank), key, entry, start, stop)
         return (prototype or default_buffer_prototype()).buffer.from_bytes(data)
 
     async def get(
@@ -136,13 +159,14 @@ class CheckpointStore(Store):
         entries = (await self._indexed()).entries
         if key not in entries:
             raise FileNotFoundError(key)
-        return entries[key][1].nbytes
+        return await asyncio.to_thread(self._nbytes, key)
 
     async def getsize_prefix(self, prefix: str) -> int:
         """Return the bytes of all keys below a node: those of `a/b/…` for `a/b`, not those of `a/bc/…`."""
         below = f"{prefix.rstrip('/')}/" if prefix else ""
         entries = (await self._indexed()).entries
-        return sum(entry.nbytes for key, (_, entry) in entries.items() if key.startswith(below))
+        keys = [key for key in entries if key.startswith(below)]
+        return await asyncio.to_thread(lambda: sum(map(self._nbytes, keys)))
 
     async def set(self, key: str, value: Buffer) -> None:
         """Refuse with `ValueError`: a checkpoint is never changed."""
@@ -168,16 +192,34 @@ class CheckpointStore(Store):
         for name in (await self._indexed()).children.get(prefix.rstrip("/"), ()):
             yield name
 
+    def _is_changed(self, key: str) -> bool:
+        return self._names is not None and key.endswith("/zarr.json")
+
+    def _document(self, key: str) -> bytes | None:
+        """Return a node's metadata, with the names of its dimensions; None where there is none."""
+        entries = self.index().entries
+        if key not in entries:
+            return None
+        rank, entry = entries[key]
+        stored = bytes(read_entry(self.checkpoint.archive(rank), key, entry, 0, entry.nbytes))
+        return named(stored, key.removesuffix("/zarr.json"), self._names or {})
+
+    def _nbytes(self, key: str) -> int:
+        if self._is_changed(key):
+            return len(self._document(key) or b"")
+        return self.index().entries[key][1].nbytes
+
     async def _indexed(self) -> StoreIndex:
         await self._ensure_open()
         index = self._index
         return index if index is not None else await asyncio.to_thread(self.index)
 
 
-def _restored(location: str, directory: str, manifest: bytes) -> CheckpointStore:
+def _restored(location: str, directory: str, manifest: bytes, names: Names | None) -> CheckpointStore:
     """Return the store of a checkpoint that another process has chosen."""
     storage = open_storage(location)
-    return CheckpointStore(Checkpoint(storage, directory, Manifest.decode(manifest, storage.location(directory))))
+    chosen = Checkpoint(storage, directory, Manifest.decode(manifest, storage.location(directory)))
+    return CheckpointStore(chosen, dimension_names=names)
 
 
 def _index_of(checkpoint: Checkpoint) -> StoreIndex:

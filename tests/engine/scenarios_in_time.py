@@ -30,7 +30,7 @@ from torch.distributed.tensor import DTensor
 
 import ckptengine as ce
 from ckptengine.catalog import receipt
-from ckptengine.comm.base import Communicator
+from ckptengine.comm.base import Communicator, KeyValueStore
 from ckptengine.errors import (
     CheckpointDamagedError,
     CheckpointError,
@@ -308,13 +308,17 @@ def ranks_at_different_steps_are_told_so(comm: Communicator, folder: Path) -> No
 
 @scenario
 def a_commit_that_rank_0_can_not_announce_is_found_by_the_others(comm: Communicator, folder: Path) -> None:
-    def fail(channel: receipt.Channel, outcome: receipt.Outcome) -> None:
-        raise CheckpointError("the store is gone")
+    put = receipt.put_large
+
+    def fail(store: KeyValueStore, key: str, value: bytes) -> None:
+        if "/outcome/" in key:
+            raise CheckpointError("the store is gone")
+        put(store, key, value)
 
     with pytest.MonkeyPatch.context() as patched, checkpointer(comm, folder, timeout=4.0) as ckpt:
         patched.setattr(receipt, "_GRACE", 0.5)
         ckpt.save(1, {"value": 1}).durable.result(30)
-        patched.setattr(receipt.Channel, "announce", fail)
+        patched.setattr(receipt, "put_large", fail)
         ckpt.save(2, {"value": 2}).durable.result(30)
         comm.barrier(30)
     assert ce.load(folder) == {"value": 2}

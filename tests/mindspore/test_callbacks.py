@@ -120,6 +120,33 @@ def test_what_is_saved_when_and_under_which_name_is_as_configured(tmp_path):
     assert names(tmp_path / "c") == ["net-000001_000001.safetensors", "net-000002_000002.safetensors"]
 
 
+class Sets(Callback):
+    """Gives the configuration's further values another value before the last step, as a script may."""
+
+    def __init__(self, config, value):
+        self.config, self.value = config, value
+
+    def on_train_step_begin(self, run_context):
+        if run_context.original_args().cur_step_num == 4:
+            self.config.append_dict["best"] = self.value
+
+
+def test_values_of_append_info_are_saved_as_they_are_at_the_save(tmp_path):
+    config = CheckpointConfig(1, append_info=[{"best": 0.5}])
+    train(a_model(), 2, [ModelCheckpoint("net", str(tmp_path), config), Sets(config, 0.75)])
+    assert float(load_checkpoint(str(tmp_path / "net-2_1.ckpt"))["best"]) == 0.5
+    assert float(load_checkpoint(str(tmp_path / "net-2_2.ckpt"))["best"]) == 0.75
+
+
+@pytest.mark.parametrize("value", [None, [1, 2], {"a": 1}])
+def test_values_of_append_info_that_mindspore_does_not_take_are_errors(tmp_path, value):
+    with pytest.raises(TypeError, match="append_info"):
+        CheckpointConfig(1, append_info=[{"best": value}])
+    config = CheckpointConfig(1, append_info=[{"best": 0.5}])
+    with pytest.raises(TypeError, match=r"ModelCheckpoint: append_dict\['best'\] is"):
+        train(a_model(), 2, [ModelCheckpoint("net", str(tmp_path), config), Sets(config, value)])
+
+
 def test_a_failed_save_costs_neither_the_training_nor_an_older_checkpoint(tmp_path, monkeypatch, caplog):
     config = CheckpointConfig(save_checkpoint_steps=1, keep_checkpoint_max=1)
     create, calls = LocalStorage.create_archive, []

@@ -105,6 +105,74 @@ def test_a_dataset_of_which_the_training_is_within_an_epoch_can_be_evaluated_and
         assert trained_twice(tmp_path / f"stopped-{step}", step) == whole
 
 
+class Losses(Callback):
+    """Notes the loss of each validation."""
+
+    def __init__(self):
+        self.seen = []
+
+    def on_eval_end(self, run_context):
+        self.seen.append(run_context.original_args().eval_results["eval_loss"])
+
+
+def fitted(folder, valid, stops_at=None):
+    """Train three epochs, each validated; where it stops, another job goes on. Return weights and validation losses."""
+    seen = []
+    for stop in (stops_at, None) if stops_at else (None,):
+        net = training.network(1 if stop == stops_at else 5)
+        model = Model(net, training.loss(), training.optimizer("Momentum", net), metrics={"loss"})
+        dataset = training.dataset(batches=3)
+        resume, losses = Resume(folder, model, dataset, every=1), Losses()
+        callbacks = [resume, losses, *([StopsAt(stop)] if stop else [])]
+        options = {"dataset_sink_mode": False, "initial_epoch": resume.initial_epoch}
+        try:
+            model.fit(3, dataset, valid(dataset), callbacks=callbacks, **options)
+        except KeyboardInterrupt:
+            assert resume.step == stops_at
+        seen += losses.seen
+    assert resume.step == 9
+    return training.contents(model.train_network), seen
+
+
+VALIDATED_WITH = {
+    "the training's own dataset": lambda dataset: dataset,
+    "another": lambda dataset: training.dataset(batches=2),
+}
+
+
+@pytest.mark.parametrize("valid", VALIDATED_WITH.values(), ids=VALIDATED_WITH)
+def test_a_fit_that_is_validated_goes_on_exactly_from_any_step_of_an_epoch(tmp_path, caplog, valid):
+    weights, losses = fitted(tmp_path / "whole", valid)
+    assert len(losses) == 3
+    for step in (3, 4, 5):
+        again, seen = fitted(tmp_path / f"stopped-{step}", valid, step)
+        assert again == weights, step
+        # What stops after the last step of an epoch has not validated it.
+        assert seen == losses[step == 3 :], step
+    assert "did not begin" not in caplog.text
+
+
+def test_a_signal_after_a_validation_still_saves_the_step(tmp_path):
+    net = training.network()
+    model = Model(net, training.loss(), training.optimizer("Momentum", net), metrics={"loss"})
+    dataset = training.dataset(batches=3)
+    resume = Resume(tmp_path, model, dataset)
+    with pytest.raises(SystemExit) as end:
+        model.fit(3, dataset, dataset, callbacks=[Told(5), resume], dataset_sink_mode=False)
+    assert end.value.code == 75
+    assert resume.step == 5
+    assert ce.load(tmp_path)["data"]["step"] == 5
+
+
+def test_an_evaluation_that_is_given_the_resume_begins_at_the_first_batch(tmp_path, caplog):
+    model, dataset = a_job()
+    resume = Resume(tmp_path, model, dataset)
+    train(resume, model, dataset, 2)
+    metric = Model(model._network, training.loss(), metrics={"loss"})
+    assert metric.eval(dataset, [resume], dataset_sink_mode=False) == metric.eval(dataset, dataset_sink_mode=False)
+    assert "did not begin" not in caplog.text
+
+
 def test_a_training_that_counts_its_epochs_from_elsewhere_is_refused(tmp_path, caplog):
     model, dataset = a_job()
     resume = Resume(tmp_path, model, dataset)
