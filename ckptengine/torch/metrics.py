@@ -54,7 +54,7 @@ def set_metric_counters(module: torch.nn.Module, counters: Mapping[str, int]) ->
 
 
 def _metrics(module: torch.nn.Module) -> Iterator[tuple[str, Any]]:
-    """Yield the metrics in a module with the prefixes of their keys; looks at nothing where torchmetrics is not used."""
+    """Yield the metrics in a module with the prefixes of their keys; none where torchmetrics is not imported."""
     kind = getattr(sys.modules.get("torchmetrics"), "Metric", None)
     if kind is not None:
         for name, part in module.named_modules(remove_duplicate=False):

@@ -116,9 +116,9 @@ def check_module(module: torch.nn.Module, path: Path) -> None:
         if _is_quantized_to_4_bits(part):
             raise StateError(
                 f"{dotted((*path, name) if name else path)}: the `quant_state` of bitsandbytes' {type(part).__name__} "
-                "is not taken by its `load_state_dict`, so its weights could not be restored; put what is trained alone "
-                "into the state (`{name: p for name, p in model.named_parameters() if p.requires_grad}`), and quantize "
-                "the rest anew, of the weights that it was made of"
+                "is not taken by its `load_state_dict`, so its weights could not be restored; put what is trained "
+                "alone into the state (`{name: p for name, p in model.named_parameters() if p.requires_grad}`), and "
+                "quantize the rest anew, of the weights that it was made of"
             )
 
 
