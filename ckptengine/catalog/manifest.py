@@ -37,7 +37,7 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 _ALIGNMENT = 4096
 _MAX_BLOCK_NBYTES = 1 << 30
 _MAX_NUMBER = 2**63 - 1
-_MAX_DEPTH = 400  # of lists and dicts in each other: well below what Python's own stack allows
+_TOO_DEEP = "metadata: nested too deep, or inside itself; make it flat"
 
 _T = TypeVar("_T")
 
@@ -74,8 +74,14 @@ class Manifest:
     def encode(self) -> bytes:
         """Return the manifest as canonical JSON with its own digest, field `sha256`.
 
-        Raises `StateError` where metadata is not plain JSON.
+        Raises `StateError` where metadata is not plain JSON, or nested deeper than the stack of this call allows.
         """
+        try:
+            return self._encode()
+        except RecursionError:
+            raise StateError(_TOO_DEEP) from None
+
+    def _encode(self) -> bytes:
         plain_json(self.metadata, "metadata")
         document: dict[str, Any] = {
             "format_version": self.format_version,
@@ -108,14 +114,15 @@ class Manifest:
         for a newer format, `CheckpointDamagedError` for everything else that is not a whole manifest.
         """
         document = parse_document(data, where)
-        # Told here, in whatever thread this is: the main one's deeper stack must not fail where this one's did not.
-        if _nested_deeper(document, _MAX_DEPTH + 1):
-            raise CheckpointDamagedError(f"{where}: nested more than {_MAX_DEPTH} deep, which no manifest is")
         # The digest first: a flipped bit must not pass for a newer version, which no other copy could replace.
         digest = document.pop("sha256", None)
         version = document.get("format_version")
         newer = type(version) is int and version > FORMAT_VERSION
-        if digest != hashlib.sha256(_canonical(document)).hexdigest():
+        try:
+            written = hashlib.sha256(_canonical(document)).hexdigest()
+        except RecursionError:
+            raise CheckpointDamagedError(f"{where}: {_TOO_DEEP}") from None
+        if digest != written:
             claim = f", and it claims the unknown format version {version}" if newer else ""
             raise CheckpointDamagedError(f"{where}: the manifest is not what was written (its SHA-256 differs{claim})")
         if newer:
@@ -178,31 +185,13 @@ def parse_document(data: bytes, where: str) -> dict[str, Any]:
     return document
 
 
-def _nested_deeper(value: Any, most: int) -> bool:
-    """Whether lists and dicts lie in each other more than so many deep; goes no deeper than that, and uses no stack."""
-    level = [value]
-    for _ in range(most + 1):
-        inner: list[Any] = []
-        for item in level:
-            if isinstance(item, (list, tuple)):
-                inner += item
-            elif isinstance(item, dict):
-                inner += item.values()
-        if not inner:
-            return False
-        level = [item for item in inner if isinstance(item, (list, tuple, dict))]
-    return bool(level)
-
-
 def checked_metadata(metadata: Mapping[str, Any] | None) -> dict[str, Any]:
     """Return a user's metadata as the manifest takes it; raises `StateError` where it is not plain JSON."""
     result = dict(metadata or {})
-    if _nested_deeper(result, _MAX_DEPTH):
-        raise StateError(f"metadata: nested more than {_MAX_DEPTH} deep, or inside itself; make it flat")
     try:
         plain_json(result, "metadata")
     except RecursionError:
-        raise StateError("metadata: nested too deep, or inside itself; make it flat") from None
+        raise StateError(_TOO_DEEP) from None
     return result
 
 
