@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from ckptengine.state.adapters import describe_type
@@ -111,7 +112,16 @@ class _Comparison:
         """Whether a tensor that belongs to a sharded parameter has become a plain one."""
         if entry.leaf.placement is not Placement.SHARDED or leaf.placement is Placement.SHARDED:
             return False
-        return is_inside(path, self._promise.built) and leaf.shape in self._sharded
+        if not is_inside(path, self._promise.built) or leaf.shape not in self._sharded:
+            return False
+        # The parameter that it belongs to tells, where it is in the state: another array may have this shape by chance.
+        names = (self._promise.parameter_name(str(key)) for key in path)
+        owner = next((self._by_name[name] for name in names if name in self._by_name), None)
+        return owner is None or owner.placement is Placement.SHARDED
+
+    @cached_property
+    def _by_name(self) -> dict[str, ArrayLeaf]:
+        return {dotted(path): leaf for path, leaf in self._arrays.items()}
 
     def _value(self, path: Path, entry: SavedValue) -> None:
         if self._is_groups(path):
