@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from ckptengine.errors import CheckpointDamagedError, FormatVersionError, LoadMismatchError, StateError
 from ckptengine.state.adapters import adapters, describe_type
+from ckptengine.state.numpy_random import NumpyStream
 from ckptengine.state.per_rank import PerRank
 from ckptengine.state.random_record import Record, digest_of, new_seed, shared_streams
 from ckptengine.state.random_stream import PythonStream, RandomStream
@@ -211,7 +212,12 @@ def _set(stream: RandomStream, state: NDArray[np.uint8] | bytes) -> None:
 
 
 def _keeps_a_part(stream: RandomStream, state: NDArray[np.uint8]) -> bool:
-    """Whether a stream that was set has kept what the state, one of an earlier version, does not say yet."""
+    """Whether a stream that was set has kept what the state, one of an earlier version, does not say yet.
+
+    Only numpy's states have grown; a device's stream must not be asked before the process uses the device.
+    """
+    if not isinstance(stream, NumpyStream):
+        return False
     now = stream.get()
     return now.size > state.size and np.array_equal(now[: state.size], state)
 
