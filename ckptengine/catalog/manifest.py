@@ -37,6 +37,7 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 _ALIGNMENT = 4096
 _MAX_BLOCK_NBYTES = 1 << 30
 _MAX_NUMBER = 2**63 - 1
+_TOO_DEEP = "metadata: nested too deep, or inside itself; make it flat"
 
 _T = TypeVar("_T")
 
@@ -73,8 +74,14 @@ class Manifest:
     def encode(self) -> bytes:
         """Return the manifest as canonical JSON with its own digest, field `sha256`.
 
-        Raises `StateError` where metadata is not plain JSON.
+        Raises `StateError` where metadata is not plain JSON, or nested deeper than the stack of this call allows.
         """
+        try:
+            return self._encode()
+        except RecursionError:
+            raise StateError(_TOO_DEEP) from None
+
+    def _encode(self) -> bytes:
         plain_json(self.metadata, "metadata")
         document: dict[str, Any] = {
             "format_version": self.format_version,
@@ -111,7 +118,11 @@ class Manifest:
         digest = document.pop("sha256", None)
         version = document.get("format_version")
         newer = type(version) is int and version > FORMAT_VERSION
-        if digest != hashlib.sha256(_canonical(document)).hexdigest():
+        try:
+            written = hashlib.sha256(_canonical(document)).hexdigest()
+        except RecursionError:
+            raise CheckpointDamagedError(f"{where}: {_TOO_DEEP}") from None
+        if digest != written:
             claim = f", and it claims the unknown format version {version}" if newer else ""
             raise CheckpointDamagedError(f"{where}: the manifest is not what was written (its SHA-256 differs{claim})")
         if newer:
@@ -180,7 +191,7 @@ def checked_metadata(metadata: Mapping[str, Any] | None) -> dict[str, Any]:
     try:
         plain_json(result, "metadata")
     except RecursionError:
-        raise StateError("metadata: nested too deep, or inside itself; make it flat") from None
+        raise StateError(_TOO_DEEP) from None
     return result
 
 

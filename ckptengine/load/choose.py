@@ -14,7 +14,7 @@ from ckptengine.catalog.listing import Entry, Problem, committed, lineage, manif
 from ckptengine.catalog.manifest import Manifest
 from ckptengine.comm.agree import share
 from ckptengine.comm.base import Communicator
-from ckptengine.errors import CheckpointDamagedError, CheckpointNotFoundError, StorageError
+from ckptengine.errors import CheckpointDamagedError, CheckpointNotFoundError, StateError, StorageError
 from ckptengine.load.checkpoint import Checkpoint
 from ckptengine.storage.base import StorageView, join
 from ckptengine.storage.within import within
@@ -198,7 +198,11 @@ class Chooser:
 
 
 def _pack(checkpoint: Checkpoint, view: int) -> bytes:
-    manifest = checkpoint.manifest.encode().decode()
+    try:
+        manifest = checkpoint.manifest.encode().decode()
+    except StateError as error:  # it was read on a thread, whose stack goes deeper
+        name = join(checkpoint.directory, manifest_name(checkpoint.manifest.generation))
+        raise CheckpointDamagedError(f"{checkpoint.storage.location(name)}: {error}") from None
     return json.dumps({"directory": checkpoint.directory, "manifest": manifest, "view": view}).encode()
 
 

@@ -220,10 +220,26 @@ class Adapter:
         raise NotImplementedError
 
     def new_state_tensor(
-        self, group: dict[str, Any], parameter: Any, key: str, dtype: str, shape: tuple[int, ...]
+        self,
+        group: dict[str, Any],
+        parameter: Any,
+        key: str,
+        dtype: str,
+        shape: tuple[int, ...],
+        spread: str | None = None,
     ) -> Any:
-        """Return a tensor for one item of a parameter's state, placed as the optimizer would place it."""
+        """Return a tensor for one item of a parameter's state, placed as the optimizer would place it.
+
+        `spread` is what `state_spread` said of the saved one.
+        """
         raise NotImplementedError
+
+    def state_spread(self, parameter: Any, key: str, tensor: Any) -> str | None:
+        """Return how an item of a parameter's state is spread over the ranks: `plain`, `replicated` or `parameter`.
+
+        None where `new_state_tensor` makes it so without being told.
+        """
+        return None
 
     def encode_value(self, value: Any) -> tuple[str, Any] | None:
         """Return kind (`dtype`, `size`, `device`) and payload of a framework's plain value, or None."""

@@ -117,8 +117,6 @@ class _Comparison:
             return False
         if path in self._promise.spread:
             return True
-        if is_inside(path, self._promise.optimizers):
-            return False  # the walk refuses an optimizer's whole state of a sharded parameter
         return path not in self._promise.given and self._belongs_to_sharded(path, leaf)
 
     def _became_whole(self, path: Path, saved: Placement, leaf: ArrayLeaf) -> bool:
@@ -128,26 +126,30 @@ class _Comparison:
     def _belongs_to_sharded(self, path: Path, leaf: ArrayLeaf) -> bool:
         """Whether the tensor that a key of the path names is sharded; without one, whether all of the shape are.
 
-        A tensor of another framework, or one whose own layout is in question, says nothing.
+        A key is a whole name, as the parameters of an optimizer have it, or a name inside a module. A tensor of another
+        framework, or one whose own layout is in question, says nothing.
         """
         tensors, by_name = self._patterns
         for key in reversed(path):
-            named = by_name.get(key, []) if isinstance(key, str) else []
+            named = by_name.get(self._promise.parameter_name(str(key)), [])
             if len(named) == 1 and named[0].shape == leaf.shape and named[0].container == leaf.container:
                 return named[0].placement is Placement.SHARDED
+        if is_inside(path, self._promise.optimizers):
+            return False  # its parameter isn't in the state; the walk refuses plain state of a sharded one
         alike = {one.placement for one in tensors if (one.shape, one.container) == (leaf.shape, leaf.container)}
         return alike == {Placement.SHARDED}
 
     @functools.cached_property
     def _patterns(self) -> tuple[list[ArrayLeaf], dict[str, list[ArrayLeaf]]]:
-        """Return the leaves that show how others are to be spread, and the same by the last key of their paths."""
+        """Return the leaves that show how others are to be spread; by whole name and last key, what isn't built."""
         tensors, by_name = [], defaultdict(list)
-        for one in self._flat.arrays:
-            entry = self._promise.leaves.get(one.path)
-            if isinstance(entry, SavedArray) and self._became_whole(one.path, entry.leaf.placement, one):
+        for path, one in self._arrays.items():
+            entry = self._promise.leaves.get(path)
+            if isinstance(entry, SavedArray) and self._became_whole(path, entry.leaf.placement, one):
                 continue
             tensors.append(one)
-            by_name[str(one.path[-1])].append(one)
+            for name in () if is_inside(path, self._promise.built) else {dotted(path), str(path[-1])}:
+                by_name[name].append(one)
         return tensors, by_name
 
     def _value(self, path: Path, entry: SavedValue) -> None:

@@ -63,13 +63,15 @@ class Outline:
     `orders` has for each of these the dimensions from the outermost in memory to the innermost (see `memory_order`).
     `shapes` has the shape of each parameter that an optimizer has state for and that is in none of the state's modules,
     under the path of that state. `metadata` has torch's `_metadata` of each `OrderedDict` that has one (the versions of
-    a module's parts), by which a later `load_state_dict` knows what it is given.
+    a module's parts), by which a later `load_state_dict` knows what it is given. `spreads` says of arrays in the state
+    of a distributed parameter how they were spread (`Adapter.state_spread`), where that is not what is usual.
     """
 
     containers: tuple[Container, ...] = ()
     orders: Mapping[Path, tuple[int, ...]] = field(default_factory=dict)
     shapes: Mapping[Path, tuple[int, ...]] = field(default_factory=dict)
     metadata: Mapping[Path, Any] = field(default_factory=dict)
+    spreads: Mapping[Path, str] = field(default_factory=dict)
 
     @functools.cached_property
     def encoded(self) -> str:
@@ -90,6 +92,8 @@ class Outline:
             document["metadata"] = [
                 [list(path), encode(value, (*path, "_metadata"))] for path, value in self.metadata.items()
             ]
+        if self.spreads:
+            document["spreads"] = [[list(path), how] for path, how in self.spreads.items()]
         text = json.dumps(document, separators=(",", ":")).encode()
         return base64.b64encode(zlib.compress(text, _LEVEL)).decode()
 
@@ -121,9 +125,10 @@ def decode_outline(text: object, leaves: int) -> Outline:
         orders = {_path(path): _order(order) for path, order in document["orders"]}
         shapes = {_path(path): tuple(map(_index, _path(shape))) for path, shape in document.get("shapes", [])}
         metadata = {_path(path): decode(value) for path, value in document.get("metadata", [])}
+        spreads = {_path(path): str(how) for path, how in document.get("spreads", [])}
     except (binascii.Error, zlib.error, ValueError, KeyError, TypeError, IndexError, RecursionError) as error:
         raise CheckpointDamagedError(f"the structure is damaged ({type(error).__name__}: {error})") from error
-    return Outline(containers, orders, shapes, metadata)
+    return Outline(containers, orders, shapes, metadata, spreads)
 
 
 def class_name(value: Any) -> str:

@@ -151,7 +151,8 @@ class RNG:
             _set(stream, self._restored[name])
         self._resumed = max(record.resumed for record in saved.records) + 1
         self._found = shared if saved.resized else first.found
-        self._anew = tuple(name for name in {*here, *saved.names} if name not in data)
+        unlike = {name for name in data if _keeps_a_part(here[name], data[name])}
+        self._anew = tuple(name for name in {*here, *saved.names} if name not in data or name in unlike)
         self._tell(saved, here, data)
 
     def rewind(self) -> bool:
@@ -207,6 +208,12 @@ def _set(stream: RandomStream, state: NDArray[np.uint8] | bytes) -> None:
         stream.seed(state)
     else:
         stream.set(state)
+
+
+def _keeps_a_part(stream: RandomStream, state: NDArray[np.uint8]) -> bool:
+    """Whether a stream that was set has kept what the state, one of an earlier version, does not say yet."""
+    now = stream.get()
+    return now.size > state.size and np.array_equal(now[: state.size], state)
 
 
 def _unused_stream(name: str) -> RandomStream | None:

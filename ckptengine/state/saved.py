@@ -51,6 +51,7 @@ class SavedArray:
     """An array of the checkpoint: its own path there, and its rank where it is a rank's own.
 
     `order` is how it lay in memory (`memory_order`; None: in C order). `told` says whether the checkpoint knows that.
+    `spread` is how an array of an optimizer's state was spread, None where in the usual way.
     """
 
     path: Path
@@ -58,6 +59,7 @@ class SavedArray:
     leaf: SavedLeaf
     order: tuple[int, ...] | None = None
     told: bool = False
+    spread: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,7 +141,11 @@ def shared_tree(saved: Saved, rename: Callable[[Path], Path]) -> Node:
     outline = saved.outline
     orders: Mapping[Path, tuple[int, ...]] = {} if outline is None else outline.orders
     told = outline is not None
-    arrays = {path: SavedArray(path, None, leaf, orders.get(path), told) for path, leaf in saved.leaves.items()}
+    spreads: Mapping[Path, str] = {} if outline is None else outline.spreads
+    arrays = {
+        path: SavedArray(path, None, leaf, orders.get(path), told, spreads.get(path))
+        for path, leaf in saved.leaves.items()
+    }
     for path, first in saved.aliases.items():
         if first not in arrays:
             raise CheckpointDamagedError(f"{dotted(path)} is the same tensor as {dotted(first)}, which isn't there")

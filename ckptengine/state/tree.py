@@ -114,6 +114,7 @@ class _Walk:
         self._empty: dict[Path, str] = {}
         self._metadata: tuple[dict[Path, Any], dict[Path, Any]] = ({}, {})
         self._shapes: tuple[dict[Path, tuple[int, ...]], dict[Path, tuple[int, ...]]] = ({}, {})
+        self._spreads: tuple[dict[Path, str], dict[Path, str]] = ({}, {})
         self._aliases: dict[Path, Path] = {}
         self._first: dict[Hashable, int] = {}
         self._visited: list[Visited] = []
@@ -130,7 +131,9 @@ class _Walk:
             replace(leaf, fenced=True) if number in self._fenced else leaf for number, leaf in enumerate(self._arrays)
         )
         shared, own = (
-            Outline(tuple(self._built[own]), self._orders[own], self._shapes[own], self._metadata[own])
+            Outline(
+                tuple(self._built[own]), self._orders[own], self._shapes[own], self._metadata[own], self._spreads[own]
+            )
             for own in (False, True)
         )
         return FlatState(arrays, *self._values, self._aliases, *self._containers, shared, own, self._empty)
@@ -265,20 +268,36 @@ class _Walk:
         names = optimizer_names(groups, self._names)
         own = self._inspector.asked.state_of(optimizer, path)
         parts = parts_of(own, groups)
+        owners: dict[Path, Any] = {}
         for group, group_names, numbers in zip(groups, names, numbers_of(groups), strict=True):
             for parameter, name, number in zip(group["params"], group_names, numbers, strict=True):
                 self._stepped.add(id(parameter))
+                owners[(*path, STATE, name)] = parameter
                 if parts is not None and parts[0].get(number):
                     adapter.check_parameter_state(parameter, parts[0][number], path)
                     self._note_shape(parameter, (*path, STATE, name), per_rank)
         self._build(path, "object", per_rank, class_name(optimizer))
+        first = len(self._visited)
         inner = self._visit(named_state(own, groups, names), path, per_rank=per_rank)
+        if parts is not None:
+            self._note_spreads(adapter, owners, first, per_rank)
         return OwnOptimizerStep(optimizer, adapter, names, inner, path)
 
     def _note_shape(self, parameter: Any, path: Path, per_rank: bool) -> None:
         """Note the shape of a parameter that is not itself in the state: its own state need not have it."""
         if id(parameter) not in self._names:
             self._shapes[per_rank][path] = tuple(parameter.shape)
+
+    def _note_spreads(self, adapter: Adapter, owners: Mapping[Path, Any], first: int, per_rank: bool) -> None:
+        """Note how the tensors of parameters' states are spread, given the parameters by the paths of their states."""
+        depth = len(next(iter(owners), ()))
+        for one in self._visited[first:]:
+            parameter, where = owners.get(one.path[:depth]), one.path[-1]
+            if parameter is None or one.adapter is not adapter or (*one.path[:-1], ABOUT) in self._values[per_rank]:
+                continue  # what a tensor subclass is made of is spread as that is
+            spread = adapter.state_spread(parameter, str(where), one.tensor)
+            if spread is not None:
+                self._spreads[per_rank][one.path] = spread
 
     def _visit_optimizer(self, optimizer: Any, adapter: Adapter, path: Path, per_rank: bool) -> OptimizerStep:
         adapter.check_optimizer(optimizer, path)
@@ -293,15 +312,18 @@ class _Walk:
             if adapter.optimizer_state(optimizer, p)
         ]
         self._build((*path, "state"), "dict", per_rank, keys=held)
+        first, owners = len(self._visited), {}
         for group, group_names in zip(groups, names, strict=True):
             for parameter, name in zip(group["params"], group_names, strict=True):
                 before = len(self._arrays)
+                owners[(*path, "state", name)] = parameter
                 state = adapter.optimizer_state(optimizer, parameter)
                 states.append(self._visit_items(state, (*path, "state", name), per_rank))
                 self._fenced.update(range(before, len(self._arrays)))
                 self._stepped.add(id(parameter))
                 if state:
                     self._note_shape(parameter, (*path, "state", name), per_rank)
+        self._note_spreads(adapter, owners, first, per_rank)
         plain_groups = [{**group, "params": group_names} for group, group_names in zip(groups, names, strict=True)]
         group_step = self._visit(plain_groups, (*path, "param_groups"), per_rank=per_rank)
         return OptimizerStep(optimizer, adapter, names, states, group_step)

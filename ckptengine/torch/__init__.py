@@ -157,10 +157,20 @@ class TorchAdapter(Adapter):
         _optimizer.set_hyperparameter(group, key, value)
 
     def new_state_tensor(
-        self, group: dict[str, Any], parameter: Any, key: str, dtype: str, shape: tuple[int, ...]
+        self,
+        group: dict[str, Any],
+        parameter: Any,
+        key: str,
+        dtype: str,
+        shape: tuple[int, ...],
+        spread: str | None = None,
     ) -> torch.Tensor:
-        """Return zeros, placed as the optimizer itself would place them."""
-        return _optimizer.new_state_tensor(group, parameter, key, dtype, shape)
+        """Return zeros, placed as the optimizer itself would place them, or as the saved ones were."""
+        return _optimizer.new_state_tensor(group, parameter, key, dtype, shape, spread)
+
+    def state_spread(self, parameter: Any, key: str, tensor: Any) -> str | None:
+        """Return whether an item of state is `plain`, `replicated` or spread like the `parameter`, where unusual."""
+        return _optimizer.state_spread(parameter, key, tensor)
 
     def random_streams(self) -> dict[str, RandomStream]:
         """Return the streams of the CPU and of the devices in use: `torch.cpu`, `torch.cuda`, `torch.cuda:3`."""

@@ -13,6 +13,7 @@ from ckptengine.errors import StateError
 from ckptengine.state.adapters import ModuleEntry
 from ckptengine.state.leaf import Path, dotted
 from ckptengine.torch.dtensor import is_dtensor
+from ckptengine.torch.metrics import check_metrics, metric_counters, metric_values, set_metric_counters
 from ckptengine.torch.own_loading import hand_to_module, same_value, takes
 
 __all__ = ["check_module", "load_module", "module_entries", "module_values"]
@@ -25,9 +26,9 @@ def module_values(module: torch.nn.Module) -> Mapping[str, Any]:
     """Return a module's state by its own keys, with its own parameters and buffers where they are in it.
 
     A class of its own may have a `state_dict` that knows no `keep_vars`: what it detaches is found again by its memory.
-    Raises `StateError` where it gives no dict.
+    What metrics count beside that is added. Raises `StateError` where it gives no dict.
     """
-    return dict(_own_values(module))
+    return {**_own_values(module), **metric_counters(module)}
 
 
 def _own_values(module: torch.nn.Module) -> Mapping[str, Any]:
@@ -67,7 +68,7 @@ def module_entries(module: torch.nn.Module, path: Path, state: Mapping[str, Any]
     """
     parameters = {id(parameter) for parameter in module.parameters()}
     buffers = {id(buffer) for buffer in module.buffers()}
-    wrapped = _wrapped_children(module)
+    wrapped, of_metrics = _wrapped_children(module), metric_values(module)
     entries: dict[str, ModuleEntry] = {}
     for key, value in state.items():
         name = _bare(key, wrapped)
@@ -77,7 +78,8 @@ def module_entries(module: torch.nn.Module, path: Path, state: Mapping[str, Any]
                 "wrappers; rename one of the submodules"
             )
         live = id(value) in parameters or id(value) in buffers
-        entries[name] = ModuleEntry(name, key, value, id(value) not in parameters, live)
+        buffer = id(value) not in parameters and key not in of_metrics
+        entries[name] = ModuleEntry(name, key, value, buffer, live)
     return list(entries.values())
 
 
@@ -87,8 +89,11 @@ def load_module(module: torch.nn.Module, entries: Mapping[str, Any]) -> list[str
     `entries` are extra state, what its hooks make out of its tensors, and tensors of other shapes than those that are
     here. Returns the keys that it did not take, and under which there is something else than what it was handed.
     """
+    counters = {key: entries[key] for key in metric_counters(module) if key in entries}
+    entries = {key: value for key, value in entries.items() if key not in counters}
     values = _own_values(module)
     told = hand_to_module(module, values, getattr(values, "_metadata", None), entries)
+    set_metric_counters(module, counters)
     if not told:
         return []
     now, handed = _own_values(module), {**values, **entries}
@@ -98,21 +103,33 @@ def load_module(module: torch.nn.Module, entries: Mapping[str, Any]) -> list[str
 def check_module(module: torch.nn.Module, path: Path) -> None:
     """Raise `StateError` where a module's `state_dict` is not its state.
 
-    That is FullyShardedDataParallel (version 1), which gathers the parameters, and metrics of torchmetrics, which leave
-    out their values unless they are told to keep them.
+    That is FullyShardedDataParallel (version 1), which gathers the parameters, metrics of torchmetrics, which leave
+    out their values unless they are told to keep them, and weights that bitsandbytes has quantized to 4 bits.
     """
     fsdp = sys.modules.get("torch.distributed.fsdp")
     if fsdp is not None and any(isinstance(m, fsdp.FullyShardedDataParallel) for m in module.modules()):
         raise StateError(
             f"{dotted(path)}: FullyShardedDataParallel hides its parameters; use `fully_shard` (FSDP2) instead"
         )
-    metrics = getattr(sys.modules.get("torchmetrics"), "Metric", ())
-    for name, metric in module.named_modules():
-        if isinstance(metric, metrics) and not all(metric._persistent.values()):
+    check_metrics(module, path)
+    for name, part in module.named_modules():
+        if _is_quantized_to_4_bits(part):
             raise StateError(
-                f"{dotted((*path, name) if name else path)}: {type(metric).__name__} leaves its values out of its "
-                "`state_dict`, so it would begin anew; call `persistent(True)` on it, or leave it out of the state"
+                f"{dotted((*path, name) if name else path)}: the `quant_state` of bitsandbytes' {type(part).__name__} "
+                "is not taken by its `load_state_dict`, so its weights could not be restored; put what is trained "
+                "alone into the state (`{name: p for name, p in model.named_parameters() if p.requires_grad}`), and "
+                "quantize the rest anew, of the weights that it was made of"
             )
+
+
+def _is_quantized_to_4_bits(module: torch.nn.Module) -> bool:
+    if not any(
+        kind.__name__ in ("Linear4bit", "Embedding4bit") and kind.__module__.startswith("bitsandbytes.")
+        for kind in type(module).__mro__
+    ):
+        return False
+    weight = getattr(module, "weight", None)
+    return any(getattr(one, "quant_state", None) is not None for one in (module, weight))
 
 
 def _wrapped_children(module: torch.nn.Module) -> frozenset[str]:

@@ -27,6 +27,7 @@ __all__ = [
     "optimizer_states",
     "set_hyperparameter",
     "set_optimizer_state",
+    "state_spread",
 ]
 
 
@@ -140,15 +141,25 @@ def set_hyperparameter(group: dict[str, Any], key: str, value: Any) -> None:
 
 
 def new_state_tensor(
-    group: dict[str, Any], parameter: torch.Tensor, key: str, dtype: str, shape: tuple[int, ...]
+    group: dict[str, Any],
+    parameter: torch.Tensor,
+    key: str,
+    dtype: str,
+    shape: tuple[int, ...],
+    spread: str | None = None,
 ) -> torch.Tensor:
     """Return zeros for one item of a parameter's state, placed as torch's optimizers place it.
 
     The step counter is on the parameter's device only in groups that are `capturable` or `fused`; what has
     the parameter's shape is laid out and distributed like it; anything else is distributed like it along the
-    dimensions that have the parameter's length, and replicated along the others.
+    dimensions that have the parameter's length, and replicated along the others. `spread` is what `state_spread`
+    said of one that was made otherwise.
     """
     kind = torch_dtype(dtype)
+    if spread is not None and is_dtensor(parameter):
+        told = _zeros_spread(parameter, kind, shape, spread)
+        if told is not None:
+            return told
     if shape == () and key == "step":
         on_device = group.get("capturable") or group.get("fused")
         return torch.zeros((), dtype=kind, device=parameter.device if on_device else "cpu")
@@ -159,17 +170,70 @@ def new_state_tensor(
     return torch.zeros(shape, dtype=kind, device=parameter.device)
 
 
-def _distributed_zeros(parameter: Any, dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:
-    from torch.distributed.tensor import DTensor, Replicate
+def state_spread(parameter: torch.Tensor, key: str, tensor: torch.Tensor) -> str | None:
+    """Return how an item of a parameter's state is spread, where `new_state_tensor` would make it otherwise; else None.
 
-    mesh = parameter.device_mesh
-    placements = [
+    `plain` is no DTensor, `replicated` a DTensor of which each rank has the whole, `parameter` one with the parameter's
+    placements. None also where the parameter is no DTensor, and where it is none of the three.
+    """
+    if not is_dtensor(parameter):
+        return None
+    how = _how(parameter, tensor)
+    return None if how is None or how == _usual(parameter, key, tuple(tensor.shape)) else how
+
+
+def _how(parameter: Any, tensor: Any) -> str | None:
+    if not is_dtensor(tensor):
+        return "plain"
+    if tensor.device_mesh != parameter.device_mesh:
+        return None
+    return _named(parameter, tensor.placements)
+
+
+def _named(parameter: Any, placements: Sequence[Any]) -> str | None:
+    if all(placement.is_replicate() for placement in placements):
+        return "replicated"
+    return "parameter" if tuple(placements) == tuple(parameter.placements) else None
+
+
+def _usual(parameter: Any, key: str, shape: tuple[int, ...]) -> str | None:
+    """Return how `new_state_tensor` makes an item that nothing is said of."""
+    if shape == () and key == "step":
+        return "plain"
+    if shape == tuple(parameter.shape) and not is_wrapped(parameter):
+        return _named(parameter, parameter.placements)
+    return _named(parameter, _usual_placements(parameter, shape)) if shape else "plain"
+
+
+def _usual_placements(parameter: Any, shape: tuple[int, ...]) -> list[Any]:
+    from torch.distributed.tensor import Replicate
+
+    return [
         placement
         if placement.is_replicate()
         or (len(shape) == parameter.ndim and shape[placement.dim] == parameter.shape[placement.dim])
         else Replicate()
         for placement in parameter.placements
     ]
+
+
+def _zeros_spread(parameter: Any, dtype: torch.dtype, shape: tuple[int, ...], spread: str) -> torch.Tensor | None:
+    """Return zeros that are spread as `state_spread` said; None where that can't be done here."""
+    from torch.distributed import tensor as distributed
+
+    if spread == "plain":
+        return torch.zeros(shape, dtype=dtype, device=parameter.device)
+    mesh = parameter.device_mesh
+    placements = [distributed.Replicate()] * mesh.ndim if spread == "replicated" else list(parameter.placements)
+    if not all(p.is_replicate() or (type(p) is distributed.Shard and p.dim < len(shape)) for p in placements):
+        return None
+    return distributed.zeros(shape, dtype=dtype, device_mesh=mesh, placements=placements)
+
+
+def _distributed_zeros(parameter: Any, dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:
+    from torch.distributed.tensor import DTensor
+
+    mesh, placements = parameter.device_mesh, _usual_placements(parameter, shape)
     local = parameter.to_local()
     coordinate = mesh.get_coordinate()
     splits = splits_of(placements, tuple(mesh.shape), coordinate, len(shape), ())

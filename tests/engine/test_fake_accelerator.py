@@ -24,7 +24,7 @@ class FakeAccelerator:
         self._memory = torch_tensor.__dict__["_copied"]
 
     def memory(self, piece, path, *, target):
-        real = self._memory(piece)
+        real = self._memory(piece, piece, path)
         return DeviceMemory(real.copy_to_host, real.copy_from_host, piece, lambda *a: self.begin(real, *a))
 
     def begin(self, real, dst, beside):

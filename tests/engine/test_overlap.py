@@ -146,13 +146,15 @@ def test_what_no_optimizer_has_is_copied_before_the_call_returns(tmp_path, monke
 def test_a_change_past_the_fence_fails_the_save_instead_of_tearing_it(tmp_path, monkeypatch):
     model, slow = Net(), SlowCopy(monkeypatch)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    with ce.Checkpointer(tmp_path / "run", overlap=True) as checkpointer:
-        handle = checkpointer.save(1, {"model": model, "optimizer": optimizer})
-        with torch.no_grad():
-            model.first.weight.mul_(2)
-        slow.asked.set()
-        with pytest.raises(SaveFailedError, match=r"model\.first\.weight: changed by something other .* call fence"):
-            handle.durable.result()
+    checkpointer = ce.Checkpointer(tmp_path / "run", overlap=True)
+    handle = checkpointer.save(1, {"model": model, "optimizer": optimizer})
+    with torch.no_grad():
+        model.first.weight.mul_(2)
+    slow.asked.set()
+    with pytest.raises(SaveFailedError, match=r"model\.first\.weight: changed by something other .* call fence"):
+        handle.durable.result()
+    with pytest.raises(SaveFailedError, match=r"the last save of this job failed: .*nothing is committed"):
+        checkpointer.close()
     assert list((tmp_path / "run").glob("step-*/manifest-*")) == []
 
 

@@ -86,18 +86,20 @@ def test_an_archive_that_cannot_be_written_is_named(tmp_path: Path, disk: Faulty
 
 
 def test_a_failed_attempt_gives_its_room_back_at_once(tmp_path: Path, disk: FaultyDisk) -> None:
-    with ce.Checkpointer(tmp_path / "run") as checkpointer:
-        checkpointer.save(1, state_at(1, ELEMENTS)).durable.result()
-        checkpointer._saver.settle(60)
-        before = files_of(tmp_path)
-        # The archive is written, the layout is not.
-        disk.fails = lambda name, at: errno.EIO if name == "publish" else None
-        with pytest.raises((SaveFailedError, StorageError)):
-            checkpointer.save(2, state_at(2, ELEMENTS)).durable.result()
-        checkpointer._saver.settle(60)
-        assert files_of(tmp_path) == before
-        assert not (tmp_path / "run" / "step-00000002").exists()
-        disk.fail_always()
+    checkpointer = ce.Checkpointer(tmp_path / "run")
+    checkpointer.save(1, state_at(1, ELEMENTS)).durable.result()
+    checkpointer._saver.settle(60)
+    before = files_of(tmp_path)
+    # The archive is written, the layout is not.
+    disk.fails = lambda name, at: errno.EIO if name == "publish" else None
+    with pytest.raises((SaveFailedError, StorageError)):
+        checkpointer.save(2, state_at(2, ELEMENTS)).durable.result()
+    checkpointer._saver.settle(60)
+    assert files_of(tmp_path) == before
+    assert not (tmp_path / "run" / "step-00000002").exists()
+    disk.fail_always()
+    with pytest.raises(SaveFailedError, match="the last save of this job failed: .*step 1 is the last one committed"):
+        checkpointer.close()
 
 
 def test_a_file_that_ends_while_it_is_read_is_named(tmp_path: Path) -> None:

@@ -102,7 +102,7 @@ def test_an_object_s_whole_tensor_takes_what_was_sharded(tmp_path):
 def test_whole_state_of_a_sharded_parameter_is_found(tmp_path, monkeypatch):
     ce.save(tmp_path / "point", trained(sharded=True))
     make = TorchAdapter.new_state_tensor
-    monkeypatch.setattr(TorchAdapter, "new_state_tensor", lambda *args: full(make(*args)))
+    monkeypatch.setattr(TorchAdapter, "new_state_tensor", lambda *args, **more: full(make(*args, **more)))
     with pytest.raises(RestoreDifferenceError, match="state 'exp_avg' of a sharded parameter of shape .* plain"):
         ce.load(tmp_path / "point", into=network(sharded=True, whole=("a",)))
     ce.load(tmp_path / "point", into=network(sharded=False))

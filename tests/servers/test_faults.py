@@ -11,7 +11,7 @@ from servers import Proxy
 import ckptengine as ce
 
 
-# Azure's client has retries of its own, which wait for a minute and more.
+# Azurite is left out: these cases have not been seen to pass on it, and the cause is not known.
 @pytest.fixture(params=["s3", "gs"])
 def kind(request):
     return request.param

@@ -32,6 +32,7 @@ from ckptengine.errors import LoadMismatchError, StateError
 from ckptengine.state.bind import Saved, SavedLeaf
 from ckptengine.state.dtypes import DTYPES
 from ckptengine.state.leaf import Placement
+from ckptengine.state.outline import decode_outline
 from ckptengine.state.per_rank import PerRank
 from ckptengine.state.tree import flatten
 
@@ -44,7 +45,7 @@ def case(function: Callable[[], None]) -> Callable[[], None]:
     return function
 
 
-def gather(state: dict[str, Any]) -> Stored:
+def gather(state: dict[str, Any], outlined: bool = False) -> Stored:
     """Return all ranks' boxes as whole arrays; every element must be there, and replicas must agree."""
     flat = flatten(state)
     mine = {
@@ -69,7 +70,8 @@ def gather(state: dict[str, Any]) -> Stored:
         assert seen.all(), f"{leaf.path}: not covered"
         arrays[leaf.path, None] = whole
         leaves[leaf.path] = SavedLeaf(leaf.dtype, leaf.shape, leaf.placement, leaf.container)
-    saved = Saved(dist.get_world_size(), leaves, flat.values, flat.aliases, flat.containers)
+    outline = decode_outline(flat.outline.encoded, len(leaves)) if outlined else None
+    saved = Saved(dist.get_world_size(), leaves, flat.values, flat.aliases, flat.containers, outline=outline)
     return Stored(saved, arrays)
 
 
@@ -387,6 +389,41 @@ def state_that_has_no_counterpart_yet_is_made_like_its_parameter() -> None:
             # One rank multiplies in another order than four: not to the last bit.
             close = functools.partial(np.allclose, atol=1e-6) if one_rank else np.array_equal
             assert all(close(a, b) for a, b in zip(expected, one_step(target, fresh), strict=True)), kind
+
+
+@case
+def state_of_a_fresh_optimizer_is_spread_as_the_saved_one_was() -> None:
+    """A plain tensor, a replicated and a sharded one, of shapes that suggest something else."""
+
+    def made(with_state: bool) -> dict[str, Any]:
+        mesh, model = mesh_of(4), nn.Linear(6, 8, bias=False)
+        fully_shard(model, mesh=mesh)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        if with_state:
+            optimizer.state[model.weight] = {
+                "plain": torch.full((1,), 3.0),
+                "whole": distribute_tensor(torch.arange(48.0).reshape(8, 6), mesh, [Replicate()]),
+                "number": distribute_tensor(torch.tensor(5.0), mesh, [Replicate()]),
+                "longer": distribute_tensor(torch.arange(20.0), mesh, [Shard(0)]),
+                "usual": distribute_tensor(torch.arange(48.0).reshape(8, 6), mesh, [Shard(0)]),
+            }
+        return {"model": model, "optimizer": optimizer}
+
+    source, target = made(True), made(False)
+    flat = flatten(source)
+    assert {path[-1]: how for path, how in flat.outline.spreads.items()} == {
+        "plain": "plain",
+        "whole": "replicated",
+        "number": "replicated",
+        "longer": "parameter",
+    }
+    assert load(gather(source, outlined=True), target, rank=dist.get_rank()).complete
+    (expected,), (state,) = (one["optimizer"].state.values() for one in (source, target))
+    assert list(state) == list(expected)
+    for key, tensor in expected.items():
+        assert type(state[key]) is type(tensor), key
+        assert getattr(state[key], "placements", None) == getattr(tensor, "placements", None), key
+        assert np.array_equal(full(state[key]), full(tensor)), key
 
 
 @case

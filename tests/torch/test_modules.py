@@ -201,10 +201,68 @@ def test_a_metric_that_leaves_its_values_out_of_its_state_is_refused(monkeypatch
 
         def __init__(self, persistent: bool) -> None:
             super().__init__()
-            self._persistent = {"total": persistent}
+            self._persistent, self._defaults = {"total": persistent}, {"total": torch.zeros(())}
             self.register_buffer("total", torch.zeros(()), persistent=persistent)
 
     monkeypatch.setitem(sys.modules, "torchmetrics", types.SimpleNamespace(Metric=Metric))
     with pytest.raises(StateError, match=r"m\.1: Metric leaves its values out.*persistent\(True\)"):
         flatten({"m": nn.Sequential(nn.Linear(2, 2), Metric(persistent=False))})
     flatten({"m": nn.Sequential(nn.Linear(2, 2), Metric(persistent=True))})
+
+
+class CountingMetric(nn.Module):
+    """What torchmetrics' class does, as far as it matters here: its values are copied into its `state_dict`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._persistent, self._defaults = {"total": True}, {"total": torch.zeros(2)}
+        self.total, self._update_count, self._computed = torch.zeros(2), 0, None
+
+    def update(self, value: float) -> None:
+        self.total, self._update_count, self._computed = self.total + value, self._update_count + 1, None
+
+    def compute(self) -> torch.Tensor:
+        if self._computed is None:
+            self._computed = self.total / self._update_count
+        return self._computed
+
+    def state_dict(self, *args, **options):
+        state = super().state_dict(*args, **options)
+        state[f"{options.get('prefix', '')}total"] = self.total.detach().clone()
+        return state
+
+    def _load_from_state_dict(self, state, prefix, *rest):
+        self.total = state.pop(f"{prefix}total", self.total)
+        super()._load_from_state_dict(state, prefix, *rest)
+
+
+def test_a_metric_goes_on_from_its_number_of_updates_and_forgets_what_it_had_computed(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torchmetrics", types.SimpleNamespace(Metric=CountingMetric))
+    model = nn.Sequential(nn.Linear(2, 2), CountingMetric())
+    model[1].update(2.0)
+    model[1].update(4.0)
+    saved = save({"m": model})
+    fresh = nn.Sequential(nn.Linear(2, 2), CountingMetric())
+    fresh[1].update(100.0)
+    fresh[1].compute()
+    load(saved, {"m": fresh})
+    assert fresh[1]._update_count == 2
+    assert fresh[1].compute().tolist() == [3.0, 3.0]
+
+
+def test_the_values_of_a_metric_are_not_taken_from_rank_0_as_buffers_are(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torchmetrics", types.SimpleNamespace(Metric=CountingMetric))
+    placements = {leaf.path[-1]: leaf.placement for leaf in flatten({"m": CountingMetric()}).arrays}
+    assert placements == {"total": Placement.REPLICATED}  # so that ranks with different ones are refused
+
+
+def test_weights_that_bitsandbytes_has_quantized_to_4_bits_are_refused_at_the_save():
+    class Linear4bit(nn.Linear):
+        __module__ = "bitsandbytes.nn.modules"
+        quant_state = None
+
+    model = nn.Sequential(Linear4bit(2, 2))
+    flatten({"m": model})
+    model[0].quant_state = object()
+    with pytest.raises(StateError, match=r"m\.0: the `quant_state` of bitsandbytes' Linear4bit.*requires_grad"):
+        flatten({"m": model})

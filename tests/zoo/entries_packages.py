@@ -15,6 +15,8 @@ from entry import Entry, Job, World, mixed, train
 from torch import nn
 from torchao.quantization import qat
 
+import ckptengine as ce
+
 __all__ = ["entries"]
 
 
@@ -153,6 +155,7 @@ def _metrics() -> Iterator[Entry]:
     }
     for name, make in kinds.items():
         yield Entry("torchmetrics", f"{name}, persistent", _metric(make, True))
+    yield Entry("torchmetrics", "Accuracy, persistent, without `PerRank`", _metric(kinds["Accuracy"], True, False))
     yield Entry("torchmetrics", "Accuracy, not persistent (the default)", _metric(kinds["Accuracy"], False))
     means: dict[str, Callable[[], Any]] = {
         "MeanMetric": torchmetrics.MeanMetric,
@@ -164,7 +167,12 @@ def _metrics() -> Iterator[Entry]:
         yield Entry("torchmetrics", f"{name}, persistent", _mean(make))
 
 
-def _metric(make: Callable[[], Any], persistent: bool) -> Callable[[World], Job]:
+def _own(world: World, metric: Any) -> Any:
+    """Each rank has values of its own, of its own batches."""
+    return ce.PerRank(metric) if world.size > 1 else metric
+
+
+def _metric(make: Callable[[], Any], persistent: bool, alone: bool = True) -> Callable[[World], Job]:
     def start(world: World) -> Job:
         model, metric = mixed(world), make()
         metric.persistent(persistent)
@@ -175,7 +183,7 @@ def _metric(make: Callable[[], Any], persistent: bool) -> Callable[[World], Job]
                 world.batch(number, 3).softmax(1), world.batch(number + 50).abs().mul(1.5).long().clamp(max=2)
             )
 
-        job = train(world, model, optimizer, more={"metric": metric}, after=[look])
+        job = train(world, model, optimizer, more={"metric": _own(world, metric) if alone else metric}, after=[look])
         return _ending(job, metric)
 
     return start
@@ -193,7 +201,7 @@ def _mean(make: Callable[[], Any]) -> Callable[[World], Job]:
                 _persist(metric)
             metric.update(loss.detach())
 
-        return _ending(train(world, model, optimizer, more={"metric": metric}, after=[look]), metric)
+        return _ending(train(world, model, optimizer, more={"metric": _own(world, metric)}, after=[look]), metric)
 
     return start
 

@@ -76,29 +76,33 @@ class OptimizerBinder(TensorBinder):
         path: Path,
         node: Node,
     ) -> dict[str, Any]:
+        def new(entry: SavedArray, key: str) -> Any:
+            leaf = entry.leaf
+            return adapter.new_state_tensor(group, parameter, key, leaf.dtype, leaf.shape, entry.spread)
+
         def make(entry: SavedArray, where: Path) -> Any:
-            array = adapter.new_state_tensor(group, parameter, str(where[-1]), entry.leaf.dtype, entry.leaf.shape)
+            array = new(entry, str(where[-1]))
             if entry.told and not in_order(adapter.view(array, where, target=False), entry.order):
                 array = adapter.new_like(array, entry.order)
             self._read(array, adapter, adapter.view(array, where, target=True), entry, where)
             return array
 
-        new: dict[str, Any] = {}
+        state: dict[str, Any] = {}
         for key, child in node.children.items():
             where = (*path, key)
             entry = child.entry
             if not isinstance(entry, SavedArray):
-                new[str(key)] = self._rebuild(child, where, current.get(str(key)), Maker(make, parameter))
+                state[str(key)] = self._rebuild(child, where, current.get(str(key)), Maker(make, parameter))
                 self._loaded.append(dotted(where))
                 continue
             tensor = current.get(str(key))
             if tensor is None or not adapter.is_tensor(tensor) or adapter.is_wrapped(tensor):
-                tensor = adapter.new_state_tensor(group, parameter, str(key), entry.leaf.dtype, entry.leaf.shape)
+                tensor = new(entry, str(key))
             if entry.told and not in_order(adapter.view(tensor, where, target=False), entry.order):
                 tensor = adapter.new_like(tensor, entry.order)
-            new[str(key)] = tensor
+            state[str(key)] = tensor
             self._bind_tensor(tensor, adapter, where, child, per_rank=entry.rank is not None)
-        return new
+        return state
 
     def _bind_groups(
         self,
