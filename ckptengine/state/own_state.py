@@ -50,6 +50,6 @@ def named_state(own: Any, groups: Sequence[Mapping[str, Any]], names: Sequence[S
     name_of = dict(zip(numbers, [name for group in names for name in group], strict=True))
     return {
         **own,
-        STATE: {name_of.get(number, number): item for number, item in state.items() if number not in name_of or item},
+        STATE: {name_of.get(number, number): item for number, item in state.items()},
         GROUPS: [{**group, "params": list(names[g])} for g, group in enumerate(packed)],
     }

@@ -3,7 +3,7 @@ import math
 
 import pytest
 
-from ckptengine.cli.output import checkpoint_path, print_json, ranks_text, size_text
+from ckptengine.cli.output import print_json, ranks_text, size_text
 from ckptengine.inspect import LeafSummary
 
 
@@ -18,12 +18,6 @@ def test_sizes_are_short(nbytes: int | None, text: str) -> None:
 @pytest.mark.parametrize(("ranks", "text"), [((), ""), ((4,), "4"), ((0, 1, 2), "0-2"), ((0, 2, 3, 9), "0, 2-3, 9")])
 def test_runs_of_ranks_are_joined(ranks: tuple[int, ...], text: str) -> None:
     assert ranks_text(ranks) == text
-
-
-def test_only_the_last_part_of_a_path_is_taken_for_a_step() -> None:
-    assert checkpoint_path("step-1/other") == "step-1/other"
-    assert checkpoint_path("runs/step-7/step-8") == "runs/step-7/step-00000008"
-    assert checkpoint_path("runs/best-step-8") == "runs/best-step-8"
 
 
 def test_values_that_json_lacks_are_printed_as_text(capsys: pytest.CaptureFixture[str]) -> None:

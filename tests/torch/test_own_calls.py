@@ -318,3 +318,21 @@ def test_an_error_in_an_optimizers_state_dict_names_its_path() -> None:
 
     with pytest.raises(StateError, match=r"optimizer: state_dict\(\) of .*Broken raised KeyError: 'warm'"):
         flatten({"optimizer": Broken(model().parameters())})
+
+
+def test_state_without_tensors_and_the_order_of_its_keys_come_back() -> None:
+    def made() -> tuple[nn.Module, SGD]:
+        net = model()
+        return net, SGD(net.parameters(), lr=0.1)
+
+    net, optimizer = made()
+    optimizer.state["k"] = torch.tensor([3])  # type: ignore[index]
+    first, second, *_ = net.parameters()
+    optimizer.state[second] = {"calls": 2}
+    optimizer.state[first] = {}
+    fresh_net, fresh = made()
+    fresh.state["k"] = torch.tensor([0])  # type: ignore[index]
+    load(save({"model": net, "optimizer": optimizer}), {"model": fresh_net, "optimizer": fresh})
+    state = fresh.state_dict()["state"]
+    assert list(state) == list(optimizer.state_dict()["state"]) == ["k", 1, 0]
+    assert (state[1], state[0]) == ({"calls": 2}, {})

@@ -34,7 +34,12 @@ def wrappers() -> Iterator[Entry]:
     yield Entry(WRAPPERS, "DistributedDataParallel", _ddp)
     yield Entry(WRAPPERS, "torch.compile", _compiled)
     yield Entry(WRAPPERS, "checkpoint_wrapper (activation checkpointing)", _recomputed)
-    yield Entry(WRAPPERS, "optimizers applied in backward", _in_backward)
+    yield Entry(
+        WRAPPERS,
+        "optimizers applied in backward",
+        _in_backward,
+        alone="under FSDP2 they change nothing, with or without a checkpoint",
+    )
     yield Entry(WRAPPERS, "two optimizers, two groups each", _two_optimizers)
     yield Entry(WRAPPERS, "early stopping that keeps the best weights", _early_stopping)
 
@@ -186,11 +191,13 @@ def layers() -> Iterator[Entry]:
         LAYERS,
         "BatchNorm1d",
         _of(lambda: nn.Sequential(nn.Flatten(), nn.Linear(16, 8), nn.BatchNorm1d(8), nn.Linear(8, 3))),
+        own_buffers=True,
     )
     yield Entry(
         LAYERS,
         "BatchNorm1d(momentum=None)",
         _of(lambda: nn.Sequential(nn.Flatten(), nn.Linear(16, 8), nn.BatchNorm1d(8, momentum=None), nn.Linear(8, 3))),
+        own_buffers=True,
     )
     yield Entry(
         LAYERS, "Dropout", _of(lambda: nn.Sequential(nn.Flatten(), nn.Linear(16, 8), nn.Dropout(0.5), nn.Linear(8, 3)))
@@ -199,9 +206,9 @@ def layers() -> Iterator[Entry]:
     yield Entry(LAYERS, "TransformerEncoderLayer", _of(lambda: _Attention()))
     yield Entry(LAYERS, "tied weights", _of(lambda: _Tied()))
     yield Entry(LAYERS, "frozen parameters", _of(_frozen))
-    yield Entry(LAYERS, "a buffer that is a view of another", _of(lambda: _Views()))
+    yield Entry(LAYERS, "a buffer that is a view of another", _of(lambda: _Views()), own_buffers=True)
     yield Entry(LAYERS, "extra state (get_extra_state)", _of(lambda: _Extra()))
-    yield Entry(LAYERS, "quantization-aware training (observers)", _quantization_aware)
+    yield Entry(LAYERS, "quantization-aware training (observers)", _quantization_aware, own_buffers=True)
     yield Entry(LAYERS, "quantized dynamically, with a trained head", _quantized)
 
 

@@ -61,6 +61,9 @@ class Entry:
     start: Callable[[World], Job]
     alone: str = ""
     """Why it is not run on two ranks; empty where it is."""
+    own_buffers: bool = False
+    """Whether ranks have differing buffers. Those of rank 0 come back, as from torch's own checkpoints, so all
+    trainings are given these in the middle."""
 
 
 def mixed(world: World, outputs: int = 3) -> nn.Module:

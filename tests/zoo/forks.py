@@ -16,7 +16,18 @@ from pathlib import Path
 from typing import Any
 
 from entry import Entry, World
-from trial import BROKEN, EXACT, LIMIT, NOT_APPLICABLE, OWN, REFUSED, Outcome, Past, first_life, second_life
+from trial import (
+    BROKEN,
+    EXACT,
+    LIMIT,
+    NOT_APPLICABLE,
+    OWN,
+    REFUSED,
+    Outcome,
+    Past,
+    first_life,
+    second_life,
+)
 
 __all__ = ["LIMIT_S", "import_all", "on_one_process", "on_two_ranks"]
 
@@ -127,7 +138,8 @@ def _live(pipe: Connection, life: Callable[..., Past | Outcome], *arguments: Any
 
 def on_two_ranks(entries: Sequence[Entry]) -> Iterator[tuple[Entry, Outcome]]:
     """Try each entry on two ranks under gloo; one job tries them all, and a new one follows one that is out of step."""
-    waiting = list(entries)
+    yield from ((entry, Outcome(NOT_APPLICABLE, entry.alone)) for entry in entries if entry.alone)
+    waiting = [entry for entry in entries if not entry.alone]
     while waiting:
         with tempfile.TemporaryDirectory() as name:
             port = _free_port()

@@ -32,6 +32,18 @@ def has_own_names(node: Node | None) -> bool:
     return any(str(key) not in names for key in state.children)
 
 
+def _spelled_out(node: Node) -> Node:
+    """Return a dict that was saved as one plain value, since it held no arrays, as a node with its items."""
+    if not (isinstance(node.entry, SavedValue) and isinstance(node.entry.value, dict)):
+        return node
+    result = Node()
+    result.parameter_shape, result.ordered = node.parameter_shape, True
+    for key, value in node.entry.value.items():
+        result.children[key] = Node()
+        result.children[key].entry = SavedValue(value)
+    return result
+
+
 class OwnCallsBinder(ObjectBinder, OptimizerBinder, ModuleBinder):
     """Binds optimizers whose `state_dict` says more than their state and groups, by their own calls."""
 
@@ -104,21 +116,29 @@ class OwnCallsBinder(ObjectBinder, OptimizerBinder, ModuleBinder):
         node: Node,
     ) -> dict[Any, Any]:
         """Return the saved states, under the parameters' numbers; what belongs to no parameter under its own key."""
-        saved = node.child(STATE) or Node()
-        saved.used = True  # where no parameter had state it is an empty dict
+        whole = node.child(STATE) or Node()
+        whole.used = True  # where no parameter had arrays it is one plain value
+        saved = _spelled_out(whole)
         by_name = {self._parameter_name(str(key)): (key, child) for key, child in saved.children.items()}
         states: dict[Any, Any] = {}
+        number_of: dict[Any, Any] = {}
         for group, group_names, numbers in zip(groups, names, numbers_of(groups), strict=True):
             for parameter, name, number in zip(group["params"], group_names, numbers, strict=True):
                 where = (*path, STATE, name)
-                _, child = by_name.pop(name, (None, None))
+                key, child = by_name.pop(name, (name, None))
                 here = current.get(number, {})
                 if child is None or self._state_differs(parameter, name, where, child, here):
                     continue
-                states[number] = self._bind_parameter_state(adapter, group, parameter, here, where, child)
+                inner = _spelled_out(child)
+                states[number] = self._bind_parameter_state(adapter, group, parameter, here, where, inner)
+                number_of[key] = number
+                if child.entry is not None:  # plain values, or none: the parameter is known, and has nothing yet
+                    child.used = True
+                    self._loaded.append(dotted(where))
         of_parameters = {self._parameter_name(str(name)) for group in packed for name in group["params"]}
         for name, (key, child) in by_name.items():
             if name not in of_parameters:
                 states[key] = self._rebuild(child, (*path, STATE, key), current.get(key))
                 self._loaded.append(dotted((*path, STATE, key)))
-        return states
+        order = [number_of.get(key, key) for key in saved.children]
+        return {key: states[key] for key in order if key in states}
