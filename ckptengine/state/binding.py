@@ -34,7 +34,8 @@ class Promise:
     that hold them. `built` are the optimizers and objects by their paths: what lies there is built from the checkpoint.
     `before` is what the objects' `state_dict` gave before. `derived` are the paths of what is not taken over as it was
     saved, `refused` of what did not fit, `other_class` of what takes over what another class had saved. `wanted` tells,
-    given a value and its path, whether it was asked for.
+    given a value and its path, whether it was asked for. `spread` are the paths of what was read into sharded memory,
+    `given` of what was spread in the checkpoint and was read into a whole tensor that an object had.
     """
 
     leaves: Mapping[Path, SavedArray | SavedValue]
@@ -49,6 +50,8 @@ class Promise:
     refused: frozenset[Path]
     other_class: frozenset[Path]
     saved_world_size: int
+    spread: frozenset[Path]
+    given: frozenset[Path]
 
 
 class Binding:

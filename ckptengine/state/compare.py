@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import json
+from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 from ckptengine.state.adapters import describe_type
@@ -68,7 +69,6 @@ class _Comparison:
             self._arrays[path] = self._arrays[first]
         self._values = {**flat.values, **flat.rank_values}
         self._derived = self._derived_paths(world_size)
-        self._sharded = {leaf.shape for leaf in flat.arrays if leaf.placement is Placement.SHARDED}
 
     def _derived_paths(self, world_size: int) -> set[Path]:
         """Return what is not compared: what a `resize` made, and what an object says it derives anew."""
@@ -109,19 +109,48 @@ class _Comparison:
             self.found.append(Found(path, entry, leaf))
 
     def _whole_copy(self, path: Path, entry: SavedArray, leaf: ArrayLeaf) -> bool:
-        """Whether a tensor that belongs to a sharded parameter has become a plain one."""
-        if entry.leaf.placement is not Placement.SHARDED or leaf.placement is Placement.SHARDED:
-            return False
-        if not is_inside(path, self._promise.built) or leaf.shape not in self._sharded:
-            return False
-        # The parameter that it belongs to tells, where it is in the state: another array may have this shape by chance.
-        names = (self._promise.parameter_name(str(key)) for key in path)
-        owner = next((self._by_name[name] for name in names if name in self._by_name), None)
-        return owner is None or owner.placement is Placement.SHARDED
+        """Whether a part of a sharded tensor, or what belongs to a sharded parameter, has become a whole copy.
 
-    @cached_property
-    def _by_name(self) -> dict[str, ArrayLeaf]:
-        return {dotted(path): leaf for path, leaf in self._arrays.items()}
+        A state whose tensors are whole takes what was sharded: that is another layout, and no difference.
+        """
+        if not self._became_whole(path, entry.leaf.placement, leaf):
+            return False
+        if path in self._promise.spread:
+            return True
+        return path not in self._promise.given and self._belongs_to_sharded(path, leaf)
+
+    def _became_whole(self, path: Path, saved: Placement, leaf: ArrayLeaf) -> bool:
+        whole = saved is Placement.SHARDED and leaf.placement is not Placement.SHARDED
+        return whole and is_inside(path, self._promise.built)
+
+    def _belongs_to_sharded(self, path: Path, leaf: ArrayLeaf) -> bool:
+        """Whether the tensor that a key of the path names is sharded; without one, whether all of the shape are.
+
+        A key is a whole name, as the parameters of an optimizer have it, or a name inside a module. A tensor of another
+        framework, or one whose own layout is in question, says nothing.
+        """
+        tensors, by_name = self._patterns
+        for key in reversed(path):
+            named = by_name.get(self._promise.parameter_name(str(key)), [])
+            if len(named) == 1 and named[0].shape == leaf.shape and named[0].container == leaf.container:
+                return named[0].placement is Placement.SHARDED
+        if is_inside(path, self._promise.optimizers):
+            return False  # its parameter isn't in the state; the walk refuses plain state of a sharded one
+        alike = {one.placement for one in tensors if (one.shape, one.container) == (leaf.shape, leaf.container)}
+        return alike == {Placement.SHARDED}
+
+    @functools.cached_property
+    def _patterns(self) -> tuple[list[ArrayLeaf], dict[str, list[ArrayLeaf]]]:
+        """Return the leaves that show how others are to be spread; by whole name and last key, what isn't built."""
+        tensors, by_name = [], defaultdict(list)
+        for path, one in self._arrays.items():
+            entry = self._promise.leaves.get(path)
+            if isinstance(entry, SavedArray) and self._became_whole(path, entry.leaf.placement, one):
+                continue
+            tensors.append(one)
+            for name in () if is_inside(path, self._promise.built) else {dotted(path), str(path[-1])}:
+                by_name[name].append(one)
+        return tensors, by_name
 
     def _value(self, path: Path, entry: SavedValue) -> None:
         if self._is_groups(path):

@@ -10,7 +10,7 @@ from ckptengine.state.adapters import Layouts
 from ckptengine.state.bind.sharing import Taken, extents, sharing
 from ckptengine.state.binding import Action, Promise, Read
 from ckptengine.state.kinds import Inspector
-from ckptengine.state.leaf import ArrayLeaf, Path, dotted, is_inside
+from ckptengine.state.leaf import ArrayLeaf, Path, Placement, dotted, is_inside
 from ckptengine.state.loaders import is_stateful_loader
 from ckptengine.state.outline import class_name, is_of_class
 from ckptengine.state.report import LoadReport
@@ -74,6 +74,8 @@ class BinderBase(ABC):
         self.built: dict[Path, Any] = {}
         """The optimizers and objects by their paths: what lies there is built from the checkpoint."""
         self.optimizers: set[Path] = set()
+        self.given: set[Path] = set()
+        """The paths of what was spread over the ranks and is read into a whole tensor that an object had."""
         self.before: dict[Path, Any] = {}
         """What the objects' `state_dict` gave before."""
         self._cast: list[str] = []
@@ -130,6 +132,8 @@ class BinderBase(ABC):
             refused=refused,
             other_class=frozenset(self._of_other_class),
             saved_world_size=self._saved.world_size,
+            spread=frozenset(read.target.path for read in self.reads if read.target.placement is Placement.SHARDED),
+            given=frozenset(self.given),
         )
 
     def _path_here(self, path: Path) -> Path:

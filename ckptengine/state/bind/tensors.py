@@ -306,6 +306,8 @@ class TensorBinder(BinderBase):
         So too where its memory is that of another leaf: that of the model's parameter, for example, of which it is to
         become a copy. It may stay tied to a leaf that is read from the same array of the checkpoint.
         """
+        if entry.leaf.placement is Placement.SHARDED and view.placement is not Placement.SHARDED:
+            self.given.add(path)
         if entry.told and not in_order(view, entry.order):
             like = _new_like(like, adapter, entry.order)
             view = _target_view(like, adapter, path)
