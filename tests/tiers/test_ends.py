@@ -53,8 +53,10 @@ def test_a_job_that_never_closes_its_checkpointer_ends_well(tmp_path, memory):
 
 
 def test_a_rank_whose_node_has_no_shared_memory_is_named_on_all_ranks(tmp_path, memory):
-    with Running(2, tmp_path, run=str(tmp_path / "run"), memory=[str(memory), str(tmp_path)], until=1) as job:
+    disk = tmp_path / "on a disk"
+    disk.mkdir()
+    with Running(2, tmp_path, run=str(tmp_path / "run"), memory=[str(memory), str(disk)], until=1) as job:
         assert job.process.wait(120) != 0
         output = job.output.read_text()
-    assert "opening the tiers failed on rank(s) 1" in output
+    assert "/run failed on rank(s) 1" in output
     assert "not on a tmpfs" in output

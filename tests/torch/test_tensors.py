@@ -137,7 +137,7 @@ def test_other_devices_go_through_copies() -> None:
         (lambda: torch.nested.nested_tensor([torch.ones(1), torch.ones(2)]), "x: a nested tensor"),
         (
             lambda: torch.masked.masked_tensor(torch.ones(2), torch.ones(2) > 0),
-            "x: MaskedTensor has no memory of its own",
+            "x: MaskedTensor is more than its data",
         ),
         (
             lambda: torch.nested.nested_tensor([torch.ones(1), torch.ones(2)], layout=torch.jagged),
