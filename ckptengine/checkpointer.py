@@ -375,12 +375,16 @@ class Checkpointer:
             site=self._tiers.site,
             meeting=self._tiers.meeting,
         )
+        before, self._highest = self._highest, step
         try:
             handle = self._saver.start(target, state, self._check_replicas)
+        except StateError:
+            if not self._started:  # refused on all ranks before anything was written: no step was saved yet
+                self._highest = before
+            raise
         finally:
             # Also where this rank's snapshot failed: whether the next save claims one is the same on all ranks.
             self._generation = self._saver.generation
-            self._highest = step
         self._started = True
         self._last, self._unsaved = (step, handle), None
         self._pending.append(handle)

@@ -64,6 +64,10 @@ class Together:
         digests = [state["digest"].value for state in states]
         return {**states[0], "digest": ce.PerRank(states[0]["digest"].resize(digests, 0, 1))}
 
+    def rederived_state(self, saved_world_size: int, world_size: int) -> tuple[str, ...]:
+        """As the sampler's; the digests of the ranks are joined here, not by the engine."""
+        return (*self.samplers[0].rederived_state(saved_world_size, world_size), "digest")
+
     def load_state_dict(self, state: dict[str, Any]) -> None:
         for rank, sampler in enumerate(self.samplers):
             sampler.load_state_dict({**state, "digest": state["digest"] if rank == 0 else "0" * 32})
