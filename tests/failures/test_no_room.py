@@ -213,7 +213,7 @@ def test_a_snapshot_that_memory_is_too_short_for_goes_through_what_there_is_and_
     with ce.Checkpointer(tmp_path / "run") as run:
         run.save(1, {"small": np.arange(10)}).durable.result()
         pages = int(Path("/proc/self/statm").read_text().split()[0])
-        resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + 64 * MIB, kept[1]))
+        resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + 88 * MIB, kept[1]))
         try:
             run.save(2, state).durable.result()
         finally:

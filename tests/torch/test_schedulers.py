@@ -142,7 +142,7 @@ def test_groups_that_were_saved_without_a_schedule_keep_the_one_that_is_here() -
 
 @pytest.mark.parametrize(
     ("held", "advice"),
-    [(lambda epoch: 1.0, "plain functions and lambdas"), ({1, 2}, "sorted list"), (object(), r"state_dict\(\)")],
+    [(lambda epoch: 1.0, "plain functions and lambdas"), (bytearray(2), "to bytes"), (object(), r"state_dict\(\)")],
 )
 def test_a_callable_that_holds_what_cannot_be_saved_is_named_with_what_to_do(held: Any, advice: str) -> None:
     decay = Decay()
