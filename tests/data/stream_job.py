@@ -30,6 +30,7 @@ def main() -> None:
 
     shards = sorted((folder / "data").iterdir())
     data = ce.ElasticBatches(shards, GLOBAL_BATCH, open=JsonLines(), seed=4, block=2 * GLOBAL_BATCH)
+    torch.manual_seed(0)  # replicas are compared
     model = torch.nn.Linear(64, 64)
     loader = data.loader(num_workers=2, prefetch_factor=3)
     state = {"model": model, "data": data}
