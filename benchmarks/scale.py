@@ -35,6 +35,7 @@ from ckptengine.load.checkpoint import Checkpoint
 from ckptengine.save.planner import Plan, Planner
 from ckptengine.save.reading import Reading, structure_of
 from ckptengine.save.values import stored_values
+from ckptengine.state.asked import Asked
 from ckptengine.state.leaf import ArrayLeaf, HostMemory, Part, Placement
 from ckptengine.state.tree import flatten_traced
 from ckptengine.storage.local import LocalStorage
@@ -101,7 +102,7 @@ def reading_of(rank: int, ranks: int, leaves: int) -> Reading:
         arrays.append(ArrayLeaf(path, "bfloat16", shape, Placement.SHARDED, (part,), "torch"))
     plain, trace = flatten_traced({"step": 1})
     flat = replace(plain, arrays=tuple(arrays))
-    return Reading({}, plain, structure_of(flat), flat.arrays, None, trace, [])
+    return Reading({}, plain, structure_of(flat), flat.arrays, None, trace, [], Asked())
 
 
 def plan_of(rank: int, ranks: int, leaves: int) -> Plan:

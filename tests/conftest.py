@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import os
+import signal
 import sys
 import uuid
 from collections.abc import Iterator
@@ -27,6 +29,17 @@ def _before_damage(event: str, arguments: tuple[object, ...]) -> None:
 
 if os.geteuid() != 0:
     sys.addaudithook(_before_damage)
+
+
+@pytest.fixture(autouse=True)
+def signals_given_back() -> Iterator[None]:
+    """See that no test leaves a handler of ours behind: another one, much later, would fail for it."""
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    if signal.getsignal(signal.SIGTERM) != before:
+        gc.collect()
+        left, _ = signal.getsignal(signal.SIGTERM), signal.signal(signal.SIGTERM, before)
+        assert left == before, "a Checkpointer is still open, and holds SIGTERM"
 
 
 @pytest.fixture(scope="session")

@@ -95,8 +95,16 @@ class TorchStore(KeyValueStore):
 
     def set(self, key: str, value: bytes) -> None:
         """Store a value."""
-        # Never an empty one: FileStore takes that for a deleted key.
-        self._call("set", lambda client: client.set(key, b"=" + value))
+
+        def set_value(client: Any) -> None:
+            # Never an empty one: FileStore takes that for a deleted key.
+            client.set(key, b"=" + value)
+            if self.blocks:
+                # A TCPStore's `set` waits for no answer: where the connection breaks just then, the value is lost
+                # without a word. The host answers in order, so an answer to any question says that it has come.
+                client.check([key])
+
+        self._call("set", set_value)
 
     def get(self, key: str, timeout: float) -> bytes | None:
         """Return the value as soon as it is there, None after `timeout` seconds without it."""

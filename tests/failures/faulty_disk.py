@@ -24,6 +24,7 @@ class FaultyDisk(Disk):
 
     def __init__(self) -> None:
         self.fails: Callable[[str, int], int | None] = lambda name, number: None
+        self.arguments: tuple[Any, ...] = ()  # of the operation that `fails` is asked about
         self.count = 0
         self.failed: list[str] = []
         self.synced: list[str] = []
@@ -41,6 +42,7 @@ class FaultyDisk(Disk):
         self.count += 1
         if name == "sync":
             self.synced.append(os.readlink(f"/proc/self/fd/{arguments[0]}"))
+        self.arguments = arguments
         code = self.fails(name, self.count)
         if code is not None:
             self.failed.append(name)

@@ -16,7 +16,7 @@ import pytest
 from tiered import Running, finish, steps
 
 import ckptengine as ce
-from ckptengine.errors import DeadlineError, StorageError
+from ckptengine.errors import DeadlineError, SaveFailedError, StorageError
 from ckptengine.storage.local import LocalArchiveWriter, LocalStorage
 from ckptengine.tiers.memory import memory_root
 from ckptengine.tiers.mover import Mover
@@ -249,12 +249,14 @@ def test_what_could_not_be_made_durable_stays_in_memory_at_the_end_of_the_job_an
     tmp_path, memory, monkeypatch, caplog
 ):
     run = tmp_path / "run"
-    with ce.Checkpointer(run, memory=memory, preemption=None) as ckpt:
-        ckpt.save(1, state_of(1)).durable.result()
-        with monkeypatch.context() as patch:
-            refuse(patch, run)
-            ckpt.save(2, state_of(2)).durable.wait()
-            ckpt._saver.settle(60)
+    ckpt = ce.Checkpointer(run, memory=memory, preemption=None)
+    ckpt.save(1, state_of(1)).durable.result()
+    with monkeypatch.context() as patch:
+        refuse(patch, run)
+        ckpt.save(2, state_of(2)).durable.wait()
+        ckpt._saver.settle(60)
+    with pytest.raises(SaveFailedError, match="the last save of this job failed: .*step 1 is the last one committed"):
+        ckpt.close()
     assert "step 2 is in memory only" in caplog.text
     assert steps(run) == [1]
     state = state_of(0)
