@@ -156,6 +156,7 @@ class Checkpointer:
         self._claimed: int | None = None  # on rank 0
         self._highest: int | None = None  # the highest step that this life has begun to save
         self._last: tuple[int, SaveHandle] | None = None
+        self._given_up: tuple[int, SaveHandle] | None = None  # the last one, where it failed
         self._unsaved: int | None = None  # the last step, where no save of it was started
         self._pending: list[SaveHandle] = []
         self._opening = Opening(self.run, self._tiers, self._comm, timeout, chosen=comm is None)
@@ -215,7 +216,7 @@ class Checkpointer:
             if again:
                 return None if loaded is None else loaded.step
             # What follows is a new life of the run, also where this process has saved before.
-            self._generation = self._claimed = self._last = self._unsaved = self._highest = None
+            self._generation = self._claimed = self._last = self._given_up = self._unsaved = self._highest = None
             self._schedule.restart()
             self._parent = None if loaded is None or loaded.step is None else (loaded.generation, loaded.step)
             self._committed = None if self._parent is None else self._parent[1]
@@ -359,6 +360,7 @@ class Checkpointer:
         directory = step_directory(step)
         self._saver.wait(self._timeout, directory)
         self._reap()
+        self._correct()
         if self._last is not None and self._last[0] == step:
             self._unsaved = None
             return self._last[1]
@@ -465,6 +467,7 @@ class Checkpointer:
                     self._opening.close()
                     if self._watch is not None:
                         self._watch.close()
+        self._correct()
         if not failed:
             self._failures.raise_last(self._stands())
 
@@ -543,13 +546,28 @@ class Checkpointer:
             except Exception as error:
                 self._failed(error, handle.path)
             else:
-                assert stats is not None
-                self.history.append(stats)
-                self._schedule.learn(stats)
-                self._failures.succeeded()
-                self._committed = stats.step
+                self._succeeded(stats)
+
+    def _succeeded(self, stats: SaveStats | None) -> None:
+        assert stats is not None
+        self.history.append(stats)
+        self._schedule.learn(stats)
+        self._failures.succeeded()
+        self._committed = stats.step
+
+    def _correct(self) -> None:
+        """Take a save back that this rank has told as failed, where rank 0 has said since that it is committed.
+
+        Then the others take the same step as saved, and this rank must not begin to save it alone.
+        """
+        given_up = self._given_up
+        if given_up is not None and given_up[1].durable.error is None:
+            self._given_up, self._last = None, self._last or given_up
+            self._succeeded(given_up[1].durable.result(0))
 
     def _failed(self, error: Exception, path: str) -> None:
         self._schedule.failed()
-        self._last = None  # the same step may be tried again
+        last, self._last = self._last, None  # the same step may be tried again
+        if last is not None and last[1].durable.error is not None:
+            self._given_up = last
         self._failures.note(error, path)
