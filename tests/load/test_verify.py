@@ -171,6 +171,40 @@ def test_what_an_object_says_it_derives_anew_is_not_compared(tmp_path):
         ce.load(tmp_path / "point", into={"held": Deriving(change)})
 
 
+class Around:
+    """An object of a user's own around a sampler and the random streams."""
+
+    def __init__(self, **options):
+        self.sampler, self.rng = ce.ElasticSampler(20, **options), ce.RNG()
+
+    def state_dict(self):
+        return {"data": self.sampler.state_dict(), "rng": self.rng.state_dict()}
+
+    def load_state_dict(self, state):
+        self.sampler.load_state_dict(state["data"])
+        self.rng.load_state_dict(state["rng"])
+
+
+@pytest.mark.parametrize("batch", [6, 10])
+def test_an_object_around_a_sampler_and_random_streams_is_restored_also_with_another_batch(tmp_path, batch):
+    saved = Around(global_batch=6, last="drop")
+    batches = saved.sampler.batches()
+    used = [*next(batches), *next(batches)]
+    ce.save(tmp_path / "point", {"around": saved})
+    here = Around(global_batch=batch, last="drop")
+    ce.load(tmp_path / "point", into={"around": here})
+    loaded = here.sampler.state_dict()
+    assert {**loaded, "digest": None} == {**saved.sampler.state_dict(), "digest": None}
+    assert loaded["digest"].value == saved.sampler.state_dict()["digest"].value
+    # Of the 8 that are left 6 make a batch; with batches of 10 they are left out, and the next epoch begins.
+    assert here.sampler.epoch == (0 if batch == 6 else 1)
+    rest = next(here.sampler.batches())
+    assert len(rest) == batch
+    assert batch == 10 or not {*used} & {*rest}
+    after = here.sampler.state_dict()
+    assert (after["life"], after["global_batch"]) == (1, batch)
+
+
 def test_a_value_that_an_object_had_before_and_the_checkpoint_has_not_is_told_and_stays(tmp_path, caplog):
     class Newer(Holder):
         def load_state_dict(self, state):
