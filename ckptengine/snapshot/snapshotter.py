@@ -100,13 +100,14 @@ class Snapshotter:
             return False
 
     def _reserve_less(self, whole: int, shortage: StorageError) -> None:
-        nbytes = whole // 2
-        while nbytes >= LEAST_ARENA_NBYTES:
+        nbytes = whole
+        while nbytes > LEAST_ARENA_NBYTES:
+            nbytes = max(nbytes // 2, LEAST_ARENA_NBYTES)
             try:
                 self._arena.reserve(nbytes)
                 break
             except StorageError:
-                nbytes //= 2
+                continue
         if self._arena.nbytes < LEAST_ARENA_NBYTES:
             raise shortage
         if not self._told:
