@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numcodecs.zstd import Zstd
 from numpy.typing import NDArray
 
 from ckptengine.archive.directory import DirectoryEntry, entry_position, read_entry
@@ -41,7 +40,7 @@ def encode_column(values: Integers, chunk_items: int, *, differences: bool) -> t
     """
     items = max(1, min(chunk_items, values.size))
     count = -(-values.size // items)
-    codec = Zstd(level=_LEVEL)
+    codec = _zstd(_LEVEL)
     chunk = np.zeros(items, values.dtype.newbyteorder("<"))
     parts, sizes = [], np.zeros(count, np.int64)
     for number in range(count):
@@ -106,7 +105,7 @@ class Column:
     def _decoded(self, chunks: NDArray[np.int64]) -> Iterator[Integers]:
         """Yield what these chunks store, each in the memory of the one before: fresh memory is slow to touch."""
         raw = np.empty(self.chunk_items, self.dtype)
-        codec = Zstd()
+        codec = _zstd()
         for batch in self._batches(chunks):
             sizes = self.sizes[batch]
             order = np.argsort(self.starts[batch], kind="stable")
@@ -186,3 +185,10 @@ def _content_nbytes(frame: bytes) -> int | None:
     if width == 0 or len(field) < width:
         return None
     return int.from_bytes(field, "little") + (256 if width == 2 else 0)
+
+
+def _zstd(level: int = 0) -> Any:
+    """Return the codec of Zarr's `zstd`; importing numcodecs takes as long as importing numpy."""
+    from numcodecs.zstd import Zstd
+
+    return Zstd(level=level)

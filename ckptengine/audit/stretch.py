@@ -34,8 +34,9 @@ class Stretch:
 def stretches(looks: Sequence[Look], findings: Findings) -> list[Stretch]:
     """Return each cursor's stretches, by names, then in order; adds a finding where a checkpoint lacks a cursor.
 
-    Each restart loads a cursor, which counts that as its `life`. One that has counted fewer than there were restarts
-    was not loaded: it began anew, as it does where only the other parts of a state are restored.
+    A cursor counts each restart after which it handed out a batch as a `life`. One that began anew at one of the
+    restarts between two checkpoints, as it does where only the other parts of a state are restored, can have counted
+    only those after it, and does not go on from the one before.
     """
     every: list[Stretch] = []
     last: dict[str, Stretch] = {}
@@ -55,7 +56,13 @@ def stretches(looks: Sequence[Look], findings: Findings) -> list[Stretch]:
 
 
 def _begins_anew(earlier: State, state: State) -> bool:
-    return state.life - earlier.life < state.restarts - earlier.restarts
+    return state.life < state.restarts - earlier.restarts and not _goes_on(earlier, state)
+
+
+def _goes_on(earlier: State, state: State) -> bool:
+    """Whether a cursor, over a restart, has what another one had, and after that only what it counts to later lives."""
+    before, runs = earlier.runs(), state.runs()
+    return runs[: len(before)] == before and all(run.life > earlier.life for run in runs[len(before) :])
 
 
 def _anew(earlier: State, state: State) -> str:
@@ -219,6 +226,7 @@ def _lives(states: Sequence[State]) -> Iterable[LifeReport]:
         by_life.setdefault(run.life, []).append(run)
     for life, runs in sorted(by_life.items()):
         own = [state for state in states if state.life == life]
+        own = [state for state in own if state.generation == own[0].generation]  # a later one has used nothing yet
         steps = [state.step for state in own if state.step is not None]
         yield LifeReport(
             life=life,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import operator
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal, get_args
@@ -68,12 +69,13 @@ class Cursor:
         self.batches = 0
         """Global batches that training has consumed since the start, all epochs together."""
         self.life = 0
-        """How often the cursor has been loaded."""
+        """How often the cursor has been loaded: what its next global batches are counted to."""
         self.ledger = Ledger()
         self._digest = 0
         self._uncounted: list[
             tuple[int, bool, NDArray[np.int64]]
         ] = []  # samples that the digest lacks, with their tags
+        self._loaded: dict[str, Any] | None = None  # the state that was loaded, until a batch is handed out
 
     def _check_arguments(self) -> None:
         if self.global_batch < 1:
@@ -171,6 +173,7 @@ class Cursor:
 
     def count(self, batch: GlobalBatch, begin: int, samples: NDArray[np.int64]) -> None:
         """Add samples that were handed to training to the digest: those of a part that starts at `begin`."""
+        self._loaded = None
         real = max(0, batch.end - batch.begin - begin)
         if real:
             self._uncounted.append((batch.epoch, False, samples[:real]))
@@ -196,6 +199,7 @@ class Cursor:
 
     def complete(self, batch: GlobalBatch) -> None:
         """Note that this rank has handed its whole share of a global batch to training: the cursor moves past it."""
+        self._loaded = None
         self.ledger.add(batch, self.world_size, self.life)
         self.consumed = batch.end
         self.batches = batch.number + 1
@@ -218,7 +222,11 @@ class Cursor:
         """Return plain values: the place, the ledger, and how the order and the batches are made; `digest` is per rank.
 
         `global_batch`, `micro_batch` and `last` are there for the record: on loading those of the constructor hold.
+        Until a batch is handed out it is the state that was loaded: nothing has been done in the new life yet.
         """
+        digest = PerRank(write_digest(self.digest), resize=_joined)
+        if self._loaded is not None:
+            return {**self._loaded, "digest": digest}
         return {
             "cursor": MARKER,
             "order": self.order.describe(),
@@ -230,18 +238,8 @@ class Cursor:
             "batches": self.batches,
             "life": self.life,
             "ledger": self.ledger.plain(),
-            "digest": PerRank(write_digest(self.digest), resize=_joined),
+            "digest": digest,
         }
-
-    def rederived_state(self, saved_world_size: int, world_size: int) -> tuple[str, ...]:
-        """Return what is not as it was saved after a load: the constructor's settings, the count of lives.
-
-        Where nothing of the epoch is left, the next one begins.
-        """
-        settings = ("global_batch", "micro_batch", "last", "life")
-        at_once = ("epoch", "consumed", "ledger", "digest") if self.consumed == 0 else ()
-        joined = ("digest",) if saved_world_size != world_size else ()
-        return settings + at_once + joined
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from where a cursor was, of any world size and global batch.
@@ -274,6 +272,7 @@ class Cursor:
         self.epoch, self.consumed, self.batches, self.life = place
         self.life += 1
         self.ledger, self._digest = ledger, digest
+        self._loaded = copy.deepcopy({**state, "digest": None})
         self._uncounted.clear()
         self._close_if_over()
 

@@ -127,10 +127,6 @@ class Handing:
             )
         return None
 
-    def rederived_state(self, saved_world_size: int, world_size: int) -> tuple[str, ...]:
-        """Return what is not as it was saved after a load: that of the cursor."""
-        return self._cursor.rederived_state(saved_world_size, world_size)
-
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a saved position.
 

@@ -12,7 +12,6 @@ from urllib.parse import unquote, urlsplit
 from ckptengine.errors import StorageError
 from ckptengine.storage.base import Storage
 from ckptengine.storage.local import LocalStorage
-from ckptengine.storage.remote import RemoteStorage
 
 __all__ = ["is_url", "local_path", "open_storage"]
 
@@ -79,6 +78,8 @@ def open_storage(
     chain, protocol, rest = match["chain"] or "", match["scheme"].lower(), path[match.end() :].rstrip("/")
     _check_chain(chain)
     _check_rest(protocol, rest)
+    from ckptengine.storage.remote import RemoteStorage  # with asyncio and ssl, which a directory does not need
+
     return RemoteStorage(f"{chain}{protocol}://{rest}", options, timeout=timeout)
 
 

@@ -64,10 +64,6 @@ class Together:
         digests = [state["digest"].value for state in states]
         return {**states[0], "digest": ce.PerRank(states[0]["digest"].resize(digests, 0, 1))}
 
-    def rederived_state(self, saved_world_size: int, world_size: int) -> tuple[str, ...]:
-        """As the sampler's; the digests of the ranks are joined here, not by the engine."""
-        return (*self.samplers[0].rederived_state(saved_world_size, world_size), "digest")
-
     def load_state_dict(self, state: dict[str, Any]) -> None:
         for rank, sampler in enumerate(self.samplers):
             sampler.load_state_dict({**state, "digest": state["digest"] if rank == 0 else "0" * 32})
@@ -358,6 +354,24 @@ def test_a_run_that_goes_on_with_a_cursor_from_the_start_is_two_stretches_and_cl
     before, after = report_of(call, tmp_path, 0)["cursors"]
     assert (before["batches"], after["batches"]) == (5, 11)
     assert after["lives"][0]["generation"] is None
+
+
+def test_a_job_that_saves_before_it_takes_a_batch_counts_no_life_and_is_clean(tmp_path: Path, call: Call) -> None:
+    life(tmp_path, ce.ElasticSampler(32, 8), 5)
+    for step in (6, 7):  # two jobs that save at once and end
+        sampler = ce.ElasticSampler(32, 8)
+        with ce.Checkpointer(tmp_path, preemption=None) as ckpt:
+            ckpt.restore({"model": np.zeros(3), "data": sampler})
+            ckpt.save(step, {"model": np.zeros(3), "data": sampler})
+    life(tmp_path, ce.ElasticSampler(32, 8), 9)
+    [cursor] = report_of(call, tmp_path, 0)["cursors"]
+    assert [(one["generation"], one["steps"]) for one in cursor["lives"]] == [(1, [1, 5]), (4, [6, 9])]
+    assert cursor["batches"] == 9
+    for step in (6, 7):  # what tells of the idle jobs
+        for manifest in tmp_path.glob(f"step-0000000{step}/manifest-000[23].json"):
+            manifest.unlink()
+    [cursor] = report_of(call, tmp_path, 0)["cursors"]
+    assert cursor["batches"] == 9
 
 
 def test_a_repeat_is_found_in_the_stretch_before_a_new_beginning(tmp_path: Path, call: Call) -> None:

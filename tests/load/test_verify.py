@@ -7,6 +7,7 @@ from collections import OrderedDict
 import numpy as np
 import pytest
 import torch
+from holders import Changing, Holder
 
 import ckptengine as ce
 from ckptengine.errors import RestoreDifferenceError
@@ -15,30 +16,6 @@ from ckptengine.state.bind.base import BinderBase
 from ckptengine.state.bind.objects import ObjectBinder
 from ckptengine.state.bind.optimizers import OptimizerBinder
 from ckptengine.state.bind.tensors import TensorBinder
-
-
-class Holder:
-    """An object that keeps what it is given."""
-
-    def __init__(self, **state) -> None:
-        self.state = state
-
-    def state_dict(self):
-        return self.state
-
-    def load_state_dict(self, state):
-        self.state = state
-
-
-class Changing(Holder):
-    """An object that does something to what it is given, or to something else."""
-
-    def __init__(self, change, **state) -> None:
-        super().__init__(**state)
-        self.change = change
-
-    def load_state_dict(self, state):
-        self.state = self.change(state)
 
 
 def trained(kind=torch.optim.AdamW, **options):
@@ -192,6 +169,40 @@ def test_what_an_object_says_it_derives_anew_is_not_compared(tmp_path):
     extra["kept"] = 3
     with refused("held.inner.kept: 1 in the checkpoint, 3 now"):
         ce.load(tmp_path / "point", into={"held": Deriving(change)})
+
+
+class Around:
+    """An object of a user's own around a sampler and the random streams."""
+
+    def __init__(self, **options):
+        self.sampler, self.rng = ce.ElasticSampler(20, **options), ce.RNG()
+
+    def state_dict(self):
+        return {"data": self.sampler.state_dict(), "rng": self.rng.state_dict()}
+
+    def load_state_dict(self, state):
+        self.sampler.load_state_dict(state["data"])
+        self.rng.load_state_dict(state["rng"])
+
+
+@pytest.mark.parametrize("batch", [6, 10])
+def test_an_object_around_a_sampler_and_random_streams_is_restored_also_with_another_batch(tmp_path, batch):
+    saved = Around(global_batch=6, last="drop")
+    batches = saved.sampler.batches()
+    used = [*next(batches), *next(batches)]
+    ce.save(tmp_path / "point", {"around": saved})
+    here = Around(global_batch=batch, last="drop")
+    ce.load(tmp_path / "point", into={"around": here})
+    loaded = here.sampler.state_dict()
+    assert {**loaded, "digest": None} == {**saved.sampler.state_dict(), "digest": None}
+    assert loaded["digest"].value == saved.sampler.state_dict()["digest"].value
+    # Of the 8 that are left 6 make a batch; with batches of 10 they are left out, and the next epoch begins.
+    assert here.sampler.epoch == (0 if batch == 6 else 1)
+    rest = next(here.sampler.batches())
+    assert len(rest) == batch
+    assert batch == 10 or not {*used} & {*rest}
+    after = here.sampler.state_dict()
+    assert (after["life"], after["global_batch"]) == (1, batch)
 
 
 def test_a_value_that_an_object_had_before_and_the_checkpoint_has_not_is_told_and_stays(tmp_path, caplog):
