@@ -31,7 +31,8 @@ class Promise:
     """What the state must be once everything is set.
 
     `leaves` are the entries of the checkpoint that are loaded, by their paths in the state, and `containers` the nodes
-    that hold them. `built` are the optimizers and objects by their paths: what lies there is built from the checkpoint.
+    that hold them, or are objects. `built` are the optimizers and objects by their paths: what lies there is built from
+    the checkpoint.
     `before` is what the objects' `state_dict` gave before. `derived` are the paths of what is not taken over as it was
     saved, `refused` of what did not fit, `other_class` of what takes over what another class had saved. `wanted` tells,
     given a value and its path, whether it was asked for. `spread` are the paths of what was read into sharded memory,

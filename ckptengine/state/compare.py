@@ -222,9 +222,12 @@ class _Comparison:
                 if path in self._promise.other_class or not any(leaf.used for _, leaf in node.leaves()):
                     continue
                 self._differ(path, f"{node.cls} in the checkpoint, {class_name(target)} now")
-            now = [
-                one for outline in outlines for one in outline.get(path, []) if one.kind not in ("object", "optimizer")
-            ]
+            there = [one for outline in outlines for one in outline.get(path, [])]
+            now = [one for one in there if one.kind not in ("object", "optimizer")]
+            if node.cls and len(now) == len(there) and (now or path in self._values):
+                found = _kind(now[0].kind) if now else describe_type(self._values[path])
+                self._differ(path, f"{node.cls} in the checkpoint, {found} in its place now")
+                continue
             if node.kind in (None, "optimizer") or self._is_groups(path) or not now:
                 continue
             if now[0].kind != node.kind:

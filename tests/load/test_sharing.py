@@ -5,13 +5,12 @@ from __future__ import annotations
 import itertools
 import json
 import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from forkserver import fork
 
 HERE = Path(__file__).parent
 BLOCK = 65536
@@ -22,12 +21,8 @@ _numbers = itertools.count()
 def run_job(folder: Path, size: int, layout: str, scenario: str = "") -> list[dict[str, Any] | None]:
     """Run one process per rank; return what each found, None for one that could not say."""
     attempt = f"{layout}-{next(_numbers)}"
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE.parent.parent)}
-    command = [sys.executable, str(HERE / "sharing_job.py"), str(folder)]
-    ranks = [
-        subprocess.Popen([*command, str(rank), str(size), attempt, layout, scenario], env=environment)
-        for rank in range(size)
-    ]
+    command = [str(HERE / "sharing_job.py"), str(folder)]
+    ranks = [fork([*command, str(rank), str(size), attempt, layout, scenario]) for rank in range(size)]
     victim = int(scenario.partition(":")[2]) if scenario.startswith(("kill", "hang")) else None
     try:
         for rank, process in enumerate(ranks):

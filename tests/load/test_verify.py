@@ -7,6 +7,7 @@ from collections import OrderedDict
 import numpy as np
 import pytest
 import torch
+from holders import Changing, Holder
 
 import ckptengine as ce
 from ckptengine.errors import RestoreDifferenceError
@@ -15,30 +16,6 @@ from ckptengine.state.bind.base import BinderBase
 from ckptengine.state.bind.objects import ObjectBinder
 from ckptengine.state.bind.optimizers import OptimizerBinder
 from ckptengine.state.bind.tensors import TensorBinder
-
-
-class Holder:
-    """An object that keeps what it is given."""
-
-    def __init__(self, **state) -> None:
-        self.state = state
-
-    def state_dict(self):
-        return self.state
-
-    def load_state_dict(self, state):
-        self.state = state
-
-
-class Changing(Holder):
-    """An object that does something to what it is given, or to something else."""
-
-    def __init__(self, change, **state) -> None:
-        super().__init__(**state)
-        self.change = change
-
-    def load_state_dict(self, state):
-        self.state = self.change(state)
 
 
 def trained(kind=torch.optim.AdamW, **options):

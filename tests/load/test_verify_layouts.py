@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from holders import Holder
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
@@ -25,19 +26,6 @@ def one_rank():
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1, timeout=timedelta(seconds=60))
     yield
     dist.destroy_process_group()
-
-
-class Held:
-    """An object that keeps what it is given."""
-
-    def __init__(self, **state):
-        self.state = state
-
-    def state_dict(self):
-        return self.state
-
-    def load_state_dict(self, state):
-        self.state = state
 
 
 def network(*, sharded, whole=()):
@@ -93,8 +81,8 @@ def test_a_parameter_that_is_no_longer_sharded_takes_its_state_beside_a_sharded_
 
 def test_an_object_s_whole_tensor_takes_what_was_sharded(tmp_path):
     saved = trained(sharded=True)
-    ce.save(tmp_path / "point", {**saved, "held": Held(mean=saved["model"]["a"].weight.detach().clone())})
-    held = Held(mean=torch.zeros(4, 4))
+    ce.save(tmp_path / "point", {**saved, "held": Holder(mean=saved["model"]["a"].weight.detach().clone())})
+    held = Holder(mean=torch.zeros(4, 4))
     ce.load(tmp_path / "point", into={**network(sharded=True), "held": held})
     assert torch.equal(held.state["mean"], full(saved["model"]["a"].weight.detach()))
 
@@ -111,14 +99,14 @@ def test_whole_state_of_a_sharded_parameter_is_found(tmp_path, monkeypatch):
 def test_a_whole_copy_in_an_object_beside_sharded_tensors_is_found(tmp_path, monkeypatch):
     monkeypatch.setattr(TensorBinder, "_spread", lambda self, adapter, path, dtype, shape: None)
     saved = trained(sharded=True)
-    ce.save(tmp_path / "point", {**saved, "held": Held(mean=saved["model"]["a"].weight.detach().clone())})
+    ce.save(tmp_path / "point", {**saved, "held": Holder(mean=saved["model"]["a"].weight.detach().clone())})
     with pytest.raises(RestoreDifferenceError, match=rf"held.mean: {WHOLE}"):
-        ce.load(tmp_path / "point", into={**network(sharded=True), "held": Held()})
-    ce.load(tmp_path / "point", into={**network(sharded=False), "held": Held()})
+        ce.load(tmp_path / "point", into={**network(sharded=True), "held": Holder()})
+    ce.load(tmp_path / "point", into={**network(sharded=False), "held": Holder()})
 
 
 def test_an_object_that_gathers_what_it_is_handed_is_found(tmp_path):
-    class Gathering(Held):
+    class Gathering(Holder):
         def load_state_dict(self, state):
             self.state = {key: full(value) for key, value in state.items()}
 

@@ -7,6 +7,7 @@ from collections import OrderedDict
 import numpy as np
 import pytest
 import torch
+from holders import Holder
 
 import ckptengine as ce
 from ckptengine.errors import LoadMismatchError
@@ -35,19 +36,6 @@ class EarlyStopping:
 
     def load_state_dict(self, state):
         self.best = state["best"]
-
-
-class Holder:
-    """An object that keeps what it is given."""
-
-    def __init__(self, **state) -> None:
-        self.state = state
-
-    def state_dict(self):
-        return self.state
-
-    def load_state_dict(self, state):
-        self.state = state
 
 
 def test_an_untied_checkpoint_does_not_load_into_a_tied_model(tmp_path):

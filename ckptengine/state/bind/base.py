@@ -119,7 +119,8 @@ class BinderBase(ABC):
                     continue
                 if node.entry is not None and node.used:
                     leaves[where] = node.entry
-                elif node.entry is None and (where not in containers or containers[where].kind is None):
+                known = where in containers and containers[where].kind is not None
+                if not known and (node.entry is None or node.cls):
                     containers[where] = node
                 if node.entry is None and node.used and not node.children:
                     empty.add(where)
