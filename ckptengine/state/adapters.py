@@ -177,11 +177,11 @@ class Adapter:
         """Return the live groups; each has its parameters under `params`."""
         raise NotImplementedError
 
-    def optimizer_state(self, optimizer: Any, parameter: Any) -> dict[str, Any]:
-        """Return the live state of one parameter, an empty dict where it has none; creates nothing."""
+    def optimizer_state(self, optimizer: Any, parameter: Any) -> dict[str, Any] | None:
+        """Return the live state of one parameter, None where it has none; creates nothing."""
         raise NotImplementedError
 
-    def optimizer_states(self, optimizer: Any, parameters: Sequence[Any]) -> list[dict[str, Any]] | None:
+    def optimizer_states(self, optimizer: Any, parameters: Sequence[Any]) -> list[dict[str, Any] | None] | None:
         """Return `optimizer_state` of each parameter; None where the optimizer has state for anything else."""
         return [self.optimizer_state(optimizer, parameter) for parameter in parameters]
 
