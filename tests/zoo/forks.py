@@ -35,7 +35,7 @@ LIMIT_S = 120.0
 """Seconds that one entry may take; it takes one or two."""
 
 _PATIENCE_S = 30.0
-"""Seconds that one rank waits for the other once an entry has ended; less would tell a busy machine's rank for stuck."""
+"""Seconds that one rank waits for the other once an entry has ended; on a busy machine one may be far behind."""
 
 _fork = multiprocessing.get_context("fork")
 
