@@ -26,7 +26,6 @@ def test_ranks_that_leave_with_a_code_of_their_own_end_with_that_code(tmp_path, 
     places = {"run": str(tmp_path / "run"), "local": str(tmp_path / "local"), "memory": str(memory)}
     with Running(3, tmp_path, **places, until=2, exit=75) as job:
         assert job.job.wait(120) == 75
-        output = job.job.printed()
 
 
 def test_ranks_that_are_told_to_end_bring_their_last_step_home_and_end_with_the_code_for_a_restart(tmp_path, memory):
