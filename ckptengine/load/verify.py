@@ -211,9 +211,9 @@ def _message(where: str, differences: Sequence[Difference], rank: int) -> str:
     lines = [f"  {one}" for one in differences[:_SHOWN]]
     if len(differences) > _SHOWN:
         lines.append(f"  … and {len(differences) - _SHOWN:,} more")
-    count = "1 thing" if len(differences) == 1 else f"{len(differences):,} things"
+    count = "1 thing differs" if len(differences) == 1 else f"{len(differences):,} things differ"
     return (
-        f"rank {rank}: the state is not what {where} has, {count} differ after the load:\n" + "\n".join(lines) + "\n"
+        f"rank {rank}: the state is not what {where} has, {count} after the load:\n" + "\n".join(lines) + "\n"
         "Don't train on with it. Code of the state's own objects (load_state_dict, hooks) has most likely changed what "
         "it was handed; an object that derives part of its state anew says so with `rederived_state`. `verify=False` "
         "restores without looking"
