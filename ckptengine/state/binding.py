@@ -48,7 +48,8 @@ class Promise:
     `before` is what the objects' `state_dict` gave before. `derived` are the paths of what is not taken over as it was
     saved, `refused` of what did not fit, `other_class` of what takes over what another class had saved. `wanted` tells,
     given a value and its path, whether it was asked for. `spread` are the paths of what was read into sharded memory,
-    `given` of what was spread in the checkpoint and was read into a whole tensor that an object had.
+    `given` of what was spread in the checkpoint and was read into a whole tensor that an object had. `empty` are the
+    paths of parameters' states in optimizers that are there and hold nothing.
     """
 
     leaves: Mapping[Path, SavedArray | SavedValue]
@@ -65,6 +66,7 @@ class Promise:
     saved_world_size: int
     spread: frozenset[Path]
     given: frozenset[Path]
+    empty: frozenset[Path]
 
 
 class Binding:

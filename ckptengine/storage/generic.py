@@ -301,13 +301,25 @@ class _File(Upload):
             if call is not None:
                 with contextlib.suppress(Exception):
                     call()
-            try:
-                self._file.closed = True  # closing would upload what is there
-            except AttributeError:
+            if not self._end():
                 self._file.close()
 
-        self._objects._run(discard, seconds)
+        try:
+            self._objects._run(discard, seconds)
+        finally:
+            self._end()  # also where the store did not answer
         self._objects.delete([self._key], seconds)
+
+    def _end(self) -> bool:
+        """Have the file count as closed: else the garbage collector would upload what is there, however long it takes.
+
+        Returns False for a file that only `close` closes.
+        """
+        try:
+            self._file.closed = True
+        except AttributeError:
+            return False
+        return True
 
 
 def _time(info: dict[str, Any]) -> float:

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import json
 import signal
-import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 
-from launch import environment
+from ranks import run_ranks
 from sampler_job import LENGTH
 
 from ckptengine.audit import AuditReport, audit
@@ -18,13 +16,8 @@ JOB = Path(__file__).parent / "sampler_job.py"
 
 
 def run_job(folder: Path, ranks: int, kill_at: int, *, workers: int, batch: int, micro: int, last: str) -> None:
-    command = [sys.executable]
-    if ranks > 1:
-        command += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-    command += [str(JOB), str(folder), "2", *map(str, (kill_at, workers, batch, micro)), last]
-    job = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=240)
-    killed = job.returncode == -signal.SIGKILL if ranks == 1 else job.returncode != 0 and "SIGKILL" in job.stderr
-    assert killed if kill_at else job.returncode == 0, job.stdout[-2000:] + job.stderr[-6000:]
+    job = run_ranks(ranks, JOB, folder, 2, kill_at, workers, batch, micro, last)
+    assert job.returncode == (-signal.SIGKILL if kill_at else 0), job.stdout[-8000:]
 
 
 def used_by(folder: Path, ranks: list[int]) -> Counter[tuple[int, int]]:

@@ -1,12 +1,14 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
 
 from launch import environment
+from ranks import run_ranks
 
 import ckptengine as ce
 
@@ -17,12 +19,8 @@ STEPS_PER_EPOCH = 21  # 501 records by 24; the last 21 are one more global batch
 
 
 def live(folder: Path, life: int, ranks: int, *kill: str) -> None:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-    command += [str(JOB), str(folder), str(life), *kill]
-    job = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=200)
-    assert (job.returncode != 0) == bool(kill), job.stdout[-2000:] + job.stderr[-8000:]
-    if kill:
-        assert "SIGKILL" in job.stderr
+    job = run_ranks(ranks, JOB, folder, life, *kill)
+    assert job.returncode == (-signal.SIGKILL if kill else 0), job.stdout[-8000:]
 
 
 def test_a_job_killed_twice_that_goes_on_with_two_and_then_four_ranks_uses_each_record_once_and_audits_clean(

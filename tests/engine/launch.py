@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
+
+from ranks import run_ranks
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
@@ -18,9 +18,7 @@ def environment(**more: str) -> dict[str, str]:
 
 
 def launch(script: str, ranks: int, folder: Path, *arguments: str, timeout: float = 280) -> list[dict]:
-    """Run a script of this folder under torchrun; return what each rank wrote to `FOLDER/rank-N.json`."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-    command += [str(HERE / script), str(folder), *arguments]
-    job = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=timeout)
-    assert job.returncode == 0, job.stdout[-2000:] + job.stderr[-8000:]
+    """Run a script of this folder on so many ranks; return what each rank wrote to `FOLDER/rank-N.json`."""
+    job = run_ranks(ranks, HERE / script, folder, *arguments, timeout=timeout)
+    assert job.returncode == 0, job.stdout[-8000:]
     return [json.loads((folder / f"rank-{rank}.json").read_text()) for rank in range(ranks)]

@@ -5,13 +5,13 @@ from __future__ import annotations
 import itertools
 import json
 import os
-import subprocess
-import sys
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from forkserver import fork
 
 HERE = Path(__file__).parent
 BLOCK = 65536
@@ -22,12 +22,8 @@ _numbers = itertools.count()
 def run_job(folder: Path, size: int, layout: str, scenario: str = "") -> list[dict[str, Any] | None]:
     """Run one process per rank; return what each found, None for one that could not say."""
     attempt = f"{layout}-{next(_numbers)}"
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE.parent.parent)}
-    command = [sys.executable, str(HERE / "sharing_job.py"), str(folder)]
-    ranks = [
-        subprocess.Popen([*command, str(rank), str(size), attempt, layout, scenario], env=environment)
-        for rank in range(size)
-    ]
+    command = [str(HERE / "sharing_job.py"), str(folder)]
+    ranks = [fork([*command, str(rank), str(size), attempt, layout, scenario]) for rank in range(size)]
     victim = int(scenario.partition(":")[2]) if scenario.startswith(("kill", "hang")) else None
     try:
         for rank, process in enumerate(ranks):
@@ -160,3 +156,14 @@ def test_a_rank_that_is_killed_or_hangs_in_a_shared_read_is_named_on_the_others(
         assert one["seconds"] < (4 + 2) * (1 if how == "kill" else 2) + 4
         assert one["shared"] == []
     assert not [name for name in os.listdir("/dev/shm") if "ckptengine-load" in name]
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_shared_read_that_the_storage_never_answers_ends_on_the_rank_that_reads_and_names_the_file(saved, victim):
+    found = run_job(saved(2), 2, "replicas", f"stall:{victim}")
+    reader, other = found[victim], found[1 - victim]
+    assert reader["kind"] == other["kind"] == "DeadlineError"
+    hung = r"reading .*/run/.*rank-0000\d.zarr.zip has not ended after 4 s; the storage does not answer"
+    assert re.search(hung, reader["text"])
+    # What it raises is what it found itself, or has heard of all in the exchange that follows.
+    assert f"rank {victim} did not come forward" in other["text"] or re.search(hung, other["text"])

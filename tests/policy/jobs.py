@@ -13,6 +13,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from forkserver import fork
+
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
 
@@ -55,7 +57,7 @@ class Job:
         agent += [f"--max-restarts={restarts}", "--monitor-interval=0.05"]
         port, local = str(free_port()), {"MASTER_ADDR": "127.0.0.1", "WORLD_SIZE": str(ranks)}
         if restarts is None:
-            starts = [([sys.executable], {**local, "MASTER_PORT": port, "RANK": str(rank)}) for rank in range(ranks)]
+            starts = [([], {**local, "MASTER_PORT": port, "RANK": str(rank)}) for rank in range(ranks)]
         elif nodes == 1:
             starts = [([*agent, "--standalone"], {})]
         else:
@@ -66,6 +68,8 @@ class Job:
         with self.output.open("wb") as output:
             self.processes = [
                 subprocess.Popen([*command, *program], stdout=output, stderr=output, env=environment(**more))
+                if command
+                else fork(program, stdout=output, stderr=output, env=environment(**more))
                 for command, more in starts
             ]
 

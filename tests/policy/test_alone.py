@@ -8,7 +8,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from forkserver import fork
 from jobs import HERE, environment, steps_in
 
 import ckptengine as ce
@@ -27,11 +27,10 @@ class Process:
     """A job whose lines are read as they come."""
 
     def __init__(self, run: Path, options: dict[str, Any]) -> None:
-        self.popen = subprocess.Popen(
-            [sys.executable, str(HERE / "alone_job.py"), str(run), json.dumps(options)],
+        self.popen = fork(
+            [str(HERE / "alone_job.py"), str(run), json.dumps(options)],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
-            text=True,
             env=environment(),
         )
         self.lines: list[str] = []
@@ -67,7 +66,7 @@ def started(run: Path, **options: Any) -> Iterator[Process]:
         yield process
     finally:
         process.popen.kill()
-        process.popen.wait()
+        process.popen.communicate()
 
 
 def test_a_signal_saves_the_step_and_exits_with_the_code_and_the_job_goes_on_from_it(tmp_path: Path) -> None:

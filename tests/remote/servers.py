@@ -138,7 +138,7 @@ class Proxy:
             upstream.close()
         if kind == "reset after":
             return self._reset(client)
-        length = int(found.get("Content-Length", len(data))) if client.command == "HEAD" else len(data)
+        length = int(reply.headers.get("Content-Length", len(data))) if client.command == "HEAD" else len(data)
         if kind == "truncated":
             self._answer(client, status, found, data[: len(data) // 2], length)
             return self._reset(client)

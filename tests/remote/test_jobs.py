@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import zarr
 from launch import ROOT, environment, launch
+from ranks import run_ranks
 
 import ckptengine as ce
 import ckptengine.zarr
@@ -45,11 +47,8 @@ def test_four_ranks_save_to_a_bucket_and_two_load_another_sharding(in_environmen
 
 def test_a_rank_killed_in_its_upload_costs_one_step_and_its_parts_are_swept(in_environment, tmp_path):
     url = f"{in_environment.url}/run"
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    job = subprocess.run(
-        [*command, JOB, str(tmp_path), url, "train"], env=environment(), capture_output=True, text=True, timeout=120
-    )
-    assert "Signal 9" in job.stderr + job.stdout
+    job = run_ranks(2, JOB, tmp_path, url, "train")
+    assert job.returncode == -signal.SIGKILL, job.stdout[-8000:]
     storage = in_environment.storage()
     assert [entry.step for entry in committed(storage)] == [1, 2]
     assert in_environment.uploads() != []

@@ -12,6 +12,8 @@ from servers import KEY, SECRET
 import ckptengine as ce
 from ckptengine.comm.single import SingleProcess
 from ckptengine.errors import CheckpointError, StorageError
+from ckptengine.storage.connect import connect
+from ckptengine.storage.generic import _File
 from ckptengine.storage.retry import Patience, persist
 
 STATE = {"w": np.zeros(100)}
@@ -128,3 +130,19 @@ def test_the_store_is_reached_where_something_else_is_registered_for_s3(bucket, 
     ce.save(f"{bucket.url}/run", STATE, storage_options=bucket.options)
     assert (ce.load(f"{bucket.url}/run", storage_options=bucket.options)["w"] == 0).all()
     assert any("manifest" in name for name in bucket.names())
+
+
+def test_an_upload_that_was_given_up_without_an_answer_is_not_finished_by_the_garbage_collector():
+    class File:
+        """As fsspec's: what closes it at last uploads what it holds."""
+
+        closed = False
+
+        def discard(self):
+            time.sleep(5)
+
+    objects = connect("memory://given-up/run", {})
+    objects._in_memory, file = False, File()
+    with pytest.raises(TimeoutError):
+        _File(objects, file, "archive").abort(0.1)
+    assert file.closed

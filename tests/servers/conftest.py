@@ -41,12 +41,7 @@ def place(request: pytest.FixtureRequest, kind: str) -> Any:
     if kind == "abfs":
         return stores.azure_place(request.getfixturevalue("azure_port"))
     if kind == "sftp":
-        # sshfs takes the protocol over where it is installed; fsspec's own goes through paramiko.
-        from fsspec.implementations.sftp import SFTPFileSystem
-        from fsspec.registry import _registry
-
-        monkeypatch = request.getfixturevalue("monkeypatch")
-        monkeypatch.setitem(_registry, "sftp", SFTPFileSystem)
+        stores.use_paramiko()
     return stores.ssh_place(request.getfixturevalue("ssh_port"), kind)
 
 

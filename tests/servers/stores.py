@@ -41,6 +41,17 @@ class Place:
         return RemoteStorage(self.url, self.options, **{"budget": SMALL, "patience": patience, **more})
 
 
+class Server(int):
+    """A server's port, and its process."""
+
+    pid: int
+
+    def __new__(cls, port: int, pid: int) -> Server:
+        server = super().__new__(cls, port)
+        server.pid = pid
+        return server
+
+
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -48,8 +59,8 @@ def free_port() -> int:
 
 
 @contextlib.contextmanager
-def running(command: list[str], port: int, log: Path, **environment: str) -> Iterator[None]:
-    """Run a server until the end of the block; it is up when its port answers."""
+def running(command: list[str], port: int, log: Path, **environment: str) -> Iterator[int]:
+    """Run a server until the end of the block; it is up when its port answers. Yield its process id."""
     with log.open("wb") as output:
         process = subprocess.Popen(
             command, stdout=output, stderr=output, env={**os.environ, **environment}, cwd=log.parent
@@ -63,7 +74,7 @@ def running(command: list[str], port: int, log: Path, **environment: str) -> Ite
             assert process.poll() is None, f"{command[0]} has ended: {log.read_text()[-2000:]}"
             assert time.monotonic() < deadline, f"{command[0]} does not answer: {log.read_text()[-2000:]}"
             time.sleep(0.05)
-        yield
+        yield process.pid
     finally:
         process.kill()
         process.wait()
@@ -143,6 +154,10 @@ def azure(folder: Path) -> Iterator[int]:
 
 def azure_place(port: int) -> Place:
     import adlfs
+    from azure.storage.blob._shared.policies_async import ExponentialRetry
+
+    # Azure's client repeats requests by itself, after 15 s and more; what is tested is not its patience.
+    ExponentialRetry.get_backoff_time = lambda *_: 0.05
 
     connection = (
         f"DefaultEndpointsProtocol=http;AccountName={ACCOUNT};AccountKey={ACCOUNT_KEY};"
@@ -155,13 +170,21 @@ def azure_place(port: int) -> Place:
 
 
 @contextlib.contextmanager
-def ssh(folder: Path) -> Iterator[int]:
-    """Run asyncssh's SFTP server over a directory; yield its port."""
+def ssh(folder: Path) -> Iterator[Server]:
+    """Run asyncssh's SFTP server over a directory; yield its port and process."""
     port = free_port()
     (folder / "files").mkdir()
     command = [sys.executable, str(HERE / "sftp_server.py"), str(folder / "files"), str(port), KEY, SECRET]
-    with running(command, port, folder / "log"):
-        yield port
+    with running(command, port, folder / "log") as pid:
+        yield Server(port, pid)
+
+
+def use_paramiko() -> None:
+    """Have `sftp://` be fsspec's own, through paramiko: sshfs takes it over where it is installed."""
+    from fsspec.implementations.sftp import SFTPFileSystem
+    from fsspec.registry import _registry
+
+    _registry["sftp"] = SFTPFileSystem
 
 
 def ssh_place(port: int, protocol: str) -> Place:

@@ -11,8 +11,7 @@ from servers import Proxy
 import ckptengine as ce
 
 
-# Azurite is left out: these cases have not been seen to pass on it, and the cause is not known.
-@pytest.fixture(params=["s3", "gs"])
+@pytest.fixture(params=["s3", "gs", "abfs"])
 def kind(request):
     return request.param
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
+import signal
+import subprocess
+import sys
 import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
-from contract import aligned
 
 import ckptengine as ce
 from ckptengine.catalog.generation import claim_generation
@@ -16,10 +20,12 @@ from ckptengine.catalog.retention import remove_leftovers
 from ckptengine.errors import CheckpointDamagedError
 from ckptengine.storage.open import open_storage
 
+HERE = Path(__file__).parent
+
 
 def state(step: int, place) -> dict:
     # More than one part where an upload has parts; what an SFTP server in Python moves in a second elsewhere.
-    numbers = 100_000 if place.url.startswith(("sftp", "ssh")) else 3_000_000
+    numbers = 100_000 if place.url.startswith(("sftp", "ssh")) else 2_200_000
     return {"w": np.random.default_rng(step).standard_normal(numbers), "small": np.arange(7), "step": step}
 
 
@@ -65,10 +71,9 @@ def test_a_local_tier_brings_its_checkpoints_home_and_an_empty_machine_starts_fr
 
 
 def test_what_a_dead_writer_has_left_is_swept(place):
-    storage, data = place.storage(), aligned(11 << 20)
-    dead = "step-00000001/data-0123456789ab-1"
-    archive = storage.create_archive(f"{dead}/rank-00000.zarr.zip", data.nbytes)
-    archive.write(data.ctypes.data, data.nbytes, 0)
+    storage, dead = place.storage(), "step-00000001/data-0123456789ab-1"
+    command = [sys.executable, str(HERE / "dead_writer.py"), place.url, json.dumps(dict(place.options)), dead]
+    assert subprocess.run(command, timeout=100).returncode == -signal.SIGKILL
     storage.write_bytes(f"{dead}/layout.zarr.zip", b"1")
     storage.write_bytes("step-00000001/mine.txt", b"mine")
     with pytest.MonkeyPatch.context() as patch:

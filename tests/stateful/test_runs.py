@@ -12,7 +12,7 @@ import numpy as np
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
-from ranks import Ranks
+from thread_ranks import Ranks
 
 import ckptengine as ce
 from ckptengine.errors import CheckpointDamagedError, CheckpointError

@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from ranks import run_ranks
 from torch.distributed.tensor.placement_types import Shard, _StridedShard
 
 from ckptengine.torch.dtensor import Run, Split, _left_to_right, local_runs
@@ -36,12 +37,8 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
     out = tmp_path_factory.mktemp("ranks")
     root = HERE.parent.parent
     paths = [str(root), str(HERE.parent / "state"), *filter(None, [os.environ.get("PYTHONPATH")])]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=4"]
-    done = subprocess.run(
-        [*command, str(WORKER), str(out)], env=environment, timeout=240, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
+    done = run_ranks(4, WORKER, out, env={"PYTHONPATH": os.pathsep.join(paths)})
+    assert done.returncode == 0, done.stdout[-4000:]
     return [json.loads((out / f"rank-{rank}.json").read_text()) for rank in range(4)]
 
 

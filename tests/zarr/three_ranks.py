@@ -3,14 +3,13 @@
 Run as a script by torchrun with the checkpoint's path it is a rank of that job.
 """
 
-import os
-import subprocess
 import sys
 from pathlib import Path
 
 import ml_dtypes
 import numpy as np
 import pytest
+from ranks import run_ranks
 
 RANKS = 3
 
@@ -54,12 +53,8 @@ def checkpoint(factory: pytest.TempPathFactory) -> Path:
     """Return the checkpoint, made once in a session."""
     path = factory.getbasetemp() / "three-ranks"
     if not path.exists():
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={RANKS}"]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        job = subprocess.run(
-            [*command, __file__, str(path)], env=environment, capture_output=True, text=True, timeout=200
-        )
-        assert job.returncode == 0, job.stderr[-4000:]
+        job = run_ranks(RANKS, __file__, path)
+        assert job.returncode == 0, job.stdout[-4000:]
     return path
 
 

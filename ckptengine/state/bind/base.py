@@ -53,6 +53,7 @@ class BinderBase(ABC):
         self._rename = renamer(rename, state)
         self._shared = shared_tree(saved, self._rename)
         self._own = own_tree(saved, 0 if self._resized else rank, self._rename)
+        self._tells_empty = saved.outline is not None and saved.outline.empty is not None
         self._saved_shapes = {
             dotted(path): node.entry.leaf.shape
             for path, node in self._shared.leaves()
@@ -110,6 +111,7 @@ class BinderBase(ABC):
         refused = frozenset(self.refused)
         leaves: dict[Path, SavedArray | SavedValue] = {}
         containers: dict[Path, Node] = {}
+        empty: set[Path] = set()
         for root in (self._shared, self._own):
             for path, node in root.nodes():
                 where = self._path_here(path)
@@ -120,6 +122,8 @@ class BinderBase(ABC):
                 known = where in containers and containers[where].kind is not None
                 if not known and (node.entry is None or node.cls):
                     containers[where] = node
+                if node.entry is None and node.used and not node.children:
+                    empty.add(where)
         return Promise(
             leaves=leaves,
             containers=containers,
@@ -135,6 +139,7 @@ class BinderBase(ABC):
             saved_world_size=self._saved.world_size,
             spread=frozenset(read.target.path for read in self.reads if read.target.placement is Placement.SHARDED),
             given=frozenset(self.given),
+            empty=frozenset(empty),
         )
 
     def _path_here(self, path: Path) -> Path:
