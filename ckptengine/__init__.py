@@ -3,9 +3,7 @@
 import sys
 
 if sys.platform != "linux":
-    raise ImportError(
-        f"ckptengine runs on Linux only, and this is {sys.platform}: it needs O_DIRECT, /proc and /dev/shm"
-    )
+    raise ImportError(f"ckptengine runs on Linux only, and this is {sys.platform}: it needs /proc and /dev/shm")
 
 from ckptengine import errors
 from ckptengine.api import async_save, load, save

@@ -57,7 +57,7 @@ class ModuleEntry:
 
     `name` has no wrappers' prefixes, `key` is the module's own. `buffer` marks what ranks may hold differing
     copies of. `live` tells whether the value is the module's own tensor: what isn't goes back through the
-    module's calls.
+    module's calls. `added` marks what earlier versions of the engine did not save beside the others of its owner.
     """
 
     name: str
@@ -65,6 +65,7 @@ class ModuleEntry:
     value: Any
     buffer: bool
     live: bool
+    added: bool = False
 
 
 class Adapter:
