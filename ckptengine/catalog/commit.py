@@ -21,10 +21,18 @@ def attempt_directory(directory: str, attempt: str) -> str:
     return join(directory, f"data-{attempt}")
 
 
-def publish(storage: Storage, directory: str, manifest: Manifest, ranks: Collection[int] | None = None) -> None:
+def publish(
+    storage: Storage,
+    directory: str,
+    manifest: Manifest,
+    ranks: Collection[int] | None = None,
+    given_up: Collection[str] = (),
+) -> None:
     """Commit an attempt: check once more that all its files are there, then publish the manifest.
 
-    `ranks` are those whose archives lie on this very storage, None: all; the others lie on other nodes.
+    `ranks` are those whose archives lie on this very storage, None: all; the others lie on other nodes. `given_up` are
+    earlier attempts of this process whose publication has failed, and may have come all the same: where one of them
+    holds the place, it was told as failed, and this one, which is the same life's and whole, takes it in one operation.
 
     Raises `SaveFailedError` where a file is missing or has another size, where another attempt has committed the
     same step in the same generation, or where a later generation has been claimed: then this job's life is over. The
@@ -48,22 +56,23 @@ def publish(storage: Storage, directory: str, manifest: Manifest, ranks: Collect
 
     check()
     name = join(directory, manifest_name(manifest.generation))
-    if storage.put_if_absent(name, manifest.encode()):
-        try:
-            check()
-        except SaveFailedError:
-            storage.delete(name)
-            raise
-        except StorageError:
-            pass  # it can't be looked at just now: the manifest is there, and a load checks the files
-        return
-    winner = read_manifest(storage, Entry(manifest.step, manifest.generation, directory)).attempt
-    # Our own, where the reply to the publication was lost on the way and it was tried again.
-    if winner != manifest.attempt:
-        raise SaveFailedError(
-            f"{storage.location(name)} is there already: attempt {winner} has committed this step in this "
-            f"generation. It stands; attempt {manifest.attempt} is given up"
-        )
+    if not storage.put_if_absent(name, manifest.encode()):
+        winner = read_manifest(storage, Entry(manifest.step, manifest.generation, directory)).attempt
+        if winner == manifest.attempt:
+            return  # our own: the reply to the publication was lost on the way and it was tried again
+        if winner not in given_up:
+            raise SaveFailedError(
+                f"{storage.location(name)} is there already: attempt {winner} has committed this step in this "
+                f"generation. It stands; attempt {manifest.attempt} is given up"
+            )
+        storage.write_bytes(name, manifest.encode())
+    try:
+        check()
+    except SaveFailedError:
+        storage.delete(name)
+        raise
+    except StorageError:
+        pass  # it can't be looked at just now: the manifest is there, and a load checks the files
 
 
 def check_file(storage: Storage, name: str, record: ArchiveRecord) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import socket
 import threading
@@ -21,9 +22,14 @@ LEASE_SECONDS = 120.0
 _NAME = "lease.json"
 _JOIN_SECONDS = 10.0
 
+_log = logging.getLogger("ckptengine")
+
 
 class Lease:
-    """Holds an attempt's directory from entering to leaving; renews itself in a thread of its own."""
+    """Holds an attempt's directory from entering to leaving; renews itself in a thread of its own.
+
+    Where no thread can be had, as where memory is short, it lasts `LEASE_SECONDS` from entering, which is logged.
+    """
 
     def __init__(self, storage: Storage, directory: str) -> None:
         self._storage = storage
@@ -34,7 +40,16 @@ class Lease:
     def __enter__(self) -> Lease:
         # After a crash of the machine the writer is gone, and so may its lease be.
         self._storage.write_bytes(self._name, json.dumps(identity()).encode(), durable=False)
-        self._thread.start()
+        try:
+            self._thread.start()
+        except RuntimeError as error:
+            _log.warning(
+                "%s: nothing renews this lease (%s): a save longer than %.0f s may be "
+                "taken for given up by a job on another machine, and then it fails",
+                self._storage.location(self._name),
+                error,
+                LEASE_SECONDS,
+            )
         return self
 
     def __exit__(
@@ -42,7 +57,8 @@ class Lease:
     ) -> None:
         self._stop.set()
         # A renewal that hangs in a stalled storage must not hold up the save.
-        self._thread.join(_JOIN_SECONDS)
+        if self._thread.ident is not None:
+            self._thread.join(_JOIN_SECONDS)
         try:
             self._storage.delete(self._name)
         except CheckpointError:

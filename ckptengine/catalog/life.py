@@ -16,7 +16,7 @@ from ckptengine.catalog.manifest import utc_now
 from ckptengine.errors import CheckpointError, RunInUseError, StorageError
 from ckptengine.storage.base import Storage
 
-__all__ = ["LIFE_SECONDS", "Life"]
+__all__ = ["LIFE_SECONDS", "Life", "check_unused"]
 
 LIFE_SECONDS = 40.0
 """After this long without renewal a writer on another machine counts as gone; renewed four times as often."""
@@ -58,7 +58,10 @@ class Life:
             _log.warning("%s: it could not be told whether another job writes to it: %s", self._run, error)
             return
         self._thread = threading.Thread(target=self._renew, name="ckptengine-life", daemon=True)
-        self._thread.start()
+        try:
+            self._thread.start()
+        except RuntimeError as error:
+            _log.warning("%s: nothing tells other jobs that this one goes on writing to it: %s", self._run, error)
 
     def _take(self, deadline: float) -> None:
         document = {"id": self._id, "since": utc_now(), **identity()}
@@ -117,7 +120,8 @@ class Life:
         if thread is None or os.getpid() != self._process:  # in a forked process it is the parent's
             return
         # A renewal that hangs in a stalled storage must not hold up the end.
-        thread.join(_JOIN_SECONDS)
+        if thread.ident is not None:
+            thread.join(_JOIN_SECONDS)
         if thread.is_alive():
             return
         try:
@@ -126,6 +130,25 @@ class Life:
                 self._storage.delete(_NAME, durable=False)
         except CheckpointError:
             return  # it expires by itself
+
+
+def check_unused(storage: Storage, doing: str) -> None:
+    """Raise `RunInUseError` where a job writes to a run, or may; `doing` says what must not be done beside it.
+
+    A writer on another machine counts as gone when it has not renewed its lease for `LIFE_SECONDS`. Raises
+    `StorageError` where that can't be told.
+    """
+    life = Life(storage, storage.location())
+    modified, holder = storage.modified(_NAME), life._holder()
+    if modified is None or holder is None:
+        return
+    alive = is_alive(holder)
+    if alive or (alive is None and storage.now() - modified < LIFE_SECONDS):
+        raise RunInUseError(
+            f"{storage.location()} is in use: process {holder.get('pid')} on {holder.get('host')} has been writing to "
+            f"it since {holder.get('since')}. {doing} while no job writes to the run: end it first; one that has died "
+            f"on another machine counts as gone after {LIFE_SECONDS:.0f} s"
+        )
 
 
 _waiting: set[str] = set()

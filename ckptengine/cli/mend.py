@@ -6,6 +6,7 @@ import os
 
 import click
 
+from ckptengine.catalog.life import check_unused
 from ckptengine.cli.output import failures
 from ckptengine.storage.local import LocalStorage
 from ckptengine.storage.open import open_storage
@@ -23,12 +24,13 @@ def mend(run: str, directory: str) -> None:
 
     Older versions claimed a generation twice, once in each place, when RUN failed just after it had taken the
     claim; the next start then says that DIRECTORY holds another run. Only claims that one process made for one life
-    are made the same, and images in this machine's /dev/shm get the same; nothing is deleted. Call it while no job
-    writes to the run, on every node whose DIRECTORY is refused. Exit codes: 0, 2 if these are two runs, or can't be
-    read or written.
+    are made the same, and images in this machine's /dev/shm get the same; nothing is deleted. Call it on every node
+    whose DIRECTORY is refused, while no job writes to the run: beside one it changes nothing. Exit codes: 0, 2 if a job
+    writes to the run, these are two runs, or can't be read or written.
     """
     with failures():
         storage = open_storage(run)
+        check_unused(storage, "Call `ckptengine mend`")
         places = [storage, LocalStorage(directory)]
         root = memory_root(storage.location(), True)
         changed = make_one([*places, LocalStorage(root)] if os.path.isdir(root) else places)

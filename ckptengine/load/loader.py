@@ -211,6 +211,10 @@ def _arrays_of(checkpoint: Checkpoint, options: LoadOptions, rank: int | None, t
         containers |= saved.rank_containers[rank]
     wanted = {path: source for path, source in names.items() if selection.holds(rename(path))}
     values = {rename(path): value for path, value in values.items() if selection.holds(rename(path))}
+    outlines = [saved.outline, *([] if rank is None else [saved.rank_outlines[rank]])]
+    for outline in outlines:
+        empty = () if outline is None or outline.empty is None else map(rename, outline.empty)
+        values |= {path: {} for path in empty if selection.holds(path)}
     selection.check()
     arrays: dict[tuple[Path, int | None], Any] = {}
     reads = []
@@ -225,7 +229,7 @@ def _arrays_of(checkpoint: Checkpoint, options: LoadOptions, rank: int | None, t
     filling.finish()
     containers = {rename(path): kind for path, kind in containers.items()}
     nested = unflatten(values, {rename(path): arrays[source] for path, source in wanted.items()}, containers, {})
-    for outline in (saved.outline, saved.rank_outlines[rank] if rank is not None else None):
+    for outline in outlines:
         if outline is not None:
             put_in_order(nested, outline, rename)
     return nested

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import itertools
 import json
 import logging
@@ -13,10 +14,12 @@ from dataclasses import dataclass
 
 from ckptengine.comm.agree import gather
 from ckptengine.comm.base import Communicator
+from ckptengine.errors import DeadlineError, StorageError
 from ckptengine.load.fill import Filling, read_ranges
 from ckptengine.load.node import Member, Neighbour, Offer, members
 from ckptengine.load.schedule import Request, Schedule, make_schedule, needed_nbytes
 from ckptengine.load.window import LOOK, MOST_RANKS, MOST_SLOTS, StoppedElsewhere, Window, window_nbytes
+from ckptengine.storage.stuck import operation_of
 
 __all__ = ["Counts", "Together", "make_offer", "read", "together"]
 
@@ -26,6 +29,7 @@ LEAST_SLOTS = 2
 """With one, nobody could read while the others scatter."""
 
 _CONSUMERS = 2  # threads of each rank that scatter what has come
+_MOMENT_SECONDS = 1.0
 
 _log = logging.getLogger("ckptengine")
 _told = threading.Event()  # this process has said that its node's ranks can't share memory
@@ -163,7 +167,12 @@ def _read_shared(filling: Filling, requests: Sequence[Request], window: Window, 
         readers.finish()
     except BaseException as problem:
         window.stop()
-        readers.give_up(timeout)
+        hung = readers.give_up(window.left)
+        if hung and isinstance(problem, DeadlineError | StoppedElsewhere):
+            # Whoever has stopped the window: this rank is the one that they wait for.
+            raise DeadlineError(
+                f"reading a checkpoint: {hung} has not ended after {timeout:g} s; the storage does not answer"
+            ) from problem
         if readers.error is not None and isinstance(problem, StoppedElsewhere):
             raise readers.error from None
         raise
@@ -185,9 +194,16 @@ class _Readers:
         ]
 
     def start(self) -> None:
-        """Start to read."""
-        for thread in self._threads:
-            thread.start()
+        """Start to read, on fewer threads where the system gives no more; raises `StorageError` where it gives none."""
+        for number, thread in enumerate(self._threads):
+            try:
+                thread.start()
+            except RuntimeError as error:
+                if number == 0:
+                    raise StorageError(
+                        errno.EAGAIN, f"no thread could be started to read a checkpoint: {error}"
+                    ) from error
+                break
 
     def finish(self) -> None:
         """Return when all is read; raises what went wrong here, or elsewhere."""
@@ -198,12 +214,17 @@ class _Readers:
         if self.error is not None:
             raise self.error
 
-    def give_up(self, timeout: float) -> None:
-        """Return when no thread reads any more, or after the timeout; the window has been stopped."""
-        deadline = time.monotonic() + timeout
+    def give_up(self, timeout: float) -> str:
+        """Wait until no thread reads any more, `timeout` seconds and a moment; the window has been stopped.
+
+        Return what a thread is still at, "" where none is. It does no harm: it fills a slot of the window, whose memory
+        it keeps, and no state.
+        """
+        deadline = time.monotonic() + max(timeout, _MOMENT_SECONDS)
         for thread in self._threads:
             if thread.ident is not None:  # it could be started
                 thread.join(max(0.0, deadline - time.monotonic()))
+        return next((operation_of(thread) or "a read" for thread in self._threads if thread.is_alive()), "")
 
     def _run(self) -> None:
         try:

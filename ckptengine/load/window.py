@@ -106,6 +106,11 @@ class Window:
         ) != _native.READY:
             self._go_on(outcome)
 
+    @property
+    def left(self) -> float:
+        """Seconds until `timeout` of them have passed in which no rank has come forward."""
+        return max(0.0, self._changed + self._timeout - time.monotonic())
+
     def stop(self) -> None:
         """End all waits on all ranks."""
         _native.share_stop(self._table)

@@ -73,6 +73,7 @@ class Committer:
         self._coordinator = Coordinator(comm.world_size) if comm.rank == 0 else None
         self._reported: Plan | None = None  # whose rows rank 0 has
         self._open: _Open | None = None
+        self._given_up: set[str] = set()  # attempts whose publication failed; it may have come all the same
         self._places: list[Channel] = []  # rank 0: of failed attempts, of which a rank may not know
 
     def left_out(self, attempt: str, directory: str) -> bool:
@@ -330,15 +331,19 @@ class Committer:
             )
             doubtful = True
             site = target.site
-            publish(storage, target.directory, manifest, None if site is None or site.shared else site.ranks)
+            here = None if site is None or site.shared else site.ranks
+            publish(storage, target.directory, manifest, here, self._given_up)
             outcome = Outcome(plan_together=any(item.alone for item in receipts))
             if site is not None and not site.shared:
                 self._hand_out(target, manifest, channel, site.leaders[1:])
         except Exception as problem:
             aside.settle()
             kind = type(problem).__name__
+            code = problem.errno if doubtful and isinstance(problem, StorageError) else None
+            if code is not None:
+                self._given_up.add(job.attempt)
             # A store that did not answer may still carry it out: then the data must be there. Swept later if not.
-            doubtful = doubtful and isinstance(problem, StorageError) and problem.errno == errno.ETIMEDOUT
+            doubtful = code == errno.ETIMEDOUT
             outcome = Outcome(f"{problem}" or kind, plan_together=True, kind=kind, directory=target.directory)
         untold = channel.announce(outcome)
         if untold:

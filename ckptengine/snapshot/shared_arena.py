@@ -12,6 +12,7 @@ from ckptengine import _native
 from ckptengine.errors import StorageError
 from ckptengine.snapshot.arena import Arena
 from ckptengine.snapshot.threads import copy_threads
+from ckptengine.storage.failure import failure
 from ckptengine.storage.system import allocate
 
 __all__ = ["SharedArena", "is_locked", "remove_unused"]
@@ -77,6 +78,8 @@ class SharedArena(Arena):
             return os.path.samestat(os.stat(path), os.fstat(self._fd))
         except FileNotFoundError:
             return False
+        except OSError as error:
+            raise failure("look up", path, error) from error
 
     def empty(self) -> None:
         """Give the memory of an arena that nothing was published of back to the machine; the file stays."""
@@ -124,13 +127,18 @@ class SharedArena(Arena):
 
 
 def is_locked(path: str) -> bool:
-    """Return whether a process has an arena's file, by any of its names; one that is missing is not locked."""
+    """Return whether a process has an arena's file, by any of its names; one that is missing is not locked.
+
+    Raises `StorageError` where that can't be told: what nobody has is deleted.
+    """
     try:
         os.close(_locked(path, 0))
     except BlockingIOError:
         return True
-    except OSError:
+    except FileNotFoundError:
         return False
+    except OSError as error:
+        raise failure("look whether a process has", path, error) from error
     return False
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import logging
 import threading
@@ -68,8 +69,10 @@ class Snapshotter:
         self._prepare_by(populate if images is None else lambda: images.prepare(nbytes))
 
     def _prepare_by(self, call: Callable[[], None]) -> None:
-        self._preparing = threading.Thread(target=call, name="ckptengine-arena", daemon=True)
-        self._preparing.start()
+        thread = threading.Thread(target=call, name="ckptengine-arena", daemon=True)
+        with contextlib.suppress(RuntimeError):  # no thread can be had: then the save reserves it
+            thread.start()
+            self._preparing = thread
 
     def reserve(self, image: Image, timeout: float) -> bool:
         """Reserve memory for an image; return whether it is there for the whole of it.
@@ -97,13 +100,14 @@ class Snapshotter:
             return False
 
     def _reserve_less(self, whole: int, shortage: StorageError) -> None:
-        nbytes = whole // 2
-        while nbytes >= LEAST_ARENA_NBYTES:
+        nbytes = whole
+        while nbytes > LEAST_ARENA_NBYTES:
+            nbytes = max(nbytes // 2, LEAST_ARENA_NBYTES)
             try:
                 self._arena.reserve(nbytes)
                 break
             except StorageError:
-                nbytes //= 2
+                continue
         if self._arena.nbytes < LEAST_ARENA_NBYTES:
             raise shortage
         if not self._told:

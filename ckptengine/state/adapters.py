@@ -57,7 +57,7 @@ class ModuleEntry:
 
     `name` has no wrappers' prefixes, `key` is the module's own. `buffer` marks what ranks may hold differing
     copies of. `live` tells whether the value is the module's own tensor: what isn't goes back through the
-    module's calls.
+    module's calls. `added` marks what earlier versions of the engine did not save beside the others of its owner.
     """
 
     name: str
@@ -65,6 +65,7 @@ class ModuleEntry:
     value: Any
     buffer: bool
     live: bool
+    added: bool = False
 
 
 class Adapter:
@@ -177,11 +178,11 @@ class Adapter:
         """Return the live groups; each has its parameters under `params`."""
         raise NotImplementedError
 
-    def optimizer_state(self, optimizer: Any, parameter: Any) -> dict[str, Any]:
-        """Return the live state of one parameter, an empty dict where it has none; creates nothing."""
+    def optimizer_state(self, optimizer: Any, parameter: Any) -> dict[str, Any] | None:
+        """Return the live state of one parameter, None where it has none; creates nothing."""
         raise NotImplementedError
 
-    def optimizer_states(self, optimizer: Any, parameters: Sequence[Any]) -> list[dict[str, Any]] | None:
+    def optimizer_states(self, optimizer: Any, parameters: Sequence[Any]) -> list[dict[str, Any] | None] | None:
         """Return `optimizer_state` of each parameter; None where the optimizer has state for anything else."""
         return [self.optimizer_state(optimizer, parameter) for parameter in parameters]
 

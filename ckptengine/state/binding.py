@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import operator
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from ckptengine.state.adapters import TensorView
+from ckptengine.state.extents import Extent, extents
 from ckptengine.state.leaf import ArrayLeaf, Path
 from ckptengine.state.report import LoadReport
 from ckptengine.state.saved import Node, SavedArray, SavedValue
@@ -17,13 +20,22 @@ Action = tuple[int, Callable[[], object]]
 """A phase, lower ones first, and what is to be done in it."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Read:
-    """One array to read: its path in the checkpoint, the rank that it belongs to (None: all), target."""
+    """One array to read: its path in the checkpoint, the rank that it belongs to (None: all), target.
+
+    `live` is the tensor whose memory that is, and its view; None where the bytes are converted on their way there.
+    """
 
     path: Path
     rank: int | None
     target: ArrayLeaf
+    live: tuple[Any, TensorView] | None = None
+
+    @functools.cached_property
+    def places(self) -> tuple[Extent, ...]:
+        """Where it is read to: asked for several times, and worked out once."""
+        return tuple(extents(self.target))
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +48,8 @@ class Promise:
     `before` is what the objects' `state_dict` gave before. `derived` are the paths of what is not taken over as it was
     saved, `refused` of what did not fit, `other_class` of what takes over what another class had saved. `wanted` tells,
     given a value and its path, whether it was asked for. `spread` are the paths of what was read into sharded memory,
-    `given` of what was spread in the checkpoint and was read into a whole tensor that an object had.
+    `given` of what was spread in the checkpoint and was read into a whole tensor that an object had. `empty` are the
+    paths of parameters' states in optimizers that are there and hold nothing.
     """
 
     leaves: Mapping[Path, SavedArray | SavedValue]
@@ -53,6 +66,7 @@ class Promise:
     saved_world_size: int
     spread: frozenset[Path]
     given: frozenset[Path]
+    empty: frozenset[Path]
 
 
 class Binding:

@@ -210,6 +210,9 @@ class _Comparison:
 
     def containers(self) -> None:
         """Compare classes, kinds of containers and the order of keys, where all is built from the checkpoint."""
+        empty = {path for one in (self._flat.outline, self._flat.rank_outline) for path in one.empty or ()}
+        for path in sorted(self._promise.empty - empty, key=dotted):
+            self._differ(path, "an empty state of a parameter in the checkpoint, none now")
         outlines = (self._flat.outline.by_path, self._flat.rank_outline.by_path)
         for path, node in self._promise.containers.items():
             if not is_inside(path, self._promise.built) or is_inside(path, self._derived):

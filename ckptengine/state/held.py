@@ -69,7 +69,9 @@ class _Look:
                 assert adapter is not None
                 for group in adapter.optimizer_groups(value):
                     for number, parameter in enumerate(group["params"]):
-                        yield from self.items(adapter.optimizer_state(value, parameter), (*path, number), per_rank)
+                        yield from self.items(
+                            adapter.optimizer_state(value, parameter) or {}, (*path, number), per_rank
+                        )
             elif kind is Kind.OBJECT:
                 self.objects.append((value, path, per_rank))
             elif kind in (Kind.DICT, Kind.SEQUENCE):

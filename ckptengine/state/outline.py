@@ -64,7 +64,9 @@ class Outline:
     `shapes` has the shape of each parameter that an optimizer has state for and that is in none of the state's modules,
     under the path of that state. `metadata` has torch's `_metadata` of each `OrderedDict` that has one (the versions of
     a module's parts), by which a later `load_state_dict` knows what it is given. `spreads` says of arrays in the state
-    of a distributed parameter how they were spread (`Adapter.state_spread`), where that is not what is usual.
+    of a distributed parameter how they were spread (`Adapter.state_spread`), where that is not what is usual. `empty`
+    has the paths of parameters' states in optimizers that were there and held nothing: any other parameter without
+    leaves had no state. It is None where there is no optimizer, and where the checkpoint does not say.
     """
 
     containers: tuple[Container, ...] = ()
@@ -72,6 +74,7 @@ class Outline:
     shapes: Mapping[Path, tuple[int, ...]] = field(default_factory=dict)
     metadata: Mapping[Path, Any] = field(default_factory=dict)
     spreads: Mapping[Path, str] = field(default_factory=dict)
+    empty: tuple[Path, ...] | None = None
 
     @functools.cached_property
     def encoded(self) -> str:
@@ -94,6 +97,8 @@ class Outline:
             ]
         if self.spreads:
             document["spreads"] = [[list(path), how] for path, how in self.spreads.items()]
+        if self.empty is not None:
+            document["empty"] = [list(path) for path in self.empty]
         text = json.dumps(document, separators=(",", ":")).encode()
         return base64.b64encode(zlib.compress(text, _LEVEL)).decode()
 
@@ -126,9 +131,10 @@ def decode_outline(text: object, leaves: int) -> Outline:
         shapes = {_path(path): tuple(map(_index, _path(shape))) for path, shape in document.get("shapes", [])}
         metadata = {_path(path): decode(value) for path, value in document.get("metadata", [])}
         spreads = {_path(path): str(how) for path, how in document.get("spreads", [])}
+        empty = tuple(map(_path, document["empty"])) if "empty" in document else None
     except (binascii.Error, zlib.error, ValueError, KeyError, TypeError, IndexError, RecursionError) as error:
         raise CheckpointDamagedError(f"the structure is damaged ({type(error).__name__}: {error})") from error
-    return Outline(containers, orders, shapes, metadata, spreads)
+    return Outline(containers, orders, shapes, metadata, spreads, empty)
 
 
 def class_name(value: Any) -> str:

@@ -151,6 +151,7 @@ def shared_tree(saved: Saved, rename: Callable[[Path], Path]) -> Node:
             raise CheckpointDamagedError(f"{dotted(path)} is the same tensor as {dotted(first)}, which isn't there")
         arrays.setdefault(path, arrays[first])
     _insert(root, arrays, saved.values, saved.containers, rename)
+    _add_empty(root, outline, rename)
     _apply(root, outline, rename)
     return root
 
@@ -171,6 +172,7 @@ def own_tree(saved: Saved, rank: int, rename: Callable[[Path], Path]) -> Node:
         containers,
         rename,
     )
+    _add_empty(root, outline, rename)
     _apply(root, outline, rename)
     return root
 
@@ -202,6 +204,18 @@ def _apply(root: Node, outline: Outline | None, rename: Callable[[Path], Path]) 
         node = root.find(rename(where))
         if node is not None:
             node.metadata = metadata
+
+
+def _add_empty(root: Node, outline: Outline | None, rename: Callable[[Path], Path]) -> None:
+    """Make nodes without anything inside for the states of an optimizer's parameters that were empty."""
+    for path in () if outline is None or outline.empty is None else outline.empty:
+        node, renamed = root, rename(path)
+        if len(renamed) > MAX_DEPTH:
+            raise CheckpointDamagedError(f"a path has {len(renamed)} keys; up to {MAX_DEPTH} are possible")
+        for key in renamed:
+            node = node.children.setdefault(key, Node())
+            if node.entry is not None:
+                raise CheckpointDamagedError(f"{dotted(renamed)!r}, an empty state, lies in the leaf {key!r}")
 
 
 def _insert(

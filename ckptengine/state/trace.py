@@ -23,6 +23,7 @@ from ckptengine.state.own_state import named_state
 from ckptengine.state.sharded import ShardedArray
 
 __all__ = [
+    "AbsentStep",
     "Again",
     "DictStep",
     "ModuleStep",
@@ -65,6 +66,17 @@ class Step(ABC):
     @abstractmethod
     def again(self, value: Any, met: _Met) -> None:
         """Compare a value with the one that was met, and note what must be looked at; raises `Changed`."""
+
+
+class AbsentStep(Step):
+    """Nothing: a parameter that an optimizer has no state for, not even an empty one."""
+
+    __slots__ = ()
+
+    def again(self, value: Any, met: _Met) -> None:
+        """Look whether there is still nothing."""
+        if value is not None:
+            raise Changed
 
 
 class PlainStep(Step):

@@ -19,6 +19,7 @@ from ckptengine.state.outline import Container, Outline, class_name, part_order,
 from ckptengine.state.own_state import STATE, named_state, numbers_of, parts_of
 from ckptengine.state.sharded import ShardedArray
 from ckptengine.state.trace import (
+    AbsentStep,
     DictStep,
     ModuleStep,
     ObjectStep,
@@ -86,9 +87,15 @@ def flatten_traced(state: Mapping[str, Any], asked: Asked | None = None) -> tupl
     return walk.result(), walk.trace()
 
 
-def flatten_loaded(state: Mapping[str, Any], wanted: Wanted) -> FlatState:
-    """Return `flatten`'s leaves of what is wanted, given a value and its path; nothing else is looked at."""
-    return _Walk(state, Asked(), wanted).result()
+def flatten_loaded(
+    state: Mapping[str, Any], wanted: Wanted, views: Callable[[], Mapping[int, TensorView]]
+) -> FlatState:
+    """Return `flatten`'s leaves of what is wanted, given a value and its path; nothing else is looked at.
+
+    `views` is called once, when everything in the state has been asked, and gives the views that are known by the `id`
+    of their tensors, which it keeps alive.
+    """
+    return _Walk(state, Asked(), wanted, views).result()
 
 
 def sharded_parts(array: ShardedArray, path: Path, *, target: bool) -> TensorView:
@@ -101,10 +108,17 @@ def sharded_parts(array: ShardedArray, path: Path, *, target: bool) -> TensorVie
 class _Walk:
     """One walk over a state."""
 
-    def __init__(self, state: Mapping[str, Any], asked: Asked, wanted: Wanted | None = None) -> None:
+    def __init__(
+        self,
+        state: Mapping[str, Any],
+        asked: Asked,
+        wanted: Wanted | None = None,
+        views: Callable[[], Mapping[int, TensorView]] = dict,
+    ) -> None:
         self._inspector = Inspector(asked)
         self._wanted = wanted
         self._inspector.ask(state, wanted=wanted or (lambda value, path: True))
+        self._views = views()
         self._names = self._inspector.parameter_names(state)
         self._arrays: list[ArrayLeaf] = []
         self._values: tuple[dict[Path, Any], dict[Path, Any]] = ({}, {})
@@ -115,6 +129,7 @@ class _Walk:
         self._metadata: tuple[dict[Path, Any], dict[Path, Any]] = ({}, {})
         self._shapes: tuple[dict[Path, tuple[int, ...]], dict[Path, tuple[int, ...]]] = ({}, {})
         self._spreads: tuple[dict[Path, str], dict[Path, str]] = ({}, {})
+        self._without: list[list[Path] | None] = [None, None]  # empty states of parameters, where there are optimizers
         self._aliases: dict[Path, Path] = {}
         self._first: dict[Hashable, int] = {}
         self._visited: list[Visited] = []
@@ -130,13 +145,19 @@ class _Walk:
         arrays = tuple(
             replace(leaf, fenced=True) if number in self._fenced else leaf for number, leaf in enumerate(self._arrays)
         )
-        shared, own = (
-            Outline(
-                tuple(self._built[own]), self._orders[own], self._shapes[own], self._metadata[own], self._spreads[own]
-            )
-            for own in (False, True)
+        outlines = self._outline(per_rank=False), self._outline(per_rank=True)
+        return FlatState(arrays, *self._values, self._aliases, *self._containers, *outlines, self._empty)
+
+    def _outline(self, *, per_rank: bool) -> Outline:
+        own, empty = per_rank, self._without[per_rank]
+        return Outline(
+            tuple(self._built[own]),
+            self._orders[own],
+            self._shapes[own],
+            self._metadata[own],
+            self._spreads[own],
+            None if empty is None else tuple(empty),
         )
-        return FlatState(arrays, *self._values, self._aliases, *self._containers, shared, own, self._empty)
 
     def trace(self) -> Trace:
         """Return what was met."""
@@ -155,7 +176,7 @@ class _Walk:
                 return PlainStep(path, per_rank)
             case Kind.TENSOR:
                 assert adapter is not None
-                view = adapter.view(value, path, target=False)
+                view = self._views.get(id(value)) or adapter.view(value, path, target=False)
                 self._add(value, view, adapter, path, per_rank=per_rank, buffer=buffer)
                 return TensorStep(type(value))
             case Kind.WRAPPED:
@@ -309,20 +330,26 @@ class _Walk:
             n
             for g, ns in zip(groups, names, strict=True)
             for p, n in zip(g["params"], ns, strict=True)
-            if adapter.optimizer_state(optimizer, p)
+            if adapter.optimizer_state(optimizer, p) is not None
         ]
         self._build((*path, "state"), "dict", per_rank, keys=held)
+        empty = self._without[per_rank] = self._without[per_rank] or []
         first, owners = len(self._visited), {}
         for group, group_names in zip(groups, names, strict=True):
             for parameter, name in zip(group["params"], group_names, strict=True):
                 before = len(self._arrays)
                 owners[(*path, "state", name)] = parameter
+                self._stepped.add(id(parameter))
                 state = adapter.optimizer_state(optimizer, parameter)
+                if state is None:
+                    states.append(AbsentStep())
+                    continue
                 states.append(self._visit_items(state, (*path, "state", name), per_rank))
                 self._fenced.update(range(before, len(self._arrays)))
-                self._stepped.add(id(parameter))
                 if state:
                     self._note_shape(parameter, (*path, "state", name), per_rank)
+                else:
+                    empty.append((*path, "state", name))
         self._note_spreads(adapter, owners, first, per_rank)
         plain_groups = [{**group, "params": group_names} for group, group_names in zip(groups, names, strict=True)]
         group_step = self._visit(plain_groups, (*path, "param_groups"), per_rank=per_rank)

@@ -27,8 +27,9 @@ def within(
     """Return what a call returns, or raise what it raises; raises `DeadlineError` where it takes too long.
 
     The call runs in a thread of its own, which nobody can end: what it does after `timeout` seconds must do no harm, or
-    `left_behind` is given, which gets the thread. With `moved` the time counts from the last moment at which that
-    returned something new. `doing` says what the call is for; the error adds the file and the operation.
+    `left_behind` is given, which gets the thread. Where no thread can be had the call is made here, without a bound.
+    With `moved` the time counts from the last moment at which that returned something new. `doing` says what the call
+    is for; the error adds the file and the operation.
     """
     results: list[_T] = []
     errors: list[BaseException] = []
@@ -40,7 +41,10 @@ def within(
             errors.append(error)
 
     thread = threading.Thread(target=run, name="ckptengine-within", daemon=True)
-    thread.start()
+    try:
+        thread.start()
+    except RuntimeError:  # the system, or an interpreter that is ending, refuses more
+        return call()
     try:
         ended = _wait(thread, timeout, moved)
     except BaseException:  # Ctrl-C: as a call in this thread would, it ends first; a second one does not wait

@@ -112,11 +112,11 @@ class TorchAdapter(Adapter):
         groups: list[dict[str, Any]] = getattr(optimizer, "param_groups", [])  # a container of optimizers may have none
         return groups
 
-    def optimizer_state(self, optimizer: Any, parameter: Any) -> dict[str, Any]:
+    def optimizer_state(self, optimizer: Any, parameter: Any) -> dict[str, Any] | None:
         """Return one parameter's live state; creates none."""
         return _optimizer.optimizer_state(optimizer, parameter)
 
-    def optimizer_states(self, optimizer: Any, parameters: Sequence[Any]) -> list[dict[str, Any]] | None:
+    def optimizer_states(self, optimizer: Any, parameters: Sequence[Any]) -> list[dict[str, Any] | None] | None:
         """Return the live states of parameters; None where there is state for anything else."""
         return _optimizer.optimizer_states(optimizer, parameters)
 

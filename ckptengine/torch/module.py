@@ -68,7 +68,7 @@ def module_entries(module: torch.nn.Module, path: Path, state: Mapping[str, Any]
     """
     parameters = {id(parameter) for parameter in module.parameters()}
     buffers = {id(buffer) for buffer in module.buffers()}
-    wrapped, of_metrics = _wrapped_children(module), metric_values(module)
+    wrapped, of_metrics, counters = _wrapped_children(module), metric_values(module), metric_counters(module)
     entries: dict[str, ModuleEntry] = {}
     for key, value in state.items():
         name = _bare(key, wrapped)
@@ -79,7 +79,7 @@ def module_entries(module: torch.nn.Module, path: Path, state: Mapping[str, Any]
             )
         live = id(value) in parameters or id(value) in buffers
         buffer = id(value) not in parameters and key not in of_metrics
-        entries[name] = ModuleEntry(name, key, value, buffer, live)
+        entries[name] = ModuleEntry(name, key, value, buffer, live, added=key in counters)
     return list(entries.values())
 
 

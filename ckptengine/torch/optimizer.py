@@ -96,18 +96,17 @@ def _local_arrays(value: Any, keys: Path) -> Iterator[tuple[Path, Any]]:
         yield keys, value
 
 
-def optimizer_state(optimizer: torch.optim.Optimizer, parameter: torch.Tensor) -> dict[str, Any]:
-    """Return a parameter's state, an empty dict where it has none; `optimizer.state[p]` would add one."""
-    state: dict[str, Any] = getattr(optimizer, "state", {}).get(parameter, {})
+def optimizer_state(optimizer: torch.optim.Optimizer, parameter: torch.Tensor) -> dict[str, Any] | None:
+    """Return a parameter's state, None where it has none; `optimizer.state[p]` would add an empty one."""
+    state: dict[str, Any] | None = getattr(optimizer, "state", {}).get(parameter)
     return state
 
 
 def optimizer_states(
     optimizer: torch.optim.Optimizer, parameters: Sequence[torch.Tensor]
-) -> list[dict[str, Any]] | None:
-    """Return the states of parameters, empty dicts where there is none; None where there is state for anything else."""
-    get = optimizer.state.get
-    states: list[dict[str, Any]] = [get(parameter, {}) for parameter in parameters]
+) -> list[dict[str, Any] | None] | None:
+    """Return the states of parameters, None for each that has none; None where there is state for anything else."""
+    states: list[dict[str, Any] | None] = list(map(optimizer.state.get, parameters))
     return states if sum(map(bool, states)) == sum(map(bool, optimizer.state.values())) else None
 
 

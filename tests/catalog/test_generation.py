@@ -98,6 +98,13 @@ def test_a_claim_that_failed_after_it_had_come_to_be_is_ours(tmp_path, storage):
     assert claims_in(home) == claims_in(storage) != {}
 
 
+def test_a_claim_that_failed_after_it_had_come_to_be_is_ours_where_there_is_no_other_place(tmp_path):
+    home = FailingOnce(tmp_path / "home", done=True)
+    assert claim_generation(home, (1, 5)) == 1
+    assert len(home.claims) == 1
+    assert list(claims_in(home)) == ["generation-0001.json"]
+
+
 def test_a_claim_of_which_nothing_is_known_is_made_again_elsewhere_as_the_very_same(tmp_path, storage):
     home = FailingOnce(tmp_path / "home", done=True)
     home.unreadable = True

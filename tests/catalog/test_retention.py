@@ -6,12 +6,14 @@ import os
 import pytest
 from checkpoints import manifest_of, signed_document, write_checkpoint, write_data
 
+import ckptengine as ce
 from ckptengine.catalog.generation import claim_generation
 from ckptengine.catalog.lease import LEASE_SECONDS, Lease
 from ckptengine.catalog.listing import committed
 from ckptengine.catalog.retention import remove_leftovers, replace_older, retain
 from ckptengine.errors import StorageError
 from ckptengine.storage.local import LocalStorage
+from ckptengine.tiers.keep import Keep
 
 
 def orders(storage):
@@ -222,6 +224,20 @@ def test_what_was_just_committed_is_never_deleted(storage):
     assert orders(storage) == [(1, 10), (1, 20)]
 
 
+def test_a_life_never_deletes_what_it_has_just_committed_also_where_another_branch_is_newer(tmp_path):
+    run = LocalStorage(tmp_path / "run")
+    with ce.Checkpointer(tmp_path / "run", keep_last=1, preemption=None) as ckpt:
+        ckpt.save(10, {"step": 10}).durable.result()
+        ckpt.save(20, {"step": 20}).durable.result()
+        ckpt._saver.settle(60)
+        assert orders(run) == [(1, 20)]
+        # Another job has taken the run over meanwhile, and its line does not lead through what this one has saved.
+        assert claim_generation(run, None) == 2
+        write_checkpoint(run, 30, 2, (1, 10))
+        ckpt._tiers._retain(run, Keep(1, None))
+        assert orders(run) == [(1, 20), (2, 30)]
+
+
 def test_a_lease_that_cannot_be_read_once_protects_its_attempt(storage, unreadable):
     write_data(storage, manifest_of(10))
     data = "step-00000010/data-000000000001-10"
@@ -251,6 +267,8 @@ def test_a_linked_step_of_another_run_is_neither_deleted_nor_counted(storage, ot
     os.symlink(other.location("step-00000040"), storage.location("step-00000005"))
     os.symlink(other.location("step-00000040"), storage.location("step-00000040"))
     write_data(other, manifest_of(40, attempt="deaddeaddead-1"))
+    with open(other.location("step-00000040/.tmp-manifest-0001.json.0123456789ab"), "w"):
+        pass
     make_old(other)
     make_old(storage)
     before = everything(other)

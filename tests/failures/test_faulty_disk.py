@@ -1,6 +1,7 @@
 """The disk fails: every error names the file, no fsync is repeated, and what was there before stands."""
 
 import errno
+import json
 import os
 import shutil
 from pathlib import Path
@@ -102,6 +103,33 @@ def test_a_failed_fsync_is_never_repeated_on_the_same_file(tmp_path: Path, disk:
     ce.save(tmp_path / "point", state_at(3, ELEMENTS))
     assert len(set(disk.synced)) == len(disk.synced), disk.synced
     assert same(ce.load(tmp_path / "point"), state_at(3, ELEMENTS))
+
+
+def test_a_step_that_was_published_and_told_as_failed_can_be_saved_again(tmp_path: Path, disk: FaultyDisk) -> None:
+    run, failing = tmp_path / "run", []
+
+    def fails(name: str, number: int) -> int | None:
+        there = name == "sync_directory" and (run / "step-00000002" / "manifest-0001.json").exists()
+        if not there or failing:
+            return None
+        failing.append(number)
+        return errno.EIO
+
+    with ce.Checkpointer(run) as checkpointer:
+        checkpointer.save(1, state_at(1, ELEMENTS)).durable.result()
+        disk.fails = fails
+        with pytest.raises(SaveFailedError, match=f"cannot sync the directory {run}/step-00000002: Input/output"):
+            checkpointer.save(2, state_at(2, ELEMENTS)).durable.result()
+        assert failing
+        assert committed_steps(run) == [1, 2], "it was published before the disk failed"
+        before = files_of(run)
+        checkpointer.save(2, state_at(2, ELEMENTS)).durable.result()
+        written = {name for name in files_of(run) if "step-00000002" in name} - set(before)
+        attempt = json.loads((run / "step-00000002" / "manifest-0001.json").read_text())["attempt"]
+        assert f"step-00000002/data-{attempt}/rank-00000.zarr.zip" in written, "what was told as saved is what is there"
+        assert committed_steps(run) == [1, 2]
+        checkpointer.save(3, state_at(3, ELEMENTS)).durable.result()
+    assert committed_steps(run) == [1, 2, 3]
 
 
 def test_an_archive_that_cannot_be_written_is_named(tmp_path: Path, disk: FaultyDisk) -> None:

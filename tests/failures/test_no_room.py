@@ -4,13 +4,12 @@ import errno
 import logging
 import os
 import re
-import resource
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 import pytest
 from trained import committed_steps, files_of, same, state_at
 
@@ -205,18 +204,58 @@ def test_no_memory_for_the_snapshot_says_how_much_and_training_goes_on(
     assert committed_steps(tmp_path / "run") == [1, 3, 4]
 
 
+SHORT = """
+import logging, resource, sys
+from pathlib import Path
+import numpy as np
+import ckptengine as ce
+from trained import same
+
+MIB = 1 << 20
+logging.basicConfig()
+state = {"large": np.arange(12 * MIB)}
+kept = resource.getrlimit(resource.RLIMIT_AS)
+with ce.Checkpointer(sys.argv[1], preemption=None) as run:
+    run.save(1, {"small": np.arange(10)}).durable.result()
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + 88 * MIB, kept[1]))
+    run.save(2, state).durable.result()
+    resource.setrlimit(resource.RLIMIT_AS, kept)
+assert same(ce.load(sys.argv[1]), state)
+"""
+
+
 def test_a_snapshot_that_memory_is_too_short_for_goes_through_what_there_is_and_says_how_much_is_missing(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+    tmp_path: Path,
 ) -> None:
-    state = {"large": np.arange(12 * MIB)}
-    kept = resource.getrlimit(resource.RLIMIT_AS)
-    with ce.Checkpointer(tmp_path / "run") as run:
-        run.save(1, {"small": np.arange(10)}).durable.result()
-        pages = int(Path("/proc/self/statm").read_text().split()[0])
-        resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + 88 * MIB, kept[1]))
-        try:
-            run.save(2, state).durable.result()
-        finally:
-            resource.setrlimit(resource.RLIMIT_AS, kept)
-    assert re.search(r"no memory for the snapshot: 10[\d,]{9} bytes are needed.*through [\d,]{10} bytes", caplog.text)
-    assert same(ce.load(tmp_path / "run"), state)
+    # The limit counts addresses: without this each thread's first allocation would reserve 64 MiB of them.
+    environment = {**os.environ, "MALLOC_ARENA_MAX": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-c", SHORT, str(tmp_path / "run")]
+    job = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200, check=False)
+    assert job.returncode == 0, job.stderr
+    assert re.search(r"no memory for the snapshot: 10[\d,]{9} bytes are needed.*through [\d,]{10} bytes", job.stderr)
+
+
+def test_where_the_system_gives_no_thread_but_the_saves_own_a_job_is_opened_saved_and_restored(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    start, refused = threading.Thread.start, set()
+
+    def sparing(self: threading.Thread) -> None:
+        if self.name != "ckptengine-save":
+            refused.add(self.name)
+            raise RuntimeError("can't start new thread")
+        start(self)
+
+    monkeypatch.setattr(threading.Thread, "start", sparing)
+    with ce.Checkpointer(tmp_path, every=1, keep_last=1, preemption=None) as checkpointer:
+        assert checkpointer.restore(state_at(0)) is None
+        for step in (1, 2):
+            checkpointer.step(step, state_at(step))
+    state = state_at(0)
+    with ce.Checkpointer(tmp_path, every=1, preemption=None) as checkpointer:
+        assert checkpointer.restore(state) == 2
+    assert same(state, state_at(2))
+    assert {f"ckptengine-{name}" for name in ("within", "life", "lease", "aside", "arena", "clean")} <= refused
+    assert "nothing renews this lease" in caplog.text
+    assert committed_steps(tmp_path) == [2]

@@ -79,9 +79,8 @@ def pair(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pair:
     return pair
 
 
-def test_a_rank_0_that_stalls_before_its_commit_costs_no_later_save_and_what_it_committed_is_told(
-    pair: Pair, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def stall_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have rank 0 stand still before its next publication, for longer than the other waits for it."""
     publish, stalled = Disk.publish, threading.Event()
 
     def stall(self: Disk, source: str, target: str) -> bool:
@@ -91,6 +90,12 @@ def test_a_rank_0_that_stalls_before_its_commit_costs_no_later_save_and_what_it_
         return publish(self, source, target)
 
     monkeypatch.setattr(Disk, "publish", stall)
+
+
+def test_a_rank_0_that_stalls_before_its_commit_costs_no_later_save_and_what_it_committed_is_told(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    stall_once(monkeypatch)
     handles = pair.save(2)
     assert pair.ends(handles)[1].startswith("rank 0 did not say in time")
     assert pair.ends(handles)[0] == ""
@@ -101,6 +106,33 @@ def test_a_rank_0_that_stalls_before_its_commit_costs_no_later_save_and_what_it_
     assert [len(rank.history) for rank in pair.ranks] == [4, 4]  # the last one is not accounted for yet
     assert "rank 1 had not heard of that in time" in caplog.text
     pair.close()
+
+
+@pytest.fixture
+def told_as_failed(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> Pair:
+    """Rank 0 has committed step 2, and rank 1 has accounted for it as failed."""
+    stall_once(monkeypatch)
+    handles = pair.save(2)
+    ends = pair.ends(handles)
+    assert ends[0] == ""
+    assert ends[1].startswith("rank 0 did not say in time")
+    pair.both(lambda rank: pair.ranks[rank].wait())
+    assert [len(rank.history) for rank in pair.ranks] == [2, 1]
+    return pair
+
+
+def test_a_step_that_only_rank_0_knows_as_committed_is_saved_again_by_nobody(told_as_failed: Pair) -> None:
+    pair = told_as_failed
+    assert pair.ends(pair.save(2)) == ["", ""]
+    assert [len(rank.history) for rank in pair.ranks] == [2, 2]
+    assert pair.ends(pair.save(3)) == ["", ""]
+    assert pair.steps() == [1, 2, 3]
+    pair.close()
+
+
+def test_a_last_step_that_only_rank_0_knows_as_committed_fails_no_rank_at_the_end(told_as_failed: Pair) -> None:
+    told_as_failed.close()
+    assert told_as_failed.steps() == [1, 2]
 
 
 @pytest.mark.parametrize("done", [False, True], ids=["before", "after"])

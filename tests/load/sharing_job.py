@@ -11,6 +11,7 @@ import logging
 import os
 import signal
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -81,6 +82,20 @@ def die_while_reading(call: int, number: int) -> None:
     Archive.read_into = read_into  # type: ignore[method-assign]
 
 
+def stall_while_reading(call: int) -> None:
+    """Have the storage never answer this process's n-th read of a shared request."""
+    load, calls = LocalStorage.load_archive, []
+
+    def load_archive(self: LocalStorage, name: str, *arguments: Any) -> int:
+        if threading.current_thread().name == "ckptengine-read":
+            calls.append(name)
+            if len(calls) == call:
+                threading.Event().wait()
+        return load(self, name, *arguments)
+
+    LocalStorage.load_archive = load_archive  # type: ignore[assignment,method-assign]
+
+
 def limit_memory(most: int) -> None:
     """Have windows of more bytes than this fail as where memory is short."""
     allocate = os.posix_fallocate
@@ -106,6 +121,8 @@ def prepare(scenario: str, rank: int) -> None:
         limit_memory(int(argument))
     elif name in ("kill", "hang") and rank == int(argument):
         die_while_reading(2, signal.SIGKILL if name == "kill" else signal.SIGSTOP)
+    elif name == "stall" and rank == int(argument):
+        stall_while_reading(2)
     elif name == "two-slots":
         window.MOST_SLOTS = share.MOST_SLOTS = 2
 

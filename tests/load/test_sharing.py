@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -155,3 +156,14 @@ def test_a_rank_that_is_killed_or_hangs_in_a_shared_read_is_named_on_the_others(
         assert one["seconds"] < (4 + 2) * (1 if how == "kill" else 2) + 4
         assert one["shared"] == []
     assert not [name for name in os.listdir("/dev/shm") if "ckptengine-load" in name]
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_shared_read_that_the_storage_never_answers_ends_on_the_rank_that_reads_and_names_the_file(saved, victim):
+    found = run_job(saved(2), 2, "replicas", f"stall:{victim}")
+    reader, other = found[victim], found[1 - victim]
+    assert reader["kind"] == other["kind"] == "DeadlineError"
+    hung = r"reading .*/run/.*rank-0000\d.zarr.zip has not ended after 4 s; the storage does not answer"
+    assert re.search(hung, reader["text"])
+    # What it raises is what it found itself, or has heard of all in the exchange that follows.
+    assert f"rank {victim} did not come forward" in other["text"] or re.search(hung, other["text"])

@@ -66,7 +66,7 @@ def started(run: Path, **options: Any) -> Iterator[Process]:
         yield process
     finally:
         process.popen.kill()
-        process.popen.wait()
+        process.popen.communicate()
 
 
 def test_a_signal_saves_the_step_and_exits_with_the_code_and_the_job_goes_on_from_it(tmp_path: Path) -> None:

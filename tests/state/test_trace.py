@@ -145,6 +145,10 @@ def one_parameter_without_state(state):
     state["optimizer"].state.pop(state["model"][0].weight, None)
 
 
+def an_empty_state(state):
+    state["optimizer"].state[state["model"][0].weight] = {}
+
+
 def a_frozen_group(state):
     state["optimizer"].add_param_group({"params": [torch.nn.Parameter(torch.ones(2))], "lr": 0.5})
 
@@ -187,7 +191,8 @@ def nothing(state):
 CHANGES = (
     nothing, transpose, new_memory, other_dtype, another_tensor, another_shape, set_elsewhere, other_strides,
     a_key_more,
-    a_key_less, another_order, tie, untie, a_step, no_optimizer_state, one_parameter_without_state, a_frozen_group,
+    a_key_less, another_order, tie, untie, a_step, no_optimizer_state, one_parameter_without_state, an_empty_state,
+    a_frozen_group,
     another_model, plain_becomes_tensor, tensor_becomes_plain, another_shard, a_larger_shard, new_values,
     fresh_state_dict,
 )

@@ -73,7 +73,10 @@ class Forked:
 
     def communicate(self, timeout: float | None = None) -> tuple[str, str]:
         """Return the rest of what it prints, when it has ended."""
-        rest = self.stdout.read() if self.stdout is not None else ""
+        rest = ""
+        if self.stdout is not None and not self.stdout.closed:
+            with self.stdout:
+                rest = self.stdout.read()
         self.wait(timeout)
         return rest, ""
 
@@ -96,7 +99,7 @@ class Forked:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.kill()
-        self.wait()
+        self.communicate()
 
 
 def fork(

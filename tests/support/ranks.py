@@ -45,7 +45,8 @@ class Job:
         self.output = tempfile.TemporaryFile()  # noqa: SIM115
         self._store = fork(["-c", STORE], stdout=subprocess.PIPE)
         assert self._store.stdout is not None
-        port = self._store.stdout.readline().strip()
+        with self._store.stdout as said:
+            port = said.readline().strip()
         common = {
             **os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "WORLD_SIZE": str(ranks),
             "LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import os
 import shutil
@@ -213,6 +214,29 @@ def test_gc_frees_the_memory_of_a_job_that_ended_and_leaves_that_of_a_living_one
     assert "images in shared memory" in call("gc", str(run), "--memory").output
     assert [name for _, _, names in os.walk(root) for name in names] == []
     assert steps(run) == [1]
+
+
+def test_gc_leaves_images_of_which_it_can_not_be_told_whether_a_living_job_has_them(tmp_path, call, monkeypatch):
+    run = tmp_path / "run"
+    root = Path(memory_root(str(run), True))
+    ckpt = ce.Checkpointer(run, memory=True, preemption=None)
+    ckpt.save(1, state_of(1)).durable.result()
+    ckpt._saver.settle(60)
+    before = sorted(map(str, root.rglob("*")))
+    real = os.open
+
+    def failing(path: Any, *arguments: Any, **options: Any) -> int:
+        if "/arenas/" in str(path) or (str(path).startswith(str(root)) and str(path).endswith(".zip")):
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE), path)
+        return real(path, *arguments, **options)
+
+    monkeypatch.setattr(os, "open", failing)
+    result = call("gc", str(run), "--memory")
+    monkeypatch.undo()
+    assert sorted(map(str, root.rglob("*"))) == before
+    assert result.exit_code == 2
+    assert f"cannot look whether a process has {root}/arenas/rank-00000-a: Too many open files" in result.output
+    ckpt.close()
 
 
 def test_the_manifest_is_the_same_in_all_places_however_long_the_disk_takes(tmp_path, memory, monkeypatch):

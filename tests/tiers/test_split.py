@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import errno
 import json
+import os
+import re
+import time
 from pathlib import Path
 
 import numpy as np
@@ -74,6 +77,27 @@ def test_a_split_run_is_mended_by_the_command_that_the_error_names(tmp_path, cal
         again.save(3, state_of(3))
     assert steps(tmp_path / "run") == [2, 3]
     assert "nothing to mend" in call("mend", tmp_path / "run", tmp_path / "local").output
+
+
+def test_nothing_is_mended_beside_a_job_that_writes_to_the_run(tmp_path, call: Call):
+    claim = split(tmp_path)
+    before = claim.read_bytes()
+    with ce.Checkpointer(tmp_path / "run", preemption=None) as job:
+        job.save(9, state_of(9)).durable.result()
+        result = call("mend", tmp_path / "run", tmp_path / "local")
+        assert result.exit_code == 2
+        assert re.search(
+            rf"is in use: process {os.getpid()} on .*Call `ckptengine mend` while no job writes", result.output
+        )
+        assert claim.read_bytes() == before
+    # One that has died on another machine: known as gone when its lease has run out.
+    writer = tmp_path / "run" / "writer.json"
+    writer.write_text(json.dumps({"host": "elsewhere", "boot": "b", "namespace": "n", "pid": 1, "started": "1"}))
+    assert call("mend", tmp_path / "run", tmp_path / "local").exit_code == 2
+    assert claim.read_bytes() == before
+    os.utime(writer, (time.time() - 60,) * 2)
+    assert call("mend", tmp_path / "run", tmp_path / "local").exit_code == 0
+    assert claim.read_bytes() != before
 
 
 def test_two_runs_are_not_made_one(tmp_path, call: Call):

@@ -427,6 +427,18 @@ def state_of_a_fresh_optimizer_is_spread_as_the_saved_one_was() -> None:
 
 
 @case
+def an_empty_state_of_a_sharded_parameter_comes_back_and_no_state_as_none() -> None:
+    def made() -> dict[str, Any]:
+        model = fsdp(mesh_of(4), nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 6)))
+        return {"model": model, "optimizer": torch.optim.SGD(model.parameters(), lr=0.1)}
+
+    source, target = made(), made()
+    source["optimizer"].state.update({parameter: {} for parameter in source["model"][1].parameters()})
+    assert load(gather(source, outlined=True), target, rank=dist.get_rank()).complete
+    assert target["optimizer"].state_dict()["state"] == {2: {}, 3: {}}
+
+
+@case
 def nested_state_of_a_fresh_optimizer_is_made_like_its_parameter() -> None:
     model = fsdp(mesh_of(4), Block(10))
     optimizer = trained(model, torch.optim.SGD, 1)

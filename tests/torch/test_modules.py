@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import logging
 import sys
 import types
 from collections import OrderedDict
@@ -248,6 +249,25 @@ def test_a_metric_goes_on_from_its_number_of_updates_and_forgets_what_it_had_com
     load(saved, {"m": fresh})
     assert fresh[1]._update_count == 2
     assert fresh[1].compute().tolist() == [3.0, 3.0]
+
+
+def test_a_metric_of_an_older_checkpoint_without_counts_is_loaded_and_told(monkeypatch, caplog):
+    monkeypatch.setitem(sys.modules, "torchmetrics", types.SimpleNamespace(Metric=CountingMetric))
+    model = nn.Sequential(nn.Linear(2, 2), CountingMetric())
+    model[1].update(2.0)
+    stored = save({"m": model})
+    (count,) = (path for path in stored.saved.values if path[-1] == "1._update_count")
+    del stored.saved.values[count]
+    fresh = nn.Sequential(nn.Linear(2, 2), CountingMetric())
+    with caplog.at_level(logging.WARNING, "ckptengine"):
+        report = load(stored, {"m": fresh})
+    assert report.complete
+    assert fresh[1].total.tolist() == [2.0, 2.0]
+    assert "m.1._update_count: not in the checkpoint, which an earlier version has saved without it" in caplog.text
+    # A checkpoint without the metric has not been saved by an earlier version, but from another model.
+    other = save({"m": nn.Sequential(nn.Linear(2, 2))})
+    with pytest.raises(LoadMismatchError, match=r"missing[^?]*m\.1\._update_count"):
+        load(other, {"m": fresh})
 
 
 def test_the_values_of_a_metric_are_not_taken_from_rank_0_as_buffers_are(monkeypatch):

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
+import pathlib
 from collections.abc import Callable
 from typing import Any
 
@@ -9,7 +11,9 @@ import torch
 from state_memory import Stored, load, save
 from torch import nn
 
-from ckptengine.errors import LoadMismatchError, StateError
+import ckptengine as ce
+from ckptengine.errors import LoadMismatchError, RestoreDifferenceError, StateError
+from ckptengine.state.outline import Outline
 from ckptengine.state.rng import RNG
 from ckptengine.state.tree import flatten
 
@@ -135,6 +139,67 @@ def test_state_that_was_not_saved_is_removed() -> None:
     binding_target = {"model": net, "opt": optimizer}
     assert load(stored, binding_target).complete
     assert not optimizer.state
+
+
+def with_empty_states(*empty: int) -> dict[str, Any]:
+    """A plain optimizer and one that calls its own code, with empty state for some of the parameters."""
+
+    class Own(torch.optim.SGD):
+        def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+            super().load_state_dict(state_dict)
+
+    net = model()
+    parameters = list(net.parameters())
+    made = {"model": net, "plain": torch.optim.SGD(parameters), "own": Own(parameters)}
+    for name in ("plain", "own"):
+        made[name].state.update({parameters[number]: {} for number in empty})
+        made[name].state[parameters[1]] = {"seen": torch.arange(3)}
+    return made
+
+
+@pytest.mark.parametrize("there", [(), (0, 2, 3)], ids=["fresh", "with others"])
+def test_an_empty_state_of_a_parameter_comes_back_and_no_state_comes_back_as_none(
+    there: tuple[int, ...], tmp_path: pathlib.Path
+) -> None:
+    saved, target = with_empty_states(3, 0), with_empty_states(*there)
+    ce.save(tmp_path / "point", saved)
+    ce.load(tmp_path / "point", into=target)
+    for name in ("plain", "own"):
+        assert same(target[name].state_dict(), saved[name].state_dict())
+        assert set(target[name].state_dict()["state"]) == {0, 1, 3}
+    state = ce.load(tmp_path / "point")["plain"]["state"]
+    assert list(state) == ["model.0.weight", "model.0.bias", "model.2.bias"]
+    assert state["model.2.bias"] == {}
+    assert "model.2.weight" not in state
+    # Only that was asked for is touched.
+    fresh = with_empty_states()
+    ce.load(tmp_path / "point", into=fresh, only=["plain.state.model.0.weight"])
+    assert set(fresh["plain"].state_dict()["state"]) == {0, 1}
+
+
+def test_an_empty_state_that_is_lost_in_a_load_is_found(tmp_path: pathlib.Path) -> None:
+    class Losing(torch.optim.SGD):
+        def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+            super().load_state_dict(state_dict)
+            self.state.clear()
+
+    net = model()
+    optimizer = Losing(net.parameters())
+    optimizer.state[net[0].weight] = {}
+    ce.save(tmp_path / "point", {"model": net, "optimizer": optimizer})
+    with pytest.raises(RestoreDifferenceError, match=r"optimizer\.state\.model\.0\.weight: an empty state"):
+        ce.load(tmp_path / "point", into={"model": net, "optimizer": optimizer})
+
+
+def test_a_checkpoint_that_does_not_tell_empty_states_leaves_them(tmp_path: pathlib.Path) -> None:
+    stored = save(with_empty_states())
+    outline = dataclasses.replace(stored.saved.outline or Outline(), empty=None)
+    older = dataclasses.replace(stored, saved=dataclasses.replace(stored.saved, outline=outline))
+    target = with_empty_states(2)
+    assert load(older, target).complete
+    assert set(target["plain"].state_dict()["state"]) == {1, 2}
+    assert load(stored, target).complete
+    assert set(target["plain"].state_dict()["state"]) == {1}
 
 
 def test_state_that_is_there_is_filled_in_place() -> None:

@@ -34,8 +34,8 @@ __all__ = ["LIMIT_S", "import_all", "on_one_process", "on_two_ranks"]
 LIMIT_S = 120.0
 """Seconds that one entry may take; it takes one or two."""
 
-_PATIENCE_S = 5.0
-"""Seconds that one rank waits for the other once an entry has ended."""
+_PATIENCE_S = 30.0
+"""Seconds that one rank waits for the other once an entry has ended; on a busy machine one may be far behind."""
 
 _fork = multiprocessing.get_context("fork")
 

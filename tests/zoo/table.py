@@ -39,9 +39,11 @@ values, dtypes, shapes, strides, placements, shared memory, the order of keys. T
 | refused | The save raises an error, whose words are in the note. Nothing is saved that could not be restored. |
 | – | Not applicable: the training fails without any checkpoint, or can't be repeated; the note has its error. |
 
-There is no line that says "different": such a line fails the run. Where optimizers on two ranks have the choice, they
-are given `foreach=False`, since torch has no rules for DTensors for many operations on lists. What compiles its step is
-not compiled here. timm is used without torchvision, so of timm only its optimizers and schedulers are here.
+There is no line that says "different": such a line fails the run. Where a note speaks of rank 0's buffers, the ranks
+have differing ones, and those of rank 0 come back on all of them: the training that they are compared with is given
+these too. On two ranks metrics lie in `PerRank`. Where optimizers on two ranks have the choice, they are given
+`foreach=False`, since torch has no rules for DTensors for many operations on lists. What compiles its step is not
+compiled here. timm is used without torchvision, so of timm only its optimizers and schedulers are here.
 """
 
 

@@ -7,8 +7,8 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
 from ckptengine.state.adapters import Layouts
-from ckptengine.state.bind.sharing import Taken, extents, sharing
 from ckptengine.state.binding import Action, Promise, Read
+from ckptengine.state.extents import Taken, sharing
 from ckptengine.state.kinds import Inspector
 from ckptengine.state.leaf import ArrayLeaf, Path, Placement, dotted, is_inside
 from ckptengine.state.loaders import is_stateful_loader
@@ -53,6 +53,7 @@ class BinderBase(ABC):
         self._rename = renamer(rename, state)
         self._shared = shared_tree(saved, self._rename)
         self._own = own_tree(saved, 0 if self._resized else rank, self._rename)
+        self._tells_empty = saved.outline is not None and saved.outline.empty is not None
         self._saved_shapes = {
             dotted(path): node.entry.leaf.shape
             for path, node in self._shared.leaves()
@@ -110,6 +111,7 @@ class BinderBase(ABC):
         refused = frozenset(self.refused)
         leaves: dict[Path, SavedArray | SavedValue] = {}
         containers: dict[Path, Node] = {}
+        empty: set[Path] = set()
         for root in (self._shared, self._own):
             for path, node in root.nodes():
                 where = self._path_here(path)
@@ -120,6 +122,8 @@ class BinderBase(ABC):
                 known = where in containers and containers[where].kind is not None
                 if not known and (node.entry is None or node.cls):
                     containers[where] = node
+                if node.entry is None and node.used and not node.children:
+                    empty.add(where)
         return Promise(
             leaves=leaves,
             containers=containers,
@@ -135,6 +139,7 @@ class BinderBase(ABC):
             saved_world_size=self._saved.world_size,
             spread=frozenset(read.target.path for read in self.reads if read.target.placement is Placement.SHARDED),
             given=frozenset(self.given),
+            empty=frozenset(empty),
         )
 
     def _path_here(self, path: Path) -> Path:
@@ -191,7 +196,7 @@ class BinderBase(ABC):
         """
         dropped: set[int] = set()
         ties = [([first, later], True) for first, later in self._ties]
-        for group, tied in [*ties, *((group, False) for group in sharing([read.target for read in self.reads]))]:
+        for group, tied in [*ties, *((group, False) for group in sharing([read.places for read in self.reads]))]:
             left = [number for number in group if number not in dropped]
             dropped.update(self._separate(left, same, tied))
         for number in dropped & self._converted.keys():
@@ -204,7 +209,7 @@ class BinderBase(ABC):
         if len(group) < 2:
             return []
         kept, refused = [0], []
-        sources = {(read.path, read.rank, tuple(extents(read.target))) for read in reads}
+        sources = {(read.path, read.rank, read.places) for read in reads}
         if len(sources) == 1 or same(reads, tied):
             kept = list(range(len(group)))
         else:
@@ -214,7 +219,7 @@ class BinderBase(ABC):
                 else:
                     refused.append(number)
         first: dict[object, int] = {}
-        again = [n for n in kept if first.setdefault(tuple(extents(reads[n].target)), n) != n]
+        again = [n for n in kept if first.setdefault(reads[n].places, n) != n]
         for number in refused:
             path = reads[number].target.path
             others = dotted(reads[0].target.path)

@@ -34,7 +34,10 @@ class ModuleBinder(TensorBinder):
                 self._bind_tensor(entry.value, adapter, where, child, per_rank)
             elif self._selection.holds(where):
                 if child is None:
-                    self._absent(where, per_rank)
+                    if entry.added and node is not None and _has_others(node, entry.name):
+                        self._act(FRAMEWORK, functools.partial(_tell_added, where, entry.value))
+                    else:
+                        self._absent(where, per_rank)
                     continue
                 handed[entry.key] = self._rebuild(child, where, None if entry.live else entry.value)
                 self._loaded.append(dotted(where))
@@ -53,6 +56,20 @@ def _adapts(entry: ModuleEntry, node: Node, loading: frozenset[str] | None) -> b
     if loading is None or _owner(entry.key) not in loading or not isinstance(node.entry, SavedArray):
         return False
     return tuple(entry.value.shape) != node.entry.leaf.shape
+
+
+def _has_others(node: Node, name: str) -> bool:
+    """Whether the checkpoint has something else of the owner of a name."""
+    return any(_owner(str(other)) == _owner(name) for other in node.children)
+
+
+def _tell_added(path: Path, value: Any) -> None:
+    _log.warning(
+        "%s: not in the checkpoint, which an earlier version has saved without it, so it stays %s; what the metric "
+        "weighs by it (a mean over calls of forward) is right again from its next reset() on",
+        dotted(path),
+        value,
+    )
 
 
 def _owner(key: str) -> str:

@@ -41,13 +41,16 @@ class OptimizerBinder(TensorBinder):
                 where = (*path, "state", name)
                 current = adapter.optimizer_state(optimizer, parameter)
                 child = by_name.get(name)
-                if not (child or current) or not self._selection.holds(where):
+                # Older checkpoints do not tell an empty state from none.
+                if child is None and not (current or (current is not None and self._tells_empty)):
                     continue
-                if child is not None and self._state_differs(parameter, name, where, child, current):
+                if not self._selection.holds(where):
+                    continue
+                if child is not None and self._state_differs(parameter, name, where, child, current or {}):
                     continue
                 new: dict[str, Any] | None = None
                 if child is not None:
-                    new = self._bind_parameter_state(adapter, group, parameter, current, where, child)
+                    new = self._bind_parameter_state(adapter, group, parameter, current or {}, where, child)
                 setting = functools.partial(adapter.set_optimizer_state, optimizer, parameter, new)
                 self._act(FRAMEWORK, setting)
         self._bind_groups(adapter, groups, names, (*path, "param_groups"), node.child("param_groups"), per_rank)
@@ -88,6 +91,7 @@ class OptimizerBinder(TensorBinder):
             return array
 
         state: dict[str, Any] = {}
+        node.used = True
         for key, child in node.children.items():
             where = (*path, key)
             entry = child.entry
