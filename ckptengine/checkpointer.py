@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
+import threading
 import weakref
 from collections.abc import Iterable, Mapping
 from types import TracebackType
@@ -153,7 +155,9 @@ class Checkpointer:
         self._committed: int | None = None  # the step at which this life of the run stands
         self._parent: tuple[int, int] | None = None
         self._generation: int | None = None
-        self._claimed: int | None = None  # on rank 0
+        self._life = 0  # how often this process has restored: each time a new life of the run begins
+        self._claimed: dict[int, int] = {}  # on rank 0, the generation of a life
+        self._claiming = threading.Lock()
         self._highest: int | None = None  # the highest step that this life has begun to save
         self._last: tuple[int, SaveHandle] | None = None
         self._given_up: tuple[int, SaveHandle] | None = None  # the last one, where it failed
@@ -161,7 +165,7 @@ class Checkpointer:
         self._pending: list[SaveHandle] = []
         self._opening = Opening(self.run, self._tiers, self._comm, timeout, chosen=comm is None)
         weakref.finalize(self, self._tiers.forget).atexit = False
-        weakref.finalize(self, self._opening.close)
+        weakref.finalize(self, self._opening.let_go)
         token = self._opening.open()
         self._watch: Watch | None = None
         if preemption is not None:
@@ -216,7 +220,8 @@ class Checkpointer:
             if again:
                 return None if loaded is None else loaded.step
             # What follows is a new life of the run, also where this process has saved before.
-            self._generation = self._claimed = self._last = self._given_up = self._unsaved = self._highest = None
+            self._generation = self._last = self._given_up = self._unsaved = self._highest = None
+            self._life += 1
             self._schedule.restart()
             self._parent = None if loaded is None or loaded.step is None else (loaded.generation, loaded.step)
             self._committed = None if self._parent is None else self._parent[1]
@@ -371,7 +376,7 @@ class Checkpointer:
             step=step,
             parent=self._parent,
             generation=self._generation,
-            claim=self._claim,
+            claim=functools.partial(self._claim, self._life, self._parent),
             metadata=self._metadata,
             committed=lambda generation, attempt: self._tiers.committed(generation, attempt, step, directory),
             site=self._tiers.site,
@@ -392,11 +397,16 @@ class Checkpointer:
         self._pending.append(handle)
         return handle
 
-    def _claim(self) -> int:
-        """Claim this life's generation, on rank 0, once: also where the ranks have to agree on it again."""
-        if self._claimed is None:
-            self._claimed = self._tiers.claim(self._parent)
-        return self._claimed
+    def _claim(self, life: int, parent: tuple[int, int] | None) -> int:
+        """Claim a life's generation, on rank 0, once: also where the ranks have to agree on it again.
+
+        A call that a storage has held for longer than the timeout may come to its end later. The next one waits for
+        that, and takes what it has claimed: a second claim beside it could be the lower one.
+        """
+        with self._claiming:
+            if life not in self._claimed:
+                self._claimed[life] = self._tiers.claim(parent)
+            return self._claimed[life]
 
     def fence(self, timeout: float | None = None) -> None:
         """Wait until the snapshot under way is complete, before a change of the state that is no optimizer's step.

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 
 from ckptengine.comm.agree import gather
 from ckptengine.comm.base import Communicator
-from ckptengine.errors import CheckpointError
+from ckptengine.errors import CheckpointError, DeadlineError
 from ckptengine.storage.base import Storage
+from ckptengine.storage.within import within
 
 __all__ = ["Site", "find_sites"]
 
@@ -51,19 +52,31 @@ def find_sites(storages: Sequence[Storage], comm: Communicator, token: str, time
     found: list[int] = []
     made: list[Storage] = []
     error: Exception | None = None
-    try:
+    doing = "looking for the ranks that share a disk"
+
+    def look() -> list[int]:
+        numbers = []
         for storage in storages:
             if storage.put_if_absent(name, json.dumps(comm.rank).encode()):
                 made.append(storage)
-            found.append(int(json.loads(storage.read_bytes(name, 32))))
-    except (CheckpointError, ValueError) as problem:
-        error = problem
-    try:
-        replies = gather(comm, json.dumps(found).encode(), error, timeout, "looking for the ranks that share a disk")
-    finally:
+            numbers.append(int(json.loads(storage.read_bytes(name, 32))))
+        return numbers
+
+    def tidy() -> None:
         for storage in made:
             with contextlib.suppress(CheckpointError):
                 storage.delete(name, durable=False)
+
+    try:
+        found = within(timeout, doing, look)
+    except (CheckpointError, ValueError) as problem:
+        error = problem
+    try:
+        replies = gather(comm, json.dumps(found).encode(), error, timeout, doing)
+    finally:
+        if made:
+            with contextlib.suppress(DeadlineError):  # swept later
+                within(timeout, doing, tidy)
     all_found = [json.loads(reply) for reply in replies]
     sites = []
     for place, mine in enumerate(found):

@@ -13,7 +13,7 @@ from ckptengine.catalog.retention import remove_leftovers
 from ckptengine.comm.agree import agree, gather, share
 from ckptengine.comm.base import Communicator
 from ckptengine.comm.select import place
-from ckptengine.errors import CheckpointError, CheckpointNotFoundError, StorageError
+from ckptengine.errors import CheckpointError, CheckpointNotFoundError, DeadlineError, StorageError
 from ckptengine.storage.within import within
 from ckptengine.tiers.tiers import Tiers
 
@@ -164,5 +164,12 @@ class Opening:
             _log.warning("%s", self._foreign.tell(self._run))
 
     def close(self) -> None:
-        """Let go of the run."""
+        """Let go of the run; what a storage that does not answer leaves of that expires by itself, and is logged."""
+        try:
+            within(self._timeout, f"letting go of {self._run}", self._life.close)
+        except DeadlineError as error:
+            _log.warning("%s", error)
+
+    def let_go(self) -> None:
+        """Let go of the run, for a Checkpointer that is collected as garbage: no thread can be waited for then."""
         self._life.close()

@@ -41,6 +41,7 @@ from ckptengine.state.dtypes import DTYPES
 from ckptengine.state.held import held_arrays
 from ckptengine.state.leaf import ArrayLeaf, Path, Placement, dotted
 from ckptengine.storage.stuck import operation_of
+from ckptengine.storage.within import within
 
 __all__ = ["DEFAULT_TIMEOUT", "Saver"]
 
@@ -441,7 +442,9 @@ class Saver:
         if self._comm.rank == 0:
             try:
                 assert target.claim is not None
-                word["generation"] = target.claim() if target.generation is None else target.generation
+                doing = f"opening {target.location}"
+                claimed = target.generation
+                word["generation"] = within(timeout, doing, target.claim) if claimed is None else claimed
             except Exception as problem:
                 error = problem
         replies = gather(self._comm, json.dumps(word).encode(), error, timeout, f"opening {target.location}")

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import base64
+import functools
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from ckptengine.catalog.listing import attempt_of, claim_name, claimed_generations, step_directories
 from ckptengine.catalog.manifest import MAX_MANIFEST_NBYTES
@@ -12,6 +13,7 @@ from ckptengine.comm.agree import gather, share
 from ckptengine.comm.base import Communicator
 from ckptengine.comm.site import Site
 from ckptengine.storage.base import StorageView, join
+from ckptengine.storage.within import within
 from ckptengine.tiers.overlay import Reported
 
 __all__ = ["Inventory", "take_inventory"]
@@ -43,13 +45,13 @@ def take_inventory(near: _Near, comm: Communicator, timeout: float) -> Inventory
         return Inventory()
     error: Exception | None = None
     mine: list[dict[str, int]] = [{} for _ in near]
+    doing = "listing the checkpoints of all nodes"
     try:
         for tier, (storage, site) in enumerate(near):
             if not site.shared and site.leads and site.rank != 0:
-                mine[tier] = _listing(storage)
+                mine[tier] = within(timeout, doing, functools.partial(_listing, storage))
     except Exception as problem:
         error = problem
-    doing = "listing the checkpoints of all nodes"
     listings = [json.loads(reply) for reply in gather(comm, json.dumps(mine).encode(), error, timeout, doing)]
     holders: list[dict[str, int]] = [{} for _ in near]
     sizes: list[dict[str, int]] = [{} for _ in near]
@@ -61,10 +63,8 @@ def take_inventory(near: _Near, comm: Communicator, timeout: float) -> Inventory
     wanted: list[list[str]] = []
     try:
         if comm.rank == 0:
-            wanted = [
-                [name for name in holder if _is_small(name) and storage.size(name) is None]
-                for (storage, _), holder in zip(near, holders, strict=True)
-            ]
+            pairs = [(storage, holder) for (storage, _), holder in zip(near, holders, strict=True)]
+            wanted = within(timeout, doing, lambda: [_lacking(storage, holder) for storage, holder in pairs])
     except Exception as problem:
         error = problem
     wanted = json.loads(share(comm, json.dumps(wanted).encode() if comm.rank == 0 else None, error, timeout, doing))
@@ -73,7 +73,8 @@ def take_inventory(near: _Near, comm: Communicator, timeout: float) -> Inventory
         for tier, names in enumerate(wanted):
             for name in names:
                 if holders[tier][name] == comm.rank:
-                    data = near[tier][0].read_bytes(name, MAX_MANIFEST_NBYTES)
+                    read = functools.partial(near[tier][0].read_bytes, name, MAX_MANIFEST_NBYTES)
+                    data = within(timeout, doing, read)
                     sent[tier][name] = base64.b64encode(data).decode()
     except Exception as problem:
         error = problem
@@ -96,6 +97,11 @@ def _listing(storage: StorageView) -> dict[str, int]:
             path = join(directory, name)
             names += [join(path, file) for file in storage.list(path)] if attempt_of(name) else [path]
     return {name: size for name in names if (size := storage.size(name)) is not None}
+
+
+def _lacking(storage: StorageView, names: Iterable[str]) -> list[str]:
+    """Return which manifests and claims of these names a storage lacks."""
+    return [name for name in names if _is_small(name) and storage.size(name) is None]
 
 
 def _is_small(name: str) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import functools
 import json
 import logging
 import os
@@ -31,13 +32,14 @@ from ckptengine.catalog.retention import remove_leftovers, retain
 from ckptengine.comm.agree import gather, share
 from ckptengine.comm.base import Communicator
 from ckptengine.comm.site import Site, find_sites
-from ckptengine.errors import CheckpointError, SaveFailedError, StorageError
+from ckptengine.errors import CheckpointError, DeadlineError, SaveFailedError, StorageError
 from ckptengine.load.checkpoint import Checkpoint
 from ckptengine.save.job import Job, Target
 from ckptengine.snapshot.shared_arena import SharedArena
 from ckptengine.storage.base import Storage, StorageView, join
 from ckptengine.storage.local import LocalStorage
 from ckptengine.storage.open import local_path, open_storage
+from ckptengine.storage.within import within
 from ckptengine.tiers.apart import check_apart
 from ckptengine.tiers.claims import claims_of, packed, unpacked
 from ckptengine.tiers.copy import check_same_run, copy_commit
@@ -130,9 +132,10 @@ class Tiers:
         if self.local is None and not self._memory_base:
             return
         error: Exception | None = None
+        doing = "opening the tiers"
         try:
             if self.local is not None:
-                self.local.create()
+                within(self._timeout, doing, self.local.create)
             if self._memory_base:
                 base = self._memory_base
                 root = memory_root(self.home.location(), True if isinstance(base, bool) else base)
@@ -140,7 +143,6 @@ class Tiers:
                 self.memory.open()
         except Exception as problem:
             error = problem
-        doing = "opening the tiers"
         gather(self._comm, b"", error, self._timeout, doing)
         storages = [self.memory.storage] if self.memory is not None else []
         storages += [self.local] if self.local is not None else []
@@ -155,7 +157,10 @@ class Tiers:
             self._messages = f"moves-{token}"
             store = StorageStore(self.home, self._messages)
             if self._comm.rank == 0:
-                self._sweep_messages()
+                try:
+                    within(self._timeout, doing, self._sweep_messages)
+                except DeadlineError as problem:
+                    self._tell([str(problem)])
         # The local disk first: what lies in memory is replaced while it is read.
         source = Overlay([storage for storage, _ in self._near[::-1]])
         self._mover = Mover(
@@ -167,7 +172,7 @@ class Tiers:
         claims, error = b"{}", None
         try:
             if self._comm.rank == 0:
-                found = claims_of(self.home)
+                found = within(self._timeout, doing, lambda: claims_of(self.home))
                 self._generation = max(found, default=0)
                 claims = packed(found)
         except Exception as problem:
@@ -175,13 +180,9 @@ class Tiers:
         claims = share(self._comm, claims if self._comm.rank == 0 else None, error, self._timeout, doing)
         try:
             # The disk first: where it is refused, what lies in memory may be needed yet.
-            if self.local is not None and self._site is not None and self._site.leads:
-                check_same_run(self.home, self.local)
-                for generation, claim in unpacked(claims).items():
-                    if self.local.size(claim_name(generation)) is None:
-                        self.local.put_if_absent(claim_name(generation), claim)
-                if self._site.shared:
-                    self._tell(remove_leftovers(self.local))
+            local, site = self.local, self._site
+            if local is not None and site is not None and site.leads:
+                within(self._timeout, doing, lambda: self._begin_local(local, site, unpacked(claims)))
             leads = self._memory_site is not None and self._memory_site.leads
             if self.memory is not None and leads and self.memory.note_claims(unpacked(claims)):
                 _log.warning(
@@ -189,10 +190,19 @@ class Tiers:
                     self.memory.storage.location(),
                 )
             if self._comm.rank == 0:
-                self.found = self.newest()
+                self.found = within(self._timeout, doing, self.newest)
         except Exception as problem:
             error = problem
         gather(self._comm, b"", error, self._timeout, doing)
+
+    def _begin_local(self, local: LocalStorage, site: Site, claims: Mapping[int, bytes]) -> None:
+        """Check that the local tier is this run's, give it the claims that it lacks, and sweep it."""
+        check_same_run(self.home, local)
+        for generation, claim in claims.items():
+            if local.size(claim_name(generation)) is None:
+                local.put_if_absent(claim_name(generation), claim)
+        if site.shared:
+            self._tell(remove_leftovers(local))
 
     def newest(self) -> int | None:
         """Return the newest step that rank 0 sees in any tier, None where there is none."""
@@ -347,31 +357,47 @@ class Tiers:
         with contextlib.ExitStack() as held:
             if self._comm.rank == 0:
                 try:
-                    name = _entry(checkpoint).manifest
-                    shared = [storage for storage, site in near if site.shared]
-                    if all(storage.size(name) is None for storage in (*shared, self.home)):
-                        load = self._load(checkpoint.directory, checkpoint.manifest, skipped)
+                    load = within(self._timeout, doing, lambda: self._needed(checkpoint, near, skipped))
+                    if load is not None:
                         shares = [one.encode().decode() for one in load.shares(self._comm.world_size)]
-                        held.enter_context(Lease(self.home, load.data))
+                        lease = Lease(self.home, load.data)
+                        within(self._timeout, doing, lease.__enter__)
+                        held.callback(within, self._timeout, doing, lambda: lease.__exit__(None, None, None))
                 except Exception as problem:
                     error = problem
             mine = json.dumps(shares).encode() if self._comm.rank == 0 else None
             shares = json.loads(share(self._comm, mine, error, self._timeout, doing))
             if not shares:
                 return
+            own, source = Share.decode(shares[self._comm.rank].encode()), Overlay([one for one, _ in near])
+            pieces: list[int] = []
             try:
-                carry(Share.decode(shares[self._comm.rank].encode()), Overlay([one for one, _ in near]), self.home)
+                copy = functools.partial(carry, own, source, self.home, progress=pieces.append)
+                within(self._timeout, doing, copy, lambda: len(pieces))
             except Exception as problem:
                 error = problem
             gather(self._comm, b"", error, self._timeout, doing)
             try:
                 if load is not None:
-                    copy_commit(checkpoint.storage, self.home, load.directory, load.manifest)
+                    begun = load
+                    within(
+                        self._timeout,
+                        doing,
+                        lambda: copy_commit(checkpoint.storage, self.home, begun.directory, begun.manifest),
+                    )
             except Exception as problem:
                 error = problem
             share(self._comm, b"" if self._comm.rank == 0 else None, error, self._timeout, doing)
         if isinstance(checkpoint.storage, Overlay):
             checkpoint.storage.forget()
+
+    def _needed(self, checkpoint: Checkpoint, near: list[tuple[Storage, Site]], skipped: int) -> Load | None:
+        """Return what has to be brought home of a checkpoint, None where all ranks can read it as it is."""
+        name = _entry(checkpoint).manifest
+        shared = [storage for storage, site in near if site.shared]
+        if any(storage.size(name) is not None for storage in (*shared, self.home)):
+            return None
+        return self._load(checkpoint.directory, checkpoint.manifest, skipped)
 
     def _load(self, directory: str, manifest: Manifest, skipped: int = 0) -> Load:
         """Return how the ranks share the work of bringing a checkpoint of an earlier life home."""
@@ -387,24 +413,31 @@ class Tiers:
 
     def restored(self, generation: int, step: int) -> None:
         """After a restore, on rank 0: have what was restored moved home, where it is not there yet."""
-        if self._mover is None or self._comm.rank != 0:
+        mover = self._mover
+        if mover is None or self._comm.rank != 0:
             return
+        entry = Entry(step, generation, step_directory(step))
+        doing = f"looking whether step {step} is in {self.home.location()}"
         try:
-            near = Overlay([storage for storage, _ in self._near])
-            entry = Entry(step, generation, step_directory(step))
-            if near.size(entry.manifest) is None:
-                return
-            if self.home.size(entry.manifest) is None:
-                if not self.home.list():
-                    _log.warning(
-                        "%s is empty, and step %d was found in %s: the run goes on there. To begin anew, remove both",
-                        self.home.location(),
-                        step,
-                        near.location(),
-                    )
-                self._mover.offer(self._load(entry.directory, read_manifest(near, entry)))
+            load = within(self._timeout, doing, lambda: self._to_move(entry))
+            if load is not None:
+                mover.offer(load)
         except CheckpointError as error:
             _log.warning("step %d is not brought to %s: %s", step, self.home.location(), error)
+
+    def _to_move(self, entry: Entry) -> Load | None:
+        """Return what was restored from a near tier and is not at home."""
+        near = Overlay([storage for storage, _ in self._near])
+        if near.size(entry.manifest) is None or self.home.size(entry.manifest) is not None:
+            return None
+        if not self.home.list():
+            _log.warning(
+                "%s is empty, and step %s was found in %s: the run goes on there. To begin anew, remove both",
+                self.home.location(),
+                entry.step,
+                near.location(),
+            )
+        return self._load(entry.directory, read_manifest(near, entry))
 
     def flush(self, timeout: float) -> None:
         """Wait until the newest checkpoint has come home; all ranks, and rank 0 tells the others how it goes.
@@ -443,7 +476,8 @@ class Tiers:
         if self.memory is None or self._comm.rank != 0:
             return
         with contextlib.suppress(CheckpointError):
-            kept, durable = newest(self.memory.storage), newest(self.first)
+            looking, kept = "looking where the last step is", newest(self.memory.storage)
+            durable = within(self._timeout, looking, lambda: newest(self.first))
             if kept is None or (durable is not None and durable.order >= kept.order):
                 return
             _log.warning(
@@ -462,9 +496,10 @@ class Tiers:
         self.stop()
         _living.discard(self)
         try:
-            if self._messages is not None and self._comm.rank == 0 and done:
+            messages = self._messages
+            if messages is not None and self._comm.rank == 0 and done:
                 for storage in (self.home, self.first, *([self.memory.storage] if self.memory is not None else [])):
-                    storage.delete_tree(self._messages)
+                    within(self._timeout, "removing messages", functools.partial(storage.delete_tree, messages))
             if self.memory is not None and idle:
                 self.memory.close(remove=done)
                 if done and self._memory_site is not None and self._memory_site.leads:

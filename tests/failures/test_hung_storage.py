@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import socket
 import subprocess
 import sys
@@ -94,6 +95,96 @@ def test_restore_and_load_end_after_the_timeout_and_name_file_and_operation(
         with pytest.raises(DeadlineError, match=expected):
             ce.load(tmp_path, into=into, timeout=1)
     ckpt.close()
+
+
+@pytest.mark.parametrize("call", ["create", "put_if_absent", "temporaries"])
+def test_a_local_tier_that_does_not_answer_ends_the_opening(
+    call: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    local, released = tmp_path / "local", threading.Event()
+    hang_in(monkeypatch, local, call, released)
+    words = {"create": "opening", "put_if_absent": "publishing", "temporaries": "listing"}
+    try:
+        with pytest.raises(
+            DeadlineError, match=rf"{words[call]} {local}.* has not ended after 1 s; the storage does not"
+        ):
+            ce.Checkpointer(tmp_path / "run", local=local, timeout=1, preemption=None)
+    finally:
+        released.set()
+
+
+def test_a_local_tier_that_does_not_answer_ends_the_restore(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    local, released = tmp_path / "local", threading.Event()
+    with ce.Checkpointer(tmp_path / "run", local=local, preemption=None) as ckpt:
+        ckpt.save(1, state_at(1))
+    ckpt = ce.Checkpointer(tmp_path / "run", local=local, timeout=1, preemption=None)
+    hang_in(monkeypatch, local, "size", released)
+    try:
+        with pytest.raises(DeadlineError, match=rf"looking up {local}.* has not ended after 1 s; the storage does not"):
+            ckpt.restore(state_at(0))
+    finally:
+        released.set()
+    assert ckpt.restore(state_at(0)) == 1
+    ckpt.close()
+
+
+def test_a_claim_that_does_not_answer_ends_the_save_and_is_the_one_that_the_next_save_takes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    released = threading.Event()
+    with ce.Checkpointer(tmp_path, timeout=1, preemption=None) as ckpt:
+        real = LocalStorage.put_if_absent
+
+        def put_if_absent(self: LocalStorage, name: str, data: Any) -> bool:
+            if name.startswith("generation-"):
+                released.wait(100)
+            return real(self, name, data)
+
+        monkeypatch.setattr(LocalStorage, "put_if_absent", put_if_absent)
+        for _ in range(2):
+            with pytest.raises(DeadlineError, match=f"publishing {tmp_path}/generation-0001.json has not|opening"):
+                ckpt.save(1, state_at(1))
+        released.set()
+        for _ in range(50):
+            try:
+                ckpt.save(1, state_at(1)).durable.result()
+                break
+            except DeadlineError:
+                continue
+        assert [path.name for path in tmp_path.glob("generation-*")] == ["generation-0001.json"]
+        assert [path.name for path in tmp_path.glob("step-*/manifest-*")] == ["manifest-0001.json"]
+
+
+def test_closing_ends_where_the_storage_does_not_let_go_of_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    released = threading.Event()
+    ckpt = ce.Checkpointer(tmp_path, timeout=2, preemption=None)
+    ckpt.save(1, state_at(1)).durable.result()
+    real = LocalStorage.delete
+
+    def delete(self: LocalStorage, name: str, **options: bool) -> None:
+        if name == "writer.json":
+            released.wait(100)
+        real(self, name, **options)
+
+    monkeypatch.setattr(LocalStorage, "delete", delete)
+    ckpt.close()
+    released.set()
+    assert re.search(f"letting go of {tmp_path}: deleting {tmp_path}/writer.json has not ended after 2 s", caplog.text)
+
+
+def hang_in(monkeypatch: pytest.MonkeyPatch, root: Path, call: str, released: threading.Event) -> None:
+    """Have a call of one directory's storage block until it is released."""
+    real = getattr(LocalStorage, call)
+
+    def blocked(self: Any, name: str = "", *arguments: Any, **options: Any) -> Any:
+        if self.root == root:
+            released.wait(100)
+        return real(self, *((name, *arguments) if name or call == "temporaries" else arguments), **options)
+
+    blocked.__code__ = blocked.__code__.replace(co_name=call)
+    monkeypatch.setattr(LocalStorage, call, blocked)
 
 
 def test_a_store_that_takes_connections_and_never_answers_ends_the_opening(tmp_path: Path) -> None:

@@ -271,3 +271,44 @@ def test_a_root_that_is_a_file_or_closed_is_refused(tmp_path):
         LocalStorage(tmp_path / "file" / "run").create()
     with pytest.raises(StorageError, match="cannot make the directory"):
         LocalStorage("/proc/run").create()
+
+
+@pytest.mark.parametrize(
+    ("function", "call"),
+    [
+        ("open", lambda storage: storage.read_bytes("file", 10)),
+        ("fstat", lambda storage: storage.read_bytes("file", 10)),
+        ("fstat", lambda storage: storage.read_range("file", 0, 1)),
+        ("pread", lambda storage: storage.read_range("file", 0, 1)),
+        ("stat", lambda storage: storage.size("file")),
+        ("stat", lambda storage: storage.modified("file")),
+        ("lstat", lambda storage: storage.is_linked("file")),
+        ("utime", lambda storage: storage.touch("file")),
+        ("close", lambda storage: storage.write_bytes("file", b"2")),
+        ("unlink", lambda storage: storage.delete("file")),
+    ],
+)
+def test_whatever_call_of_the_system_fails_the_error_names_the_file(storage, monkeypatch, function, call):
+    storage.write_bytes("file", b"1")
+    real, failed = getattr(os, function), []
+
+    def failing(*arguments, **options):
+        if failed:
+            return real(*arguments, **options)
+        failed.append(function)
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, function, failing)
+    with pytest.raises(StorageError, match=rf"cannot .*{storage.location('file')}: Input/output error") as raised:
+        call(storage)
+    assert raised.value.errno == errno.EIO
+    assert failed
+
+
+def test_a_directory_that_can_not_be_listed_is_named_and_not_taken_for_an_empty_one(storage, monkeypatch):
+    def failing(path):
+        raise OSError(errno.EIO, os.strerror(errno.EIO), path)
+
+    monkeypatch.setattr(os, "listdir", failing)
+    with pytest.raises(StorageError, match=f"cannot list {storage.root}: Input/output error"):
+        storage.list()

@@ -7,8 +7,8 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
 from ckptengine.state.adapters import Layouts
-from ckptengine.state.bind.sharing import Taken, extents, sharing
 from ckptengine.state.binding import Action, Promise, Read
+from ckptengine.state.extents import Taken, sharing
 from ckptengine.state.kinds import Inspector
 from ckptengine.state.leaf import ArrayLeaf, Path, Placement, dotted, is_inside
 from ckptengine.state.loaders import is_stateful_loader
@@ -196,7 +196,7 @@ class BinderBase(ABC):
         """
         dropped: set[int] = set()
         ties = [([first, later], True) for first, later in self._ties]
-        for group, tied in [*ties, *((group, False) for group in sharing([read.target for read in self.reads]))]:
+        for group, tied in [*ties, *((group, False) for group in sharing([read.places for read in self.reads]))]:
             left = [number for number in group if number not in dropped]
             dropped.update(self._separate(left, same, tied))
         for number in dropped & self._converted.keys():
@@ -209,7 +209,7 @@ class BinderBase(ABC):
         if len(group) < 2:
             return []
         kept, refused = [0], []
-        sources = {(read.path, read.rank, tuple(extents(read.target))) for read in reads}
+        sources = {(read.path, read.rank, read.places) for read in reads}
         if len(sources) == 1 or same(reads, tied):
             kept = list(range(len(group)))
         else:
@@ -219,7 +219,7 @@ class BinderBase(ABC):
                 else:
                     refused.append(number)
         first: dict[object, int] = {}
-        again = [n for n in kept if first.setdefault(tuple(extents(reads[n].target)), n) != n]
+        again = [n for n in kept if first.setdefault(reads[n].places, n) != n]
         for number in refused:
             path = reads[number].target.path
             others = dotted(reads[0].target.path)
