@@ -1,5 +1,10 @@
 """ckptengine: asynchronous, sharded, re-shardable checkpoints for training jobs, stored as Zarr."""
 
+import sys
+
+if sys.platform != "linux":
+    raise ImportError(f"ckptengine runs on Linux only, and this is {sys.platform}: it needs /proc and /dev/shm")
+
 from ckptengine import errors
 from ckptengine.api import async_save, load, save
 from ckptengine.checkpointer import Checkpointer
