@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, overload
+
+from numpy.typing import NDArray
 
 from ckptengine.catalog.naming import open_checkpoint
 from ckptengine.comm.base import Communicator
@@ -112,6 +114,44 @@ def _after_fork() -> None:
 os.register_at_fork(after_in_child=_after_fork)
 
 
+def _tensor_of() -> Callable[[NDArray[Any], str], Any]:
+    from ckptengine.torch.tensor import tensor_of
+
+    return tensor_of
+
+
+@overload
+def load(
+    path: str | os.PathLike[str],
+    into: None = None,
+    *,
+    step: int | None = None,
+    only: Iterable[str] | None = None,
+    rename: Mapping[str, str] | None = None,
+    rank: int | None = None,
+    as_torch: bool = False,
+    timeout: float = DEFAULT_TIMEOUT,
+    storage_options: Mapping[str, Any] | None = None,
+) -> dict[Any, Any]: ...
+
+
+@overload
+def load(
+    path: str | os.PathLike[str],
+    into: Mapping[str, Any],
+    *,
+    step: int | None = None,
+    only: Iterable[str] | None = None,
+    rename: Mapping[str, str] | None = None,
+    strict: bool = True,
+    cast: bool = False,
+    verify: bool = True,
+    timeout: float = DEFAULT_TIMEOUT,
+    comm: Communicator | None = None,
+    storage_options: Mapping[str, Any] | None = None,
+) -> LoadReport: ...
+
+
 def load(
     path: str | os.PathLike[str],
     into: Mapping[str, Any] | None = None,
@@ -123,17 +163,19 @@ def load(
     cast: bool = False,
     verify: bool = True,
     rank: int | None = None,
+    as_torch: bool = False,
     timeout: float = DEFAULT_TIMEOUT,
     comm: Communicator | None = None,
     storage_options: Mapping[str, Any] | None = None,
-) -> Any:
+) -> dict[Any, Any] | LoadReport:
     """Fill a state from a checkpoint, or return its arrays and values.
 
     `path` is a run, of which the newest checkpoint is taken or that of `step`; or RUN/step-40, or what `save` wrote; or
     a URL of these, with fsspec's `storage_options`. With `into`, all ranks call it, at any world size and sharding, and
     get a `LoadReport`; tensors are filled in place, objects through `load_state_dict`. Without, this process alone gets
     nested dicts of numpy arrays (bfloat16 and float8 as `ml_dtypes`' types) and plain values; no framework is needed.
-    What ranks have of their own (`PerRank`) is left out, or with `rank` that rank's is included.
+    With `as_torch=True` the arrays are torch tensors on the CPU, of the dtypes that were saved. What ranks have of
+    their own (`PerRank`) is left out, or with `rank` that rank's is included.
 
     `only` restricts to parts of the state, by dotted prefixes (`["model", "optimizer.state"]`); `rename` maps
     dotted prefixes of the checkpoint to those of the state; with `strict=False` missing and unexpected leaves are
@@ -149,7 +191,9 @@ def load(
     storage = open_checkpoint(path, storage_options, None if step is None else checked_step(step, {}), timeout)
     options = LoadOptions.of(only, rename, strict, cast, verify)
     if into is None:
-        return load_arrays(storage, options, rank, timeout)
+        return load_arrays(storage, options, rank, timeout, _tensor_of() if as_torch else None)
+    if as_torch or rank is not None:
+        raise ValueError("as_torch and rank are for loading without `into`, which fills what the state holds")
     comm = comm or current(timeout)
     storage.check_shared(comm.world_size)
     loaded = load_newest(storage, into, comm, timeout, options)

@@ -181,24 +181,35 @@ def _tell_gone(comm: Communicator, checkpoint: Checkpoint, error: Exception) -> 
 
 
 def load_arrays(
-    storage: StorageView, options: LoadOptions, rank: int | None = None, timeout: float = 600.0
+    storage: StorageView,
+    options: LoadOptions,
+    rank: int | None = None,
+    timeout: float = 600.0,
+    convert: Callable[[NDArray[Any], str], Any] | None = None,
 ) -> dict[Any, Any]:
     """Return the newest checkpoint as nested dicts of numpy arrays and plain values, in this process alone.
 
-    With `rank`, also what that rank has of its own.
+    With `rank`, also what that rank has of its own. `convert` makes of each array, given its logical dtype, what is
+    returned in its place; None: the array itself.
     """
     if not options.strict or options.cast:
         raise ValueError("strict and cast are for loading into a state: load() without `into` returns what there is")
 
     def read(checkpoint: Checkpoint) -> dict[Any, Any]:
         with naming(checkpoint.location):
-            return _arrays_of(checkpoint, options, rank, timeout)
+            return _arrays_of(checkpoint, options, rank, timeout, convert)
 
     doing = f"loading {storage.location()}"
     return within(timeout, doing, lambda: while_replaced(storage, read), _native.counters)
 
 
-def _arrays_of(checkpoint: Checkpoint, options: LoadOptions, rank: int | None, timeout: float) -> dict[Any, Any]:
+def _arrays_of(
+    checkpoint: Checkpoint,
+    options: LoadOptions,
+    rank: int | None,
+    timeout: float,
+    convert: Callable[[NDArray[Any], str], Any] | None,
+) -> dict[Any, Any]:
     saved = describe(checkpoint)
     if rank is not None and not 0 <= rank < saved.world_size:
         raise ValueError(f"rank {rank}: {checkpoint.location} was saved by {saved.world_size} ranks")
@@ -229,6 +240,9 @@ def _arrays_of(checkpoint: Checkpoint, options: LoadOptions, rank: int | None, t
     filling = plan_filling(checkpoint, reads)
     read_ranges(filling, filling.needs, timeout)
     filling.finish()
+    if convert is not None:
+        for (source, array), (_, target) in zip(list(arrays.items()), reads, strict=True):
+            arrays[source] = convert(array, target.dtype)
     containers = {rename(path): kind for path, kind in containers.items()}
     nested = unflatten(values, {rename(path): arrays[source] for path, source in wanted.items()}, containers, {})
     for outline in outlines:

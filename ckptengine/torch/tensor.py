@@ -19,7 +19,7 @@ from ckptengine.torch import accelerator
 from ckptengine.torch.dtensor import dtensor_pieces, is_dtensor
 from ckptengine.torch.emptied import refuse_emptied
 
-__all__ = ["convert_tensor", "dtype_name", "fingerprints", "new_like", "torch_dtype", "view_tensor"]
+__all__ = ["convert_tensor", "dtype_name", "fingerprints", "new_like", "tensor_of", "torch_dtype", "view_tensor"]
 
 # Types of equal size that numpy and torch share, to move bits between them.
 _BITS = {
@@ -113,6 +113,11 @@ def convert_tensor(tensor: torch.Tensor, buffers: Sequence[np.ndarray[Any, Any]]
     with torch.no_grad():
         for (_, piece), buffer in zip(pieces, buffers, strict=True):
             piece.copy_(_bits_of(buffer).view(torch_dtype(dtype)))
+
+
+def tensor_of(array: np.ndarray[Any, Any], dtype: str) -> torch.Tensor:
+    """Return an array's memory as a tensor of a logical dtype."""
+    return _bits_of(array).view(torch_dtype(dtype))
 
 
 def _check(tensor: torch.Tensor, path: Path) -> str:

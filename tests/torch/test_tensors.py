@@ -10,6 +10,7 @@ import torch.distributed._shard.sharded_tensor
 from state_memory import load, read_part, save
 from torch.distributed._shard.sharded_tensor import ShardedTensor
 
+import ckptengine as ce
 from ckptengine.errors import CheckpointDamagedError, LoadMismatchError, StateError
 from ckptengine.state.dtypes import DTYPES
 from ckptengine.state.leaf import ArrayLeaf, DeviceMemory, HostMemory, Placement
@@ -259,3 +260,17 @@ def test_masked_and_old_sharded_tensors_are_refused_by_path() -> None:
     sharded = torch.Tensor._make_wrapper_subclass(ShardedTensor, (4,), dtype=torch.float32)
     with pytest.raises(StateError, match=r"a\.m: ShardedTensor is torch's old form .*DTensor"):
         flatten({"a": {"m": sharded}})
+
+
+@pytest.mark.parametrize(
+    "dtype", ["bfloat16", "float8_e4m3fn", "float32", "int64", "bool", "complex64", "complex32", "uint8", "float16"]
+)
+@pytest.mark.parametrize("shape", [(), (3,), (0, 2), (2, 3)])
+def test_a_checkpoint_read_as_torch_has_the_tensors_that_were_saved(tmp_path, dtype, shape):
+    bits = torch.randint(0, 2, (*shape, torch.empty(0, dtype=getattr(torch, dtype)).element_size()), dtype=torch.uint8)
+    tensor = bits.view(getattr(torch, dtype)).reshape(shape)
+    ce.save(tmp_path, {"a": {"t": tensor, "n": 3}})
+    found = ce.load(tmp_path, as_torch=True)
+    assert found["a"]["n"] == 3
+    assert (found["a"]["t"].dtype, found["a"]["t"].shape) == (tensor.dtype, tensor.shape)
+    assert found["a"]["t"].reshape(-1).view(torch.uint8).tolist() == tensor.reshape(-1).view(torch.uint8).tolist()
