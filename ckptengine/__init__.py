@@ -7,6 +7,7 @@ if sys.platform != "linux":
 
 from ckptengine import errors
 from ckptengine.api import async_save, load, save
+from ckptengine.catalog.best import Best
 from ckptengine.checkpointer import Checkpointer
 from ckptengine.comm.single import SingleProcess
 from ckptengine.data.sampler import ElasticSampler
@@ -23,6 +24,7 @@ from ckptengine.state.sharded import ShardedArray
 __all__ = [
     "RNG",
     "Auto",
+    "Best",
     "Checkpointer",
     "ElasticBatches",
     "ElasticSampler",

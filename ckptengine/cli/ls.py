@@ -40,16 +40,20 @@ def _table(checkpoints: list[CheckpointSummary]) -> Table:
     for head in ("step", "generation", "parent", "ranks", "size"):
         table.add_column(head, justify="right", no_wrap=True)
     table.add_column("created (UTC)", no_wrap=True)
+    metrics = sorted({name for one in checkpoints for name in one.metrics})
+    for name in metrics:
+        table.add_column(shown(name), justify="right")
     table.add_column("")
     for one in checkpoints:
         step = "-" if one.step is None else str(one.step)
         if one.problem is not None:
             note = f"NOT USABLE: {shown(one.problem)}"
-            table.add_row(step, str(one.generation), "", "", "", "", note, style="red")
+            table.add_row(step, str(one.generation), "", "", "", "", *[""] * len(metrics), note, style="red")
             continue
         parent = "-" if one.parent is None else f"{one.parent[1]} of {one.parent[0]}"
         sizes = str(one.world_size), size_text(one.nbytes)
         note = ", ".join(["newest"] * one.newest + ["a link, never deleted"] * one.linked)
         created = shown((one.created or "")[:16].replace("T", " "))
-        table.add_row(step, str(one.generation), parent, *sizes, created, note)
+        values = ["" if (value := one.metrics.get(name)) is None else f"{value:.4g}" for name in metrics]
+        table.add_row(step, str(one.generation), parent, *sizes, created, *values, note)
     return table

@@ -80,6 +80,10 @@ def _print(description: CheckpointDescription, to: Console) -> None:
         "ranks": str(description.world_size),
         "size": size_text(description.nbytes),
         "created": description.created,
+        **{
+            f"metrics.{key}": "not finite" if value is None else f"{value:.6g}"
+            for key, value in description.metrics.items()
+        },
         **{f"metadata.{key}": _short(value) for key, value in description.metadata.items()},
     }
     table = Table(box=None, show_header=False, pad_edge=False)

@@ -31,8 +31,11 @@ class Watch:
     All are looked at together, with a few calls of numpy, since there may be many thousands.
     """
 
-    def __init__(self, leaves: Sequence[ArrayLeaf], whole: Iterable[int]) -> None:
-        """Begin to watch; those that `whole` numbers are summed up (CRC32), as nothing counts who writes to them."""
+    def __init__(self, leaves: Sequence[ArrayLeaf], places: Sequence[Sequence[Extent]], whole: Iterable[int]) -> None:
+        """Begin to watch leaves, given the extents of each.
+
+        Those that `whole` numbers are summed up (CRC32), as nothing counts who writes to them.
+        """
         summed = set(whole)
         self._count = len(leaves)
         self._owners: dict[str, tuple[list[int], list[Any]]] = {}
@@ -40,19 +43,19 @@ class Watch:
         self._summed: tuple[list[int], list[Extent]] = ([], [])
         for number, leaf in enumerate(leaves):
             itemsize = DTYPES[leaf.dtype].itemsize
-            for part in leaf.parts:
-                self._watch(number, part, leaf.container, itemsize, number in summed)
+            known = places[number] if len(places[number]) == len(leaf.parts) else [None] * len(leaf.parts)
+            for part, extent in zip(leaf.parts, known, strict=True):
+                self._watch(number, part, extent or extent_of(part, itemsize), leaf.container, number in summed)
         self._elements = {size: _elements(found) for size, (_, found) in self._sampled.items()}
         self._before = self._look()
 
-    def _watch(self, number: int, part: Part, container: str, itemsize: int, whole: bool) -> None:
+    def _watch(self, number: int, part: Part, extent: Extent | None, container: str, whole: bool) -> None:
         owners = self._owners.setdefault(container, ([], []))
         owners[0].append(number)
         owners[1].append(part.memory.owner)
         if isinstance(part.memory, HostMemory):
-            extent = extent_of(part, itemsize)
             assert extent is not None
-            numbers, found = self._summed if whole else self._sampled.setdefault(itemsize, ([], []))
+            numbers, found = self._summed if whole else self._sampled.setdefault(extent.itemsize, ([], []))
             numbers.append(number)
             found.append(extent)
 

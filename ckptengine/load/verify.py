@@ -45,7 +45,7 @@ class Marks:
             for number, read in enumerate(self._reads)
             if read.target.path not in promise.optimizers and is_inside(read.target.path, promise.before)
         ]
-        self._watch = Watch([read.target for read in self._reads], whole)
+        self._watch = Watch([read.target for read in self._reads], [read.places for read in self._reads], whole)
         self._unchanged: Sequence[bool] = ()
         self._prints = self._fingerprints()
 
@@ -81,11 +81,13 @@ class Marks:
         What lies where it was read to and was not touched since needs no second look. What was read, and is untouched,
         is compared with what lies elsewhere.
         """
-        boxes = [part.box for part in one.leaf.parts]
         for number in self._of.get((one.entry.path, one.entry.rank), []):
             read = self._reads[number]
             target = read.target
-            if not self._unchanged[number] or [part.box for part in target.parts] != boxes:
+            if not self._unchanged[number]:
+                continue
+            same = one.leaf.parts is target.parts
+            if not same and [part.box for part in target.parts] != [part.box for part in one.leaf.parts]:
                 continue
             if _lies_at(one, read):
                 return True

@@ -327,6 +327,7 @@ class Committer:
                 archives=tuple(item.archive for item in receipts if item.archive is not None),
                 layout=layout_record,
                 metadata=dict(target.metadata),
+                metrics=dict(target.metrics),
                 created=job.created,
             )
             doubtful = True

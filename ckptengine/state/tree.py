@@ -138,7 +138,8 @@ class _Walk:
         self._root = self._visit_items(state, (), per_rank=False)
         self._fenced |= {one.leaf for one in self._visited if id(one.tensor) in self._stepped}
         # Scalars, such as the step that Adam keeps on the CPU, are copied at once: waiting for them would cost more.
-        self._fenced = {number for number in self._fenced if self._arrays[number].shape}
+        # Nothing is saved of a state that was loaded: nothing waits for its copy.
+        self._fenced = {number for number in self._fenced if self._arrays[number].shape and wanted is None}
 
     def result(self) -> FlatState:
         """Return what was found."""

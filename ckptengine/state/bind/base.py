@@ -173,6 +173,18 @@ class BinderBase(ABC):
         else:
             self._missing.append((dotted(path), identity))
 
+    def _as_a_whole(self, path: Path, node: Node | None, per_rank: bool) -> Node | None:
+        """Return what the checkpoint has for something that is taken as a whole; None where there is nothing to take.
+
+        That a part of it was asked for, or that it is missing, is noted.
+        """
+        if not self._selection.holds(path):
+            self._selection.refuse_part(path)
+            return None
+        if node is None:
+            self._absent(path, per_rank)
+        return node
+
     def _another_class(self, value: Any, path: Path, node: Node) -> bool:
         """Whether what was saved here belongs to another class; then nothing of it is taken, unless `strict` is off."""
         if node.cls is None or is_of_class(value, node.cls):

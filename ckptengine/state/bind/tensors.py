@@ -195,11 +195,8 @@ class TensorBinder(BinderBase):
     # Plain values, and what is built anew from the checkpoint.
 
     def _bind_plain(self, value: Any, put: Put | None, path: Path, node: Node | None, per_rank: bool) -> None:
-        if not self._selection.holds(path):
-            self._selection.refuse_part(path)
-            return
+        node = self._as_a_whole(path, node, per_rank)
         if node is None:
-            self._absent(path, per_rank)
             return
         placeholder = value is None or (isinstance(value, (dict, list, tuple, deque)) and not value)
         if node.holds_arrays and not placeholder:
