@@ -37,8 +37,11 @@ $(VENV)/engine.stamp: $(VENV)/requirements.stamp pyproject.toml $(SOURCES)
 demo: setup
 	$(BIN)/python examples/demo.py
 
+# Test files are spread over TESTERS processes: make test TESTERS=8 on a larger machine.
+TESTERS ?= 3
+
 test: setup
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(TESTERS) --dist loadfile --no-loadscope-reorder --durations=30
 
 # Against real servers of the protocols: an S3 gateway, Google's, Azure's (on Node.js), SFTP.
 test-servers: setup $(SERVERS)/requirements.stamp $(SERVERS)/azurite.stamp

@@ -24,7 +24,19 @@ from benchmarks.machine import facts
 from benchmarks.options import Options
 from benchmarks.table import Target, show_targets
 
-BENCHMARKS = ("peers", "first", "overhead", "leaves", "memory", "tiers", "reshard", "scale", "suite", "mindspore")
+BENCHMARKS = (
+    "peers",
+    "first",
+    "overhead",
+    "leaves",
+    "memory",
+    "tiers",
+    "reshard",
+    "look",
+    "scale",
+    "suite",
+    "mindspore",
+)
 
 
 def main(arguments: list[str] | None = None) -> int:

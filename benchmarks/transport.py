@@ -107,9 +107,9 @@ def ways(endpoint: str, bucket: str, data: np.ndarray) -> dict[str, tuple[Callab
     from ckptengine.storage.upload import Budget
 
     ranges = [(start, min(start + PART, data.nbytes)) for start in range(0, data.nbytes, PART)]
-    storage = RemoteStorage(
-        f"s3://{bucket}/engine", {"endpoint_url": endpoint}, Budget(part_nbytes=PART, requests=FLIGHT)
-    )
+    budget = Budget(part_nbytes=PART, requests=FLIGHT)
+    storage, alone = (RemoteStorage(f"s3://{bucket}/engine", {"endpoint_url": endpoint}, budget) for _ in range(2))
+    alone._objects._ranges = None  # type: ignore[attr-defined]
     fs = s3fs.S3FileSystem(endpoint_url=endpoint, max_concurrency=FLIGHT)
     place = {"endpoint": endpoint, "region": "us-east-1", "virtual_hosted_style_request": False}
     store = S3Store(bucket, **place, client_options={"allow_http": True})
@@ -119,8 +119,8 @@ def ways(endpoint: str, bucket: str, data: np.ndarray) -> dict[str, tuple[Callab
             archive.write(data.ctypes.data, data.nbytes, 0)
             archive.finish()
 
-    def engine_down() -> None:
-        in_parallel(lambda one: storage._get("x", one[0], one[1] - one[0]), ranges, FLIGHT)
+    def engine_down(through: RemoteStorage = storage) -> None:
+        in_parallel(lambda one: through._get("x", one[0], one[1] - one[0]), ranges, FLIGHT)
 
     def s3fs_up() -> None:
         fs.pipe_file(f"{bucket}/s3fs", memoryview(data).cast("B").tobytes(), chunksize=PART)
@@ -139,6 +139,7 @@ def ways(endpoint: str, bucket: str, data: np.ndarray) -> dict[str, tuple[Callab
 
     return {
         "ckptengine": (engine_up, engine_down),
+        "ckptengine without obstore": (engine_up, lambda: engine_down(alone)),
         "s3fs": (s3fs_up, s3fs_down),
         "obstore": (obstore_up, obstore_down),
     }
@@ -161,10 +162,10 @@ def measure(endpoint: str, bucket: str, nbytes: int, runs: int) -> None:
                 taken = cost(call)
                 if run:
                     spent.setdefault((name, what), []).append(taken)
-    print(f"{'':12}{'':8}{'MB/s':>8}{'MB per second of a core':>26}")
+    print(f"{'':28}{'':8}{'MB/s':>8}{'MB per second of a core':>26}")
     for (name, what), taken in sorted(spent.items(), key=lambda item: item[0][1]):
         wall, cpu = (statistics.median(nbytes / 1e6 / one[index] for one in taken) for index in (0, 1))
-        print(f"{name:12}{what:8}{wall:8.0f}{cpu:26.0f}")
+        print(f"{name:28}{what:8}{wall:8.0f}{cpu:26.0f}")
 
 
 def main() -> None:

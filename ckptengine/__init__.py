@@ -1,7 +1,13 @@
 """ckptengine: asynchronous, sharded, re-shardable checkpoints for training jobs, stored as Zarr."""
 
+import sys
+
+if sys.platform != "linux":
+    raise ImportError(f"ckptengine runs on Linux only, and this is {sys.platform}: it needs /proc and /dev/shm")
+
 from ckptengine import errors
 from ckptengine.api import async_save, load, save
+from ckptengine.catalog.best import Best
 from ckptengine.checkpointer import Checkpointer
 from ckptengine.comm.single import SingleProcess
 from ckptengine.data.sampler import ElasticSampler
@@ -18,6 +24,7 @@ from ckptengine.state.sharded import ShardedArray
 __all__ = [
     "RNG",
     "Auto",
+    "Best",
     "Checkpointer",
     "ElasticBatches",
     "ElasticSampler",

@@ -7,10 +7,11 @@ import logging
 import os
 import threading
 import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Literal, NoReturn
 
+from ckptengine.catalog.best import Best, checked_best, checked_metrics
 from ckptengine.catalog.listing import step_directory
 from ckptengine.catalog.manifest import checked_metadata
 from ckptengine.catalog.naming import open_checkpoint
@@ -66,7 +67,9 @@ class Checkpointer:
 
     `every` is a number of steps, or a time such as `"90s"` or `"10min"` (rank 0's clock decides), or `"auto"` or an
     `Auto`: as often as the measured cost allows, or None: then only `save` saves. `keep_last` committed checkpoints are
-    kept along the line that led to the newest (None: all), and those whose step is a multiple of `keep_every`;
+    kept along the line that led to the newest (None: all), and those whose step is a multiple of `keep_every`, and
+    the best by a metric that `step` is given: `keep_best="loss"` keeps the one with the lowest,
+    `Best("accuracy", count=3, mode="max")` the three with the highest.
     `{"local": 2, "s3": 10}` gives each tier its own number, under the names `memory`, `local`, and `run` or the URL's
     protocol. `on_error`: `"warn"` logs a failed save and lets training go on, until `max_failures` in a row; `"raise"`
     raises at the next call, after that call's own save has been started, so that the ranks stay in step. `when_busy`: a
@@ -96,6 +99,7 @@ class Checkpointer:
         local: str | os.PathLike[str] | None = None,
         memory: bool | str | os.PathLike[str] = False,
         keep_every: int | None = None,
+        keep_best: str | Best | Sequence[str | Best] | None = None,
         preemption: Preemption | None = _PREEMPTION,
         on_error: Literal["warn", "raise"] = "warn",
         max_failures: int = 3,
@@ -143,6 +147,7 @@ class Checkpointer:
             memory=memory,
             keep_last=keep_last,
             keep_every=keep_every,
+            keep_best=checked_best("keep_best", keep_best),
             upload_bytes_per_second=upload_bytes_per_second,
             storage_options=storage_options,
         )
@@ -183,6 +188,7 @@ class Checkpointer:
         state: Mapping[str, Any],
         step: int | None = None,
         *,
+        best: str | Best | None = None,
         only: Iterable[str] | None = None,
         rename: Mapping[str, str] | None = None,
         strict: bool = True,
@@ -192,29 +198,34 @@ class Checkpointer:
         """Fill `state` from the newest valid checkpoint and return its step, or None where there is none.
 
         A damaged checkpoint is reported and the one before it is taken, along the parents. With `step`, that
-        step is taken and the run goes on from there: later steps become an abandoned branch. The other options are
-        those of `ckptengine.load`.
+        step is taken and the run goes on from there: later steps become an abandoned branch. With `best`, the name of a
+        metric of which the lowest value is the best, or a `Best`, it is so with the best checkpoint along the parents.
+        The other options are those of `ckptengine.load`.
 
         With `only`, in a job that has restored or saved already, parts of the checkpoint that the job stands at (or of
         `step`) are read once more, and nothing else changes: what it saves next still follows on what it saved last.
 
-        Raises `CheckpointNotFoundError` where `step` has no committed checkpoint, or nothing is there but one of
-        another library; `CheckpointDamagedError` where all are damaged, `LoadMismatchError` where the state doesn't
-        fit.
+        Raises `CheckpointNotFoundError` where `step` has no committed checkpoint, none has the metric, or nothing
+        is there but one of another library; `CheckpointDamagedError` where all are damaged, `LoadMismatchError` where
+        the state doesn't fit.
         """
         with self._turn("restore"):
             checked_state(state)
+            rules = checked_best("best", best)
+            if len(rules) > 1 or (rules and step is not None):
+                raise ValueError(f"restore(step={step!r}, best={best!r}): give one of them, and one metric")
             self._opening.restoring()
             self.wait()
             self._saver.settle(self._timeout)  # what cleans up after a save must not meet what is read
             again = only is not None and (self._parent is not None or self._last is not None)
-            if again and step is None:
+            if again and step is None and not rules:
                 step = self._committed
             options = LoadOptions.of(only, rename, strict, cast, verify)
             tiers = self._tiers
             loaded = restore_newest(
-                tiers.views(), state, self._comm, self._timeout, options, step, tiers.bring, tiers.home.location()
-            )
+                tiers.views(), state, self._comm, self._timeout, options, step, rules[0] if rules else None,
+                tiers.bring, tiers.home.location(),
+            )  # fmt: skip
             if loaded is not None:
                 tell_leftovers(loaded, self._comm)
             if again:
@@ -285,8 +296,11 @@ class Checkpointer:
             _log.log(level, "%s: warm start from %s: %s", self.run, loaded.location, loaded.report)
         return loaded.report
 
-    def step(self, step: int, state: Mapping[str, Any]) -> SaveHandle | None:
+    def step(self, step: int, state: Mapping[str, Any], metrics: Mapping[str, Any] | None = None) -> SaveHandle | None:
         """Save if a save is due after this step; return its handle, or None where none is or it failed.
+
+        `metrics`, such as `{"loss": 0.1}`, are numbers or tensors of one element; rank 0's are kept with the
+        checkpoint, for `keep_best` and `restore(best=…)`, and `ckptengine ls` shows them.
 
         A save that fails is treated as `on_error` says. At the first one, what can't be saved at all (`StateError`) is
         raised at once: it won't get better. Raises `RunInUseError` at the first step where another job that lives
@@ -299,16 +313,18 @@ class Checkpointer:
             self._reap()
             self._unsaved = None if self._last is not None and self._last[0] == step else step
             if self._watch is not None and self._watch.arrive():
-                self._preempt(self._watch, step, state)
+                self._preempt(self._watch, step, state, metrics)
             if self._schedule.due(step):
-                handle = self._save_due(step, state)
+                handle = self._save_due(step, state, metrics)
             else:
                 self._saver.prepare(state)
             self._failures.raise_due()
             return handle
 
-    def save(self, step: int, state: Mapping[str, Any]) -> SaveHandle:
+    def save(self, step: int, state: Mapping[str, Any], metrics: Mapping[str, Any] | None = None) -> SaveHandle:
         """Save now, in the background; return the handle, or that of the save of this very step in this life.
+
+        `metrics` are those of `step`.
 
         Raises `ValueError` for a step below one that this life has saved, or from 10**18 on; what makes the snapshot
         impossible (`StateError`, `StorageError`, `DeadlineError`), `RunInUseError` as `step` does, with
@@ -317,8 +333,8 @@ class Checkpointer:
         with self._turn("save"):
             step = self._enter(step, state)
             if self._watch is not None and self._watch.arrive():
-                self._preempt(self._watch, step, state)
-            handle = self._save(step, state)
+                self._preempt(self._watch, step, state, metrics)
+            handle = self._save(step, state, metrics)
             self._failures.raise_due()
             return handle
 
@@ -344,25 +360,25 @@ class Checkpointer:
         self._opening.begin()
         return step
 
-    def _save_due(self, step: int, state: Mapping[str, Any]) -> SaveHandle | None:
+    def _save_due(self, step: int, state: Mapping[str, Any], metrics: Mapping[str, Any] | None) -> SaveHandle | None:
         if self._when_busy == "skip" and self._is_busy():
             _log.warning("step %d: not saved, the save before it is still in flight", step)
             return None
         try:
-            return self._save(step, state)
+            return self._save(step, state, metrics)
         except CheckpointError as error:
             if isinstance(error, StateError) and not self._started:
                 raise
             self._failed(error, f"step {step} of {self.run}")
             return None
 
-    def _save(self, step: int, state: Mapping[str, Any]) -> SaveHandle:
+    def _save(self, step: int, state: Mapping[str, Any], metrics: Mapping[str, Any] | None) -> SaveHandle:
         """Save; what became of earlier saves is raised afterwards.
 
         Ranks learn of a failure at different steps. Raised before the save, it would keep one rank out of a save that
         the others are in, and if the caller goes on after it, each rank would save another step from then on.
         """
-        directory = step_directory(step)
+        directory, numbers = step_directory(step), checked_metrics(metrics)
         self._saver.wait(self._timeout, directory)
         self._reap()
         self._correct()
@@ -378,6 +394,7 @@ class Checkpointer:
             generation=self._generation,
             claim=functools.partial(self._claim, self._life, self._parent),
             metadata=self._metadata,
+            metrics=numbers,
             committed=lambda generation, attempt: self._tiers.committed(generation, attempt, step, directory),
             site=self._tiers.site,
             meeting=self._tiers.meeting,
@@ -503,7 +520,9 @@ class Checkpointer:
         except CheckpointError as problem:
             _log.warning("%s: while the training error below was on its way: %s", self.run, problem)
 
-    def _preempt(self, watch: Watch, step: int, state: Mapping[str, Any]) -> NoReturn:
+    def _preempt(
+        self, watch: Watch, step: int, state: Mapping[str, Any], metrics: Mapping[str, Any] | None
+    ) -> NoReturn:
         """Save the step at which all ranks stop, wait until it is durable, and leave."""
         problem, saved = "", None
         expected = max((stats.durable_seconds for stats in self.history[-3:]), default=0.0)
@@ -514,7 +533,7 @@ class Checkpointer:
                     f"step {step} was not saved: that takes {expected:.3g} s, {max(0.0, watch.left):.3g} s are left"
                 )
             else:
-                self._save(step, state).durable.result()
+                self._save(step, state, metrics).durable.result()
                 saved = step
                 if self._tiers.first is not self._tiers.home:
                     # The machine may be what is taken away.

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -45,6 +45,7 @@ class CheckpointSummary:
     `nbytes` the size of all files together; `created` is UTC, ISO 8601. `newest` marks the one that `restore`
     tries first, of those whose manifest is sound. `problem` says why a manifest can't be used; then the
     fields that it would give are None. `linked` says that a symbolic link leads there: nothing deletes it.
+    `metrics` are what the training gave with the save.
     """
 
     path: str
@@ -57,6 +58,7 @@ class CheckpointSummary:
     newest: bool
     problem: str | None
     linked: bool = False
+    metrics: Mapping[str, float | None] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +95,7 @@ class CheckpointDescription:
     nbytes: int
     created: str
     metadata: dict[str, Any]
+    metrics: dict[str, float | None]
     leaves: tuple[LeafSummary, ...]
     values: dict[str, Any]
     rank_values: dict[int, dict[str, Any]]
@@ -151,6 +154,7 @@ def _described(checkpoint: Checkpoint) -> CheckpointDescription:
         nbytes=sum(record.nbytes for record in _records(checkpoint)),
         created=manifest.created,
         metadata=dict(manifest.metadata),
+        metrics=dict(manifest.metrics),
         leaves=tuple(sorted(leaves, key=lambda leaf: leaf.name)),
         values=_named(saved.values),
         rank_values={rank: _named(values) for rank, values in enumerate(saved.rank_values)},
@@ -241,6 +245,7 @@ def _summary(storage: Storage, entry: listing.Entry, newest: bool) -> Checkpoint
         newest,
         None,
         linked,
+        manifest.metrics,
     )
 
 

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 import pytest
 from buckets import QUICK, SMALL, Bucket, s3_options
 from cli_run import Call
+from forkserver import start_server
 from servers import KEY, SECRET, Proxy, moto_server
 
 # torch's store asks a name server who the other end of each connection is, and 127.0.0.1 is no exception. Where such a
@@ -29,6 +30,12 @@ def _before_damage(event: str, arguments: tuple[object, ...]) -> None:
 
 if os.geteuid() != 0:
     sys.addaudithook(_before_damage)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Start one fork server for all of pytest-xdist's processes."""
+    if getattr(config.option, "numprocesses", None) and "PYTEST_XDIST_WORKER" not in os.environ:
+        start_server()
 
 
 @pytest.fixture(autouse=True)

@@ -49,7 +49,8 @@ class Manifest:
     `step` is None for a checkpoint outside of a run. `parent` is the (generation, step) that this life of
     the run was restored from, None for a fresh start. `archives` has one record per rank, in rank order; the
     files lie in `data-<attempt>` beside the manifest. `block_nbytes` is the size of the blocks that the
-    archives' checksums cover. `metadata` is the user's, plain JSON.
+    archives' checksums cover. `metadata` is the user's, plain JSON. `metrics` are what the training said of itself when
+    this was saved, None for what was not finite.
     `created` is UTC, ISO 8601; `writer` the program and its version.
     """
 
@@ -62,6 +63,7 @@ class Manifest:
     archives: tuple[ArchiveRecord, ...]
     layout: ArchiveRecord
     metadata: dict[str, Any] = field(default_factory=dict)
+    metrics: dict[str, float | None] = field(default_factory=dict)
     created: str = field(default_factory=lambda: utc_now())
     writer: str = field(default_factory=lambda: writer_version())
     format_version: int = FORMAT_VERSION
@@ -94,6 +96,7 @@ class Manifest:
             "archives": [_document_of(record) for record in self.archives],
             "layout": _document_of(self.layout),
             "metadata": self.metadata,
+            **({"metrics": self.metrics} if self.metrics else {}),
             "created": self.created,
             "writer": self.writer,
         }
@@ -142,6 +145,7 @@ class Manifest:
             archives=get("archives", _records),
             layout=get("layout", checked_record),
             metadata=get("metadata", _object),
+            metrics=get("metrics", _metrics) if "metrics" in document else {},
             created=get("created", _time),
             writer=get("writer", _text),
         )
@@ -311,6 +315,12 @@ def _text(value: Any) -> str:
 def _time(value: Any) -> str:
     datetime.fromisoformat(_text(value))
     return str(value)
+
+
+def _metrics(value: Any) -> dict[str, float | None]:
+    if type(value) is not dict or not all(one is None or type(one) in (int, float) for one in value.values()):
+        raise ValueError(f"{value!r:.100} is no object of numbers")
+    return value
 
 
 def _object(value: Any) -> dict[str, Any]:

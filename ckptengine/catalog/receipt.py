@@ -180,6 +180,19 @@ class Channel:
         self.rank, self.world_size = rank, world_size
         self._came: set[int] = {rank}
 
+    def enter(self, directory: str) -> None:
+        """Say where this attempt goes; all ranks say the same, before their receipts."""
+        self._store.set(f"{self._prefix}/place", directory.encode())
+
+    def place(self) -> str | None:
+        """Return where the ranks that are in this attempt, or were, have it go; None where none is."""
+        data = self._store.get(f"{self._prefix}/place", 0.0)
+        return None if data is None else data.decode()
+
+    def leave(self) -> None:
+        """Forget where the attempt went: no rank will ask any more."""
+        self._forget(f"{self._prefix}/place")
+
     def send(self, receipt: Receipt) -> None:
         """Send this rank's receipt."""
         put_large(self._store, f"{self._prefix}/receipt/{self.rank}", receipt.encode())

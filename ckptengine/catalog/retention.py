@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+from ckptengine.catalog.best import Best
 from ckptengine.catalog.commit import attempt_directory
 from ckptengine.catalog.lease import LEASE_SECONDS, is_leased, is_old
 from ckptengine.catalog.listing import (
@@ -58,14 +59,18 @@ class Leftover:
 
 
 def retain(
-    storage: Storage, keep_last: int, keep_every: int | None = None, protected: Collection[str] = ()
+    storage: Storage,
+    keep_last: int,
+    keep_every: int | None = None,
+    best: Collection[Best] = (),
+    protected: Collection[str] = (),
 ) -> list[str]:
     """Delete the checkpoints that are `superseded`; return what could not be deleted, and raise nothing of that.
 
     Attempts that are `protected`, by their ids, stay in any case: what this life has just committed is among them.
     """
     try:
-        old, problems = superseded(storage, keep_last, keep_every)
+        old, problems = superseded(storage, keep_last, keep_every, best)
     except CheckpointError as error:
         return [f"nothing was deleted: {error}"]
     old = [(entry, manifest) for entry, manifest in old if manifest.attempt not in protected]
@@ -73,9 +78,10 @@ def retain(
 
 
 def superseded(
-    storage: Storage, keep_last: int, keep_every: int | None = None
+    storage: Storage, keep_last: int, keep_every: int | None = None, best: Collection[Best] = ()
 ) -> tuple[list[tuple[Entry, Manifest]], list[str]]:
-    """Return all but the newest `keep_last` checkpoints of a run's lineage, and in it all multiples of `keep_every`.
+    """Return all but the newest `keep_last` checkpoints of a run's lineage, in it all multiples of `keep_every`, and
+    those of it that are the `best`.
 
     What lies on an abandoned branch is among them; so that a life that has not saved yet can fall back, what it was
     restored from is not. Where the line began without a restore, earlier lives are no branch of it and stay: a job that
@@ -107,6 +113,8 @@ def superseded(
         if line < keep_last or _is_multiple(entry.step, keep_every):
             kept.add(entry)
         line += 1
+    for rule in best:
+        kept.update(rule.of(read.items()))
     root = max([root, *unknown])
     parents = _parents_of_new_lives(storage, entries)
     stay = kept | set(unread) | {entry for entry in entries if entry.order in parents or entry.generation < root}

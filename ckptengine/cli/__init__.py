@@ -15,8 +15,9 @@ def main() -> None:
         if error.name is None or error.name.partition(".")[0] not in ("click", "rich"):
             raise
         print(
-            f"ckptengine: {error.name} is not installed, the command needs it: pip install 'ckptengine[cli]'",
+            f"ckptengine: {error.name} is not installed, and the command needs it: pip install '.[cli]' in a clone "
+            "of ckptengine",
             file=sys.stderr,
         )
-        sys.exit(1)
+        sys.exit(2)  # 1 would say that something is damaged
     app(prog_name="ckptengine")

@@ -20,8 +20,10 @@ __all__ = ["ls"]
 def ls(run: str, as_json: bool) -> None:
     """List the committed checkpoints of RUN.
 
-    Only manifests are read; `verify` reads the data. Exit codes: 0, 1 if a manifest is damaged, 2 if RUN
-    can't be read or holds no checkpoint.
+    Only manifests are read; `verify` reads the data. A generation is one life of the job: each start that saves has
+    the next number. The parent is the checkpoint that this one goes on from, as "STEP of GENERATION".
+
+    Exit codes: 0, 1 if a manifest is damaged, 2 if RUN can't be read or holds no checkpoint.
     """
     with failures():
         checkpoints = list_run(run)
@@ -37,16 +39,21 @@ def _table(checkpoints: list[CheckpointSummary]) -> Table:
     table = Table(box=SIMPLE, pad_edge=False)
     for head in ("step", "generation", "parent", "ranks", "size"):
         table.add_column(head, justify="right", no_wrap=True)
-    table.add_column("created")
+    table.add_column("created (UTC)", no_wrap=True)
+    metrics = sorted({name for one in checkpoints for name in one.metrics})
+    for name in metrics:
+        table.add_column(shown(name), justify="right")
     table.add_column("")
     for one in checkpoints:
         step = "-" if one.step is None else str(one.step)
         if one.problem is not None:
             note = f"NOT USABLE: {shown(one.problem)}"
-            table.add_row(step, str(one.generation), "", "", "", "", note, style="red")
+            table.add_row(step, str(one.generation), "", "", "", "", *[""] * len(metrics), note, style="red")
             continue
-        parent = "-" if one.parent is None else f"{one.parent[1]} (generation {one.parent[0]})"
+        parent = "-" if one.parent is None else f"{one.parent[1]} of {one.parent[0]}"
         sizes = str(one.world_size), size_text(one.nbytes)
         note = ", ".join(["newest"] * one.newest + ["a link, never deleted"] * one.linked)
-        table.add_row(step, str(one.generation), parent, *sizes, shown(one.created or ""), note)
+        created = shown((one.created or "")[:16].replace("T", " "))
+        values = ["" if (value := one.metrics.get(name)) is None else f"{value:.4g}" for name in metrics]
+        table.add_row(step, str(one.generation), parent, *sizes, created, *values, note)
     return table

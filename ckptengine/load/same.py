@@ -10,9 +10,9 @@ import numpy as np
 from ckptengine.layout.box import Box
 from ckptengine.load.checkpoint import Checkpoint
 from ckptengine.load.fill import READ_TIMEOUT, host_memory, plan_filling, read_ranges
-from ckptengine.state.bind.sharing import Extent, extents
 from ckptengine.state.binding import Read
 from ckptengine.state.dtypes import DTYPES
+from ckptengine.state.extents import Extent
 from ckptengine.state.leaf import ArrayLeaf, Part
 
 __all__ = ["brings_the_same", "stored_parts"]
@@ -30,7 +30,7 @@ def brings_the_same(checkpoint: Checkpoint, timeout: float, reads: Sequence[Read
             read.target.dtype == first.dtype and all(map(_equal, stored[0], parts))
             for read, parts in zip(reads, stored, strict=True)
         )
-    places = [extents(read.target) for read in reads]
+    places = [read.places for read in reads]
     spans: dict[str, tuple[int, int]] = {}
     for extent in (one for found in places for one in found):
         low, high = spans.get(extent.space, (extent.low, extent.high))

@@ -4,70 +4,76 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from ckptengine import _native
 from ckptengine.errors import CheckpointError, RestoreDifferenceError
 from ckptengine.load.checkpoint import Checkpoint
 from ckptengine.load.same import stored_parts
-from ckptengine.state.adapters import adapters
-from ckptengine.state.bind.sharing import Extent, array_at, extents, sharing
+from ckptengine.load.seen import Watch
+from ckptengine.state.adapters import TensorView, adapters
 from ckptengine.state.binding import Binding, Promise, Read
 from ckptengine.state.compare import Difference, Found, compare
 from ckptengine.state.dtypes import DTYPES
+from ckptengine.state.extents import Extent, array_at, extents, sharing
 from ckptengine.state.leaf import HostMemory, Part, Path, is_inside
 from ckptengine.state.outline import part_order
+from ckptengine.state.sharded import ShardedArray
 from ckptengine.state.tree import FlatState, flatten_loaded
 
 __all__ = ["Marks", "check_restored"]
-
-_SAMPLES = 32
-"""Elements of an array, evenly spread, that show whether user code has written to it past the framework's counter."""
 
 _SHOWN = 8
 
 _log = logging.getLogger("ckptengine")
 
 
-@dataclass(frozen=True, slots=True)
-class _Mark:
-    """What a read has filled, verified, before any code of the user ran: where it lies, and what shows a change."""
-
-    read: Read
-    places: tuple[Extent, ...]
-    now: tuple[Any, ...]
-
-
 class Marks:
-    """Taken when all is read and verified, and nothing is set yet."""
+    """What was filled, and what shows a change: taken when all is verified, before any code of the user ran."""
 
     def __init__(self, binding: Binding) -> None:
-        assert binding.promise is not None
-        self._promise: Promise = binding.promise
-        self._versions = {adapter.name: adapter for adapter in adapters()}
-        self._of: dict[tuple[Path, int | None], list[_Mark]] = {}
-        for read in binding.reads:
-            mark = _Mark(read, tuple(extents(read.target)), self._look(read))
-            self._of.setdefault((read.path, read.rank), []).append(mark)
+        promise = binding.promise
+        assert promise is not None
+        self._reads = binding.reads
+        self._of: dict[tuple[Path, int | None], list[int]] = {}
+        for number, read in enumerate(self._reads):
+            self._of.setdefault((read.path, read.rank), []).append(number)
+        # What objects are handed is summed up whole: it may be numpy's, which counts no writes.
+        whole = [
+            number
+            for number, read in enumerate(self._reads)
+            if read.target.path not in promise.optimizers and is_inside(read.target.path, promise.before)
+        ]
+        self._watch = Watch([read.target for read in self._reads], [read.places for read in self._reads], whole)
+        self._unchanged: Sequence[bool] = ()
+        self._prints = self._fingerprints()
 
-    def _look(self, read: Read) -> tuple[Any, ...]:
-        """Return what changes when the memory of a read is written to.
+    def _fingerprints(self) -> dict[int, tuple[Any, ...]]:
+        """Return by the `id` of each tensor that was filled what its view depends on; the reads keep the tensors."""
+        tensors: dict[str, list[Any]] = {}
+        for read in self._reads:
+            if read.live is not None and not isinstance(read.live[0], ShardedArray):
+                tensors.setdefault(read.target.container, []).append(read.live[0])
+        known = {adapter.name: adapter for adapter in adapters()}
+        return {
+            id(tensor): columns
+            for name, ours in tensors.items()
+            for tensor, columns in zip(ours, zip(*known[name].fingerprints(ours), strict=True), strict=True)
+        }
 
-        What objects are handed is summed up whole: it may be numpy's, which counts no writes.
-        """
-        whole = read.target.path not in self._promise.optimizers and is_inside(read.target.path, self._promise.before)
-        adapter = self._versions[read.target.container]
-        seen: list[Any] = []
-        for part in read.target.parts:
-            memory = part.memory
-            seen.append(adapter.versions([memory.owner])[0] if adapter.is_tensor(memory.owner) else 0)
-            if isinstance(memory, HostMemory):
-                array = _host(part, read.target.dtype)
-                seen.append(_crc(array) if whole else _sampled(array))
-        return tuple(seen)
+    def views(self) -> dict[int, TensorView]:
+        """Return the views of the tensors, by `id`, that lie where they lay: nobody has to find them out again."""
+        now = self._fingerprints()
+        return {
+            id(read.live[0]): read.live[1]
+            for read in self._reads
+            if read.live is not None and self._prints.get(id(read.live[0]), self) == now.get(id(read.live[0]))
+        }
+
+    def look(self) -> None:
+        """See what has changed; called once, when no code of the user is going to run any more."""
+        self._unchanged = self._watch.unchanged().tolist()
 
     def vouch_for(self, one: Found) -> bool | None:
         """Return whether a leaf is as it was read; None where only the checkpoint can tell.
@@ -75,13 +81,15 @@ class Marks:
         What lies where it was read to and was not touched since needs no second look. What was read, and is untouched,
         is compared with what lies elsewhere.
         """
-        places = tuple(extents(one.leaf))
-        boxes = [part.box for part in one.leaf.parts]
-        for mark in self._of.get((one.entry.path, one.entry.rank), []):
-            target = mark.read.target
-            if [part.box for part in target.parts] != boxes or mark.now != self._look(mark.read):
+        for number in self._of.get((one.entry.path, one.entry.rank), []):
+            read = self._reads[number]
+            target = read.target
+            if not self._unchanged[number]:
                 continue
-            if len(places) == len(boxes) and mark.places == places:
+            same = one.leaf.parts is target.parts
+            if not same and [part.box for part in target.parts] != [part.box for part in one.leaf.parts]:
+                continue
+            if _lies_at(one, read):
                 return True
             pairs = zip(target.parts, one.leaf.parts, strict=True)
             if all(_equal(_host(a, target.dtype), _host(b, target.dtype)) for a, b in pairs):
@@ -90,8 +98,22 @@ class Marks:
 
     def made(self, one: Found) -> bool:
         """Whether a leaf lies in memory that was read into."""
-        places = tuple(extents(one.leaf))
-        return any(mark.places == places for mark in self._of.get((one.entry.path, one.entry.rank), []))
+        return any(_lies_at(one, self._reads[n]) for n in self._of.get((one.entry.path, one.entry.rank), []))
+
+    def places(self, one: Found) -> Sequence[Extent]:
+        """Return where a leaf lies."""
+        for number in self._of.get((one.entry.path, one.entry.rank), []):
+            if self._reads[number].target.parts is one.leaf.parts:
+                return self._reads[number].places
+        return extents(one.leaf)
+
+
+def _lies_at(one: Found, read: Read) -> bool:
+    """Whether a leaf lies where a read went to."""
+    if one.leaf.parts is read.target.parts:  # the view is that of the binding
+        return len(read.places) == len(read.target.parts)
+    places = tuple(extents(one.leaf))
+    return len(places) == len(one.leaf.parts) and places == read.places
 
 
 def check_restored(
@@ -104,7 +126,8 @@ def check_restored(
     promise = binding.promise
     assert promise is not None
     try:
-        flat = flatten_loaded(state, promise.wanted)
+        flat = flatten_loaded(state, promise.wanted, marks.views)
+        marks.look()
         differences, kept, found = compare(promise, flat, world_size)
     except CheckpointError as error:
         raise RestoreDifferenceError(
@@ -127,7 +150,7 @@ def check_restored(
 def _arrays(checkpoint: Checkpoint, promise: Promise, marks: Marks, found: Sequence[Found]) -> list[Difference]:
     """Return the arrays whose bytes, or whose order in memory, are not those of the checkpoint."""
     differences = []
-    doubtful = _sharing(found)
+    doubtful = _sharing(found, marks)
     for number, one in enumerate(found):
         name = ".".join(map(str, one.path))
         if name in promise.cast:
@@ -140,11 +163,10 @@ def _arrays(checkpoint: Checkpoint, promise: Promise, marks: Marks, found: Seque
     return differences
 
 
-def _sharing(found: Sequence[Found]) -> set[int]:
+def _sharing(found: Sequence[Found], marks: Marks) -> set[int]:
     """Return the arrays that have memory in common with one that has other bytes in the checkpoint."""
-    leaves = [one.leaf for one in found]
     result: set[int] = set()
-    for group in sharing(leaves):
+    for group in sharing([marks.places(one) for one in found]):
         if len({(found[n].entry.path, found[n].entry.rank) for n in group}) > 1:
             result.update(group)
     return result
@@ -190,18 +212,6 @@ def _equal(one: np.ndarray[Any, Any], other: np.ndarray[Any, Any]) -> bool:
 _WORDS = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 
 
-def _crc(array: np.ndarray[Any, Any]) -> int:
-    return int(_native.crc32(np.ascontiguousarray(array).reshape(-1).view(np.uint8)))
-
-
-def _sampled(array: np.ndarray[Any, Any]) -> bytes:
-    count = min(array.size, _SAMPLES)
-    if array.flags.c_contiguous:
-        return array.reshape(-1)[:: max(1, array.size // count)].tobytes()
-    numbers = np.linspace(0, array.size - 1, count).astype(np.int64)
-    return array[np.unravel_index(numbers, array.shape)].tobytes()
-
-
 def _head(one: Found) -> str:
     leaf = one.leaf
     return f"{leaf.dtype} of shape {leaf.shape}, {leaf.placement.value}"
@@ -211,9 +221,9 @@ def _message(where: str, differences: Sequence[Difference], rank: int) -> str:
     lines = [f"  {one}" for one in differences[:_SHOWN]]
     if len(differences) > _SHOWN:
         lines.append(f"  … and {len(differences) - _SHOWN:,} more")
-    count = "1 thing" if len(differences) == 1 else f"{len(differences):,} things"
+    count = "1 thing differs" if len(differences) == 1 else f"{len(differences):,} things differ"
     return (
-        f"rank {rank}: the state is not what {where} has, {count} differ after the load:\n" + "\n".join(lines) + "\n"
+        f"rank {rank}: the state is not what {where} has, {count} after the load:\n" + "\n".join(lines) + "\n"
         "Don't train on with it. Code of the state's own objects (load_state_dict, hooks) has most likely changed what "
         "it was handed; an object that derives part of its state anew says so with `rederived_state`. `verify=False` "
         "restores without looking"

@@ -10,7 +10,7 @@ except ModuleNotFoundError as error:
     if error.name != "mindspore":
         raise
     raise ModuleNotFoundError(
-        "ckptengine.mindspore needs MindSpore 2.10 or newer: pip install 'ckptengine[mindspore]'", name="mindspore"
+        "ckptengine.mindspore needs MindSpore 2.10 or newer: pip install 'mindspore>=2.10'", name="mindspore"
     ) from None
 
 from ckptengine.mindspore.callback import CheckpointConfig, ModelCheckpoint

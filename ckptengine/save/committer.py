@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import logging
 import time
@@ -73,6 +74,38 @@ class Committer:
         self._reported: Plan | None = None  # whose rows rank 0 has
         self._open: _Open | None = None
         self._given_up: set[str] = set()  # attempts whose publication failed; it may have come all the same
+        self._places: list[Channel] = []  # rank 0: of failed attempts, of which a rank may not know
+
+    def left_out(self, attempt: str, directory: str) -> bool:
+        """Return whether this rank comes to an attempt in which the others save, or saved, something else.
+
+        Then it has left that out: the others are told, so that it fails for them at once, and all plan together. Only
+        where the job has a key-value store; without one, it shows when the receipts don't come.
+        """
+        store = self._comm.store()
+        if store is None or not self._tells_place:
+            return False
+        channel = Channel(store, attempt, self._comm.rank, self._comm.world_size)
+        place = None
+        with contextlib.suppress(CheckpointError):  # whatever ails the store, the save itself finds out
+            place = channel.place()
+        if place is None or place == directory:
+            return False
+        text = f"it has left {place or 'this save'} out, and is at {directory or 'the next one'}"
+        if self._comm.rank == 0:
+            outcome = Outcome(f"rank 0: {text}", plan_together=True, kind="SaveFailedError", directory=place)
+            channel.announce(outcome)
+            for rank in range(1, self._comm.world_size):
+                channel.receive(rank, 0.0)
+            self._places.append(channel)
+        elif channel.hear(0.0) is None:
+            channel.send(Receipt(self._comm.rank, None, error=text))
+        return True
+
+    @property
+    def _tells_place(self) -> bool:
+        """Whether the ranks tell each other where an attempt goes: by the job's store, for the checkpoint itself."""
+        return self._comm.world_size > 1 and not self._tier and self._comm.store() is not None
 
     @property
     def in_doubt(self) -> bool:
@@ -156,6 +189,9 @@ class Committer:
         store = self._comm.store() or StorageStore(*(target.meeting or (target.storage, data)))
         channel = Channel(store, job.attempt + self._tier, self._comm.rank, self._comm.world_size)
         try:
+            if self._tells_place:
+                with contextlib.suppress(CheckpointError):  # only a rank that leaves this out would miss it
+                    channel.enter(target.directory)
             if self._comm.rank != 0:
                 receipt, outcome, began = self._follow(job, data, channel)
             else:
@@ -163,12 +199,21 @@ class Committer:
         except BaseException:
             self._reported = None  # whether rank 0 has the rows is not known
             raise
+        if self._comm.rank == 0 and self._tells_place:
+            self._leave(channel, outcome)
         if outcome.plan_together:
             self._plan_together()
         if outcome.error:
             self._reported = None
             raise _KINDS.get(outcome.kind, SaveFailedError)(f"{target.location} was not committed: {outcome.error}")
         return self._stats(job, receipt, began)
+
+    def _leave(self, channel: Channel, outcome: Outcome) -> None:
+        """Rank 0: forget where attempts went, once all ranks have come to a later one, or to the end of this."""
+        self._places.append(channel)
+        if not outcome.error:
+            while self._places:
+                self._places.pop().leave()
 
     @staticmethod
     def _stats(job: Job, receipt: Receipt, began: float) -> SaveStats:
@@ -282,6 +327,7 @@ class Committer:
                 archives=tuple(item.archive for item in receipts if item.archive is not None),
                 layout=layout_record,
                 metadata=dict(target.metadata),
+                metrics=dict(target.metrics),
                 created=job.created,
             )
             doubtful = True

@@ -43,6 +43,7 @@ class Target:
     generation: int | None
     claim: Callable[[], int] | None
     metadata: Mapping[str, Any]
+    metrics: Mapping[str, float | None] = field(default_factory=dict)
     committed: Callable[[int, str], None] | None = None
     site: Site | None = None
     meeting: tuple[Storage, str] | None = None

@@ -58,8 +58,14 @@ class Planner:
 
     def next_attempt(self) -> str:
         """Return the next attempt's id, the same on all ranks: each exchange begins a new series under a new token."""
+        attempt = self.coming_attempt
         self._attempts += 1
-        return f"{self._session}-{self._attempts}"
+        return attempt
+
+    @property
+    def coming_attempt(self) -> str:
+        """The id that the next attempt has, unless the ranks exchange plans before."""
+        return f"{self._session}-{self._attempts + 1}"
 
     def changed(self, reading: Reading | None) -> bool:
         """Return whether a state has another structure than the plan."""

@@ -220,6 +220,8 @@ class Saver:
             )
         called = time.monotonic()
         self.wait(timeout, target.directory)
+        if not self._planner.together and self._committer.left_out(self._planner.coming_attempt, target.directory):
+            self._planner.together_next()
         self._settle_memory(timeout)
         if self._copier is not None:
             self._copier.join(timeout)  # of a save that was interrupted: it still copies into the arena

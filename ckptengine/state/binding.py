@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import operator
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from ckptengine.state.adapters import TensorView
+from ckptengine.state.extents import Extent, extents
 from ckptengine.state.leaf import ArrayLeaf, Path
 from ckptengine.state.report import LoadReport
 from ckptengine.state.saved import Node, SavedArray, SavedValue
@@ -17,13 +20,22 @@ Action = tuple[int, Callable[[], object]]
 """A phase, lower ones first, and what is to be done in it."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Read:
-    """One array to read: its path in the checkpoint, the rank that it belongs to (None: all), target."""
+    """One array to read: its path in the checkpoint, the rank that it belongs to (None: all), target.
+
+    `live` is the tensor whose memory that is, and its view; None where the bytes are converted on their way there.
+    """
 
     path: Path
     rank: int | None
     target: ArrayLeaf
+    live: tuple[Any, TensorView] | None = None
+
+    @functools.cached_property
+    def places(self) -> tuple[Extent, ...]:
+        """Where it is read to: asked for several times, and worked out once."""
+        return tuple(extents(self.target))
 
 
 @dataclass(frozen=True, slots=True)

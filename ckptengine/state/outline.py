@@ -204,9 +204,9 @@ def memory_order(shape: Sequence[int], strides: Iterable[int]) -> tuple[int, ...
     if len(shape) < 2 or 0 in shape:
         return None
     steps = [abs(stride) for stride in strides]
-    natural = tuple(range(len(steps)))
-    order = tuple(sorted(natural, key=lambda dim: -steps[dim]))
-    return None if order == natural else order
+    if steps == sorted(steps, reverse=True):
+        return None
+    return tuple(sorted(range(len(steps)), key=lambda dim: -steps[dim]))
 
 
 def part_order(part: Part) -> tuple[int, ...] | None:

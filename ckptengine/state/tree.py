@@ -87,9 +87,15 @@ def flatten_traced(state: Mapping[str, Any], asked: Asked | None = None) -> tupl
     return walk.result(), walk.trace()
 
 
-def flatten_loaded(state: Mapping[str, Any], wanted: Wanted) -> FlatState:
-    """Return `flatten`'s leaves of what is wanted, given a value and its path; nothing else is looked at."""
-    return _Walk(state, Asked(), wanted).result()
+def flatten_loaded(
+    state: Mapping[str, Any], wanted: Wanted, views: Callable[[], Mapping[int, TensorView]]
+) -> FlatState:
+    """Return `flatten`'s leaves of what is wanted, given a value and its path; nothing else is looked at.
+
+    `views` is called once, when everything in the state has been asked, and gives the views that are known by the `id`
+    of their tensors, which it keeps alive.
+    """
+    return _Walk(state, Asked(), wanted, views).result()
 
 
 def sharded_parts(array: ShardedArray, path: Path, *, target: bool) -> TensorView:
@@ -102,10 +108,17 @@ def sharded_parts(array: ShardedArray, path: Path, *, target: bool) -> TensorVie
 class _Walk:
     """One walk over a state."""
 
-    def __init__(self, state: Mapping[str, Any], asked: Asked, wanted: Wanted | None = None) -> None:
+    def __init__(
+        self,
+        state: Mapping[str, Any],
+        asked: Asked,
+        wanted: Wanted | None = None,
+        views: Callable[[], Mapping[int, TensorView]] = dict,
+    ) -> None:
         self._inspector = Inspector(asked)
         self._wanted = wanted
         self._inspector.ask(state, wanted=wanted or (lambda value, path: True))
+        self._views = views()
         self._names = self._inspector.parameter_names(state)
         self._arrays: list[ArrayLeaf] = []
         self._values: tuple[dict[Path, Any], dict[Path, Any]] = ({}, {})
@@ -125,7 +138,8 @@ class _Walk:
         self._root = self._visit_items(state, (), per_rank=False)
         self._fenced |= {one.leaf for one in self._visited if id(one.tensor) in self._stepped}
         # Scalars, such as the step that Adam keeps on the CPU, are copied at once: waiting for them would cost more.
-        self._fenced = {number for number in self._fenced if self._arrays[number].shape}
+        # Nothing is saved of a state that was loaded: nothing waits for its copy.
+        self._fenced = {number for number in self._fenced if self._arrays[number].shape and wanted is None}
 
     def result(self) -> FlatState:
         """Return what was found."""
@@ -163,7 +177,7 @@ class _Walk:
                 return PlainStep(path, per_rank)
             case Kind.TENSOR:
                 assert adapter is not None
-                view = adapter.view(value, path, target=False)
+                view = self._views.get(id(value)) or adapter.view(value, path, target=False)
                 self._add(value, view, adapter, path, per_rank=per_rank, buffer=buffer)
                 return TensorStep(type(value))
             case Kind.WRAPPED:

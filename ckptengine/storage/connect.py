@@ -45,7 +45,7 @@ def connect(location: str, options: dict[str, Any]) -> Objects:
         import fsspec
     except ImportError:
         raise StorageError(
-            errno.EPROTONOSUPPORT, f"{location}: object stores need fsspec: pip install 'ckptengine[s3]'"
+            errno.EPROTONOSUPPORT, f"{location}: object stores need fsspec: pip install fsspec"
         ) from None
     protocol = location.partition("://")[0].partition("::")[0]
     try:

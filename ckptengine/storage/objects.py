@@ -111,7 +111,7 @@ class Objects(ABC):
         """Write an object unless there is one of that key; fails as `Kind.TAKEN` where there is."""
 
     @abstractmethod
-    def get(self, key: str, position: int, nbytes: int, seconds: float) -> bytes:
+    def get(self, key: str, position: int, nbytes: int, seconds: float) -> bytes | memoryview:
         """Return bytes of an object, fewer only where it ends before."""
 
     @abstractmethod

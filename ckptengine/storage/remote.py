@@ -82,7 +82,7 @@ class RemoteStorage(Storage):
         objects, patience = self._objects, self._patience.for_bytes(nbytes)
         return persist(operation, self.location(name), lambda request: call(objects, request), patience, objects)
 
-    def _get(self, name: str, position: int, nbytes: int) -> bytes:
+    def _get(self, name: str, position: int, nbytes: int) -> bytes | memoryview:
         """Return bytes of an object, fewer only where it ends before."""
         return self._do("read", name, lambda objects, one: objects.get(name, position, nbytes, one.left), nbytes)
 
@@ -162,7 +162,7 @@ class RemoteStorage(Storage):
     def _found(self, key: str, nbytes: int) -> bytes | None:
         """Return what is there of an object, one byte more than `nbytes` at most; None where there is none."""
         try:
-            return self._get(key, 0, nbytes + 1)
+            return bytes(self._get(key, 0, nbytes + 1))
         except StorageError as error:
             if error.errno != errno.ENOENT:
                 raise
@@ -233,7 +233,7 @@ class RemoteStorage(Storage):
         key = check_name(name)
         # Few are larger than this, and nobody can be made to hold the limit at once for nothing.
         first = min(limit + 1, _SMALL)
-        data = self._get(key, 0, first)
+        data = bytes(self._get(key, 0, first))
         if len(data) == first <= limit:
             rest = limit + 1 - first
             data += self._get(key, first, rest)
@@ -253,7 +253,7 @@ class RemoteStorage(Storage):
             raise CheckpointDamagedError(
                 f"{self.location(name)}: ends at byte {position + len(data)}, {position + nbytes} bytes expected"
             )
-        return data
+        return bytes(data)
 
     def size(self, name: str) -> int | None:
         """Return the bytes of an object, None where there is none."""

@@ -7,6 +7,7 @@ import base64
 import contextlib
 import email.utils
 import hashlib
+import importlib.util
 import logging
 import threading
 import time
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from ckptengine.storage.objects import Listing, Objects, Stat, Unfinished, Upload
+from ckptengine.storage.ranges import RangeReads
 from ckptengine.storage.retry import Garbled, code_of, is_unknown
 
 if TYPE_CHECKING:
@@ -24,6 +26,7 @@ __all__ = ["S3Objects", "s3_options"]
 
 _CHUNK = 256 << 10  # bytes of the image that are copied at a time on their way into the socket
 _CONNECTIONS = 32
+_LARGE = (64 << 10) + 1  # from so many bytes on a read goes through obstore, where it is installed
 _LOOK_AGAIN = 30.0  # seconds until credentials that were refused and had not changed are looked at again
 
 _log = logging.getLogger("ckptengine")
@@ -62,6 +65,7 @@ class S3Objects(Objects):
         self._deletes_many = True
         self._looked = -float("inf")  # when the credentials were last found to be the same
         self._bucket, prefix, _ = self._fs.split_path(root)
+        self._ranges = RangeReads(self._bucket) if importlib.util.find_spec("obstore") is not None else None
         self._prefix = f"{prefix.strip('/')}/" if prefix.strip("/") else ""
 
     def _open(self) -> Any:
@@ -116,9 +120,22 @@ class S3Objects(Objects):
         """Write an object with `If-None-Match: *`."""
         self._call("put_object", seconds, Key=self._prefix + key, Body=data, IfNoneMatch="*")
 
-    def get(self, key: str, position: int, nbytes: int, seconds: float) -> bytes:
+    def get(self, key: str, position: int, nbytes: int, seconds: float) -> bytes | memoryview:
         """Return bytes of an object: one ranged GET."""
+        if self._ranges is None or nbytes < _LARGE:
+            return self._get(key, position, nbytes, seconds)
+        deadline = time.monotonic() + seconds
+        if self._ranges.takes(key, position):
+            data: memoryview | None = self._run(
+                self._ranges.get(self._fs, self._prefix, key, position, nbytes), seconds
+            )
+            if data is not None:
+                return data
+        found = self._get(key, position, nbytes, max(0.1, deadline - time.monotonic()))
+        self._ranges.rescued(key, position)
+        return found
 
+    def _get(self, key: str, position: int, nbytes: int, seconds: float) -> bytes:
         async def read() -> bytes:
             wanted = f"bytes={position}-{position + nbytes - 1}"
             reply = await self._ask("get_object", Key=self._prefix + key, Range=wanted)

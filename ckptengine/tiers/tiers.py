@@ -16,6 +16,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from ckptengine.catalog.best import Best
 from ckptengine.catalog.commit import attempt_directory
 from ckptengine.catalog.generation import claim_generation
 from ckptengine.catalog.lease import Lease, is_old
@@ -75,6 +76,7 @@ class Tiers:
         memory: bool | str | os.PathLike[str],
         keep_last: int | Mapping[str, int] | None,
         keep_every: int | None,
+        keep_best: tuple[Best, ...],
         upload_bytes_per_second: float | None,
         storage_options: Mapping[str, Any] | None,
     ) -> None:
@@ -86,7 +88,7 @@ class Tiers:
         protocol = run.partition("://")[0] if "://" in run else "run"
         self._names = {"memory"} if memory else set()
         self._names |= {"local", protocol} if local is not None else {protocol}
-        self._keep = {name: Keep.of(keep_last, keep_every, name, self._names) for name in self._names}
+        self._keep = {name: Keep.of(keep_last, keep_every, keep_best, name, self._names) for name in self._names}
         self._home_keep, self._first_keep = self._keep[protocol], self._keep["local" if local is not None else protocol]
         self._pace = None if upload_bytes_per_second is None else Pace(upload_bytes_per_second)
         self._memory_base = memory
@@ -326,7 +328,7 @@ class Tiers:
             if keep.last is not None:
                 protected = set() if self._mover is None else self._mover.protected
                 newest = {self._newest, moved} if storage is self.home else {self._newest}
-                self._tell(retain(storage, keep.last, keep.every, (protected - {moved}) | newest))
+                self._tell(retain(storage, keep.last, keep.every, keep.best, (protected - {moved}) | newest))
 
     def _tell(self, problems: list[str]) -> None:
         for problem in problems:

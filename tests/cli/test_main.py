@@ -13,8 +13,8 @@ def python(program: str, *arguments: str) -> subprocess.CompletedProcess[str]:
 @pytest.mark.parametrize("missing", ["click", "rich"])
 def test_without_click_or_rich_the_command_says_what_to_install(missing: str) -> None:
     done = python(f"import sys; sys.modules[{missing!r}] = None; from ckptengine.cli import main; main()")
-    assert done.returncode == 1
-    assert "pip install 'ckptengine[cli]'" in done.stderr
+    assert done.returncode == 2
+    assert "pip install '.[cli]'" in done.stderr
     assert "Traceback" not in done.stderr
 
 

@@ -31,6 +31,25 @@ def test_a_step_may_be_short_of_zeros(run: Path, call: Call, name: str) -> None:
     assert json.loads(call("show", f"{run}/{name}", "--json").stdout)["step"] == 20
 
 
+def test_only_what_matches_a_pattern_is_shown(run: Path, call: Call) -> None:
+    shown = json.loads(call("show", run, "--only", "model.w*", "--only", "settings.rate", "--json").stdout)
+    assert [leaf["name"] for leaf in shown["leaves"]] == ["model.weight"]
+    assert list(shown["values"]) == ["settings.rate"]
+
+
+def test_a_pattern_that_matches_nothing_is_wrong_usage(run: Path, call: Call) -> None:
+    result = call("show", run, "--only", "modle.*")
+    assert result.exit_code == 2
+    assert "nothing has a name like modle.*" in result.stderr
+
+
+def test_names_and_dates_are_whole_in_80_columns(run: Path, call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ckptengine.cli.output._PIPE_WIDTH", 80)
+    assert "model.weight " in call("show", run).stdout
+    created = json.loads(call("ls", run, "--json").stdout)[0]["created"]
+    assert created[:16].replace("T", " ") in call("ls", run).stdout
+
+
 def test_json_holds_every_leaf(run: Path, call: Call) -> None:
     shown = json.loads(call("show", run, "--json").stdout)
     leaves = {leaf["name"]: leaf for leaf in shown["leaves"]}

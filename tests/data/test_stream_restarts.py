@@ -52,7 +52,7 @@ def test_a_job_killed_twice_that_goes_on_with_two_and_then_four_ranks_uses_each_
         entries = [entry for all_ranks in steps.values() for entry in all_ranks if entry["epoch"] == epoch]
         assert Counter(record for entry in entries for record in entry["ids"]) == every
     assert all(sum(len(entry["ids"]) for entry in steps[step]) == 24 for step in steps if step % 21)
-    audit = [sys.executable, "-m", "ckptengine.cli", "audit", str(tmp_path / "run"), "--json"]
+    audit = [sys.executable, "-m", "ckptengine", "audit", str(tmp_path / "run"), "--json"]
     audited = subprocess.run(audit, env=environment(), capture_output=True, text=True, timeout=60)
     assert audited.returncode == 0, audited.stdout + audited.stderr
     (cursor,) = json.loads(audited.stdout)["report"]["cursors"]

@@ -131,7 +131,7 @@ def test_a_run_on_a_disk_that_is_full_to_the_last_byte_is_opened_restored_from_a
     assert same(state, state_at(2))
     assert not dead.exists(), "opening a run cleans up after dead jobs, which needs the time of the file system"
     fill(small_disk)
-    command = [sys.executable, "-m", "ckptengine.cli", "gc", str(run), "--keep-last", "1"]
+    command = [sys.executable, "-m", "ckptengine", "gc", str(run), "--keep-last", "1"]
     assert subprocess.run(command, check=True, capture_output=True, text=True).stdout.count("deleted") == 1
     assert free(small_disk) > 6 * MIB
     assert committed_steps(run) == [2]

@@ -85,3 +85,21 @@ def test_nothing_of_failed_and_killed_attempts_stays(jobs: tuple[int, Path]) -> 
     for step in steps:
         assert len(list((run / step).glob("data-*"))) == 1
     assert verify(run) == []
+
+
+@pytest.mark.parametrize("skipper", [1, 0])
+def test_a_rank_that_leaves_a_save_out_under_torchrun_is_named_and_the_next_save_is_made(tmp_path, skipper) -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=3"]
+    command += [str(HERE / "left_out_job.py"), str(tmp_path), str(skipper)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE.parent.parent)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200, check=False)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-8000:]
+    for rank in range(3):
+        ends = json.loads((tmp_path / f"{rank}.json").read_text())
+        assert [ends[step][0] for step in "1345"] == ["", "", "", ""]
+        # It is told when the rank comes to the next save, and not when the time is up.
+        assert ends["3"][1] < 100
+        if rank != skipper:
+            assert f"rank {skipper}: it has left step-00000002 out" in ends["2"][0]
+    assert [entry.step for entry in list_run(tmp_path / "run")] == [1, 3, 4, 5]
+    assert verify(tmp_path / "run") == []

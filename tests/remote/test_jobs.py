@@ -22,7 +22,7 @@ JOB = str(Path(__file__).parent / "job.py")
 
 def run(command: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "ckptengine.cli", command, *arguments],
+        [sys.executable, "-m", "ckptengine", command, *arguments],
         env=environment(),
         cwd=ROOT,
         capture_output=True,

@@ -14,19 +14,22 @@ import json
 import os
 import runpy
 import selectors
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import tempfile
+import time
 import traceback
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
 
-__all__ = ["Forked", "fork"]
+__all__ = ["Forked", "fork", "start_server"]
 
 ROOT = Path(__file__).parent.parent.parent
+_ADDRESS = "CKPTENGINE_TEST_FORKS"
 _server: tuple[subprocess.Popen[bytes], str] | None = None
 
 
@@ -136,28 +139,35 @@ def request_arguments(arguments: list[str]) -> list[str]:
     return [sys.executable, *map(str, arguments)]
 
 
-def _address() -> str:
-    """Return where the server listens, started when it is first needed."""
+def start_server() -> None:
+    """Start a server for this process and for those that it starts from now on; it takes some seconds to be there."""
     global _server
-    if _server is None or _server[0].poll() is not None:
-        address = os.path.join(tempfile.mkdtemp(prefix="forks-"), "socket")
-        # OpenMP's threads are counted when torch is imported.
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-        server = subprocess.Popen(
-            [sys.executable, __file__, address], env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE
-        )
-        assert server.stdout is not None
-        assert server.stdout.readline() == b"ready\n", "the fork server did not come up"
-        _server = server, address
-        atexit.register(_stop, server, address)
-    return _server[1]
+    address = os.path.join(tempfile.mkdtemp(prefix="forks-"), "socket")
+    # OpenMP's threads are counted when torch is imported.
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    server = subprocess.Popen([sys.executable, __file__, address], env=environment, stdin=subprocess.PIPE)
+    os.environ[_ADDRESS] = address
+    _server = server, address
+    atexit.register(_stop, server, address)
+
+
+def _address() -> str:
+    """Return where the server listens, started when it is first needed; wait until it does."""
+    if _ADDRESS not in os.environ:
+        start_server()
+    address, end = os.environ[_ADDRESS], time.monotonic() + 120
+    while not os.path.exists(address):
+        assert _server is None or _server[0].poll() is None, "the fork server has ended"
+        assert time.monotonic() < end, "the fork server did not come up in 120 s"
+        time.sleep(0.05)
+    return address
 
 
 def _stop(server: subprocess.Popen[bytes], address: str) -> None:
-    server.kill()
+    assert server.stdin is not None
+    server.stdin.close()
     server.wait()
-    os.unlink(address)
-    os.rmdir(os.path.dirname(address))
+    shutil.rmtree(os.path.dirname(address))
 
 
 def serve(address: str) -> None:
@@ -171,14 +181,13 @@ def serve(address: str) -> None:
 
     del numpy, torch, ckptengine
     listener = socket.socket(socket.AF_UNIX)
-    listener.bind(address)
+    listener.bind(f"{address}.new")
     listener.listen(64)
+    os.rename(f"{address}.new", address)  # it can be seen now
     selector = selectors.DefaultSelector()
     selector.register(listener, selectors.EVENT_READ)
     selector.register(0, selectors.EVENT_READ)
     children: dict[int, tuple[int, socket.socket]] = {}  # by pidfd
-    sys.stdout.write("ready\n")
-    sys.stdout.flush()
     while True:
         for key, _ in selector.select():
             if key.fileobj == 0:

@@ -68,7 +68,7 @@ def flip(path: Path, position: int) -> None:
 
 def start(*arguments: object) -> subprocess.Popen[str]:
     """Start `ckptengine prefetch` in a process of its own."""
-    command = [sys.executable, "-m", "ckptengine.cli", "prefetch", *map(str, arguments)]
+    command = [sys.executable, "-m", "ckptengine", "prefetch", *map(str, arguments)]
     return subprocess.Popen(
         command, env=environment(), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )

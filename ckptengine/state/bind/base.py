@@ -7,8 +7,8 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
 from ckptengine.state.adapters import Layouts
-from ckptengine.state.bind.sharing import Taken, extents, sharing
 from ckptengine.state.binding import Action, Promise, Read
+from ckptengine.state.extents import Taken, sharing
 from ckptengine.state.kinds import Inspector
 from ckptengine.state.leaf import ArrayLeaf, Path, Placement, dotted, is_inside
 from ckptengine.state.loaders import is_stateful_loader
@@ -173,6 +173,18 @@ class BinderBase(ABC):
         else:
             self._missing.append((dotted(path), identity))
 
+    def _as_a_whole(self, path: Path, node: Node | None, per_rank: bool) -> Node | None:
+        """Return what the checkpoint has for something that is taken as a whole; None where there is nothing to take.
+
+        That a part of it was asked for, or that it is missing, is noted.
+        """
+        if not self._selection.holds(path):
+            self._selection.refuse_part(path)
+            return None
+        if node is None:
+            self._absent(path, per_rank)
+        return node
+
     def _another_class(self, value: Any, path: Path, node: Node) -> bool:
         """Whether what was saved here belongs to another class; then nothing of it is taken, unless `strict` is off."""
         if node.cls is None or is_of_class(value, node.cls):
@@ -196,7 +208,7 @@ class BinderBase(ABC):
         """
         dropped: set[int] = set()
         ties = [([first, later], True) for first, later in self._ties]
-        for group, tied in [*ties, *((group, False) for group in sharing([read.target for read in self.reads]))]:
+        for group, tied in [*ties, *((group, False) for group in sharing([read.places for read in self.reads]))]:
             left = [number for number in group if number not in dropped]
             dropped.update(self._separate(left, same, tied))
         for number in dropped & self._converted.keys():
@@ -209,7 +221,7 @@ class BinderBase(ABC):
         if len(group) < 2:
             return []
         kept, refused = [0], []
-        sources = {(read.path, read.rank, tuple(extents(read.target))) for read in reads}
+        sources = {(read.path, read.rank, read.places) for read in reads}
         if len(sources) == 1 or same(reads, tied):
             kept = list(range(len(group)))
         else:
@@ -219,7 +231,7 @@ class BinderBase(ABC):
                 else:
                     refused.append(number)
         first: dict[object, int] = {}
-        again = [n for n in kept if first.setdefault(tuple(extents(reads[n].target)), n) != n]
+        again = [n for n in kept if first.setdefault(reads[n].places, n) != n]
         for number in refused:
             path = reads[number].target.path
             others = dotted(reads[0].target.path)

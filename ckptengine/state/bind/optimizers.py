@@ -117,24 +117,32 @@ class OptimizerBinder(TensorBinder):
         node: Node | None,
         per_rank: bool,
     ) -> None:
-        if not self._selection.holds(path):
-            self._selection.refuse_part(path)
+        node = self._as_a_whole(path, node, per_rank)
+        saved = None if node is None else self._rebuild_groups(groups, names, path, node, node)
+        if saved is None:
             return
-        if node is None:
-            self._absent(path, per_rank)
-            return
-        reads, actions, cast = len(self.reads), len(self.actions), len(self._cast)
-        saved = self._rebuild(node, path, groups)
-        reason = self._groups_differ(saved, names)
-        if reason is not None:
-            del self.reads[reads:], self.actions[actions:], self._cast[cast:]
-            self._mismatch(path, reason, node)
-            return
-        self._loaded.append(dotted(path))
         for group, new in zip(groups, saved, strict=True):
             for key, value in new.items():
                 if key != "params":
                     self._act(FRAMEWORK, functools.partial(adapter.set_hyperparameter, group, key, value))
+
+    def _rebuild_groups(
+        self, groups: list[dict[str, Any]], names: list[list[str]], path: Path, node: Node, optimizer: Node
+    ) -> list[dict[str, Any]] | None:
+        """Return the saved groups, with the parameters' names; None where they are not those that are here.
+
+        Then nothing of them is read, and what `optimizer` has is a mismatch.
+        """
+        reads, actions, cast = len(self.reads), len(self.actions), len(self._cast)
+        saved: list[dict[str, Any]] = self._rebuild(node, path, groups)
+        reason = self._groups_differ(saved, names)
+        if reason is not None:
+            del self.reads[reads:], self.actions[actions:], self._cast[cast:]
+            self._converted = {number: one for number, one in self._converted.items() if number < reads}
+            self._mismatch(path, reason, optimizer)
+            return None
+        self._loaded.append(dotted(path))
+        return saved
 
     def _groups_differ(self, saved: Any, names: list[list[str]]) -> str | None:
         if not isinstance(saved, list) or not all(isinstance(g, dict) and "params" in g for g in saved):

@@ -58,13 +58,8 @@ class OwnCallsBinder(ObjectBinder, OptimizerBinder, ModuleBinder):
         if parts is None:
             self._bind_object(optimizer, path, node, per_rank, call)
             return
-        if not self._selection.holds(path):
-            self._selection.refuse_part(path)
-            return
-        if node is None:
-            self._absent(path, per_rank)
-            return
-        if self._another_class(optimizer, path, node):
+        node = self._as_a_whole(path, node, per_rank)
+        if node is None or self._another_class(optimizer, path, node):
             return
         self.built[path], self.before[path] = optimizer, current
         self.optimizers.add(path)
@@ -95,15 +90,7 @@ class OwnCallsBinder(ObjectBinder, OptimizerBinder, ModuleBinder):
         if child is None:
             self._absent(where, per_rank)
             return None
-        reads, actions, cast = len(self.reads), len(self.actions), len(self._cast)
-        saved: list[dict[str, Any]] = self._rebuild(child, where, groups)
-        reason = self._groups_differ(saved, names)
-        if reason is not None:
-            del self.reads[reads:], self.actions[actions:], self._cast[cast:]
-            self._mismatch(where, reason, node)
-            return None
-        self._loaded.append(dotted(where))
-        return saved
+        return self._rebuild_groups(groups, names, where, child, node)
 
     def _own_states(
         self,

@@ -17,10 +17,10 @@ from ckptengine.state.adapters import ABOUT, Adapter, Layouts, TensorView, adapt
 from ckptengine.state.arrays import NumpyAdapter
 from ckptengine.state.bind.base import CONVERT, SET, BinderBase, Put
 from ckptengine.state.bind.live import is_optimizer_state, live_tensors
-from ckptengine.state.bind.sharing import extents
 from ckptengine.state.binding import Read
 from ckptengine.state.classes import unknown_member
 from ckptengine.state.dtypes import DTYPES
+from ckptengine.state.extents import extents
 from ckptengine.state.forms import rebuild
 from ckptengine.state.kinds import SCALARS, Kind
 from ckptengine.state.leaf import ArrayLeaf, Part, Path, Placement, dotted
@@ -153,7 +153,7 @@ class TensorBinder(BinderBase):
             memory = ArrayLeaf(path, view.dtype, view.shape, view.placement, view.parts, adapter.name)
             self._converted[len(self.reads)] = memory, self.actions[-1]
         leaf = ArrayLeaf(path, entry.leaf.dtype, view.shape, view.placement, parts, adapter.name)
-        self.reads.append(Read(entry.path, entry.rank, leaf))
+        self.reads.append(Read(entry.path, entry.rank, leaf, (tensor, view) if parts is view.parts else None))
 
     def _fresh(self, entry: SavedArray, path: Path) -> Any:
         """Return a new array of the framework that the leaf came from, numpy's where that isn't imported.
@@ -195,11 +195,8 @@ class TensorBinder(BinderBase):
     # Plain values, and what is built anew from the checkpoint.
 
     def _bind_plain(self, value: Any, put: Put | None, path: Path, node: Node | None, per_rank: bool) -> None:
-        if not self._selection.holds(path):
-            self._selection.refuse_part(path)
-            return
+        node = self._as_a_whole(path, node, per_rank)
         if node is None:
-            self._absent(path, per_rank)
             return
         placeholder = value is None or (isinstance(value, (dict, list, tuple, deque)) and not value)
         if node.holds_arrays and not placeholder:
@@ -318,7 +315,7 @@ class TensorBinder(BinderBase):
         found = extents(leaf)
         for number in self._taken.meeting(found):
             read = self.reads[number]
-            if (read.path, read.rank) == (entry.path, entry.rank) and extents(read.target) == found:
+            if (read.path, read.rank) == (entry.path, entry.rank) and list(read.places) == found:
                 return like
             like = _new_like(like, adapter, entry.order)
             view = _target_view(like, adapter, path)

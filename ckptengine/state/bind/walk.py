@@ -13,7 +13,7 @@ from ckptengine.state.adapters import describe_type
 from ckptengine.state.bind.base import SET, Put
 from ckptengine.state.bind.live import is_optimizer_state
 from ckptengine.state.bind.own_calls import OwnCallsBinder, has_own_names
-from ckptengine.state.bind.sharing import Taken, extents
+from ckptengine.state.extents import Taken, extents
 from ckptengine.state.forms import own_keys
 from ckptengine.state.kinds import Kind, children
 from ckptengine.state.leaf import Path, dotted
@@ -34,7 +34,7 @@ class Binder(OwnCallsBinder):
         # Objects come last: what they are handed must not be read into memory that something else is read into.
         self._taken = Taken()
         for number, read in enumerate(self.reads):
-            self._taken.add(number, extents(read.target))
+            self._taken.add(number, read.places)
         for number, (leaf, _) in self._converted.items():
             self._taken.add(number, extents(leaf))
         while self._late:

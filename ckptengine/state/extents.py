@@ -12,7 +12,7 @@ import numpy as np
 from ckptengine.state.dtypes import DTYPES
 from ckptengine.state.leaf import ArrayLeaf, HostMemory, Part
 
-__all__ = ["Extent", "Taken", "array_at", "extents", "overlap", "sharing"]
+__all__ = ["Extent", "Taken", "array_at", "extent_of", "extents", "overlap", "sharing"]
 
 _MAX_WORK = 10_000
 """Steps after which two strided memories count as overlapping: more than any slices of one tensor need."""
@@ -37,11 +37,12 @@ class Extent:
 def extents(leaf: ArrayLeaf) -> list[Extent]:
     """Return the extent of each part of a leaf; none where a framework does not say where a part lies."""
     itemsize = DTYPES[leaf.dtype].itemsize
-    found = (_extent(part, itemsize) for part in leaf.parts)
+    found = (extent_of(part, itemsize) for part in leaf.parts)
     return [one for one in found if one is not None]
 
 
-def _extent(part: Part, itemsize: int) -> Extent | None:
+def extent_of(part: Part, itemsize: int) -> Extent | None:
+    """Return the extent of a part of elements of `itemsize` bytes; None where its framework does not say."""
     memory, shape = part.memory, part.box.shape
     if isinstance(memory, HostMemory):
         space, address, strides = "", memory.address, memory.strides
@@ -127,11 +128,14 @@ class Taken:
         return begin, bisect.bisect_left(lows, extent.high)
 
 
-def sharing(leaves: Sequence[ArrayLeaf]) -> list[list[int]]:
-    """Return the groups of leaves, by number, that have bytes of memory in common, each in ascending order."""
-    found = [(extent, number) for number, leaf in enumerate(leaves) for extent in extents(leaf)]
+def sharing(places: Sequence[Iterable[Extent]]) -> list[list[int]]:
+    """Return the groups of leaves, given the extents of each, that have bytes of memory in common.
+
+    A group has the leaves' numbers, ascending.
+    """
+    found = [(extent, number) for number, extents_ in enumerate(places) for extent in extents_]
     found.sort(key=lambda item: (item[0].space, item[0].low))
-    parent = list(range(len(leaves)))
+    parent = list(range(len(places)))
 
     def root(number: int) -> int:
         while parent[number] != number:
@@ -146,6 +150,6 @@ def sharing(leaves: Sequence[ArrayLeaf]) -> list[list[int]]:
                 parent[max(root(before), root(number))] = min(root(before), root(number))
         open_.append((extent, number))
     groups: dict[int, list[int]] = {}
-    for number in range(len(leaves)):
+    for number in range(len(places)):
         groups.setdefault(root(number), []).append(number)
     return [group for group in groups.values() if len(group) > 1]

@@ -1,0 +1,52 @@
+"""What is wrong on one rank after a load is an error on all ranks, and none waits for another."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+CONTENTS = "other contents now than in the checkpoint, float32"
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    """Return what each case raised on rank 0 and on rank 1: class and words."""
+    folder = tmp_path_factory.mktemp("ranks")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{HERE.parent.parent}{os.pathsep}{HERE}"}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    job = subprocess.run(
+        [*command, str(HERE / "verify_job.py"), str(folder)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
+    assert job.returncode == 0, job.stdout[-2000:] + job.stderr[-8000:]
+    return [json.loads((folder / f"rank-{rank}.json").read_text()) for rank in (0, 1)]
+
+
+@pytest.mark.parametrize(
+    ("case", "words"),
+    [
+        ("write_past_the_counter", f"model.0.weight: {CONTENTS} of shape (10, 6), sharded"),
+        ("take_other_memory", f"model.0.weight: {CONTENTS} of shape (10, 6), sharded"),
+        ("write_to_a_moment", f"optimizer.state.model.1.bias.momentum_buffer: {CONTENTS}"),
+        ("forget_nested_state", "optimizer.state.model.1.weight.past.0: float32 of shape (7, 10) in the checkpoint"),
+        ("raise_when_asked_again", "held: state_dict() of holders.Changing raised RuntimeError: no answer"),
+        ("whole_copies", "the state 'momentum_buffer' of a sharded parameter of shape (10, 6) is a plain Tensor"),
+    ],
+)
+def test_what_is_wrong_on_one_rank_of_a_sharded_state_is_an_error_on_all(found, case, words):
+    for rank, cases in enumerate(found):
+        kind, message = cases[case]
+        assert kind == "RestoreDifferenceError", f"rank {rank}: {message}"
+        assert words in message
+        assert message.count("rank 1: ") == 1
+
+
+def test_a_sharded_state_that_is_right_on_both_ranks_is_no_error(found):
+    assert [cases["nothing_wrong"] for cases in found] == [["", ""]] * 2
