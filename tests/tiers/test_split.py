@@ -145,7 +145,7 @@ def test_a_restored_checkpoint_is_uploaded_after_a_life_that_claimed_and_died(tm
     died = ce.Checkpointer(**places)
     assert died._tiers.claim((1, 1)) == 2
     died._tiers.stop()
-    with ce.Checkpointer(**places) as again:
+    with ce.Checkpointer(**places, timeout=30) as again:
         assert again.restore(state_of(0)) == 1
         again.flush()
         assert steps(tmp_path / "run") == [1]
