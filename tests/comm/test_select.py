@@ -34,7 +34,5 @@ def test_a_world_of_one_is_alone(monkeypatch):
 @pytest.mark.parametrize("name", LAUNCHERS[2:])
 def test_ranks_that_mpiexec_or_srun_started_are_told_how_to_choose_mpi(name, monkeypatch):
     monkeypatch.setenv(name, "4")
-    with pytest.raises(
-        CheckpointError, match=rf"{name} is 4, .*from mpi4py import MPI.*pip install 'ckptengine\[mpi\]'"
-    ):
+    with pytest.raises(CheckpointError, match=rf"{name} is 4, .*from mpi4py import MPI.*pip install mpi4py"):
         current()

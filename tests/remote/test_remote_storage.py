@@ -119,7 +119,7 @@ import sys
 import ckptengine as ce
 from ckptengine.errors import StorageError
 assert not {"fsspec", "s3fs", "aiohttp", "botocore"} & set(sys.modules)
-for package, advice in (("s3fs", "pip install s3fs"), ("fsspec", "pip install 'ckptengine[s3]'")):
+for package, advice in (("s3fs", "pip install s3fs"), ("fsspec", "pip install fsspec")):
     sys.modules[package] = None
     try:
         ce.load("s3://bucket/run")
