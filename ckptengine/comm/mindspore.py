@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import socket
 import threading
@@ -136,7 +137,11 @@ class MindSporeStore(KeyValueStore):
 
     def _connect(self, hosts: bool, timeout: timedelta) -> Any:
         host, port, world_size = self._place
-        return dist.TCPStore(host, port, world_size, hosts, timeout=timeout, wait_for_workers=False)
+        client = dist.TCPStore(host, port, world_size, hosts, timeout=timeout, wait_for_workers=False)
+        # Kept to the end of the process: MindSpore's (2.10) crashes now and then in its destructor, which runs beside
+        # its own threads; at the exit too, where a job that had done all its work ended with SIGSEGV.
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(client))
+        return client
 
     def set(self, key: str, value: bytes) -> None:
         """Store a value."""

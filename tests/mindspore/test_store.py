@@ -1,8 +1,12 @@
 """The store that rank 0 of a job under msrun hosts, with a connection that breaks."""
 
 import socket
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
+from launch import environment
 
 pytest.importorskip("mindspore")
 from ckptengine.comm.mindspore import MindSporeStore
@@ -29,3 +33,26 @@ def test_a_client_whose_connection_breaks_is_replaced_on_the_host_and_on_others(
         store._store = Broken()
         store.delete("key")
         assert other.get("key", 0) is None
+
+
+MANY = """
+from test_store import test_a_client_whose_connection_breaks_is_replaced_on_the_host_and_on_others as replace
+for _ in range(100):
+    replace()
+"""
+
+
+def test_clients_that_are_replaced_and_let_go_of_never_crash_the_process():
+    job = subprocess.run(
+        [sys.executable, "-c", MANY],
+        cwd=Path(__file__).parent,
+        env={
+            **environment(),
+            "PYTHONPATH": f"{environment()['PYTHONPATH']}:{Path(__file__).parents[1] / 'engine'}:"
+            f"{Path(__file__).parents[1] / 'support'}",
+        },
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert job.returncode == 0, job.stderr[-2000:]
