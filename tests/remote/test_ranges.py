@@ -81,7 +81,7 @@ def test_what_only_obstore_can_not_read_s3fs_reads_and_it_is_told(bucket, distur
 @pytest.mark.parametrize(("kind", "number"), [("403 AccessDenied", errno.EACCES), ("503 SlowDown", errno.EIO)])
 def test_an_error_of_the_store_is_told_in_the_same_words(bucket, disturbed, proxy, kind, number):
     bucket.storage().write_bytes("x", bytes(1 << 20))
-    storage = disturbed.storage(patience=replace(QUICK, seconds=1))
+    storage = disturbed.storage(patience=replace(QUICK, seconds=6))
     proxy.fault(kind, "GET .*x", 10**6)
     with pytest.raises(StorageError, match=f"cannot read s3://.*/run/x: {kind}") as caught:
         storage.read_range("x", 0, 1 << 20)

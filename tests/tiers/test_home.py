@@ -98,7 +98,7 @@ def test_where_the_bucket_stays_down_the_end_says_where_the_checkpoint_is_and_th
 ):
     monkeypatch.setattr("ckptengine.tiers.mover._RETRY_SECONDS", (0.2, 0.5))
     places = {"run": f"{bucket.url}/run", "local": tmp_path / "ckpt", "preemption": None}
-    ckpt = ce.Checkpointer(**places, storage_options=disturbed.options, timeout=4)
+    ckpt = ce.Checkpointer(**places, storage_options=disturbed.options, timeout=12)
     ckpt.save(1, state_of(1)).durable.result()
     ckpt.flush()
     proxy.fault("403", "(PUT|POST) .*step-", times=10_000)
@@ -115,7 +115,7 @@ def test_a_bucket_that_takes_the_data_and_never_the_manifest_does_not_hold_the_e
 ):
     monkeypatch.setattr("ckptengine.tiers.mover._RETRY_SECONDS", (0.2, 0.5))
     places = {"run": f"{bucket.url}/run", "local": tmp_path / "ckpt", "preemption": None}
-    ckpt = ce.Checkpointer(**places, storage_options=disturbed.options, timeout=4)
+    ckpt = ce.Checkpointer(**places, storage_options=disturbed.options, timeout=12)
     ckpt.save(1, state_of(1)).durable.result()
     ckpt.flush()
     proxy.fault("403", "PUT .*manifest", times=10_000)
@@ -174,6 +174,7 @@ def test_with_each_tier_lost_in_turn_two_ranks_go_on_from_what_four_have_saved(i
         with Running(4, tmp_path, **places, until=3, wait_for=str(tmp_path / "never")) as job:
             job.wait_for(3)
             eventually(lambda: steps(in_environment.storage())[-1:] == [3])
+            eventually(lambda: list(Path(memory).glob("**/step-00000003/manifest-*")))
             job.kill()
         # All but one are lost for each of them to be the only one once.
         if lost != "bucket":
