@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Literal, NoReturn
 
-from ckptengine.catalog.best import Best, checked_best, checked_metrics
+from ckptengine.catalog.best import Best, check_names, checked_best, checked_metrics
 from ckptengine.catalog.listing import step_directory
 from ckptengine.catalog.manifest import checked_metadata
 from ckptengine.catalog.naming import open_checkpoint
@@ -308,6 +308,7 @@ class Checkpointer:
         told to end, once this step is durable.
         """
         with self._turn("step"):
+            check_names(metrics)
             step = self._enter(step, state)
             handle = None
             self._reap()
@@ -384,6 +385,12 @@ class Checkpointer:
         self._correct()
         if self._last is not None and self._last[0] == step:
             self._unsaved = None
+            if numbers and self._comm.rank == 0:
+                _log.warning(
+                    "step %d of %s is saved already, these metrics are not kept: give them to the call that saves it",
+                    step,
+                    self.run,
+                )
             return self._last[1]
         self._schedule.started()
         target = Target(
@@ -525,6 +532,11 @@ class Checkpointer:
     ) -> NoReturn:
         """Save the step at which all ranks stop, wait until it is durable, and leave."""
         problem, saved = "", None
+        try:
+            numbers = checked_metrics(metrics)
+        except TypeError as error:  # the checkpoint matters more
+            _log.warning("step %d of %s: saved without its metrics: %s", step, self.run, error)
+            numbers = {}
         expected = max((stats.durable_seconds for stats in self.history[-3:]), default=0.0)
         watch.saving(step)
         try:
@@ -533,7 +545,7 @@ class Checkpointer:
                     f"step {step} was not saved: that takes {expected:.3g} s, {max(0.0, watch.left):.3g} s are left"
                 )
             else:
-                self._save(step, state, metrics).durable.result()
+                self._save(step, state, numbers).durable.result()
                 saved = step
                 if self._tiers.first is not self._tiers.home:
                     # The machine may be what is taken away.

@@ -154,12 +154,12 @@ class Chooser:
         """Yield checkpoints and the numbers of their views, on rank 0."""
         line: Iterator[tuple[Entry, Manifest] | Problem]
         if best is not None:
-            line = iter(self._best(best))
+            line = iter(self._best(best, damaged))
         elif step is not None:
             entries = [entry for entry in committed(self._storage) if entry.step == step]
             if not entries:
                 raise _not_found(self._storage, step)
-            line = iter([(entries[-1], read_manifest(self._storage, entries[-1]))])
+            line = iter([self._look(entries[-1])])
         else:
             line = lineage(self._storage)
         for item in line:
@@ -181,17 +181,39 @@ class Chooser:
                     continue
                 yield checkpoint, number
 
-    def _best(self, best: Best) -> list[tuple[Entry, Manifest]]:
-        """Return the checkpoints in the line of the newest that are the best, the best first."""
-        read = {item[0]: item[1] for item in lineage(self._storage) if not isinstance(item, Problem)}
+    def _look(self, entry: Entry) -> tuple[Entry, Manifest] | Problem:
+        try:
+            return entry, read_manifest(self._storage, entry)
+        except CheckpointDamagedError as error:
+            return Problem(entry, error)
+
+    def _best(self, best: Best, damaged: list[str]) -> list[tuple[Entry, Manifest]]:
+        """Return the checkpoints in the line of the newest that are the best, the best first.
+
+        A manifest that can't be read now may be that of the best: its `StorageError` is raised. A damaged one is read
+        where another view has it whole; else it is reported, and can't be among them.
+        """
+        read: dict[Entry, Manifest] = {}
+        for item in lineage(self._storage):
+            if not isinstance(item, Problem):
+                read[item[0]] = item[1]
+                continue
+            if not isinstance(item.error, CheckpointDamagedError):
+                raise item.error
+            self._report(item.error, damaged)
+            for view in self._views[1:]:
+                with contextlib.suppress(CheckpointDamagedError):
+                    if view.size(item.entry.manifest) is not None:
+                        read[item.entry] = read_manifest(view, item.entry)
+                        break
         found = best.of(read.items())
         if not found and read:
             metrics = sorted({name for manifest in read.values() for name in manifest.metrics})
             there = f"their metrics are {', '.join(metrics)}" if metrics else "none of them has metrics"
-            raise CheckpointNotFoundError(
-                f"{self._storage.location()}: no checkpoint has the metric {best.metric!r}; {there}: give metrics to "
-                "`step` and `save`"
-            )
+            what = f"no checkpoint has the metric {best.metric!r}; {there}: give metrics to `step` and `save`"
+            if best.metric in metrics:
+                what = f"the metric {best.metric!r} is a finite number in no checkpoint: choose one with `step`"
+            raise CheckpointNotFoundError(f"{self._storage.location()}: {what}")
         return [(entry, read[entry]) for entry in found]
 
     def _report(self, error: Exception, damaged: list[str]) -> None:

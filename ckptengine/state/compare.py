@@ -175,6 +175,9 @@ class _Comparison:
             saved, now = self._named(saved), self._named(now)
         if path in self._values and isinstance(saved, list) and isinstance(now, list) and path[-1] == "param_groups":
             saved, now = ([_renamed(group, self._named) for group in groups] for groups in (saved, now))
+            if len(saved) == len(now):
+                # A key that this version of the optimizer has and the one that saved had not keeps its value.
+                now = [_known(group, one) for group, one in zip(now, saved, strict=True)]
         if path not in self._values and isinstance(saved, list):
             for number, group in enumerate(saved):  # plain in the checkpoint, with tensors here
                 for key, value in group.items() if isinstance(group, dict) else ():
@@ -262,6 +265,11 @@ def _kind(kind: str) -> str:
 
 def _said(target: Any) -> Any:
     return getattr(target, "rederived_state", None)
+
+
+def _known(group: Any, saved: Any) -> Any:
+    both = isinstance(group, dict) and isinstance(saved, dict)
+    return {key: value for key, value in group.items() if key in saved} if both else group
 
 
 def _renamed(group: Any, named: Any) -> Any:

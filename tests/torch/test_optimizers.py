@@ -398,3 +398,22 @@ def test_an_optimizer_with_a_generator_of_its_own_is_refused_until_the_streams_h
         flatten({"opt": optimizer})
     rng = RNG({"generator": optimizer.generator})
     flatten({"opt": optimizer, "rng": rng})
+
+
+def test_a_group_key_that_is_newer_than_the_checkpoint_keeps_its_value(tmp_path):
+    weight = torch.nn.Parameter(torch.ones(3))
+    old = torch.optim.SGD([weight], lr=0.5)
+    del old.param_groups[0]["maximize"]
+    ce.save(tmp_path, {"w": weight, "o": old})
+    new = torch.optim.SGD([weight], lr=0.1, maximize=True)
+    ce.load(tmp_path, into={"w": weight, "o": new})
+    assert (new.param_groups[0]["lr"], new.param_groups[0]["maximize"]) == (0.5, True)
+
+
+def test_groups_that_share_one_rate_tensor_get_tensors_of_their_own_where_their_saved_rates_differ(tmp_path):
+    a, b = torch.nn.Parameter(torch.ones(3)), torch.nn.Parameter(torch.ones(3))
+    saved = torch.optim.Adam([{"params": [a], "lr": 0.1}, {"params": [b], "lr": 0.2}])
+    ce.save(tmp_path, {"a": a, "b": b, "o": saved})
+    shared = torch.optim.Adam([{"params": [a]}, {"params": [b]}], lr=torch.tensor(0.5))
+    ce.load(tmp_path, into={"a": a, "b": b, "o": shared})
+    assert [round(float(group["lr"]), 6) for group in shared.param_groups] == [0.1, 0.2]

@@ -121,10 +121,17 @@ class OptimizerBinder(TensorBinder):
         saved = None if node is None else self._rebuild_groups(groups, names, path, node, node)
         if saved is None:
             return
+        told: dict[int, Any] = {}  # what each tensor that holds a number is set to
         for group, new in zip(groups, saved, strict=True):
             for key, value in new.items():
-                if key != "params":
-                    self._act(FRAMEWORK, functools.partial(adapter.set_hyperparameter, group, key, value))
+                if key == "params":
+                    continue
+                tensor = group.get(key)
+                holds = adapter.is_tensor(tensor) and type(value) in (int, float)
+                if holds and told.setdefault(id(tensor), value) != value:
+                    # Groups share one tensor, and have different numbers in the checkpoint: one of its own.
+                    self._act(FRAMEWORK, functools.partial(_give_own, adapter, group, key))
+                self._act(FRAMEWORK, functools.partial(adapter.set_hyperparameter, group, key, value))
 
     def _rebuild_groups(
         self, groups: list[dict[str, Any]], names: list[list[str]], path: Path, node: Node, optimizer: Node
@@ -176,3 +183,7 @@ def _shape_by_state(here: tuple[int, ...], current: Mapping[Any, Any], node: Nod
         return here
     odd = [shape for shape in shapes.values() if all(a != 1 for a in shape)]
     return odd[0] if odd and len(set(odd)) == 1 and not any(live.values()) else here
+
+
+def _give_own(adapter: Adapter, group: dict[str, Any], key: str) -> None:
+    group[key] = adapter.new_like(group[key], None)
