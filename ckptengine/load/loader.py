@@ -315,7 +315,7 @@ def _load(
     agree(comm, error, timeout, f"setting the state from {where}")
     if marks is not None:  # all ranks ask their objects once more, or none does
         try:
-            check_restored(checkpoint, state, binding, marks, comm.rank, comm.world_size)
+            check_restored(checkpoint, state, binding, marks, comm.rank, comm.world_size, timeout)
         except Exception as problem:
             error = problem
         agree(comm, error, timeout, f"comparing the state with {where}")

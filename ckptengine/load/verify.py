@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from ckptengine import _native
 from ckptengine.errors import CheckpointError, RestoreDifferenceError
 from ckptengine.load.checkpoint import Checkpoint
 from ckptengine.load.same import stored_parts
@@ -21,6 +22,7 @@ from ckptengine.state.leaf import HostMemory, Part, Path, is_inside
 from ckptengine.state.outline import part_order
 from ckptengine.state.sharded import ShardedArray
 from ckptengine.state.tree import FlatState, flatten_loaded
+from ckptengine.storage.within import within
 
 __all__ = ["Marks", "check_restored"]
 
@@ -117,9 +119,17 @@ def _lies_at(one: Found, read: Read) -> bool:
 
 
 def check_restored(
-    checkpoint: Checkpoint, state: Mapping[str, Any], binding: Binding, marks: Marks, rank: int, world_size: int
+    checkpoint: Checkpoint,
+    state: Mapping[str, Any],
+    binding: Binding,
+    marks: Marks,
+    rank: int,
+    world_size: int,
+    timeout: float,
 ) -> FlatState:
     """Walk the state as a save would and compare it with the checkpoint; return what the walk saw.
+
+    `timeout` bounds each array that is read once more, in seconds.
 
     Raises `RestoreDifferenceError` naming the leaves, the rank, what was stored and what is there now.
     """
@@ -134,7 +144,7 @@ def check_restored(
             f"rank {rank}: the state can't be compared with {checkpoint.location}, from which it was restored: "
             f"{error}. `verify=False` restores without looking"
         ) from error
-    differences += _arrays(checkpoint, promise, marks, found)
+    differences += _arrays(checkpoint, promise, marks, found, timeout)
     if kept:
         _log.warning(
             "%s: %d value(s) of objects are newer than the checkpoint and were left as they are: %s",
@@ -147,7 +157,9 @@ def check_restored(
     return flat
 
 
-def _arrays(checkpoint: Checkpoint, promise: Promise, marks: Marks, found: Sequence[Found]) -> list[Difference]:
+def _arrays(
+    checkpoint: Checkpoint, promise: Promise, marks: Marks, found: Sequence[Found], timeout: float
+) -> list[Difference]:
     """Return the arrays whose bytes, or whose order in memory, are not those of the checkpoint."""
     differences = []
     doubtful = _sharing(found, marks)
@@ -155,7 +167,7 @@ def _arrays(checkpoint: Checkpoint, promise: Promise, marks: Marks, found: Seque
         name = ".".join(map(str, one.path))
         if name in promise.cast:
             continue  # its bytes are what the cast made of them
-        if (number in doubtful or not marks.vouch_for(one)) and not _as_stored(checkpoint, one):
+        if (number in doubtful or not marks.vouch_for(one)) and not _as_stored(checkpoint, one, timeout):
             differences.append(Difference(one.path, f"other contents now than in the checkpoint, {_head(one)}"))
         elif one.entry.told and is_inside(one.path, promise.built) and marks.made(one) and not _lies_as_saved(one):
             order = "row-major" if one.entry.order is None else f"dimensions {one.entry.order}, outermost first"
@@ -183,9 +195,10 @@ def _lies_as_saved(one: Found) -> bool:
     return orders[0] == orders[1]
 
 
-def _as_stored(checkpoint: Checkpoint, one: Found) -> bool:
+def _as_stored(checkpoint: Checkpoint, one: Found, timeout: float) -> bool:
     """Whether an array has the bytes that are stored, which are read once more."""
-    stored = stored_parts(checkpoint, Read(one.entry.path, one.entry.rank, one.leaf), one.leaf)
+    read, doing = Read(one.entry.path, one.entry.rank, one.leaf), f"reading {checkpoint.location} once more"
+    stored = within(timeout, doing, lambda: stored_parts(checkpoint, read, one.leaf, timeout), _native.counters)
     pairs = zip(one.leaf.parts, stored, strict=True)
     return all(_equal(_host(part, one.leaf.dtype), array) for part, array in pairs)
 
