@@ -193,7 +193,7 @@ def test_with_each_tier_lost_in_turn_two_ranks_go_on_from_what_four_have_saved(i
 
 def test_another_job_that_took_the_run_over_is_not_written_over(bucket, tmp_path, caplog, monkeypatch):
     monkeypatch.setattr("ckptengine.tiers.mover._RETRY_SECONDS", (0.2, 0.5))
-    common = {"storage_options": bucket.options, "preemption": None, "timeout": 5}
+    common = {"storage_options": bucket.options, "preemption": None, "timeout": 20}
     first = ce.Checkpointer(f"{bucket.url}/run", local=tmp_path / "one", **common)
     first.save(1, state_of(1)).durable.result()
     first.flush()
