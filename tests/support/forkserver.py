@@ -87,9 +87,6 @@ class Forked:
         if self.poll() is None:
             os.kill(self.pid, number)
 
-    def terminate(self) -> None:
-        self.send_signal(signal.SIGTERM)
-
     def kill(self) -> None:
         """Kill it and what it has started, but for what has left its session."""
         if self.poll() is None:
@@ -129,14 +126,11 @@ def fork(
     socket.send_fds(connection, [len(request).to_bytes(8, "little")], [out, err])
     connection.sendall(request)
     try:
-        return Forked(connection, request_arguments(arguments), os.fdopen(reads, "r") if reads is not None else None)
+        output = os.fdopen(reads, "r") if reads is not None else None
+        return Forked(connection, [sys.executable, *map(str, arguments)], output)
     finally:
         if reads is not None:
             os.close(out)
-
-
-def request_arguments(arguments: list[str]) -> list[str]:
-    return [sys.executable, *map(str, arguments)]
 
 
 def start_server() -> None:
