@@ -25,6 +25,7 @@ __all__ = [
     "claim_name",
     "claimed_generations",
     "committed",
+    "is_later",
     "lineage",
     "manifest_name",
     "newest",
@@ -78,6 +79,12 @@ def step_directory(step: int) -> str:
     if not 0 <= step < _STEPS:
         raise ValueError(f"step {step}: steps count from 0 to 10**18 - 1; count from the beginning of the training")
     return f"step-{step:08d}"
+
+
+def is_later(directory: str, than: str) -> bool:
+    """Return whether two directories are of steps, and the first one's is the higher."""
+    first, second = (_number(_STEP, name, step_directory) for name in (directory, than))
+    return first is not None and second is not None and first > second
 
 
 def manifest_name(generation: int) -> str:

@@ -13,7 +13,7 @@ from ckptengine.archive.image import BLOCK_NBYTES
 from ckptengine.archive.record import ArchiveRecord
 from ckptengine.catalog.commit import attempt_directory, publish
 from ckptengine.catalog.lease import Lease
-from ckptengine.catalog.listing import Entry, manifest_name, read_manifest
+from ckptengine.catalog.listing import Entry, is_later, manifest_name, read_manifest
 from ckptengine.catalog.manifest import Manifest
 from ckptengine.catalog.receipt import Channel, Outcome, Receipt, StorageStore, collect
 from ckptengine.comm.base import Communicator
@@ -79,8 +79,9 @@ class Committer:
     def left_out(self, attempt: str, directory: str) -> bool:
         """Return whether this rank comes to an attempt in which the others save, or saved, something else.
 
-        Then it has left that out: the others are told, so that it fails for them at once, and all plan together. Only
-        where the job has a key-value store; without one, it shows when the receipts don't come.
+        Then it has left that out: the others are told, so that it fails for them at once, and all plan together. Where
+        theirs is a later step, it is they who are ahead, and the receipts tell all. Only where the job has a key-value
+        store; without one, it shows when the receipts don't come.
         """
         store = self._comm.store()
         if store is None or not self._tells_place:
@@ -89,7 +90,7 @@ class Committer:
         place = None
         with contextlib.suppress(CheckpointError):  # whatever ails the store, the save itself finds out
             place = channel.place()
-        if place is None or place == directory:
+        if place is None or place == directory or is_later(place, directory):
             return False
         text = f"it has left {place or 'this save'} out, and is at {directory or 'the next one'}"
         if self._comm.rank == 0:

@@ -433,13 +433,13 @@ class Saver:
     def _open(self, target: Target, reading: Reading | None, timeout: float) -> int:
         """Return the generation to write under; where rank 0 has yet to claim it, all ranks exchange a word.
 
-        That exchange also tells whether any rank's structure changed: then all plan together. They exchange it too
-        where they plan together anyway, as after a failure, which some of them may have met before they knew it.
+        That exchange also tells whether any rank's structure changed, or it has to plan with the others, as after a
+        failure of which not all know: then all plan together. They exchange it too where they plan together anyway.
         """
         self.generation = target.generation
         if target.generation is not None and not self._planner.together:
             return target.generation
-        word: dict[str, Any] = {"changed": self._planner.changed(reading)}
+        word: dict[str, Any] = {"together": self._planner.together or self._planner.changed(reading)}
         error = None
         if self._comm.rank == 0:
             try:
@@ -451,7 +451,7 @@ class Saver:
                 error = problem
         replies = gather(self._comm, json.dumps(word).encode(), error, timeout, f"opening {target.location}")
         words = [json.loads(reply) for reply in replies]
-        if any(word["changed"] for word in words):
+        if any(word["together"] for word in words):
             self._planner.together_next()
         self.generation = int(words[0]["generation"])
         return self.generation

@@ -7,6 +7,7 @@ import json
 import resource
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from torch.distributed.tensor import DTensor
 
 import ckptengine as ce
 from ckptengine.catalog import receipt
+from ckptengine.catalog.receipt import Channel
 from ckptengine.comm.base import Communicator, KeyValueStore
 from ckptengine.errors import (
     CheckpointDamagedError,
@@ -39,6 +41,7 @@ from ckptengine.errors import (
     LoadMismatchError,
     SaveFailedError,
 )
+from ckptengine.save.committer import Committer
 from ckptengine.snapshot.snapshotter import Snapshotter
 
 # Time.
@@ -296,14 +299,43 @@ def after_a_failure_of_one_rank_that_the_caller_survives_all_ranks_save_the_same
     assert committed == [1, 3, 4, 5]
 
 
-@scenario
-def ranks_at_different_steps_are_told_so(comm: Communicator, folder: Path) -> None:
-    with checkpointer(comm, folder) as ckpt:
+def save_apart(comm: Communicator, folder: Path, look: Callable[[Committer, str, str], bool]) -> None:
+    """Have rank 2 save a step that is ahead of the others'; `look` is in the place of `Committer.left_out`."""
+    with checkpointer(comm, folder) as ckpt, pytest.MonkeyPatch.context() as patched:
         ckpt.save(1, {"value": 1}).durable.result(30)
+        patched.setattr(Committer, "left_out", look)
         with pytest.raises(SaveFailedError, match="not at the same step.*step-00000002.*step-00000003"):
             ckpt.save(3 if comm.rank == 2 else 2, {"value": 2}).durable.result(30)
+        patched.undo()
         ckpt.save(4, {"value": 4}).durable.result(30)
     assert ce.load(folder) == {"value": 4}
+
+
+@scenario
+def ranks_at_different_steps_are_told_so(comm: Communicator, folder: Path) -> None:
+    left_out = Committer.left_out
+
+    def all_look_first(self: Committer, attempt: str, directory: str) -> bool:
+        found = left_out(self, attempt, directory)
+        dist.barrier()
+        return found
+
+    save_apart(comm, folder, all_look_first)
+
+
+@scenario
+def ranks_that_come_after_one_that_is_ahead_are_told_so_and_go_on_together(comm: Communicator, folder: Path) -> None:
+    left_out = Committer.left_out
+
+    def come_later(self: Committer, attempt: str, directory: str) -> bool:
+        store = comm.store()
+        assert store is not None
+        channel = Channel(store, attempt, comm.rank, comm.world_size)
+        while comm.rank != 2 and channel.place() is None:
+            time.sleep(0.01)
+        return left_out(self, attempt, directory)
+
+    save_apart(comm, folder, come_later)
 
 
 @scenario
