@@ -185,7 +185,7 @@ class LocalStorage(Storage):
         except OSError as error:
             raise failure("delete", path, error) from error
         if durable:
-            self._sync_directory(os.path.dirname(path))
+            self._sync_removal(path)
 
     def delete_tree(self, name: str) -> None:
         """Delete a directory and all below it; one that is missing is no error."""
@@ -196,7 +196,7 @@ class LocalStorage(Storage):
             return
         except OSError as error:
             raise failure("delete", path, error) from error
-        self._sync_directory(os.path.dirname(path))
+        self._sync_removal(path)
 
     def remove_directory(self, name: str) -> bool:
         """Remove a directory if it is empty; return whether it is gone."""
@@ -209,7 +209,7 @@ class LocalStorage(Storage):
             if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
                 return False
             raise failure("remove the directory", path, error) from error
-        self._sync_directory(os.path.dirname(path))
+        self._sync_removal(path)
         return True
 
     def touch(self, name: str) -> None:
@@ -305,6 +305,14 @@ class LocalStorage(Storage):
             with contextlib.suppress(OSError):
                 os.unlink(temporary)
             raise
+
+    def _sync_removal(self, path: str) -> None:
+        """Make it durable that a name is gone; who has removed the directory meanwhile sees to that."""
+        try:
+            self._sync_directory(os.path.dirname(path))
+        except StorageError as error:
+            if error.errno != errno.ENOENT:
+                raise
 
     def _sync_directory(self, path: str) -> None:
         checked("sync the directory", path, lambda: self._disk.sync_directory(path))

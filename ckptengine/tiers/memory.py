@@ -16,6 +16,7 @@ from typing import Literal
 from ckptengine.catalog.commit import attempt_directory
 from ckptengine.catalog.listing import (
     MAX_CLAIM_NBYTES,
+    Entry,
     attempt_of,
     claim_name,
     claimed_generations,
@@ -186,13 +187,21 @@ class MemoryTier:
         Raises `StorageError` where that can't be read: what may be committed is not overwritten.
         """
         for entry in reversed(committed(self.storage)):
-            try:
-                data = attempt_directory(entry.directory, read_manifest(self.storage, entry).attempt)
-            except (CheckpointDamagedError, FormatVersionError):
-                continue
-            if self._is_in(arena, data):
+            attempt = self._attempt(entry)
+            if attempt is not None and self._is_in(arena, attempt_directory(entry.directory, attempt)):
                 return entry.order
         return _NOTHING
+
+    def _attempt(self, entry: Entry) -> str | None:
+        """Return whose a manifest is, None where nobody can use it: it is damaged, or another rank has removed it."""
+        try:
+            return read_manifest(self.storage, entry).attempt
+        except (CheckpointDamagedError, FormatVersionError):
+            return None
+        except StorageError as error:
+            if error.errno != errno.ENOENT:
+                raise
+            return None
 
     def _is_in(self, arena: SharedArena, data: str) -> bool:
         return any(arena.is_file(self.storage.location(join(data, name))) for name in self.storage.list(data))
@@ -208,13 +217,8 @@ class MemoryTier:
         """Remove an attempt's manifests and its data; other ranks may be at the same."""
         attempt = attempt_of(data)
         for entry in committed(self.storage):
-            if entry.directory == directory:
-                try:
-                    mine = read_manifest(self.storage, entry).attempt == attempt
-                except (CheckpointDamagedError, FormatVersionError):
-                    mine = True  # nobody can use it
-                if mine:
-                    self.storage.delete(entry.manifest)
+            if entry.directory == directory and self._attempt(entry) in (attempt, None):
+                self.storage.delete(entry.manifest)
         for _ in range(2):
             try:
                 self.storage.delete_tree(join(directory, data))
@@ -232,8 +236,8 @@ class MemoryTier:
         with contextlib.suppress(CheckpointError):  # else the commit says that the place is taken
             for entry in committed(self.storage):
                 if (entry.directory, entry.generation) == (directory, generation):
-                    other = read_manifest(self.storage, entry).attempt
-                    if other != attempt:
+                    other = self._attempt(entry)
+                    if other not in (attempt, None):
                         self._remove(directory, f"data-{other}")
 
     def tidy(self, attempt: str) -> None:
@@ -297,24 +301,31 @@ class MemoryTier:
         self._clear(living=False)
 
     def _clear(self, living: bool) -> None:
-        left = False
         for _, directory in steps_of(self.storage):
             for name in self.storage.list(directory):
-                if attempt_of(name) is None:
-                    continue
-                if living or not self._is_held(join(directory, name)):
+                if attempt_of(name) is not None and (living or not self._is_held(join(directory, name))):
                     self._remove(directory, name)
-                else:
-                    left = True
             self._remove_directory(directory)
         self._remove_arenas()
-        for generation in claimed_generations(self.storage) if not left else ():
-            self.storage.delete(claim_name(generation))
+        if living:
+            self._remove_claims()
         self._remove_directories()
 
+    def _remove_claims(self) -> None:
+        for generation in claimed_generations(self.storage):
+            self.storage.delete(claim_name(generation))
+
     def _remove_directories(self) -> None:
-        """Remove the directories that are empty; the last rank of a node to end finds them so."""
-        for path in reversed(self._directories):
+        """Remove claims and directories once no arena and no step lies here; the last rank of a node finds it so."""
+        base, root, arenas = self._directories
+        try:
+            with contextlib.suppress(FileNotFoundError):
+                arenas.rmdir()
+        except OSError:
+            return  # somebody has an arena
+        if not steps_of(self.storage):
+            self._remove_claims()
+        for path in (root, base):
             with contextlib.suppress(OSError):
                 path.rmdir()
 

@@ -8,6 +8,7 @@ import shutil
 import threading
 import uuid
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -173,3 +174,28 @@ def test_whose_the_memory_is_tells_the_newest_claim_that_it_shares_with_the_run(
     memory.close(remove=False)
     assert tier(root, 0).note_claims(run) is other
     assert [entry.step for entry in committed(LocalStorage(root))] == ([] if other else [1])
+
+
+def test_nothing_stays_in_memory_after_ranks_that_end_at_the_same_moment(root):
+    for _ in range(60):
+        killed = [tier(root, rank) for rank in range(4)]
+        killed[0].note_claims({1: b"{}"})
+        for step in (1, 2):
+            for rank, memory in enumerate(killed):
+                memory.kept(publish(memory, rank, step))
+            commit(killed[0], step, 4)
+        for memory in killed:
+            memory.close(remove=False)
+        ranks, together = [tier(root, rank) for rank in range(4)], threading.Barrier(4)
+
+        def end(memory: MemoryTier, together: threading.Barrier, first: bool) -> None:
+            memory.prepare(NBYTES)
+            together.wait(60)
+            memory.close(remove=True)
+            if first:
+                memory.clear()
+
+        with ThreadPoolExecutor(4) as threads:
+            for ended in [threads.submit(end, memory, together, memory is ranks[0]) for memory in ranks]:
+                ended.result(60)
+        assert not root.parent.exists(), sorted(map(str, root.rglob("*")))
