@@ -28,7 +28,7 @@ from ckptengine.layout.rows import (
     number_starts,
 )
 from ckptengine.layout.tiling import Int64s, tiles
-from ckptengine.state.leaf import Path
+from ckptengine.schema.path import Path
 from ckptengine.storage.base import StorageView
 
 __all__ = ["LAYOUT_NAME", "StoredRows", "encode_layout", "open_layout"]

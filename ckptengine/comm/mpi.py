@@ -25,9 +25,9 @@ except ImportError as error:
 
 from ckptengine.comm.base import Communicator
 from ckptengine.comm.exchange import grace
-from ckptengine.comm.ranks import name_ranks
 from ckptengine.comm.single import SingleProcess
 from ckptengine.errors import CheckpointError, DeadlineError, RankFailedError
+from ckptengine.schema.ranks import name_ranks
 
 __all__ = ["MPICommunicator", "from_mpi"]
 

@@ -18,7 +18,6 @@ from ckptengine.catalog.best import Best
 from ckptengine.comm.agree import agree, gather
 from ckptengine.comm.base import Communicator
 from ckptengine.errors import CheckpointDamagedError, CheckpointError, RankFailedError, StorageError
-from ckptengine.layout.box import Box
 from ckptengine.load.checkpoint import Checkpoint, naming
 from ckptengine.load.choose import TRIES, Chooser, while_replaced
 from ckptengine.load.describe import describe
@@ -28,9 +27,11 @@ from ckptengine.load.same import brings_the_same
 from ckptengine.load.share import Counts, make_offer, read, together
 from ckptengine.load.verify import Marks, check_restored
 from ckptengine.load.window import StoppedElsewhere
+from ckptengine.schema.box import Box
+from ckptengine.schema.dtypes import DTYPES
+from ckptengine.schema.leaf import ArrayLeaf, Part
+from ckptengine.schema.path import Path, dotted
 from ckptengine.state.bind import Binding, LoadReport, bind
-from ckptengine.state.dtypes import DTYPES
-from ckptengine.state.leaf import ArrayLeaf, Part, Path, dotted
 from ckptengine.state.outline import put_in_order
 from ckptengine.state.select import Selection, renamer
 from ckptengine.state.tree import unflatten

@@ -17,9 +17,9 @@ from ckptengine.mindspore.tensor import (
     mindspore_dtype,
     view_tensor,
 )
+from ckptengine.schema.dtypes import DTYPES
+from ckptengine.schema.path import Path
 from ckptengine.state.adapters import Adapter, ModuleEntry, TensorView
-from ckptengine.state.dtypes import DTYPES
-from ckptengine.state.leaf import Path
 
 __all__ = ["MindSporeAdapter"]
 

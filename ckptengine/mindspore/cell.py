@@ -12,8 +12,8 @@ from mindspore.train import DynamicLossScaleManager
 
 from ckptengine.errors import StateError
 from ckptengine.mindspore.scheduler import is_scheduler, load_scheduler, scheduler_items
+from ckptengine.schema.path import Path, dotted
 from ckptengine.state.adapters import ModuleEntry
-from ckptengine.state.leaf import Path, dotted
 
 __all__ = ["is_module", "is_optimizer", "load_module", "module_entries", "module_values", "shared_weights"]
 

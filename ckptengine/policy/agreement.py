@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ckptengine.comm.base import KeyValueStore
-from ckptengine.comm.ranks import name_ranks
+from ckptengine.schema.ranks import name_ranks
 
 __all__ = ["Agreement", "Limit", "Request", "Verdict"]
 

@@ -32,14 +32,15 @@ from ckptengine.save.reading import Reading, StateReader
 from ckptengine.save.replicas import ReplicaCheck, replica_crcs
 from ckptengine.save.turn import Turns
 from ckptengine.save.values import StoredValues, stored_values
+from ckptengine.schema.dtypes import DTYPES
+from ckptengine.schema.leaf import ArrayLeaf, Placement
+from ckptengine.schema.path import Path, dotted
 from ckptengine.snapshot.feed import Feed
 from ckptengine.snapshot.pack import Checksums, CopyTable
 from ckptengine.snapshot.shared_arena import SharedArena
 from ckptengine.snapshot.snapshotter import Images, Snapshotter
 from ckptengine.state.adapters import adapters
-from ckptengine.state.dtypes import DTYPES
 from ckptengine.state.held import held_arrays
-from ckptengine.state.leaf import ArrayLeaf, Path, Placement, dotted
 from ckptengine.storage.stuck import operation_of
 from ckptengine.storage.within import within
 

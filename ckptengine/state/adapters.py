@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from ckptengine.state.leaf import Part, Path, Placement
+from ckptengine.schema.leaf import Part, Placement
+from ckptengine.schema.path import Path
 from ckptengine.state.random_stream import RandomStream
 
 __all__ = ["ABOUT", "Adapter", "Layouts", "ModuleEntry", "TensorView", "adapter_of_tensor", "adapters", "describe_type"]

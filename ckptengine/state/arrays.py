@@ -9,10 +9,11 @@ from typing import Any
 import numpy as np
 
 from ckptengine.errors import StateError
-from ckptengine.layout.box import Box
+from ckptengine.schema.box import Box
+from ckptengine.schema.dtypes import DTYPES, name_of_numpy_dtype
+from ckptengine.schema.leaf import HostMemory, Part, Placement
+from ckptengine.schema.path import Path, dotted
 from ckptengine.state.adapters import Adapter, TensorView
-from ckptengine.state.dtypes import DTYPES, name_of_numpy_dtype
-from ckptengine.state.leaf import HostMemory, Part, Path, Placement, dotted
 from ckptengine.state.numpy_random import NumpyStream
 from ckptengine.state.random_stream import RandomStream
 

@@ -6,8 +6,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from ckptengine.errors import CheckpointError, StateError
+from ckptengine.schema.path import Path, dotted
 from ckptengine.state.adapters import Adapter, ModuleEntry, describe_type
-from ckptengine.state.leaf import Path, dotted
 
 __all__ = ["Asked"]
 

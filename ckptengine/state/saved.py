@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from ckptengine.errors import CheckpointDamagedError, LoadMismatchError
+from ckptengine.schema.leaf import Placement
+from ckptengine.schema.path import Key, Path, dotted
 from ckptengine.state.adapters import describe_type
 from ckptengine.state.forms import Form
-from ckptengine.state.leaf import Key, Path, Placement, dotted
 from ckptengine.state.outline import Outline, in_given_order, renamed_key, sorted_keys
 from ckptengine.state.values import MAX_DEPTH
 

@@ -7,9 +7,9 @@ from collections.abc import Iterable
 from typing import Any
 
 from ckptengine.errors import StateError
-from ckptengine.layout.box import Box
+from ckptengine.schema.box import Box
+from ckptengine.schema.leaf import Placement
 from ckptengine.state.adapters import Adapter, adapter_of_tensor, describe_type
-from ckptengine.state.leaf import Placement
 
 __all__ = ["ShardedArray"]
 

@@ -8,12 +8,13 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ckptengine.errors import CheckpointDamagedError, StateError
-from ckptengine.layout.head import MAX_NDIM
+from ckptengine.schema.head import MAX_NDIM
+from ckptengine.schema.leaf import ArrayLeaf, DeviceMemory, Part, Placement
+from ckptengine.schema.path import Key, Path, dotted
 from ckptengine.state.adapters import ABOUT, Adapter, TensorView, describe_type
 from ckptengine.state.asked import Asked
 from ckptengine.state.forms import Form, container_kind, form_of, rebuild
 from ckptengine.state.kinds import Inspector, Kind, children, optimizer_names
-from ckptengine.state.leaf import ArrayLeaf, DeviceMemory, Key, Part, Path, Placement, dotted
 from ckptengine.state.loaders import is_stateful_loader
 from ckptengine.state.outline import Container, Outline, class_name, part_order, sorted_keys
 from ckptengine.state.own_state import STATE, named_state, numbers_of, parts_of

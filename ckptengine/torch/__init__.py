@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from ckptengine.schema.path import Path
 from ckptengine.state.adapters import Adapter, Layouts, ModuleEntry, TensorView
-from ckptengine.state.leaf import Path
 from ckptengine.state.random_stream import RandomStream
 from ckptengine.torch import accelerator
 from ckptengine.torch import module as _module

@@ -12,8 +12,8 @@ from torch.distributed._shard.sharded_tensor import ShardedTensor
 
 import ckptengine as ce
 from ckptengine.errors import CheckpointDamagedError, LoadMismatchError, StateError
-from ckptengine.state.dtypes import DTYPES
-from ckptengine.state.leaf import ArrayLeaf, DeviceMemory, HostMemory, Placement
+from ckptengine.schema.dtypes import DTYPES
+from ckptengine.schema.leaf import ArrayLeaf, DeviceMemory, HostMemory, Placement
 from ckptengine.state.per_rank import PerRank
 from ckptengine.state.sharded import ShardedArray
 from ckptengine.state.tree import flatten

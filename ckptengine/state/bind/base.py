@@ -6,11 +6,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
+from ckptengine.schema.leaf import ArrayLeaf, Placement
+from ckptengine.schema.path import Path, dotted, is_inside
 from ckptengine.state.adapters import Layouts
 from ckptengine.state.binding import Action, Promise, Read
 from ckptengine.state.extents import Taken, sharing
 from ckptengine.state.kinds import Inspector
-from ckptengine.state.leaf import ArrayLeaf, Path, Placement, dotted, is_inside
 from ckptengine.state.loaders import is_stateful_loader
 from ckptengine.state.outline import class_name, is_of_class
 from ckptengine.state.report import LoadReport

@@ -7,11 +7,11 @@ from collections.abc import Callable
 from typing import Any
 
 from ckptengine.errors import CheckpointError, LoadMismatchError
+from ckptengine.schema.path import Path, dotted
 from ckptengine.state.adapters import Adapter, describe_type
 from ckptengine.state.bind.base import OBJECTS, SET
 from ckptengine.state.bind.tensors import TensorBinder
 from ckptengine.state.kinds import Kind
-from ckptengine.state.leaf import Path, dotted
 from ckptengine.state.loaders import loader_mismatch
 from ckptengine.state.nested import per_rank_items, put_at, replace_contents
 from ckptengine.state.per_rank import PerRank

@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Mapping, MutableMapping
 from typing import Any
 
+from ckptengine.schema.path import Path, dotted
 from ckptengine.state.adapters import describe_type
 from ckptengine.state.bind.base import SET, Put
 from ckptengine.state.bind.live import is_optimizer_state
@@ -16,7 +17,6 @@ from ckptengine.state.bind.own_calls import OwnCallsBinder, has_own_names
 from ckptengine.state.extents import Taken, extents
 from ckptengine.state.forms import own_keys
 from ckptengine.state.kinds import Kind, children
-from ckptengine.state.leaf import Path, dotted
 from ckptengine.state.loaders import is_stateful_loader
 from ckptengine.state.saved import Node, SavedValue
 
