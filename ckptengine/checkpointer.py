@@ -11,9 +11,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Literal, NoReturn
 
-from ckptengine.catalog.best import Best, check_names, checked_best, checked_metrics
+from ckptengine.catalog.keep import Best, checked_best
 from ckptengine.catalog.listing import step_directory
 from ckptengine.catalog.manifest import checked_metadata
+from ckptengine.catalog.metrics import check_names, checked_metrics
 from ckptengine.catalog.naming import open_checkpoint
 from ckptengine.comm.base import Communicator
 from ckptengine.comm.select import current
@@ -26,8 +27,8 @@ from ckptengine.policy.arguments import (
     checked_choice,
     checked_comm,
     checked_count,
-    checked_keep_last,
     checked_location,
+    checked_policy,
     checked_preemption,
     checked_seconds,
     checked_state,
@@ -37,6 +38,7 @@ from ckptengine.policy.failures import Failures
 from ckptengine.policy.interval import Auto
 from ckptengine.policy.opening import Opening
 from ckptengine.policy.preemption import Preemption
+from ckptengine.policy.rules import Policy
 from ckptengine.policy.schedule import Schedule
 from ckptengine.policy.watch import Watch
 from ckptengine.save.handle import SaveHandle, SaveStats
@@ -71,7 +73,9 @@ class Checkpointer:
     the best by a metric that `step` is given: `keep_best="loss"` keeps the one with the lowest,
     `Best("accuracy", count=3, mode="max")` the three with the highest.
     `{"local": 2, "s3": 10}` gives each tier its own number, under the names `memory`, `local`, and `run` or the URL's
-    protocol. `on_error`: `"warn"` logs a failed save and lets training go on, until `max_failures` in a row; `"raise"`
+    protocol. All four are short for rules of a `Policy`; `policy` takes one in their place.
+
+    `on_error`: `"warn"` logs a failed save and lets training go on, until `max_failures` in a row; `"raise"`
     raises at the next call, after that call's own save has been started, so that the ranks stay in step. `when_busy`: a
     save that falls due while one is in flight waits for it, or is skipped on all ranks. `check_replicas` is that of
     `ckptengine.save`. `timeout`, in seconds, bounds every wait for other ranks or for the storage.
@@ -100,6 +104,7 @@ class Checkpointer:
         memory: bool | str | os.PathLike[str] = False,
         keep_every: int | None = None,
         keep_best: str | Best | Sequence[str | Best] | None = None,
+        policy: Policy | None = None,
         preemption: Preemption | None = _PREEMPTION,
         on_error: Literal["warn", "raise"] = "warn",
         max_failures: int = 3,
@@ -114,9 +119,7 @@ class Checkpointer:
         upload_bytes_per_second: float | None = None,
     ) -> None:
         self.run = checked_location("run", run)
-        keep_last = checked_keep_last(keep_last)
-        if keep_every is not None:
-            keep_every = checked_count("keep_every", keep_every, 1, "a number of steps (None: no such ones)")
+        self._policy = checked_policy(policy, every, keep_last, keep_every, keep_best)
         if memory not in (True, False):
             checked_location("memory", memory)
         if local is not None:
@@ -133,8 +136,7 @@ class Checkpointer:
         self.history: list[SaveStats] = []
         """The saves that were committed, oldest first."""
         self._comm = checked_comm(comm) or current(timeout)
-        self._schedule = Schedule(every, self._comm, timeout)
-        self._every = every
+        self._schedule = Schedule(self._policy.save_rules, self._comm, timeout)
         self._when_busy = when_busy
         self._check_replicas = replica_check(check_replicas)
         self._metadata = checked_metadata(metadata)
@@ -145,9 +147,7 @@ class Checkpointer:
             timeout,
             local=local,
             memory=memory,
-            keep_last=keep_last,
-            keep_every=keep_every,
-            keep_best=checked_best("keep_best", keep_best),
+            keep=self._policy.keep_rules,
             upload_bytes_per_second=upload_bytes_per_second,
             storage_options=storage_options,
         )
@@ -513,13 +513,13 @@ class Checkpointer:
     ) -> None:
         if error is None:
             self.close()
-            if self._unsaved is not None and self._every is not None and self._comm.rank == 0:
+            if self._unsaved is not None and self._policy.save and self._comm.rank == 0:
                 _log.warning(
-                    "step %d of %s was trained and is not saved (every=%s): call ckpt.save(step, state) after the "
-                    "loop to keep it",
+                    "step %d of %s was trained and is not saved (saves are due %s): call ckpt.save(step, state) after "
+                    "the loop to keep it",
                     self._unsaved,
                     self.run,
-                    self._every,
+                    self._policy.describe(),
                 )
             return
         try:

@@ -8,9 +8,9 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
 
-from ckptengine.catalog.best import Best
 from ckptengine.catalog.commit import attempt_directory
 from ckptengine.catalog.foreign import foreign_checkpoint, foreign_file
+from ckptengine.catalog.keep import Best
 from ckptengine.catalog.listing import Entry, Problem, committed, lineage, manifest_name, read_manifest
 from ckptengine.catalog.manifest import Manifest
 from ckptengine.comm.agree import share
@@ -206,7 +206,7 @@ class Chooser:
                     if view.size(item.entry.manifest) is not None:
                         read[item.entry] = read_manifest(view, item.entry)
                         break
-        found = best.of(read.items())
+        found = best.kept(read.items())
         if not found and read:
             metrics = sorted({name for manifest in read.values() for name in manifest.metrics})
             there = f"their metrics are {', '.join(metrics)}" if metrics else "none of them has metrics"

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ckptengine import _native
-from ckptengine.catalog.best import Best
+from ckptengine.catalog.keep import Best
 from ckptengine.comm.agree import agree, gather
 from ckptengine.comm.base import Communicator
 from ckptengine.errors import CheckpointDamagedError, CheckpointError, RankFailedError, StorageError

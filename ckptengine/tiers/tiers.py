@@ -12,13 +12,13 @@ import re
 import threading
 import time
 import weakref
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import Any
 
-from ckptengine.catalog.best import Best
 from ckptengine.catalog.commit import attempt_directory
 from ckptengine.catalog.generation import claim_generation
+from ckptengine.catalog.keep import Keep, KeepRule
 from ckptengine.catalog.lease import Lease, is_old
 from ckptengine.catalog.listing import (
     Entry,
@@ -45,7 +45,7 @@ from ckptengine.tiers.apart import check_apart
 from ckptengine.tiers.claims import claims_of, packed, unpacked
 from ckptengine.tiers.copy import check_same_run, copy_commit
 from ckptengine.tiers.inventory import Inventory, take_inventory
-from ckptengine.tiers.keep import Keep
+from ckptengine.tiers.keep import rules_of
 from ckptengine.tiers.memory import MemoryTier, memory_root
 from ckptengine.tiers.mover import Load, Mover, Share, carry
 from ckptengine.tiers.overlay import Overlay
@@ -63,7 +63,7 @@ class Tiers:
     """What one rank knows of the places of its run; methods marked "all ranks" are called by all, in one order.
 
     `first` is where saves commit: the local tier, or the home where there is none. `home` is the run's own place, which
-    all ranks see. Raises `ValueError` for a `keep_last` that names a tier which is not there.
+    all ranks see. Raises `ValueError` for a `keep` that names a tier which is not there.
     """
 
     def __init__(
@@ -74,9 +74,7 @@ class Tiers:
         *,
         local: str | os.PathLike[str] | None,
         memory: bool | str | os.PathLike[str],
-        keep_last: int | Mapping[str, int] | None,
-        keep_every: int | None,
-        keep_best: tuple[Best, ...],
+        keep: Keep,
         upload_bytes_per_second: float | None,
         storage_options: Mapping[str, Any] | None,
     ) -> None:
@@ -88,8 +86,8 @@ class Tiers:
         protocol = run.partition("://")[0] if "://" in run else "run"
         self._names = {"memory"} if memory else set()
         self._names |= {"local", protocol} if local is not None else {protocol}
-        self._keep = {name: Keep.of(keep_last, keep_every, keep_best, name, self._names) for name in self._names}
-        self._home_keep, self._first_keep = self._keep[protocol], self._keep["local" if local is not None else protocol]
+        rules = {name: rules_of(keep, name, self._names) for name in self._names}
+        self._home_keep, self._first_keep = rules[protocol], rules["local" if local is not None else protocol]
         self._pace = None if upload_bytes_per_second is None else Pace(upload_bytes_per_second)
         self._memory_base = memory
         self.memory: MemoryTier | None = None
@@ -318,17 +316,17 @@ class Tiers:
         except CheckpointError as error:
             _log.warning("%s: cleaning up failed: %s", self.home.location(), error)
 
-    def _retain(self, storage: Storage, keep: Keep, moved: str = "") -> None:
+    def _retain(self, storage: Storage, keep: Collection[KeepRule], moved: str = "") -> None:
         """Delete what may go; not what is still to be moved, of which the attempt `moved` is none any more.
 
         What this life has committed last, and has moved last, is known without reading, and stays.
         """
         with self._cleaning:
             self._tell(remove_leftovers(storage))
-            if keep.last is not None:
+            if keep:
                 protected = set() if self._mover is None else self._mover.protected
                 newest = {self._newest, moved} if storage is self.home else {self._newest}
-                self._tell(retain(storage, keep.last, keep.every, keep.best, (protected - {moved}) | newest))
+                self._tell(retain(storage, keep, (protected - {moved}) | newest))
 
     def _tell(self, problems: list[str]) -> None:
         for problem in problems:
