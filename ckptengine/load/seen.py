@@ -10,10 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ckptengine import _native
+from ckptengine.frameworks.registry import adapters
 from ckptengine.schema.dtypes import DTYPES
 from ckptengine.schema.leaf import ArrayLeaf, HostMemory, Part
 from ckptengine.snapshot.threads import copy_threads
-from ckptengine.state.adapters import adapters
 from ckptengine.state.extents import Extent, array_at, extent_of
 
 __all__ = ["Watch"]

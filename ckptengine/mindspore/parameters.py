@@ -12,7 +12,7 @@ from ckptengine.errors import StateError
 from ckptengine.mindspore.cell import is_optimizer, module_entries, shared_weights
 from ckptengine.mindspore.tensor import as_tensor
 from ckptengine.schema.dtypes import name_of_numpy_dtype
-from ckptengine.state.adapters import describe_type
+from ckptengine.schema.type_name import describe_type
 
 __all__ = [
     "APPENDED",

@@ -21,6 +21,7 @@ from ckptengine.catalog.receipt import patience
 from ckptengine.comm.agree import gather
 from ckptengine.comm.base import Communicator
 from ckptengine.errors import CheckpointError, DeadlineError, RankFailedError, SaveFailedError
+from ckptengine.frameworks.registry import adapters
 from ckptengine.save.archive import MemoryArchive, StorageArchive
 from ckptengine.save.aside import Aside
 from ckptengine.save.cleaner import Cleaner
@@ -39,7 +40,6 @@ from ckptengine.snapshot.feed import Feed
 from ckptengine.snapshot.pack import Checksums, CopyTable
 from ckptengine.snapshot.shared_arena import SharedArena
 from ckptengine.snapshot.snapshotter import Images, Snapshotter
-from ckptengine.state.adapters import adapters
 from ckptengine.state.held import held_arrays
 from ckptengine.storage.stuck import operation_of
 from ckptengine.storage.within import within

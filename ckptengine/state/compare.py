@@ -11,7 +11,7 @@ from typing import Any
 
 from ckptengine.schema.leaf import ArrayLeaf, Placement
 from ckptengine.schema.path import Path, dotted, is_inside
-from ckptengine.state.adapters import describe_type
+from ckptengine.schema.type_name import describe_type
 from ckptengine.state.binding import Promise
 from ckptengine.state.nested import item_of
 from ckptengine.state.outline import Container, class_name, is_of_class, sorted_keys

@@ -8,7 +8,7 @@ from typing import Any, cast
 
 from ckptengine.errors import CheckpointDamagedError, LoadMismatchError, StateError
 from ckptengine.schema.path import Key, Path, dotted
-from ckptengine.state.adapters import describe_type
+from ckptengine.schema.type_name import describe_type
 from ckptengine.state.classes import factory_name, full_name, is_namedtuple, named_factory, named_tuple
 from ckptengine.state.values import decode, encode
 

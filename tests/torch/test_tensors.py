@@ -18,7 +18,7 @@ from ckptengine.state.per_rank import PerRank
 from ckptengine.state.sharded import ShardedArray
 from ckptengine.state.tree import flatten
 from ckptengine.state.values import decode, encode
-from ckptengine.torch import TorchAdapter
+from ckptengine.torch.adapter import TorchAdapter
 
 SIGNED = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.complex128}
 

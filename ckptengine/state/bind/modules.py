@@ -7,8 +7,9 @@ import logging
 from typing import Any
 
 from ckptengine.errors import LoadMismatchError
+from ckptengine.frameworks.adapter import Adapter, ModuleEntry
 from ckptengine.schema.path import Path, dotted
-from ckptengine.state.adapters import Adapter, ModuleEntry, describe_type
+from ckptengine.schema.type_name import describe_type
 from ckptengine.state.bind.base import FRAMEWORK
 from ckptengine.state.bind.objects import hand_over
 from ckptengine.state.bind.tensors import TensorBinder

@@ -6,8 +6,8 @@ import functools
 from collections.abc import Mapping
 from typing import Any
 
+from ckptengine.frameworks.adapter import Adapter
 from ckptengine.schema.path import Path, dotted
-from ckptengine.state.adapters import Adapter
 from ckptengine.state.bind.base import FRAMEWORK
 from ckptengine.state.bind.objects import hand_over
 from ckptengine.state.bind.tensors import Maker, TensorBinder

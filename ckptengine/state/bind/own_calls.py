@@ -5,8 +5,8 @@ from __future__ import annotations
 import functools
 from typing import Any
 
+from ckptengine.frameworks.adapter import Adapter
 from ckptengine.schema.path import Path, dotted
-from ckptengine.state.adapters import Adapter
 from ckptengine.state.bind.base import FRAMEWORK
 from ckptengine.state.bind.modules import ModuleBinder
 from ckptengine.state.bind.objects import ObjectBinder, hand_over

@@ -13,11 +13,13 @@ from typing import Any
 import numpy as np
 
 from ckptengine.errors import LoadMismatchError, StateError
+from ckptengine.frameworks.adapter import ABOUT, Adapter, Layouts, TensorView
+from ckptengine.frameworks.numpy import NumpyAdapter
+from ckptengine.frameworks.registry import adapters
 from ckptengine.schema.dtypes import DTYPES
 from ckptengine.schema.leaf import ArrayLeaf, Part, Placement
 from ckptengine.schema.path import Path, dotted
-from ckptengine.state.adapters import ABOUT, Adapter, Layouts, TensorView, adapters, describe_type
-from ckptengine.state.arrays import NumpyAdapter
+from ckptengine.schema.type_name import describe_type
 from ckptengine.state.bind.base import CONVERT, SET, BinderBase, Put
 from ckptengine.state.bind.live import is_optimizer_state, live_tensors
 from ckptengine.state.binding import Read
