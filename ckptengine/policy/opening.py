@@ -61,6 +61,9 @@ class Opening:
         name = gather(self._comm, token, error, self._timeout, doing)[0].decode()
         self._tiers.open(name)
         self.found = self._tiers.found
+        if self._comm.rank == 0:
+            newest = "no checkpoint yet" if self.found is None else f"the newest is step {self.found}"
+            _log.info("%s: opened by %d rank(s); %s", self._run, self._comm.world_size, newest)
         return name
 
     def _prepare(self) -> None:

@@ -309,6 +309,7 @@ class Tiers:
 
     def _came_home(self, load: Load) -> None:
         self.uploaded = load.manifest.step
+        _log.info("%s: step %s is uploaded", self.home.location(), self.uploaded)
         try:
             self._retain(self.home, self._home_keep, load.manifest.attempt)
             if self.local is not None:
