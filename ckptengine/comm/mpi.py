@@ -25,7 +25,7 @@ except ImportError as error:
 
 from ckptengine.comm.base import Communicator
 from ckptengine.comm.exchange import grace
-from ckptengine.comm.single import SingleProcess
+from ckptengine.comm.single import ALONE
 from ckptengine.errors import CheckpointError, DeadlineError, RankFailedError
 from ckptengine.schema.ranks import name_ranks
 
@@ -46,7 +46,6 @@ _MOST_TEXT = 900
 """Bytes of an error's text: a word must fit into what every MPI sends eagerly, so that receiving it never blocks."""
 
 _log = logging.getLogger("ckptengine")
-_alone = SingleProcess()  # one for the process: plans and memory are kept by communicator
 
 
 class _Word(IntEnum):
@@ -506,7 +505,7 @@ def from_mpi(comm: MPI.Intracomm | None = None, timeout: float = _CONNECT_TIMEOU
     if comm.Is_inter():
         raise ValueError("an intercommunicator has two groups of ranks: give the communicator of one")
     if comm.Get_size() == 1:
-        return _alone
+        return ALONE
     if _keyval is None:
         _keyval = MPI.Comm.Create_keyval()
     known = comm.Get_attr(_keyval)

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ckptengine import _native
+import ckptengine._native as _native
 from ckptengine.catalog.keep import Best
 from ckptengine.comm.agree import agree, gather
 from ckptengine.comm.base import Communicator

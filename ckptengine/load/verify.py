@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from ckptengine import _native
+import ckptengine._native as _native
 from ckptengine.errors import CheckpointError, RestoreDifferenceError
 from ckptengine.frameworks.adapter import TensorView
 from ckptengine.frameworks.registry import adapters

@@ -11,7 +11,7 @@ from typing import Any
 
 from ckptengine.archive.tail import build_tail
 from ckptengine.catalog.manifest import utc_now
-from ckptengine.comm.site import Site
+from ckptengine.catalog.site import Site
 from ckptengine.save.handle import Phase, SaveHandle
 from ckptengine.save.planner import Plan
 from ckptengine.save.values import StoredValues

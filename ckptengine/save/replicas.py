@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from ckptengine import _native
+import ckptengine._native as _native
 from ckptengine.archive.image import BLOCK_NBYTES
 from ckptengine.errors import ReplicaMismatchError, SaveFailedError
 from ckptengine.schema.dtypes import DTYPES

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ckptengine import _native
+import ckptengine._native as _native
 from ckptengine.archive.image import BLOCK_NBYTES, Chunk, Image
 from ckptengine.errors import StateError
 from ckptengine.layout.tiling import strides_of

@@ -9,9 +9,9 @@ from collections.abc import Iterable, Sequence
 
 from ckptengine.catalog.listing import attempt_of, claim_name, claimed_generations, step_directories
 from ckptengine.catalog.manifest import MAX_MANIFEST_NBYTES
+from ckptengine.catalog.site import Site
 from ckptengine.comm.agree import gather, share
 from ckptengine.comm.base import Communicator
-from ckptengine.comm.site import Site
 from ckptengine.storage.base import StorageView, join
 from ckptengine.storage.within import within
 from ckptengine.tiers.overlay import Reported

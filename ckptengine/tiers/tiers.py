@@ -30,9 +30,9 @@ from ckptengine.catalog.listing import (
 from ckptengine.catalog.manifest import Manifest
 from ckptengine.catalog.receipt import StorageStore
 from ckptengine.catalog.retention import remove_leftovers, retain
+from ckptengine.catalog.site import Site, find_sites
 from ckptengine.comm.agree import gather, share
 from ckptengine.comm.base import Communicator
-from ckptengine.comm.site import Site, find_sites
 from ckptengine.errors import CheckpointError, DeadlineError, SaveFailedError, StorageError
 from ckptengine.load.checkpoint import Checkpoint
 from ckptengine.save.job import Job, Target

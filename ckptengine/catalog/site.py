@@ -34,11 +34,6 @@ class Site:
         """Whether all ranks see the same."""
         return len(self.leaders) == 1
 
-    @classmethod
-    def everyone(cls, comm: Communicator) -> Site:
-        """Return the site of a storage that all ranks see by its nature, such as an object store."""
-        return cls(comm.rank, tuple(range(comm.world_size)), (0,))
-
 
 def find_sites(storages: Sequence[Storage], comm: Communicator, token: str, timeout: float) -> list[Site]:
     """Return for each storage the ranks that see the same; all ranks call it, with a `token` of 12 hex digits.
