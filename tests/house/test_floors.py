@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -186,3 +187,10 @@ def test_what_breaks_the_rules_is_named(tmp_path: Path) -> None:
         "ckptengine/load/fill, line 2: imports torch.nn",
         "ckptengine/load/seen, line 2: imports a module by a name",
     ]
+
+
+def test_the_floors_are_those_that_the_design_draws() -> None:
+    text = (PACKAGE.parent / "docs" / "design.md").read_text().partition("## The floors")[2].split("```")[1]
+    drawn = [set(re.findall(r"\w+", line[:48].replace("(csrc/)", ""))) for line in text.splitlines()]
+    below = [rooms for rooms in reversed(drawn) if rooms]
+    assert below == [{"__init__" if room == "ckptengine" else room for room in floor} for floor in FLOORS]
