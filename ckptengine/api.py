@@ -12,6 +12,7 @@ from ckptengine.comm.base import Communicator
 from ckptengine.comm.select import current
 from ckptengine.errors import SaveFailedError
 from ckptengine.frameworks.registry import framework
+from ckptengine.lifecycle import after_fork
 from ckptengine.load.loader import LoadOptions, load_arrays, load_newest, tell_leftovers
 from ckptengine.policy.arguments import checked_comm, checked_seconds, checked_step
 from ckptengine.save.handle import SaveHandle, SaveStats
@@ -110,7 +111,7 @@ def _after_fork() -> None:
     _lock = threading.RLock()
 
 
-os.register_at_fork(after_in_child=_after_fork)
+after_fork(_after_fork)
 
 
 @overload

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import functools
 import json
@@ -11,7 +10,6 @@ import os
 import re
 import threading
 import time
-import weakref
 from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import Any
@@ -34,6 +32,7 @@ from ckptengine.catalog.site import Site, find_sites
 from ckptengine.comm.agree import gather, share
 from ckptengine.comm.base import Communicator
 from ckptengine.errors import CheckpointError, DeadlineError, SaveFailedError, StorageError
+from ckptengine.lifecycle import Living
 from ckptengine.load.checkpoint import Checkpoint
 from ckptengine.save.job import Job, Target
 from ckptengine.snapshot.shared_arena import SharedArena
@@ -555,18 +554,4 @@ def _entry(checkpoint: Checkpoint) -> Entry:
     return Entry(manifest.step, manifest.generation, checkpoint.directory)
 
 
-_living: weakref.WeakSet[Tiers] = weakref.WeakSet()
-
-
-def _after_fork() -> None:
-    for tiers in list(_living):
-        tiers.abandon()
-
-
-def _at_exit() -> None:
-    for tiers in list(_living):
-        tiers.end()
-
-
-os.register_at_fork(after_in_child=_after_fork)
-atexit.register(_at_exit)
+_living: Living[Tiers] = Living(forked=Tiers.abandon, ended=Tiers.end)

@@ -16,7 +16,7 @@ PACKAGE = Path(ckptengine.__file__).parent
 
 # From the ground up. A room may import the rooms of lower floors, and nothing of its own floor but itself.
 FLOORS = (
-    ("errors", "schema", "_native"),
+    ("errors", "schema", "lifecycle", "_native"),
     ("counters", "frameworks", "layout", "comm"),
     ("state", "storage"),
     ("archive", "data"),
@@ -191,6 +191,12 @@ def test_what_breaks_the_rules_is_named(tmp_path: Path) -> None:
 
 def test_the_floors_are_those_that_the_design_draws() -> None:
     text = (PACKAGE.parent / "docs" / "design.md").read_text().partition("## The floors")[2].split("```")[1]
-    drawn = [set(re.findall(r"\w+", line[:48].replace("(csrc/)", ""))) for line in text.splitlines()]
+    drawn = [set(re.findall(r"\w+", line[:48])) for line in text.splitlines()]
     below = [rooms for rooms in reversed(drawn) if rooms]
     assert below == [{"__init__" if room == "ckptengine" else room for room in floor} for floor in FLOORS]
+
+
+def test_fork_and_exit_are_registered_in_one_place(package: list[Import]) -> None:
+    assert {one.module for one in package if one.target == "atexit"} == {"ckptengine.lifecycle"}
+    naming = [path for path in PACKAGE.rglob("*.py") if "register_at_fork" in path.read_text()]
+    assert naming == [PACKAGE / "lifecycle.py"]
