@@ -29,7 +29,7 @@ from ckptengine.catalog.manifest import Manifest
 from ckptengine.catalog.receipt import StorageStore
 from ckptengine.catalog.retention import remove_leftovers, retain
 from ckptengine.catalog.site import Site, find_sites
-from ckptengine.comm.agree import gather, share
+from ckptengine.comm.agree import from_first, on_all, share
 from ckptengine.comm.base import Communicator
 from ckptengine.errors import CheckpointError, DeadlineError, SaveFailedError, StorageError
 from ckptengine.lifecycle import Living
@@ -130,9 +130,9 @@ class Tiers:
         """Make the near tiers ready, and see who shares them; all ranks. `token` is this life's, 16 hex digits."""
         if self.local is None and not self._memory_base:
             return
-        error: Exception | None = None
         doing = "opening the tiers"
-        try:
+
+        def make() -> None:
             if self.local is not None:
                 within(self._timeout, doing, self.local.create)
             if self._memory_base:
@@ -140,9 +140,8 @@ class Tiers:
                 root = memory_root(self.home.location(), True if isinstance(base, bool) else base)
                 self.memory = MemoryTier(root, self._comm.rank)
                 self.memory.open()
-        except Exception as problem:
-            error = problem
-        gather(self._comm, b"", error, self._timeout, doing)
+
+        on_all(self._comm, make, self._timeout, doing)
         storages = [self.memory.storage] if self.memory is not None else []
         storages += [self.local] if self.local is not None else []
         sites = find_sites(storages, self._comm, token[:12], self._timeout)
@@ -168,16 +167,15 @@ class Tiers:
 
     def _compare_claims(self, doing: str) -> None:
         """Tell a tier of another run by its claims; what lies in memory of one is removed."""
-        claims, error = b"{}", None
-        try:
-            if self._comm.rank == 0:
-                found = within(self._timeout, doing, lambda: claims_of(self.home))
-                self._generation = max(found, default=0)
-                claims = packed(found)
-        except Exception as problem:
-            error = problem
-        claims = share(self._comm, claims if self._comm.rank == 0 else None, error, self._timeout, doing)
-        try:
+
+        def read() -> bytes:
+            found = within(self._timeout, doing, lambda: claims_of(self.home))
+            self._generation = max(found, default=0)
+            return packed(found)
+
+        claims = from_first(self._comm, read, self._timeout, doing)
+
+        def compare() -> None:
             # The disk first: where it is refused, what lies in memory may be needed yet.
             local, site = self.local, self._site
             if local is not None and site is not None and site.leads:
@@ -190,9 +188,8 @@ class Tiers:
                 )
             if self._comm.rank == 0:
                 self.found = within(self._timeout, doing, self.newest)
-        except Exception as problem:
-            error = problem
-        gather(self._comm, b"", error, self._timeout, doing)
+
+        on_all(self._comm, compare, self._timeout, doing)
 
     def _begin_local(self, local: LocalStorage, site: Site, claims: Mapping[int, bytes]) -> None:
         """Check that the local tier is this run's, give it the claims that it lacks, and sweep it."""
@@ -351,43 +348,38 @@ class Tiers:
         if all(site.shared for _, site in near):
             return
         doing = f"bringing {checkpoint.directory} to {self.home.location()}"
-        shares: list[str] = []
-        load: Load | None = None
-        error: Exception | None = None
+        begun: list[Load] = []  # on rank 0, what is brought
         with contextlib.ExitStack() as held:
-            if self._comm.rank == 0:
-                try:
-                    load = within(self._timeout, doing, lambda: self._needed(checkpoint, near, skipped))
-                    if load is not None:
-                        shares = [one.encode().decode() for one in load.shares(self._comm.world_size)]
-                        lease = Lease(self.home, load.data)
-                        within(self._timeout, doing, lease.__enter__)
-                        held.callback(within, self._timeout, doing, lambda: lease.__exit__(None, None, None))
-                except Exception as problem:
-                    error = problem
-            mine = json.dumps(shares).encode() if self._comm.rank == 0 else None
-            shares = json.loads(share(self._comm, mine, error, self._timeout, doing))
+
+            def begin() -> bytes:
+                load = within(self._timeout, doing, lambda: self._needed(checkpoint, near, skipped))
+                if load is None:
+                    return json.dumps([]).encode()
+                begun.append(load)
+                lease = Lease(self.home, load.data)
+                within(self._timeout, doing, lease.__enter__)
+                held.callback(within, self._timeout, doing, lambda: lease.__exit__(None, None, None))
+                return json.dumps([one.encode().decode() for one in load.shares(self._comm.world_size)]).encode()
+
+            shares = json.loads(from_first(self._comm, begin, self._timeout, doing))
             if not shares:
                 return
-            own, source = Share.decode(shares[self._comm.rank].encode()), Overlay([one for one, _ in near])
-            pieces: list[int] = []
-            try:
-                copy = functools.partial(carry, own, source, self.home, progress=pieces.append)
-                within(self._timeout, doing, copy, lambda: len(pieces))
-            except Exception as problem:
-                error = problem
-            gather(self._comm, b"", error, self._timeout, doing)
-            try:
-                if load is not None:
-                    begun = load
-                    within(
-                        self._timeout,
-                        doing,
-                        lambda: copy_commit(checkpoint.storage, self.home, begun.directory, begun.manifest),
-                    )
-            except Exception as problem:
-                error = problem
-            share(self._comm, b"" if self._comm.rank == 0 else None, error, self._timeout, doing)
+
+            def copy() -> None:
+                own, source = Share.decode(shares[self._comm.rank].encode()), Overlay([one for one, _ in near])
+                pieces: list[int] = []
+                one = functools.partial(carry, own, source, self.home, progress=pieces.append)
+                within(self._timeout, doing, one, lambda: len(pieces))
+
+            on_all(self._comm, copy, self._timeout, doing)
+
+            def commit() -> bytes:
+                for load in begun:
+                    one = functools.partial(copy_commit, checkpoint.storage, self.home, load.directory, load.manifest)
+                    within(self._timeout, doing, one)
+                return b""
+
+            from_first(self._comm, commit, self._timeout, doing)
         if isinstance(checkpoint.storage, Overlay):
             checkpoint.storage.forget()
 
