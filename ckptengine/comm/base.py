@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 
-import ckptengine.comm.ending  # noqa: F401  # before all that saves, so that its end comes after theirs
-
 __all__ = ["Communicator", "KeyValueStore"]
 
 

@@ -14,8 +14,8 @@ from typing import Any
 
 from ckptengine.comm.base import Communicator, KeyValueStore
 from ckptengine.comm.keyvalue import delete_large, get_large, poll, put_large
-from ckptengine.comm.ranks import name_ranks
 from ckptengine.errors import CheckpointError, DeadlineError, RankFailedError
+from ckptengine.schema.ranks import name_ranks
 
 __all__ = ["StoreCommunicator", "connect"]
 

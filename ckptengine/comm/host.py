@@ -16,9 +16,7 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Sequence
-from typing import Any
 
-from ckptengine.comm.ending import ends_last
 from ckptengine.comm.keyvalue import MemoryStore
 from ckptengine.comm.wire import (
     HELLO_NBYTES,
@@ -34,6 +32,7 @@ from ckptengine.comm.wire import (
     tune,
 )
 from ckptengine.errors import CheckpointError
+from ckptengine.lifecycle import Living
 
 __all__ = ["StoreHost"]
 
@@ -66,8 +65,7 @@ class StoreHost(MemoryStore):
         self._finish = weakref.finalize(self, self._service.stop, 0.0)
         self._finish.atexit = False
         threading.Thread(target=self._service.run, name="ckptengine-store", daemon=True).start()
-        ends_last(self)
-        _services.add(self._service)
+        _hosts.add(self)
 
     def set(self, key: str, value: bytes) -> None:
         """Store a value."""
@@ -87,8 +85,11 @@ class StoreHost(MemoryStore):
 
     def close(self) -> None:
         """Stop serving once the others have gone, after 10 seconds at most."""
-        if os.getpid() == self._process:
-            self._service.stop(_LINGER_SECONDS)
+        self._service.stop(_LINGER_SECONDS)
+
+    def forked(self) -> None:
+        """Let go, in a process that was forked, of what serves the store."""
+        self._service.forked()
 
     def _check_process(self) -> None:
         if os.getpid() != self._process:
@@ -412,12 +413,4 @@ class _Serving:
         self._service.serve(self._connection, events)
 
 
-_services: weakref.WeakSet[Any] = weakref.WeakSet()
-
-
-def _after_fork() -> None:
-    for service in list(_services):
-        service.forked()
-
-
-os.register_at_fork(after_in_child=_after_fork)
+_hosts: Living[StoreHost] = Living(StoreHost.forked, StoreHost.close, last=True)

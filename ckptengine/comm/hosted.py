@@ -8,15 +8,13 @@ import os
 import secrets
 import socket
 import time
-import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from ckptengine.comm.base import KeyValueStore
-from ckptengine.comm.ending import ends_last
 from ckptengine.comm.wire import MAGIC, NONCE_NBYTES, PROOF_NBYTES, REPLY, REQUEST, Operation, Status, proof, tune
 from ckptengine.errors import CheckpointError, RankFailedError
+from ckptengine.lifecycle import Living
 
 __all__ = ["HostedStore"]
 
@@ -55,7 +53,6 @@ class HostedStore(KeyValueStore):
         self._gone_until = -float("inf")
         self._gone_text = ""
         self._idle.append(self._connect(timeout))
-        ends_last(self)
         _stores.add(self)
 
     def set(self, key: str, value: bytes) -> None:
@@ -210,12 +207,4 @@ def _place(host: str, port: int) -> str:
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
-_stores: weakref.WeakSet[Any] = weakref.WeakSet()
-
-
-def _after_fork() -> None:
-    for store in list(_stores):
-        store.forked()
-
-
-os.register_at_fork(after_in_child=_after_fork)
+_stores: Living[HostedStore] = Living(HostedStore.forked, HostedStore.close, last=True)

@@ -25,7 +25,7 @@ from ckptengine.comm.exchange import connect
 from ckptengine.comm.host import StoreHost
 from ckptengine.comm.hosted import HostedStore
 from ckptengine.comm.interfaces import addresses, listen, machine
-from ckptengine.comm.single import SingleProcess
+from ckptengine.comm.single import ALONE
 from ckptengine.errors import CheckpointError, DeadlineError, RankFailedError
 
 __all__ = ["from_mpi"]
@@ -42,8 +42,6 @@ _MISSED = "ckptengine/missed"
 _LOOPBACKS = ("127.0.0.1", "::1")
 _SPINS = 100
 _LONGEST_PAUSE = 0.01
-
-_alone = SingleProcess()  # one for the process: plans and memory are kept by communicator
 
 
 @dataclass(slots=True)
@@ -77,7 +75,7 @@ def from_mpi(comm: MPI.Intracomm | None = None, timeout: float = _CONNECT_TIMEOU
     if comm.Is_inter():
         raise ValueError("an intercommunicator has two groups of ranks: give the communicator of one")
     if comm.Get_size() == 1:
-        return _alone
+        return ALONE
     if not MPI.Is_thread_main() and MPI.Query_thread() < MPI.THREAD_SERIALIZED:
         raise CheckpointError(
             "MPI was initialized for calls from one thread, and this is another one: make the first Checkpointer, or "

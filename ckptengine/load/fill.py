@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ckptengine import _native
+import ckptengine._native as _native
 from ckptengine.archive.image import BLOCK_NBYTES
 from ckptengine.archive.reader import Archive
 from ckptengine.errors import DeadlineError
@@ -19,8 +19,8 @@ from ckptengine.layout.read_plan import Copy, WantedPart, blocks, plan_read
 from ckptengine.layout.tiling import Int64s
 from ckptengine.load.checkpoint import Checkpoint
 from ckptengine.load.schedule import needed_nbytes
-from ckptengine.state.dtypes import DTYPES
-from ckptengine.state.leaf import ArrayLeaf, DeviceMemory, HostMemory
+from ckptengine.schema.dtypes import DTYPES
+from ckptengine.schema.leaf import ArrayLeaf, DeviceMemory, HostMemory
 from ckptengine.storage.stuck import operation_of
 from ckptengine.storage.within import within
 

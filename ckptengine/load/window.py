@@ -10,13 +10,13 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from ckptengine import _native
+import ckptengine._native as _native
 from ckptengine.archive.image import BLOCK_NBYTES
 from ckptengine.archive.reader import Archive
-from ckptengine.comm.ranks import name_ranks
 from ckptengine.errors import DeadlineError
 from ckptengine.load.node import Neighbour
 from ckptengine.load.schedule import REQUEST_NBYTES, Request
+from ckptengine.schema.ranks import name_ranks
 
 __all__ = ["LOOK", "MOST_RANKS", "MOST_SLOTS", "StoppedElsewhere", "Window", "window_nbytes"]
 

@@ -11,13 +11,14 @@ from typing import Any
 
 import numpy as np
 
-from ckptengine import _native
+import ckptengine._native as _native
 from ckptengine.archive.image import BLOCK_NBYTES
-from ckptengine.comm.ranks import name_ranks
 from ckptengine.errors import ReplicaMismatchError, SaveFailedError
+from ckptengine.schema.dtypes import DTYPES
+from ckptengine.schema.leaf import ArrayLeaf, HostMemory, Placement
+from ckptengine.schema.path import Path, dotted
+from ckptengine.schema.ranks import name_ranks
 from ckptengine.snapshot.threads import copy_threads
-from ckptengine.state.dtypes import DTYPES
-from ckptengine.state.leaf import ArrayLeaf, HostMemory, Path, Placement, dotted
 
 __all__ = ["ReplicaCheck", "compare_replicas", "decode_crcs", "encode_crcs", "replica_check", "replica_crcs"]
 

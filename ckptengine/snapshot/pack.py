@@ -10,14 +10,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ckptengine import _native
+import ckptengine._native as _native
 from ckptengine.archive.image import BLOCK_NBYTES, Chunk, Image
 from ckptengine.errors import StateError
-from ckptengine.layout.box import Box
 from ckptengine.layout.tiling import strides_of
+from ckptengine.schema.box import Box
+from ckptengine.schema.dtypes import DTYPES
+from ckptengine.schema.leaf import ArrayLeaf, DeviceMemory, HostMemory, Part
+from ckptengine.schema.path import Path, dotted
 from ckptengine.snapshot.threads import copy_threads
-from ckptengine.state.dtypes import DTYPES
-from ckptengine.state.leaf import ArrayLeaf, DeviceMemory, HostMemory, Part, Path, dotted
 
 __all__ = ["Checksums", "CopyTable"]
 

@@ -185,7 +185,7 @@ class RemoteStorage(Storage):
         index: Buffer,
     ) -> int:
         """Read ranges in requests of bounded size, several in flight; each is verified and scattered as it comes."""
-        from ckptengine import _native
+        import ckptengine._native as _native
 
         key = check_name(name)
         rows = np.frombuffer(ranges, np.int64).reshape(-1, 2)
