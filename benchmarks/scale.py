@@ -26,7 +26,6 @@ from ckptengine.archive.record import ArchiveRecord
 from ckptengine.catalog.listing import committed, manifest_name, read_manifest
 from ckptengine.catalog.manifest import Manifest
 from ckptengine.comm.base import Communicator, KeyValueStore
-from ckptengine.layout.box import Box
 from ckptengine.layout.merge import merge
 from ckptengine.layout.rank_rows import PackedRows
 from ckptengine.layout.read_plan import WantedPart, plan_read
@@ -35,8 +34,9 @@ from ckptengine.load.checkpoint import Checkpoint
 from ckptengine.save.planner import Plan, Planner
 from ckptengine.save.reading import Reading, structure_of
 from ckptengine.save.values import stored_values
+from ckptengine.schema.box import Box
+from ckptengine.schema.leaf import ArrayLeaf, HostMemory, Part, Placement
 from ckptengine.state.asked import Asked
-from ckptengine.state.leaf import ArrayLeaf, HostMemory, Part, Placement
 from ckptengine.state.tree import flatten_traced
 from ckptengine.storage.local import LocalStorage
 

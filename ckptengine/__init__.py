@@ -7,7 +7,7 @@ if sys.platform != "linux":
 
 from ckptengine import errors
 from ckptengine.api import async_save, load, save
-from ckptengine.catalog.best import Best
+from ckptengine.catalog.keep import Best, KeepEvery, KeepLast, KeepSteps
 from ckptengine.checkpointer import Checkpointer
 from ckptengine.comm.single import SingleProcess
 from ckptengine.data.sampler import ElasticSampler
@@ -15,6 +15,7 @@ from ckptengine.data.shards import Shards
 from ckptengine.data.stream import ElasticBatches
 from ckptengine.policy.interval import Auto
 from ckptengine.policy.preemption import Preemption
+from ckptengine.policy.rules import AtSteps, Every, Policy
 from ckptengine.save.handle import SaveHandle, SaveStats
 from ckptengine.state.per_rank import PerRank
 from ckptengine.state.report import LoadReport
@@ -23,13 +24,19 @@ from ckptengine.state.sharded import ShardedArray
 
 __all__ = [
     "RNG",
+    "AtSteps",
     "Auto",
     "Best",
     "Checkpointer",
     "ElasticBatches",
     "ElasticSampler",
+    "Every",
+    "KeepEvery",
+    "KeepLast",
+    "KeepSteps",
     "LoadReport",
     "PerRank",
+    "Policy",
     "Preemption",
     "SaveHandle",
     "SaveStats",

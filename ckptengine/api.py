@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, overload
-
-from numpy.typing import NDArray
 
 from ckptengine.catalog.naming import open_checkpoint
 from ckptengine.comm.base import Communicator
 from ckptengine.comm.select import current
 from ckptengine.errors import SaveFailedError
+from ckptengine.frameworks.registry import framework
+from ckptengine.lifecycle import after_fork
 from ckptengine.load.loader import LoadOptions, load_arrays, load_newest, tell_leftovers
 from ckptengine.policy.arguments import checked_comm, checked_seconds, checked_step
 from ckptengine.save.handle import SaveHandle, SaveStats
@@ -111,13 +111,7 @@ def _after_fork() -> None:
     _lock = threading.RLock()
 
 
-os.register_at_fork(after_in_child=_after_fork)
-
-
-def _tensor_of() -> Callable[[NDArray[Any], str], Any]:
-    from ckptengine.torch.tensor import tensor_of
-
-    return tensor_of
+after_fork(_after_fork)
 
 
 @overload
@@ -191,7 +185,7 @@ def load(
     storage = open_checkpoint(path, storage_options, None if step is None else checked_step(step, {}), timeout)
     options = LoadOptions.of(only, rename, strict, cast, verify)
     if into is None:
-        return load_arrays(storage, options, rank, timeout, _tensor_of() if as_torch else None)
+        return load_arrays(storage, options, rank, timeout, framework("torch").tensor_of if as_torch else None)
     if as_torch or rank is not None:
         raise ValueError("as_torch and rank are for loading without `into`, which fills what the state holds")
     comm = comm or current(timeout)

@@ -2,32 +2,32 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import os
 import threading
+import time
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Literal, NoReturn
 
-from ckptengine.catalog.best import Best, check_names, checked_best, checked_metrics
+from ckptengine.catalog.keep import Best, checked_best
 from ckptengine.catalog.listing import step_directory
 from ckptengine.catalog.manifest import checked_metadata
+from ckptengine.catalog.metrics import check_names, checked_metrics
 from ckptengine.catalog.naming import open_checkpoint
 from ckptengine.comm.base import Communicator
 from ckptengine.comm.select import current
-from ckptengine.errors import (
-    CheckpointError,
-    StateError,
-)
+from ckptengine.errors import CheckpointError, DeadlineError, StateError
 from ckptengine.load.loader import LoadOptions, load_newest, restore_newest, tell_leftovers
 from ckptengine.policy.arguments import (
     checked_choice,
     checked_comm,
     checked_count,
-    checked_keep_last,
     checked_location,
+    checked_policy,
     checked_preemption,
     checked_seconds,
     checked_state,
@@ -37,6 +37,8 @@ from ckptengine.policy.failures import Failures
 from ckptengine.policy.interval import Auto
 from ckptengine.policy.opening import Opening
 from ckptengine.policy.preemption import Preemption
+from ckptengine.policy.rules import Policy
+from ckptengine.policy.saves import Saves
 from ckptengine.policy.schedule import Schedule
 from ckptengine.policy.watch import Watch
 from ckptengine.save.handle import SaveHandle, SaveStats
@@ -71,7 +73,9 @@ class Checkpointer:
     the best by a metric that `step` is given: `keep_best="loss"` keeps the one with the lowest,
     `Best("accuracy", count=3, mode="max")` the three with the highest.
     `{"local": 2, "s3": 10}` gives each tier its own number, under the names `memory`, `local`, and `run` or the URL's
-    protocol. `on_error`: `"warn"` logs a failed save and lets training go on, until `max_failures` in a row; `"raise"`
+    protocol. All four are short for rules of a `Policy`; `policy` takes one in their place.
+
+    `on_error`: `"warn"` logs a failed save and lets training go on, until `max_failures` in a row; `"raise"`
     raises at the next call, after that call's own save has been started, so that the ranks stay in step. `when_busy`: a
     save that falls due while one is in flight waits for it, or is skipped on all ranks. `check_replicas` is that of
     `ckptengine.save`. `timeout`, in seconds, bounds every wait for other ranks or for the storage.
@@ -100,6 +104,7 @@ class Checkpointer:
         memory: bool | str | os.PathLike[str] = False,
         keep_every: int | None = None,
         keep_best: str | Best | Sequence[str | Best] | None = None,
+        policy: Policy | None = None,
         preemption: Preemption | None = _PREEMPTION,
         on_error: Literal["warn", "raise"] = "warn",
         max_failures: int = 3,
@@ -114,9 +119,7 @@ class Checkpointer:
         upload_bytes_per_second: float | None = None,
     ) -> None:
         self.run = checked_location("run", run)
-        keep_last = checked_keep_last(keep_last)
-        if keep_every is not None:
-            keep_every = checked_count("keep_every", keep_every, 1, "a number of steps (None: no such ones)")
+        self._policy = checked_policy(policy, every, keep_last, keep_every, keep_best)
         if memory not in (True, False):
             checked_location("memory", memory)
         if local is not None:
@@ -130,11 +133,7 @@ class Checkpointer:
             raise ValueError("arena_nbytes bounds the snapshot's memory, memory=True keeps two whole ones: give one")
         timeout = checked_seconds("timeout", timeout)
         preemption = checked_preemption(preemption)
-        self.history: list[SaveStats] = []
-        """The saves that were committed, oldest first."""
         self._comm = checked_comm(comm) or current(timeout)
-        self._schedule = Schedule(every, self._comm, timeout)
-        self._every = every
         self._when_busy = when_busy
         self._check_replicas = replica_check(check_replicas)
         self._metadata = checked_metadata(metadata)
@@ -145,9 +144,7 @@ class Checkpointer:
             timeout,
             local=local,
             memory=memory,
-            keep_last=keep_last,
-            keep_every=keep_every,
-            keep_best=checked_best("keep_best", keep_best),
+            keep=self._policy.keep_rules,
             upload_bytes_per_second=upload_bytes_per_second,
             storage_options=storage_options,
         )
@@ -155,19 +152,17 @@ class Checkpointer:
         self._saver = Saver(self._comm, timeout, overlap=overlap, arena_nbytes=arena_nbytes, memory=images)
         self._turns = Turns(f"step, save, restore or close of {self.run}")
         self._failures = Failures(on_error == "raise", max_failures)
+        self._schedule = Schedule(self._policy.save_rules, self._comm, timeout)
+        self._saves = Saves(self._schedule, self._failures, self._comm.rank == 0)
         self._closed = False
         self._started = False  # whether a snapshot was ever taken
-        self._committed: int | None = None  # the step at which this life of the run stands
         self._parent: tuple[int, int] | None = None
         self._generation: int | None = None
         self._life = 0  # how often this process has restored: each time a new life of the run begins
         self._claimed: dict[int, int] = {}  # on rank 0, the generation of a life
         self._claiming = threading.Lock()
         self._highest: int | None = None  # the highest step that this life has begun to save
-        self._last: tuple[int, SaveHandle] | None = None
-        self._given_up: tuple[int, SaveHandle] | None = None  # the last one, where it failed
         self._unsaved: int | None = None  # the last step, where no save of it was started
-        self._pending: list[SaveHandle] = []
         self._opening = Opening(self.run, self._tiers, self._comm, timeout, chosen=comm is None)
         weakref.finalize(self, self._tiers.forget).atexit = False
         weakref.finalize(self, self._opening.let_go)
@@ -210,6 +205,7 @@ class Checkpointer:
         the state doesn't fit.
         """
         with self._turn("restore"):
+            began = time.monotonic()
             checked_state(state)
             rules = checked_best("best", best)
             if len(rules) > 1 or (rules and step is not None):
@@ -217,9 +213,9 @@ class Checkpointer:
             self._opening.restoring()
             self.wait()
             self._saver.settle(self._timeout)  # what cleans up after a save must not meet what is read
-            again = only is not None and (self._parent is not None or self._last is not None)
+            again = only is not None and (self._parent is not None or self._saves.any)
             if again and step is None and not rules:
-                step = self._committed
+                step = self._saves.committed
             options = LoadOptions.of(only, rename, strict, cast, verify)
             tiers = self._tiers
             loaded = restore_newest(
@@ -231,14 +227,16 @@ class Checkpointer:
             if again:
                 return None if loaded is None else loaded.step
             # What follows is a new life of the run, also where this process has saved before.
-            self._generation = self._last = self._given_up = self._unsaved = self._highest = None
+            self._generation = self._unsaved = self._highest = None
             self._life += 1
-            self._schedule.restart()
             self._parent = None if loaded is None or loaded.step is None else (loaded.generation, loaded.step)
-            self._committed = None if self._parent is None else self._parent[1]
-            if self._parent is None:
+            self._saves.restart(None if self._parent is None else self._parent[1])
+            if loaded is None or self._parent is None:
                 self._opening.tell_foreign()
                 return None
+            if self._comm.rank == 0:
+                seconds = time.monotonic() - began
+                _log.info("%s: restored %s in %.3g s", self.run, loaded.location, seconds)
             self._tiers.restored(*self._parent)
             self._saver.prepare(state)
             return self._parent[1]
@@ -266,35 +264,22 @@ class Checkpointer:
         does not say what to load; `LoadMismatchError` where nothing fits at all; else what `ckptengine.load` raises.
         """
         with self._turn("warm_start"):
-            return self._warm_start(path, state, only, rename, strict, cast, verify, storage_options)
-
-    def _warm_start(
-        self,
-        path: str | os.PathLike[str],
-        state: Mapping[str, Any],
-        only: Iterable[str] | None,
-        rename: Mapping[str, str] | None,
-        strict: bool,
-        cast: bool,
-        verify: bool,
-        storage_options: Mapping[str, Any] | None,
-    ) -> LoadReport:
-        checked_state(state)
-        self._opening.check_place()
-        if self._parent is not None or self._last is not None:
-            raise StateError(
-                f"{self.run}: warm_start would overwrite what this run has trained so far; call it only where restore "
-                "returned None"
-            )
-        options = LoadOptions.of(module_names(state) if only is None else only, rename, strict, cast, verify)
-        if not options.only:
-            raise StateError("the state has no modules: say with `only` what warm_start is to load")
-        storage = open_checkpoint(path, storage_options, timeout=self._timeout)
-        loaded = load_newest(storage, state, self._comm, self._timeout, options)
-        if self._comm.rank == 0:
-            level = logging.INFO if loaded.report.complete else logging.WARNING
-            _log.log(level, "%s: warm start from %s: %s", self.run, loaded.location, loaded.report)
-        return loaded.report
+            checked_state(state)
+            self._opening.check_place()
+            if self._parent is not None or self._saves.any:
+                raise StateError(
+                    f"{self.run}: warm_start would overwrite what this run has trained so far; call it only where "
+                    "restore returned None"
+                )
+            options = LoadOptions.of(module_names(state) if only is None else only, rename, strict, cast, verify)
+            if not options.only:
+                raise StateError("the state has no modules: say with `only` what warm_start is to load")
+            storage = open_checkpoint(path, storage_options, timeout=self._timeout)
+            loaded = load_newest(storage, state, self._comm, self._timeout, options)
+            if self._comm.rank == 0:
+                level = logging.INFO if loaded.report.complete else logging.WARNING
+                _log.log(level, "%s: warm start from %s: %s", self.run, loaded.location, loaded.report)
+            return loaded.report
 
     def step(self, step: int, state: Mapping[str, Any], metrics: Mapping[str, Any] | None = None) -> SaveHandle | None:
         """Save if a save is due after this step; return its handle, or None where none is or it failed.
@@ -311,8 +296,8 @@ class Checkpointer:
             check_names(metrics)
             step = self._enter(step, state)
             handle = None
-            self._reap()
-            self._unsaved = None if self._last is not None and self._last[0] == step else step
+            self._saves.reap()
+            self._unsaved = None if self._saves.has(step) else step
             if self._watch is not None and self._watch.arrive():
                 self._preempt(self._watch, step, state, metrics)
             if self._schedule.due(step):
@@ -370,7 +355,7 @@ class Checkpointer:
         except CheckpointError as error:
             if isinstance(error, StateError) and not self._started:
                 raise
-            self._failed(error, f"step {step} of {self.run}")
+            self._saves.failed(error, f"step {step} of {self.run}")
             return None
 
     def _save(self, step: int, state: Mapping[str, Any], metrics: Mapping[str, Any] | None) -> SaveHandle:
@@ -381,9 +366,9 @@ class Checkpointer:
         """
         directory, numbers = step_directory(step), checked_metrics(metrics)
         self._saver.wait(self._timeout, directory)
-        self._reap()
-        self._correct()
-        if self._last is not None and self._last[0] == step:
+        self._saves.reap()
+        self._saves.correct()
+        if (handle := self._saves.of(step)) is not None:
             self._unsaved = None
             if numbers and self._comm.rank == 0:
                 _log.warning(
@@ -391,7 +376,7 @@ class Checkpointer:
                     step,
                     self.run,
                 )
-            return self._last[1]
+            return handle
         self._schedule.started()
         target = Target(
             storage=self._tiers.first,
@@ -417,8 +402,8 @@ class Checkpointer:
             # Also where this rank's snapshot failed: whether the next save claims one is the same on all ranks.
             self._generation = self._saver.generation
         self._started = True
-        self._last, self._unsaved = (step, handle), None
-        self._pending.append(handle)
+        self._unsaved = None
+        self._saves.add(step, handle)
         return handle
 
     def _claim(self, life: int, parent: tuple[int, int] | None) -> int:
@@ -444,10 +429,7 @@ class Checkpointer:
 
         Raises `DeadlineError` after `timeout` seconds (None: when the save's own time is over).
         """
-        for handle in list(self._pending):
-            if not handle.durable.wait(timeout):
-                raise handle.durable.overdue(timeout)
-        self._reap()
+        self._saves.wait(timeout)
         self._failures.raise_due()
 
     def flush(self, timeout: float | None = None) -> None:
@@ -460,6 +442,11 @@ class Checkpointer:
         timeout = self._timeout if timeout is None else timeout
         self._saver.settle(timeout)  # what is to be moved is said after the commit
         self._tiers.flush(timeout)
+
+    @property
+    def history(self) -> list[SaveStats]:
+        """The saves that were committed, oldest first."""
+        return self._saves.history
 
     @property
     def uploaded(self) -> int | None:
@@ -501,7 +488,9 @@ class Checkpointer:
                     self._opening.close()
                     if self._watch is not None:
                         self._watch.close()
-        self._correct()
+        self._saves.correct()
+        if self._comm.rank == 0:
+            _log.info("%s: closed at step %s, the newest that is committed", self.run, self._stands())
         if not failed:
             self._failures.raise_last(self._stands())
 
@@ -513,13 +502,13 @@ class Checkpointer:
     ) -> None:
         if error is None:
             self.close()
-            if self._unsaved is not None and self._every is not None and self._comm.rank == 0:
+            if self._unsaved is not None and self._policy.save and self._comm.rank == 0:
                 _log.warning(
-                    "step %d of %s was trained and is not saved (every=%s): call ckpt.save(step, state) after the "
-                    "loop to keep it",
+                    "step %d of %s was trained and is not saved (saves are due %s): call ckpt.save(step, state) after "
+                    "the loop to keep it",
                     self._unsaved,
                     self.run,
-                    self._every,
+                    self._policy.describe(),
                 )
             return
         try:
@@ -537,7 +526,7 @@ class Checkpointer:
         except TypeError as error:  # the checkpoint matters more
             _log.warning("step %d of %s: saved without its metrics: %s", step, self.run, error)
             numbers = {}
-        expected = max((stats.durable_seconds for stats in self.history[-3:]), default=0.0)
+        expected = max((stats.durable_seconds for stats in self._saves.history[-3:]), default=0.0)
         watch.saving(step)
         try:
             if watch.left is not None and expected > watch.left:
@@ -552,9 +541,9 @@ class Checkpointer:
                     self.flush(self._timeout if watch.left is None else max(1.0, min(watch.left, self._timeout)))
         except CheckpointError as error:
             problem = f"step {step} was NOT saved: {error}" if saved is None else f"{error}"
-        for handle in self._pending:
-            handle.durable.wait()
-        self._reap()
+        with contextlib.suppress(DeadlineError):
+            self._saves.wait(None)
+        self._saves.reap()
         self._tiers.stop()  # before the ranks leave each other's store
         watch.leave(saved, problem)
 
@@ -565,50 +554,12 @@ class Checkpointer:
 
     def _stands(self) -> int | None:
         """Return the newest committed step that this rank knows of; any thread may ask."""
-        for handle in reversed(list(self._pending)):
-            if handle.durable.done() and handle.durable.error is None:
-                stats = handle.durable.result(0)
-                return None if stats is None else stats.step
-        if self.history:
-            return self.history[-1].step
+        newest = self._saves.newest()
+        if newest is not None:
+            return newest
         return self._opening.found if self._parent is None else self._parent[1]
 
     def _is_busy(self) -> bool:
         """Return whether rank 0 has a save in flight: one answer for all ranks."""
         mine = bytes([self._saver.busy]) if self._comm.rank == 0 else None
         return self._comm.broadcast(mine, self._timeout) != b"\0"
-
-    def _reap(self) -> None:
-        """Account for the saves that have ended since the last call."""
-        while self._pending and self._pending[0].durable.done():
-            handle = self._pending.pop(0)
-            try:
-                stats = handle.durable.result(0)
-            except Exception as error:
-                self._failed(error, handle.path)
-            else:
-                self._succeeded(stats)
-
-    def _succeeded(self, stats: SaveStats | None) -> None:
-        assert stats is not None
-        self.history.append(stats)
-        self._schedule.learn(stats)
-        self._failures.succeeded()
-        self._committed = stats.step
-
-    def _correct(self) -> None:
-        """Take a save back that this rank has told as failed, where rank 0 has said since that it is committed.
-
-        Then the others take the same step as saved, and this rank must not begin to save it alone.
-        """
-        given_up = self._given_up
-        if given_up is not None and given_up[1].durable.error is None:
-            self._given_up, self._last = None, self._last or given_up
-            self._succeeded(given_up[1].durable.result(0))
-
-    def _failed(self, error: Exception, path: str) -> None:
-        self._schedule.failed()
-        last, self._last = self._last, None  # the same step may be tried again
-        if last is not None and last[1].durable.error is not None:
-            self._given_up = last
-        self._failures.note(error, path)

@@ -42,6 +42,6 @@ def note_sync() -> None:
 
 def counters() -> Counters:
     """Return the totals since the process began; subtract two to see what lies between them."""
-    from ckptengine import _native
+    import ckptengine._native as _native
 
     return Counters(*_native.counters(), _files, _syncs)

@@ -18,7 +18,7 @@ from ckptengine.errors import CheckpointDamagedError, CheckpointError, Checkpoin
 from ckptengine.load.checkpoint import Checkpoint
 from ckptengine.load.choose import while_replaced
 from ckptengine.load.describe import describe as saved_of
-from ckptengine.state.leaf import Path, dotted
+from ckptengine.schema.path import Path, dotted
 from ckptengine.storage.base import Storage, join
 
 __all__ = [
@@ -65,7 +65,7 @@ class CheckpointSummary:
 class LeafSummary:
     """One array of a checkpoint.
 
-    `dtype` is a logical name of `ckptengine.state.dtypes`; `shape` the global shape; `nbytes` the bytes of
+    `dtype` is a logical name of `ckptengine.schema.dtypes`; `shape` the global shape; `nbytes` the bytes of
     its elements; `placement` is `replicated`, `whole`, `sharded` or `per_rank`; `archives` the ranks whose
     archives hold a part of it, in order.
     """

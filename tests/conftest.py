@@ -12,11 +12,16 @@ import pytest
 from buckets import QUICK, SMALL, Bucket, s3_options
 from cli_run import Call
 from forkserver import start_server
+from hypothesis import settings
 from servers import KEY, SECRET, Proxy, moto_server
 
 # torch's store asks a name server who the other end of each connection is, and 127.0.0.1 is no exception. Where such a
 # question is lost, the job stands still for the resolver's five seconds: see resolv.conf(5).
 os.environ.setdefault("RES_OPTIONS", "timeout:1")
+
+# On a busy machine an example may take long.
+settings.register_profile("ckptengine", deadline=None)
+settings.load_profile("ckptengine")
 
 
 def _before_damage(event: str, arguments: tuple[object, ...]) -> None:

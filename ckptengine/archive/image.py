@@ -19,10 +19,10 @@ from numpy.typing import NDArray
 from ckptengine.archive import zip as zipfmt
 from ckptengine.archive.names import checksums_node, chunk_key, leaf_node, rank_node
 from ckptengine.layout.assign import Assigned
-from ckptengine.layout.box import Box
 from ckptengine.layout.grid import cell_index
-from ckptengine.state.dtypes import DTYPES
-from ckptengine.state.leaf import Placement
+from ckptengine.schema.box import Box
+from ckptengine.schema.dtypes import DTYPES
+from ckptengine.schema.leaf import Placement
 
 __all__ = [
     "ALIGNMENT",

@@ -9,7 +9,7 @@ from functools import cached_property
 
 import numpy as np
 
-from ckptengine import _native
+import ckptengine._native as _native
 from ckptengine.archive.column import MAX_CHUNK_ITEMS, Column, encode_column, open_column
 from ckptengine.archive.directory import read_directory
 from ckptengine.archive.image import BLOCK_NBYTES, group_metadata, plan_entries
@@ -28,7 +28,7 @@ from ckptengine.layout.rows import (
     number_starts,
 )
 from ckptengine.layout.tiling import Int64s, tiles
-from ckptengine.state.leaf import Path
+from ckptengine.schema.path import Path
 from ckptengine.storage.base import StorageView
 
 __all__ = ["LAYOUT_NAME", "StoredRows", "encode_layout", "open_layout"]

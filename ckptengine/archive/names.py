@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 from ckptengine.errors import StateError
-from ckptengine.state.leaf import Key, Path, dotted
+from ckptengine.schema.path import Key, Path, dotted
 
 __all__ = [
     "OBJECTS",

@@ -24,7 +24,7 @@ from ckptengine.errors import (
 from ckptengine.inspect import verify
 from ckptengine.load.checkpoint import Checkpoint
 from ckptengine.load.describe import describe
-from ckptengine.state.leaf import Path, dotted
+from ckptengine.schema.path import Path, dotted
 from ckptengine.state.saved import Saved
 from ckptengine.storage.base import Storage
 

@@ -5,16 +5,14 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import os
-import socket
 import threading
-from pathlib import Path
 from types import TracebackType
 
+from ckptengine.comm.process import Process
 from ckptengine.errors import CheckpointError, StorageError
 from ckptengine.storage.base import Storage, join
 
-__all__ = ["LEASE_SECONDS", "Lease", "identity", "is_alive", "is_leased", "is_old", "is_own"]
+__all__ = ["LEASE_SECONDS", "Lease", "is_leased", "is_old"]
 
 LEASE_SECONDS = 120.0
 """After this long without renewal an attempt counts as given up; renewed four times as often."""
@@ -39,7 +37,7 @@ class Lease:
 
     def __enter__(self) -> Lease:
         # After a crash of the machine the writer is gone, and so may its lease be.
-        self._storage.write_bytes(self._name, json.dumps(identity()).encode(), durable=False)
+        self._storage.write_bytes(self._name, json.dumps(Process.this().to_json()).encode(), durable=False)
         try:
             self._thread.start()
         except RuntimeError as error:
@@ -85,12 +83,12 @@ def is_leased(storage: Storage, directory: str) -> bool:
         modified = storage.modified(directory)
         return modified is not None and not _is_old(storage, directory, modified, storage.now())
     try:
-        holder = json.loads(storage.read_bytes(name, 4096))
+        holder = Process.of_json(json.loads(storage.read_bytes(name, 4096)))
     except StorageError:
         return True  # its holder may live, or has let go of it just now; a later sweep will see
     except (ValueError, RecursionError):
         holder = None  # damaged: its age decides
-    alive = is_alive(holder)
+    alive = None if holder is None else holder.is_alive()
     if alive is not None:
         return alive
     return not _is_old(storage, name, modified, storage.now())
@@ -112,52 +110,3 @@ def _is_old(storage: Storage, name: str, modified: float, now: float) -> bool:
             storage.touch(name)
         return False
     return now - modified >= LEASE_SECONDS
-
-
-def is_alive(holder: object) -> bool | None:
-    """Return whether the process that a lease names lives; None where that can't be told from here.
-
-    It can for the processes of this machine, this boot and this namespace of process numbers.
-    """
-    try:
-        mine = identity()
-        if mine["boot"] and all(holder[key] == mine[key] for key in ("host", "boot", "namespace")):  # type: ignore[index]
-            return bool(_started(int(holder["pid"])) == holder["started"])  # type: ignore[index]
-    except (ValueError, KeyError, TypeError, OverflowError):
-        pass  # damaged
-    return None
-
-
-def is_own(holder: object) -> bool:
-    """Return whether the process that a lease names is this one."""
-    return isinstance(holder, dict) and all(holder.get(key) == value for key, value in identity().items())
-
-
-def identity() -> dict[str, object]:
-    """Return what tells this process from every other one, for a lease."""
-    pid = os.getpid()
-    try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        namespace = os.readlink("/proc/self/ns/pid")  # process numbers mean something within it only
-    except OSError:
-        boot = namespace = ""  # a closed /proc: then the age decides
-    return {
-        "host": socket.gethostname(),
-        "boot": boot,
-        "namespace": namespace,
-        "pid": pid,
-        "started": _started(pid),
-    }
-
-
-def _started(pid: int) -> str | None:
-    """Return when a process started, in ticks since boot; None if there is none, or only its exit code is left.
-
-    proc(5), `stat`: field 3 is the state (Z: a zombie), field 22 the time.
-    """
-    try:
-        stat = Path(f"/proc/{pid}/stat").read_text()
-    except OSError:
-        return None
-    fields = stat.rpartition(")")[2].split()
-    return None if fields[0] in ("Z", "X", "x") else fields[19]

@@ -11,8 +11,8 @@ import threading
 import time
 from typing import Any
 
-from ckptengine.catalog.lease import identity, is_alive, is_own
 from ckptengine.catalog.manifest import utc_now
+from ckptengine.comm.process import Process
 from ckptengine.errors import CheckpointError, RunInUseError, StorageError
 from ckptengine.storage.base import Storage
 
@@ -64,7 +64,7 @@ class Life:
             _log.warning("%s: nothing tells other jobs that this one goes on writing to it: %s", self._run, error)
 
     def _take(self, deadline: float) -> None:
-        document = {"id": self._id, "since": utc_now(), **identity()}
+        document = {"id": self._id, "since": utc_now(), **Process.this().to_json()}
         mine = json.dumps(document, sort_keys=True).encode()
         began, seen = time.monotonic(), None
         while not self._storage.put_if_absent(_NAME, mine):
@@ -73,7 +73,8 @@ class Life:
                 if time.monotonic() < deadline:
                     continue  # it has been let go of just now
                 raise StorageError(errno.EAGAIN, f"{self._storage.location(_NAME)} comes and goes")
-            alive = False if is_own(holder) else is_alive(holder)
+            writer = Process.of_json(holder)
+            alive = None if writer is None else writer != Process.this() and writer.is_alive()
             seen = modified if seen is None else seen
             left = LIFE_SECONDS - max(self._storage.now() - modified, time.monotonic() - began)
             if alive is None and modified == seen and left > 0 and time.monotonic() < deadline:
@@ -142,7 +143,8 @@ def check_unused(storage: Storage, doing: str) -> None:
     modified, holder = storage.modified(_NAME), life._holder()
     if modified is None or holder is None:
         return
-    alive = is_alive(holder)
+    writer = Process.of_json(holder)
+    alive = None if writer is None else writer.is_alive()
     if alive or (alive is None and storage.now() - modified < LIFE_SECONDS):
         raise RunInUseError(
             f"{storage.location()} is in use: process {holder.get('pid')} on {holder.get('host')} has been writing to "

@@ -14,8 +14,8 @@ from typing import Any, TypeVar
 from ckptengine.archive.record import ArchiveRecord
 from ckptengine.comm.base import KeyValueStore
 from ckptengine.comm.keyvalue import delete_large, get_large, poll, put_large
-from ckptengine.comm.ranks import name_ranks
 from ckptengine.errors import CheckpointError, DeadlineError, SaveFailedError, StorageError
+from ckptengine.schema.ranks import name_ranks
 from ckptengine.storage.base import Storage, join
 
 __all__ = ["Channel", "Outcome", "Receipt", "StorageStore", "collect", "patience"]

@@ -7,8 +7,8 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from ckptengine.catalog.best import Best
 from ckptengine.catalog.commit import attempt_directory
+from ckptengine.catalog.keep import KeepRule
 from ckptengine.catalog.lease import LEASE_SECONDS, is_leased, is_old
 from ckptengine.catalog.listing import (
     Entry,
@@ -58,30 +58,21 @@ class Leftover:
             storage.remove_directory(self.name)
 
 
-def retain(
-    storage: Storage,
-    keep_last: int,
-    keep_every: int | None = None,
-    best: Collection[Best] = (),
-    protected: Collection[str] = (),
-) -> list[str]:
+def retain(storage: Storage, rules: Collection[KeepRule], protected: Collection[str] = ()) -> list[str]:
     """Delete the checkpoints that are `superseded`; return what could not be deleted, and raise nothing of that.
 
     Attempts that are `protected`, by their ids, stay in any case: what this life has just committed is among them.
     """
     try:
-        old, problems = superseded(storage, keep_last, keep_every, best)
+        old, problems = superseded(storage, rules)
     except CheckpointError as error:
         return [f"nothing was deleted: {error}"]
     old = [(entry, manifest) for entry, manifest in old if manifest.attempt not in protected]
     return [*problems, *_delete(storage, old)]
 
 
-def superseded(
-    storage: Storage, keep_last: int, keep_every: int | None = None, best: Collection[Best] = ()
-) -> tuple[list[tuple[Entry, Manifest]], list[str]]:
-    """Return all but the newest `keep_last` checkpoints of a run's lineage, in it all multiples of `keep_every`, and
-    those of it that are the `best`.
+def superseded(storage: Storage, rules: Collection[KeepRule]) -> tuple[list[tuple[Entry, Manifest]], list[str]]:
+    """Return all checkpoints of a run but the newest and what any of the `rules` keeps of its lineage.
 
     What lies on an abandoned branch is among them; so that a life that has not saved yet can fall back, what it was
     restored from is not. Where the line began without a restore, earlier lives are no branch of it and stay: a job that
@@ -90,17 +81,17 @@ def superseded(
     Nothing is among them because something could not be read: neither a checkpoint whose manifest was unreadable once,
     whatever comes of it later, nor what may lie in the line below a generation whose parent can't be told. The second
     value says what the storage could not read. Raises `StorageError`, and where the claim of a life that has not saved
-    yet can't be read what `read_claim` does.
+    yet can't be read what `read_claim` does; `ValueError` where there is no rule.
     """
-    if keep_last < 1:
-        raise ValueError(f"keep_last={keep_last}: at least one checkpoint is kept")
+    if not rules:
+        raise ValueError("no rule says what to keep: give at least one, such as KeepLast(1)")
     # Listed first: a checkpoint that another life commits meanwhile is in no danger.
     entries = [entry for entry in committed(storage) if not storage.is_linked(entry.manifest)]
-    own, kept = set(entries), set[Entry]()
+    own = set(entries)
     read: dict[Entry, Manifest] = {}
     unread: dict[Entry, CheckpointError] = {}
     unknown: list[int] = []
-    line = root = 0
+    root = 0
     for item in lineage(storage, unknown.append):
         if isinstance(item, Problem):
             unread[item.entry] = item.error
@@ -110,11 +101,8 @@ def superseded(
         if entry not in own:
             continue
         read[entry] = manifest
-        if line < keep_last or _is_multiple(entry.step, keep_every):
-            kept.add(entry)
-        line += 1
-    for rule in best:
-        kept.update(rule.of(read.items()))
+    line = list(read.items())
+    kept = {entry for entry, _ in line[:1]}.union(*(rule.kept(line) for rule in rules))
     root = max([root, *unknown])
     parents = _parents_of_new_lives(storage, entries)
     stay = kept | set(unread) | {entry for entry in entries if entry.order in parents or entry.generation < root}
@@ -217,10 +205,6 @@ def _parents_of_new_lives(storage: Storage, entries: list[Entry]) -> set[tuple[i
     latest = max((entry.generation for entry in entries), default=0)
     claims = [generation for generation in claimed_generations(storage) if generation > latest]
     return {parent for generation in claims if (parent := read_claim(storage, generation)) is not None}
-
-
-def _is_multiple(step: int | None, every: int | None) -> bool:
-    return step is not None and every is not None and step % every == 0
 
 
 def _readable(

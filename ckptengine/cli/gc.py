@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import click
 
-from ckptengine.catalog.best import Best
+from ckptengine.catalog.keep import Best, KeepEvery, KeepLast, KeepRule, KeepSteps
 from ckptengine.catalog.retention import Leftover, delete_checkpoint, remove_leftovers, superseded
 from ckptengine.cli.output import UNREADABLE, console, failures, print_json, printable, shown, size_text
 from ckptengine.errors import CheckpointError, CheckpointNotFoundError
@@ -44,6 +44,7 @@ class _Removed:
 @click.option("--keep-every", type=click.IntRange(min=1), help="With --keep-last: keep steps that are multiples of N.")
 @click.option("--keep-best", metavar="METRIC", help="With --keep-last: keep the one with the lowest METRIC, too.")
 @click.option("--keep-best-max", metavar="METRIC", help="With --keep-last: keep the one with the highest METRIC, too.")
+@click.option("--keep-step", multiple=True, type=click.IntRange(min=0), help="With --keep-last: keep this step, too.")
 @click.option("--memory", is_flag=True, help="Delete what ended jobs of RUN have left in this machine's /dev/shm, too.")
 @click.option("--dry-run", is_flag=True, help="Only print what would be deleted.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
@@ -53,6 +54,7 @@ def gc(
     keep_every: int | None,
     keep_best: str | None,
     keep_best_max: str | None,
+    keep_step: tuple[int, ...],
     memory: bool,
     dry_run: bool,
     as_json: bool,
@@ -65,15 +67,21 @@ def gc(
     for their next start; those of a living job stay. Exit codes: 0, 2 if RUN can't be read or holds nothing, or
     something could not be deleted.
     """
-    best = ([Best(keep_best)] if keep_best else []) + ([Best(keep_best_max, mode="max")] if keep_best_max else [])
-    if (keep_every is not None or best) and keep_last is None:
-        raise click.UsageError("--keep-every and --keep-best say what to keep beside the newest: give --keep-last too")
+    rules: list[KeepRule] = [] if keep_every is None else [KeepEvery(keep_every)]
+    rules += [Best(keep_best)] if keep_best else []
+    rules += [Best(keep_best_max, mode="max")] if keep_best_max else []
+    rules += [KeepSteps(keep_step)] if keep_step else []
+    if rules and keep_last is None:
+        raise click.UsageError(
+            "--keep-every, --keep-best and --keep-step say what to keep beside the newest: give --keep-last too"
+        )
+    rules += [] if keep_last is None else [KeepLast(keep_last)]
     with failures():
         storage = open_storage(run)
         there = bool(storage.list() or storage.temporaries() or storage.unfinished())
         if not there and not memory:
             raise CheckpointNotFoundError(f"{storage.location()}: nothing is there")
-        removed, problems = _collect(storage, keep_last, keep_every, best, dry_run) if there else ([], [])
+        removed, problems = _collect(storage, rules, dry_run) if there else ([], [])
         if memory:
             removed += _forget(storage, dry_run)
     if as_json:
@@ -86,9 +94,7 @@ def gc(
         sys.exit(UNREADABLE)
 
 
-def _collect(
-    storage: Storage, keep_last: int | None, keep_every: int | None, best: list[Best], dry_run: bool
-) -> tuple[list[_Removed], list[str]]:
+def _collect(storage: Storage, rules: list[KeepRule], dry_run: bool) -> tuple[list[_Removed], list[str]]:
     """Delete, unless it is a `dry_run`, and return what, and what could not be deleted and why."""
     removed: list[_Removed] = []
 
@@ -99,7 +105,7 @@ def _collect(
         removed.append(found)
 
     problems = remove_leftovers(storage, remove)
-    old, unread = superseded(storage, keep_last, keep_every, best) if keep_last is not None else ([], [])
+    old, unread = superseded(storage, rules) if rules else ([], [])
     problems += unread
     for entry, manifest in old:
         nbytes = manifest.nbytes + (storage.size(entry.manifest) or 0)

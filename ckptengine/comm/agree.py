@@ -3,12 +3,42 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from typing import TypeVar, cast
 
 from ckptengine import errors
 from ckptengine.comm.base import Communicator
 from ckptengine.errors import CheckpointError, DeadlineError, RankFailedError
 
-__all__ = ["agree", "gather", "share"]
+__all__ = ["agree", "from_all", "from_first", "gather", "on_all", "share"]
+
+_T = TypeVar("_T")
+
+
+def on_all(comm: Communicator, work: Callable[[], _T], timeout: float, doing: str) -> _T:
+    """Do this rank's part of something, and return what came of it once no rank has an error; see `gather`."""
+    result, error = _tried(work)
+    gather(comm, b"", error, timeout, doing)
+    return cast(_T, result)
+
+
+def from_all(comm: Communicator, work: Callable[[], bytes], timeout: float, doing: str) -> list[bytes]:
+    """Return what each rank's part of something gave, in the order of ranks; see `gather`."""
+    result, error = _tried(work)
+    return gather(comm, result or b"", error, timeout, doing)
+
+
+def from_first(comm: Communicator, work: Callable[[], bytes], timeout: float, doing: str) -> bytes:
+    """Do something on rank 0, and return on all ranks what it gave, or raise its error on all."""
+    result, error = _tried(work) if comm.rank == 0 else (None, None)
+    return share(comm, result, error, timeout, doing)
+
+
+def _tried(work: Callable[[], _T]) -> tuple[_T | None, Exception | None]:
+    try:
+        return work(), None
+    except Exception as error:
+        return None, error
 
 
 def agree(comm: Communicator, error: Exception | None, timeout: float, doing: str) -> None:

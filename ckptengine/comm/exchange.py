@@ -8,14 +8,14 @@ import logging
 import secrets
 import struct
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from ckptengine.comm.base import Communicator, KeyValueStore
 from ckptengine.comm.keyvalue import delete_large, get_large, poll, put_large
-from ckptengine.comm.ranks import name_ranks
 from ckptengine.errors import CheckpointError, DeadlineError, RankFailedError
+from ckptengine.schema.ranks import name_ranks
 
 __all__ = ["StoreCommunicator", "connect"]
 
@@ -329,25 +329,29 @@ def connect(
     timeout: float,
     prefix: str = "ckptengine",
     background: KeyValueStore | None = None,
+    within: float | None = None,
+    meanwhile: Callable[[], None] = lambda: None,
 ) -> StoreCommunicator:
     """Return a communicator after all ranks have met, under a prefix that no earlier life has used.
 
     A store may outlive the job: torchrun's agent keeps one over restarts, with the keys of dead ranks. So
     each rank says hello with a number of its own, rank 0 answers to that number with the session's, and an
-    answer to a dead rank's hello is never read. Raises `DeadlineError` naming the ranks that did not come.
+    answer to a dead rank's hello is never read. `within` is the time that errors tell, `timeout` unless given; rank 0
+    calls `meanwhile` while it waits. Raises `DeadlineError` naming the ranks that did not come.
     """
+    within = timeout if within is None else within
     if rank == 0:
-        return _receive(store, world_size, timeout, prefix, background)
+        return _receive(store, world_size, timeout, within, prefix, background, meanwhile)
     deadline = time.monotonic() + timeout
     own = secrets.token_hex(16)
     hello, welcome = f"{prefix}/hello/{rank}", f"{prefix}/welcome/{own}"
     store.set(hello, own.encode())
     session = store.get(welcome, timeout + grace(timeout))
     if session is None:
-        raise DeadlineError(f"connecting: rank 0 did not come within {timeout:g} s")
+        raise DeadlineError(f"connecting: rank 0 did not come within {within:g} s")
     store.delete(welcome)
     communicator = StoreCommunicator(store, rank, world_size, f"{prefix}/{session.decode()}", background)
-    communicator.meet(max(0.0, deadline - time.monotonic()), timeout)
+    communicator.meet(max(0.0, deadline - time.monotonic()), within)
     return communicator
 
 
@@ -355,8 +359,10 @@ def _receive(
     store: KeyValueStore,
     world_size: int,
     timeout: float,
+    within: float,
     prefix: str,
     background: KeyValueStore | None,
+    meanwhile: Callable[[], None],
 ) -> StoreCommunicator:
     deadline = time.monotonic() + timeout
     session = secrets.token_hex(8)
@@ -364,6 +370,7 @@ def _receive(
     answered: dict[int, bytes | None] = dict.fromkeys(range(1, world_size))
     pause = 0.001
     while answered and time.monotonic() < deadline:
+        meanwhile()
         for rank, last in list(answered.items()):
             hello = store.get(f"{prefix}/hello/{rank}", 0.0)
             if hello is not None and hello != last:
@@ -374,7 +381,7 @@ def _receive(
         if answered:
             time.sleep(pause)
             pause = min(2 * pause, 0.05)
-    communicator.meet(max(0.0, deadline - time.monotonic()), timeout)
+    communicator.meet(max(0.0, deadline - time.monotonic()), within)
     for rank in range(1, world_size):
         store.delete(f"{prefix}/hello/{rank}")
     return communicator

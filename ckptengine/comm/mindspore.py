@@ -18,7 +18,7 @@ from mindspore.communication import GlobalComm, get_group_size, get_rank
 from ckptengine.comm.base import Communicator, KeyValueStore
 from ckptengine.comm.exchange import connect
 from ckptengine.comm.keyvalue import poll
-from ckptengine.comm.single import SingleProcess
+from ckptengine.comm.single import ALONE
 from ckptengine.errors import CheckpointError, DeadlineError
 
 __all__ = ["MindSporeStore", "from_mindspore"]
@@ -30,7 +30,6 @@ _GONE_SECONDS = 10.0
 """How long a store whose host could not be reached counts as gone before it is tried again."""
 _FAILURES = (RuntimeError, ValueError)
 _lock = threading.Lock()
-_alone = SingleProcess()  # one for the process: plans and memory are kept by communicator
 _current: Communicator | None = None
 _meeting: Future[tuple[str, int]] | None = None
 
@@ -47,7 +46,7 @@ def from_mindspore(timeout: float = _CONNECT_TIMEOUT) -> Communicator:
         raise CheckpointError("MindSpore's communication is not initialized: call mindspore.communication.init() first")
     rank, world_size = get_rank(), get_group_size()
     if world_size == 1:
-        return _alone
+        return ALONE
     with _lock:
         if _current is None:
             deadline = time.monotonic() + timeout

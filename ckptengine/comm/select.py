@@ -7,16 +7,13 @@ import sys
 from typing import Any, Literal
 
 from ckptengine.comm.base import Communicator
-from ckptengine.comm.single import SingleProcess
+from ckptengine.comm.single import ALONE
 from ckptengine.errors import CheckpointError
 
 __all__ = ["current", "place"]
 
 # Set by torchrun; msrun; Open MPI; MPICH, Intel MPI and Slurm's PMI; Slurm for the tasks of one srun, whatever its PMI.
 _WORLD_SIZES = ("WORLD_SIZE", "MS_WORKER_NUM", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS")
-
-# One for the life of the process: what is cached for a communicator stays.
-_alone = SingleProcess()
 
 
 def current(timeout: float = 600.0) -> Communicator:
@@ -42,7 +39,7 @@ def current(timeout: float = 600.0) -> Communicator:
 
             return from_mpi(timeout=timeout)
     _refuse_several("`comm=`")
-    return _alone
+    return ALONE
 
 
 def place() -> tuple[int, int]:
@@ -61,7 +58,7 @@ def place() -> tuple[int, int]:
             world = sys.modules["mpi4py.MPI"].COMM_WORLD
             return world.Get_rank(), world.Get_size()
     _refuse_several("`rank=` and `world_size=`")
-    return _alone.rank, _alone.world_size
+    return ALONE.rank, ALONE.world_size
 
 
 def _initialized() -> Literal["torch", "mindspore", "mpi"] | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from ckptengine.comm.base import Communicator, KeyValueStore
 from ckptengine.comm.keyvalue import MemoryStore
 
-__all__ = ["SingleProcess"]
+__all__ = ["ALONE", "SingleProcess"]
 
 
 class SingleProcess(Communicator):
@@ -32,3 +32,7 @@ class SingleProcess(Communicator):
     def store(self) -> KeyValueStore:
         """Return a store of this process."""
         return self._store
+
+
+ALONE = SingleProcess()
+"""The one of the process: plans and memory are kept by communicator, so it stays the same for the process's life."""

@@ -16,7 +16,7 @@ from torch.distributed import distributed_c10d as c10d
 from ckptengine.comm.base import Communicator, KeyValueStore
 from ckptengine.comm.exchange import connect
 from ckptengine.comm.keyvalue import poll
-from ckptengine.comm.single import SingleProcess
+from ckptengine.comm.single import ALONE
 from ckptengine.errors import CheckpointError
 
 __all__ = ["TorchStore", "from_torch"]
@@ -31,7 +31,6 @@ _GONE = (
     "torchrun's agent, has probably ended"
 )
 _lock = threading.Lock()
-_alone = SingleProcess()  # one for the process: plans and memory are kept by communicator
 # Of the default process group that was seen last: its store, which no other group shares.
 _current: tuple[weakref.ref[Any], Communicator] | None = None
 
@@ -48,7 +47,7 @@ def from_torch(timeout: float = _CONNECT_TIMEOUT) -> Communicator:
     if not dist.is_initialized():
         raise CheckpointError("torch.distributed is not initialized: call init_process_group first")
     if dist.get_world_size() == 1:
-        return _alone
+        return ALONE
     store = c10d._get_default_store()
     if store is None:
         raise CheckpointError(

@@ -12,7 +12,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from ckptengine.state.adapters import describe_type
+from ckptengine.schema.type_name import describe_type
 
 __all__ = ["BinaryRows", "Calling", "Counted", "JsonLines", "Lines", "NpyRows", "Reader"]
 

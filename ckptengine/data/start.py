@@ -7,8 +7,8 @@ import json
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from ckptengine.state.adapters import adapters
-from ckptengine.state.random_stream import RandomStream
+from ckptengine.frameworks.random_stream import RandomStream
+from ckptengine.frameworks.registry import adapters
 
 __all__ = ["start"]
 

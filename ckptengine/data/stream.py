@@ -13,6 +13,7 @@ from ckptengine.data.readers import Reader
 from ckptengine.data.records import RecordReader
 from ckptengine.data.shards import Shards, as_reader
 from ckptengine.errors import CheckpointError
+from ckptengine.frameworks.registry import framework
 
 __all__ = ["ElasticBatches"]
 
@@ -102,14 +103,7 @@ class ElasticBatches(Handing):
         its own, from which its workers are seeded anew at each place where an iteration begins.
         Raises `TypeError` for an option that would change which records come, or in which order.
         """
-        from ckptengine.torch.loader import OWN_OPTIONS, make_loader
-
-        odd = sorted(OWN_OPTIONS & set(options))
-        if odd or not options.get("in_order", True):
-            name = odd[0] if odd else "in_order"
-            hint = "give collate= to ElasticBatches" if name == "collate_fn" else "ElasticBatches decides that itself"
-            raise TypeError(f"loader({name}=...): {hint}")
-        return make_loader(self._records, _Plan(self), options)
+        return framework("torch").make_loader(self._records, _Plan(self), options)
 
     def batches(self, loader: Any = None) -> Iterator[Any]:
         """Yield this rank's batches to the end of the epoch; a batch counts as consumed when the loop's body gets it.

@@ -8,21 +8,16 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from ckptengine.comm.ranks import name_ranks
 from ckptengine.errors import StateError
 from ckptengine.layout.balance import Run, balance, runs_of
 from ckptengine.layout.grid import cells_of, padding_is_acceptable, regular_grid
-from ckptengine.layout.head import (
-    LeafHead,
-    LeafLayout,
-    is_zero_sized,
-    path_order,
-    zero_sized_chunk,
-)
 from ckptengine.layout.holdings import Holding, same_holding
 from ckptengine.layout.survey import Boxes, Group, Kind, Survey, by_path, even_part
 from ckptengine.layout.tiling import Int64s, find_fault, inside, linear, tiles
-from ckptengine.state.leaf import Placement
+from ckptengine.schema.head import LeafHead, LeafLayout, is_zero_sized, zero_sized_chunk
+from ckptengine.schema.leaf import Placement
+from ckptengine.schema.path import path_order
+from ckptengine.schema.ranks import name_ranks
 
 __all__ = ["Assigned", "assign", "assign_alone", "check_own"]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from ckptengine.layout.box import Box
+from ckptengine.schema.box import Box
 
 __all__ = ["device_matrix_box"]
 

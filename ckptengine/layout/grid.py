@@ -7,8 +7,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ckptengine.layout.head import is_zero_sized, zero_sized_chunk
 from ckptengine.layout.tiling import Int64s, inside, linear
+from ckptengine.schema.head import is_zero_sized, zero_sized_chunk
 
 __all__ = ["cell_boxes", "cell_counts", "cell_index", "cells_of", "padding_is_acceptable", "regular_grid"]
 

@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from ckptengine.layout.head import LeafHead
 from ckptengine.layout.tiling import Int64s
-from ckptengine.state.leaf import ArrayLeaf
+from ckptengine.schema.head import LeafHead
+from ckptengine.schema.leaf import ArrayLeaf
 
 __all__ = ["Holding", "holdings_of", "same_holding"]
 

@@ -11,14 +11,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ckptengine.comm.ranks import name_ranks
 from ckptengine.errors import SaveFailedError
 from ckptengine.layout.grid import cell_boxes, cell_counts
-from ckptengine.layout.head import LeafLayout, path_order
 from ckptengine.layout.rank_rows import PackedRows, RankRows
 from ckptengine.layout.rows import LeafRecord, RowTable
 from ckptengine.layout.tiling import Int64s, find_fault, inside, linear, untiled
-from ckptengine.state.leaf import Path, Placement
+from ckptengine.schema.head import LeafLayout
+from ckptengine.schema.leaf import Placement
+from ckptengine.schema.path import Path, path_order
+from ckptengine.schema.ranks import name_ranks
 
 __all__ = ["merge"]
 

@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 from ckptengine.errors import SaveFailedError
 from ckptengine.layout.assign import Assigned
 from ckptengine.layout.grid import cell_counts
-from ckptengine.layout.head import LeafLayout, layout_from_json, layout_to_json
 from ckptengine.layout.packing import pack, parse_json, unpack
 from ckptengine.layout.tiling import Int64s, linear
+from ckptengine.schema.head import LeafLayout, layout_from_json, layout_to_json
 
 __all__ = ["PackedRows", "RankRows"]
 

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ckptengine.comm.ranks import name_ranks
 from ckptengine.errors import CheckpointDamagedError, LoadMismatchError
-from ckptengine.layout.box import Box
 from ckptengine.layout.grid import cell_counts
 from ckptengine.layout.rows import LeafRecord, Rows
 from ckptengine.layout.tiling import Int64s, find_fault, strides_of, untiled
+from ckptengine.schema.box import Box
+from ckptengine.schema.ranks import name_ranks
 
 __all__ = ["Copy", "WantedPart", "blocks", "plan_read"]
 

@@ -12,9 +12,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ckptengine.layout.grid import cell_boxes, cell_counts
-from ckptengine.layout.head import LeafLayout, layout_from_json, layout_to_json, path_order
 from ckptengine.layout.tiling import Int64s, inside
-from ckptengine.state.leaf import Path, Placement
+from ckptengine.schema.head import LeafLayout, layout_from_json, layout_to_json
+from ckptengine.schema.leaf import Placement
+from ckptengine.schema.path import Path, path_order
 
 __all__ = [
     "LeafRecord",

@@ -16,13 +16,14 @@ from functools import lru_cache
 
 import numpy as np
 
-from ckptengine.comm.ranks import name_ranks
 from ckptengine.errors import SaveFailedError, StateError
-from ckptengine.layout.head import LeafHead, head_from_json, head_to_json, is_zero_sized, path_order
 from ckptengine.layout.holdings import Holding
 from ckptengine.layout.packing import pack, parse_json, unpack
 from ckptengine.layout.tiling import Int64s
-from ckptengine.state.leaf import Path, Placement
+from ckptengine.schema.head import LeafHead, head_from_json, head_to_json, is_zero_sized
+from ckptengine.schema.leaf import Placement
+from ckptengine.schema.path import Path, path_order
+from ckptengine.schema.ranks import name_ranks
 
 __all__ = [
     "Boxes",

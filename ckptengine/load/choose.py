@@ -8,12 +8,12 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
 
-from ckptengine.catalog.best import Best
 from ckptengine.catalog.commit import attempt_directory
 from ckptengine.catalog.foreign import foreign_checkpoint, foreign_file
+from ckptengine.catalog.keep import Best
 from ckptengine.catalog.listing import Entry, Problem, committed, lineage, manifest_name, read_manifest
 from ckptengine.catalog.manifest import Manifest
-from ckptengine.comm.agree import share
+from ckptengine.comm.agree import from_first
 from ckptengine.comm.base import Communicator
 from ckptengine.errors import CheckpointDamagedError, CheckpointNotFoundError, StateError, StorageError
 from ckptengine.load.checkpoint import Checkpoint
@@ -105,27 +105,19 @@ class Chooser:
 
     def newest(self) -> Checkpoint:
         """Return the newest checkpoint; raises on all ranks as `newest_checkpoint` does."""
-        value, error = None, None
-        if self._comm.rank == 0:
-            try:
-                value = _pack(self._within(lambda: newest_checkpoint(self._storage)), 0)
-            except Exception as problem:
-                error = problem
-        found = self._share(value, error)
+        found = self._from_first(lambda: _pack(self._within(lambda: newest_checkpoint(self._storage)), 0))
         assert found is not None
         return found
 
     def is_gone(self, checkpoint: Checkpoint) -> bool:
         """Return whether a checkpoint was deleted since it was chosen: rank 0 looks, for all."""
-        value, error = None, None
-        if self._comm.rank == 0:
-            manifest = join(checkpoint.directory, manifest_name(checkpoint.manifest.generation))
-            try:
-                value = bytes([self._within(lambda: all(view.size(manifest) is None for view in self._views))])
-            except Exception as problem:
-                error = problem
+        manifest = join(checkpoint.directory, manifest_name(checkpoint.manifest.generation))
+
+        def look() -> bytes:
+            return bytes([self._within(lambda: all(view.size(manifest) is None for view in self._views))])
+
         doing = f"looking whether {checkpoint.location} was deleted"
-        return share(self._comm, value, error, self._timeout, doing) == b"\1"
+        return from_first(self._comm, look, self._timeout, doing) == b"\1"
 
     def candidates(self, step: int | None, damaged: list[str], best: Best | None = None) -> Iterator[Checkpoint]:
         """Yield what to try, one after the other: the lineage of the newest checkpoint, the step's or the best alone.
@@ -136,15 +128,13 @@ class Chooser:
         ranks where a step is asked for that was never committed, or the best where none has the metric.
         """
         items = self._items(step, damaged, best) if self._comm.rank == 0 else iter(())
+
+        def look() -> bytes:
+            item = self._within(lambda: next(items, None))
+            return b"" if item is None else _pack(*item)
+
         while True:
-            value, error = b"", None
-            if self._comm.rank == 0:
-                try:
-                    item = self._within(lambda: next(items, None))
-                    value = b"" if item is None else _pack(*item)
-                except Exception as problem:
-                    error = problem
-            found = self._share(value, error)
+            found = self._from_first(look)
             if found is None:
                 damaged[:] = self._all_damaged(damaged)
                 return
@@ -206,7 +196,7 @@ class Chooser:
                     if view.size(item.entry.manifest) is not None:
                         read[item.entry] = read_manifest(view, item.entry)
                         break
-        found = best.of(read.items())
+        found = best.kept(read.items())
         if not found and read:
             metrics = sorted({name for manifest in read.values() for name in manifest.metrics})
             there = f"their metrics are {', '.join(metrics)}" if metrics else "none of them has metrics"
@@ -221,12 +211,12 @@ class Chooser:
         _log.warning("a checkpoint is damaged, another copy or the one before it is tried: %s", error)
 
     def _all_damaged(self, damaged: list[str]) -> list[str]:
-        mine = json.dumps(damaged).encode() if self._comm.rank == 0 else None
-        return list(map(str, json.loads(share(self._comm, mine, None, self._timeout, "choosing a checkpoint"))))
+        doing = "choosing a checkpoint"
+        return list(map(str, json.loads(from_first(self._comm, json.dumps(damaged).encode, self._timeout, doing))))
 
-    def _share(self, value: bytes | None, error: Exception | None) -> Checkpoint | None:
-        doing = f"choosing a checkpoint in {self._storage.location()}"
-        reply = share(self._comm, value, error, self._timeout, doing)
+    def _from_first(self, look: Callable[[], bytes]) -> Checkpoint | None:
+        """Return on all ranks the checkpoint that rank 0 finds, None where it gives no bytes."""
+        reply = from_first(self._comm, look, self._timeout, f"choosing a checkpoint in {self._storage.location()}")
         if not reply:
             return None
         document = json.loads(reply)

@@ -7,8 +7,8 @@ from typing import Any, TypeVar, overload
 
 from ckptengine.errors import CheckpointDamagedError
 from ckptengine.load.checkpoint import Checkpoint
+from ckptengine.schema.path import Path, dotted
 from ckptengine.state.forms import Form, is_form
-from ckptengine.state.leaf import Path, dotted
 from ckptengine.state.outline import Outline, decode_outline
 from ckptengine.state.saved import Saved, SavedLeaf
 from ckptengine.state.values import decode

@@ -13,24 +13,25 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ckptengine import _native
-from ckptengine.catalog.best import Best
-from ckptengine.comm.agree import agree, gather
+import ckptengine._native as _native
+from ckptengine.catalog.keep import Best
+from ckptengine.comm.agree import gather, on_all
 from ckptengine.comm.base import Communicator
 from ckptengine.errors import CheckpointDamagedError, CheckpointError, RankFailedError, StorageError
-from ckptengine.layout.box import Box
 from ckptengine.load.checkpoint import Checkpoint, naming
 from ckptengine.load.choose import TRIES, Chooser, while_replaced
 from ckptengine.load.describe import describe
 from ckptengine.load.fill import Filling, host_memory, plan_filling, read_ranges
 from ckptengine.load.node import Offer
 from ckptengine.load.same import brings_the_same
-from ckptengine.load.share import Counts, make_offer, read, together
+from ckptengine.load.share import Counts, Together, make_offer, read, together
 from ckptengine.load.verify import Marks, check_restored
 from ckptengine.load.window import StoppedElsewhere
+from ckptengine.schema.box import Box
+from ckptengine.schema.dtypes import DTYPES
+from ckptengine.schema.leaf import ArrayLeaf, Part
+from ckptengine.schema.path import Path, dotted
 from ckptengine.state.bind import Binding, LoadReport, bind
-from ckptengine.state.dtypes import DTYPES
-from ckptengine.state.leaf import ArrayLeaf, Part, Path, dotted
 from ckptengine.state.outline import put_in_order
 from ckptengine.state.select import Selection, renamer
 from ckptengine.state.tree import unflatten
@@ -267,7 +268,6 @@ def _load(
     binding: Binding | None = None
     filling: Filling | None = None
     offer: Offer | None = None
-    counts: Counts | None = None
     error: Exception | None = None
     where = checkpoint.location
     try:
@@ -295,29 +295,34 @@ def _load(
         assert filling is not None
         assert offer is not None
         with together(comm, offer, greetings, timeout, f"preparing to read {where}") as group:
-            try:
-                with naming(where):
-                    counts = read(filling, group, timeout)
-                filling.finish()
-            except StoppedElsewhere:
-                pass  # the rank that has the error raises it on all
-            except Exception as problem:
-                error = problem
-            agree(comm, error, timeout, f"reading {where}")
+            fill = functools.partial(_fill, filling, group, where, timeout)
+            counts = on_all(comm, fill, timeout, f"reading {where}")
     if counts is None:
         raise RankFailedError(f"reading {where} was stopped by a rank that did not say why")
-    marks: Marks | None = None
-    try:
-        marks = Marks(binding) if options.verify else None
-        binding.finish()
-    except Exception as problem:
-        error = problem
-    agree(comm, error, timeout, f"setting the state from {where}")
+    finish = functools.partial(_finish, binding, options.verify)
+    marks = on_all(comm, finish, timeout, f"setting the state from {where}")
     if marks is not None:  # all ranks ask their objects once more, or none does
-        try:
-            check_restored(checkpoint, state, binding, marks, comm.rank, comm.world_size, timeout)
-        except Exception as problem:
-            error = problem
-        agree(comm, error, timeout, f"comparing the state with {where}")
+        check = functools.partial(
+            check_restored, checkpoint, state, binding, marks, comm.rank, comm.world_size, timeout
+        )
+        on_all(comm, check, timeout, f"comparing the state with {where}")
     manifest = checkpoint.manifest
     return Loaded(manifest.step, manifest.generation, where, binding.report, counts)
+
+
+def _fill(filling: Filling, group: Together | None, where: str, timeout: float) -> Counts | None:
+    """Read this rank's part; None where another rank, which raises its error on all, has stopped it."""
+    try:
+        with naming(where):
+            counts = read(filling, group, timeout)
+        filling.finish()
+    except StoppedElsewhere:
+        return None
+    return counts
+
+
+def _finish(binding: Binding, verify: bool) -> Marks | None:
+    """Hand over what objects get; return what tells the tensors of before, where the state is verified."""
+    marks = Marks(binding) if verify else None
+    binding.finish()
+    return marks

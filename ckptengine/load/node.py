@@ -12,10 +12,10 @@ import stat
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
+from ckptengine.comm.process import Process
 from ckptengine.layout.tiling import Int64s
 
 __all__ = ["Member", "Neighbour", "Offer", "identity", "members"]
@@ -30,14 +30,14 @@ def identity() -> bytes:
     Memory is shared by opening the other's memory file through /proc, so that is what counts; ranks in containers of
     their own are different nodes. Where it can't be found out, every call returns other bytes.
     """
+    process = Process.this()
     try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_bytes()
-        namespace = os.stat("/proc/self/ns/pid")
-        if os.readlink("/proc/self") != str(os.getpid()):
-            return secrets.token_bytes(16)
+        sees_itself = os.readlink("/proc/self") == str(process.pid)
     except OSError:
+        sees_itself = False
+    if not process.boot or not sees_itself:
         return secrets.token_bytes(16)
-    text = f"{boot.hex()} {namespace.st_dev} {namespace.st_ino} {os.geteuid()}"
+    text = f"{process.boot} {process.namespace} {os.geteuid()}"
     return hashlib.sha256(text.encode()).digest()[:16]
 
 

@@ -7,13 +7,13 @@ from typing import Any
 
 import numpy as np
 
-from ckptengine.layout.box import Box
 from ckptengine.load.checkpoint import Checkpoint
 from ckptengine.load.fill import READ_TIMEOUT, host_memory, plan_filling, read_ranges
+from ckptengine.schema.box import Box
+from ckptengine.schema.dtypes import DTYPES
+from ckptengine.schema.leaf import ArrayLeaf, Part
 from ckptengine.state.binding import Read
-from ckptengine.state.dtypes import DTYPES
 from ckptengine.state.extents import Extent
-from ckptengine.state.leaf import ArrayLeaf, Part
 
 __all__ = ["brings_the_same", "stored_parts"]
 

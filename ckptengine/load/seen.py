@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ckptengine import _native
+import ckptengine._native as _native
+from ckptengine.frameworks.registry import adapters
+from ckptengine.schema.dtypes import DTYPES
+from ckptengine.schema.leaf import ArrayLeaf, HostMemory, Part
 from ckptengine.snapshot.threads import copy_threads
-from ckptengine.state.adapters import adapters
-from ckptengine.state.dtypes import DTYPES
 from ckptengine.state.extents import Extent, array_at, extent_of
-from ckptengine.state.leaf import ArrayLeaf, HostMemory, Part
 
 __all__ = ["Watch"]
 

@@ -8,17 +8,19 @@ from typing import Any
 
 import numpy as np
 
-from ckptengine import _native
+import ckptengine._native as _native
 from ckptengine.errors import CheckpointError, RestoreDifferenceError
+from ckptengine.frameworks.adapter import TensorView
+from ckptengine.frameworks.registry import adapters
 from ckptengine.load.checkpoint import Checkpoint
 from ckptengine.load.same import stored_parts
 from ckptengine.load.seen import Watch
-from ckptengine.state.adapters import TensorView, adapters
+from ckptengine.schema.dtypes import DTYPES
+from ckptengine.schema.leaf import HostMemory, Part
+from ckptengine.schema.path import Path, is_inside
 from ckptengine.state.binding import Binding, Promise, Read
 from ckptengine.state.compare import Difference, Found, compare
-from ckptengine.state.dtypes import DTYPES
 from ckptengine.state.extents import Extent, array_at, extents, sharing
-from ckptengine.state.leaf import HostMemory, Part, Path, is_inside
 from ckptengine.state.outline import part_order
 from ckptengine.state.sharded import ShardedArray
 from ckptengine.state.tree import FlatState, flatten_loaded

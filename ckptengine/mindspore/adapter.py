@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 from mindspore import Tensor
 
+from ckptengine.frameworks.adapter import Adapter, ModuleEntry, TensorView
+from ckptengine.frameworks.registry import register
 from ckptengine.mindspore import cell as _cell
 from ckptengine.mindspore.tensor import (
     as_tensor,
@@ -17,9 +19,8 @@ from ckptengine.mindspore.tensor import (
     mindspore_dtype,
     view_tensor,
 )
-from ckptengine.state.adapters import Adapter, ModuleEntry, TensorView
-from ckptengine.state.dtypes import DTYPES
-from ckptengine.state.leaf import Path
+from ckptengine.schema.dtypes import DTYPES
+from ckptengine.schema.path import Path
 
 __all__ = ["MindSporeAdapter"]
 
@@ -87,3 +88,6 @@ class MindSporeAdapter(Adapter):
         if kind != "dtype":
             raise ValueError(payload)
         return mindspore_dtype(payload)
+
+
+register(MindSporeAdapter())

@@ -11,9 +11,9 @@ from mindspore.experimental.optim import Optimizer as GroupOptimizer
 from mindspore.train import DynamicLossScaleManager
 
 from ckptengine.errors import StateError
+from ckptengine.frameworks.adapter import ModuleEntry
 from ckptengine.mindspore.scheduler import is_scheduler, load_scheduler, scheduler_items
-from ckptengine.state.adapters import ModuleEntry
-from ckptengine.state.leaf import Path, dotted
+from ckptengine.schema.path import Path, dotted
 
 __all__ = ["is_module", "is_optimizer", "load_module", "module_entries", "module_values", "shared_weights"]
 

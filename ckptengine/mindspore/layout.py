@@ -9,8 +9,8 @@ from mindspore import nn
 from mindspore.communication import get_group_size, get_rank
 
 from ckptengine.errors import StateError
-from ckptengine.layout.box import Box
 from ckptengine.layout.device_matrix import device_matrix_box
+from ckptengine.schema.box import Box
 from ckptengine.state.sharded import ShardedArray
 
 __all__ = ["box_of_layout", "sharded_parameters"]

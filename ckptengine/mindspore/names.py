@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from mindspore import nn
 
-from ckptengine.state.names import EMBEDDING, NORMALIZATION, UNUSED
+from ckptengine.frameworks.names import EMBEDDING, NORMALIZATION, UNUSED
 
 __all__ = ["names_from_torch"]
 

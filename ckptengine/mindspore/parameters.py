@@ -11,8 +11,8 @@ from mindspore import Generator, Parameter, Tensor, nn
 from ckptengine.errors import StateError
 from ckptengine.mindspore.cell import is_optimizer, module_entries, shared_weights
 from ckptengine.mindspore.tensor import as_tensor
-from ckptengine.state.adapters import describe_type
-from ckptengine.state.dtypes import name_of_numpy_dtype
+from ckptengine.schema.dtypes import name_of_numpy_dtype
+from ckptengine.schema.type_name import describe_type
 
 __all__ = [
     "APPENDED",

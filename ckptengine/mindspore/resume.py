@@ -157,7 +157,8 @@ class Resume(train.Callback):  # type: ignore[misc]
         if taken := set(self._state) & set(state or {}):
             raise ValueError(f"state: the names {', '.join(sorted(taken))} are taken; choose others")
         self._state |= state or {}
-        every = self._position.batches if every is None else every
+        if every is None and options.get("policy") is None:
+            every = self._position.batches
         self._checkpointer = Checkpointer(run, every, keep_last, **options)
         self.start = self._checkpointer.restore(self._state)
         self._position.rewind()

@@ -12,7 +12,7 @@ from mindspore.experimental.optim.lr_scheduler import LRScheduler, ReduceLROnPla
 from mindspore.ops import Primitive
 
 from ckptengine.errors import StateError
-from ckptengine.state.adapters import describe_type
+from ckptengine.schema.type_name import describe_type
 
 __all__ = ["is_scheduler", "load_scheduler", "scheduler_items"]
 

@@ -13,10 +13,11 @@ from mindspore import Tensor
 from mindspore.experimental import MapParameter
 
 from ckptengine.errors import StateError
-from ckptengine.layout.box import Box
-from ckptengine.state.adapters import TensorView
-from ckptengine.state.dtypes import DTYPES
-from ckptengine.state.leaf import DeviceMemory, HostMemory, Memory, Part, Path, Placement, dotted
+from ckptengine.frameworks.adapter import TensorView
+from ckptengine.schema.box import Box
+from ckptengine.schema.dtypes import DTYPES
+from ckptengine.schema.leaf import DeviceMemory, HostMemory, Memory, Part, Placement
+from ckptengine.schema.path import Path, dotted
 
 __all__ = ["as_array", "as_tensor", "convert_tensor", "dtype_name", "fingerprints", "mindspore_dtype", "view_tensor"]
 

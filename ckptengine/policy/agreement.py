@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 import threading
 import time
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 from ckptengine.comm.base import KeyValueStore
-from ckptengine.comm.ranks import name_ranks
+from ckptengine.comm.process import Process
+from ckptengine.schema.ranks import name_ranks
 
 __all__ = ["Agreement", "Limit", "Request", "Verdict"]
 
@@ -94,7 +93,7 @@ class Agreement:
         """Wait until a rank asks; return None where this rank closes before."""
         key = self._waited_for
         if self._store.blocks:  # messages that are files are written where they are needed only
-            self._set(f"process/{self._rank}", list(_process(os.getpid())))
+            self._set(f"process/{self._rank}", Process.this().to_json())
         while not self._closed.is_set():
             found = self._get(key, _FOREVER if self._store.blocks else 0.0)
             if self._closed.is_set():
@@ -179,9 +178,8 @@ class Agreement:
         found = self._get(f"process/{rank}", 0.0) if self._store.blocks else None
         if found is None:
             return False
-        machine, namespace, pid, _ = found
-        ours = _process(os.getpid())
-        return bool(machine) and (machine, namespace) == ours[:2] and _process(pid) != tuple(found)
+        process = Process.of_json(found)
+        return process is not None and process.is_alive() is False
 
     def depart(self, seconds: float) -> None:
         """Leave the store; rank 0, who may be its host, waits at most so many seconds until all others have."""
@@ -201,7 +199,7 @@ class Agreement:
     def _key(self, key: str) -> str:
         return f"{self._prefix}/{key}"
 
-    def _set(self, key: str, value: list[object]) -> None:
+    def _set(self, key: str, value: list[object] | dict[str, Any]) -> None:
         self._store.set(self._key(key), json.dumps(value).encode())
 
     def _get(self, key: str, seconds: float) -> Any:
@@ -224,20 +222,3 @@ def _verdict(limits: dict[int, Limit | None]) -> Verdict:
     if any(limit.gone for limit in known):
         return Verdict("over")
     return Verdict("stop", max(limit.call for limit in known))
-
-
-def _process(pid: int) -> tuple[str, str, int, str]:
-    """Return what tells a living process from all others: its machine's boot, its namespace of ids, its id and start.
-
-    The start is empty where there is none, or only its parent has not yet noticed its end. See proc_pid_stat(5).
-    """
-    try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        namespace = os.readlink("/proc/self/ns/pid")
-    except OSError:
-        return "", "", pid, ""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return boot, namespace, pid, ""
-    return boot, namespace, pid, "" if fields[0] in "ZX" else fields[19]

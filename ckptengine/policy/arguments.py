@@ -9,9 +9,11 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
+from ckptengine.catalog.keep import checked_best
 from ckptengine.comm.base import Communicator
 from ckptengine.errors import StateError
 from ckptengine.policy.preemption import Preemption
+from ckptengine.policy.rules import Policy
 
 __all__ = [
     "checked_choice",
@@ -19,6 +21,7 @@ __all__ = [
     "checked_count",
     "checked_keep_last",
     "checked_location",
+    "checked_policy",
     "checked_preemption",
     "checked_seconds",
     "checked_state",
@@ -57,6 +60,21 @@ def checked_keep_last(value: Any) -> int | Mapping[str, int] | None:
             raise TypeError(f"keep_last has the key {_short(wrong)}: its keys are names of tiers, such as 'local'")
         return {tier: checked_count(f"keep_last[{tier!r}]", count, 1, what) for tier, count in value.items()}
     return checked_count("keep_last", value, 1, f"{what} (None: all), or one number for each tier,")
+
+
+def checked_policy(policy: Any, every: Any, keep_last: Any, keep_every: Any, keep_best: Any) -> Policy:
+    """Return the policy, or that which the other arguments stand for; raises `TypeError` or `ValueError`."""
+    if policy is None:
+        if keep_every is not None:
+            keep_every = checked_count("keep_every", keep_every, 1, "a number of steps (None: no such ones)")
+        return Policy.of(every, checked_keep_last(keep_last), keep_every, checked_best("keep_best", keep_best))
+    if not isinstance(policy, Policy):
+        raise TypeError(f"policy={_short(policy)}: give a ckptengine.Policy")
+    short = {"every": every, "keep_last": keep_last, "keep_every": keep_every, "keep_best": keep_best}
+    both = next((name for name, value in short.items() if value is not None), None)
+    if both is not None:
+        raise ValueError(f"{both}={_short(short[both])} beside policy=: give one of the two, or make it a rule")
+    return policy
 
 
 def checked_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:

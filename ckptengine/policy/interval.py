@@ -33,6 +33,9 @@ class Auto:
         if self.overhead is not None and not 0 < self.overhead < 1:
             raise ValueError(f"overhead={self.overhead!r}: give a part of the time between 0 and 1, such as 0.01")
 
+    def __str__(self) -> str:
+        return "as often as the cost of a save allows"
+
     def interval(self, cost: float, least: float) -> tuple[float, str]:
         """Return the seconds from the start of a save to that of the next, and the reason in words.
 

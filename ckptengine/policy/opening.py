@@ -10,7 +10,7 @@ from ckptengine.catalog.foreign import Foreign, foreign_checkpoint
 from ckptengine.catalog.life import Life
 from ckptengine.catalog.listing import committed, manifest_name
 from ckptengine.catalog.retention import remove_leftovers
-from ckptengine.comm.agree import agree, gather, share
+from ckptengine.comm.agree import from_all, from_first, on_all
 from ckptengine.comm.base import Communicator
 from ckptengine.comm.select import place
 from ckptengine.errors import CheckpointError, CheckpointNotFoundError, DeadlineError, StorageError
@@ -48,19 +48,21 @@ class Opening:
         Returns a name that only this life has, the same on all ranks. A run that can be read only is opened all the
         same; `begin` then says what is wrong.
         """
-        error: Exception | None = None
-        token = b""
         doing = f"opening {self._run}"
-        try:
+
+        def prepare() -> bytes:
             self._tiers.check_apart()
-            if self._comm.rank == 0:
-                within(self._timeout, doing, self._prepare)
-                token = secrets.token_hex(8).encode()
-        except Exception as problem:
-            error = problem
-        name = gather(self._comm, token, error, self._timeout, doing)[0].decode()
+            if self._comm.rank != 0:
+                return b""
+            within(self._timeout, doing, self._prepare)
+            return secrets.token_hex(8).encode()
+
+        name = from_all(self._comm, prepare, self._timeout, doing)[0].decode()
         self._tiers.open(name)
         self.found = self._tiers.found
+        if self._comm.rank == 0:
+            newest = "no checkpoint yet" if self.found is None else f"the newest is step {self.found}"
+            _log.info("%s: opened by %d rank(s); %s", self._run, self._comm.world_size, newest)
         return name
 
     def _prepare(self) -> None:
@@ -116,13 +118,16 @@ class Opening:
         Raises `CheckpointNotFoundError` for a checkpoint that a job could have gone on with; weights, which a job may
         begin with, are told as a warning.
         """
-        found = self._foreign
-        error = None
-        if found is not None and found.training:
-            error = CheckpointNotFoundError(found.tell(self._run))
-        elif found is not None:
-            _log.warning("%s: the job begins anew", found.tell(self._run))
-        share(self._comm, b"" if self._comm.rank == 0 else None, error, self._timeout, "restoring")
+
+        def tell() -> bytes:
+            found = self._foreign
+            if found is not None and found.training:
+                raise CheckpointNotFoundError(found.tell(self._run))
+            if found is not None:
+                _log.warning("%s: the job begins anew", found.tell(self._run))
+            return b""
+
+        from_first(self._comm, tell, self._timeout, "restoring")
 
     def begin(self) -> None:
         """Become the one who writes to the run, at the first step of a life; all ranks.
@@ -133,18 +138,18 @@ class Opening:
             return
         self.check_place()
         self._warn_unrestored()
-        error: Exception | None = None
-        if self._comm.rank == 0:
-            try:
-                if self._refusal is not None:
-                    raise StorageError(
-                        self._refusal.errno,
-                        f"{self._run} was opened to restore from it alone: {self._refusal.strerror}",
-                    )
-                within(self._timeout, f"beginning to write to {self._run}", lambda: self._life.take(self._timeout / 2))
-            except Exception as problem:
-                error = problem
-        agree(self._comm, error, self._timeout, f"beginning to write to {self._run}")
+        doing = f"beginning to write to {self._run}"
+
+        def take() -> None:
+            if self._comm.rank != 0:
+                return
+            if self._refusal is not None:
+                raise StorageError(
+                    self._refusal.errno, f"{self._run} was opened to restore from it alone: {self._refusal.strerror}"
+                )
+            within(self._timeout, doing, lambda: self._life.take(self._timeout / 2))
+
+        on_all(self._comm, take, self._timeout, doing)
         self._begun = True
 
     def _warn_unrestored(self) -> None:

@@ -8,10 +8,11 @@ import statistics
 import struct
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from ckptengine.comm.base import Communicator
-from ckptengine.policy.interval import Auto, seconds_of
+from ckptengine.policy.interval import Auto
+from ckptengine.policy.rules import AtSteps, Every, SaveRule
 from ckptengine.save.handle import SaveStats
 
 __all__ = ["Schedule"]
@@ -31,26 +32,29 @@ _log = logging.getLogger("ckptengine")
 
 
 class Schedule:
-    """Decides after which steps to save, in one place: every n steps, every so many seconds, or as the cost allows.
+    """Decides after which steps to save, in one place, by the rules of a `Policy`: a save is due where any says so.
 
-    `every` is a number of steps, a time such as `"10min"`, `"auto"` or an `Auto`, or None for never. With a time the
-    clock of rank 0 decides for all ranks, who ask together. `clock` returns seconds; it need not be the real one.
+    With a time the clock of rank 0 decides for all ranks, who ask together. `clock` returns seconds; it need not be the
+    real one.
 
     With an `Auto` the first save comes at the first step, to find out what a save costs; it is slower than those that
     follow (it plans and finds memory), so the second one comes sooner than its cost asks for. From then on the median
     of the last five without the first counts, as rank 0 saw them: what each took from the training (stall and wait).
-
-    Raises `ValueError` where `every` makes no sense.
     """
 
     def __init__(
         self,
-        every: int | str | Auto | None,
+        rules: Sequence[SaveRule],
         comm: Communicator,
         timeout: float,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._steps, self._seconds, self._auto = _parse(every)
+        self._multiples = [rule.steps for rule in rules if isinstance(rule, Every) and rule.steps is not None]
+        self._steps = frozenset(step for rule in rules if isinstance(rule, AtSteps) for step in rule.steps)
+        times = [rule.seconds for rule in rules if isinstance(rule, Every) and rule.seconds is not None]
+        self._time = min(times, default=math.inf)
+        self._auto = next((rule for rule in rules if isinstance(rule, Auto)), None)
+        self._cost_allows = 0.0 if self._auto is not None else math.inf  # seconds, for the time being
         self._comm, self._timeout, self._clock = comm, timeout, clock
         self._last_time = clock()
         self._checked: tuple[int, float] | None = None  # step and time of the last look at the clock in this life
@@ -68,12 +72,12 @@ class Schedule:
         """Note that a save starts now, due or not."""
         self._last_time = self._clock()
         if self._auto is not None and self._first is None:
-            self._seconds = math.inf  # nothing is due before it has told what it costs
+            self._cost_allows = math.inf  # nothing is due before it has told what it costs
 
     def failed(self) -> None:
         """Note that a save failed; where none has told its cost yet, the next one is due in a minute."""
         if self._auto is not None and self._first is None:
-            self._seconds = _RETRY_SECONDS
+            self._cost_allows = _RETRY_SECONDS
 
     def learn(self, stats: SaveStats) -> None:
         """Take what a committed save cost into account."""
@@ -83,22 +87,22 @@ class Schedule:
             self._first = stats
             # Soon, but not while the first may be in the way, and never later than its own cost would have it.
             interval, _ = self._auto.interval(_cost(stats), 0.0)
-            self._seconds = max(_MARGIN * stats.durable_seconds, interval / 3)
+            self._cost_allows = max(_MARGIN * stats.durable_seconds, interval / 3)
             return
         self._later.append(stats)
         cost = statistics.median(map(_cost, self._later))
         least = _MARGIN * max(each.durable_seconds for each in self._later)
-        self._seconds, reason = self._auto.interval(cost, least)
-        if self._told is None or abs(self._seconds - self._told) > _WORTH_TELLING * self._told:
-            self._told = self._seconds
+        self._cost_allows, reason = self._auto.interval(cost, least)
+        if self._told is None or abs(self._cost_allows - self._told) > _WORTH_TELLING * self._told:
+            self._told = self._cost_allows
             if self._comm.rank == 0:
-                _log.info("a save every %.3g s: it costs %.3g s, and %s decides", self._seconds, cost, reason)
+                _log.info("a save every %.3g s: it costs %.3g s, and %s decides", self._told, cost, reason)
 
     def due(self, step: int) -> bool:
         """Return whether to save after a step, the same on all ranks, who all ask for the same steps."""
-        if self._steps is not None:
-            return step % self._steps == 0
-        return self._seconds is not None and self._due_by_time(step)
+        if step in self._steps or any(step % steps == 0 for steps in self._multiples):
+            return True
+        return (self._auto is not None or self._time < math.inf) and self._due_by_time(step)
 
     def _due_by_time(self, step: int) -> bool:
         """Let rank 0's clock decide, for all ranks; it also says at which step to ask again.
@@ -109,10 +113,9 @@ class Schedule:
             return False
         reply = None
         if self._comm.rank == 0:
-            assert self._seconds is not None
-            now = self._clock()
+            now, seconds = self._clock(), min(self._time, self._cost_allows)
             gone = now - self._last_time
-            left = gone if self._seconds == math.inf and gone > 0 else self._seconds - gone
+            left = gone if seconds == math.inf and gone > 0 else seconds - gone
             ahead = 1
             if self._checked is not None and left > 0:
                 checked_step, checked_time = self._checked
@@ -126,21 +129,3 @@ class Schedule:
 
 def _cost(stats: SaveStats) -> float:
     return stats.stall_seconds + stats.waited_seconds
-
-
-def _parse(every: object) -> tuple[int | None, float | None, Auto | None]:
-    """Return `every` as steps or as seconds, and what adapts the seconds."""
-    if every is None:
-        return None, None, None
-    if every == "auto":
-        every = Auto()
-    if isinstance(every, Auto):
-        return None, 0.0, every
-    if isinstance(every, int) and not isinstance(every, bool) and every > 0:
-        return every, None, None
-    seconds = seconds_of(every) if isinstance(every, str) else None
-    if not seconds:
-        raise ValueError(
-            f'every={every!r}: give a number of steps, a time such as "90s", "10min" or "2h", "auto", or an Auto'
-        )
-    return None, seconds, None

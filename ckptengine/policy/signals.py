@@ -12,6 +12,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType
 
+from ckptengine.lifecycle import after_fork
+
 __all__ = ["Subscription", "ignore", "is_shared", "subscribe"]
 
 _log = logging.getLogger("ckptengine")
@@ -255,4 +257,4 @@ def _in_mask(mask: str, number: int) -> bool:
 
 
 _hub = _Hub()
-os.register_at_fork(after_in_child=_hub.forked)
+after_fork(_hub.forked)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import logging
 import os
@@ -10,7 +9,6 @@ import signal
 import sys
 import threading
 import time
-import weakref
 from collections.abc import Callable
 from typing import NoReturn
 
@@ -18,6 +16,7 @@ from ckptengine.catalog.lease import is_old
 from ckptengine.catalog.receipt import StorageStore
 from ckptengine.comm.base import Communicator
 from ckptengine.errors import CheckpointError, DeadlineError, Preempted
+from ckptengine.lifecycle import Living, at_exit
 from ckptengine.policy.agreement import Agreement, Limit, Request, Verdict
 from ckptengine.policy.preemption import Preemption
 from ckptengine.policy.signals import Subscription, ignore, is_shared, subscribe
@@ -165,7 +164,7 @@ class Watch:
     def _preempted(self, step: int | None, problem: str) -> Preempted:
         # Handlers stay until the process has ended: the launcher sends SIGTERM to all as soon as the first has.
         self._leaving_since = time.monotonic()
-        atexit.register(ignore)
+        at_exit(ignore)
         code = self._preemption.exit_code
         stands = self._stands()
         if step is not None:
@@ -417,21 +416,9 @@ def _identity(path: str) -> tuple[int, int] | None:
     return found.st_ino, found.st_mtime_ns
 
 
-_living: weakref.WeakSet[Watch] = weakref.WeakSet()
-
-
-def _after_fork() -> None:
-    for watch in list(_living):
-        watch.forked()
-
-
-os.register_at_fork(after_in_child=_after_fork)
-
-
-def _at_exit() -> None:
+def _ended(watch: Watch) -> None:
     """Tell the other ranks that what was never closed comes to no further step."""
-    for watch in list(_living):
-        watch.close(failed=True)
+    watch.close(failed=True)
 
 
-atexit.register(_at_exit)
+_living: Living[Watch] = Living(forked=Watch.forked, ended=_ended)

@@ -17,13 +17,13 @@ from ckptengine.catalog.listing import Entry, is_later, manifest_name, read_mani
 from ckptengine.catalog.manifest import Manifest
 from ckptengine.catalog.receipt import Channel, Outcome, Receipt, StorageStore, collect
 from ckptengine.comm.base import Communicator
-from ckptengine.comm.ranks import name_ranks
 from ckptengine.errors import CheckpointError, DeadlineError, ReplicaMismatchError, SaveFailedError, StorageError
 from ckptengine.save.aside import Aside
 from ckptengine.save.coordinator import Coordinator
 from ckptengine.save.handle import SaveStats
 from ckptengine.save.job import Job, Target
 from ckptengine.save.planner import Plan
+from ckptengine.schema.ranks import name_ranks
 from ckptengine.storage.base import join
 
 __all__ = ["Committer"]

@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from ckptengine.archive.layout_file import encode_layout
 from ckptengine.archive.record import ArchiveRecord
 from ckptengine.catalog.receipt import Receipt
-from ckptengine.comm.ranks import name_ranks
 from ckptengine.errors import SaveFailedError
 from ckptengine.layout.merge import merge
 from ckptengine.layout.rank_rows import PackedRows
 from ckptengine.save.replicas import compare_replicas
 from ckptengine.save.values import compare_values
+from ckptengine.schema.ranks import name_ranks
 
 __all__ = ["Coordinator"]
 

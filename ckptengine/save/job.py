@@ -11,14 +11,14 @@ from typing import Any
 
 from ckptengine.archive.tail import build_tail
 from ckptengine.catalog.manifest import utc_now
-from ckptengine.comm.site import Site
+from ckptengine.catalog.site import Site
 from ckptengine.save.handle import Phase, SaveHandle
 from ckptengine.save.planner import Plan
 from ckptengine.save.values import StoredValues
+from ckptengine.schema.path import Path
 from ckptengine.snapshot.feed import Feed
 from ckptengine.snapshot.pack import Checksums
 from ckptengine.snapshot.shared_arena import SharedArena
-from ckptengine.state.leaf import Path
 from ckptengine.storage.base import Storage
 
 __all__ = ["Job", "ReplicaCrcs", "Target"]

@@ -22,7 +22,7 @@ from ckptengine.layout.survey import Boxes, Table, by_path, decode_boxes, encode
 from ckptengine.save.reading import Reading, Structure
 from ckptengine.save.replicas import ReplicaCheck, compare_replicas, decode_crcs, encode_crcs, replica_crcs
 from ckptengine.save.values import StoredValues, compare_values
-from ckptengine.state.leaf import Path
+from ckptengine.schema.path import Path
 
 __all__ = ["Plan", "Planner"]
 

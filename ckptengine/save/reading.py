@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from ckptengine.schema.leaf import ArrayLeaf, Part
+from ckptengine.schema.path import Path
 from ckptengine.state.asked import Asked
 from ckptengine.state.kinds import Inspector
-from ckptengine.state.leaf import ArrayLeaf, Part, Path
 from ckptengine.state.trace import Trace
 from ckptengine.state.tree import FlatState, flatten_traced
 

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import atexit
 import functools
 import gc
 import json
 import logging
-import os
 import threading
 import time
 import weakref
@@ -21,6 +19,8 @@ from ckptengine.catalog.receipt import patience
 from ckptengine.comm.agree import gather
 from ckptengine.comm.base import Communicator
 from ckptengine.errors import CheckpointError, DeadlineError, RankFailedError, SaveFailedError
+from ckptengine.frameworks.registry import adapters
+from ckptengine.lifecycle import Living
 from ckptengine.save.archive import MemoryArchive, StorageArchive
 from ckptengine.save.aside import Aside
 from ckptengine.save.cleaner import Cleaner
@@ -32,14 +32,14 @@ from ckptengine.save.reading import Reading, StateReader
 from ckptengine.save.replicas import ReplicaCheck, replica_crcs
 from ckptengine.save.turn import Turns
 from ckptengine.save.values import StoredValues, stored_values
+from ckptengine.schema.dtypes import DTYPES
+from ckptengine.schema.leaf import ArrayLeaf, Placement
+from ckptengine.schema.path import Path, dotted
 from ckptengine.snapshot.feed import Feed
 from ckptengine.snapshot.pack import Checksums, CopyTable
 from ckptengine.snapshot.shared_arena import SharedArena
 from ckptengine.snapshot.snapshotter import Images, Snapshotter
-from ckptengine.state.adapters import adapters
-from ckptengine.state.dtypes import DTYPES
 from ckptengine.state.held import held_arrays
-from ckptengine.state.leaf import ArrayLeaf, Path, Placement, dotted
 from ckptengine.storage.stuck import operation_of
 from ckptengine.storage.within import within
 
@@ -528,23 +528,13 @@ def _collection_later() -> Iterator[None]:
             gc.enable()
 
 
-# Saves in flight when the interpreter ends are waited for: a checkpoint that was asked for is not dropped silently.
-_living: weakref.WeakSet[Saver] = weakref.WeakSet()
+def _ended(saver: Saver) -> None:
+    """Wait for saves in flight when the interpreter ends: a checkpoint that was asked for is not dropped silently."""
+    try:
+        saver.settle(saver.timeout)
+    except DeadlineError as error:
+        _log.error("%s", error)
+    saver.report()
 
 
-def _wait_for_all() -> None:
-    for saver in list(_living):
-        try:
-            saver.settle(saver.timeout)
-        except DeadlineError as error:
-            _log.error("%s", error)
-        saver.report()
-
-
-def _after_fork() -> None:
-    for saver in list(_living):
-        saver.after_fork()
-
-
-atexit.register(_wait_for_all)
-os.register_at_fork(after_in_child=_after_fork)
+_living: Living[Saver] = Living(forked=Saver.after_fork, ended=_ended)

@@ -8,10 +8,9 @@ from typing import Any
 
 from ckptengine.archive.image import group_metadata
 from ckptengine.archive.names import OBJECTS, rank_node
-from ckptengine.comm.ranks import name_ranks
 from ckptengine.errors import ReplicaMismatchError
-from ckptengine.layout.head import path_order
-from ckptengine.state.leaf import Key, Path, dotted
+from ckptengine.schema.path import Key, Path, dotted, path_order
+from ckptengine.schema.ranks import name_ranks
 from ckptengine.state.tree import FlatState
 from ckptengine.state.values import digest, encode
 

@@ -9,7 +9,7 @@ import threading
 import weakref
 from collections.abc import Callable
 
-from ckptengine import _native
+import ckptengine._native as _native
 from ckptengine.errors import StorageError
 from ckptengine.snapshot.room import available_nbytes
 from ckptengine.snapshot.threads import copy_threads

@@ -8,7 +8,7 @@ import fcntl
 import os
 from collections.abc import Callable
 
-from ckptengine import _native
+import ckptengine._native as _native
 from ckptengine.errors import StorageError
 from ckptengine.snapshot.arena import Arena
 from ckptengine.snapshot.threads import copy_threads

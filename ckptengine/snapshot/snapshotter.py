@@ -12,11 +12,11 @@ from typing import Protocol
 
 from ckptengine.archive.image import BLOCK_NBYTES, Image
 from ckptengine.errors import StorageError
+from ckptengine.frameworks.registry import adapters
 from ckptengine.snapshot.arena import Arena
 from ckptengine.snapshot.feed import Feed, Window
 from ckptengine.snapshot.pack import Checksums, CopyTable
 from ckptengine.snapshot.shared_arena import SharedArena
-from ckptengine.state.adapters import adapters
 
 __all__ = ["LEAST_ARENA_NBYTES", "Images", "Snapshotter"]
 

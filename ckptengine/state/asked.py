@@ -6,8 +6,9 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from ckptengine.errors import CheckpointError, StateError
-from ckptengine.state.adapters import Adapter, ModuleEntry, describe_type
-from ckptengine.state.leaf import Path, dotted
+from ckptengine.frameworks.adapter import Adapter, ModuleEntry
+from ckptengine.schema.path import Path, dotted
+from ckptengine.schema.type_name import describe_type
 
 __all__ = ["Asked"]
 

@@ -8,9 +8,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ckptengine.state.adapters import TensorView
+from ckptengine.frameworks.adapter import TensorView
+from ckptengine.schema.leaf import ArrayLeaf
+from ckptengine.schema.path import Path
 from ckptengine.state.extents import Extent, extents
-from ckptengine.state.leaf import ArrayLeaf, Path
 from ckptengine.state.report import LoadReport
 from ckptengine.state.saved import Node, SavedArray, SavedValue
 

@@ -28,7 +28,7 @@ from enum import Enum, Flag
 from typing import Any
 
 from ckptengine.errors import StateError
-from ckptengine.state.leaf import Path, dotted
+from ckptengine.schema.path import Path, dotted
 
 __all__ = [
     "CLASS_TAGS",

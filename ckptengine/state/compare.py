@@ -9,9 +9,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from ckptengine.state.adapters import describe_type
+from ckptengine.schema.leaf import ArrayLeaf, Placement
+from ckptengine.schema.path import Path, dotted, is_inside
+from ckptengine.schema.type_name import describe_type
 from ckptengine.state.binding import Promise
-from ckptengine.state.leaf import ArrayLeaf, Path, Placement, dotted, is_inside
 from ckptengine.state.nested import item_of
 from ckptengine.state.outline import Container, class_name, is_of_class, sorted_keys
 from ckptengine.state.per_rank import PerRank

@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from ckptengine.state.dtypes import DTYPES
-from ckptengine.state.leaf import ArrayLeaf, HostMemory, Part
+from ckptengine.schema.dtypes import DTYPES
+from ckptengine.schema.leaf import ArrayLeaf, HostMemory, Part
 
 __all__ = ["Extent", "Taken", "array_at", "extent_of", "extents", "overlap", "sharing"]
 

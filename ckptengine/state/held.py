@@ -6,9 +6,10 @@ from collections.abc import Hashable, Iterator, Mapping
 from typing import Any
 
 from ckptengine.errors import StateError
-from ckptengine.state.adapters import Adapter
+from ckptengine.frameworks.adapter import Adapter
+from ckptengine.schema.leaf import ArrayLeaf, Placement
+from ckptengine.schema.path import Path
 from ckptengine.state.kinds import SCALARS, Inspector, Kind, children
-from ckptengine.state.leaf import ArrayLeaf, Path, Placement
 from ckptengine.state.tree import sharded_parts
 from ckptengine.state.values import MAX_DEPTH
 

@@ -8,10 +8,12 @@ from enum import Enum, auto
 from typing import Any
 
 from ckptengine.errors import CheckpointError, StateError
-from ckptengine.state.adapters import Adapter, ModuleEntry, adapters, describe_type
+from ckptengine.frameworks.adapter import Adapter, ModuleEntry
+from ckptengine.frameworks.registry import adapters
+from ckptengine.schema.path import Key, Path, dotted
+from ckptengine.schema.type_name import describe_type
 from ckptengine.state.asked import Asked
 from ckptengine.state.forms import path_keys
-from ckptengine.state.leaf import Key, Path, dotted
 from ckptengine.state.per_rank import PerRank
 from ckptengine.state.sharded import ShardedArray
 from ckptengine.state.values import MAX_DEPTH

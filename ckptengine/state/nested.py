@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from ckptengine.state.leaf import Key, Path
+from ckptengine.schema.path import Key, Path
 from ckptengine.state.per_rank import PerRank
 
 __all__ = ["item_of", "per_rank_items", "put_at", "replace_contents", "sorted_like"]

@@ -12,8 +12,9 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from ckptengine.errors import CheckpointDamagedError
-from ckptengine.state.adapters import TensorView
-from ckptengine.state.leaf import HostMemory, Key, Part, Path, dotted
+from ckptengine.frameworks.adapter import TensorView
+from ckptengine.schema.leaf import HostMemory, Part
+from ckptengine.schema.path import Key, Path, dotted
 from ckptengine.state.nested import item_of
 from ckptengine.state.values import decode, encode
 

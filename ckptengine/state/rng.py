@@ -15,11 +15,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ckptengine.errors import CheckpointDamagedError, FormatVersionError, LoadMismatchError, StateError
-from ckptengine.state.adapters import adapters, describe_type
-from ckptengine.state.numpy_random import NumpyStream
+from ckptengine.frameworks.numpy_random import NumpyStream
+from ckptengine.frameworks.random_stream import PythonStream, RandomStream
+from ckptengine.frameworks.registry import adapters
+from ckptengine.schema.type_name import describe_type
 from ckptengine.state.per_rank import PerRank
 from ckptengine.state.random_record import Record, digest_of, new_seed, shared_streams
-from ckptengine.state.random_stream import PythonStream, RandomStream
 
 __all__ = ["RNG", "given_streams"]
 

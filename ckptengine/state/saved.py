@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from ckptengine.errors import CheckpointDamagedError, LoadMismatchError
-from ckptengine.state.adapters import describe_type
+from ckptengine.schema.leaf import Placement
+from ckptengine.schema.path import Key, Path, dotted
+from ckptengine.schema.type_name import describe_type
 from ckptengine.state.forms import Form
-from ckptengine.state.leaf import Key, Path, Placement, dotted
 from ckptengine.state.outline import Outline, in_given_order, renamed_key, sorted_keys
 from ckptengine.state.values import MAX_DEPTH
 
@@ -127,6 +128,10 @@ class Node:
         yield path, self
         for key, child in self.children.items():
             yield from child.nodes((*path, key))
+
+    def plain_values(self) -> dict[Path, Any]:
+        """Return the plain values from here on, by their paths from here."""
+        return {path: node.entry.value for path, node in self.leaves() if isinstance(node.entry, SavedValue)}
 
     def use(self) -> None:
         """Mark everything from here on as used."""

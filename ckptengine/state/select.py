@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from ckptengine.errors import LoadMismatchError
+from ckptengine.schema.path import Path, dotted
 from ckptengine.state.kinds import Inspector, Kind, children
-from ckptengine.state.leaf import Path, dotted
 
 __all__ = ["Selection", "module_names", "renamer"]
 

@@ -7,9 +7,11 @@ from collections.abc import Iterable
 from typing import Any
 
 from ckptengine.errors import StateError
-from ckptengine.layout.box import Box
-from ckptengine.state.adapters import Adapter, adapter_of_tensor, describe_type
-from ckptengine.state.leaf import Placement
+from ckptengine.frameworks.adapter import Adapter
+from ckptengine.frameworks.registry import adapter_of_tensor
+from ckptengine.schema.box import Box
+from ckptengine.schema.leaf import Placement
+from ckptengine.schema.type_name import describe_type
 
 __all__ = ["ShardedArray"]
 

@@ -14,11 +14,12 @@ from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ckptengine.layout.box import Box
-from ckptengine.state.adapters import ABOUT, Adapter
+from ckptengine.frameworks.adapter import ABOUT, Adapter
+from ckptengine.schema.box import Box
+from ckptengine.schema.leaf import Part, Placement
+from ckptengine.schema.path import Path
 from ckptengine.state.asked import Asked
 from ckptengine.state.kinds import SCALARS, Inspector, Kind
-from ckptengine.state.leaf import Part, Path, Placement
 from ckptengine.state.outline import part_order
 from ckptengine.state.own_state import named_state
 from ckptengine.state.sharded import ShardedArray

@@ -8,13 +8,15 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ckptengine.errors import CheckpointDamagedError, StateError
-from ckptengine.layout.head import MAX_NDIM
-from ckptengine.state.adapters import ABOUT, Adapter, TensorView, describe_type
+from ckptengine.frameworks.adapter import ABOUT, Adapter, TensorView
+from ckptengine.frameworks.registry import adapter_of_loader
+from ckptengine.schema.head import MAX_NDIM
+from ckptengine.schema.leaf import ArrayLeaf, DeviceMemory, Part, Placement
+from ckptengine.schema.path import Key, Path, dotted
+from ckptengine.schema.type_name import describe_type
 from ckptengine.state.asked import Asked
 from ckptengine.state.forms import Form, container_kind, form_of, rebuild
 from ckptengine.state.kinds import Inspector, Kind, children, optimizer_names
-from ckptengine.state.leaf import ArrayLeaf, DeviceMemory, Key, Part, Path, Placement, dotted
-from ckptengine.state.loaders import is_stateful_loader
 from ckptengine.state.outline import Container, Outline, class_name, part_order, sorted_keys
 from ckptengine.state.own_state import STATE, named_state, numbers_of, parts_of
 from ckptengine.state.sharded import ShardedArray
@@ -214,7 +216,7 @@ class _Walk:
                     return self._visit_own_optimizer(value, adapter, path, per_rank)
                 return self._visit_optimizer(value, adapter, path, per_rank)
             case Kind.OBJECT:
-                per_rank = per_rank or is_stateful_loader(value)
+                per_rank = per_rank or adapter_of_loader(value) is not None
                 self._build(path, "object", per_rank, class_name(value))
                 own = self._inspector.asked.state_of(value, path)
                 if isinstance(own, Mapping) and not own:

@@ -39,10 +39,11 @@ from typing import Any
 import numpy as np
 
 from ckptengine.errors import CheckpointDamagedError, StateError
-from ckptengine.state.adapters import adapters, describe_type
+from ckptengine.frameworks.registry import adapters
+from ckptengine.schema.dtypes import DTYPES
+from ckptengine.schema.path import Path, dotted
+from ckptengine.schema.type_name import describe_type
 from ckptengine.state.classes import CLASS_TAGS, decode_class, encode_class
-from ckptengine.state.dtypes import DTYPES
-from ckptengine.state.leaf import Path, dotted
 from ckptengine.state.refusal import Refusal
 
 __all__ = ["MAX_DEPTH", "decode", "digest", "encode"]

@@ -46,7 +46,7 @@ class Disk:
 
     def write_memory(self, fd: int, address: int, nbytes: int, position: int) -> None:
         """Write memory to a position of a file, several requests in flight, without the GIL."""
-        from ckptengine import _native
+        import ckptengine._native as _native
 
         _native.write(fd, address, nbytes, position, REQUEST_NBYTES, WRITE_DEPTH)
 

@@ -119,7 +119,7 @@ class LocalStorage(Storage):
         index: Buffer,
     ) -> int:
         """Read, verify and scatter with `O_DIRECT`, buffered where the file system refuses that."""
-        from ckptengine import _native
+        import ckptengine._native as _native
 
         path = self._path(name)
         with self._opened(path) as fd:

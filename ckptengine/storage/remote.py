@@ -185,7 +185,7 @@ class RemoteStorage(Storage):
         index: Buffer,
     ) -> int:
         """Read ranges in requests of bounded size, several in flight; each is verified and scattered as it comes."""
-        from ckptengine import _native
+        import ckptengine._native as _native
 
         key = check_name(name)
         rows = np.frombuffer(ranges, np.int64).reshape(-1, 2)
@@ -331,6 +331,12 @@ class RemoteStorage(Storage):
     def location(self, name: str = "") -> str:
         """Return the URL of a name."""
         return join(self._location, check_name(name, allow_root=True))
+
+    @property
+    def endpoint(self) -> str:
+        """Scheme, host and port of the store, as far as they are known."""
+        opened = self._opened
+        return "" if opened is None else opened[1].endpoint
 
     def _unfinished(self, prefix: str) -> tuple[Unfinished, ...]:
         """Return the uploads below a prefix; none, which is told once, where the store does not let us see them."""

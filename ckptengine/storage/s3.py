@@ -110,7 +110,7 @@ class S3Objects(Objects):
         Computed here: the client would read the body once more for it, at a tenth of the speed, and send it behind the
         body, which then has to go in chunks that the store takes apart.
         """
-        from ckptengine import _native
+        import ckptengine._native as _native
 
         if self._fs.s3.meta.config.request_checksum_calculation == "when_required":
             return {}

@@ -9,9 +9,9 @@ from collections.abc import Iterable, Sequence
 
 from ckptengine.catalog.listing import attempt_of, claim_name, claimed_generations, step_directories
 from ckptengine.catalog.manifest import MAX_MANIFEST_NBYTES
-from ckptengine.comm.agree import gather, share
+from ckptengine.catalog.site import Site
+from ckptengine.comm.agree import from_all, from_first
 from ckptengine.comm.base import Communicator
-from ckptengine.comm.site import Site
 from ckptengine.storage.base import StorageView, join
 from ckptengine.storage.within import within
 from ckptengine.tiers.overlay import Reported
@@ -43,16 +43,16 @@ def take_inventory(near: _Near, comm: Communicator, timeout: float) -> Inventory
     """
     if all(site.shared for _, site in near):
         return Inventory()
-    error: Exception | None = None
-    mine: list[dict[str, int]] = [{} for _ in near]
     doing = "listing the checkpoints of all nodes"
-    try:
+
+    def listed() -> bytes:
+        mine: list[dict[str, int]] = [{} for _ in near]
         for tier, (storage, site) in enumerate(near):
             if not site.shared and site.leads and site.rank != 0:
                 mine[tier] = within(timeout, doing, functools.partial(_listing, storage))
-    except Exception as problem:
-        error = problem
-    listings = [json.loads(reply) for reply in gather(comm, json.dumps(mine).encode(), error, timeout, doing)]
+        return json.dumps(mine).encode()
+
+    listings = [json.loads(reply) for reply in from_all(comm, listed, timeout, doing)]
     holders: list[dict[str, int]] = [{} for _ in near]
     sizes: list[dict[str, int]] = [{} for _ in near]
     for rank, listing in enumerate(listings):
@@ -60,25 +60,24 @@ def take_inventory(near: _Near, comm: Communicator, timeout: float) -> Inventory
             for name, size in files.items():
                 if name not in holders[tier]:
                     holders[tier][name], sizes[tier][name] = rank, size
-    wanted: list[list[str]] = []
-    try:
-        if comm.rank == 0:
-            pairs = [(storage, holder) for (storage, _), holder in zip(near, holders, strict=True)]
-            wanted = within(timeout, doing, lambda: [_lacking(storage, holder) for storage, holder in pairs])
-    except Exception as problem:
-        error = problem
-    wanted = json.loads(share(comm, json.dumps(wanted).encode() if comm.rank == 0 else None, error, timeout, doing))
-    sent: list[dict[str, str]] = [{} for _ in near]
-    try:
+
+    def lacking() -> bytes:
+        pairs = [(storage, holder) for (storage, _), holder in zip(near, holders, strict=True)]
+        names = within(timeout, doing, lambda: [_lacking(storage, holder) for storage, holder in pairs])
+        return json.dumps(names).encode()
+
+    wanted = json.loads(from_first(comm, lacking, timeout, doing))
+
+    def read() -> bytes:
+        sent: list[dict[str, str]] = [{} for _ in near]
         for tier, names in enumerate(wanted):
             for name in names:
                 if holders[tier][name] == comm.rank:
-                    read = functools.partial(near[tier][0].read_bytes, name, MAX_MANIFEST_NBYTES)
-                    data = within(timeout, doing, read)
-                    sent[tier][name] = base64.b64encode(data).decode()
-    except Exception as problem:
-        error = problem
-    replies = [json.loads(reply) for reply in gather(comm, json.dumps(sent).encode(), error, timeout, doing)]
+                    one = functools.partial(near[tier][0].read_bytes, name, MAX_MANIFEST_NBYTES)
+                    sent[tier][name] = base64.b64encode(within(timeout, doing, one)).decode()
+        return json.dumps(sent).encode()
+
+    replies = [json.loads(reply) for reply in from_all(comm, read, timeout, doing)]
     if comm.rank != 0:
         return Inventory()
     reported = []

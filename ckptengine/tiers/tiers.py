@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import functools
 import json
@@ -11,14 +10,13 @@ import os
 import re
 import threading
 import time
-import weakref
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import Any
 
-from ckptengine.catalog.best import Best
 from ckptengine.catalog.commit import attempt_directory
 from ckptengine.catalog.generation import claim_generation
+from ckptengine.catalog.keep import Keep, KeepRule
 from ckptengine.catalog.lease import Lease, is_old
 from ckptengine.catalog.listing import (
     Entry,
@@ -30,10 +28,11 @@ from ckptengine.catalog.listing import (
 from ckptengine.catalog.manifest import Manifest
 from ckptengine.catalog.receipt import StorageStore
 from ckptengine.catalog.retention import remove_leftovers, retain
-from ckptengine.comm.agree import gather, share
+from ckptengine.catalog.site import Site, find_sites
+from ckptengine.comm.agree import from_first, on_all, share
 from ckptengine.comm.base import Communicator
-from ckptengine.comm.site import Site, find_sites
 from ckptengine.errors import CheckpointError, DeadlineError, SaveFailedError, StorageError
+from ckptengine.lifecycle import Living
 from ckptengine.load.checkpoint import Checkpoint
 from ckptengine.save.job import Job, Target
 from ckptengine.snapshot.shared_arena import SharedArena
@@ -45,7 +44,7 @@ from ckptengine.tiers.apart import check_apart
 from ckptengine.tiers.claims import claims_of, packed, unpacked
 from ckptengine.tiers.copy import check_same_run, copy_commit
 from ckptengine.tiers.inventory import Inventory, take_inventory
-from ckptengine.tiers.keep import Keep
+from ckptengine.tiers.keep import rules_of
 from ckptengine.tiers.memory import MemoryTier, memory_root
 from ckptengine.tiers.mover import Load, Mover, Share, carry
 from ckptengine.tiers.overlay import Overlay
@@ -63,7 +62,7 @@ class Tiers:
     """What one rank knows of the places of its run; methods marked "all ranks" are called by all, in one order.
 
     `first` is where saves commit: the local tier, or the home where there is none. `home` is the run's own place, which
-    all ranks see. Raises `ValueError` for a `keep_last` that names a tier which is not there.
+    all ranks see. Raises `ValueError` for a `keep` that names a tier which is not there.
     """
 
     def __init__(
@@ -74,9 +73,7 @@ class Tiers:
         *,
         local: str | os.PathLike[str] | None,
         memory: bool | str | os.PathLike[str],
-        keep_last: int | Mapping[str, int] | None,
-        keep_every: int | None,
-        keep_best: tuple[Best, ...],
+        keep: Keep,
         upload_bytes_per_second: float | None,
         storage_options: Mapping[str, Any] | None,
     ) -> None:
@@ -88,8 +85,8 @@ class Tiers:
         protocol = run.partition("://")[0] if "://" in run else "run"
         self._names = {"memory"} if memory else set()
         self._names |= {"local", protocol} if local is not None else {protocol}
-        self._keep = {name: Keep.of(keep_last, keep_every, keep_best, name, self._names) for name in self._names}
-        self._home_keep, self._first_keep = self._keep[protocol], self._keep["local" if local is not None else protocol]
+        rules = {name: rules_of(keep, name, self._names) for name in self._names}
+        self._home_keep, self._first_keep = rules[protocol], rules["local" if local is not None else protocol]
         self._pace = None if upload_bytes_per_second is None else Pace(upload_bytes_per_second)
         self._memory_base = memory
         self.memory: MemoryTier | None = None
@@ -133,9 +130,9 @@ class Tiers:
         """Make the near tiers ready, and see who shares them; all ranks. `token` is this life's, 16 hex digits."""
         if self.local is None and not self._memory_base:
             return
-        error: Exception | None = None
         doing = "opening the tiers"
-        try:
+
+        def make() -> None:
             if self.local is not None:
                 within(self._timeout, doing, self.local.create)
             if self._memory_base:
@@ -143,9 +140,8 @@ class Tiers:
                 root = memory_root(self.home.location(), True if isinstance(base, bool) else base)
                 self.memory = MemoryTier(root, self._comm.rank)
                 self.memory.open()
-        except Exception as problem:
-            error = problem
-        gather(self._comm, b"", error, self._timeout, doing)
+
+        on_all(self._comm, make, self._timeout, doing)
         storages = [self.memory.storage] if self.memory is not None else []
         storages += [self.local] if self.local is not None else []
         sites = find_sites(storages, self._comm, token[:12], self._timeout)
@@ -171,16 +167,15 @@ class Tiers:
 
     def _compare_claims(self, doing: str) -> None:
         """Tell a tier of another run by its claims; what lies in memory of one is removed."""
-        claims, error = b"{}", None
-        try:
-            if self._comm.rank == 0:
-                found = within(self._timeout, doing, lambda: claims_of(self.home))
-                self._generation = max(found, default=0)
-                claims = packed(found)
-        except Exception as problem:
-            error = problem
-        claims = share(self._comm, claims if self._comm.rank == 0 else None, error, self._timeout, doing)
-        try:
+
+        def read() -> bytes:
+            found = within(self._timeout, doing, lambda: claims_of(self.home))
+            self._generation = max(found, default=0)
+            return packed(found)
+
+        claims = from_first(self._comm, read, self._timeout, doing)
+
+        def compare() -> None:
             # The disk first: where it is refused, what lies in memory may be needed yet.
             local, site = self.local, self._site
             if local is not None and site is not None and site.leads:
@@ -193,9 +188,8 @@ class Tiers:
                 )
             if self._comm.rank == 0:
                 self.found = within(self._timeout, doing, self.newest)
-        except Exception as problem:
-            error = problem
-        gather(self._comm, b"", error, self._timeout, doing)
+
+        on_all(self._comm, compare, self._timeout, doing)
 
     def _begin_local(self, local: LocalStorage, site: Site, claims: Mapping[int, bytes]) -> None:
         """Check that the local tier is this run's, give it the claims that it lacks, and sweep it."""
@@ -311,6 +305,7 @@ class Tiers:
 
     def _came_home(self, load: Load) -> None:
         self.uploaded = load.manifest.step
+        _log.info("%s: step %s is uploaded", self.home.location(), self.uploaded)
         try:
             self._retain(self.home, self._home_keep, load.manifest.attempt)
             if self.local is not None:
@@ -318,17 +313,17 @@ class Tiers:
         except CheckpointError as error:
             _log.warning("%s: cleaning up failed: %s", self.home.location(), error)
 
-    def _retain(self, storage: Storage, keep: Keep, moved: str = "") -> None:
+    def _retain(self, storage: Storage, keep: Collection[KeepRule], moved: str = "") -> None:
         """Delete what may go; not what is still to be moved, of which the attempt `moved` is none any more.
 
         What this life has committed last, and has moved last, is known without reading, and stays.
         """
         with self._cleaning:
             self._tell(remove_leftovers(storage))
-            if keep.last is not None:
+            if keep:
                 protected = set() if self._mover is None else self._mover.protected
                 newest = {self._newest, moved} if storage is self.home else {self._newest}
-                self._tell(retain(storage, keep.last, keep.every, keep.best, (protected - {moved}) | newest))
+                self._tell(retain(storage, keep, (protected - {moved}) | newest))
 
     def _tell(self, problems: list[str]) -> None:
         for problem in problems:
@@ -353,43 +348,38 @@ class Tiers:
         if all(site.shared for _, site in near):
             return
         doing = f"bringing {checkpoint.directory} to {self.home.location()}"
-        shares: list[str] = []
-        load: Load | None = None
-        error: Exception | None = None
+        begun: list[Load] = []  # on rank 0, what is brought
         with contextlib.ExitStack() as held:
-            if self._comm.rank == 0:
-                try:
-                    load = within(self._timeout, doing, lambda: self._needed(checkpoint, near, skipped))
-                    if load is not None:
-                        shares = [one.encode().decode() for one in load.shares(self._comm.world_size)]
-                        lease = Lease(self.home, load.data)
-                        within(self._timeout, doing, lease.__enter__)
-                        held.callback(within, self._timeout, doing, lambda: lease.__exit__(None, None, None))
-                except Exception as problem:
-                    error = problem
-            mine = json.dumps(shares).encode() if self._comm.rank == 0 else None
-            shares = json.loads(share(self._comm, mine, error, self._timeout, doing))
+
+            def begin() -> bytes:
+                load = within(self._timeout, doing, lambda: self._needed(checkpoint, near, skipped))
+                if load is None:
+                    return json.dumps([]).encode()
+                begun.append(load)
+                lease = Lease(self.home, load.data)
+                within(self._timeout, doing, lease.__enter__)
+                held.callback(within, self._timeout, doing, lambda: lease.__exit__(None, None, None))
+                return json.dumps([one.encode().decode() for one in load.shares(self._comm.world_size)]).encode()
+
+            shares = json.loads(from_first(self._comm, begin, self._timeout, doing))
             if not shares:
                 return
-            own, source = Share.decode(shares[self._comm.rank].encode()), Overlay([one for one, _ in near])
-            pieces: list[int] = []
-            try:
-                copy = functools.partial(carry, own, source, self.home, progress=pieces.append)
-                within(self._timeout, doing, copy, lambda: len(pieces))
-            except Exception as problem:
-                error = problem
-            gather(self._comm, b"", error, self._timeout, doing)
-            try:
-                if load is not None:
-                    begun = load
-                    within(
-                        self._timeout,
-                        doing,
-                        lambda: copy_commit(checkpoint.storage, self.home, begun.directory, begun.manifest),
-                    )
-            except Exception as problem:
-                error = problem
-            share(self._comm, b"" if self._comm.rank == 0 else None, error, self._timeout, doing)
+
+            def copy() -> None:
+                own, source = Share.decode(shares[self._comm.rank].encode()), Overlay([one for one, _ in near])
+                pieces: list[int] = []
+                one = functools.partial(carry, own, source, self.home, progress=pieces.append)
+                within(self._timeout, doing, one, lambda: len(pieces))
+
+            on_all(self._comm, copy, self._timeout, doing)
+
+            def commit() -> bytes:
+                for load in begun:
+                    one = functools.partial(copy_commit, checkpoint.storage, self.home, load.directory, load.manifest)
+                    within(self._timeout, doing, one)
+                return b""
+
+            from_first(self._comm, commit, self._timeout, doing)
         if isinstance(checkpoint.storage, Overlay):
             checkpoint.storage.forget()
 
@@ -556,18 +546,4 @@ def _entry(checkpoint: Checkpoint) -> Entry:
     return Entry(manifest.step, manifest.generation, checkpoint.directory)
 
 
-_living: weakref.WeakSet[Tiers] = weakref.WeakSet()
-
-
-def _after_fork() -> None:
-    for tiers in list(_living):
-        tiers.abandon()
-
-
-def _at_exit() -> None:
-    for tiers in list(_living):
-        tiers.end()
-
-
-os.register_at_fork(after_in_child=_after_fork)
-atexit.register(_at_exit)
+_living: Living[Tiers] = Living(forked=Tiers.abandon, ended=Tiers.end)

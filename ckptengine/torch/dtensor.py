@@ -12,8 +12,9 @@ from typing import Any
 import torch
 
 from ckptengine.errors import StateError
-from ckptengine.layout.box import Box
-from ckptengine.state.leaf import Path, Placement, dotted
+from ckptengine.schema.box import Box
+from ckptengine.schema.leaf import Placement
+from ckptengine.schema.path import Path, dotted
 
 __all__ = ["Split", "dtensor_pieces", "is_dtensor", "local_runs", "row_runs", "splits_of"]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from ckptengine.errors import StateError
-from ckptengine.state.leaf import Path, dotted
+from ckptengine.schema.path import Path, dotted
 
 __all__ = ["refuse_emptied"]
 

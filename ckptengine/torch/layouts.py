@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 from ckptengine.errors import LoadMismatchError
-from ckptengine.state.adapters import Layouts
-from ckptengine.state.leaf import Path, dotted
+from ckptengine.frameworks.adapter import Layouts
+from ckptengine.schema.path import Path, dotted
 from ckptengine.torch.dtensor import is_dtensor
 from ckptengine.torch.optimizer import new_state_tensor
 

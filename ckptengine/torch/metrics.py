@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from ckptengine.errors import StateError
-from ckptengine.state.leaf import Path, dotted
+from ckptengine.schema.path import Path, dotted
 
 __all__ = ["check_metrics", "metric_counters", "metric_values", "set_metric_counters"]
 

@@ -10,8 +10,8 @@ import torch
 from torch.optim.swa_utils import AveragedModel
 
 from ckptengine.errors import StateError
-from ckptengine.state.adapters import ModuleEntry
-from ckptengine.state.leaf import Path, dotted
+from ckptengine.frameworks.adapter import ModuleEntry
+from ckptengine.schema.path import Path, dotted
 from ckptengine.torch.dtensor import is_dtensor
 from ckptengine.torch.metrics import check_metrics, metric_counters, metric_values, set_metric_counters
 from ckptengine.torch.own_loading import hand_to_module, same_value, takes

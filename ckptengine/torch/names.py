@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ckptengine.state.names import EMBEDDING, NORMALIZATION
+from ckptengine.frameworks.names import EMBEDDING, NORMALIZATION
 
 __all__ = ["names_from_mindspore"]
 

@@ -11,7 +11,7 @@ import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from ckptengine.errors import StateError
-from ckptengine.state.leaf import Path, dotted
+from ckptengine.schema.path import Path, dotted
 from ckptengine.torch.dtensor import is_dtensor, local_runs, splits_of
 from ckptengine.torch.own_calls import saves_itself
 from ckptengine.torch.random import is_given

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ckptengine.state.random_stream import RandomStream, expand
+from ckptengine.frameworks.random_stream import RandomStream, expand
 from ckptengine.state.rng import given_streams
 
 __all__ = ["DeviceStream", "GeneratorStream", "process_streams", "unused_stream"]

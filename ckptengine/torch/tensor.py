@@ -10,11 +10,12 @@ import numpy as np
 import torch
 
 from ckptengine.errors import LoadMismatchError, StateError
-from ckptengine.layout.box import Box
-from ckptengine.state.adapters import TensorView
-from ckptengine.state.arrays import may_overlap
-from ckptengine.state.dtypes import DTYPES
-from ckptengine.state.leaf import DeviceMemory, HostMemory, Memory, Part, Path, Placement, dotted
+from ckptengine.frameworks.adapter import TensorView
+from ckptengine.frameworks.numpy import may_overlap
+from ckptengine.schema.box import Box
+from ckptengine.schema.dtypes import DTYPES
+from ckptengine.schema.leaf import DeviceMemory, HostMemory, Memory, Part, Placement
+from ckptengine.schema.path import Path, dotted
 from ckptengine.torch import accelerator
 from ckptengine.torch.dtensor import dtensor_pieces, is_dtensor
 from ckptengine.torch.emptied import refuse_emptied

@@ -21,8 +21,9 @@ import torch
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ckptengine.errors import LoadMismatchError, StateError
-from ckptengine.state.adapters import ABOUT, describe_type
-from ckptengine.state.leaf import Path, dotted
+from ckptengine.frameworks.adapter import ABOUT
+from ckptengine.schema.path import Path, dotted
+from ckptengine.schema.type_name import describe_type
 from ckptengine.state.sharded import ShardedArray
 from ckptengine.torch.dtensor import is_dtensor, row_runs
 

@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ckptengine import _native
+import ckptengine._native as _native
 from ckptengine.archive.column import Column, encode_column, open_column
 from ckptengine.archive.directory import read_directory
 from ckptengine.archive.image import BLOCK_NBYTES, plan_entries

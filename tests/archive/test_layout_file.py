@@ -9,12 +9,12 @@ import pytest
 from ckptengine.archive import layout_file
 from ckptengine.archive.layout_file import LAYOUT_NAME, encode_layout, open_layout
 from ckptengine.archive.reader import Archive
-from ckptengine.layout.box import Box
-from ckptengine.layout.head import LeafLayout
 from ckptengine.layout.merge import merge
 from ckptengine.layout.rank_rows import RankRows
 from ckptengine.layout.read_plan import WantedPart, plan_read
-from ckptengine.state.leaf import Placement
+from ckptengine.schema.box import Box
+from ckptengine.schema.head import LeafLayout
+from ckptengine.schema.leaf import Placement
 from ckptengine.storage.local import LocalStorage
 
 RANKS, LEAVES = 1000, 100

@@ -85,8 +85,8 @@ def test_the_command_shows_metrics_and_keeps_the_best(tmp_path: Path, call: Call
     assert [one["metrics"]["loss"] for one in listed] == pytest.approx([0.9, 0.4, 0.7, 0.4, None, 0.8], nan_ok=False)
     assert "0.7" in call("ls", tmp_path).stdout
     assert "metrics.accuracy" in call("show", f"{tmp_path}/step-3").stdout
-    assert call("gc", tmp_path, "--keep-last", "1", "--keep-best", "loss").exit_code == 0
-    assert steps(tmp_path) == [4, 6]
+    assert call("gc", tmp_path, "--keep-last", "1", "--keep-best", "loss", "--keep-step", "2").exit_code == 0
+    assert steps(tmp_path) == [2, 4, 6]
 
 
 def test_a_manifest_that_can_not_be_read_now_is_not_taken_for_one_that_is_not_the_best(

@@ -8,6 +8,7 @@ from crash import ModelDisk, QuickDisk, RecordingDisk, crash_states
 
 from ckptengine.catalog.commit import attempt_directory
 from ckptengine.catalog.generation import claim_generation
+from ckptengine.catalog.keep import KeepLast
 from ckptengine.catalog.lease import LEASE_SECONDS, Lease
 from ckptengine.catalog.listing import committed, read_manifest
 from ckptengine.catalog.retention import remove_leftovers, replace_older, retain
@@ -28,12 +29,12 @@ def save_next_step(storage):
     generation = claim_generation(storage, (1, 10))
     with Lease(storage, "step-00000020/data-000000000002-20"):
         write_checkpoint(storage, 20, generation, (1, 10))
-    return (2, 20), lambda: retain(storage, 1)
+    return (2, 20), lambda: retain(storage, [KeepLast(1)])
 
 
 def save_same_step_again(storage):
     write_checkpoint(storage, 10, 2, (1, 5))
-    return (2, 10), lambda: retain(storage, 1)
+    return (2, 10), lambda: retain(storage, [KeepLast(1)])
 
 
 def replace_a_checkpoint(storage):

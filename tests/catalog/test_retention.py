@@ -8,12 +8,12 @@ from checkpoints import manifest_of, signed_document, write_checkpoint, write_da
 
 import ckptengine as ce
 from ckptengine.catalog.generation import claim_generation
+from ckptengine.catalog.keep import KeepEvery, KeepLast, KeepSteps
 from ckptengine.catalog.lease import LEASE_SECONDS, Lease
 from ckptengine.catalog.listing import committed
 from ckptengine.catalog.retention import remove_leftovers, replace_older, retain
 from ckptengine.errors import StorageError
 from ckptengine.storage.local import LocalStorage
-from ckptengine.tiers.keep import Keep
 
 
 def orders(storage):
@@ -30,7 +30,7 @@ def make_old(storage):
 def test_the_newest_are_kept_and_the_others_go_with_their_directories(storage):
     for step in (10, 20, 30, 40):
         write_checkpoint(storage, step)
-    assert retain(storage, 2) == []
+    assert retain(storage, [KeepLast(2)]) == []
     assert orders(storage) == [(1, 30), (1, 40)]
     assert storage.list() == ["step-00000030", "step-00000040"]
     assert storage.list("step-00000030") == ["data-000000000001-30", "manifest-0001.json"]
@@ -39,7 +39,7 @@ def test_the_newest_are_kept_and_the_others_go_with_their_directories(storage):
 def test_multiples_are_kept_too(storage):
     for step in (10, 20, 30, 40, 50):
         write_checkpoint(storage, step)
-    assert retain(storage, 1, keep_every=20) == []
+    assert retain(storage, [KeepLast(1), KeepEvery(20)]) == []
     assert orders(storage) == [(1, 20), (1, 40), (1, 50)]
 
 
@@ -48,7 +48,7 @@ def test_abandoned_branches_go_and_the_lineage_stays(storage):
         write_checkpoint(storage, step)
     write_checkpoint(storage, 20, 2, (1, 10))
     write_checkpoint(storage, 25, 2, (1, 10))
-    assert retain(storage, 3) == []
+    assert retain(storage, [KeepLast(3)]) == []
     assert orders(storage) == [(1, 10), (2, 20), (2, 25)]
     assert storage.list("step-00000020") == ["data-000000000002-20", "manifest-0002.json"]
 
@@ -57,10 +57,10 @@ def test_what_a_new_life_was_restored_from_stays_until_it_has_saved(storage):
     for step in (10, 20, 30):
         write_checkpoint(storage, step)
     assert claim_generation(storage, (1, 10)) == 2
-    assert retain(storage, 1) == []
+    assert retain(storage, [KeepLast(1)]) == []
     assert orders(storage) == [(1, 10), (1, 30)]
     write_checkpoint(storage, 15, 2, (1, 10))
-    assert retain(storage, 1) == []
+    assert retain(storage, [KeepLast(1)]) == []
     assert orders(storage) == [(2, 15)]
 
 
@@ -70,7 +70,7 @@ def test_what_cannot_be_read_stays(storage):
     storage.write_bytes("step-00000010/manifest-0001.json", b"spoilt")
     storage.write_bytes("step-00000020/manifest-0001.json", signed_document(format_version=2))
     make_old(storage)
-    assert retain(storage, 1) == []
+    assert retain(storage, [KeepLast(1)]) == []
     problems = remove_leftovers(storage)
     assert len(problems) == 2
     assert "step-00000010 was not swept" in problems[0]
@@ -80,9 +80,15 @@ def test_what_cannot_be_read_stays(storage):
 
 
 def test_at_least_one_checkpoint_is_kept(storage):
-    with pytest.raises(ValueError, match="keep_last=0"):
-        retain(storage, 0)
-    assert retain(storage, 1) == []
+    write_checkpoint(storage, 10)
+    write_checkpoint(storage, 20)
+    with pytest.raises(ValueError, match="count=0"):
+        KeepLast(0)
+    with pytest.raises(ValueError, match="no rule says what to keep"):
+        retain(storage, [])
+    assert retain(storage, [KeepSteps([7])]) == []
+    assert orders(storage) == [(1, 20)]
+    assert retain(storage, [KeepLast(1)]) == []
 
 
 def test_a_delete_that_fails_is_told_and_not_raised(storage):
@@ -93,7 +99,7 @@ def test_a_delete_that_fails_is_told_and_not_raised(storage):
     if os.geteuid() != 0 or os.system(f"mount --bind {directory} {directory} 2>/dev/null") != 0:
         pytest.skip("mounting needs root")
     try:
-        problems = retain(storage, 1)
+        problems = retain(storage, [KeepLast(1)])
         assert len(problems) == 1
         assert "step-00000010 was not deleted" in problems[0]
         assert orders(storage) == [(1, 20)]
@@ -182,11 +188,11 @@ def test_a_checkpoint_that_could_not_be_read_once_is_not_deleted(storage, unread
     for step in (10, 20, 30):
         write_checkpoint(storage, step)
     unreadable["step-00000030/manifest-0001.json"] = 1
-    (problem,) = retain(storage, keep_last)
+    (problem,) = retain(storage, [KeepLast(keep_last)])
     assert "step-00000030 was not deleted" in problem
     assert "Input/output error" in problem
     assert orders(storage)[-1] == (1, 30)
-    assert retain(storage, 1) == []
+    assert retain(storage, [KeepLast(1)]) == []
     assert orders(storage) == [(1, 30)]
 
 
@@ -198,10 +204,10 @@ def test_nothing_of_earlier_lives_is_deleted_where_the_line_could_not_be_read(st
     for step in (15, 25):
         write_checkpoint(storage, step, 2, (1, 10))
     unreadable.update(dict.fromkeys(("step-00000025/manifest-0002.json", also, "generation-0002.json"), 9))
-    retain(storage, 3)
+    retain(storage, [KeepLast(3)])
     assert (1, 10) in orders(storage)
     unreadable.clear()
-    assert retain(storage, 3) == []
+    assert retain(storage, [KeepLast(3)]) == []
     assert orders(storage) == [(1, 10), (2, 15), (2, 25)]
 
 
@@ -212,7 +218,7 @@ def test_nothing_is_deleted_where_no_parent_of_a_generation_can_be_told(storage,
     write_checkpoint(storage, 25, 2, (1, 10))
     # It falls between two reads of the same file, so that what is read last is sound.
     unreadable.update({"step-00000025/manifest-0002.json": 1, "generation-0002.json": 1})
-    problems = retain(storage, 1)
+    problems = retain(storage, [KeepLast(1)])
     assert "its parent is unknown" in problems[0]
     assert orders(storage) == [(1, 10), (1, 20), (2, 25)]
 
@@ -220,7 +226,7 @@ def test_nothing_is_deleted_where_no_parent_of_a_generation_can_be_told(storage,
 def test_what_was_just_committed_is_never_deleted(storage):
     for step in (10, 20):
         write_checkpoint(storage, step)
-    assert retain(storage, 1, protected={"000000000001-10"}) == []
+    assert retain(storage, [KeepLast(1)], protected={"000000000001-10"}) == []
     assert orders(storage) == [(1, 10), (1, 20)]
 
 
@@ -234,7 +240,7 @@ def test_a_life_never_deletes_what_it_has_just_committed_also_where_another_bran
         # Another job has taken the run over meanwhile, and its line does not lead through what this one has saved.
         assert claim_generation(run, None) == 2
         write_checkpoint(run, 30, 2, (1, 10))
-        ckpt._tiers._retain(run, Keep(1, None))
+        ckpt._tiers._retain(run, [KeepLast(1)])
         assert orders(run) == [(1, 20), (2, 30)]
 
 
@@ -272,7 +278,7 @@ def test_a_linked_step_of_another_run_is_neither_deleted_nor_counted(storage, ot
     make_old(other)
     make_old(storage)
     before = everything(other)
-    assert retain(storage, 1) == []
+    assert retain(storage, [KeepLast(1)]) == []
     assert remove_leftovers(storage) == []
     assert everything(other) == before
     assert orders(storage) == [(1, 5), (1, 20), (1, 40)]
@@ -286,7 +292,7 @@ def test_data_that_is_a_link_stays_with_what_it_points_to(storage, other):
     os.rename(data, other.location("moved"))
     os.symlink(other.location("moved"), data)
     before = everything(other)
-    (problem,) = retain(storage, 1)
+    (problem,) = retain(storage, [KeepLast(1)])
     assert "data-000000000001-10 is a symbolic link, which is not followed" in problem
     assert everything(other) == before
 

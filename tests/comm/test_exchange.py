@@ -10,9 +10,9 @@ from failing_store import FailingStore
 
 from ckptengine.comm.exchange import StoreCommunicator, connect
 from ckptengine.comm.keyvalue import FileStore, MemoryStore, delete_large, get_large, put_large
-from ckptengine.comm.ranks import name_ranks
 from ckptengine.comm.single import SingleProcess
 from ckptengine.errors import CheckpointError, DeadlineError, RankFailedError
+from ckptengine.schema.ranks import name_ranks
 
 
 def on_all_ranks(world_size, function, store=None):

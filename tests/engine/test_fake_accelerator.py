@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import ckptengine as ce
-from ckptengine.state.leaf import DeviceMemory
+from ckptengine.schema.leaf import DeviceMemory
 from ckptengine.torch import tensor as torch_tensor
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -18,7 +19,7 @@ from launch import environment
 import ckptengine as ce
 import ckptengine.zarr
 from ckptengine.catalog import life as life_module
-from ckptengine.catalog.lease import identity
+from ckptengine.comm.process import Process
 from ckptengine.errors import (
     CheckpointError,
     CheckpointNotFoundError,
@@ -237,7 +238,7 @@ def test_a_second_job_is_told_of_a_living_one_and_takes_over_at_once_when_that_h
         assert first.stdout.readline() == b"saved\n"
         with ce.Checkpointer(tmp_path, every=100) as ckpt:
             assert ckpt.restore(state_at(0)) == 1, "reading beside a writer is fine"
-            with pytest.raises(RunInUseError, match=f"process {first.pid} on {identity()['host']} has been writing"):
+            with pytest.raises(RunInUseError, match=f"process {first.pid} on {Process.this().host} has been writing"):
                 ckpt.step(2, state_at(2))
         first.kill()
         # Not waited for: what is left of a process that has ended is no living writer.
@@ -260,7 +261,8 @@ def test_a_second_job_is_told_of_a_living_one_and_takes_over_at_once_when_that_h
 def of_another_machine(run: Path) -> Path:
     run.mkdir()
     lease = run / "writer.json"
-    lease.write_text(json.dumps({**identity(), "host": "node-7", "boot": "another", "pid": 4711, "id": "x"}))
+    elsewhere = dataclasses.replace(Process.this(), host="node-7", boot="another", pid=4711)
+    lease.write_text(json.dumps({**elsewhere.to_json(), "id": "x"}))
     return lease
 
 

@@ -11,15 +11,15 @@ import numpy as np
 from hypothesis import strategies as st
 
 from ckptengine.layout.assign import Assigned, assign, check_own
-from ckptengine.layout.box import Box
 from ckptengine.layout.holdings import Holding
 from ckptengine.layout.merge import merge
 from ckptengine.layout.rank_rows import PackedRows, RankRows
 from ckptengine.layout.read_plan import Copy
 from ckptengine.layout.rows import RowTable
 from ckptengine.layout.survey import Table, by_path, decode_boxes, encode_boxes, survey_of, table_of
-from ckptengine.state.dtypes import DTYPES
-from ckptengine.state.leaf import Placement
+from ckptengine.schema.box import Box
+from ckptengine.schema.dtypes import DTYPES
+from ckptengine.schema.leaf import Placement
 
 Sharding = list[list[Box]]  # the boxes of each rank
 

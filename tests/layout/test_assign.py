@@ -11,10 +11,10 @@ from shardings import KINDS, Sharding, assign_all, holding, holdings, region, sh
 
 from ckptengine.errors import StateError
 from ckptengine.layout.assign import Assigned, assign_alone
-from ckptengine.layout.box import Box
 from ckptengine.layout.holdings import Holding
-from ckptengine.state.dtypes import DTYPES
-from ckptengine.state.leaf import Placement
+from ckptengine.schema.box import Box
+from ckptengine.schema.dtypes import DTYPES
+from ckptengine.schema.leaf import Placement
 
 
 def check_every_element_once(

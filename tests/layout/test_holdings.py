@@ -1,8 +1,8 @@
 from __future__ import annotations
 
-from ckptengine.layout.box import Box
 from ckptengine.layout.holdings import holdings_of
-from ckptengine.state.leaf import ArrayLeaf, HostMemory, Part, Placement
+from ckptengine.schema.box import Box
+from ckptengine.schema.leaf import ArrayLeaf, HostMemory, Part, Placement
 
 
 def test_a_leaf_becomes_its_boxes() -> None:

@@ -13,13 +13,13 @@ from shardings import assign_all, holding, holdings, save, shapes, shardings, sp
 from ckptengine.errors import CheckpointError, SaveFailedError
 from ckptengine.layout import merge as merging
 from ckptengine.layout.assign import Assigned, assign_alone
-from ckptengine.layout.box import Box
-from ckptengine.layout.head import LeafLayout
 from ckptengine.layout.merge import merge
 from ckptengine.layout.rank_rows import PackedRows, RankRows
 from ckptengine.layout.read_plan import plan_read
 from ckptengine.layout.rows import RowTable, leaves_from_json, leaves_to_json
-from ckptengine.state.leaf import Placement
+from ckptengine.schema.box import Box
+from ckptengine.schema.head import LeafLayout
+from ckptengine.schema.leaf import Placement
 
 
 def rows_of(rank: int, assigned: list[Assigned]) -> RankRows:

@@ -20,11 +20,11 @@ from shardings import (
 )
 
 from ckptengine.errors import CheckpointDamagedError, LoadMismatchError
-from ckptengine.layout.box import Box
-from ckptengine.layout.head import LeafLayout
 from ckptengine.layout.read_plan import Copy, WantedPart, blocks, plan_read
 from ckptengine.layout.rows import LeafRecord, RowTable
-from ckptengine.state.leaf import Placement
+from ckptengine.schema.box import Box
+from ckptengine.schema.head import LeafLayout
+from ckptengine.schema.leaf import Placement
 
 
 def check_reading(shape: tuple[int, ...], stored: Sharding, wanted: Sharding, dtype: str, block_nbytes: int) -> None:

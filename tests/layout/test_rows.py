@@ -11,7 +11,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from shardings import save, shapes, shardings, spread
 
-from ckptengine.layout.box import Box
 from ckptengine.layout.rows import (
     LeafRecord,
     RowTable,
@@ -21,7 +20,8 @@ from ckptengine.layout.rows import (
     leaves_to_json,
     number_starts,
 )
-from ckptengine.state.leaf import Placement
+from ckptengine.schema.box import Box
+from ckptengine.schema.leaf import Placement
 
 
 @given(st.data(), shapes)

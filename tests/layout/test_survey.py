@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 from shardings import Sharding, assign_all, holding, shapes, shardings, spread
 
 from ckptengine.errors import CheckpointError, SaveFailedError, StateError
-from ckptengine.layout.box import Box
 from ckptengine.layout.holdings import Holding
 from ckptengine.layout.survey import (
     Kind,
@@ -23,7 +22,8 @@ from ckptengine.layout.survey import (
     survey_of,
     table_of,
 )
-from ckptengine.state.leaf import Placement
+from ckptengine.schema.box import Box
+from ckptengine.schema.leaf import Placement
 
 WORLD = 12
 

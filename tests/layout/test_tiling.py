@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from shardings import holding, kd_split, region
 
-from ckptengine.layout.box import Box
 from ckptengine.layout.tiling import find_fault, inside, linear, tiles, untiled
+from ckptengine.schema.box import Box
 
 
 def cover(shape: tuple[int, ...], offsets: np.ndarray, lengths: np.ndarray) -> np.ndarray:

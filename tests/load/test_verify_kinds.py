@@ -14,7 +14,7 @@ import ckptengine as ce
 from ckptengine.errors import LoadMismatchError, RestoreDifferenceError
 from ckptengine.state.bind import modules, own_calls
 from ckptengine.state.bind.tensors import TensorBinder
-from ckptengine.torch import TorchAdapter
+from ckptengine.torch.adapter import TorchAdapter
 
 
 def refused(match):

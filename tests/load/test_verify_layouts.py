@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 import ckptengine as ce
 from ckptengine.errors import RestoreDifferenceError
 from ckptengine.state.bind.tensors import TensorBinder
-from ckptengine.torch import TorchAdapter
+from ckptengine.torch.adapter import TorchAdapter
 
 pytestmark = pytest.mark.usefixtures("one_rank")
 WHOLE = r"spread over the ranks in the checkpoint, a whole copy on every rank now, shape \(4, 4\)"

@@ -21,7 +21,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 import ckptengine as ce
-from ckptengine.torch import TorchAdapter
+from ckptengine.torch.adapter import TorchAdapter
 
 TIMEOUT = 60.0
 FOLDER = Path(sys.argv[1])

@@ -25,15 +25,7 @@ def msrun(script, ranks, folder, *arguments, until, timeout=240):
     The job is ended when the ranks in `until` have reported: MindSpore's scheduler takes its time to notice that ranks
     have ended, half a minute for those that were killed.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = ["msrun", f"--worker_num={ranks}", f"--local_worker_num={ranks}", f"--master_port={port}"]
-    command += ["--join=True", f"--log_dir={folder / 'log'}", str(ROOT / "tests/mindspore" / script), str(folder)]
-    command += map(str, arguments)
-    with (folder / "msrun.log").open("wb") as log:
-        job = subprocess.Popen(command, env=environment(), cwd=folder, stdout=log, stderr=log, start_new_session=True)
+    job = _start(script, ranks, folder, *arguments)
     end = time.monotonic() + timeout
     try:
         while job.poll() is None and not all((folder / f"rank-{rank}.json").exists() for rank in until):
@@ -49,6 +41,34 @@ def msrun(script, ranks, folder, *arguments, until, timeout=240):
         if file.exists():
             reports[rank] = json.loads(file.read_text())
     return reports
+
+
+def msrun_to_its_end(script, ranks, folder, *arguments, until=None, timeout=240):
+    """Run a script of this folder; return the exit code of msrun, None where the file `until` was there before."""
+    job = _start(script, ranks, folder, *arguments)
+    end = time.monotonic() + timeout
+    try:
+        while job.poll() is None and not (until and list(until.glob("manifest-*"))):
+            assert time.monotonic() < end, f"{script} took more than {timeout} s"
+            time.sleep(0.1)
+        return job.poll()
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(job.pid, signal.SIGKILL)
+        job.wait()
+
+
+def _start(script, ranks, folder, *arguments):
+    folder.mkdir(parents=True, exist_ok=True)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = ["msrun", f"--worker_num={ranks}", f"--local_worker_num={ranks}", f"--master_port={port}"]
+    command += ["--join=True", f"--log_dir={folder / 'log'}", str(ROOT / "tests/mindspore" / script), str(folder)]
+    command += map(str, arguments)
+    with (folder / "msrun.log").open("wb") as log:
+        job = subprocess.Popen(command, env=environment(), cwd=folder, stdout=log, stderr=log, start_new_session=True)
+    return job
 
 
 def logs(folder):

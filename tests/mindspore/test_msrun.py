@@ -6,7 +6,7 @@ import numpy as np
 
 import ckptengine as ce
 from tests.mindspore import training
-from tests.mindspore.msrun import logs, msrun
+from tests.mindspore.msrun import logs, msrun, msrun_to_its_end
 
 
 def test_a_rank_killed_during_a_save_is_named_and_other_numbers_of_ranks_go_on_from_the_last_good_step(tmp_path):
@@ -35,3 +35,18 @@ def test_a_rank_killed_during_a_save_is_named_and_other_numbers_of_ranks_go_on_f
     ce.load(run, into=state, only=list(state))
     assert {name: value.hex() for name, value in training.contents(cell).items()} == saved[0]["contents"]
     assert table.tobytes() == arrays["table"].tobytes()
+
+
+def test_a_job_that_imports_the_engine_before_init_ends_with_0_under_numpy_2_too(tmp_path):
+    assert int(np.__version__.partition(".")[0]) >= 2
+    code = msrun_to_its_end("ending_job.py", 2, tmp_path, tmp_path / "run", "before")
+    assert code == 0, logs(tmp_path)
+    assert ce.load(tmp_path / "run")["rows"].tolist() == [[rank] * 3 for rank in (0.0, 0.0, 1.0, 1.0)]
+
+
+def test_a_job_that_imports_the_engine_after_init_is_told_what_numpy_2_does_to_msrun(tmp_path):
+    msrun_to_its_end("ending_job.py", 2, tmp_path, tmp_path / "run", "after", until=tmp_path / "run/step-00000001")
+    assert ce.load(tmp_path / "run")["rows"].tolist() == [[rank] * 3 for rank in (0.0, 0.0, 1.0, 1.0)]
+    for rank in (0, 1):
+        said = (tmp_path / f"log/worker_{rank}.log").read_text()
+        assert "put `import ckptengine.mindspore` before init()" in said

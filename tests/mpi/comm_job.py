@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import socket
 import sys
 import time
 from collections.abc import Callable
@@ -17,6 +20,8 @@ mpi4py.rc.thread_level = "single"
 from mpi4py import MPI  # noqa: E402
 
 from ckptengine.comm import mpi  # noqa: E402
+from ckptengine.comm.base import Communicator  # noqa: E402
+from ckptengine.comm.hosted import HostedStore  # noqa: E402
 from ckptengine.comm.select import current  # noqa: E402
 from ckptengine.errors import CheckpointError  # noqa: E402
 
@@ -47,6 +52,40 @@ def late(who: int, operation: Callable[[], Any]) -> list[str]:
     return result
 
 
+def strangers(comm: Communicator, store: Any) -> dict[str, Any]:
+    """Come to the store of rank 0 with a wrong secret, with none, and with rubbish; then all goes on."""
+    rank = MPI.COMM_WORLD.rank
+    places = json.loads(comm.broadcast(json.dumps(store.addresses).encode() if rank == 0 else None, 20))
+    seen: dict[str, Any] = {"places": places}
+    if rank == 1:
+        seen["wrong"] = said(lambda: HostedStore([tuple(place) for place in places], bytes(32), 5.0))
+        peer = socket.create_connection(places[0], 5)
+        peer.sendall(bytes(1000))
+        left = b"x"
+        with contextlib.suppress(ConnectionResetError):
+            while left:
+                left = peer.recv(1000)
+        seen["rubbish"] = "closed"
+        # It does not hold up the others, who come while it says nothing.
+        seen["silent"] = socket.create_connection(places[0], 5).fileno() >= 0
+    comm.barrier(20)
+    return seen
+
+
+def forked(store: Any) -> str:
+    """Return how a forked process comes off that uses the store; this one goes on."""
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:
+        with contextlib.suppress(BaseException):
+            os.write(writing, json.dumps(said(lambda: store.get("nothing", 0.0))).encode())
+        os._exit(0)
+    os.close(writing)
+    os.waitpid(child, 0)
+    with open(reading) as pipe:
+        return json.loads(pipe.read())
+
+
 def main() -> None:
     world, report = MPI.COMM_WORLD, {}
     rank, size = world.rank, world.size
@@ -55,7 +94,10 @@ def main() -> None:
     report["late to connect"] = late(2, lambda: current(TIMEOUT))
     comm = mpi.from_mpi(timeout=20)
     assert comm is current()
-    assert (comm.rank, comm.world_size, comm.store()) == (rank, size, None)
+    assert (comm.rank, comm.world_size) == (rank, size)
+    store = comm.store()
+    assert store is not None
+    assert store.blocks
 
     # A receive that takes anything stays open on the job's own communicator: nothing of ours may fall into it.
     trap = world.Irecv([bytearray(1000), MPI.BYTE], MPI.ANY_SOURCE, MPI.ANY_TAG)
@@ -66,7 +108,6 @@ def main() -> None:
     ]
     comm.barrier(20)
 
-    mpi._PIECE_NBYTES = 1 << 20
     value = bytes(range(256)) * 11_000
     uneven = [value[: len(value) >> number] + b"%d" % number for number in range(size)]
     report["pieces"] = comm.all_gather(uneven[rank], 20) == uneven
@@ -99,16 +140,21 @@ def main() -> None:
     report["split"] = [item.decode() for item in mpi.from_mpi(world.Split(rank % 2, rank)).all_gather(b"%d" % rank, 20)]
     assert mpi.from_mpi(MPI.COMM_SELF).world_size == 1
 
+    # A background thread waits for what a third rank tells, while all meet; MPI is for one thread.
     with ThreadPoolExecutor(1) as pool:
-        report["other thread"] = pool.submit(said, lambda: comm.barrier(20)).result()
+        waiting = pool.submit(store.get, f"from/{(rank + 1) % size}", 60.0)
+        comm.barrier(20)
+        assert not waiting.done()
+        comm.barrier(20)
+        store.set(f"from/{rank}", b"%d" % rank)
+        report["background"] = waiting.result() == b"%d" % ((rank + 1) % size)
 
-    # Rank 1 gives up at the very moment at which it is counted: the others enter a collective that it never enters.
-    left = mpi.from_mpi(world.Dup(), timeout=60)
-    if rank == 1:
-        left._tell(0, mpi._Message(0, mpi._Word.CAME, mpi._Kind.ALL_GATHER), mpi._TO_LEADER)
-        left._number = 1
-    report["left"] = late(1, lambda: left.all_gather(b"x", TIMEOUT))
-    report["after left"] = said(lambda: left.barrier(60))
+    apart = world.Dup()
+    with ThreadPoolExecutor(1) as pool:
+        report["other thread"] = pool.submit(said, lambda: mpi.from_mpi(apart)).result()
+
+    report["secret"] = strangers(comm, store)
+    report["forked"] = forked(store)
 
     report["trap"] = trap.Test()
     trap.Cancel()

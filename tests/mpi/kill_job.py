@@ -1,7 +1,8 @@
-"""Ranks that die: `kill_job.py FOLDER die | restart | raise`.
+"""Ranks that die: `kill_job.py FOLDER die | leader | restart | raise`.
 
 `die`: four ranks save step 1; rank 2 gets SIGKILL in the middle of writing step 2. Where the launcher leaves the others
-alive they write what they saw to `FOLDER/rank-N.json`; then rank 3 dies within a collective of those that are left.
+alive they write what they saw to `FOLDER/rank-N.json`; then rank 3 dies within an operation of those that are left.
+`leader`: the same with rank 0, which hosts the store by which they coordinate.
 `restart`: restore each run in `FOLDER/*/run` and save on. `raise`: rank 1 ends with an error of its own.
 """
 
@@ -25,7 +26,9 @@ from mpi4py import MPI  # noqa: E402
 
 import ckptengine as ce  # noqa: E402
 from ckptengine.catalog import receipt  # noqa: E402
-from ckptengine.comm.mpi import MPICommunicator, from_mpi  # noqa: E402
+from ckptengine.comm.base import KeyValueStore  # noqa: E402
+from ckptengine.comm.exchange import StoreCommunicator  # noqa: E402
+from ckptengine.comm.mpi import from_mpi  # noqa: E402
 from ckptengine.errors import CheckpointError  # noqa: E402
 from ckptengine.storage.disk import Disk  # noqa: E402
 
@@ -56,16 +59,31 @@ def said(operation: Callable[[], Any]) -> list[Any]:
     return ["returned", "", time.monotonic() - began]
 
 
-class DiesInside:
-    """A communicator whose next collective kills the rank."""
+class DiesInside(KeyValueStore):
+    """A store at whose next value the rank dies: it has come to the operation, and has told nothing."""
 
-    def __init__(self, inner: MPI.Intracomm) -> None:
+    def __init__(self, inner: KeyValueStore) -> None:
         self._inner = inner
 
-    def __getattr__(self, name: str) -> Any:
-        if name == "Iallgather":
-            die()
-        return getattr(self._inner, name)
+    def set(self, key: str, value: bytes) -> None:
+        die()
+
+    def get(self, key: str, timeout: float) -> bytes | None:
+        return self._inner.get(key, timeout)
+
+    def delete(self, key: str) -> None:
+        self._inner.delete(key)
+
+
+def die_writing() -> None:
+    """Have this rank die when it has written a part of its next archive."""
+    write = Disk.write_memory
+
+    def write_some(disk: Disk, fd: int, address: int, nbytes: int, position: int) -> None:
+        write(disk, fd, address, 4096, position)
+        die()
+
+    Disk.write_memory = write_some  # type: ignore[method-assign]
 
 
 def ranks_that_die(folder: Path) -> None:
@@ -74,23 +92,34 @@ def ranks_that_die(folder: Path) -> None:
     receipt._GRACE = 2.0  # how much longer than its timeout a rank waits for the word of rank 0
     checkpointer = ce.Checkpointer(folder / "run", timeout=TIMEOUT, max_failures=100)
     checkpointer.save(1, state_of(1)).durable.result()
-    write = Disk.write_memory
-
-    def die_writing(disk: Disk, fd: int, address: int, nbytes: int, position: int) -> None:
-        write(disk, fd, address, 4096, position)
-        die()
-
     if world.rank == 2:
-        Disk.write_memory = die_writing
+        die_writing()
     report = {"save": said(lambda: checkpointer.save(2, state_of(2)).durable.result())}
     report["next meeting"] = said(lambda: from_mpi().barrier(2.0))
     if world.rank == 3:
-        assert isinstance(rest, MPICommunicator)
-        rest._comm = DiesInside(rest._comm)  # type: ignore[assignment]
+        assert isinstance(rest, StoreCommunicator)
+        rest._store = DiesInside(rest._store)
     report["within"] = said(lambda: rest.all_gather(b"x", 3.0))
-    report["afterwards"] = said(lambda: rest.all_gather(b"x", 60.0))
+    report["afterwards"] = said(lambda: rest.all_gather(b"x", 3.0))
     (folder / f"rank-{world.rank}.json").write_text(json.dumps(report))
-    os._exit(0)  # MPI_Finalize would wait for the dead
+    deadline = time.monotonic() + 60  # MPI_Finalize would wait for the dead: rank 0 goes when the other one has
+    while world.rank == 0 and not (folder / "rank-1.json").exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    os._exit(0)
+
+
+def leader_that_dies(folder: Path) -> None:
+    world = MPI.COMM_WORLD
+    receipt._GRACE = 2.0
+    checkpointer = ce.Checkpointer(folder / "run", timeout=60, max_failures=100)
+    checkpointer.save(1, state_of(1)).durable.result()
+    if world.rank == 0:
+        die_writing()
+    report = {"save": said(lambda: checkpointer.save(2, state_of(2)).durable.result())}
+    report["next save"] = said(lambda: checkpointer.save(3, state_of(3)).durable.result())
+    report["next meeting"] = said(lambda: from_mpi().barrier(60))
+    (folder / f"rank-{world.rank}.json").write_text(json.dumps(report))
+    os._exit(0)
 
 
 def restart(folder: Path) -> None:
@@ -108,6 +137,8 @@ def main() -> None:
     folder, mode = Path(sys.argv[1]), sys.argv[2]
     if mode == "die":
         ranks_that_die(folder)
+    elif mode == "leader":
+        leader_that_dies(folder)
     elif mode == "restart":
         restart(folder)
     else:

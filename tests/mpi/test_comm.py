@@ -39,7 +39,7 @@ def test_a_late_rank_0_is_named_and_hears_who_gave_up(said):
     assert leader[1].endswith("ranks 1, 2, 3 gave up waiting before")
     for kind, text in others:
         assert kind == "DeadlineError"
-        assert text.endswith("rank 0 did not answer within 2 s")
+        assert text.endswith("rank 0 did not come within 2 s")
 
 
 def test_the_group_works_again_after_a_failed_operation(said):
@@ -54,7 +54,7 @@ def test_a_rank_that_leaves_operations_out_is_named_and_comes_in_step_again(said
         for name, who in (("left out", 2), ("left out twice", 1)):
             assert rank == who or report[name][1].endswith(f"rank {who} did not come within 2 s")
             assert report[f"next to {name}"] == ["returned", str(everyone)]
-        assert rank == 0 or report["left out by the leader"][1].endswith("rank 0 did not answer within 2 s")
+        assert rank == 0 or report["left out by the leader"][1].endswith("rank 0 did not come within 2 s")
         # Whoever comes first finds that the others have given up, or have come again.
         kind, text = report["next to left out by the leader"]
         assert (kind, text) == ("returned", str(everyone)) or "gave up waiting before" in text
@@ -69,23 +69,34 @@ def test_ranks_that_call_different_operations_are_told_so(said):
         assert "rank 1 is in a barrier" in text
 
 
-def test_a_rank_that_leaves_when_all_have_been_told_to_go_breaks_the_group_for_all(said):
-    for rank, report in enumerate(said):
-        kind, text = report["left"]
-        if rank == 1:
-            assert kind == "RankFailedError"
-            assert "this rank left all-gather (operation 0)" in text
-        else:
-            assert kind == "DeadlineError"
-            assert "rank 1 not heard of since" in text
-        assert report["after left"] == ["RankFailedError", text]
-
-
-def test_another_thread_is_refused_where_mpi_is_for_one(said):
+def test_another_threads_first_meeting_is_refused_where_mpi_is_for_one(said):
     for report in said:
         kind, text = report["other thread"]
         assert kind == "CheckpointError"
         assert 'mpi4py.rc.thread_level = "serialized"' in text
+
+
+def test_the_background_waits_for_other_ranks_while_all_meet_though_mpi_is_for_one_thread(said):
+    assert all(report["background"] for report in said)
+
+
+def test_who_does_not_know_the_jobs_secret_is_refused_and_the_job_goes_on(said):
+    secret = said[1]["secret"]
+    kind, text = secret["wrong"]
+    assert kind == "RankFailedError"
+    assert "it refused the secret of this job" in text
+    assert secret["rubbish"] == "closed"
+    assert secret["silent"]
+
+
+def test_a_job_on_one_machine_listens_at_the_loopback_interface_only(said):
+    assert [host for host, _ in said[0]["secret"]["places"]] == ["127.0.0.1"]
+
+
+def test_a_forked_process_of_the_rank_that_hosts_the_store_is_told_so_and_another_ranks_disturbs_nobody(said):
+    for rank, report in enumerate(said):
+        kind, text = report["forked"]
+        assert (kind, text) == ("returned", "None") if rank else "was forked from rank 0" in text
 
 
 def test_a_part_of_the_ranks_can_be_a_group_of_its_own(said):

@@ -23,7 +23,7 @@ def live(folder, run, ranks, killed=0):
     lines = [list(map(json.loads, file.read_text().splitlines())) for file in sorted(folder.glob("*.jsonl"))]
     assert len(lines) == ranks
     for first, *_ in lines:
-        assert first["communicator"] == ("MPICommunicator" if ranks > 1 else "SingleProcess")
+        assert first["communicator"] == ("StoreCommunicator" if ranks > 1 else "SingleProcess")
         assert not first["torch"]
     begins = [first["state"] for first, *_ in lines]
     assert all(begin == begins[0] for begin in begins)

@@ -5,9 +5,10 @@ import sys
 
 import numpy as np
 import pytest
-from mpirun import environment, mpirun, reports
+from mpirun import HERE, environment, mpirun, reports
 
 import ckptengine as ce
+from ckptengine.inspect import list_run, verify
 
 STARTS = {4: 0, 6: 2, 3: 4, 1: 6}
 """Ranks, and the step that they find: each start goes on for two steps."""
@@ -72,6 +73,27 @@ def test_a_rank_that_is_late_for_a_save_is_named_on_all_ranks_and_the_next_save_
         assert kind == "DeadlineError"
         assert "rank 1 did not report in time" in text
         assert report["after late"] == ["saved", ""]
+
+
+@pytest.mark.parametrize("skipper", [1, 0])
+def test_a_rank_that_leaves_a_save_out_under_mpiexec_is_named_and_the_next_save_is_made(tmp_path, skipper):
+    for rank, ends in enumerate(reports(3, "left_out_job.py", tmp_path, skipper)):
+        assert ends["level"] == 0  # MPI_THREAD_SINGLE
+        assert [ends[step][0] for step in "1345"] == ["", "", "", ""]
+        # It is told when the rank comes to the next save, and not when the time is up.
+        assert ends["3"][1] < 100
+        if rank != skipper:
+            assert f"rank {skipper}: it has left step-00000002 out" in ends["2"][0]
+    assert [entry.step for entry in list_run(tmp_path / "run")] == [1, 3, 4, 5]
+    assert verify(tmp_path / "run") == []
+
+
+def test_a_save_that_nobody_waits_for_is_committed_though_all_ranks_end(tmp_path):
+    job = mpirun(3, HERE / "ending_job.py", tmp_path / "run")
+    assert job.returncode == 0, job.stderr
+    assert "ckptengine" not in job.stderr  # no rank had anything to say
+    assert [entry.step for entry in list_run(tmp_path / "run")] == [1]
+    assert verify(tmp_path / "run") == []
 
 
 def test_no_message_stays_beside_a_committed_checkpoint(said, folder):

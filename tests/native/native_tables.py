@@ -26,7 +26,7 @@ examples = settings.get_profile("native")
 def _extension() -> Any:
     """Return the installed extension, or the build that CKPTENGINE_NATIVE_BUILD names."""
     if SANITIZED is None:
-        from ckptengine import _native
+        import ckptengine._native as _native
 
         return _native
     spec = importlib.util.spec_from_file_location("ckptengine._native", SANITIZED)

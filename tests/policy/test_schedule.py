@@ -11,6 +11,7 @@ import pytest
 import ckptengine as ce
 from ckptengine.comm.single import SingleProcess
 from ckptengine.policy.interval import optimal_interval
+from ckptengine.policy.rules import Policy
 from ckptengine.policy.schedule import Schedule
 from ckptengine.save.handle import SaveStats
 
@@ -28,7 +29,7 @@ class Training:
     def __init__(self, every: object, cost: float, durable: float, pace: float = 1.0) -> None:
         self.now, self.step, self.pace = 0.0, 0, pace
         self.cost, self.durable = cost, durable
-        self.every, self.lost = every, 0.0
+        self.rules, self.lost = Policy.of(every).save_rules, 0.0  # type: ignore[arg-type]
         self.saved = 0
         self.schedule = self.new_life()
         self.starts: list[float] = []
@@ -36,7 +37,7 @@ class Training:
     def new_life(self) -> Schedule:
         self.first = True
         self.in_flight: tuple[float, float, int] | None = None
-        return Schedule(self.every, SingleProcess(), 1.0, clock=lambda: self.now)  # type: ignore[arg-type]
+        return Schedule(self.rules, SingleProcess(), 1.0, clock=lambda: self.now)
 
     def advance(self) -> None:
         """Train a step, and save where that is due."""
@@ -118,7 +119,7 @@ def test_the_interval_follows_a_cost_that_changes_and_the_log_says_so(caplog: py
 
 def test_a_first_save_that_fails_is_tried_again_after_a_minute() -> None:
     now = [0.0]
-    schedule = Schedule("auto", SingleProcess(), 1.0, clock=lambda: now[0])
+    schedule = Schedule([ce.Auto()], SingleProcess(), 1.0, clock=lambda: now[0])
     assert schedule.due(1)
     schedule.started()
     due = []
@@ -135,7 +136,7 @@ def test_a_first_save_that_fails_is_tried_again_after_a_minute() -> None:
 
 def test_one_slow_save_does_not_move_the_interval() -> None:
     now = [0.0]
-    schedule = Schedule("auto", SingleProcess(), 1.0, clock=lambda: now[0])
+    schedule = Schedule([ce.Auto()], SingleProcess(), 1.0, clock=lambda: now[0])
     for stall in (9.0, 1.0, 1.0, 1.0, 30.0, 1.0):
         schedule.learn(stats(stall, 2.0))
     schedule.started()

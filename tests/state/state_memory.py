@@ -10,9 +10,10 @@ from typing import Any
 
 import numpy as np
 
+from ckptengine.schema.dtypes import DTYPES
+from ckptengine.schema.leaf import ArrayLeaf, DeviceMemory, HostMemory, Part, Placement
+from ckptengine.schema.path import Path
 from ckptengine.state.bind import LoadReport, Saved, SavedLeaf, bind
-from ckptengine.state.dtypes import DTYPES
-from ckptengine.state.leaf import ArrayLeaf, DeviceMemory, HostMemory, Part, Path, Placement
 from ckptengine.state.tree import flatten
 from ckptengine.state.values import decode, encode
 

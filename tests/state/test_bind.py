@@ -9,8 +9,8 @@ import pytest
 from state_memory import load, save
 
 from ckptengine.errors import CheckpointDamagedError, LoadMismatchError, StateError
+from ckptengine.schema.leaf import Placement
 from ckptengine.state.bind import Saved, SavedLeaf, bind
-from ckptengine.state.leaf import Placement
 from ckptengine.state.per_rank import PerRank
 from ckptengine.state.sharded import ShardedArray
 

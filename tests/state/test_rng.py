@@ -12,10 +12,10 @@ from state_memory import load, save
 
 import ckptengine as ce
 from ckptengine.errors import CheckpointDamagedError, FormatVersionError, LoadMismatchError
+from ckptengine.frameworks.numpy_random import NumpyStream
+from ckptengine.frameworks.random_stream import PythonStream
 from ckptengine.save.reading import StateReader
-from ckptengine.state.numpy_random import NumpyStream
 from ckptengine.state.random_record import Record, digest_of, new_seed
-from ckptengine.state.random_stream import PythonStream
 from ckptengine.torch.random import GeneratorStream
 
 BITS = (np.random.PCG64, np.random.PCG64DXSM, np.random.MT19937, np.random.Philox, np.random.SFC64)

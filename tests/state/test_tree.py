@@ -12,8 +12,8 @@ import pytest
 from state_memory import read_part
 
 from ckptengine.errors import CheckpointDamagedError, StateError
-from ckptengine.layout.box import Box
-from ckptengine.state.leaf import ArrayLeaf, HostMemory, Placement
+from ckptengine.schema.box import Box
+from ckptengine.schema.leaf import ArrayLeaf, HostMemory, Placement
 from ckptengine.state.per_rank import PerRank
 from ckptengine.state.sharded import ShardedArray
 from ckptengine.state.tree import flatten, unflatten

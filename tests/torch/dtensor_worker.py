@@ -29,9 +29,9 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from torch.distributed.tensor.placement_types import _StridedShard
 
 from ckptengine.errors import LoadMismatchError, StateError
+from ckptengine.schema.dtypes import DTYPES
+from ckptengine.schema.leaf import Placement
 from ckptengine.state.bind import Saved, SavedLeaf
-from ckptengine.state.dtypes import DTYPES
-from ckptengine.state.leaf import Placement
 from ckptengine.state.outline import decode_outline
 from ckptengine.state.per_rank import PerRank
 from ckptengine.state.tree import flatten

@@ -13,7 +13,7 @@ from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 from ckptengine.errors import LoadMismatchError, StateError
-from ckptengine.state.leaf import Placement
+from ckptengine.schema.leaf import Placement
 from ckptengine.state.per_rank import PerRank
 from ckptengine.state.tree import flatten
 

@@ -12,13 +12,13 @@ from torch.distributed._shard.sharded_tensor import ShardedTensor
 
 import ckptengine as ce
 from ckptengine.errors import CheckpointDamagedError, LoadMismatchError, StateError
-from ckptengine.state.dtypes import DTYPES
-from ckptengine.state.leaf import ArrayLeaf, DeviceMemory, HostMemory, Placement
+from ckptengine.schema.dtypes import DTYPES
+from ckptengine.schema.leaf import ArrayLeaf, DeviceMemory, HostMemory, Placement
 from ckptengine.state.per_rank import PerRank
 from ckptengine.state.sharded import ShardedArray
 from ckptengine.state.tree import flatten
 from ckptengine.state.values import decode, encode
-from ckptengine.torch import TorchAdapter
+from ckptengine.torch.adapter import TorchAdapter
 
 SIGNED = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.complex128}
 

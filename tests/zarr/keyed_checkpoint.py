@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ckptengine import _native
+import ckptengine._native as _native
 from ckptengine.archive.image import BLOCK_NBYTES, plan_entries
 from ckptengine.archive.layout_file import encode_layout
 from ckptengine.archive.names import archive_name

@@ -76,7 +76,7 @@ def import_all() -> None:
         "ckptengine.save.saver",
         "ckptengine.comm.torch",
         "ckptengine.storage.local",
-        "ckptengine.torch",
+        "ckptengine.torch.adapter",
     ):
         importlib.import_module(name)
 

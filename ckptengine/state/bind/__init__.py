@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from ckptengine.errors import LoadMismatchError, StateError
-from ckptengine.state.adapters import describe_type
+from ckptengine.schema.type_name import describe_type
 from ckptengine.state.bind.base import Same
 from ckptengine.state.bind.walk import Binder
 from ckptengine.state.binding import Binding, Read

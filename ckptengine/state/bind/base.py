@@ -6,12 +6,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
-from ckptengine.state.adapters import Layouts
+from ckptengine.frameworks.adapter import Layouts
+from ckptengine.frameworks.registry import adapter_of_loader
+from ckptengine.schema.leaf import ArrayLeaf, Placement
+from ckptengine.schema.path import Path, dotted, is_inside
 from ckptengine.state.binding import Action, Promise, Read
 from ckptengine.state.extents import Extent, Taken, extents, overlap, sharing
 from ckptengine.state.kinds import Inspector
-from ckptengine.state.leaf import ArrayLeaf, Path, Placement, dotted, is_inside
-from ckptengine.state.loaders import is_stateful_loader
 from ckptengine.state.outline import class_name, is_of_class
 from ckptengine.state.report import LoadReport
 from ckptengine.state.saved import Node, Saved, SavedArray, SavedValue, own_tree, shared_tree
@@ -60,7 +61,9 @@ class BinderBase(ABC):
             if isinstance(node.entry, SavedArray)
         }
         self._inspector = Inspector()
-        self._inspector.ask(state, wanted=lambda value, path: selection.touches(path) and not is_stateful_loader(value))
+        self._inspector.ask(
+            state, wanted=lambda value, path: selection.touches(path) and adapter_of_loader(value) is None
+        )
         self._names = self._inspector.parameter_names(state)
         self._loaded: list[str] = []
         self._missing: list[tuple[str, Hashable | None]] = []
@@ -132,7 +135,7 @@ class BinderBase(ABC):
             before=self.before,
             derived=frozenset(self.derived),
             cast=frozenset(self._cast),
-            wanted=lambda value, path: self._selection.touches(path) and not is_stateful_loader(value),
+            wanted=self._is_asked,
             parameter_name=self._parameter_name,
             refused=refused,
             other_class=frozenset(self._of_other_class),
@@ -141,6 +144,10 @@ class BinderBase(ABC):
             given=frozenset(self.given),
             empty=frozenset(empty),
         )
+
+    def _is_asked(self, value: Any, path: Path) -> bool:
+        """Whether an object is asked for its state: a loader's would start its workers."""
+        return self._selection.touches(path) and adapter_of_loader(value) is None
 
     def _path_here(self, path: Path) -> Path:
         """Return a path with the name that an optimizer's parameter has in the state."""

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from ckptengine.schema.path import Path
 from ckptengine.state.kinds import Inspector, Kind
-from ckptengine.state.leaf import Path
 
 __all__ = ["is_optimizer_state", "live_tensors"]
 

@@ -7,11 +7,12 @@ import logging
 from typing import Any
 
 from ckptengine.errors import LoadMismatchError
-from ckptengine.state.adapters import Adapter, ModuleEntry, describe_type
+from ckptengine.frameworks.adapter import Adapter, ModuleEntry
+from ckptengine.schema.path import Path, dotted
+from ckptengine.schema.type_name import describe_type
 from ckptengine.state.bind.base import FRAMEWORK
 from ckptengine.state.bind.objects import hand_over
 from ckptengine.state.bind.tensors import TensorBinder
-from ckptengine.state.leaf import Path, dotted
 from ckptengine.state.saved import Node, SavedArray
 
 __all__ = ["ModuleBinder"]

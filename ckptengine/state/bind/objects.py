@@ -7,12 +7,12 @@ from collections.abc import Callable
 from typing import Any
 
 from ckptengine.errors import CheckpointError, LoadMismatchError
-from ckptengine.state.adapters import Adapter, describe_type
+from ckptengine.frameworks.adapter import Adapter
+from ckptengine.schema.path import Path, dotted
+from ckptengine.schema.type_name import describe_type
 from ckptengine.state.bind.base import OBJECTS, SET
 from ckptengine.state.bind.tensors import TensorBinder
 from ckptengine.state.kinds import Kind
-from ckptengine.state.leaf import Path, dotted
-from ckptengine.state.loaders import loader_mismatch
 from ckptengine.state.nested import per_rank_items, put_at, replace_contents
 from ckptengine.state.per_rank import PerRank
 from ckptengine.state.saved import Node, own_tree
@@ -45,13 +45,13 @@ class ObjectBinder(TensorBinder):
             self._act(SET, functools.partial(put_at, rebuilt, keys, holder))
         self._act(OBJECTS, functools.partial(hand_over, target, rebuilt, path, call))
 
-    def _bind_loader(self, loader: Any, path: Path, own: Node | None) -> None:
+    def _bind_loader(self, loader: Any, adapter: Adapter, path: Path, own: Node | None) -> None:
         """As an object in a PerRank; but its state is not asked for, which would start its workers."""
         if not self._selection.holds(path):
             self._selection.refuse_part(path)
         elif own is None:
             self._absent(path, per_rank=True)
-        elif reason := loader_mismatch(loader, own, self._saved.world_size, self._world_size):
+        elif reason := adapter.loader_mismatch(loader, own.plain_values(), self._saved.world_size, self._world_size):
             self._mismatch(path, reason, own)
         else:
             rebuilt = self._rebuild(own, path)

@@ -6,12 +6,12 @@ import functools
 from collections.abc import Mapping
 from typing import Any
 
-from ckptengine.state.adapters import Adapter
+from ckptengine.frameworks.adapter import Adapter
+from ckptengine.schema.path import Path, dotted
 from ckptengine.state.bind.base import FRAMEWORK
 from ckptengine.state.bind.objects import hand_over
 from ckptengine.state.bind.tensors import Maker, TensorBinder
 from ckptengine.state.kinds import optimizer_names
-from ckptengine.state.leaf import Path, dotted
 from ckptengine.state.outline import in_order
 from ckptengine.state.saved import Node, SavedArray
 

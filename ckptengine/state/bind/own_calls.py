@@ -5,13 +5,13 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-from ckptengine.state.adapters import Adapter
+from ckptengine.frameworks.adapter import Adapter
+from ckptengine.schema.path import Path, dotted
 from ckptengine.state.bind.base import FRAMEWORK
 from ckptengine.state.bind.modules import ModuleBinder
 from ckptengine.state.bind.objects import ObjectBinder, hand_over
 from ckptengine.state.bind.optimizers import OptimizerBinder
 from ckptengine.state.kinds import optimizer_names
-from ckptengine.state.leaf import Path, dotted
 from ckptengine.state.own_state import GROUPS, STATE, numbers_of, parts_of
 from ckptengine.state.saved import Node, SavedValue
 

@@ -13,17 +13,20 @@ from typing import Any
 import numpy as np
 
 from ckptengine.errors import LoadMismatchError, StateError
-from ckptengine.state.adapters import ABOUT, Adapter, Layouts, TensorView, adapters, describe_type
-from ckptengine.state.arrays import NumpyAdapter
+from ckptengine.frameworks.adapter import ABOUT, Adapter, Layouts, TensorView
+from ckptengine.frameworks.numpy import NumpyAdapter
+from ckptengine.frameworks.registry import adapters
+from ckptengine.schema.dtypes import DTYPES
+from ckptengine.schema.leaf import ArrayLeaf, Part, Placement
+from ckptengine.schema.path import Path, dotted
+from ckptengine.schema.type_name import describe_type
 from ckptengine.state.bind.base import CONVERT, SET, BinderBase, Put
 from ckptengine.state.bind.live import is_optimizer_state, live_tensors
 from ckptengine.state.binding import Read
 from ckptengine.state.classes import unknown_member
-from ckptengine.state.dtypes import DTYPES
 from ckptengine.state.extents import extents
 from ckptengine.state.forms import rebuild
 from ckptengine.state.kinds import SCALARS, Kind
-from ckptengine.state.leaf import ArrayLeaf, Part, Path, Placement, dotted
 from ckptengine.state.nested import item_of, replace_contents, sorted_like
 from ckptengine.state.outline import in_order
 from ckptengine.state.saved import Node, SavedArray, SavedLeaf, SavedValue

@@ -10,15 +10,15 @@ from collections import OrderedDict, deque
 from collections.abc import Mapping, MutableMapping
 from typing import Any
 
-from ckptengine.state.adapters import describe_type
+from ckptengine.frameworks.registry import adapter_of_loader
+from ckptengine.schema.path import Path, dotted
+from ckptengine.schema.type_name import describe_type
 from ckptengine.state.bind.base import SET, Put
 from ckptengine.state.bind.live import is_optimizer_state
 from ckptengine.state.bind.own_calls import OwnCallsBinder, has_own_names
 from ckptengine.state.extents import Taken, extents
 from ckptengine.state.forms import own_keys
 from ckptengine.state.kinds import Kind, children
-from ckptengine.state.leaf import Path, dotted
-from ckptengine.state.loaders import is_stateful_loader
 from ckptengine.state.saved import Node, SavedValue
 
 __all__ = ["Binder"]
@@ -62,8 +62,8 @@ class Binder(OwnCallsBinder):
                 self._late.append(functools.partial(self._bind_own_optimizer, value, adapter, path, node, per_rank))
             else:
                 self._bind_optimizer(value, adapter, path, node, per_rank)
-        elif kind is Kind.OBJECT and is_stateful_loader(value):
-            self._bind_loader(value, path, node if per_rank else self._own.find(path))
+        elif kind is Kind.OBJECT and (known := adapter_of_loader(value)) is not None:
+            self._bind_loader(value, known, path, node if per_rank else self._own.find(path))
         elif kind is Kind.OBJECT:
             self._late.append(functools.partial(self._bind_object, value, path, node, per_rank))
         elif kind is Kind.PLAIN:

@@ -2,40 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
 import numpy as np
 
-from ckptengine.layout.box import Box
+from ckptengine.schema.box import Box
+from ckptengine.schema.path import Path
 
 __all__ = [
     "ArrayLeaf",
     "DeviceMemory",
     "HostMemory",
-    "Key",
     "Memory",
     "Part",
-    "Path",
     "Placement",
-    "dotted",
-    "is_inside",
 ]
-
-Key = str | int
-Path = tuple[Key, ...]
-
-
-def dotted(path: Path) -> str:
-    """Return a path as people read it, `model.h.0.weight`; not unique, for messages only."""
-    return ".".join(str(key) for key in path)
-
-
-def is_inside(path: Path, others: Collection[Path]) -> bool:
-    """Whether a path is one of others, or lies inside one of them."""
-    return bool(others) and any(path[:depth] in others for depth in range(len(path) + 1))
 
 
 class Placement(StrEnum):
@@ -98,7 +82,7 @@ class Part:
 class ArrayLeaf:
     """One tensor or array.
 
-    `path` is its identity. `dtype` is a logical name of `ckptengine.state.dtypes`. `shape` is the global
+    `path` is its identity. `dtype` is a logical name of `ckptengine.schema.dtypes`. `shape` is the global
     shape. `parts` are this rank's boxes, none empty, none overlapping. `container` says what it was, `torch`,
     `numpy` or `mindspore`, so that objects with `load_state_dict` get the same back. `fenced` tells that nothing but
     an optimizer's step changes it, so that a copy may go on until the next one.

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
-from ckptengine.state.saved import Node, SavedValue
+from ckptengine.schema.path import Path
 
 __all__ = ["is_stateful_loader", "loader_mismatch"]
+
+_WORKERS = ("_snapshot", "_main_snapshot", "_num_workers")
 
 
 def is_stateful_loader(value: Any) -> bool:
@@ -17,11 +20,12 @@ def is_stateful_loader(value: Any) -> bool:
     )
 
 
-def loader_mismatch(loader: Any, node: Node, saved_world_size: int, world_size: int) -> str | None:
+def loader_mismatch(loader: Any, saved: Mapping[Path, Any], saved_world_size: int, world_size: int) -> str | None:
     """Return why a loader can't go on from what is saved, and what to do; None where it can.
 
-    The number of workers is told from the keys of torchdata 0.11: with workers, their number is in `_snapshot`. Without
-    them there is `_num_yielded`; a class with a state of its own has neither, and checks for itself.
+    `saved` are the plain values of its saved state. The number of workers is told from the keys of torchdata 0.11: with
+    workers, their number is in `_snapshot`. Without them there is `_num_yielded`; a class with a state of its own has
+    neither, and checks for itself.
     """
     if saved_world_size != world_size:
         return (
@@ -30,13 +34,10 @@ def loader_mismatch(loader: Any, node: Node, saved_world_size: int, world_size: 
             "leave it out (`only=`) and begin an epoch. An ElasticSampler or ElasticBatches in its place goes on with "
             "any number of ranks"
         )
-    workers = node.find(("_snapshot", "_main_snapshot", "_num_workers"))
-    saved = 0 if node.child("_num_yielded") is not None else None
-    if workers is not None and isinstance(workers.entry, SavedValue):
-        saved = workers.entry.value
-    if saved is not None and saved != loader.num_workers:
+    workers = saved.get(_WORKERS, 0 if ("_num_yielded",) in saved else None)
+    if workers is not None and workers != loader.num_workers:
         return (
-            f"a StatefulDataLoader with num_workers={loader.num_workers} here, {saved} in the checkpoint: its position "
-            f"is that of each worker. Make the loader with num_workers={saved}"
+            f"a StatefulDataLoader with num_workers={loader.num_workers} here, {workers} in the checkpoint: its "
+            f"position is that of each worker. Make the loader with num_workers={workers}"
         )
     return None

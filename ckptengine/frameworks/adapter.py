@@ -1,8 +1,7 @@
-"""What a framework must tell the engine about its objects, and which frameworks are there."""
+"""What a framework must tell the engine about its objects."""
 
 from __future__ import annotations
 
-import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,10 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from ckptengine.state.leaf import Part, Path, Placement
-from ckptengine.state.random_stream import RandomStream
+from ckptengine.frameworks.random_stream import RandomStream
+from ckptengine.schema.leaf import Part, Placement
+from ckptengine.schema.path import Path
 
-__all__ = ["ABOUT", "Adapter", "Layouts", "ModuleEntry", "TensorView", "adapter_of_tensor", "adapters", "describe_type"]
+__all__ = ["ABOUT", "Adapter", "Layouts", "ModuleEntry", "TensorView"]
 
 
 ABOUT = "tensor_subclass"
@@ -250,6 +250,30 @@ class Adapter:
         """Return the plain value; raises `ValueError` or `AttributeError` where there is no such thing."""
         raise ValueError(kind)
 
+    def tensor_of(self, array: np.ndarray[Any, Any], dtype: str) -> Any:
+        """Return an array's memory as a tensor of a logical dtype."""
+        raise NotImplementedError
+
+    def make_loader(self, dataset: Any, plan: Iterable[Any], options: dict[str, Any]) -> Any:
+        """Return the framework's data loader whose k-th item is `dataset[key]` for the k-th key of `plan`.
+
+        `options` are any others of that loader; raises `TypeError` for one that would change which items come.
+        """
+        raise NotImplementedError
+
+    def is_stateful_loader(self, value: Any) -> bool:
+        """Whether a value is a data loader whose `state_dict` is one rank's place in the data; imports nothing."""
+        return False
+
+    def loader_mismatch(
+        self, loader: Any, saved: Mapping[Path, Any], saved_world_size: int, world_size: int
+    ) -> str | None:
+        """Return why such a loader can't go on from a state, and what to do; None where it can.
+
+        `saved` are the plain values of the state by their paths in it.
+        """
+        return None
+
     def random_streams(self) -> dict[str, RandomStream]:
         """Return the random streams of the process that the framework draws from, by name, `torch.cpu`."""
         return {}
@@ -261,47 +285,3 @@ class Adapter:
     def random_stream_of(self, generator: Any) -> RandomStream | None:
         """Return the stream of one of the framework's generators, None for anything else."""
         return None
-
-
-_FRAMEWORKS = ("torch", "mindspore")
-_loaded: dict[str, Adapter] = {}
-
-
-def adapters() -> Iterable[Adapter]:
-    """Return numpy's adapter and those of the frameworks that the process has imported; imports none."""
-    if "numpy" not in _loaded:
-        from ckptengine.state.arrays import NumpyAdapter
-
-        _loaded["numpy"] = NumpyAdapter()
-    for name in _FRAMEWORKS:
-        if name in sys.modules and name not in _loaded:
-            adapter = _load(name)
-            if adapter is not None:
-                _loaded[name] = adapter
-    return list(_loaded.values())
-
-
-def _load(name: str) -> Adapter | None:
-    if name == "torch" and hasattr(sys.modules["torch"], "nn"):  # not while torch itself is half imported
-        from ckptengine.torch import TorchAdapter
-
-        return TorchAdapter()
-    if name == "mindspore" and hasattr(sys.modules["mindspore"], "nn"):
-        from ckptengine.mindspore.adapter import MindSporeAdapter
-
-        return MindSporeAdapter()
-    return None
-
-
-def adapter_of_tensor(value: Any) -> Adapter | None:
-    """Return the adapter that knows a value as its tensor, None where none does."""
-    for adapter in adapters():
-        if adapter.is_tensor(value):
-            return adapter
-    return None
-
-
-def describe_type(value: Any) -> str:
-    """Return a value's type as people write it, `collections.Counter`."""
-    kind = type(value)
-    return kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"

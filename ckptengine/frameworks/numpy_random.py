@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ckptengine.state.random_stream import RandomStream
+from ckptengine.frameworks.random_stream import RandomStream
 
 __all__ = ["NumpyStream"]
 

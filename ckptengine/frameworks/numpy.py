@@ -9,12 +9,13 @@ from typing import Any
 import numpy as np
 
 from ckptengine.errors import StateError
-from ckptengine.layout.box import Box
-from ckptengine.state.adapters import Adapter, TensorView
-from ckptengine.state.dtypes import DTYPES, name_of_numpy_dtype
-from ckptengine.state.leaf import HostMemory, Part, Path, Placement, dotted
-from ckptengine.state.numpy_random import NumpyStream
-from ckptengine.state.random_stream import RandomStream
+from ckptengine.frameworks.adapter import Adapter, TensorView
+from ckptengine.frameworks.numpy_random import NumpyStream
+from ckptengine.frameworks.random_stream import RandomStream
+from ckptengine.schema.box import Box
+from ckptengine.schema.dtypes import DTYPES, name_of_numpy_dtype
+from ckptengine.schema.leaf import HostMemory, Part, Placement
+from ckptengine.schema.path import Path, dotted
 
 __all__ = ["NumpyAdapter", "may_overlap"]
 

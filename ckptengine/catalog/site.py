@@ -7,7 +7,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ckptengine.comm.agree import gather
+from ckptengine.comm.agree import from_all
 from ckptengine.comm.base import Communicator
 from ckptengine.errors import CheckpointError, DeadlineError
 from ckptengine.storage.base import Storage
@@ -34,11 +34,6 @@ class Site:
         """Whether all ranks see the same."""
         return len(self.leaders) == 1
 
-    @classmethod
-    def everyone(cls, comm: Communicator) -> Site:
-        """Return the site of a storage that all ranks see by its nature, such as an object store."""
-        return cls(comm.rank, tuple(range(comm.world_size)), (0,))
-
 
 def find_sites(storages: Sequence[Storage], comm: Communicator, token: str, timeout: float) -> list[Site]:
     """Return for each storage the ranks that see the same; all ranks call it, with a `token` of 12 hex digits.
@@ -49,18 +44,16 @@ def find_sites(storages: Sequence[Storage], comm: Communicator, token: str, time
     if not storages:
         return []
     name = f".tmp-site.{token}"
-    found: list[int] = []
     made: list[Storage] = []
-    error: Exception | None = None
     doing = "looking for the ranks that share a disk"
 
-    def look() -> list[int]:
-        numbers = []
+    def look() -> bytes:
+        numbers: list[int] = []
         for storage in storages:
             if storage.put_if_absent(name, json.dumps(comm.rank).encode()):
                 made.append(storage)
             numbers.append(int(json.loads(storage.read_bytes(name, 32))))
-        return numbers
+        return json.dumps(numbers).encode()
 
     def tidy() -> None:
         for storage in made:
@@ -68,18 +61,14 @@ def find_sites(storages: Sequence[Storage], comm: Communicator, token: str, time
                 storage.delete(name, durable=False)
 
     try:
-        found = within(timeout, doing, look)
-    except (CheckpointError, ValueError) as problem:
-        error = problem
-    try:
-        replies = gather(comm, json.dumps(found).encode(), error, timeout, doing)
+        replies = from_all(comm, lambda: within(timeout, doing, look), timeout, doing)
     finally:
         if made:
             with contextlib.suppress(DeadlineError):  # swept later
                 within(timeout, doing, tidy)
     all_found = [json.loads(reply) for reply in replies]
     sites = []
-    for place, mine in enumerate(found):
+    for place, mine in enumerate(all_found[comm.rank]):
         firsts: dict[int, int] = {}
         for rank, numbers in enumerate(all_found):
             firsts.setdefault(numbers[place], rank)

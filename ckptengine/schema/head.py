@@ -6,8 +6,9 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from ckptengine.state.dtypes import DTYPES
-from ckptengine.state.leaf import Path, Placement, dotted
+from ckptengine.schema.dtypes import DTYPES
+from ckptengine.schema.leaf import Placement
+from ckptengine.schema.path import Path, dotted
 
 __all__ = [
     "MAX_LEAF_NBYTES",
@@ -19,7 +20,6 @@ __all__ = [
     "is_zero_sized",
     "layout_from_json",
     "layout_to_json",
-    "path_order",
     "zero_sized_chunk",
 ]
 
@@ -58,11 +58,6 @@ class LeafLayout(LeafHead):
     """A leaf and how it is stored: as one grid of chunks of this shape, or (None) as one fragment per box."""
 
     chunk_shape: tuple[int, ...] | None
-
-
-def path_order(path: Path) -> tuple[tuple[bool, int, str], ...]:
-    """Return what to sort paths by; string and integer keys don't compare, so integers come last."""
-    return tuple((True, key, "") if isinstance(key, int) else (False, 0, key) for key in path)
 
 
 def is_zero_sized(shape: tuple[int, ...]) -> bool:

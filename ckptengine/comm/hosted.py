@@ -1,0 +1,210 @@
+"""The store that another rank hosts, as its clients use it."""
+
+from __future__ import annotations
+
+import contextlib
+import hmac
+import os
+import secrets
+import socket
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ckptengine.comm.base import KeyValueStore
+from ckptengine.comm.wire import MAGIC, NONCE_NBYTES, PROOF_NBYTES, REPLY, REQUEST, Operation, Status, proof, tune
+from ckptengine.errors import CheckpointError, RankFailedError
+from ckptengine.lifecycle import Living
+
+__all__ = ["HostedStore"]
+
+_CALL_SECONDS = 60.0
+"""How long a host that is there may take to answer: a rank 0 that computes without giving up the interpreter's lock."""
+_RECONNECT_SECONDS = 5.0
+_GONE_SECONDS = 10.0
+"""How long a host that could not be reached counts as gone before it is tried again."""
+_FIRST_TRY_SECONDS = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class _Peer:
+    """A connection to the host, and the process that made it."""
+
+    socket: socket.socket
+    process: int
+
+
+class HostedStore(KeyValueStore):
+    """A store that rank 0 hosts (`StoreHost`), reached at one of its addresses; threads may share it.
+
+    Each connection serves one call at a time, and is kept for the next one of any thread. A call whose connection
+    breaks is made once more by a new one, for every call can be made twice. Only where there is none, rank 0 is gone:
+    `RankFailedError`, which names it; that is told at once for some seconds, then looked at again.
+    """
+
+    blocks = True
+
+    def __init__(self, addresses: Sequence[tuple[str, int]], secret: bytes, timeout: float) -> None:
+        """Connect within `timeout` seconds; raises `RankFailedError` where none of the addresses leads to the host."""
+        self._addresses, self._secret = tuple(addresses), secret
+        self._idle: list[_Peer] = []
+        self._open: set[socket.socket] = set()
+        self._closed = False
+        self._gone_until = -float("inf")
+        self._gone_text = ""
+        self._idle.append(self._connect(timeout))
+        _stores.add(self)
+
+    def set(self, key: str, value: bytes) -> None:
+        """Store a value."""
+        self._call(Operation.SET, key, value)
+
+    def get(self, key: str, timeout: float) -> bytes | None:
+        """Return the value as soon as it is there, None after `timeout` seconds without it."""
+        return self._call(Operation.GET, key, seconds=max(0.0, timeout))
+
+    def delete(self, key: str) -> None:
+        """Remove a key; one that is not there is no error."""
+        self._call(Operation.DELETE, key)
+
+    def close(self) -> None:
+        """End all calls: at the end of the process, for rank 0 waits at its own until no connection is left."""
+        self._closed = True
+        self._idle.clear()
+        for peer in list(self._open):
+            with contextlib.suppress(OSError):  # it is not connected any more
+                peer.shutdown(socket.SHUT_RDWR)
+
+    def forked(self) -> None:
+        """Let go, in a process that was forked, of the parent's connections: what both send would mix."""
+        self._idle.clear()
+        while self._open:
+            self._open.pop().close()
+
+    def _call(self, operation: Operation, key: str, value: bytes = b"", seconds: float = 0.0) -> bytes | None:
+        deadline = time.monotonic() + seconds
+        while self._idle:
+            try:
+                peer = self._idle.pop()
+            except IndexError:  # another thread has taken it
+                break
+            try:
+                return self._ask(peer, operation, key, value, max(0.0, deadline - time.monotonic()))
+            except OSError as error:
+                if _is_silence(error):
+                    raise self._silent() from error
+                # The connections that are kept may all be broken: the last word is a new one's.
+        if self._closed:
+            raise CheckpointError("this process is ending, and has left the store of the job")
+        if time.monotonic() < self._gone_until:
+            raise RankFailedError(self._gone_text)
+        peer = self._connect(_RECONNECT_SECONDS)
+        try:
+            return self._ask(peer, operation, key, value, max(0.0, deadline - time.monotonic()))
+        except OSError as error:
+            raise (self._silent() if _is_silence(error) else self._gone(f"{error}")) from error
+
+    def _ask(self, peer: _Peer, operation: Operation, key: str, value: bytes, seconds: float) -> bytes | None:
+        """Make one call on a connection, and keep it where that goes well."""
+        name = key.encode()
+        try:
+            peer.socket.settimeout(seconds + _CALL_SECONDS)
+            peer.socket.sendall(REQUEST.pack(operation, seconds, len(name), len(value)) + name + value)
+            status, nbytes = REPLY.unpack(_receive(peer.socket, REPLY.size))
+            found = _receive(peer.socket, nbytes)
+        except BaseException:
+            self._drop(peer.socket)
+            raise
+        if peer.process == os.getpid() and not self._closed:
+            self._idle.append(peer)
+        return found if status == Status.FOUND else None
+
+    def _connect(self, timeout: float) -> _Peer:
+        """Return a connection whose other end has shown that it is the host.
+
+        Each address is tried for a second, then for twice as long, and so on: what is behind one may not answer at all.
+        """
+        deadline, patience = time.monotonic() + timeout, _FIRST_TRY_SECONDS
+        while True:
+            failures, final = [], True
+            for host, port in self._addresses:
+                seconds = min(patience, max(0.1, deadline - time.monotonic()))
+                try:
+                    return _Peer(self._reach(host, port, seconds), os.getpid())
+                except OSError as error:
+                    failures.append(f"{_place(host, port)}: {error.strerror or error}")
+                    final = final and isinstance(error, ConnectionRefusedError | _StrangerError)
+            if final or time.monotonic() >= deadline:
+                raise self._gone("; ".join(failures))
+            time.sleep(min(0.05, max(0.0, deadline - time.monotonic())))
+            patience *= 2
+
+    def _reach(self, host: str, port: int, seconds: float) -> socket.socket:
+        deadline = time.monotonic() + seconds
+        peer = socket.create_connection((host, port), seconds)
+        self._open.add(peer)
+        try:
+            tune(peer)
+            greeting = _receive(peer, len(MAGIC) + NONCE_NBYTES, deadline)
+            if not greeting.startswith(MAGIC):
+                raise _StrangerError("another program listens there")
+            theirs, own = greeting[len(MAGIC) :], secrets.token_bytes(NONCE_NBYTES)
+            peer.sendall(own + proof(self._secret, b"rank", theirs, own))
+            try:
+                said = _receive(peer, PROOF_NBYTES, deadline)
+            except ConnectionError:
+                raise _StrangerError("it refused the secret of this job, so it is another job's") from None
+            if not hmac.compare_digest(said, proof(self._secret, b"host", theirs, own)):
+                raise _StrangerError("it does not know the secret of this job")
+        except BaseException:
+            self._drop(peer)
+            raise
+        return peer
+
+    def _drop(self, peer: socket.socket) -> None:
+        self._open.discard(peer)
+        peer.close()
+
+    def _gone(self, why: str) -> RankFailedError:
+        self._gone_text = (
+            f"the store of the job, which rank 0 hosts, can't be reached ({why}): rank 0 has ended, or the network "
+            "between the nodes keeps its connections away"
+        )
+        self._gone_until = time.monotonic() + _GONE_SECONDS
+        return RankFailedError(self._gone_text)
+
+    def _silent(self) -> CheckpointError:
+        return RankFailedError(
+            f"rank 0, which hosts the store of the job, has not answered for {_CALL_SECONDS:g} s: it is stopped, or "
+            "computes in one call that keeps the interpreter's lock all the time"
+        )
+
+
+class _StrangerError(OSError):
+    """What listens is not the host."""
+
+
+def _is_silence(error: OSError) -> bool:
+    """Return whether the host is there and does not answer; the kernel's own word of a lost peer has a number."""
+    return isinstance(error, TimeoutError) and error.errno is None
+
+
+def _receive(peer: socket.socket, nbytes: int, deadline: float | None = None) -> bytes:
+    """Return exactly so many bytes; raises `ConnectionError` where the other end closes before."""
+    data = bytearray(nbytes)
+    view, position = memoryview(data), 0
+    while position < nbytes:
+        if deadline is not None:
+            peer.settimeout(max(0.001, deadline - time.monotonic()))
+        count = peer.recv_into(view[position:])
+        if not count:
+            raise ConnectionResetError("the other end closed the connection")
+        position += count
+    return bytes(data)
+
+
+def _place(host: str, port: int) -> str:
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+_stores: Living[HostedStore] = Living(HostedStore.forked, HostedStore.close, last=True)

@@ -1,0 +1,112 @@
+"""The saves of one job: which are in flight, what became of them, and which step stands."""
+
+from __future__ import annotations
+
+import logging
+
+from ckptengine.policy.failures import Failures
+from ckptengine.policy.schedule import Schedule
+from ckptengine.save.handle import SaveHandle, SaveStats
+
+__all__ = ["Saves"]
+
+_log = logging.getLogger("ckptengine")
+
+
+class Saves:
+    """Accounts for saves that end in the background; what became of them counts from the next call on.
+
+    `tells` is whether this rank logs that a save is committed.
+    """
+
+    def __init__(self, schedule: Schedule, failures: Failures, tells: bool) -> None:
+        self._schedule, self._failures, self._tells = schedule, failures, tells
+        self.history: list[SaveStats] = []
+        self.committed: int | None = None
+        """The step at which this life of the run stands: restored, or committed since."""
+        self._pending: list[SaveHandle] = []
+        self._last: tuple[int, SaveHandle] | None = None
+        self._given_up: tuple[int, SaveHandle] | None = None  # the last one, where it failed
+
+    def restart(self, step: int | None) -> None:
+        """Begin a new life of the run, at a step that was restored, or at none."""
+        self._last = self._given_up = None
+        self.committed = step
+        self._schedule.restart()
+
+    @property
+    def any(self) -> bool:
+        """Whether this life has a save that is in flight or committed."""
+        return self._last is not None
+
+    def has(self, step: int) -> bool:
+        """Return whether the last save is that of a step."""
+        return self._last is not None and self._last[0] == step
+
+    def of(self, step: int) -> SaveHandle | None:
+        """Return the handle of the last save where it is that of a step, else None."""
+        return self._last[1] if self._last is not None and self._last[0] == step else None
+
+    def add(self, step: int, handle: SaveHandle) -> None:
+        """Note a save that has been started."""
+        self._last = step, handle
+        self._pending.append(handle)
+
+    def wait(self, timeout: float | None) -> None:
+        """Wait until those in flight have ended; raises `DeadlineError` (None: when each one's own time is over)."""
+        for handle in list(self._pending):
+            if not handle.durable.wait(timeout):
+                raise handle.durable.overdue(timeout)
+        self.reap()
+
+    def reap(self) -> None:
+        """Account for the saves that have ended since the last call."""
+        while self._pending and self._pending[0].durable.done():
+            handle = self._pending.pop(0)
+            try:
+                stats = handle.durable.result(0)
+            except Exception as error:
+                self.failed(error, handle.path)
+            else:
+                self._succeeded(stats)
+
+    def _succeeded(self, stats: SaveStats | None) -> None:
+        assert stats is not None
+        self.history.append(stats)
+        self._schedule.learn(stats)
+        self._failures.succeeded()
+        self.committed = stats.step
+        if self._tells:
+            _log.info(
+                "%s: committed, %s bytes by this rank; stall %.3g s, durable after %.3g s",
+                stats.path,
+                f"{stats.nbytes:,}",
+                stats.stall_seconds + stats.waited_seconds,
+                stats.durable_seconds,
+            )
+
+    def failed(self, error: Exception, path: str) -> None:
+        """Account for a save that has failed, or could not be started."""
+        self._schedule.failed()
+        last, self._last = self._last, None  # the same step may be tried again
+        if last is not None and last[1].durable.error is not None:
+            self._given_up = last
+        self._failures.note(error, path)
+
+    def correct(self) -> None:
+        """Take a save back that this rank has told as failed, where rank 0 has said since that it is committed.
+
+        Then the others take the same step as saved, and this rank must not begin to save it alone.
+        """
+        given_up = self._given_up
+        if given_up is not None and given_up[1].durable.error is None:
+            self._given_up, self._last = None, self._last or given_up
+            self._succeeded(given_up[1].durable.result(0))
+
+    def newest(self) -> int | None:
+        """Return the newest step that was committed in this process, None where none was; any thread may ask."""
+        for handle in reversed(list(self._pending)):
+            if handle.durable.done() and handle.durable.error is None:
+                stats = handle.durable.result(0)
+                return None if stats is None else stats.step
+        return self.history[-1].step if self.history else None

@@ -1,0 +1,1 @@
+"""The nouns that everything uses: paths, element types, boxes, leaves and how messages name ranks."""
