@@ -14,6 +14,7 @@ from ckptengine.archive.record import ArchiveRecord
 from ckptengine.archive.tail import checksums_of, document_of
 from ckptengine.archive.zip import walk_entries
 from ckptengine.errors import CheckpointDamagedError
+from ckptengine.native.tables import NOTHING, ScatterPlan
 from ckptengine.storage.base import StorageView
 
 __all__ = ["Archive", "check_size", "open_archive"]
@@ -51,29 +52,27 @@ class Archive:
             raise CheckpointDamagedError(f"{self.location}: group {node!r} has no attributes of this format")
         return ours
 
-    def load(self, ranges: NDArray[np.int64], ops: NDArray[np.int64], index: NDArray[np.int64]) -> None:
-        """Read ranges of whole blocks, verify them, and scatter them to memory (`_native.load` has the tables).
+    def load(self, ranges: NDArray[np.int64], plan: ScatterPlan) -> None:
+        """Read ranges (rows of position and bytes) of whole blocks, verify them, and scatter them to memory.
 
         Raises `CheckpointDamagedError` naming file and place of the first damaged block.
         """
-        block = self._load(ranges, ops, index)
+        block = self._load(ranges, plan)
         if block is not None:
             raise CheckpointDamagedError(self.damage(*block))
 
     def damaged(self, position: int, nbytes: int) -> tuple[int, int] | None:
         """Return start and stop of the first damaged block in a range of whole blocks, None where all are well."""
         ranges = np.array([[position, nbytes]], np.int64)
-        return self._load(ranges, np.zeros(0, np.int64), np.zeros(1, np.int64))
+        return self._load(ranges, NOTHING)
 
     def damage(self, start: int, stop: int) -> str:
         """Return what to say of damaged bytes."""
         return f"{self.location}: bytes {start} to {stop} are not those that were written (CRC32 differs)"
 
-    def _load(
-        self, ranges: NDArray[np.int64], ops: NDArray[np.int64], index: NDArray[np.int64]
-    ) -> tuple[int, int] | None:
+    def _load(self, ranges: NDArray[np.int64], plan: ScatterPlan) -> tuple[int, int] | None:
         block = self.storage.load_archive(
-            self.name, self.fixed_nbytes, BLOCK_NBYTES, self.checksums, ranges, ops, index
+            self.name, self.fixed_nbytes, BLOCK_NBYTES, self.checksums, ranges, plan.ops, plan.index
         )
         if block < 0:
             return None
@@ -119,10 +118,8 @@ class Archive:
         there = sizes > 0
         positions, sizes, addresses = positions[there], sizes[there], addresses[there]
         if positions.size:
-            zero, one = np.zeros_like(sizes), np.ones_like(sizes)
-            table = [positions, sizes, one, one, addresses, addresses, sizes, sizes, zero, sizes, one]
-            ops = np.stack(table, axis=1).reshape(-1)
-            self.load(self._blocks(positions, positions + sizes), ops, np.arange(sizes.size + 1) * len(table))
+            plan = ScatterPlan.of_bytes(positions, sizes, addresses)
+            self.load(self._blocks(positions, positions + sizes), plan)
 
     def _blocks(self, begins: NDArray[np.int64], ends: NDArray[np.int64]) -> NDArray[np.int64]:
         """Return the ranges (position, bytes) of whole blocks that hold these bytes; `begins` ascend."""

@@ -19,6 +19,7 @@ from ckptengine.layout.read_plan import Copy, WantedPart, blocks, plan_read
 from ckptengine.layout.tiling import Int64s
 from ckptengine.load.checkpoint import Checkpoint
 from ckptengine.load.schedule import needed_nbytes
+from ckptengine.native.tables import ScatterPlan, scatter_row
 from ckptengine.schema.dtypes import DTYPES
 from ckptengine.schema.leaf import ArrayLeaf, DeviceMemory, HostMemory
 from ckptengine.storage.stuck import operation_of
@@ -33,11 +34,10 @@ READ_TIMEOUT = 600.0
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """An archive that this rank needs, opened, and what goes where (`_native.load` has the tables)."""
+    """An archive that this rank needs, opened, and where its bytes go."""
 
     archive: Archive
-    ops: NDArray[np.int64]
-    index: NDArray[np.int64]
+    plan: ScatterPlan
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +84,7 @@ def plan_filling(checkpoint: Checkpoint, reads: Sequence[tuple[int, ArrayLeaf]])
         archive = checkpoint.archive(number)
         spans = blocks(copies, BLOCK_NBYTES, archive.fixed_nbytes)
         needs.append(np.insert(spans, 0, number, axis=1))
-        sources[number] = Source(archive, *_table(copies, memories))
+        sources[number] = Source(archive, _scatter(copies, memories))
 
     def finish() -> None:
         for copy in copies_to_devices:
@@ -109,7 +109,7 @@ def read_ranges(filling: Filling, ranges: Int64s, timeout: float) -> int:
             within(
                 timeout,
                 "reading a checkpoint",
-                functools.partial(source.archive.load, spans, source.ops, source.index),
+                functools.partial(source.archive.load, spans, source.plan),
                 _native.counters,
                 lambda thread: _left_behind.append((thread, filling)),
             )
@@ -131,22 +131,13 @@ def check_no_read_is_left_behind() -> None:
         )
 
 
-def _table(copies: Sequence[Copy], memories: Sequence[HostMemory]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Return the operations of `_native.load`, and where each begins."""
-    table: list[int] = []
-    index = [0]
+def _scatter(copies: Sequence[Copy], memories: Sequence[HostMemory]) -> ScatterPlan:
+    """Return where the bytes of one archive go."""
+    rows = []
     for copy in copies:
         memory = memories[copy.part]
         address = memory.address + sum(o * s for o, s in zip(copy.target_offset, memory.strides, strict=True))
-        table += (
-            copy.position,
-            copy.nbytes,
-            copy.itemsize,
-            len(copy.dense_shape),
-            address,
-            memory.low,
-            memory.nbytes,
-        )
-        table += (*copy.dense_shape, *copy.box_offset, *copy.box_shape, *memory.strides)
-        index.append(len(table))
-    return np.array(table, np.int64), np.array(index, np.int64)
+        target = (address, memory.low, memory.nbytes)
+        boxes = (copy.dense_shape, copy.box_offset, copy.box_shape, memory.strides)
+        rows.append(scatter_row(copy.position, copy.nbytes, copy.itemsize, target, *boxes))
+    return ScatterPlan.of(rows)

@@ -163,7 +163,7 @@ def _read_shared(filling: Filling, requests: Sequence[Request], window: Window, 
         readers.start()
         for archive, some in itertools.groupby(wanted, lambda request: request.archive):
             source = filling.sources[archive]
-            window.consume(source.archive, list(some), source.ops, source.index, _CONSUMERS)
+            window.consume(source.archive, list(some), source.plan, _CONSUMERS)
         readers.finish()
     except BaseException as problem:
         window.stop()

@@ -8,7 +8,6 @@ import time
 from collections.abc import Sequence
 
 import numpy as np
-from numpy.typing import NDArray
 
 import ckptengine._native as _native
 from ckptengine.archive.image import BLOCK_NBYTES
@@ -16,6 +15,7 @@ from ckptengine.archive.reader import Archive
 from ckptengine.errors import DeadlineError
 from ckptengine.load.node import Neighbour
 from ckptengine.load.schedule import REQUEST_NBYTES, Request
+from ckptengine.native.tables import ScatterPlan
 from ckptengine.schema.ranks import name_ranks
 
 __all__ = ["LOOK", "MOST_RANKS", "MOST_SLOTS", "StoppedElsewhere", "Window", "window_nbytes"]
@@ -85,11 +85,10 @@ class Window:
         self,
         archive: Archive,
         requests: Sequence[Request],
-        ops: NDArray[np.int64],
-        index: NDArray[np.int64],
+        plan: ScatterPlan,
         threads: int,
     ) -> None:
-        """Scatter requests of one archive, which this rank consumes, to memory (`_native.load` has the tables)."""
+        """Scatter requests of one archive, which this rank consumes, to memory."""
         rows = np.array([(one.number, one.position, one.nbytes) for one in requests], np.int64)
         while (
             outcome := _native.share_consume(
@@ -98,8 +97,8 @@ class Window:
                 archive.fixed_nbytes,
                 BLOCK_NBYTES,
                 archive.checksums,
-                ops,
-                index,
+                plan.ops,
+                plan.index,
                 threads,
                 LOOK,
             )

@@ -14,6 +14,7 @@ import numpy as np
 import ckptengine._native as _native
 from ckptengine.archive.image import BLOCK_NBYTES
 from ckptengine.errors import ReplicaMismatchError, SaveFailedError
+from ckptengine.native.tables import CopyPlan, copy_row
 from ckptengine.schema.dtypes import DTYPES
 from ckptengine.schema.leaf import ArrayLeaf, HostMemory, Placement
 from ckptengine.schema.path import Path, dotted
@@ -55,8 +56,8 @@ def replica_crcs(leaves: Iterable[ArrayLeaf]) -> Crcs:
     its threads.
     """
     found: dict[Path, int] = {}
-    table: list[int] = []
-    index, blocks = [0], [0]
+    rows = []
+    blocks = [0]
     in_host: list[Path] = []
     for leaf in leaves:
         if leaf.placement is not Placement.REPLICATED or not leaf.parts:
@@ -65,9 +66,9 @@ def replica_crcs(leaves: Iterable[ArrayLeaf]) -> Crcs:
         memory, dtype, shape = part.memory, DTYPES[leaf.dtype], part.box.shape
         if isinstance(memory, HostMemory):
             nbytes, first = part.box.volume * dtype.itemsize, blocks[-1]
-            table += [first * BLOCK_NBYTES, nbytes, first, dtype.itemsize, len(shape)]
-            table += [memory.address, memory.low, memory.nbytes, *shape, *shape, *memory.strides]
-            index.append(len(table))
+            source = (memory.address, memory.low, memory.nbytes)
+            place = (first * BLOCK_NBYTES, nbytes, first)
+            rows.append(copy_row(*place, dtype.itemsize, source, shape, shape, memory.strides))
             blocks.append(first - (-nbytes // BLOCK_NBYTES))
             in_host.append(leaf.path)
         else:
@@ -75,8 +76,8 @@ def replica_crcs(leaves: Iterable[ArrayLeaf]) -> Crcs:
             memory.copy_to_host(host)
             found[leaf.path] = _crc_of(host)
     crcs = np.zeros(blocks[-1], np.uint32)
-    end, operations = blocks[-1] * BLOCK_NBYTES, np.array(table, np.int64)
-    _native.pack(0, end, operations, np.array(index, np.int64), BLOCK_NBYTES, crcs, copy_threads())
+    plan = CopyPlan.of(rows)
+    _native.pack(0, blocks[-1] * BLOCK_NBYTES, plan.ops, plan.index, BLOCK_NBYTES, crcs, copy_threads())
     for path, first, last in zip(in_host, blocks[:-1], blocks[1:], strict=True):
         found[path] = _native.crc32(crcs[first:last])
     return tuple(found.items())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ import ckptengine._native as _native
 from ckptengine.archive.image import BLOCK_NBYTES, Chunk, Image
 from ckptengine.errors import StateError
 from ckptengine.layout.tiling import strides_of
+from ckptengine.native.tables import CopyPlan, Row, copy_row
 from ckptengine.schema.box import Box
 from ckptengine.schema.dtypes import DTYPES
 from ckptengine.schema.leaf import ArrayLeaf, DeviceMemory, HostMemory, Part
@@ -21,8 +22,6 @@ from ckptengine.schema.path import Path, dotted
 from ckptengine.snapshot.threads import copy_threads
 
 __all__ = ["Checksums", "CopyTable"]
-
-_SOURCE = slice(5, 8)  # where an operation of `_native.pack` has its source: address, low, nbytes
 
 
 class Checksums:
@@ -36,26 +35,20 @@ class Checksums:
 
 @dataclass(frozen=True, slots=True)
 class _Operations:
-    """Operations of `_native.pack`: `table` and `index` as it takes them; `of_chunk` leads from chunks to their own."""
+    """The copies of some chunks: `of_chunk` leads from each to its row in the plan."""
 
-    table: NDArray[np.int64]
-    index: NDArray[np.int64]
+    plan: CopyPlan
     of_chunk: dict[int, int]
 
     @classmethod
-    def of(cls, rows: Iterable[tuple[int, list[int]]]) -> _Operations:
-        table: list[int] = []
-        index, of_chunk = [0], {}
-        for number, (chunk, row) in enumerate(rows):
-            table += row
-            index.append(len(table))
-            of_chunk[chunk] = number
-        return cls(np.array(table, np.int64), np.array(index, np.int64), of_chunk)
+    def of(cls, rows: Mapping[int, Row]) -> _Operations:
+        return cls(CopyPlan.of(rows.values()), {chunk: number for number, chunk in enumerate(rows)})
 
-    def row(self, chunk: int) -> NDArray[np.int64]:
-        """Return a chunk's operation, to be changed in place."""
-        number = self.of_chunk[chunk]
-        return self.table[self.index[number] : self.index[number + 1]]
+    def replace(self, chunk: int, row: Row) -> None:
+        self.plan.replace(self.of_chunk[chunk], row)
+
+    def set_source(self, chunk: int, address: int, nbytes: int) -> None:
+        self.plan.set_source(self.of_chunk[chunk], address, nbytes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,12 +92,11 @@ class CopyTable:
         self._devices: dict[int, _DeviceChunk] = {}
         self._staged: dict[int, NDArray[Any]] = {}
         self._waits: list[Callable[[], None]] = []
-        rows: tuple[list[tuple[int, list[int]]], list[tuple[int, list[int]]]] = ([], [])
+        rows: tuple[dict[int, Row], dict[int, Row]] = ({}, {})
         for place, chunk in enumerate(image.chunks):
             number = numbers[chunk.leaf]
             self._places.setdefault(number, []).append(place)
-            row = self._row(place, number, leaves[number].parts)
-            rows[overlap and leaves[number].fenced].append((place, row))
+            rows[overlap and leaves[number].fenced][place] = self._row(place, number, leaves[number].parts)
         self._operations = (_Operations.of(rows[False]), _Operations.of(rows[True]))
 
     @property
@@ -122,7 +114,7 @@ class CopyTable:
         for number, parts in moved.items():
             for place in self._places.get(number, ()):
                 operations = self._operations[place in self._operations[True].of_chunk]
-                operations.row(place)[:] = self._row(place, number, parts)
+                operations.replace(place, self._row(place, number, parts))
 
     def fill(self, address: int, checksums: Checksums, begin: int = 0, end: int = -1, *, fenced: bool = False) -> None:
         """Copy a window of the image to where its byte `begin` lies, and checksum its pieces.
@@ -141,8 +133,8 @@ class CopyTable:
             _native.pack(
                 address,
                 self.image.fixed_nbytes,
-                operations.table,
-                operations.index,
+                operations.plan.ops,
+                operations.plan.index,
                 BLOCK_NBYTES,
                 checksums.pieces,
                 copy_threads(),
@@ -172,19 +164,20 @@ class CopyTable:
         self._staged.clear()
         self._waits.clear()
 
-    def _row(self, place: int, number: int, parts: Sequence[Part]) -> list[int]:
-        """Return one operation of `_native.pack`."""
+    def _row(self, place: int, number: int, parts: Sequence[Part]) -> Row:
+        """Return the copy of a chunk."""
         chunk = self.image.chunks[place]
         part, box = _source(chunk, parts, self._paths[number])
         itemsize = self._itemsizes[number]
-        head = [chunk.position, chunk.nbytes, self._pieces[place], itemsize, len(chunk.dense_shape)]
+        head = (chunk.position, chunk.nbytes, self._pieces[place], itemsize)
         if isinstance(part.memory, HostMemory):
             memory = part.memory
             address = memory.address + sum(o * s for o, s in zip(box.offset, memory.strides, strict=True))
-            return [*head, address, memory.low, memory.nbytes, *chunk.dense_shape, *box.shape, *memory.strides]
+            source = (address, memory.low, memory.nbytes)
+            return copy_row(*head, source, chunk.dense_shape, box.shape, memory.strides)
         self._devices[place] = _DeviceChunk(part, box, self._dtypes[number])
         strides = [stride * itemsize for stride in strides_of(box.shape)]
-        return [*head, 0, 0, 0, *chunk.dense_shape, *box.shape, *strides]
+        return copy_row(*head, (0, 0, 0), chunk.dense_shape, box.shape, strides)
 
     def _begin_devices(self, address: int) -> None:
         """Begin to bring over what the CPU can't address, and wait for what is not fenced.
@@ -194,7 +187,7 @@ class CopyTable:
         waits: tuple[list[Callable[[], None]], list[Callable[[], None]]] = ([], [])
         for place, device in self._devices.items():
             chunk, fenced = self.image.chunks[place], place in self._operations[True].of_chunk
-            self._operations[fenced].row(place)[_SOURCE] = 0
+            self._operations[fenced].set_source(place, 0, 0)
             waits[fenced].append(device.begin(_dense(address + chunk.position, chunk, device), beside=fenced))
         for wait in waits[False]:
             wait()
@@ -215,8 +208,8 @@ class CopyTable:
             if staged is None:
                 staged = self._staged[place] = np.empty(device.box.shape, device.dtype)
                 device.begin(staged, beside=False)()
-            row = self._operations[place in self._operations[True].of_chunk].row(place)
-            row[_SOURCE] = staged.ctypes.data, staged.ctypes.data, staged.nbytes
+            operations = self._operations[place in self._operations[True].of_chunk]
+            operations.set_source(place, staged.ctypes.data, staged.nbytes)
         self._staged = {
             place: staged
             for place, staged in self._staged.items()

@@ -76,9 +76,21 @@ class Node:
     `cls` is the class of the optimizer or object that was here. `ordered` tells that the children are in the order that
     the state had them in, `kind` what held them; None where the checkpoint does not say. `parameter_shape` is that of
     the parameter whose state lies here, `metadata` the `_metadata` of an `OrderedDict`, None where there is none.
+    `tells_metadata` tells that the checkpoint knows of it.
     """
 
-    __slots__ = ("children", "cls", "container", "entry", "kind", "metadata", "ordered", "parameter_shape", "used")
+    __slots__ = (
+        "children",
+        "cls",
+        "container",
+        "entry",
+        "kind",
+        "metadata",
+        "ordered",
+        "parameter_shape",
+        "tells_metadata",
+        "used",
+    )
 
     def __init__(self) -> None:
         self.children: dict[Key, Node] = {}
@@ -89,6 +101,7 @@ class Node:
         self.ordered = False
         self.parameter_shape: tuple[int, ...] | None = None
         self.metadata: Any = None
+        self.tells_metadata = False
         self.used = False
 
     def child(self, key: Key) -> Node | None:
@@ -194,6 +207,7 @@ def _apply(root: Node, outline: Outline | None, rename: Callable[[Path], Path]) 
         if one.kind == "object":  # what its state is built like comes next, under the same path
             continue
         node.kind = one.kind
+        node.tells_metadata = one.kind == "ordered" and outline is not None and outline.tells_metadata
         if one.kind in ("list", "tuple"):
             continue
         keys = (

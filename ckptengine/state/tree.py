@@ -243,7 +243,7 @@ class _Walk:
             self._metadata[per_rank][path] = vars(value)["_metadata"]
         steps = [self._visit(item, (*path, key), per_rank=per_rank) for key, item in items]
         if isinstance(value, Mapping):
-            return DictStep(type(value), dict(zip(value, steps, strict=True)))
+            return DictStep.of(value, steps)
         return SequenceStep(type(value), steps, getattr(value, "maxlen", None))
 
     def _add(

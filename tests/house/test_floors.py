@@ -16,9 +16,9 @@ PACKAGE = Path(ckptengine.__file__).parent
 
 # From the ground up. A room may import the rooms of lower floors, and nothing of its own floor but itself.
 FLOORS = (
-    ("errors", "schema", "lifecycle", "_native"),
+    ("errors", "schema", "native", "_native"),
     ("counters", "frameworks", "layout", "comm"),
-    ("state", "storage"),
+    ("state", "storage", "lifecycle"),
     ("archive", "data"),
     ("catalog", "snapshot"),
     ("save", "load"),

@@ -9,6 +9,8 @@ import ckptengine as ce
 from tests.mindspore import training
 from tests.mindspore.msrun import logs, msrun, msrun_to_its_end
 
+pytestmark = pytest.mark.long
+
 
 def test_a_rank_killed_during_a_save_is_named_and_other_numbers_of_ranks_go_on_from_the_last_good_step(tmp_path):
     run = tmp_path / "run"
