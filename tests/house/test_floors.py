@@ -16,9 +16,9 @@ PACKAGE = Path(ckptengine.__file__).parent
 
 # From the ground up. A room may import the rooms of lower floors, and nothing of its own floor but itself.
 FLOORS = (
-    ("errors", "schema", "native", "_native"),
+    ("errors", "schema", "lifecycle", "native", "_native"),
     ("counters", "frameworks", "layout", "comm"),
-    ("state", "storage", "lifecycle"),
+    ("state", "storage"),
     ("archive", "data"),
     ("catalog", "snapshot"),
     ("save", "load"),
