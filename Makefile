@@ -19,7 +19,7 @@ pip_install = for try in 1 2 3; do \
 		echo "pip failed (try $$try of 3)" >&2; sleep $$((try * 5)); \
 	done; exit 1
 
-.PHONY: setup demo test test-servers zoo lint bench sanitize clean
+.PHONY: setup demo test test-long test-servers zoo lint bench sanitize clean
 
 setup: $(VENV)/engine.stamp
 
@@ -42,6 +42,10 @@ TESTERS ?= 3
 
 test: setup
 	$(BIN)/python -m pytest -n $(TESTERS) --dist loadfile --no-loadscope-reorder --durations=30
+
+# Whole trainings, most of them MindSpore's and under MPI, and campaigns of kills and races.
+test-long: setup
+	$(BIN)/python -m pytest -n $(TESTERS) --dist loadfile --no-loadscope-reorder --durations=30 -m long
 
 # Against real servers of the protocols: an S3 gateway, Google's, Azure's (on Node.js), SFTP.
 test-servers: setup $(SERVERS)/requirements.stamp $(SERVERS)/azurite.stamp
@@ -85,8 +89,9 @@ lint: setup
 bench: setup
 	$(BIN)/python -m benchmarks --json benchmarks.json $(ARGS)
 
+# The C core under the address, undefined-behaviour and thread sanitizers, on aarch64 and AVX-512 as emulated.
 sanitize: setup
-	PYTHON=$(abspath $(BIN)/python) bash tests/native/run_sanitized.sh
+	$(BIN)/python -m pytest tests/native/test_core.py -m sanitize
 
 clean:
 	rm -rf $(VENV) $(ZOO) $(SERVERS) build dist ckptengine.egg-info demo .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -44,10 +44,12 @@ def pytest_configure(config: pytest.Config) -> None:
 
 # Files that take a minute or more, the longest first: begun last, they would keep one process when the others are done.
 LONG = (
-    "tests/tiers/test_cloud_job.py", "tests/tiers/test_home.py", "tests/engine/test_matrix.py",
-    "tests/failures/test_kills.py", "tests/remote/test_faults.py", "tests/native/test_core.py",
-    "tests/policy/test_ranks.py", "tests/tiers/test_prefetch.py", "tests/resume/test_exact.py",
-    "tests/mpi/test_mindspore.py", "tests/mindspore/test_example.py",
+    "tests/tiers/test_home.py", "tests/mindspore/test_resume.py", "tests/mindspore/test_schedulers.py",
+    "tests/mindspore/test_rules_of_resume.py", "tests/mpi/test_mindspore.py", "tests/tiers/test_cloud_job.py",
+    "tests/remote/test_faults.py", "tests/remote/test_ranges.py", "tests/engine/test_matrix.py",
+    "tests/tiers/test_prefetch.py", "tests/remote/test_jobs.py", "tests/resume/test_exact.py",
+    "tests/policy/test_ranks.py", "tests/failures/test_ranks.py", "tests/failures/test_kills.py",
+    "tests/mpi/test_state.py", "tests/tiers/test_nodes.py", "tests/tiers/test_copy.py",
 )  # fmt: skip
 
 

@@ -59,7 +59,7 @@ class Promise:
     optimizers: frozenset[Path]
     before: Mapping[Path, Any]
     derived: frozenset[Path]
-    cast: frozenset[str]
+    cast: frozenset[Path]
     wanted: Callable[[Any, Path], bool]
     parameter_name: Callable[[str], str]
     refused: frozenset[Path]

@@ -100,7 +100,7 @@ class _Comparison:
         if leaf is None:
             there = describe_type(self._values[path]) if path in self._values else "nothing"
             self._differ(path, f"{stored}, {there} now")
-        elif leaf.shape != saved.shape or (leaf.dtype != saved.dtype and dotted(path) not in self._promise.cast):
+        elif leaf.shape != saved.shape or (leaf.dtype != saved.dtype and path not in self._promise.cast):
             self._differ(path, f"{stored}, {leaf.dtype} of shape {leaf.shape} now")
         elif self._whole_copy(path, entry, leaf):
             self._differ(
@@ -274,7 +274,14 @@ def _known(group: Any, saved: Any) -> Any:
 
 
 def _renamed(group: Any, named: Any) -> Any:
-    return {**group, "params": named(group["params"])} if isinstance(group, dict) and "params" in group else group
+    """Return a group with its parameters, and the names given to them, in one order whatever order they are in."""
+    if not isinstance(group, dict) or "params" not in group:
+        return group
+    names, given = group["params"], group.get("param_names")
+    result = {**group, "params": named(names)}
+    if isinstance(names, list) and isinstance(given, list) and len(names) == len(given):
+        result["param_names"] = sorted(zip([named([name])[0] for name in names], map(str, given), strict=True))
+    return result
 
 
 def _common(one: Iterable[Any], other: Iterable[Any]) -> bool:

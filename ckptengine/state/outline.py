@@ -64,10 +64,12 @@ class Outline:
     `orders` has for each of these the dimensions from the outermost in memory to the innermost (see `memory_order`).
     `shapes` has the shape of each parameter that an optimizer has state for and that is in none of the state's modules,
     under the path of that state. `metadata` has torch's `_metadata` of each `OrderedDict` that has one (the versions of
-    a module's parts), by which a later `load_state_dict` knows what it is given. `spreads` says of arrays in the state
-    of a distributed parameter how they were spread (`Adapter.state_spread`), where that is not what is usual. `empty`
-    has the paths of parameters' states in optimizers that were there and held nothing: any other parameter without
-    leaves had no state. It is None where there is no optimizer, and where the checkpoint does not say.
+    a module's parts), by which a later `load_state_dict` knows what it is given; `tells_metadata` is False where the
+    checkpoint does not say which have none. `spreads` says of arrays in the state of a distributed parameter how they
+    were spread (`Adapter.state_spread`), where that is not what is usual. `empty` has the paths of parameters' states
+    in optimizers that were there and held nothing: any other parameter without leaves had no state. It is None where
+    there is no optimizer, and where the checkpoint does not say. `parameters` says of each parameter that is in no
+    module whether it takes a gradient.
     """
 
     containers: tuple[Container, ...] = ()
@@ -76,6 +78,8 @@ class Outline:
     metadata: Mapping[Path, Any] = field(default_factory=dict)
     spreads: Mapping[Path, str] = field(default_factory=dict)
     empty: tuple[Path, ...] | None = None
+    tells_metadata: bool = True
+    parameters: Mapping[Path, bool] = field(default_factory=dict)
 
     @functools.cached_property
     def encoded(self) -> str:
@@ -92,12 +96,14 @@ class Outline:
         }
         if self.shapes:
             document["shapes"] = [[list(path), list(shape)] for path, shape in self.shapes.items()]
-        if self.metadata:
+        if self.metadata or any(one.kind == "ordered" for one in self.containers):
             document["metadata"] = [
                 [list(path), encode(value, (*path, "_metadata"))] for path, value in self.metadata.items()
             ]
         if self.spreads:
             document["spreads"] = [[list(path), how] for path, how in self.spreads.items()]
+        if self.parameters:
+            document["parameters"] = [[list(path), grad] for path, grad in self.parameters.items()]
         if self.empty is not None:
             document["empty"] = [list(path) for path in self.empty]
         text = json.dumps(document, separators=(",", ":")).encode()
@@ -132,10 +138,11 @@ def decode_outline(text: object, leaves: int) -> Outline:
         shapes = {_path(path): tuple(map(_index, _path(shape))) for path, shape in document.get("shapes", [])}
         metadata = {_path(path): decode(value) for path, value in document.get("metadata", [])}
         spreads = {_path(path): str(how) for path, how in document.get("spreads", [])}
+        parameters = {_path(path): bool(grad) for path, grad in document.get("parameters", [])}
         empty = tuple(map(_path, document["empty"])) if "empty" in document else None
     except (binascii.Error, zlib.error, ValueError, KeyError, TypeError, IndexError, RecursionError) as error:
         raise CheckpointDamagedError(f"the structure is damaged ({type(error).__name__}: {error})") from error
-    return Outline(containers, orders, shapes, metadata, spreads, empty)
+    return Outline(containers, orders, shapes, metadata, spreads, empty, "metadata" in document, parameters)
 
 
 def class_name(value: Any) -> str:

@@ -9,7 +9,8 @@ from __future__ import annotations
 import operator
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Hashable, Mapping, Sequence
+from collections import OrderedDict, defaultdict, deque
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,6 +32,7 @@ __all__ = [
     "ObjectStep",
     "OptimizerStep",
     "OwnOptimizerStep",
+    "ParameterStep",
     "PerRankStep",
     "PlainStep",
     "SequenceStep",
@@ -110,6 +112,22 @@ class TensorStep(Step):
         met.tensors.append(value)
 
 
+class ParameterStep(Step):
+    """A parameter that is in no module, where another that takes a gradient as it did may lie."""
+
+    __slots__ = ("adapter", "grad", "kind")
+
+    def __init__(self, kind: type, adapter: Adapter, grad: bool) -> None:
+        self.kind: Any = kind
+        self.adapter, self.grad = adapter, grad
+
+    def again(self, value: Any, met: _Met) -> None:
+        """Note the parameter."""
+        if type(value) is not self.kind or self.adapter.parameter_grad(value) is not self.grad:
+            raise Changed
+        met.tensors.append(value)
+
+
 class WrappedStep(Step):
     """A tensor that is made of others: it is taken apart again, which costs more than a plain tensor does."""
 
@@ -185,8 +203,8 @@ class SequenceStep(Step):
 
     def __init__(self, kind: type, steps: Sequence[Step], maxlen: int | None = None) -> None:
         self.steps = list(steps)
-        self.maxlen = maxlen
         self.kind: Any = kind
+        self.maxlen = maxlen
         only = [step.kind for step in steps if isinstance(step, TensorStep)]
         self.kinds = only if len(only) == len(self.steps) else None
         """The classes of the items, where all are tensors: then they are compared in one go."""
@@ -195,7 +213,7 @@ class SequenceStep(Step):
         """Look at each item."""
         if type(value) is not self.kind or len(value) != len(self.steps):
             raise Changed
-        if self.maxlen is not None and value.maxlen != self.maxlen:
+        if self.kind is deque and value.maxlen != self.maxlen:
             raise Changed
         self.items(value, met)
 
@@ -213,18 +231,45 @@ class SequenceStep(Step):
 class DictStep(Step):
     """Items under keys, in their order."""
 
-    __slots__ = ("inner", "keys", "kind")
+    __slots__ = ("about", "inner", "keys", "kind", "names")
 
-    def __init__(self, kind: type, steps: Mapping[Any, Step]) -> None:
+    def __init__(self, kind: type, steps: Mapping[Any, Step], about: Any = None) -> None:
+        """`about` is what `_about` tells of the dict."""
         self.keys = list(steps)
+        self.names = None if all(type(key) is str for key in steps) else _names(self.keys)
         self.kind: Any = kind
+        self.about = about
         self.inner = SequenceStep(list, list(steps.values()))
+
+    @classmethod
+    def of(cls, value: Mapping[Any, Any], steps: Sequence[Step]) -> DictStep:
+        """Return the step of a dict, given those of its items."""
+        return cls(type(value), dict(zip(value, steps, strict=True)), _about(value))
 
     def again(self, value: Any, met: _Met) -> None:
         """Look at each item."""
         if type(value) is not self.kind or list(value) != self.keys:
             raise Changed
+        if self.names is not None and _names(value) != self.names:
+            raise Changed
+        if self.kind in _TELLING and _about(value) != self.about:
+            raise Changed
         self.inner.items(list(value.values()), met)
+
+
+_TELLING = frozenset({OrderedDict, defaultdict})
+
+
+def _about(value: Any) -> Any:
+    """Return what a dict holds beside its items: a factory, or torch's `_metadata`, as text since it may be changed."""
+    if type(value) is defaultdict:
+        return value.default_factory
+    return repr(getattr(value, "_metadata", None)) if type(value) is OrderedDict else None
+
+
+def _names(keys: Iterable[Any]) -> list[tuple[type, str]]:
+    """Return what tells keys apart that are equal and saved differently: 1, 1.0 and True, 0.0 and -0.0."""
+    return [(type(key), repr(key)) for key in keys]
 
 
 class ModuleStep(Step):

@@ -113,6 +113,11 @@ class StorageView(ABC):
     def location(self, name: str = "") -> str:
         """Return the full path of a name, for messages."""
 
+    @property
+    def endpoint(self) -> str:
+        """Who is asked, where the location does not say it, for messages; nobody is asked for that."""
+        return ""
+
     def exists(self, name: str) -> bool:
         """Return whether there is such a file, or a directory with anything in it."""
         return self.size(name) is not None or bool(self.list(name))

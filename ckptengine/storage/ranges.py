@@ -1,4 +1,4 @@
-"""Ranges of S3 objects through obstore, where it is installed: it reads more bytes for each core than aiohttp."""
+"""Ranges of objects through obstore, where it is installed: it reads more bytes for each core than aiohttp."""
 
 from __future__ import annotations
 
@@ -7,38 +7,44 @@ import os
 import re
 import threading
 import time
+from abc import ABC, abstractmethod
 from typing import Any
 from urllib.parse import urlsplit
 
 from ckptengine.storage.retry import Garbled
 
-__all__ = ["RangeReads"]
+__all__ = ["LARGE", "NEVER", "NotAlikeError", "RangeReads", "S3Ranges"]
 
+LARGE = (64 << 10) + 1
+"""From so many bytes on a read goes through obstore, where it is installed."""
 _FAILURES = 8  # in a row, each of a read that s3fs' client then did: then it rests
 _REST_SECONDS = 60.0
 _REMEMBERED = 1024  # failures of what was never read
 _STATUS = re.compile(r"status code: (\d{3})")
 _CODE = re.compile(r"<Code>(\w{1,64})</Code>")
 _MOMENTARY = frozenset((408, 429, 500, 502, 503, 504))
-_NEVER = "86400s"  # each read is bounded by its caller
+NEVER = "86400s"  # each read is bounded by its caller
 
 _log = logging.getLogger("ckptengine")
 # obstore's threads are this process's, and not there in one that is forked from it.
 _owner: list[int] = []
 
 
-class RangeReads:
-    """Reads of one bucket: the same requests that s3fs' client would make, signed with the same credentials.
+class RangeReads(ABC):
+    """Reads of one bucket: the same that fsspec's client for it would make, with the same credentials.
 
-    A read that fails is made by s3fs' client the next time, and where the answer is final at once: so errors, renewed
-    credentials and messages are the same with and without obstore. Where s3fs was told something that can't be told to
-    obstore, all reads are s3fs'; the log says so.
+    A read that fails is made by that client the next time, and where the answer is final at once: so errors, renewed
+    credentials and messages are the same with and without obstore. Where the client was told something that can't be
+    told to obstore, all reads are the client's; the log says so.
     """
 
-    def __init__(self, bucket: str) -> None:
-        self._bucket = bucket
+    client: str
+    """The name of fsspec's client, for messages."""
+
+    def __init__(self, bucket: str, scheme: str) -> None:
+        self._bucket, self._url = bucket, f"{scheme}://{bucket}"
         self._lock = threading.Lock()
-        self._made: tuple[Any, Any, Any] | None = None  # s3fs' client, its credentials, and the store for these
+        self._made: tuple[Any, Any, Any] | None = None  # the client, its credentials, and the store for these
         self._failed: set[tuple[str, int]] = set()
         self._rescued, self._rests_until = 0, -float("inf")
 
@@ -48,7 +54,7 @@ class RangeReads:
             return (key, position) not in self._failed and time.monotonic() >= self._rests_until
 
     def rescued(self, key: str, position: int) -> None:
-        """Note that s3fs' client has made a read, which may be one that failed here."""
+        """Note that the client has made a read, which may be one that failed here."""
         with self._lock:
             if (key, position) not in self._failed:
                 return
@@ -58,16 +64,18 @@ class RangeReads:
                 return
             self._rescued, self._rests_until = 0, time.monotonic() + _REST_SECONDS
         _log.warning(
-            "s3://%s: obstore could not read what s3fs then read, %d times in a row: s3fs reads all for %.3g s",
-            self._bucket,
+            "%s: obstore could not read what %s then read, %d times in a row: %s reads all for %.3g s",
+            self._url,
+            self.client,
             _FAILURES,
+            self.client,
             _REST_SECONDS,
         )
 
     async def get(self, fs: Any, prefix: str, key: str, position: int, nbytes: int) -> memoryview | None:
-        """Return bytes of an object, fewer only where it ends before; None where s3fs' client is to be asked at once.
+        """Return bytes of an object, fewer only where it ends before; None where the client is to be asked at once.
 
-        The object is `prefix + key`. `fs` is the `s3fs.S3FileSystem` whose event loop this runs in. Raises for what
+        The object is `prefix + key`. `fs` is the client's file system, in whose event loop this runs. Raises for what
         another try may do.
         """
         try:
@@ -98,35 +106,60 @@ class RangeReads:
         return memoryview(data)
 
     async def _store(self, fs: Any) -> Any:
-        """Return obstore's store for what s3fs' client is and signs with now, None where there is none."""
-        await fs.set_session()
-        client = await fs.get_s3(self._bucket)
-        held = client._request_signer._credentials
-        credentials = None if held is None else await held.get_frozen_credentials()
+        """Return obstore's store for what the client is and signs with now, None where there is none."""
+        client, credentials = await self._held(fs)
         made = self._made
         if made is None or made[0] is not client or made[1] != credentials:
             try:
-                store = await _store_like(fs, client, credentials, self._bucket)
-                _log.info("s3://%s: large reads go through obstore", self._bucket)
-            except _NotAlikeError as problem:
+                if not _owner:
+                    _owner.append(os.getpid())
+                if _owner[0] != os.getpid():
+                    raise NotAlikeError("a forked process")
+                store = await self._like(fs, client, credentials)
+                _log.info("%s: large reads go through obstore", self._url)
+            except NotAlikeError as problem:
                 store = None
-                _log.info("s3://%s: reads go through s3fs alone: obstore can't be told of %s", self._bucket, problem)
+                _log.info("%s: reads go through %s alone: obstore can't be told of %s", self._url, self.client, problem)
             made = self._made = client, credentials, store
         return made[2]
 
+    @abstractmethod
+    async def _held(self, fs: Any) -> tuple[Any, Any]:
+        """Return the client and its credentials as they are now; a store is made for each pair of them."""
 
-class _NotAlikeError(Exception):
-    """Something that s3fs was told has no counterpart."""
+    @abstractmethod
+    async def _like(self, fs: Any, client: Any, credentials: Any) -> Any:
+        """Return a store that asks where the client asks, as it does; raises `NotAlikeError` saying what keeps it."""
+
+
+class S3Ranges(RangeReads):
+    """Reads as s3fs makes them."""
+
+    client = "s3fs"
+
+    def __init__(self, bucket: str) -> None:
+        super().__init__(bucket, "s3")
+
+    async def _held(self, fs: Any) -> tuple[Any, Any]:
+        await fs.set_session()
+        client = await fs.get_s3(self._bucket)
+        held = client._request_signer._credentials
+        return client, None if held is None else await held.get_frozen_credentials()
+
+    async def _like(self, fs: Any, client: Any, credentials: Any) -> Any:
+        return await _store_like(fs, client, credentials, self._bucket)
+
+
+class NotAlikeError(Exception):
+    """Something that the client was told has no counterpart."""
 
 
 async def _store_like(fs: Any, client: Any, credentials: Any, bucket: str) -> Any:
-    """Return a store that asks where s3fs' client asks, as it does; raises `_NotAlikeError` saying what keeps it."""
+    """Return a store that asks where s3fs' client asks, as it does; raises `NotAlikeError` saying what keeps it."""
     from botocore import UNSIGNED
     from obstore.store import S3Store
     from s3fs import S3FileSystem
 
-    if not _owner:
-        _owner.append(os.getpid())
     config = client.meta.config
     unsigned = config.signature_version is UNSIGNED
     session = client._endpoint.http_session
@@ -134,7 +167,6 @@ async def _store_like(fs: Any, client: Any, credentials: Any, bucket: str) -> An
     url = urlsplit(await client.generate_presigned_url("get_object", Params={"Bucket": bucket, "Key": "k"}))
     in_path = url.path == f"/{bucket}/k"
     unlike = {
-        "a forked process": _owner[0] != os.getpid(),
         "a file system of another class": type(fs) is not S3FileSystem,
         "s3_additional_kwargs": fs.s3_additional_kwargs,
         "requester_pays": fs.req_kw,
@@ -149,7 +181,7 @@ async def _store_like(fs: Any, client: Any, credentials: Any, bucket: str) -> An
     }
     for what, found in unlike.items():
         if found:
-            raise _NotAlikeError(what)
+            raise NotAlikeError(what)
     endpoint = f"{url.scheme}://{url.netloc}"
     options: dict[str, Any] = {
         # Both names, and the rest too: what is not said would be taken from the environment.
@@ -162,7 +194,7 @@ async def _store_like(fs: Any, client: Any, credentials: Any, bucket: str) -> An
         "skip_signature": unsigned,
         "client_options": {
             "allow_http": url.scheme == "http",
-            "timeout": _NEVER,
+            "timeout": NEVER,
             "connect_timeout": f"{config.connect_timeout}s",
             "read_timeout": f"{config.read_timeout}s",
         },
@@ -179,7 +211,7 @@ async def _store_like(fs: Any, client: Any, credentials: Any, bucket: str) -> An
     try:
         return S3Store(bucket, **options)
     except Exception as error:  # another version of it
-        raise _NotAlikeError(f"its options ({type(error).__name__})") from None
+        raise NotAlikeError(f"its options ({type(error).__name__})") from None
 
 
 def _has_proxy(config: Any, url: str) -> bool:

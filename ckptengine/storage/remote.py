@@ -332,6 +332,12 @@ class RemoteStorage(Storage):
         """Return the URL of a name."""
         return join(self._location, check_name(name, allow_root=True))
 
+    @property
+    def endpoint(self) -> str:
+        """Scheme, host and port of the store, as far as they are known."""
+        opened = self._opened
+        return "" if opened is None else opened[1].endpoint
+
     def _unfinished(self, prefix: str) -> tuple[Unfinished, ...]:
         """Return the uploads below a prefix; none, which is told once, where the store does not let us see them."""
         try:

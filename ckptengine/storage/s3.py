@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from ckptengine.storage.objects import Listing, Objects, Stat, Unfinished, Upload
-from ckptengine.storage.ranges import RangeReads
+from ckptengine.storage.ranges import LARGE, S3Ranges
 from ckptengine.storage.retry import Garbled, code_of, is_unknown
 
 if TYPE_CHECKING:
@@ -26,7 +26,6 @@ __all__ = ["S3Objects", "s3_options"]
 
 _CHUNK = 256 << 10  # bytes of the image that are copied at a time on their way into the socket
 _CONNECTIONS = 32
-_LARGE = (64 << 10) + 1  # from so many bytes on a read goes through obstore, where it is installed
 _LOOK_AGAIN = 30.0  # seconds until credentials that were refused and had not changed are looked at again
 
 _log = logging.getLogger("ckptengine")
@@ -65,7 +64,7 @@ class S3Objects(Objects):
         self._deletes_many = True
         self._looked = -float("inf")  # when the credentials were last found to be the same
         self._bucket, prefix, _ = self._fs.split_path(root)
-        self._ranges = RangeReads(self._bucket) if importlib.util.find_spec("obstore") is not None else None
+        self._ranges = S3Ranges(self._bucket) if importlib.util.find_spec("obstore") is not None else None
         self._prefix = f"{prefix.strip('/')}/" if prefix.strip("/") else ""
 
     def _open(self) -> Any:
@@ -122,7 +121,7 @@ class S3Objects(Objects):
 
     def get(self, key: str, position: int, nbytes: int, seconds: float) -> bytes | memoryview:
         """Return bytes of an object: one ranged GET."""
-        if self._ranges is None or nbytes < _LARGE:
+        if self._ranges is None or nbytes < LARGE:
             return self._get(key, position, nbytes, seconds)
         deadline = time.monotonic() + seconds
         if self._ranges.takes(key, position):

@@ -58,5 +58,6 @@ def _named(frame: FrameType) -> str:
     if isinstance(here, StorageView):
         name = frame.f_locals.get("name", frame.f_locals.get("directory", ""))
         with contextlib.suppress(CheckpointError):  # no name within a storage
-            return f"{word} {here.location(name if isinstance(name, str) else '')}"
+            place = here.location(name if isinstance(name, str) else "")
+            return f"{word} {place} at {here.endpoint}" if here.endpoint else f"{word} {place}"
     return ""

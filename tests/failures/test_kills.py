@@ -14,6 +14,8 @@ from trained import age, committed_steps, files_of, state_at
 import ckptengine as ce
 from ckptengine.inspect import verify
 
+pytestmark = pytest.mark.long
+
 HERE = Path(__file__).parent
 SEED = 20250917
 

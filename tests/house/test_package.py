@@ -79,6 +79,7 @@ def link_dependencies(names: list[str], folder: Path) -> None:
         todo += [need.name for need in needed if need.marker is None or need.marker.evaluate({"extra": ""})]
 
 
+@pytest.mark.long
 def test_the_source_distribution_holds_what_is_needed_to_build_and_test(
     distributions: tuple[Path, Path],
 ) -> None:
@@ -98,6 +99,7 @@ def test_the_source_distribution_holds_what_is_needed_to_build_and_test(
     assert sources | others | {"tests/house/test_package.py", "ckptengine/py.typed"} <= names
 
 
+@pytest.mark.long
 def test_the_wheel_serves_every_python_from_3_11_on(distributions: tuple[Path, Path]) -> None:
     wheel = distributions[1]
     assert "-cp311-abi3-" in wheel.name
@@ -108,6 +110,7 @@ def test_the_wheel_serves_every_python_from_3_11_on(distributions: tuple[Path, P
     assert not [name for name in names if name.startswith(("tests", "examples", "benchmarks", "csrc"))]
 
 
+@pytest.mark.long
 def test_the_wheel_works_without_torch_zarr_and_click(distributions: tuple[Path, Path], tmp_path: Path) -> None:
     venv, linked = tmp_path / "venv", tmp_path / "linked"
     run(sys.executable, "-m", "venv", "--without-pip", venv, cwd=tmp_path)

@@ -3,10 +3,13 @@
 import os
 
 import numpy as np
+import pytest
 
 import ckptengine as ce
 from tests.mindspore import training
 from tests.mindspore.msrun import logs, msrun, msrun_to_its_end
+
+pytestmark = pytest.mark.long
 
 
 def test_a_rank_killed_during_a_save_is_named_and_other_numbers_of_ranks_go_on_from_the_last_good_step(tmp_path):
@@ -37,9 +40,24 @@ def test_a_rank_killed_during_a_save_is_named_and_other_numbers_of_ranks_go_on_f
     assert table.tobytes() == arrays["table"].tobytes()
 
 
-def test_a_job_that_imports_the_engine_before_init_ends_with_0_under_numpy_2_too(tmp_path):
+@pytest.fixture(scope="module")
+def ended(tmp_path_factory):
+    """A job that has imported the engine before `init`: its folder, and the exit code of msrun."""
+    folder = tmp_path_factory.mktemp("ended")
+    return folder, msrun_to_its_end("ending_job.py", 2, folder, folder / "run", "before")
+
+
+def test_the_first_meeting_of_the_ranks_keeps_to_the_callers_timeout_and_comes_about_later(ended):
+    folder, _ = ended
+    seconds, _, text = (folder / "late").read_text().partition(" ")
+    assert 2.0 <= float(seconds) < 60.0
+    assert "some did not come to their first meeting within 2 s, as rank 0 did" in text
+    assert ce.load(folder / "run")["rows"].shape == (4, 3)
+
+
+def test_a_job_that_imports_the_engine_before_init_ends_with_0_under_numpy_2_too(ended):
+    tmp_path, code = ended
     assert int(np.__version__.partition(".")[0]) >= 2
-    code = msrun_to_its_end("ending_job.py", 2, tmp_path, tmp_path / "run", "before")
     assert code == 0, logs(tmp_path)
     assert ce.load(tmp_path / "run")["rows"].tolist() == [[rank] * 3 for rank in (0.0, 0.0, 1.0, 1.0)]
 

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.long
+
 ROOT = Path(__file__).parents[2]
 BATCHES, EPOCHS, EVERY = 7, 6, 3
 KILLED_AT = 3 * BATCHES + 4

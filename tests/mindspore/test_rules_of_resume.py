@@ -20,6 +20,8 @@ from ckptengine.errors import LoadMismatchError
 from ckptengine.mindspore import DataPosition, Resume, training_state
 from tests.mindspore import training
 
+pytestmark = pytest.mark.long
+
 ROOT = Path(__file__).parents[2]
 
 

@@ -11,6 +11,8 @@ import ckptengine as ce
 from ckptengine.errors import LoadMismatchError, StateError
 from tests.mindspore import training
 
+pytestmark = pytest.mark.long
+
 STEPS, SAVED_AT = 9, 4
 
 

@@ -11,6 +11,8 @@ from launch import environment
 pytest.importorskip("mindspore")
 from ckptengine.comm.mindspore import MindSporeStore
 
+pytestmark = pytest.mark.long
+
 
 class Broken:
     """A client whose connection was reset: every call fails."""

@@ -7,9 +7,12 @@ import subprocess
 import time
 from pathlib import Path
 
+import pytest
 from mpirun import ROOT, command, environment, mpirun
 
 import ckptengine as ce
+
+pytestmark = pytest.mark.long
 
 SCRIPT = ROOT / "examples" / "heat_mpi.py"
 STEPS = 600

@@ -4,9 +4,12 @@ import json
 from collections import namedtuple
 from itertools import pairwise
 
+import pytest
 from mpirun import HERE, mpirun
 
 from ckptengine.audit import audit
+
+pytestmark = pytest.mark.long
 
 EPOCHS, EVERY = 3, 5
 STEPS = EPOCHS * 15  # 1797 digits, 120 a step

@@ -10,6 +10,8 @@ from mpirun import HERE, environment, mpirun, reports
 import ckptengine as ce
 from ckptengine.inspect import list_run, verify
 
+pytestmark = pytest.mark.long
+
 STARTS = {4: 0, 6: 2, 3: 4, 1: 6}
 """Ranks, and the step that they find: each start goes on for two steps."""
 

@@ -7,12 +7,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from native_tables import SANITIZED
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
 
-pytestmark = pytest.mark.skipif(SANITIZED is not None, reason="these are builds of their own")
+pytestmark = pytest.mark.sanitize
 
 
 def make(target: str, out: Path) -> str:

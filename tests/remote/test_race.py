@@ -22,7 +22,7 @@ from ckptengine.storage.remote import RemoteStorage
 WRITERS = 8
 
 
-@pytest.fixture(params=["memory", "s3"])
+@pytest.fixture(params=["memory", pytest.param("s3", marks=pytest.mark.long)])
 def make(request):
     """Return a call that gives each writer a storage of its own, in the same place."""
     # Who is last of eight at a server that takes turns waits, longer on a busy machine.

@@ -11,10 +11,12 @@ from servers import KEY, SECRET
 
 import ckptengine as ce
 from ckptengine.comm.single import SingleProcess
-from ckptengine.errors import CheckpointError, StorageError
+from ckptengine.errors import CheckpointError, DeadlineError, StorageError
 from ckptengine.storage.connect import connect
 from ckptengine.storage.generic import _File
+from ckptengine.storage.open import open_storage
 from ckptengine.storage.retry import Patience, persist
+from ckptengine.storage.within import within
 
 STATE = {"w": np.zeros(100)}
 
@@ -146,3 +148,11 @@ def test_an_upload_that_was_given_up_without_an_answer_is_not_finished_by_the_ga
     with pytest.raises(TimeoutError):
         _File(objects, file, "archive").abort(0.1)
     assert file.closed
+
+
+def test_a_storage_call_that_is_cut_off_from_outside_names_the_endpoint_too(dead):
+    storage = open_storage("s3://bucket/run", dead, timeout=60)
+    with pytest.raises(
+        DeadlineError, match=f"listing s3://bucket/run at {dead['endpoint_url']} has not ended after 2 s"
+    ):
+        within(2, "looking", storage.list)

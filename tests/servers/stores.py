@@ -125,7 +125,8 @@ def google(folder: Path) -> Iterator[int]:
     port = free_port()
     command = [str(_server._get_binary_path()), "-scheme", "http", "-backend", "filesystem"]
     command += ["-filesystem-root", str(folder / "objects"), "-host", "127.0.0.1", "-port", str(port)]
-    command += ["-external-url", f"http://127.0.0.1:{port}"]
+    # By the second it serves Google's XML API under that name too, through which obstore reads.
+    command += ["-external-url", f"http://127.0.0.1:{port}", "-public-host", f"127.0.0.1:{port}"]
     with running(command, port, folder / "log"):
         yield port
 

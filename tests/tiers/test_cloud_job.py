@@ -28,6 +28,7 @@ def supervisor(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return importlib.import_module("supervisor")
 
 
+@pytest.mark.long
 @pytest.mark.timeout(900)
 def test_the_story_of_a_lost_machine_ends_with_the_bytes_of_one_that_was_not_lost(tmp_path):
     command = [sys.executable, str(EXAMPLE / "cloud_platform.py"), "--folder", str(tmp_path / "story")]

@@ -11,7 +11,7 @@ from ckptengine.frameworks.registry import adapter_of_loader
 from ckptengine.schema.leaf import ArrayLeaf, Placement
 from ckptengine.schema.path import Path, dotted, is_inside
 from ckptengine.state.binding import Action, Promise, Read
-from ckptengine.state.extents import Taken, sharing
+from ckptengine.state.extents import Extent, Taken, extents, overlap, sharing
 from ckptengine.state.kinds import Inspector
 from ckptengine.state.outline import class_name, is_of_class
 from ckptengine.state.report import LoadReport
@@ -82,7 +82,7 @@ class BinderBase(ABC):
         """The paths of what was spread over the ranks and is read into a whole tensor that an object had."""
         self.before: dict[Path, Any] = {}
         """What the objects' `state_dict` gave before."""
-        self._cast: list[str] = []
+        self._cast: list[Path] = []
         self._filled: dict[Hashable, int] = {}
         self._ties: list[tuple[int, int]] = []
         self._converted: dict[int, tuple[ArrayLeaf, Action]] = {}
@@ -104,7 +104,7 @@ class BinderBase(ABC):
             missing=missing,
             unexpected=tuple(unexpected),
             mismatched=tuple(self._mismatched),
-            cast=tuple(self._cast),
+            cast=tuple(map(dotted, self._cast)),
             other_class=tuple(self._other_class),
             lacks_arrays=self._lacks_arrays,
         )
@@ -218,6 +218,7 @@ class BinderBase(ABC):
         for group, tied in [*ties, *((group, False) for group in sharing([read.places for read in self.reads]))]:
             left = [number for number in group if number not in dropped]
             dropped.update(self._separate(left, same, tied))
+        dropped.update(self._shared_casts(dropped))
         for number in dropped & self._converted.keys():
             self.actions.remove(self._converted[number][1])  # there is nothing to convert
         self.reads = [read for number, read in enumerate(self.reads) if number not in dropped]
@@ -252,6 +253,40 @@ class BinderBase(ABC):
             if name in self._loaded:
                 self._loaded.remove(name)
         return [group[number] for number in (*again, *refused, *(kept[1:] if tied else ()))]
+
+    def _shared_casts(self, dropped: set[int]) -> list[int]:
+        """Return the reads that share memory with an earlier one, where either is converted: none of these is done.
+
+        What is converted is read elsewhere first: what the two bring can't be compared in the memory that they share.
+        """
+        if not self._converted:
+            return []
+        left = [number for number in range(len(self.reads)) if number not in dropped]
+        places = {n: extents(self._converted[n][0]) if n in self._converted else self.reads[n].places for n in left}
+        refused = []
+        for group in sharing([places[number] for number in left]):
+            kept: list[int] = []
+            for number in (left[member] for member in group):
+                first = next((one for one in kept if self._undo(one, number, places)), None)
+                if first is None:
+                    kept.append(number)
+                    continue
+                path, other = self.reads[number].target.path, self.reads[first].target.path
+                reason = f"shares memory with {dotted(other)} here, and `cast` converts one of them or both"
+                self._mismatch(path, f"{reason}; give each its own memory", None)
+                if dotted(path) in self._loaded:
+                    self._loaded.remove(dotted(path))
+                refused.append(number)
+        return refused
+
+    def _undo(self, one: int, other: int, places: Mapping[int, Sequence[Extent]]) -> bool:
+        """Whether two reads, of which one is converted, would write different things into one memory."""
+        if self._converted.keys().isdisjoint((one, other)):
+            return False
+        a, b = self.reads[one], self.reads[other]
+        if (a.path, a.rank) == (b.path, b.rank) and list(places[one]) == list(places[other]):
+            return False
+        return any(overlap(x, y) for x in places[one] for y in places[other])
 
     def _act(self, phase: int, action: Callable[[], Any]) -> None:
         self.actions.append((phase, action))

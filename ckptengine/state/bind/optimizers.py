@@ -17,6 +17,9 @@ from ckptengine.state.saved import Node, SavedArray
 
 __all__ = ["OptimizerBinder"]
 
+_GIVEN = "param_names"
+"""Where torch keeps the names of the parameters that an optimizer was given with names."""
+
 
 class OptimizerBinder(TensorBinder):
     """Binds optimizers by their parameters."""
@@ -122,10 +125,13 @@ class OptimizerBinder(TensorBinder):
         if saved is None:
             return
         told: dict[int, Any] = {}  # what each tensor that holds a number is set to
-        for group, new in zip(groups, saved, strict=True):
+        for group, group_names, new in zip(groups, names, saved, strict=True):
             for key, value in new.items():
                 if key == "params":
                     continue
+                if key == _GIVEN and isinstance(value, (list, tuple)):  # it is in the order of the saved group
+                    given = _given_names([self._parameter_name(str(name)) for name in new["params"]], new)
+                    value = [given[name] for name in group_names if name in given]
                 tensor = group.get(key)
                 holds = adapter.is_tensor(tensor) and type(value) in (int, float)
                 if holds and told.setdefault(id(tensor), value) != value:
@@ -142,7 +148,7 @@ class OptimizerBinder(TensorBinder):
         """
         reads, actions, cast = len(self.reads), len(self.actions), len(self._cast)
         saved: list[dict[str, Any]] = self._rebuild(node, path, groups)
-        reason = self._groups_differ(saved, names)
+        reason = self._groups_differ(saved, names, groups)
         if reason is not None:
             del self.reads[reads:], self.actions[actions:], self._cast[cast:]
             self._converted = {number: one for number, one in self._converted.items() if number < reads}
@@ -151,7 +157,7 @@ class OptimizerBinder(TensorBinder):
         self._loaded.append(dotted(path))
         return saved
 
-    def _groups_differ(self, saved: Any, names: list[list[str]]) -> str | None:
+    def _groups_differ(self, saved: Any, names: list[list[str]], groups: list[dict[str, Any]]) -> str | None:
         if not isinstance(saved, list) or not all(isinstance(g, dict) and "params" in g for g in saved):
             return "no parameter groups in the checkpoint"
         if len(saved) != len(names):
@@ -163,6 +169,15 @@ class OptimizerBinder(TensorBinder):
                 return f"group {number} has other parameters in the checkpoint: {', '.join(odd[:8])}" + (
                     f" and {len(odd) - 8} more" if len(odd) > 8 else ""
                 )
+            then = _given_names([self._parameter_name(str(name)) for name in group["params"]], group)
+            now = _given_names(here, groups[number])
+            known = set(self._names.values()) if then and now else set()  # named by a module in the state
+            for name in here if then and now else ():
+                if name not in known and name in then and name in now and then[name] != now[name]:
+                    return (
+                        f"parameter {name} is called {now[name]!r} here, {then[name]!r} in the checkpoint; pass the "
+                        "model in the same state, or give the optimizer its parameters in the same order"
+                    )
         return None
 
 
@@ -183,6 +198,12 @@ def _shape_by_state(here: tuple[int, ...], current: Mapping[Any, Any], node: Nod
         return here
     odd = [shape for shape in shapes.values() if all(a != 1 for a in shape)]
     return odd[0] if odd and len(set(odd)) == 1 and not any(live.values()) else here
+
+
+def _given_names(names: list[str], group: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the names that the user gave the parameters of a group, if any, by those that they have in the state."""
+    given = group.get(_GIVEN)
+    return dict(zip(names, given, strict=False)) if isinstance(given, (list, tuple)) else {}
 
 
 def _give_own(adapter: Adapter, group: dict[str, Any], key: str) -> None:

@@ -67,6 +67,8 @@ class TensorBinder(BinderBase):
         elif self._is_filled(view, node.entry):
             node.use()  # tied: one of its names has brought the bytes
             self._loaded.append(dotted(path))
+            if view.dtype != node.entry.leaf.dtype:
+                self._cast.append(path)
         elif reason := self._differs(view, node.entry.leaf):
             self._lacks_arrays = True
             self._mismatch(path, reason, node)
@@ -147,7 +149,7 @@ class TensorBinder(BinderBase):
     def _read(self, tensor: Any, adapter: Adapter, view: TensorView, entry: SavedArray, path: Path) -> None:
         parts = view.parts
         if view.dtype != entry.leaf.dtype:
-            self._cast.append(dotted(path))
+            self._cast.append(path)
             buffers = [np.empty(part.box.shape, DTYPES[entry.leaf.dtype].numpy) for part in parts]
             memories = [_host_parts(buffer, path)[0].memory for buffer in buffers]
             parts = tuple(Part(part.box, memory) for part, memory in zip(parts, memories, strict=True))
@@ -251,7 +253,7 @@ class TensorBinder(BinderBase):
             return result
         ordered: Any = OrderedDict(result)
         # The versions of modules, which their own loading code asks for; old checkpoints do not tell.
-        metadata = getattr(like, "_metadata", None) if node.metadata is None else copy.deepcopy(node.metadata)
+        metadata = copy.deepcopy(node.metadata) if node.tells_metadata else getattr(like, "_metadata", None)
         if metadata is not None:
             ordered._metadata = metadata
         return ordered
@@ -290,6 +292,16 @@ class TensorBinder(BinderBase):
         """Bind something that takes its state itself and lies in what is built anew."""
 
     def _rebuild_array(self, entry: SavedArray, path: Path, like: Any, make: Maker) -> Any:
+        """Return a fitting array of `like`, or a new one, to be filled; a parameter where one was saved."""
+        array, grad = self._array_of(entry, path, like, make), entry.parameter
+        if grad is None:
+            return array
+        adapter = next((one for one in adapters() if one.is_tensor(array)), None)
+        if adapter is None or adapter.parameter_grad(array) is grad:
+            return array
+        return adapter.as_parameter(array, grad)
+
+    def _array_of(self, entry: SavedArray, path: Path, like: Any, make: Maker) -> Any:
         kind, adapter = (Kind.PLAIN, None) if like is None else self._inspector.kind(like, path)
         if adapter is not None and kind in (Kind.TENSOR, Kind.SHARDED):
             try:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import logging
 import operator
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Mapping, MutableMapping
 from typing import Any
 
@@ -97,6 +98,8 @@ class Binder(OwnCallsBinder):
             self._bind(value, None, path, node, per_rank=False)
 
     def _bind_items(self, value: Any, path: Path, node: Node | None, *, per_rank: bool) -> None:
+        if type(value) is OrderedDict and node is not None and node.tells_metadata and self._selection.holds(path):
+            self._act(SET, functools.partial(_set_metadata, value, copy.deepcopy(node.metadata)))
         settable = isinstance(value, (MutableMapping, list, deque))
         for own, (key, item) in zip(own_keys(value), children(value, path), strict=True):
             put = functools.partial(operator.setitem, value, own) if settable else None
@@ -115,3 +118,11 @@ class Binder(OwnCallsBinder):
         else:
             here = describe_type(value)
             self._mismatch(path, f"{here} of several leaves here, {node.description} in the checkpoint", node)
+
+
+def _set_metadata(value: Any, metadata: Any) -> None:
+    """Give an `OrderedDict` the `_metadata` that was saved, or none."""
+    if metadata is not None:
+        value._metadata = metadata
+    elif hasattr(value, "_metadata"):
+        del value._metadata
