@@ -15,7 +15,6 @@ __all__ = [
     "escape",
     "leaf_node",
     "rank_node",
-    "unescape",
 ]
 
 OBJECTS = "objects"
@@ -44,15 +43,6 @@ def escape(key: Key) -> str:
     if name.startswith(("#", "__")) or _ONLY_DOTS.fullmatch(name) or name.lower() == _METADATA:
         name = f"%{ord(name[0]):02X}{name[1:]}"
     return name
-
-
-def unescape(name: str) -> Key:
-    """Return the key of a Zarr node name; the reverse of `escape`."""
-    if name == "%":
-        return ""
-    if name.startswith("#"):
-        return int(name[1:])
-    return re.sub(r"%([0-9A-F]{2})", lambda match: chr(int(match[1], 16)), name)
 
 
 def leaf_node(path: Path, rank: int | None = None) -> str:

@@ -125,6 +125,14 @@ class Adapter:
         view = self.view(tensor, (), target=False)
         return self.empty(view.dtype, view.shape)
 
+    def parameter_grad(self, tensor: Any) -> bool | None:
+        """Return whether a parameter takes a gradient, None for a tensor that is no parameter."""
+        return None
+
+    def as_parameter(self, tensor: Any, grad: bool) -> Any:
+        """Return a tensor's memory as a parameter that takes a gradient or not."""
+        return tensor
+
     def replacement(self, tensor: Any) -> Any:
         """Return a new tensor to fill in place of one that can't be written to, None where it can."""
         return None

@@ -68,7 +68,8 @@ class Outline:
     checkpoint does not say which have none. `spreads` says of arrays in the state of a distributed parameter how they
     were spread (`Adapter.state_spread`), where that is not what is usual. `empty` has the paths of parameters' states
     in optimizers that were there and held nothing: any other parameter without leaves had no state. It is None where
-    there is no optimizer, and where the checkpoint does not say.
+    there is no optimizer, and where the checkpoint does not say. `parameters` says of each parameter that is in no
+    module whether it takes a gradient.
     """
 
     containers: tuple[Container, ...] = ()
@@ -78,6 +79,7 @@ class Outline:
     spreads: Mapping[Path, str] = field(default_factory=dict)
     empty: tuple[Path, ...] | None = None
     tells_metadata: bool = True
+    parameters: Mapping[Path, bool] = field(default_factory=dict)
 
     @functools.cached_property
     def encoded(self) -> str:
@@ -100,6 +102,8 @@ class Outline:
             ]
         if self.spreads:
             document["spreads"] = [[list(path), how] for path, how in self.spreads.items()]
+        if self.parameters:
+            document["parameters"] = [[list(path), grad] for path, grad in self.parameters.items()]
         if self.empty is not None:
             document["empty"] = [list(path) for path in self.empty]
         text = json.dumps(document, separators=(",", ":")).encode()
@@ -134,10 +138,11 @@ def decode_outline(text: object, leaves: int) -> Outline:
         shapes = {_path(path): tuple(map(_index, _path(shape))) for path, shape in document.get("shapes", [])}
         metadata = {_path(path): decode(value) for path, value in document.get("metadata", [])}
         spreads = {_path(path): str(how) for path, how in document.get("spreads", [])}
+        parameters = {_path(path): bool(grad) for path, grad in document.get("parameters", [])}
         empty = tuple(map(_path, document["empty"])) if "empty" in document else None
     except (binascii.Error, zlib.error, ValueError, KeyError, TypeError, IndexError, RecursionError) as error:
         raise CheckpointDamagedError(f"the structure is damaged ({type(error).__name__}: {error})") from error
-    return Outline(containers, orders, shapes, metadata, spreads, empty, "metadata" in document)
+    return Outline(containers, orders, shapes, metadata, spreads, empty, "metadata" in document, parameters)
 
 
 def class_name(value: Any) -> str:

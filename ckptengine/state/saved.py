@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ckptengine.errors import CheckpointDamagedError, LoadMismatchError
@@ -52,6 +52,7 @@ class SavedArray:
     """An array of the checkpoint: its own path there, and its rank where it is a rank's own.
 
     `order` is how it lay in memory (`memory_order`; None: in C order). `told` says whether the checkpoint knows that.
+    `parameter` tells of a parameter that was in no module whether it takes a gradient; it is None for all others.
     `spread` is how an array of an optimizer's state was spread, None where in the usual way.
     """
 
@@ -61,6 +62,7 @@ class SavedArray:
     order: tuple[int, ...] | None = None
     told: bool = False
     spread: str | None = None
+    parameter: bool | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,15 +161,16 @@ def shared_tree(saved: Saved, rename: Callable[[Path], Path]) -> Node:
     outline = saved.outline
     orders: Mapping[Path, tuple[int, ...]] = {} if outline is None else outline.orders
     told = outline is not None
+    parameters: Mapping[Path, bool] = {} if outline is None else outline.parameters
     spreads: Mapping[Path, str] = {} if outline is None else outline.spreads
     arrays = {
-        path: SavedArray(path, None, leaf, orders.get(path), told, spreads.get(path))
+        path: SavedArray(path, None, leaf, orders.get(path), told, spreads.get(path), parameters.get(path))
         for path, leaf in saved.leaves.items()
     }
     for path, first in saved.aliases.items():
         if first not in arrays:
             raise CheckpointDamagedError(f"{dotted(path)} is the same tensor as {dotted(first)}, which isn't there")
-        arrays.setdefault(path, arrays[first])
+        arrays.setdefault(path, replace(arrays[first], parameter=parameters.get(path)))
     _insert(root, arrays, saved.values, saved.containers, rename)
     _add_empty(root, outline, rename)
     _apply(root, outline, rename)
@@ -182,10 +185,14 @@ def own_tree(saved: Saved, rank: int, rename: Callable[[Path], Path]) -> Node:
     containers = saved.rank_containers[rank] if saved.rank_containers else {}
     outline = saved.rank_outlines[rank] if saved.rank_outlines else None
     orders: Mapping[Path, tuple[int, ...]] = {} if outline is None else outline.orders
+    parameters: Mapping[Path, bool] = {} if outline is None else outline.parameters
     told = outline is not None
     _insert(
         root,
-        {path: SavedArray(path, rank, leaf, orders.get(path), told) for path, leaf in leaves.items()},
+        {
+            path: SavedArray(path, rank, leaf, orders.get(path), told, None, parameters.get(path))
+            for path, leaf in leaves.items()
+        },
         values,
         containers,
         rename,

@@ -32,6 +32,7 @@ __all__ = [
     "ObjectStep",
     "OptimizerStep",
     "OwnOptimizerStep",
+    "ParameterStep",
     "PerRankStep",
     "PlainStep",
     "SequenceStep",
@@ -107,6 +108,22 @@ class TensorStep(Step):
     def again(self, value: Any, met: _Met) -> None:
         """Note the tensor."""
         if type(value) is not self.kind:
+            raise Changed
+        met.tensors.append(value)
+
+
+class ParameterStep(Step):
+    """A parameter that is in no module, where another that takes a gradient as it did may lie."""
+
+    __slots__ = ("adapter", "grad", "kind")
+
+    def __init__(self, kind: type, adapter: Adapter, grad: bool) -> None:
+        self.kind: Any = kind
+        self.adapter, self.grad = adapter, grad
+
+    def again(self, value: Any, met: _Met) -> None:
+        """Note the parameter."""
+        if type(value) is not self.kind or self.adapter.parameter_grad(value) is not self.grad:
             raise Changed
         met.tensors.append(value)
 

@@ -27,6 +27,7 @@ from ckptengine.state.trace import (
     ObjectStep,
     OptimizerStep,
     OwnOptimizerStep,
+    ParameterStep,
     PerRankStep,
     PlainStep,
     SequenceStep,
@@ -130,6 +131,8 @@ class _Walk:
         self._empty: dict[Path, str] = {}
         self._metadata: tuple[dict[Path, Any], dict[Path, Any]] = ({}, {})
         self._shapes: tuple[dict[Path, tuple[int, ...]], dict[Path, tuple[int, ...]]] = ({}, {})
+        self._parameters: tuple[dict[Path, bool], dict[Path, bool]] = ({}, {})
+        self._in_module = False
         self._spreads: tuple[dict[Path, str], dict[Path, str]] = ({}, {})
         self._without: list[list[Path] | None] = [None, None]  # empty states of parameters, where there are optimizers
         self._aliases: dict[Path, Path] = {}
@@ -160,6 +163,7 @@ class _Walk:
             self._metadata[own],
             self._spreads[own],
             None if empty is None else tuple(empty),
+            parameters=self._parameters[own],
         )
 
     def trace(self) -> Trace:
@@ -181,7 +185,11 @@ class _Walk:
                 assert adapter is not None
                 view = self._views.get(id(value)) or adapter.view(value, path, target=False)
                 self._add(value, view, adapter, path, per_rank=per_rank, buffer=buffer)
-                return TensorStep(type(value))
+                grad = None if self._in_module else adapter.parameter_grad(value)
+                if grad is None:
+                    return TensorStep(type(value))
+                self._parameters[per_rank][path] = grad
+                return ParameterStep(type(value), adapter, grad)
             case Kind.WRAPPED:
                 assert adapter is not None
                 inner = adapter.unwrap(value, path)
@@ -206,9 +214,11 @@ class _Walk:
                 if not entries:
                     self._empty[path] = class_name(value)
                 self._build(path, "module", per_rank, keys=[entry.name for entry in entries])
+                self._in_module = True
                 for entry in entries:
                     where = (*path, entry.name)
                     steps[entry.key] = self._visit(entry.value, where, per_rank=per_rank, buffer=entry.buffer)
+                self._in_module = False
                 return ModuleStep(value, adapter, steps, path)
             case Kind.OPTIMIZER:
                 assert adapter is not None

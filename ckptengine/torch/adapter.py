@@ -78,6 +78,14 @@ class TorchAdapter(Adapter):
         """Return a new tensor on the same device, or distributed in the same way."""
         return new_like(tensor, order)
 
+    def parameter_grad(self, tensor: Any) -> bool | None:
+        """Return a parameter's `requires_grad`."""
+        return tensor.requires_grad if isinstance(tensor, torch.nn.Parameter) else None
+
+    def as_parameter(self, tensor: Any, grad: bool) -> torch.nn.Parameter:
+        """Return a parameter on a tensor's memory."""
+        return torch.nn.Parameter(tensor.detach(), grad)
+
     def layouts(self, tensors: Sequence[tuple[Path, Any]]) -> Layouts:
         """Return how parameters and tensors are spread."""
         return TorchLayouts(tensors)

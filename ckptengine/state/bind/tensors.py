@@ -292,6 +292,16 @@ class TensorBinder(BinderBase):
         """Bind something that takes its state itself and lies in what is built anew."""
 
     def _rebuild_array(self, entry: SavedArray, path: Path, like: Any, make: Maker) -> Any:
+        """Return a fitting array of `like`, or a new one, to be filled; a parameter where one was saved."""
+        array, grad = self._array_of(entry, path, like, make), entry.parameter
+        if grad is None:
+            return array
+        adapter = next((one for one in adapters() if one.is_tensor(array)), None)
+        if adapter is None or adapter.parameter_grad(array) is grad:
+            return array
+        return adapter.as_parameter(array, grad)
+
+    def _array_of(self, entry: SavedArray, path: Path, like: Any, make: Maker) -> Any:
         kind, adapter = (Kind.PLAIN, None) if like is None else self._inspector.kind(like, path)
         if adapter is not None and kind in (Kind.TENSOR, Kind.SHARDED):
             try:
