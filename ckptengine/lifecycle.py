@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import atexit
+import functools
+import logging
 import os
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Generic, TypeVar
 
 __all__ = ["Living", "after_fork", "at_exit", "at_last"]
 
 _T = TypeVar("_T")
+
+_log = logging.getLogger("ckptengine")
 
 
 def after_fork(call: Callable[[], object]) -> None:
@@ -33,7 +37,15 @@ def at_last(call: Callable[[], object]) -> None:
 
 def _end_last() -> None:
     for call in _last:
+        _carefully(call)
+
+
+def _carefully(call: Callable[[], object]) -> None:
+    """Call, and log what it raises: the others are to be told, too."""
+    try:
         call()
+    except Exception as error:
+        _log.warning("at the end of the process, or in a forked one: %s", error, exc_info=True)
 
 
 at_exit(_end_last)  # the first to be registered here
@@ -62,6 +74,9 @@ class Living(Generic[_T]):
         """Tell an object no longer."""
         self._objects.discard(one)
 
+    def __iter__(self) -> Iterator[_T]:
+        return iter(list(self._objects))
+
     def _tell(self, call: Callable[[_T], object]) -> None:
-        for one in list(self._objects):
-            call(one)
+        for one in self:
+            _carefully(functools.partial(call, one))

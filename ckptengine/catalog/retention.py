@@ -22,7 +22,7 @@ from ckptengine.catalog.listing import (
     step_directories,
 )
 from ckptengine.catalog.manifest import Manifest
-from ckptengine.errors import CheckpointError, StorageError
+from ckptengine.errors import CheckpointError, StateError, StorageError
 from ckptengine.storage.base import Storage, join
 
 __all__ = ["Leftover", "delete_checkpoint", "remove_leftovers", "replace_older", "retain", "superseded"]
@@ -102,13 +102,27 @@ def superseded(storage: Storage, rules: Collection[KeepRule]) -> tuple[list[tupl
             continue
         read[entry] = manifest
     line = list(read.items())
-    kept = {entry for entry, _ in line[:1]}.union(*(rule.kept(line) for rule in rules))
+    kept = {entry for entry, _ in line[:1]}.union(*(_kept(rule, line) for rule in rules))
     root = max([root, *unknown])
     parents = _parents_of_new_lives(storage, entries)
     stay = kept | set(unread) | {entry for entry in entries if entry.order in parents or entry.generation < root}
     old = _readable(storage, [entry for entry in entries if entry not in stay], read, unread) if kept else []
     problems = [f"nothing before generation {number} was deleted: its parent is unknown" for number in unknown]
     return old, problems + _unreadable(storage, unread)
+
+
+def _kept(rule: KeepRule, line: list[tuple[Entry, Manifest]]) -> list[Entry]:
+    """Return what a rule keeps; raises `StateError` where it is no answer: nothing is deleted on the ground of that."""
+    try:
+        kept = list(rule.kept(line))
+    except Exception as error:
+        raise StateError(f"the rule {rule!r} failed: {type(error).__name__}: {error}") from error
+    odd = next((one for one in kept if not isinstance(one, Entry)), None)
+    if odd is not None:
+        raise StateError(
+            f"the rule {rule!r} returned {odd!r}: `kept` returns entries, the first of each pair of `line`"
+        )
+    return kept
 
 
 def replace_older(storage: Storage, generation: int) -> list[str]:

@@ -17,6 +17,7 @@ import weakref
 from collections import deque
 from collections.abc import Sequence
 
+from ckptengine.comm.hosted import close_all
 from ckptengine.comm.keyvalue import MemoryStore
 from ckptengine.comm.wire import (
     HELLO_NBYTES,
@@ -195,7 +196,7 @@ class _Service:
         moments = [self._deadlines[0][0]] if self._deadlines else []
         if self._stop_at is not None:
             moments.append(self._stop_at)
-        if not self._accepts and self._accept_after:
+        if not self._accepts and self._accept_after > time.monotonic():
             moments.append(self._accept_after)
         return min(max(0.0, min(moments) - time.monotonic()), _LONGEST_PAUSE) if moments else None
 
@@ -413,4 +414,9 @@ class _Serving:
         self._service.serve(self._connection, events)
 
 
-_hosts: Living[StoreHost] = Living(StoreHost.forked, StoreHost.close, last=True)
+def _end(host: StoreHost) -> None:
+    close_all()  # first what other processes host: each of two could wait for the other
+    host.close()
+
+
+_hosts: Living[StoreHost] = Living(StoreHost.forked, _end, last=True)

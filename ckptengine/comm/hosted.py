@@ -16,7 +16,7 @@ from ckptengine.comm.wire import MAGIC, NONCE_NBYTES, PROOF_NBYTES, REPLY, REQUE
 from ckptengine.errors import CheckpointError, RankFailedError
 from ckptengine.lifecycle import Living
 
-__all__ = ["HostedStore"]
+__all__ = ["HostedStore", "close_all"]
 
 _CALL_SECONDS = 60.0
 """How long a host that is there may take to answer: a rank 0 that computes without giving up the interpreter's lock."""
@@ -52,6 +52,7 @@ class HostedStore(KeyValueStore):
         self._closed = False
         self._gone_until = -float("inf")
         self._gone_text = ""
+        self._met = False
         self._idle.append(self._connect(timeout))
         _stores.add(self)
 
@@ -123,19 +124,26 @@ class HostedStore(KeyValueStore):
         """Return a connection whose other end has shown that it is the host.
 
         Each address is tried for a second, then for twice as long, and so on: what is behind one may not answer at all.
+        A host that was met before, and takes the connection without a word, is busy: it has as long as for a call.
         """
-        deadline, patience = time.monotonic() + timeout, _FIRST_TRY_SECONDS
+        began, patience = time.monotonic(), _FIRST_TRY_SECONDS
+        deadline = began + timeout
         while True:
-            failures, final = [], True
+            failures, final, busy = [], True, False
             for host, port in self._addresses:
                 seconds = min(patience, max(0.1, deadline - time.monotonic()))
                 try:
-                    return _Peer(self._reach(host, port, seconds), os.getpid())
+                    peer = _Peer(self._reach(host, port, seconds), os.getpid())
+                    self._met = True
+                    return peer
                 except OSError as error:
+                    busy = busy or (self._met and isinstance(error, _WordlessError))
                     failures.append(f"{_place(host, port)}: {error.strerror or error}")
                     final = final and isinstance(error, ConnectionRefusedError | _StrangerError)
+            if busy:
+                deadline = max(deadline, began + _CALL_SECONDS)
             if final or time.monotonic() >= deadline:
-                raise self._gone("; ".join(failures))
+                raise self._silent() if busy else self._gone("; ".join(failures))
             time.sleep(min(0.05, max(0.0, deadline - time.monotonic())))
             patience *= 2
 
@@ -145,7 +153,10 @@ class HostedStore(KeyValueStore):
         self._open.add(peer)
         try:
             tune(peer)
-            greeting = _receive(peer, len(MAGIC) + NONCE_NBYTES, deadline)
+            try:
+                greeting = _receive(peer, len(MAGIC) + NONCE_NBYTES, deadline)
+            except TimeoutError:
+                raise _WordlessError("it takes the connection and says nothing") from None
             if not greeting.startswith(MAGIC):
                 raise _StrangerError("another program listens there")
             theirs, own = greeting[len(MAGIC) :], secrets.token_bytes(NONCE_NBYTES)
@@ -184,6 +195,10 @@ class _StrangerError(OSError):
     """What listens is not the host."""
 
 
+class _WordlessError(OSError):
+    """Something listens, and does not answer."""
+
+
 def _is_silence(error: OSError) -> bool:
     """Return whether the host is there and does not answer; the kernel's own word of a lost peer has a number."""
     return isinstance(error, TimeoutError) and error.errno is None
@@ -208,3 +223,9 @@ def _place(host: str, port: int) -> str:
 
 
 _stores: Living[HostedStore] = Living(HostedStore.forked, HostedStore.close, last=True)
+
+
+def close_all() -> None:
+    """Close the stores that other processes host for this one."""
+    for store in _stores:
+        store.close()

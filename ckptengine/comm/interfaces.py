@@ -37,7 +37,9 @@ def addresses(interface: str = "") -> list[str]:
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         for name in list(names):
             request = struct.pack("256s", name.encode()[:15])
-            flags: int = struct.unpack_from("H", fcntl.ioctl(probe, _SIOCGIFFLAGS, request), 16)[0]
+            flags = 0
+            with contextlib.suppress(OSError):  # it has just gone
+                flags = struct.unpack_from("H", fcntl.ioctl(probe, _SIOCGIFFLAGS, request), 16)[0]
             if not flags & _UP or (flags & _LOOPBACK and not interface):
                 names.remove(name)
                 continue

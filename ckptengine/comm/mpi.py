@@ -111,9 +111,11 @@ def _host(comm: MPI.Intracomm, known: _Known, timeout: float) -> Communicator:
     if known.store is None:
         try:
             known.store, card = _open_store()
-        except CheckpointError as problem:
+        except (CheckpointError, OSError) as problem:
             tell(b"!" + f"{problem}".encode()[: _CARD_NBYTES - 1])
             send()
+            if isinstance(problem, OSError):
+                raise CheckpointError(f"rank 0 can't host the store of the job: {problem}") from problem
             raise
         tell(card)
     known.store.delete(_MISSED)

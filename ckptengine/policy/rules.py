@@ -128,7 +128,11 @@ def _save_rules(rules: Any) -> tuple[SaveRule, ...]:
 
 
 def _keep_rules(rules: Any) -> tuple[KeepRule, ...]:
-    found = (rules,) if hasattr(rules, "kept") else rules
-    if isinstance(found, str) or not isinstance(found, Sequence) or not all(hasattr(rule, "kept") for rule in found):
+    found = (rules,) if _keeps(rules) else rules
+    if isinstance(found, str) or not isinstance(found, Sequence) or not all(map(_keeps, found)):
         raise TypeError(f"keep={rules!r}: give a KeepLast, a KeepEvery, a KeepSteps or a Best, or a list of these")
     return tuple(found)
+
+
+def _keeps(rule: Any) -> bool:
+    return not isinstance(rule, type) and callable(getattr(rule, "kept", None))

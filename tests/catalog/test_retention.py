@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 
 import pytest
 from checkpoints import manifest_of, signed_document, write_checkpoint, write_data
@@ -334,3 +335,30 @@ def test_what_is_dated_in_the_future_goes_a_lease_later(storage):
         os.utime(path, (os.stat(path).st_mtime - LEASE_SECONDS - 1,) * 2)
     assert remove_leftovers(storage) == []
     assert everything(storage) == []
+
+
+class _Answers:
+    """A rule that gives the answer that a test makes."""
+
+    def __init__(self, answer):
+        self.answer = answer
+
+    def kept(self, line):
+        return self.answer(line)
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        (lambda line: [entry.step for entry, _ in line], "_Answers.* returned 30: `kept` returns entries"),
+        (lambda line: line, "_Answers.* returned .*: `kept` returns entries"),
+        (lambda line: None, "_Answers.* failed: TypeError"),
+        (lambda line: line[99], "_Answers.* failed: IndexError"),
+    ],
+)
+def test_a_rule_whose_answer_makes_no_sense_deletes_nothing_and_is_named(storage, answer, message):
+    for step in (10, 20, 30):
+        write_checkpoint(storage, step)
+    (problem,) = retain(storage, [KeepLast(1), _Answers(answer)])
+    assert re.search(f"nothing was deleted: the rule .*{message}", problem)
+    assert orders(storage) == [(1, 10), (1, 20), (1, 30)]

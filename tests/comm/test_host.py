@@ -16,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from ckptengine.comm import host as host_module
+from ckptengine.comm import hosted as hosted_module
 from ckptengine.comm.exchange import connect
 from ckptengine.comm.host import StoreHost
 from ckptengine.comm.hosted import HostedStore
@@ -299,3 +300,33 @@ def test_a_host_that_ends_well_waits_for_those_that_still_read():
     process.stdout.close()
     with pytest.raises(CheckpointError, match="this process is ending"):
         store.get("word", 0.0)
+
+
+def test_a_host_that_is_busy_for_longer_than_it_takes_to_reconnect_is_not_taken_for_dead():
+    process = hosting("ends")
+    places = [tuple(place) for place in json.loads(process.stdout.readline())]
+    store = HostedStore(places, SECRET, 30)
+    try:
+        with ThreadPoolExecutor(2) as pool:
+            waiting = pool.submit(store.get, "never", 12)  # it has the only connection
+            time.sleep(0.2)
+            process.send_signal(signal.SIGSTOP)
+            another = pool.submit(store.get, "never", 0.0)
+            time.sleep(hosted_module._RECONNECT_SECONDS + 1)
+            process.send_signal(signal.SIGCONT)
+            assert another.result(60) is None
+            assert waiting.result(60) is None
+    finally:
+        process.kill()
+        process.wait()
+        process.stdout.close()
+        store.close()
+
+
+def test_a_process_that_ends_lets_go_of_other_hosts_before_it_waits_for_its_own_clients(host):
+    other = StoreHost([listen("127.0.0.1")], SECRET)
+    store = HostedStore(other.addresses, SECRET, 10)
+    host_module._end(host)
+    with pytest.raises(CheckpointError, match="this process is ending"):
+        store.get("word", 0.0)
+    other.close()

@@ -161,6 +161,15 @@ def test_names_given_to_an_optimizer_stay_with_their_parameters_in_another_order
     assert fresh.state[model["a"]]["exp_avg"][0].item() == pytest.approx(0.1)
 
 
+def test_names_that_only_a_wrapper_has_changed_are_the_same_names(tmp_path):
+    parameters, optimizer = stepped("ab")
+    ce.save(tmp_path / "point", {"optimizer": optimizer})
+    wrapped = [(f"module.{name}", nn.Parameter(torch.ones_like(parameters[name]))) for name in "ab"]
+    fresh = torch.optim.Adam(wrapped)
+    ce.load(tmp_path / "point", into={"optimizer": fresh})
+    assert torch.equal(fresh.state[wrapped[1][1]]["exp_avg"], optimizer.state[parameters["b"]]["exp_avg"])
+
+
 class OnlyLoads(torch.optim.SGD):
     """Has a `load_state_dict` of its own alone."""
 

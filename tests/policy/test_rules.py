@@ -96,6 +96,7 @@ def test_the_short_arguments_stand_for_rules() -> None:
         (lambda: ce.KeepLast("3"), "count='3': give how many"),  # type: ignore[arg-type]
         (lambda: ce.Policy(save=[ce.KeepLast(1)]), "save=.*: give an Every"),  # type: ignore[list-item]
         (lambda: ce.Policy(keep=[ce.Every(1)]), "keep=.*: give a KeepLast"),  # type: ignore[list-item]
+        (lambda: ce.Policy(keep=ce.KeepLast), "keep=.*: give a KeepLast"),  # type: ignore[arg-type]
         (lambda: ce.Policy(keep="last"), "keep='last': give a KeepLast"),  # type: ignore[arg-type]
         (lambda: ce.Policy(save=[ce.Auto(), ce.Auto("6h")]), "give one Auto"),
     ],

@@ -276,6 +276,8 @@ class BinderBase(ABC):
                 self._mismatch(path, f"{reason}; give each its own memory", None)
                 if dotted(path) in self._loaded:
                     self._loaded.remove(dotted(path))
+                if path in self._cast:
+                    self._cast.remove(path)
                 refused.append(number)
         return refused
 

@@ -20,6 +20,8 @@ __all__ = ["OptimizerBinder"]
 _GIVEN = "param_names"
 """Where torch keeps the names of the parameters that an optimizer was given with names."""
 
+_WRAPPERS = frozenset({"module", "_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"})
+
 
 class OptimizerBinder(TensorBinder):
     """Binds optimizers by their parameters."""
@@ -173,7 +175,9 @@ class OptimizerBinder(TensorBinder):
             now = _given_names(here, groups[number])
             known = set(self._names.values()) if then and now else set()  # named by a module in the state
             for name in here if then and now else ():
-                if name not in known and name in then and name in now and then[name] != now[name]:
+                if name in known or name not in then or name not in now:
+                    continue
+                if _without_wrappers(then[name]) != _without_wrappers(now[name]):
                     return (
                         f"parameter {name} is called {now[name]!r} here, {then[name]!r} in the checkpoint; pass the "
                         "model in the same state, or give the optimizer its parameters in the same order"
@@ -204,6 +208,11 @@ def _given_names(names: list[str], group: Mapping[str, Any]) -> dict[str, Any]:
     """Return the names that the user gave the parameters of a group, if any, by those that they have in the state."""
     given = group.get(_GIVEN)
     return dict(zip(names, given, strict=False)) if isinstance(given, (list, tuple)) else {}
+
+
+def _without_wrappers(name: Any) -> Any:
+    """Return a parameter's name without what DDP, `torch.compile` and the like put before it."""
+    return ".".join(part for part in name.split(".") if part not in _WRAPPERS) if isinstance(name, str) else name
 
 
 def _give_own(adapter: Adapter, group: dict[str, Any], key: str) -> None:
