@@ -245,9 +245,8 @@ def test_a_publication_of_which_nothing_can_be_learned_is_not_taken_for_one_that
 
 
 def test_a_claim_whose_reply_is_lost_is_read_back_and_the_local_tier_does_not_make_another(
-    bucket, disturbed, proxy, tmp_path, quick, monkeypatch
+    bucket, disturbed, proxy, tmp_path, quick
 ):
-    monkeypatch.setattr("ckptengine.storage.remote.Patience", lambda: replace(QUICK, seconds=2))
     proxy.fault("reset after", "PUT .*generation-0001", times=10_000)
     proxy.fault("403 ExpiredToken", "GET .*generation-0001", times=2)
     with ce.Checkpointer(
