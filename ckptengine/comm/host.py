@@ -196,7 +196,7 @@ class _Service:
         moments = [self._deadlines[0][0]] if self._deadlines else []
         if self._stop_at is not None:
             moments.append(self._stop_at)
-        if not self._accepts and self._accept_after > time.monotonic():
+        if not self._accepts and self._strangers < _STRANGERS:
             moments.append(self._accept_after)
         return min(max(0.0, min(moments) - time.monotonic()), _LONGEST_PAUSE) if moments else None
 
