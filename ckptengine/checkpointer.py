@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import logging
 import os
@@ -20,7 +19,7 @@ from ckptengine.catalog.metrics import check_names, checked_metrics
 from ckptengine.catalog.naming import open_checkpoint
 from ckptengine.comm.base import Communicator
 from ckptengine.comm.select import current
-from ckptengine.errors import CheckpointError, DeadlineError, StateError
+from ckptengine.errors import CheckpointError, StateError
 from ckptengine.load.loader import LoadOptions, load_newest, restore_newest, tell_leftovers
 from ckptengine.policy.arguments import (
     checked_choice,
@@ -297,7 +296,7 @@ class Checkpointer:
             step = self._enter(step, state)
             handle = None
             self._saves.reap()
-            self._unsaved = None if self._saves.has(step) else step
+            self._unsaved = step if self._saves.of(step) is None else None
             if self._watch is not None and self._watch.arrive():
                 self._preempt(self._watch, step, state, metrics)
             if self._schedule.due(step):
@@ -541,9 +540,7 @@ class Checkpointer:
                     self.flush(self._timeout if watch.left is None else max(1.0, min(watch.left, self._timeout)))
         except CheckpointError as error:
             problem = f"step {step} was NOT saved: {error}" if saved is None else f"{error}"
-        with contextlib.suppress(DeadlineError):
-            self._saves.wait(None)
-        self._saves.reap()
+        self._saves.end()
         self._tiers.stop()  # before the ranks leave each other's store
         watch.leave(saved, problem)
 

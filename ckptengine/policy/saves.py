@@ -39,10 +39,6 @@ class Saves:
         """Whether this life has a save that is in flight or committed."""
         return self._last is not None
 
-    def has(self, step: int) -> bool:
-        """Return whether the last save is that of a step."""
-        return self._last is not None and self._last[0] == step
-
     def of(self, step: int) -> SaveHandle | None:
         """Return the handle of the last save where it is that of a step, else None."""
         return self._last[1] if self._last is not None and self._last[0] == step else None
@@ -57,6 +53,12 @@ class Saves:
         for handle in list(self._pending):
             if not handle.durable.wait(timeout):
                 raise handle.durable.overdue(timeout)
+        self.reap()
+
+    def end(self) -> None:
+        """Wait for all that are in flight, each for its own time at most, and account for those that have ended."""
+        for handle in self._pending:
+            handle.durable.wait()
         self.reap()
 
     def reap(self) -> None:
