@@ -182,6 +182,10 @@ class Adapter:
         """Whether a value is an optimizer: state by parameter, and groups of hyperparameters."""
         return False
 
+    def bare_name(self, name: str) -> str:
+        """Return a name that a user gave a parameter without what wrappers put before the module's own."""
+        return name
+
     def optimizer_groups(self, optimizer: Any) -> list[dict[str, Any]]:
         """Return the live groups; each has its parameters under `params`."""
         raise NotImplementedError

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,16 +18,27 @@ _SOURCE = slice(5, 8)  # where a row of a CopyPlan has its source: address, low,
 
 
 @dataclass(frozen=True, slots=True)
-class CopyPlan:
-    """Operations of `_native.pack`, from tensors into an image: `ops` (int64, flat), `index` where each begins."""
+class _Plan:
+    """Operations of one call of the C code: `ops` (int64, flat), `index` where each begins."""
 
     ops: Int64s
     index: Int64s
 
     @classmethod
-    def of(cls, rows: Iterable[Row]) -> CopyPlan:
-        """Return the plan of rows, each from `copy_row`."""
-        return cls(*_joined(rows))
+    def of(cls, rows: Iterable[Row]) -> Self:
+        """Return the plan of rows, each from the function that makes those of this kind."""
+        ops: list[int] = []
+        index = [0]
+        for row in rows:
+            ops += row
+            index.append(len(ops))
+        return cls(np.array(ops, np.int64), np.array(index, np.int64))
+
+
+class CopyPlan(_Plan):
+    """Operations of `_native.pack`, from tensors into an image; `copy_row` makes the rows."""
+
+    __slots__ = ()
 
     def replace(self, number: int, row: Row) -> None:
         """Take another row of the same length in place of one."""
@@ -55,17 +67,13 @@ def copy_row(
     return (position, nbytes, first_crc, itemsize, len(dense_shape), *source, *dense_shape, *box_shape, *strides)
 
 
-@dataclass(frozen=True, slots=True)
-class ScatterPlan:
-    """Operations of `_native.load`, `scatter` and `share_consume`, from a file into memory: as in `CopyPlan`."""
+class ScatterPlan(_Plan):
+    """Operations of `_native.load`, `scatter` and `share_consume`, from a file into memory.
 
-    ops: Int64s
-    index: Int64s
+    `scatter_row` makes the rows, which are in the order of their positions.
+    """
 
-    @classmethod
-    def of(cls, rows: Iterable[Row]) -> ScatterPlan:
-        """Return the plan of rows, each from `scatter_row`, by their positions."""
-        return cls(*_joined(rows))
+    __slots__ = ()
 
     @classmethod
     def of_bytes(cls, positions: Int64s, sizes: Int64s, addresses: Int64s) -> ScatterPlan:
@@ -94,12 +102,3 @@ def scatter_row(
 
 NOTHING = ScatterPlan(np.zeros(0, np.int64), np.zeros(1, np.int64))
 """Bytes are read and verified, and go nowhere."""
-
-
-def _joined(rows: Iterable[Row]) -> tuple[Int64s, Int64s]:
-    ops: list[int] = []
-    index = [0]
-    for row in rows:
-        ops += row
-        index.append(len(ops))
-    return np.array(ops, np.int64), np.array(index, np.int64)

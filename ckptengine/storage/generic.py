@@ -7,7 +7,6 @@ import contextlib
 import datetime
 import secrets
 import threading
-import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -157,30 +156,24 @@ class FsspecObjects(Objects):
 
     def get(self, key: str, position: int, nbytes: int, seconds: float) -> bytes | memoryview:
         """Return bytes of an object: by `cat_file`, and large ranges through obstore where that reads the store."""
-        deadline = time.monotonic() + seconds
         if nbytes < LARGE or self._protocol not in _ATOMIC:
             return self._get(key, position, nbytes, seconds)
         fs, before = self._file_system()
         ranges = self._ranges
-        if ranges is None or not fs.async_impl or not ranges.takes(key, position):
-            found = self._get(key, position, nbytes, seconds)
-            if ranges is not None:
-                ranges.rescued(key, position)
-            return found
+        if ranges is None or not fs.async_impl:
+            return self._get(key, position, nbytes, seconds)
         prefix = before.strip("/").partition("/")[2]
-        future = asyncio.run_coroutine_threadsafe(
-            ranges.get(fs, f"{prefix}/" if prefix else "", key, position, nbytes), fs.loop
-        )
-        try:
-            data: memoryview | None = future.result(seconds)
-        except BaseException:
-            future.cancel()
-            raise
-        if data is not None:
-            return data
-        found = self._get(key, position, nbytes, max(0.1, deadline - time.monotonic()))
-        ranges.rescued(key, position)
-        return found
+
+        def here(left: float) -> memoryview | None:
+            read = ranges.get(fs, f"{prefix}/" if prefix else "", key, position, nbytes)
+            future = asyncio.run_coroutine_threadsafe(read, fs.loop)
+            try:
+                return future.result(left)
+            except BaseException:
+                future.cancel()
+                raise
+
+        return ranges.read(key, position, seconds, here, lambda left: self._get(key, position, nbytes, left))
 
     def _get(self, key: str, position: int, nbytes: int, seconds: float) -> bytes:
         def get() -> bytes:

@@ -8,12 +8,13 @@ import re
 import threading
 import time
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import Any
 from urllib.parse import urlsplit
 
 from ckptengine.storage.retry import Garbled
 
-__all__ = ["LARGE", "NEVER", "NotAlikeError", "RangeReads", "S3Ranges"]
+__all__ = ["LARGE", "NEVER", "NotAlikeError", "RangeReads", "S3Ranges", "check_alike", "made_store"]
 
 LARGE = (64 << 10) + 1
 """From so many bytes on a read goes through obstore, where it is installed."""
@@ -71,6 +72,27 @@ class RangeReads(ABC):
             self.client,
             _REST_SECONDS,
         )
+
+    def read(
+        self,
+        key: str,
+        position: int,
+        seconds: float,
+        here: Callable[[float], memoryview | None],
+        by_client: Callable[[float], bytes],
+    ) -> bytes | memoryview:
+        """Return what `here`, a call of `get`, reads, or where it should not or can't, what the client does.
+
+        Both get the seconds that are left.
+        """
+        deadline = time.monotonic() + seconds
+        if self.takes(key, position):
+            data = here(seconds)
+            if data is not None:
+                return data
+        found = by_client(max(0.1, deadline - time.monotonic()))
+        self.rescued(key, position)
+        return found
 
     async def get(self, fs: Any, prefix: str, key: str, position: int, nbytes: int) -> memoryview | None:
         """Return bytes of an object, fewer only where it ends before; None where the client is to be asked at once.
@@ -154,6 +176,21 @@ class NotAlikeError(Exception):
     """Something that the client was told has no counterpart."""
 
 
+def check_alike(unlike: dict[str, Any]) -> None:
+    """Raise `NotAlikeError` for the first thing that is there; the values say whether, or hold it."""
+    for what, found in unlike.items():
+        if found:
+            raise NotAlikeError(what)
+
+
+def made_store(store: Any, bucket: str, options: dict[str, Any]) -> Any:
+    """Return obstore's store of a class; raises `NotAlikeError` for options that its version does not take."""
+    try:
+        return store(bucket, **options)
+    except Exception as error:
+        raise NotAlikeError(f"its options ({type(error).__name__})") from None
+
+
 async def _store_like(fs: Any, client: Any, credentials: Any, bucket: str) -> Any:
     """Return a store that asks where s3fs' client asks, as it does; raises `NotAlikeError` saying what keeps it."""
     from botocore import UNSIGNED
@@ -179,9 +216,7 @@ async def _store_like(fs: Any, client: Any, credentials: Any, bucket: str) -> An
         "certificates": url.scheme != "http" and (session._verify is not True or session._cert_file is not None),
         "a proxy": _has_proxy(config, url.geturl()),
     }
-    for what, found in unlike.items():
-        if found:
-            raise NotAlikeError(what)
+    check_alike(unlike)
     endpoint = f"{url.scheme}://{url.netloc}"
     options: dict[str, Any] = {
         # Both names, and the rest too: what is not said would be taken from the environment.
@@ -208,10 +243,7 @@ async def _store_like(fs: Any, client: Any, credentials: Any, bucket: str) -> An
             "expires_at": None,
         }
         options["credential_provider"] = lambda: signed
-    try:
-        return S3Store(bucket, **options)
-    except Exception as error:  # another version of it
-        raise NotAlikeError(f"its options ({type(error).__name__})") from None
+    return made_store(S3Store, bucket, options)
 
 
 def _has_proxy(config: Any, url: str) -> bool:

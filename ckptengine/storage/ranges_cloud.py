@@ -7,7 +7,7 @@ from typing import Any
 from urllib.parse import urlsplit
 from urllib.request import getproxies_environment, proxy_bypass
 
-from ckptengine.storage.ranges import NEVER, NotAlikeError, RangeReads
+from ckptengine.storage.ranges import NEVER, RangeReads, check_alike, made_store
 
 __all__ = ["AzureRanges", "GoogleRanges", "ranges_of"]
 
@@ -55,7 +55,7 @@ class GoogleRanges(RangeReads):
             "an address of this form": urlsplit(endpoint).scheme not in ("http", "https"),
             "a proxy": _has_proxy(endpoint),
         }
-        _check(unlike)
+        check_alike(unlike)
         options: dict[str, Any] = {"base_url": endpoint, "skip_signature": not token}
         if token:
             bearer = {"token": token.removeprefix("Bearer "), "expires_at": None}
@@ -93,7 +93,7 @@ class AzureRanges(RangeReads):
             "an address of this form": url.scheme not in ("http", "https"),
             "a proxy": _has_proxy(endpoint),
         }
-        _check(unlike)
+        check_alike(unlike)
         account = str(getattr(fs, "account_name", "") or url.netloc.partition(".")[0])
         options: dict[str, Any] = {"account_name": account, "endpoint": endpoint, "use_emulator": False}
         # Never an option: what the environment says would come before it.
@@ -116,15 +116,6 @@ def _has_proxy(endpoint: str) -> bool:
     return bool(named) and not proxy_bypass(url.netloc)
 
 
-def _check(unlike: dict[str, Any]) -> None:
-    for what, found in unlike.items():
-        if found:
-            raise NotAlikeError(what)
-
-
 def _made(store: Any, bucket: str, endpoint: str, options: dict[str, Any]) -> Any:
     client_options = {"allow_http": endpoint.startswith("http:"), "timeout": NEVER, "connect_timeout": "60s"}
-    try:
-        return store(bucket, client_options=client_options, retry_config={"max_retries": 0}, **options)
-    except Exception as error:  # another version of it
-        raise NotAlikeError(f"its options ({type(error).__name__})") from None
+    return made_store(store, bucket, {"client_options": client_options, "retry_config": {"max_retries": 0}, **options})

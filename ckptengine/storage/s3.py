@@ -121,18 +121,15 @@ class S3Objects(Objects):
 
     def get(self, key: str, position: int, nbytes: int, seconds: float) -> bytes | memoryview:
         """Return bytes of an object: one ranged GET."""
-        if self._ranges is None or nbytes < LARGE:
+        ranges = self._ranges
+        if ranges is None or nbytes < LARGE:
             return self._get(key, position, nbytes, seconds)
-        deadline = time.monotonic() + seconds
-        if self._ranges.takes(key, position):
-            data: memoryview | None = self._run(
-                self._ranges.get(self._fs, self._prefix, key, position, nbytes), seconds
-            )
-            if data is not None:
-                return data
-        found = self._get(key, position, nbytes, max(0.1, deadline - time.monotonic()))
-        self._ranges.rescued(key, position)
-        return found
+
+        def here(left: float) -> memoryview | None:
+            data: memoryview | None = self._run(ranges.get(self._fs, self._prefix, key, position, nbytes), left)
+            return data
+
+        return ranges.read(key, position, seconds, here, lambda left: self._get(key, position, nbytes, left))
 
     def _get(self, key: str, position: int, nbytes: int, seconds: float) -> bytes:
         async def read() -> bytes:

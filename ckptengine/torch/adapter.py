@@ -126,6 +126,10 @@ class TorchAdapter(Adapter):
         """Whether a value is an optimizer."""
         return isinstance(value, torch.optim.Optimizer)
 
+    def bare_name(self, name: str) -> str:
+        """Return a parameter's name without the prefixes of DDP, `torch.compile`, FSDP and activation checkpointing."""
+        return _module.bare_name(name)
+
     def optimizer_groups(self, optimizer: Any) -> list[dict[str, Any]]:
         """Return the live groups."""
         groups: list[dict[str, Any]] = getattr(optimizer, "param_groups", [])  # a container of optimizers may have none

@@ -16,10 +16,11 @@ from ckptengine.torch.dtensor import is_dtensor
 from ckptengine.torch.metrics import check_metrics, metric_counters, metric_values, set_metric_counters
 from ckptengine.torch.own_loading import hand_to_module, same_value, takes
 
-__all__ = ["check_module", "load_module", "module_entries", "module_values"]
+__all__ = ["bare_name", "check_module", "load_module", "module_entries", "module_values"]
 
 # `torch.compile` and activation checkpointing; these names are nobody else's.
 _PREFIXES = frozenset({"_orig_mod", "_checkpoint_wrapped_module"})
+_WRAPPERS = _PREFIXES | {"module", "_fsdp_wrapped_module"}
 
 
 def module_values(module: torch.nn.Module) -> Mapping[str, Any]:
@@ -136,6 +137,14 @@ def _wrapped_children(module: torch.nn.Module) -> frozenset[str]:
     """Return the full names of the modules inside DataParallel, DistributedDataParallel and AveragedModel."""
     kinds = (torch.nn.DataParallel, torch.nn.parallel.DistributedDataParallel, AveragedModel)
     return frozenset(f"{name}.module".lstrip(".") for name, child in module.named_modules() if isinstance(child, kinds))
+
+
+def bare_name(name: str) -> str:
+    """Return a name that `named_parameters()` of a module in wrappers gave, without the wrappers' parts.
+
+    The module is not at hand: a submodule that the user has called `module` loses its part, too.
+    """
+    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
 
 
 def _bare(key: str, wrapped: frozenset[str]) -> str:

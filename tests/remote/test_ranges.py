@@ -12,11 +12,12 @@ import numpy as np
 import pytest
 from buckets import QUICK, Bucket
 from contract import StorageContract
+from obstore_reads import counted_reads
 from servers import KEY, SECRET
 
 import ckptengine as ce
 from ckptengine.errors import CheckpointDamagedError, CheckpointError, StorageError
-from ckptengine.storage.ranges import _FAILURES, RangeReads
+from ckptengine.storage.ranges import _FAILURES
 from ckptengine.storage.remote import RemoteStorage
 
 pytest.importorskip("obstore")
@@ -29,16 +30,7 @@ ONLY_OBSTORE = "User-Agent: aiobotocore"  # s3fs' requests are spared
 @pytest.fixture
 def read(monkeypatch):
     """The reads that obstore has made, as (key, position, bytes)."""
-    made, get = [], RangeReads.get
-
-    async def counted(self, fs, prefix, key, position, nbytes):
-        data = await get(self, fs, prefix, key, position, nbytes)
-        if data is not None:
-            made.append((prefix + key, position, len(data)))
-        return data
-
-    monkeypatch.setattr(RangeReads, "get", counted)
-    return made
+    return counted_reads(monkeypatch)
 
 
 def check(bucket: Bucket, **more: object) -> None:

@@ -7,10 +7,10 @@ import logging
 
 import numpy as np
 import pytest
+from obstore_reads import counted_reads
 
 import ckptengine as ce
 from ckptengine.errors import StorageError
-from ckptengine.storage.ranges import RangeReads
 
 pytest.importorskip("obstore")
 
@@ -25,16 +25,7 @@ def kind(request):
 @pytest.fixture
 def read(monkeypatch):
     """The reads that obstore has made, as (key, position, bytes)."""
-    made, get = [], RangeReads.get
-
-    async def counted(self, fs, prefix, key, position, nbytes):
-        data = await get(self, fs, prefix, key, position, nbytes)
-        if data is not None:
-            made.append((prefix + key, position, len(data)))
-        return data
-
-    monkeypatch.setattr(RangeReads, "get", counted)
-    return made
+    return counted_reads(monkeypatch)
 
 
 def test_the_data_of_a_load_comes_through_obstore(place, read, caplog):

@@ -20,8 +20,6 @@ __all__ = ["OptimizerBinder"]
 _GIVEN = "param_names"
 """Where torch keeps the names of the parameters that an optimizer was given with names."""
 
-_WRAPPERS = frozenset({"module", "_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"})
-
 
 class OptimizerBinder(TensorBinder):
     """Binds optimizers by their parameters."""
@@ -123,7 +121,7 @@ class OptimizerBinder(TensorBinder):
         per_rank: bool,
     ) -> None:
         node = self._as_a_whole(path, node, per_rank)
-        saved = None if node is None else self._rebuild_groups(groups, names, path, node, node)
+        saved = None if node is None else self._rebuild_groups(adapter, groups, names, path, node, node)
         if saved is None:
             return
         told: dict[int, Any] = {}  # what each tensor that holds a number is set to
@@ -142,7 +140,13 @@ class OptimizerBinder(TensorBinder):
                 self._act(FRAMEWORK, functools.partial(adapter.set_hyperparameter, group, key, value))
 
     def _rebuild_groups(
-        self, groups: list[dict[str, Any]], names: list[list[str]], path: Path, node: Node, optimizer: Node
+        self,
+        adapter: Adapter,
+        groups: list[dict[str, Any]],
+        names: list[list[str]],
+        path: Path,
+        node: Node,
+        optimizer: Node,
     ) -> list[dict[str, Any]] | None:
         """Return the saved groups, with the parameters' names; None where they are not those that are here.
 
@@ -150,7 +154,7 @@ class OptimizerBinder(TensorBinder):
         """
         reads, actions, cast = len(self.reads), len(self.actions), len(self._cast)
         saved: list[dict[str, Any]] = self._rebuild(node, path, groups)
-        reason = self._groups_differ(saved, names, groups)
+        reason = self._groups_differ(adapter, saved, names, groups)
         if reason is not None:
             del self.reads[reads:], self.actions[actions:], self._cast[cast:]
             self._converted = {number: one for number, one in self._converted.items() if number < reads}
@@ -159,7 +163,9 @@ class OptimizerBinder(TensorBinder):
         self._loaded.append(dotted(path))
         return saved
 
-    def _groups_differ(self, saved: Any, names: list[list[str]], groups: list[dict[str, Any]]) -> str | None:
+    def _groups_differ(
+        self, adapter: Adapter, saved: Any, names: list[list[str]], groups: list[dict[str, Any]]
+    ) -> str | None:
         if not isinstance(saved, list) or not all(isinstance(g, dict) and "params" in g for g in saved):
             return "no parameter groups in the checkpoint"
         if len(saved) != len(names):
@@ -177,7 +183,7 @@ class OptimizerBinder(TensorBinder):
             for name in here if then and now else ():
                 if name in known or name not in then or name not in now:
                     continue
-                if _without_wrappers(then[name]) != _without_wrappers(now[name]):
+                if adapter.bare_name(str(then[name])) != adapter.bare_name(str(now[name])):
                     return (
                         f"parameter {name} is called {now[name]!r} here, {then[name]!r} in the checkpoint; pass the "
                         "model in the same state, or give the optimizer its parameters in the same order"
@@ -208,11 +214,6 @@ def _given_names(names: list[str], group: Mapping[str, Any]) -> dict[str, Any]:
     """Return the names that the user gave the parameters of a group, if any, by those that they have in the state."""
     given = group.get(_GIVEN)
     return dict(zip(names, given, strict=False)) if isinstance(given, (list, tuple)) else {}
-
-
-def _without_wrappers(name: Any) -> Any:
-    """Return a parameter's name without what DDP, `torch.compile` and the like put before it."""
-    return ".".join(part for part in name.split(".") if part not in _WRAPPERS) if isinstance(name, str) else name
 
 
 def _give_own(adapter: Adapter, group: dict[str, Any], key: str) -> None:

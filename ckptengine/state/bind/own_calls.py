@@ -64,7 +64,7 @@ class OwnCallsBinder(ObjectBinder, OptimizerBinder, ModuleBinder):
         self.built[path], self.before[path] = optimizer, current
         self.optimizers.add(path)
         names = optimizer_names(groups, self._names)
-        packed = self._own_groups(groups, names, path, node, per_rank)
+        packed = self._own_groups(adapter, groups, names, path, node, per_rank)
         if packed is None:
             return
         state = self._own_states(adapter, groups, names, parts[0], packed, path, node)
@@ -83,14 +83,20 @@ class OwnCallsBinder(ObjectBinder, OptimizerBinder, ModuleBinder):
         self._act(FRAMEWORK, functools.partial(hand_over, optimizer, handed, path, call))
 
     def _own_groups(
-        self, groups: list[dict[str, Any]], names: list[list[str]], path: Path, node: Node, per_rank: bool
+        self,
+        adapter: Adapter,
+        groups: list[dict[str, Any]],
+        names: list[list[str]],
+        path: Path,
+        node: Node,
+        per_rank: bool,
     ) -> list[dict[str, Any]] | None:
         """Return the saved groups, with the parameters' names; None where they are not those that are here."""
         where, child = (*path, GROUPS), node.child(GROUPS)
         if child is None:
             self._absent(where, per_rank)
             return None
-        return self._rebuild_groups(groups, names, where, child, node)
+        return self._rebuild_groups(adapter, groups, names, where, child, node)
 
     def _own_states(
         self,

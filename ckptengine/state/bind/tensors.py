@@ -15,7 +15,7 @@ import numpy as np
 from ckptengine.errors import LoadMismatchError, StateError
 from ckptengine.frameworks.adapter import ABOUT, Adapter, Layouts, TensorView
 from ckptengine.frameworks.numpy import NumpyAdapter
-from ckptengine.frameworks.registry import adapters
+from ckptengine.frameworks.registry import adapter_of_tensor, adapters
 from ckptengine.schema.dtypes import DTYPES
 from ckptengine.schema.leaf import ArrayLeaf, Part, Placement
 from ckptengine.schema.path import Path, dotted
@@ -296,7 +296,7 @@ class TensorBinder(BinderBase):
         array, grad = self._array_of(entry, path, like, make), entry.parameter
         if grad is None:
             return array
-        adapter = next((one for one in adapters() if one.is_tensor(array)), None)
+        adapter = adapter_of_tensor(array)
         if adapter is None or adapter.parameter_grad(array) is grad:
             return array
         return adapter.as_parameter(array, grad)
