@@ -41,15 +41,19 @@ def save(
     saved, `StorageError` what the storage refused.
     """
     writer = _writer(storage_writer, checkpoint_id)
-    metadata: Metadata = state_dict_saver.save(
-        state_dict,
-        checkpoint_id=checkpoint_id,
-        storage_writer=writer,
-        planner=planner,
-        process_group=process_group,
-        no_dist=no_dist,
-        use_collectives=use_collectives,
-    )
+    try:
+        metadata: Metadata = state_dict_saver.save(
+            state_dict,
+            checkpoint_id=checkpoint_id,
+            storage_writer=writer,
+            planner=planner,
+            process_group=process_group,
+            no_dist=no_dist,
+            use_collectives=use_collectives,
+        )
+    finally:
+        if isinstance(writer, Writer):
+            writer.give_up()
     return metadata
 
 

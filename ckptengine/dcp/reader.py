@@ -73,6 +73,7 @@ class Reader(StorageReader):
         self.checkpoint_id: str | os.PathLike[str] = path
         self._step, self._options = step, storage_options
         self._timeout = checked_seconds("timeout", timeout)
+        self._alone = False
         self._checkpoint: Checkpoint | None = None
         self._contents: Contents | None = None
 
@@ -88,7 +89,8 @@ class Reader(StorageReader):
         Raises `CheckpointNotFoundError`, `CheckpointDamagedError`, `FormatVersionError`, `StorageError`.
         """
         path = os.fspath(self.checkpoint_id)
-        if kwargs.get("rank") is not None:
+        self._alone = kwargs.get("rank") is not None
+        if self._alone:
             path = f"{path.rstrip('/')}/rank-{int(kwargs['rank'])}"
         storage = open_checkpoint(path, self._options, self._step, self._timeout)
 
@@ -105,7 +107,8 @@ class Reader(StorageReader):
 
     def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
         """Return the plan with the checkpoint that this rank has opened."""
-        return replace(plan, storage_data=self._opened()[0].manifest.attempt)
+        attempt = self._opened()[0].manifest.attempt
+        return replace(plan, storage_data=None if self._alone else attempt)
 
     def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
         """Raise `LoadMismatchError` where the ranks have opened different checkpoints; return the plans as they are."""

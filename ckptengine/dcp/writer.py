@@ -70,6 +70,10 @@ class Writer(StorageWriter):
             self.checkpoint_id = checkpoint_id
         self._storage = self._attempt = self._begun = None
 
+    def give_up(self) -> None:
+        """Remove what a save has left that failed on this rank or another; after one that was committed, nothing."""
+        self._held.close()
+
     def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
         """Take what torch tells of this rank; without collectives each rank writes a checkpoint of its own."""
         self._held.close()
