@@ -6,7 +6,7 @@ if sys.platform != "linux":
     raise ImportError(f"ckptengine runs on Linux only, and this is {sys.platform}: it needs /proc and /dev/shm")
 
 from ckptengine import errors
-from ckptengine.api import async_save, load, save
+from ckptengine.api import async_save, export, load, save
 from ckptengine.catalog.keep import Best, KeepEvery, KeepLast, KeepSteps
 from ckptengine.checkpointer import Checkpointer
 from ckptengine.comm.single import SingleProcess
@@ -45,6 +45,7 @@ __all__ = [
     "SingleProcess",
     "async_save",
     "errors",
+    "export",
     "load",
     "save",
 ]
