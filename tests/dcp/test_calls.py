@@ -111,6 +111,26 @@ def test_an_asynchronous_save_has_the_state_of_the_call(tmp_path: Path) -> None:
     assert same(target, state())
 
 
+def test_each_of_several_asynchronous_saves_has_the_state_of_its_call(tmp_path: Path) -> None:
+    tensor, futures = torch.zeros(1 << 20), []
+    for number in range(4):
+        tensor.fill_(number)
+        futures.append(dcp.async_save({"x": tensor}, checkpoint_id=tmp_path / str(number)))
+    tensor.fill_(9)
+    for number, future in enumerate(futures):
+        getattr(future, "upload_completion", future).result()
+        assert set(ce.load(tmp_path / str(number))["x"].tolist()) == {number}
+
+
+def test_an_asynchronous_save_that_fails_leaves_nothing_and_the_next_one_is_made(tmp_path: Path) -> None:
+    future = dcp.async_save({"x": torch.ones(2), "odd": {"y": object()}}, checkpoint_id=tmp_path)
+    with pytest.raises(torchs.CheckpointException, match="odd.y: object can't be saved"):
+        getattr(future, "upload_completion", future).result()
+    future = dcp.async_save({"x": torch.ones(2)}, checkpoint_id=tmp_path)
+    getattr(future, "upload_completion", future).result()
+    assert len(list(tmp_path.iterdir())) == 2
+
+
 def test_writer_and_reader_plug_into_torchs_own_calls(tmp_path: Path) -> None:
     torchs.save(state(), storage_writer=dcp.Writer(tmp_path))
     target = zeroed(state())
