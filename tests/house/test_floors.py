@@ -20,7 +20,7 @@ FLOORS = (
     ("counters", "frameworks", "layout", "comm"),
     ("state", "storage"),
     ("archive", "data"),
-    ("catalog", "snapshot"),
+    ("catalog", "snapshot", "foreign"),
     ("save", "load"),
     ("tiers", "inspect"),
     ("policy", "audit"),
