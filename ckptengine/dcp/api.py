@@ -110,7 +110,8 @@ def load(
 ) -> None:
     """Fill a state from a checkpoint; takes what `torch.distributed.checkpoint.load` does.
 
-    `checkpoint_id` is a checkpoint of this engine, whoever saved it, or a run, of which the newest is taken.
+    `checkpoint_id` is a checkpoint of this engine, whoever saved it, a run, of which the newest is taken, or one that
+    torch's own `save` has written.
     """
     if storage_reader is None:
         storage_reader = Reader(_given(checkpoint_id, "storage_reader"))

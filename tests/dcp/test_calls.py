@@ -157,6 +157,14 @@ def test_a_run_of_the_engine_is_read_at_a_step(tmp_path: Path) -> None:
         assert target["x"].tolist() == [step] * 3
 
 
+def test_what_torchs_own_save_has_written_is_loaded(tmp_path: Path) -> None:
+    saved = {name: value for name, value in state().items() if name != "pair"}
+    torchs.save(saved, checkpoint_id=tmp_path)
+    target = zeroed(saved)
+    dcp.load(target, checkpoint_id=tmp_path)
+    assert same(target, saved)
+
+
 def test_a_key_that_is_not_there_is_an_error_unless_partial_loads_are_allowed(tmp_path: Path) -> None:
     dcp.save({"x": torch.ones(2)}, checkpoint_id=tmp_path)
     with pytest.raises(torchs.CheckpointException, match="Missing key in checkpoint state_dict: y"):
