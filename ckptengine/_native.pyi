@@ -111,7 +111,7 @@ def scatter(
     nbytes: int,
     fixed_nbytes: int,
     block_nbytes: int,
-    block_crcs: Buffer,
+    block_crcs: Buffer | None,
     ops: Buffer,
     index: Buffer,
     threads: int,
@@ -119,7 +119,8 @@ def scatter(
     """Verify file bytes that lie in memory, and scatter them into strided tensors.
 
     At `address` lie the file's bytes `[position, position + nbytes)`, cut at multiples of `block_nbytes` or at
-    `fixed_nbytes`. `block_crcs` (uint32) is the table of the whole file. `ops` and `index` are as for `pack`, sorted
+    `fixed_nbytes`. `block_crcs` (uint32) is the table of the whole file, None where it has none, as a file of another
+    format: then nothing is compared. `ops` and `index` are as for `pack`, sorted
     by `file_pos`, each op being `file_pos, nbytes, itemsize, ndim, dst_address, dst_low, dst_nbytes,
     dense_shape[ndim], box_offset[ndim], box_shape[ndim], strides[ndim]`: the box (`box_offset`, `box_shape`) of the
     dense array at `file_pos` goes to `dst_address`, as far as its bytes lie in the range; an element that the range
@@ -133,7 +134,7 @@ def load(
     fd: int,
     fixed_nbytes: int,
     block_nbytes: int,
-    block_crcs: Buffer,
+    block_crcs: Buffer | None,
     ranges: Buffer,
     ops: Buffer,
     index: Buffer,
@@ -173,7 +174,7 @@ def share_consume(
     requests: Buffer,
     fixed_nbytes: int,
     block_nbytes: int,
-    block_crcs: Buffer,
+    block_crcs: Buffer | None,
     ops: Buffer,
     index: Buffer,
     threads: int,

@@ -20,6 +20,7 @@ from ckptengine.save.replicas import replica_check
 from ckptengine.save.saver import DEFAULT_TIMEOUT, Saver
 from ckptengine.save.single import single_checkpoint
 from ckptengine.state.bind import LoadReport
+from ckptengine.state.rename import Rename
 from ckptengine.storage.open import open_storage
 
 __all__ = ["async_save", "load", "save"]
@@ -121,7 +122,7 @@ def load(
     *,
     step: int | None = None,
     only: Iterable[str] | None = None,
-    rename: Mapping[str, str] | None = None,
+    rename: Rename | None = None,
     rank: int | None = None,
     as_torch: bool = False,
     timeout: float = DEFAULT_TIMEOUT,
@@ -136,7 +137,7 @@ def load(
     *,
     step: int | None = None,
     only: Iterable[str] | None = None,
-    rename: Mapping[str, str] | None = None,
+    rename: Rename | None = None,
     strict: bool = True,
     cast: bool = False,
     verify: bool = True,
@@ -152,7 +153,7 @@ def load(
     *,
     step: int | None = None,
     only: Iterable[str] | None = None,
-    rename: Mapping[str, str] | None = None,
+    rename: Rename | None = None,
     strict: bool = True,
     cast: bool = False,
     verify: bool = True,
@@ -165,21 +166,26 @@ def load(
     """Fill a state from a checkpoint, or return its arrays and values.
 
     `path` is a run, of which the newest checkpoint is taken or that of `step`; or RUN/step-40, or what `save` wrote; or
-    a URL of these, with fsspec's `storage_options`. With `into`, all ranks call it, at any world size and sharding, and
-    get a `LoadReport`; tensors are filled in place, objects through `load_state_dict`. Without, this process alone gets
-    nested dicts of numpy arrays (bfloat16 and float8 as `ml_dtypes`' types) and plain values; no framework is needed.
-    With `as_torch=True` the arrays are torch tensors on the CPU, of the dtypes that were saved. What ranks have of
-    their own (`PerRank`) is left out, or with `rank` that rank's is included.
+    a URL of these, with fsspec's `storage_options`. Or it is another library's: a safetensors file, a directory of
+    Hugging Face or of DCP, a file that `torch.save` wrote (`docs/foreign.md`).
 
-    `only` restricts to parts of the state, by dotted prefixes (`["model", "optimizer.state"]`); `rename` maps
-    dotted prefixes of the checkpoint to those of the state; with `strict=False` missing and unexpected leaves are
-    reported, not raised; with `cast=True` a leaf may change its dtype. With `into`, the state is compared with the
-    checkpoint afterwards (`docs/verification.md`), unless `verify=False`. `timeout` is in seconds.
+    With `into`, all ranks call it, at any world size and sharding, and get a `LoadReport`; tensors are filled in place,
+    objects through `load_state_dict`. Without, this process alone gets nested dicts of numpy arrays (bfloat16 and
+    float8 as `ml_dtypes`' types) and plain values; no framework is needed. With `as_torch=True` the arrays are torch
+    tensors on the CPU, of the dtypes that were saved. What ranks have of their own (`PerRank`) is left out, or with
+    `rank` that rank's is included.
+
+    `only` restricts to parts of the state, by dotted prefixes (`["model", "optimizer.state"]`). `rename` maps dotted
+    prefixes of the checkpoint to those of the state, `*` in both standing for one part of a name and `**` for any
+    number, or compiled regular expressions to what takes their place; or it is a function of a name. With
+    `strict=False` missing and unexpected leaves are reported, not raised; with `cast=True` a leaf may change its dtype.
+    With `into`, the state is compared with the checkpoint afterwards (`docs/verification.md`), unless `verify=False`.
+    `timeout` is in seconds.
 
     Raises `CheckpointNotFoundError`, `CheckpointDamagedError` naming the file, `LoadMismatchError` listing every
     leaf that doesn't fit, `RestoreDifferenceError` naming what is not as it was saved once all is set,
-    `FormatVersionError`. After damage that was found while tensors were being filled, the
-    state is not usable; the message says so.
+    `FormatVersionError`, `ForeignFormatError` for what another library wrote and is not read. After damage that was
+    found while tensors were being filled, the state is not usable; the message says so.
     """
     timeout, comm = checked_seconds("timeout", timeout), checked_comm(comm)
     storage = open_checkpoint(path, storage_options, None if step is None else checked_step(step, {}), timeout)

@@ -46,6 +46,7 @@ from ckptengine.save.replicas import replica_check
 from ckptengine.save.saver import DEFAULT_TIMEOUT, Saver
 from ckptengine.save.turn import Turn, Turns
 from ckptengine.snapshot.snapshotter import LEAST_ARENA_NBYTES
+from ckptengine.state.rename import Rename
 from ckptengine.state.report import LoadReport
 from ckptengine.state.select import module_names
 from ckptengine.tiers.tiers import Tiers
@@ -184,7 +185,7 @@ class Checkpointer:
         *,
         best: str | Best | None = None,
         only: Iterable[str] | None = None,
-        rename: Mapping[str, str] | None = None,
+        rename: Rename | None = None,
         strict: bool = True,
         cast: bool = False,
         verify: bool = True,
@@ -246,7 +247,7 @@ class Checkpointer:
         state: Mapping[str, Any],
         *,
         only: Iterable[str] | None = None,
-        rename: Mapping[str, str] | None = None,
+        rename: Rename | None = None,
         strict: bool = False,
         cast: bool = False,
         verify: bool = True,

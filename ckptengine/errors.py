@@ -5,6 +5,7 @@ __all__ = [
     "CheckpointError",
     "CheckpointNotFoundError",
     "DeadlineError",
+    "ForeignFormatError",
     "FormatVersionError",
     "LoadMismatchError",
     "Preempted",
@@ -58,6 +59,10 @@ class CheckpointDamagedError(CheckpointError, ValueError):
 
 class FormatVersionError(CheckpointError):
     """The checkpoint was written in a newer format than this version of ckptengine reads."""
+
+
+class ForeignFormatError(CheckpointError, ValueError):
+    """A checkpoint of another library holds something that is not read, or can't be written; nothing of it was run."""
 
 
 class StorageError(CheckpointError, OSError):

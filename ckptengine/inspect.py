@@ -15,8 +15,9 @@ from ckptengine.archive.record import ArchiveRecord
 from ckptengine.catalog import listing
 from ckptengine.catalog.naming import open_checkpoint
 from ckptengine.errors import CheckpointDamagedError, CheckpointError, CheckpointNotFoundError
-from ckptengine.load.checkpoint import Checkpoint
-from ckptengine.load.choose import while_replaced
+from ckptengine.foreign.checkpoint import ForeignCheckpoint
+from ckptengine.load.checkpoint import Checkpoint, Opened
+from ckptengine.load.choose import newest_or_foreign
 from ckptengine.load.describe import describe as saved_of
 from ckptengine.schema.path import Path, dotted
 from ckptengine.storage.base import Storage, join
@@ -84,7 +85,8 @@ class CheckpointDescription:
     """One checkpoint.
 
     `leaves` are its arrays, sorted by name. `values` are the replicated plain values and `rank_values` those
-    of each rank, by dotted name. `metadata` is the user's.
+    of each rank, by dotted name. `metadata` is the user's. `format` tells of another library's, whose files are
+    `files`: it has no step, generation or ranks, and the leaves' `archives` are numbers of its files.
     """
 
     path: str
@@ -99,6 +101,8 @@ class CheckpointDescription:
     leaves: tuple[LeafSummary, ...]
     values: dict[str, Any]
     rank_values: dict[int, dict[str, Any]]
+    format: str = "ckptengine"
+    files: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,14 +132,17 @@ def list_run(path: str | os.PathLike[str]) -> list[CheckpointSummary]:
 
 
 def describe(path: str | os.PathLike[str]) -> CheckpointDescription:
-    """Return what the newest checkpoint of a run holds, or that of a checkpoint directory.
+    """Return what the newest checkpoint of a run holds, or that of a checkpoint directory, or another library's.
 
-    Raises `CheckpointNotFoundError`, `CheckpointDamagedError` naming the file, `FormatVersionError`.
+    Raises `CheckpointNotFoundError`, `CheckpointDamagedError` naming the file, `FormatVersionError`,
+    `ForeignFormatError` for what another library wrote and is not read.
     """
-    return while_replaced(open_checkpoint(path), _described)
+    return newest_or_foreign(open_checkpoint(path), _described)
 
 
-def _described(checkpoint: Checkpoint) -> CheckpointDescription:
+def _described(checkpoint: Opened) -> CheckpointDescription:
+    if isinstance(checkpoint, ForeignCheckpoint):
+        return _described_foreign(checkpoint)
     manifest, rows = checkpoint.manifest, checkpoint.rows
     saved = saved_of(checkpoint)
     leaves = []
@@ -158,6 +165,38 @@ def _described(checkpoint: Checkpoint) -> CheckpointDescription:
         leaves=tuple(sorted(leaves, key=lambda leaf: leaf.name)),
         values=_named(saved.values),
         rank_values={rank: _named(values) for rank, values in enumerate(saved.rank_values)},
+    )
+
+
+def _described_foreign(checkpoint: ForeignCheckpoint) -> CheckpointDescription:
+    """Return what a checkpoint of another library holds; its files are numbered in the order of `files`."""
+    description, table = checkpoint.description, checkpoint.description.table
+    same: dict[Path, list[Path]] = {}
+    for path, first in description.aliases.items():
+        same.setdefault(first, []).append(path)
+    leaves = []
+    for record in table.leaves:
+        files = tuple(np.unique(table.archive[slice(*record.rows)]).tolist())
+        nbytes = record.itemsize * int(np.prod(record.shape, dtype=object))
+        leaves += [
+            LeafSummary(dotted(path), record.dtype, record.shape, nbytes, record.placement.value, files, None)
+            for path in (record.path, *same.get(record.path, ()))
+        ]
+    return CheckpointDescription(
+        path=checkpoint.location,
+        step=None,
+        generation=0,
+        parent=None,
+        world_size=1,
+        nbytes=sum(file.nbytes for file in description.files),
+        created="",
+        metadata=dict(description.metadata),
+        metrics={},
+        leaves=tuple(sorted(leaves, key=lambda leaf: leaf.name)),
+        values=_named(description.values),
+        rank_values={},
+        format=description.format,
+        files=tuple(file.name for file in description.files),
     )
 
 

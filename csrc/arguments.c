@@ -22,12 +22,17 @@ void ck_release_tables(Py_buffer *views, int n) {
 }
 
 int ck_get_tables(const ck_table *tables, int n, Py_buffer *views) {
-    for (int i = 0; i < n; i++)
-        if (!ck_get_table(tables[i].object, tables[i].name, tables[i].itemsize, tables[i].writable,
+    for (int i = 0; i < n; i++) {
+        if (tables[i].access == CK_OPTIONAL && tables[i].object == Py_None) {
+            views[i] = (Py_buffer){.itemsize = tables[i].itemsize};
+            continue;
+        }
+        if (!ck_get_table(tables[i].object, tables[i].name, tables[i].itemsize, tables[i].access == CK_OUTPUT,
                           &views[i])) {
             ck_release_tables(views, i);
             return 0;
         }
+    }
     return 1;
 }
 

@@ -251,6 +251,7 @@ void ck_seal_run(ck_seal *seal);
 
 typedef struct {
     int64_t fixed, block;
+    bool unverified; /* a file of another format, which has no CRCs: its bytes are taken as they are */
     const uint32_t *block_crcs;
     int64_t n_blocks;
     const int64_t *ops, *index;

@@ -80,6 +80,10 @@ static ck_buffer *buffer_take(int64_t size) {
 
 /* ---- load ---- */
 
+static int64_t aligned(int64_t nbytes) {
+    return (nbytes + CK_ALIGNMENT - 1) / CK_ALIGNMENT * CK_ALIGNMENT;
+}
+
 bool ck_load_prepare(ck_load *load, ck_error *error) {
     load->requests = NULL;
     load->n_requests = 0;
@@ -173,7 +177,10 @@ static bool load_request(void *context, int64_t unit, int worker) {
         return false;
     }
     unsigned char *bytes = job->buffers[worker]->bytes;
-    int64_t got = read_fully(load->fd, bytes, request.nbytes, request.position);
+    /* the last block of a file may end anywhere, and O_DIRECT wants whole ones: the read stops at the end */
+    int64_t got = read_fully(load->fd, bytes, aligned(request.nbytes), request.position);
+    if (got > request.nbytes)
+        got = request.nbytes;
     if (got < 0) {
         int number = errno;
         if (!atomic_flag_test_and_set(&job->failed))
@@ -198,7 +205,7 @@ int64_t ck_load_run(ck_load *load, ck_error *error) {
     atomic_init(&job.damaged, INT64_MAX);
     for (int64_t i = 0; i < load->n_requests; i++)
         if (load->requests[i].nbytes > job.buffer_nbytes)
-            job.buffer_nbytes = load->requests[i].nbytes;
+            job.buffer_nbytes = aligned(load->requests[i].nbytes);
     ck_parallel(load->n_requests, load->threads, load_request, &job);
     for (int i = 0; i < CK_MAX_THREADS; i++)
         if (job.buffers[i] != NULL)

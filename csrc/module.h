@@ -12,7 +12,7 @@ typedef struct {
     PyObject *object;
     const char *name;
     Py_ssize_t itemsize;
-    int writable;
+    enum { CK_INPUT, CK_OUTPUT, CK_OPTIONAL } access; /* optional: read, and None stands for an empty one */
 } ck_table;
 
 int ck_get_table(PyObject *object, const char *name, Py_ssize_t itemsize, int writable, Py_buffer *view);

@@ -19,7 +19,8 @@ PyObject *native_scatter(PyObject *module, PyObject *args, PyObject *keywords) {
         return NULL;
     }
     enum { CRCS, OPS, INDEX, N };
-    const ck_table tables[N] = {{crcs, "block_crcs", 4, 0}, {ops, "ops", 8, 0}, {index, "index", 8, 0}};
+    const ck_table tables[N] = {
+        {crcs, "block_crcs", 4, CK_OPTIONAL}, {ops, "ops", 8, CK_INPUT}, {index, "index", 8, CK_INPUT}};
     Py_buffer views[N];
     if (!ck_get_tables(tables, N, views))
         return NULL;
@@ -29,6 +30,7 @@ PyObject *native_scatter(PyObject *module, PyObject *args, PyObject *keywords) {
     }
     ck_scatter scatter = {.fixed = fixed,
                           .block = block,
+                          .unverified = crcs == Py_None,
                           .block_crcs = views[CRCS].buf,
                           .n_blocks = ck_items(&views[CRCS]),
                           .ops = views[OPS].buf,
@@ -66,8 +68,10 @@ PyObject *native_load(PyObject *module, PyObject *args, PyObject *keywords) {
     if (!ck_check_threads("threads", threads))
         return NULL;
     enum { CRCS, RANGES, OPS, INDEX, N };
-    const ck_table tables[N] = {
-        {crcs, "block_crcs", 4, 0}, {ranges, "ranges", 8, 0}, {ops, "ops", 8, 0}, {index, "index", 8, 0}};
+    const ck_table tables[N] = {{crcs, "block_crcs", 4, CK_OPTIONAL},
+                                {ranges, "ranges", 8, CK_INPUT},
+                                {ops, "ops", 8, CK_INPUT},
+                                {index, "index", 8, CK_INPUT}};
     Py_buffer views[N];
     if (!ck_get_tables(tables, N, views))
         return NULL;
@@ -80,6 +84,7 @@ PyObject *native_load(PyObject *module, PyObject *args, PyObject *keywords) {
     ck_load load = {.fd = fd,
                     .scatter = {.fixed = fixed,
                                 .block = block,
+                                .unverified = crcs == Py_None,
                                 .block_crcs = views[CRCS].buf,
                                 .n_blocks = ck_items(&views[CRCS]),
                                 .ops = views[OPS].buf,
@@ -225,8 +230,10 @@ PyObject *native_share_consume(PyObject *module, PyObject *args, PyObject *keywo
         !get_nanoseconds(seconds, &nanoseconds))
         return NULL;
     enum { REQUESTS, CRCS, OPS, INDEX, N };
-    const ck_table tables[N] = {
-        {requests, "requests", 8, 0}, {crcs, "block_crcs", 4, 0}, {ops, "ops", 8, 0}, {index, "index", 8, 0}};
+    const ck_table tables[N] = {{requests, "requests", 8, CK_INPUT},
+                                {crcs, "block_crcs", 4, CK_OPTIONAL},
+                                {ops, "ops", 8, CK_INPUT},
+                                {index, "index", 8, CK_INPUT}};
     Py_buffer views[N];
     if (!ck_get_tables(tables, N, views))
         return NULL;
@@ -239,6 +246,7 @@ PyObject *native_share_consume(PyObject *module, PyObject *args, PyObject *keywo
     ck_consume consume = {.window = window,
                           .scatter = {.fixed = fixed,
                                       .block = block,
+                                      .unverified = crcs == Py_None,
                                       .block_crcs = views[CRCS].buf,
                                       .n_blocks = ck_items(&views[CRCS]),
                                       .ops = views[OPS].buf,

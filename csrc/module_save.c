@@ -25,7 +25,8 @@ PyObject *native_pack(PyObject *module, PyObject *args, PyObject *keywords) {
         return NULL;
     }
     enum { OPS, INDEX, CRCS, N };
-    const ck_table tables[N] = {{ops, "ops", 8, 0}, {index, "index", 8, 0}, {crcs, "crcs", 4, 1}};
+    const ck_table tables[N] = {
+        {ops, "ops", 8, CK_INPUT}, {index, "index", 8, CK_INPUT}, {crcs, "crcs", 4, CK_OUTPUT}};
     Py_buffer views[N];
     if (!ck_get_tables(tables, N, views))
         return NULL;
@@ -78,10 +79,10 @@ PyObject *native_seal(PyObject *module, PyObject *args, PyObject *keywords) {
         return NULL;
     }
     enum { EXTENTS, PIECES, ENTRIES, BLOCKS, N };
-    const ck_table tables[N] = {{extents, "extents", 8, 0},
-                                {pieces, "piece_crcs", 4, 0},
-                                {entries, "entry_crcs", 4, 1},
-                                {blocks, "block_crcs", 4, 1}};
+    const ck_table tables[N] = {{extents, "extents", 8, CK_INPUT},
+                                {pieces, "piece_crcs", 4, CK_INPUT},
+                                {entries, "entry_crcs", 4, CK_OUTPUT},
+                                {blocks, "block_crcs", 4, CK_OUTPUT}};
     Py_buffer views[N];
     if (!ck_get_tables(tables, N, views))
         return NULL;

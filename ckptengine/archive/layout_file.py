@@ -125,6 +125,9 @@ class StoredRows:
             raise _damaged(self._archive, error) from None
         return offsets, lengths
 
+    def orders(self, rows: Int64s) -> None:
+        """All chunks are in C order."""
+
     def places_of(self, leaf: int) -> tuple[Int64s, Int64s, Int64s]:
         """Return archive, position and bytes of all chunks of `leaves[leaf]`, int64 [rows]; raises as `places`."""
         record = self.leaves[leaf]

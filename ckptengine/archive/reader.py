@@ -24,13 +24,16 @@ __all__ = ["Archive", "check_size", "open_archive"]
 class Archive:
     """An archive whose tail has been verified. `checksums` are uint32, one for each block of the fixed region.
 
+    A file of another format, which has none, is one whose `checksums` are None: all of it is the fixed region, and
+    nothing of it can be verified.
+
     `held` is the verified fixed region, uint8, where it is kept in memory (`holding`).
     """
 
     storage: StorageView
     name: str
     fixed_nbytes: int
-    checksums: NDArray[np.uint32]
+    checksums: NDArray[np.uint32] | None
     tail: dict[str, bytes]
     tail_bytes: bytes
     held: NDArray[np.uint8] | None = None
@@ -68,6 +71,8 @@ class Archive:
 
     def damage(self, start: int, stop: int) -> str:
         """Return what to say of damaged bytes."""
+        if self.checksums is None:
+            return f"{self.location}: ends before byte {stop}, it had {self.fixed_nbytes} bytes when it was opened"
         return f"{self.location}: bytes {start} to {stop} are not those that were written (CRC32 differs)"
 
     def _load(self, ranges: NDArray[np.int64], plan: ScatterPlan) -> tuple[int, int] | None:

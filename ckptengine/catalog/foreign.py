@@ -18,10 +18,19 @@ _PLACES = re.compile(
     r"(checkpoints?|ckpts?|weights|iter|epoch|global_?step|step|lightning_logs|version)?[-_=]?\d*", re.I
 )
 _SAVED = re.compile(r"(checkpoint|ckpt|epoch|iter|step|last|latest|best|state|optim|resume)", re.I)
+_ANEW = "to begin anew, give this run a directory of its own"
 _ADVICE = (
     "ckptengine does not read it. To go on with it, load it with the library that wrote it and save the state once "
-    "with ckptengine; to begin anew, give this run a directory of its own"
+    f"with ckptengine; {_ANEW}"
 )
+_ADVICE_READ = (
+    "`restore` does not read it. To go on with it, fill the state from it once (`ckptengine.load(path, into=state)`), "
+    f"and save to a run elsewhere; {_ANEW}"
+)
+_READ = frozenset(
+    ("a checkpoint of torch.distributed.checkpoint (DCP)", "what torch.save wrote", "weights as safetensors")
+)
+"""The formats that a load takes, as a whole or its weights (`ckptengine.foreign`)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +46,8 @@ class Foreign:
 
     def tell(self, place: str) -> str:
         """Return what to say of it, for a run at a place."""
-        return f"{place} holds {self.format} ({self.name}), and no checkpoint of ckptengine: {_ADVICE}"
+        advice = _ADVICE_READ if self.format in _READ else _ADVICE
+        return f"{place} holds {self.format} ({self.name}), and no checkpoint of ckptengine: {advice}"
 
 
 def _ends(*suffixes: str) -> Callable[[str], bool]:

@@ -19,6 +19,9 @@ __all__ = ["show"]
 _VALUE_WIDTH = 100
 """Characters of a plain value that the table shows; `--json` gives the whole."""
 
+_FILES = 8
+"""Names of files of another library's checkpoint that are listed."""
+
 
 @click.command()
 @click.argument("checkpoint")
@@ -27,14 +30,15 @@ _VALUE_WIDTH = 100
 def show(checkpoint: str, only: tuple[str, ...], as_json: bool) -> None:
     """Show the leaves and the plain values of CHECKPOINT.
 
-    CHECKPOINT is a run, of which the newest is shown, RUN/step-N, or a directory that `ckptengine.save` wrote.
+    CHECKPOINT is a run, of which the newest is shown, RUN/step-N, or a directory that `ckptengine.save` wrote; or a
+    safetensors file, a directory of Hugging Face or of DCP, or a file that torch.save wrote.
 
     \b
     placement   replicated: the same on all ranks, stored once
                 whole: one rank's is stored, as torch takes buffers
                 sharded: each rank has a part
                 per_rank: each rank has its own, and all are stored
-    archives    the ranks whose files (rank-N.zarr.zip) hold parts of it
+    archives    the ranks whose files (rank-N.zarr.zip) hold parts of it; of another library's files their numbers
     generation  one life of the job: each start that saves has the next number
 
     Exit codes: 0, 1 if something that has to be read is damaged, 2 if there is none or it can't be
@@ -71,15 +75,19 @@ def _filtered(description: CheckpointDescription, only: tuple[str, ...]) -> Chec
 
 
 def _print(description: CheckpointDescription, to: Console) -> None:
-    parent = description.parent
-    facts = {
-        "checkpoint": description.path,
+    parent, foreign = description.parent, bool(description.files)
+    ours = {
         "step": "-" if description.step is None else str(description.step),
         "generation": str(description.generation),
         "parent": "-" if parent is None else f"step {parent[1]}, generation {parent[0]}",
         "ranks": str(description.world_size),
+    }
+    theirs = {"format": f"{description.format}, without checksums", "files": _files(description.files)}
+    facts = {
+        "checkpoint": description.path,
+        **(theirs if foreign else ours),
         "size": size_text(description.nbytes),
-        "created": description.created,
+        **({} if foreign else {"created": description.created}),
         **{
             f"metrics.{key}": "not finite" if value is None else f"{value:.6g}"
             for key, value in description.metrics.items()
@@ -99,7 +107,7 @@ def _print(description: CheckpointDescription, to: Console) -> None:
     table.add_column("shape", no_wrap=True)
     table.add_column("size", justify="right", no_wrap=True)
     table.add_column("placement", no_wrap=True)
-    table.add_column("archives")
+    table.add_column("files" if foreign else "archives")
     for leaf in description.leaves:
         shape = " × ".join(map(str, leaf.shape)) or "scalar"
         size, archives = size_text(leaf.nbytes), ranks_text(leaf.archives)
@@ -114,6 +122,10 @@ def _print(description: CheckpointDescription, to: Console) -> None:
     for rank, values in sorted(description.rank_values.items()):
         if values:
             to.print(_values(f"Plain values of rank {rank}", values))
+
+
+def _files(names: tuple[str, ...]) -> str:
+    return ", ".join(names) if len(names) <= _FILES else f"{names[0]} … {names[-1]}, {len(names)} in all"
 
 
 def _values(title: str, values: dict[str, Any]) -> Table:

@@ -32,7 +32,7 @@ class Copy:
 
     The chunk lies at `position` of archive `archive` and has `nbytes` bytes: a C-ordered tensor of
     `dense_shape` with elements of `itemsize` bytes. The box at `box_offset` of it, with `box_shape`, goes to
-    `target_offset` of the part `wanted[part]`.
+    `target_offset` of the part `wanted[part]`. With `order` the chunk's dimensions are the part's in that order.
     """
 
     part: int
@@ -44,6 +44,7 @@ class Copy:
     box_offset: tuple[int, ...]
     box_shape: tuple[int, ...]
     target_offset: tuple[int, ...]
+    order: tuple[int, ...] | None = None
 
 
 class _Intervals:
@@ -92,13 +93,14 @@ def plan_read(rows: Rows, wanted: Sequence[WantedPart]) -> dict[int, list[Copy]]
         if one.leaf not in intervals:
             intervals[one.leaf] = _Intervals(*rows.boxes(one.leaf))
         pieces.append(_cut(part, record, one.box, intervals[one.leaf]))
+    needed = np.asarray([row for one in pieces for row in one.rows], np.int64)
     archive, position = rows.places(
-        np.asarray([row for one in pieces for row in one.rows], np.int64),
+        needed,
         np.asarray([nbytes for one in pieces for nbytes in one.nbytes], np.int64),
     )
     _check_covered(pieces, archive)
     result: dict[int, list[Copy]] = {}
-    for copy in _copies(pieces, archive.tolist(), position.tolist()):
+    for copy in _copies(pieces, archive.tolist(), position.tolist(), rows.orders(needed)):
         result.setdefault(copy.archive, []).append(copy)
     for copies in result.values():
         copies.sort(key=lambda copy: (copy.position, copy.part))
@@ -233,14 +235,21 @@ def _check_covered(pieces: Sequence[_Pieces], archive: Int64s) -> None:
     )
 
 
-def _copies(pieces: Sequence[_Pieces], archive: Iterable[int], position: Iterable[int]) -> Iterator[Copy]:
-    """Yield the copy of each piece; `archive` and `position` go on over all pieces."""
-    places = zip(archive, position, strict=True)
+def _copies(
+    pieces: Sequence[_Pieces],
+    archive: Sequence[int],
+    position: Sequence[int],
+    orders: Sequence[tuple[int, ...] | None] | None,
+) -> Iterator[Copy]:
+    """Yield the copy of each piece; `archive`, `position` and `orders` go on over all pieces."""
+    places = zip(archive, position, orders or itertools.repeat(None, len(archive)), strict=True)
     for one in pieces:
         lists = zip(one.nbytes, one.dense, one.inner, one.sizes, one.targets, strict=True)
         for nbytes, dense, inner, size, target in lists:
-            number, place = next(places)
-            yield Copy(one.part, number, place, nbytes, one.leaf.itemsize, dense, inner, size, target)
+            number, place, order = next(places)
+            if order is not None:
+                dense, inner, size = (tuple(one[dim] for dim in order) for one in (dense, inner, size))
+            yield Copy(one.part, number, place, nbytes, one.leaf.itemsize, dense, inner, size, target, order)
 
 
 def _runs(copy: Copy, block_nbytes: int) -> tuple[Int64s, int]:

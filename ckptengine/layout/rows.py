@@ -75,6 +75,12 @@ class Rows(Protocol):
         Raises CheckpointDamagedError where they can't be its boxes.
         """
 
+    def orders(self, rows: Int64s) -> Sequence[tuple[int, ...] | None] | None:
+        """Return the order in which each row's chunk is stored: dimensions from the outermost inward; None: C order.
+
+        None where all are in C order, as in every checkpoint of ours. Asked after `places`, for the same rows.
+        """
+
 
 @dataclass(frozen=True)
 class RowTable:
@@ -108,6 +114,9 @@ class RowTable:
         part = slice(*self._starts[leaf : leaf + 2])
         shape = (count, len(record.shape))
         return self.offsets[part].reshape(shape), self.lengths[part].reshape(shape)
+
+    def orders(self, rows: Int64s) -> None:
+        """All chunks are in C order."""
 
     @cached_property
     def _starts(self) -> list[int]:

@@ -13,9 +13,10 @@ from ckptengine.archive.reader import Archive, check_size, open_archive
 from ckptengine.catalog.commit import attempt_directory
 from ckptengine.catalog.manifest import Manifest
 from ckptengine.errors import CheckpointDamagedError, LoadMismatchError
+from ckptengine.foreign.checkpoint import ForeignCheckpoint
 from ckptengine.storage.base import StorageView, join
 
-__all__ = ["Checkpoint", "naming"]
+__all__ = ["Checkpoint", "Opened", "naming"]
 
 
 @contextlib.contextmanager
@@ -45,6 +46,16 @@ class Checkpoint:
         self._archives: dict[int, Archive] = {}
         self._rows: StoredRows | None = None
         self._shared: dict[str, Any] | None = None
+
+    @property
+    def step(self) -> int | None:
+        """The step, None for a single checkpoint."""
+        return self.manifest.step
+
+    @property
+    def generation(self) -> int:
+        """The life of the run that it was saved in."""
+        return self.manifest.generation
 
     @property
     def location(self) -> str:
@@ -100,3 +111,7 @@ class Checkpoint:
         """Check that every file is there with its size; raises `CheckpointDamagedError` naming the first that isn't."""
         for record in (self.manifest.layout, *self.manifest.archives):
             check_size(self.storage, self.file(record.name), record)
+
+
+Opened = Checkpoint | ForeignCheckpoint
+"""What a load reads: a checkpoint of ours, or one of another library that was described in the same words."""

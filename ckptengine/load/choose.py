@@ -16,14 +16,20 @@ from ckptengine.catalog.manifest import Manifest
 from ckptengine.comm.agree import from_first
 from ckptengine.comm.base import Communicator
 from ckptengine.errors import CheckpointDamagedError, CheckpointNotFoundError, StateError, StorageError
-from ckptengine.load.checkpoint import Checkpoint
+from ckptengine.foreign.checkpoint import ForeignCheckpoint
+from ckptengine.foreign.description import Description
+from ckptengine.foreign.find import at_place, describe_foreign, open_foreign
+from ckptengine.load.checkpoint import Checkpoint, Opened
 from ckptengine.storage.base import StorageView, join
 from ckptengine.storage.within import within
 
-__all__ = ["TRIES", "Chooser", "newest_checkpoint", "while_replaced"]
+__all__ = ["TRIES", "Chooser", "newest_checkpoint", "newest_or_foreign", "while_replaced"]
 
 TRIES = 20
 """How often a reader begins anew because a writer has deleted what it reads."""
+
+_FOREIGN = (b"D", b"F")
+"""What begins the description of a directory and of a file of another library; a manifest begins otherwise."""
 
 _log = logging.getLogger("ckptengine")
 _T = TypeVar("_T")
@@ -38,6 +44,20 @@ def newest_checkpoint(storage: StorageView) -> Checkpoint:
     its manifest can't be used.
     """
     return while_replaced(storage, lambda checkpoint: checkpoint)
+
+
+def newest_or_foreign(storage: StorageView, read: Callable[[Opened], _T]) -> _T:
+    """Return what `read` makes of the newest checkpoint, as `while_replaced`, or of one that another library wrote.
+
+    Raises `ForeignFormatError` and `CheckpointDamagedError` for what is there and can't be read.
+    """
+    try:
+        return while_replaced(storage, read)
+    except CheckpointNotFoundError:
+        foreign = open_foreign(storage)
+        if foreign is None:
+            raise
+    return read(foreign)
 
 
 def while_replaced(storage: StorageView, read: Callable[[Checkpoint], _T]) -> _T:
@@ -103,14 +123,28 @@ class Chooser:
         """Return what a look at the storage returns, in time; see `within`."""
         return within(self._timeout, f"choosing a checkpoint in {self._storage.location()}", look)
 
-    def newest(self) -> Checkpoint:
-        """Return the newest checkpoint; raises on all ranks as `newest_checkpoint` does."""
-        found = self._from_first(lambda: _pack(self._within(lambda: newest_checkpoint(self._storage)), 0))
-        assert found is not None
-        return found
+    def newest(self) -> Opened:
+        """Return the newest checkpoint, or one of another library; raises on all ranks as `newest_or_foreign` does."""
 
-    def is_gone(self, checkpoint: Checkpoint) -> bool:
+        def look() -> bytes:
+            try:
+                return _pack(newest_checkpoint(self._storage), 0)
+            except CheckpointNotFoundError:
+                foreign = describe_foreign(self._storage)
+                if foreign is None:
+                    raise
+            return _FOREIGN[foreign[1]] + foreign[0].encode()
+
+        doing = f"choosing a checkpoint in {self._storage.location()}"
+        reply = from_first(self._comm, lambda: self._within(look), self._timeout, doing)
+        if reply[:1] in _FOREIGN:
+            return at_place(self._storage, Description.decode(reply[1:]), reply[:1] == _FOREIGN[True])
+        return self._unpack(reply)
+
+    def is_gone(self, checkpoint: Opened) -> bool:
         """Return whether a checkpoint was deleted since it was chosen: rank 0 looks, for all."""
+        if isinstance(checkpoint, ForeignCheckpoint):
+            return False
         manifest = join(checkpoint.directory, manifest_name(checkpoint.manifest.generation))
 
         def look() -> bytes:
@@ -217,8 +251,9 @@ class Chooser:
     def _from_first(self, look: Callable[[], bytes]) -> Checkpoint | None:
         """Return on all ranks the checkpoint that rank 0 finds, None where it gives no bytes."""
         reply = from_first(self._comm, look, self._timeout, f"choosing a checkpoint in {self._storage.location()}")
-        if not reply:
-            return None
+        return self._unpack(reply) if reply else None
+
+    def _unpack(self, reply: bytes) -> Checkpoint:
         document = json.loads(reply)
         manifest = Manifest.decode(document["manifest"].encode(), document["directory"])
         return Checkpoint(self._views[document["view"]], document["directory"], manifest)

@@ -6,7 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar, overload
 
 from ckptengine.errors import CheckpointDamagedError
-from ckptengine.load.checkpoint import Checkpoint
+from ckptengine.foreign.checkpoint import ForeignCheckpoint
+from ckptengine.load.checkpoint import Checkpoint, Opened
 from ckptengine.schema.path import Path, dotted
 from ckptengine.state.forms import Form, is_form
 from ckptengine.state.outline import Outline, decode_outline
@@ -19,11 +20,13 @@ _T = TypeVar("_T")
 _TABLES = ("values", "aliases", "containers")
 
 
-def describe(checkpoint: Checkpoint) -> Saved:
+def describe(checkpoint: Opened) -> Saved:
     """Return the leaves and values of a checkpoint; what belongs to single ranks is read when it is looked at.
 
     Raises `CheckpointDamagedError` where the stored tables are not what this format has.
     """
+    if isinstance(checkpoint, ForeignCheckpoint):
+        return checkpoint.saved
     world_size = checkpoint.manifest.world_size
     shared: dict[Path, SavedLeaf] = {}
     own: list[dict[Path, SavedLeaf]] = [{} for _ in range(world_size)]

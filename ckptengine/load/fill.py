@@ -17,7 +17,7 @@ from ckptengine.archive.reader import Archive
 from ckptengine.errors import DeadlineError
 from ckptengine.layout.read_plan import Copy, WantedPart, blocks, plan_read
 from ckptengine.layout.tiling import Int64s
-from ckptengine.load.checkpoint import Checkpoint
+from ckptengine.load.checkpoint import Opened
 from ckptengine.load.schedule import needed_nbytes
 from ckptengine.native.tables import ScatterPlan, scatter_row
 from ckptengine.schema.dtypes import DTYPES
@@ -59,7 +59,7 @@ def host_memory(array: NDArray[Any]) -> HostMemory:
     return HostMemory(array.ctypes.data, array.strides, array.ctypes.data, array.nbytes, array)
 
 
-def plan_filling(checkpoint: Checkpoint, reads: Sequence[tuple[int, ArrayLeaf]]) -> Filling:
+def plan_filling(checkpoint: Opened, reads: Sequence[tuple[int, ArrayLeaf]]) -> Filling:
     """Return how to fill this rank's parts of leaves from a checkpoint.
 
     `reads` are pairs of a leaf's number in the checkpoint's rows and the leaf of the state that it fills. Raises
@@ -138,6 +138,7 @@ def _scatter(copies: Sequence[Copy], memories: Sequence[HostMemory]) -> ScatterP
         memory = memories[copy.part]
         address = memory.address + sum(o * s for o, s in zip(copy.target_offset, memory.strides, strict=True))
         target = (address, memory.low, memory.nbytes)
-        boxes = (copy.dense_shape, copy.box_offset, copy.box_shape, memory.strides)
+        strides = memory.strides if copy.order is None else tuple(memory.strides[dim] for dim in copy.order)
+        boxes = (copy.dense_shape, copy.box_offset, copy.box_shape, strides)
         rows.append(scatter_row(copy.position, copy.nbytes, copy.itemsize, target, *boxes))
     return ScatterPlan.of(rows)

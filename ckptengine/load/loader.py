@@ -17,9 +17,9 @@ import ckptengine._native as _native
 from ckptengine.catalog.keep import Best
 from ckptengine.comm.agree import gather, on_all
 from ckptengine.comm.base import Communicator
-from ckptengine.errors import CheckpointDamagedError, CheckpointError, RankFailedError, StorageError
-from ckptengine.load.checkpoint import Checkpoint, naming
-from ckptengine.load.choose import TRIES, Chooser, while_replaced
+from ckptengine.errors import CheckpointDamagedError, CheckpointError, LoadMismatchError, RankFailedError, StorageError
+from ckptengine.load.checkpoint import Checkpoint, Opened, naming
+from ckptengine.load.choose import TRIES, Chooser, newest_or_foreign
 from ckptengine.load.describe import describe
 from ckptengine.load.fill import Filling, host_memory, plan_filling, read_ranges
 from ckptengine.load.node import Offer
@@ -33,7 +33,8 @@ from ckptengine.schema.leaf import ArrayLeaf, Part
 from ckptengine.schema.path import Path, dotted
 from ckptengine.state.bind import Binding, LoadReport, bind
 from ckptengine.state.outline import put_in_order
-from ckptengine.state.select import Selection, renamer
+from ckptengine.state.rename import Rename, renamer
+from ckptengine.state.select import Selection
 from ckptengine.state.tree import unflatten
 from ckptengine.storage.base import StorageView
 from ckptengine.storage.within import within
@@ -48,7 +49,7 @@ class LoadOptions:
     """How a checkpoint and a state are matched; `ckptengine.load` explains them."""
 
     only: tuple[str, ...] | None = None
-    rename: Mapping[str, str] | None = None
+    rename: Rename | None = None
     strict: bool = True
     cast: bool = False
     verify: bool = True
@@ -57,7 +58,7 @@ class LoadOptions:
     def of(
         cls,
         only: Iterable[str] | None,
-        rename: Mapping[str, str] | None,
+        rename: Rename | None,
         strict: bool,
         cast: bool,
         verify: bool = True,
@@ -174,7 +175,7 @@ def tell_leftovers(loaded: Loaded, comm: Communicator) -> None:
         _log.warning("%s: not all of it was loaded: %s", loaded.location, loaded.report)
 
 
-def _tell_gone(comm: Communicator, checkpoint: Checkpoint, error: Exception) -> None:
+def _tell_gone(comm: Communicator, checkpoint: Opened, error: Exception) -> None:
     if comm.rank == 0:
         _log.info(
             "%s was deleted while it was read, the one that is there now is taken: %s", checkpoint.location, error
@@ -196,16 +197,16 @@ def load_arrays(
     if not options.strict or options.cast:
         raise ValueError("strict and cast are for loading into a state: load() without `into` returns what there is")
 
-    def read(checkpoint: Checkpoint) -> dict[Any, Any]:
+    def read(checkpoint: Opened) -> dict[Any, Any]:
         with naming(checkpoint.location):
             return _arrays_of(checkpoint, options, rank, timeout, convert)
 
     doing = f"loading {storage.location()}"
-    return within(timeout, doing, lambda: while_replaced(storage, read), _native.counters)
+    return within(timeout, doing, lambda: newest_or_foreign(storage, read), _native.counters)
 
 
 def _arrays_of(
-    checkpoint: Checkpoint,
+    checkpoint: Opened,
     options: LoadOptions,
     rank: int | None,
     timeout: float,
@@ -214,7 +215,7 @@ def _arrays_of(
     saved = describe(checkpoint)
     if rank is not None and not 0 <= rank < saved.world_size:
         raise ValueError(f"rank {rank}: {checkpoint.location} was saved by {saved.world_size} ranks")
-    selection, rename = Selection(options.only), renamer(options.rename, {})
+    selection, rename = Selection(options.only), renamer(options.rename, {}, saved.flat)
     # Where each array comes from: tied ones come from the first of their names, which may itself not be wanted.
     names: dict[Path, tuple[Path, int | None]] = {path: (path, None) for path in saved.leaves}
     names |= {path: (first, None) for path, first in saved.aliases.items()}
@@ -224,6 +225,7 @@ def _arrays_of(
         values |= saved.rank_values[rank]
         containers |= saved.rank_containers[rank]
     wanted = {path: source for path, source in names.items() if selection.holds(rename(path))}
+    _check_distinct([*wanted, *(path for path in values if selection.holds(rename(path)))], rename)
     values = {rename(path): value for path, value in values.items() if selection.holds(rename(path))}
     outlines = [saved.outline, *([] if rank is None else [saved.rank_outlines[rank]])]
     for outline in outlines:
@@ -252,6 +254,15 @@ def _arrays_of(
     return nested
 
 
+def _check_distinct(paths: Iterable[Path], rename: Callable[[Path], Path]) -> None:
+    """Raise `LoadMismatchError` where two leaves would have one name."""
+    first: dict[Path, Path] = {}
+    for path in paths:
+        if first.setdefault(rename(path), path) != path:
+            both = f"{dotted(first[rename(path)])!r} and {dotted(path)!r}"
+            raise LoadMismatchError(f"rename: {both} would both be called {dotted(rename(path))!r}; change the rule")
+
+
 def _new_array(shape: tuple[int, ...], dtype: str, path: Path) -> NDArray[Any]:
     try:
         return np.empty(shape, DTYPES[dtype].numpy)
@@ -263,7 +274,7 @@ def _new_array(shape: tuple[int, ...], dtype: str, path: Path) -> NDArray[Any]:
 
 
 def _load(
-    checkpoint: Checkpoint, state: Mapping[str, Any], comm: Communicator, timeout: float, options: LoadOptions
+    checkpoint: Opened, state: Mapping[str, Any], comm: Communicator, timeout: float, options: LoadOptions
 ) -> Loaded:
     binding: Binding | None = None
     filling: Filling | None = None
@@ -306,8 +317,7 @@ def _load(
             check_restored, checkpoint, state, binding, marks, comm.rank, comm.world_size, timeout
         )
         on_all(comm, check, timeout, f"comparing the state with {where}")
-    manifest = checkpoint.manifest
-    return Loaded(manifest.step, manifest.generation, where, binding.report, counts)
+    return Loaded(checkpoint.step, checkpoint.generation, where, binding.report, counts)
 
 
 def _fill(filling: Filling, group: Together | None, where: str, timeout: float) -> Counts | None:

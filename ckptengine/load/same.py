@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from ckptengine.load.checkpoint import Checkpoint
+from ckptengine.load.checkpoint import Opened
 from ckptengine.load.fill import READ_TIMEOUT, host_memory, plan_filling, read_ranges
 from ckptengine.schema.box import Box
 from ckptengine.schema.dtypes import DTYPES
@@ -18,7 +18,7 @@ from ckptengine.state.extents import Extent
 __all__ = ["brings_the_same", "stored_parts"]
 
 
-def brings_the_same(checkpoint: Checkpoint, timeout: float, reads: Sequence[Read], tied: bool) -> bool:
+def brings_the_same(checkpoint: Opened, timeout: float, reads: Sequence[Read], tied: bool) -> bool:
     """Return whether reads don't undo each other, in whatever order they come; reads what they ask for, into copies.
 
     With `tied`, each is to fill the whole of one tensor; else they fill what their targets say, which overlap.
@@ -45,7 +45,7 @@ def brings_the_same(checkpoint: Checkpoint, timeout: float, reads: Sequence[Read
 
 
 def stored_parts(
-    checkpoint: Checkpoint, read: Read, target: ArrayLeaf, timeout: float = READ_TIMEOUT
+    checkpoint: Opened, read: Read, target: ArrayLeaf, timeout: float = READ_TIMEOUT
 ) -> list[np.ndarray[Any, Any]]:
     """Return this rank's parts of a leaf as they are stored, one array of its box's shape for each; all verified."""
     dtype = DTYPES[target.dtype].numpy

@@ -12,7 +12,7 @@ import ckptengine._native as _native
 from ckptengine.errors import CheckpointError, RestoreDifferenceError
 from ckptengine.frameworks.adapter import TensorView
 from ckptengine.frameworks.registry import adapters
-from ckptengine.load.checkpoint import Checkpoint
+from ckptengine.load.checkpoint import Opened
 from ckptengine.load.same import stored_parts
 from ckptengine.load.seen import Watch
 from ckptengine.schema.dtypes import DTYPES
@@ -121,7 +121,7 @@ def _lies_at(one: Found, read: Read) -> bool:
 
 
 def check_restored(
-    checkpoint: Checkpoint,
+    checkpoint: Opened,
     state: Mapping[str, Any],
     binding: Binding,
     marks: Marks,
@@ -160,7 +160,7 @@ def check_restored(
 
 
 def _arrays(
-    checkpoint: Checkpoint, promise: Promise, marks: Marks, found: Sequence[Found], timeout: float
+    checkpoint: Opened, promise: Promise, marks: Marks, found: Sequence[Found], timeout: float
 ) -> list[Difference]:
     """Return the arrays whose bytes, or whose order in memory, are not those of the checkpoint."""
     differences = []
@@ -196,7 +196,7 @@ def _lies_as_saved(one: Found) -> bool:
     return orders[0] == orders[1]
 
 
-def _as_stored(checkpoint: Checkpoint, one: Found, timeout: float) -> bool:
+def _as_stored(checkpoint: Opened, one: Found, timeout: float) -> bool:
     """Whether an array has the bytes that are stored, which are read once more."""
     read, doing = Read(one.entry.path, one.entry.rank, one.leaf), f"reading {checkpoint.location} once more"
     stored = within(timeout, doing, lambda: stored_parts(checkpoint, read, one.leaf, timeout), _native.counters)

@@ -33,7 +33,8 @@ class Saved:
     """A checkpoint's leaves. The three sequences have one item for each rank that saved, or none at all.
 
     They may be lazy: at an equal world size only this rank's items are looked at, at another one only rank
-    0's, and all of them where a `PerRank` has `resize`.
+    0's, and all of them where a `PerRank` has `resize`. With `flat` each path is one text with dots, as other libraries
+    name tensors: which of its parts are keys is for the state to say.
     """
 
     world_size: int
@@ -46,6 +47,7 @@ class Saved:
     rank_containers: Sequence[Mapping[Path, Form]] = ()
     outline: Outline | None = None
     rank_outlines: Sequence[Outline | None] = ()
+    flat: bool = False
 
 
 @dataclass(frozen=True, slots=True)

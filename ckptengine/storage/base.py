@@ -79,15 +79,15 @@ class StorageView(ABC):
         name: str,
         fixed_nbytes: int,
         block_nbytes: int,
-        block_crcs: Buffer,
+        block_crcs: Buffer | None,
         ranges: Buffer,
         ops: Buffer,
         index: Buffer,
     ) -> int:
         """Read ranges of an archive's fixed region, verify them block by block, and scatter them to memory.
 
-        The tables are those of `_native.load`. Returns the number of the first damaged block, or -1. Raises
-        `CheckpointDamagedError` where the file is shorter than its fixed region.
+        The tables are those of `_native.load`; without `block_crcs` nothing is verified. Returns the number of the
+        first damaged block, or -1. Raises `CheckpointDamagedError` where the file is shorter than its fixed region.
         """
 
     @abstractmethod
@@ -117,6 +117,13 @@ class StorageView(ABC):
     def endpoint(self) -> str:
         """Who is asked, where the location does not say it, for messages; nobody is asked for that."""
         return ""
+
+    def beside(self) -> tuple[StorageView, str] | None:
+        """Return the directory that the root lies in and the root's name there, for a root that may be a file.
+
+        None where there is none, or the view is put together from several places.
+        """
+        return None
 
     def exists(self, name: str) -> bool:
         """Return whether there is such a file, or a directory with anything in it."""

@@ -113,7 +113,7 @@ class LocalStorage(Storage):
         name: str,
         fixed_nbytes: int,
         block_nbytes: int,
-        block_crcs: Buffer,
+        block_crcs: Buffer | None,
         ranges: Buffer,
         ops: Buffer,
         index: Buffer,
@@ -254,6 +254,10 @@ class LocalStorage(Storage):
     def is_linked(self, name: str) -> bool:
         """Return whether a symbolic link leads to a name, or is it; what is above the root does not count."""
         return self._link(name) is not None
+
+    def beside(self) -> tuple[LocalStorage, str] | None:
+        """Return the directory that the root lies in and the root's name there."""
+        return (LocalStorage(self.root.parent, self._disk), self.root.name) if self.root.name else None
 
     def location(self, name: str = "") -> str:
         """Return the full path of a name."""

@@ -179,7 +179,7 @@ class RemoteStorage(Storage):
         name: str,
         fixed_nbytes: int,
         block_nbytes: int,
-        block_crcs: Buffer,
+        block_crcs: Buffer | None,
         ranges: Buffer,
         ops: Buffer,
         index: Buffer,
@@ -327,6 +327,13 @@ class RemoteStorage(Storage):
         for upload in self._unfinished(key):
             if upload.key == key:
                 self._abort(upload, name)
+
+    def beside(self) -> tuple[RemoteStorage, str] | None:
+        """Return what the root's URL lies in and the root's name there; a bucket lies in nothing."""
+        place, _, name = self._location.rpartition("/")
+        if not name or place.endswith(("/", ":")):
+            return None
+        return RemoteStorage(place, self._options, self._budget, self._patience), name
 
     def location(self, name: str = "") -> str:
         """Return the URL of a name."""

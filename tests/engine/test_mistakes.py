@@ -21,6 +21,7 @@ import ckptengine.zarr
 from ckptengine.catalog import life as life_module
 from ckptengine.comm.process import Process
 from ckptengine.errors import (
+    CheckpointDamagedError,
     CheckpointError,
     CheckpointNotFoundError,
     RunInUseError,
@@ -316,7 +317,9 @@ def test_another_librarys_checkpoint_where_the_run_should_be_is_told(name: str, 
         pytest.raises(CheckpointNotFoundError, match=f"holds .*{library}.*does not read it. To go on with it"),
     ):
         ckpt.restore(state_at(0))
-    with pytest.raises(CheckpointNotFoundError, match=f"holds .*{library}"):
+    # A load reads DCP's directories: it says what is wrong with this one.
+    error, words = (CheckpointDamagedError, ".metadata") if name == "DCP" else (CheckpointNotFoundError, "holds .*")
+    with pytest.raises(error, match=words if name == "DCP" else f"{words}{library}"):
         ce.load(tmp_path, into=state_at(0))
 
 
@@ -334,9 +337,9 @@ def test_weights_where_the_run_should_be_are_a_warning(tmp_path: Path, caplog: p
 
 
 def test_a_file_in_place_of_a_checkpoint_is_named(tmp_path: Path) -> None:
-    (tmp_path / "model.pt").write_bytes(b"PK\x03\x04")
-    with pytest.raises(CheckpointNotFoundError, match=r"model.pt holds what torch.save wrote"):
-        ce.load(tmp_path / "model.pt")
+    (tmp_path / "model.gguf").write_bytes(b"GGUF")
+    with pytest.raises(CheckpointNotFoundError, match=r"model.gguf holds weights as GGUF"):
+        ce.load(tmp_path / "model.gguf")
 
 
 # Steps, lives, arguments.

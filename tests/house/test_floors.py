@@ -20,19 +20,19 @@ FLOORS = (
     ("counters", "frameworks", "layout", "comm"),
     ("state", "storage"),
     ("archive", "data"),
-    ("catalog", "snapshot"),
+    ("catalog", "snapshot", "foreign"),
     ("save", "load"),
     ("tiers", "inspect"),
     ("policy", "audit"),
     ("api", "checkpointer"),
     ("ckptengine",),
     ("torch", "mindspore", "zarr", "cli"),
-    ("__main__",),
+    ("__main__", "dcp"),
 )
 
 FRAMEWORKS = {"torch", "torchdata", "torchmetrics", "mindspore", "mpi4py", "jax", "tensorflow"}
 # Who may import a framework: its adapter's room, and the module of `comm` through which its ranks talk.
-AT_HOME = {"torch", "mindspore", "comm.torch", "comm.mindspore", "comm.mpi"}
+AT_HOME = {"torch", "dcp", "mindspore", "comm.torch", "comm.mindspore", "comm.mpi"}
 # Who may import a module by its name as a string.
 BY_NAME = {"frameworks.registry"}
 

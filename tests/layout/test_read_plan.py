@@ -187,6 +187,9 @@ class Watched:
         assert not self.leaves[leaf].is_grid
         return self.table.boxes(leaf)
 
+    def orders(self, rows: np.ndarray) -> None:
+        return self.table.orders(rows)
+
 
 def test_only_the_rows_of_the_cells_that_are_wanted_are_asked_for() -> None:
     boxes = [Box((row * 2, column * 2), (2, 2)) for row in range(300) for column in range(300)]

@@ -35,7 +35,9 @@ def open_file(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Open]:
         os.close(fd)
 
 
-def load_all(fd: int, fixed: int, crcs: np.ndarray, target: np.ndarray, request: int = BLOCK, threads: int = 2) -> int:
+def load_all(
+    fd: int, fixed: int, crcs: np.ndarray | None, target: np.ndarray, request: int = BLOCK, threads: int = 2
+) -> int:
     flat, index = table([ScatterOp(0, target.shape, (0,), target).row()])
     ranges = np.array([[0, fixed]], np.int64)
     return native.load(fd, fixed, BLOCK, crcs, ranges, flat, index, request, threads)
@@ -234,3 +236,21 @@ def test_loads_from_several_python_threads_share_the_buffers(tmp_path):
         worker.join()
     os.close(fd)
     assert not wrong
+
+
+@pytest.mark.parametrize("length", [1, BLOCK - 1, 5 * BLOCK, 5 * BLOCK + 17])
+def test_a_file_without_checksums_is_read_to_its_last_byte_wherever_it_ends(open_file, tmp_path, length):
+    file = random_bytes(6, length)
+    (tmp_path / "file").write_bytes(file.tobytes())
+    target = np.zeros(length, np.uint8)
+    fd = open_file(tmp_path / "file", os.O_RDONLY)
+    for request in (BLOCK, 3 * BLOCK):
+        target[:] = 0
+        assert load_all(fd, length, None, target, request, 3) == -1
+        np.testing.assert_array_equal(target, file)
+
+
+def test_a_file_without_checksums_that_ends_too_early_is_damaged_where_it_ends(open_file, tmp_path):
+    (tmp_path / "file").write_bytes(random_bytes(7, 3 * BLOCK + 9).tobytes())
+    fd = open_file(tmp_path / "file", os.O_RDONLY)
+    assert load_all(fd, 5 * BLOCK + 100, None, np.zeros(5 * BLOCK + 100, np.uint8), BLOCK, 2) == 3

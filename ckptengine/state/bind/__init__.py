@@ -10,6 +10,7 @@ from ckptengine.schema.type_name import describe_type
 from ckptengine.state.bind.base import Same
 from ckptengine.state.bind.walk import Binder
 from ckptengine.state.binding import Binding, Read
+from ckptengine.state.rename import Rename
 from ckptengine.state.report import LoadReport
 from ckptengine.state.saved import Saved, SavedLeaf
 from ckptengine.state.select import Selection
@@ -24,7 +25,7 @@ def bind(
     world_size: int,
     *,
     only: Iterable[str] | None = None,
-    rename: Mapping[str, str] | None = None,
+    rename: Rename | None = None,
     strict: bool = True,
     cast: bool = False,
     same: Same | None = None,

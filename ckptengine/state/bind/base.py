@@ -14,9 +14,10 @@ from ckptengine.state.binding import Action, Promise, Read
 from ckptengine.state.extents import Extent, Taken, extents, overlap, sharing
 from ckptengine.state.kinds import Inspector
 from ckptengine.state.outline import class_name, is_of_class
+from ckptengine.state.rename import Rename, renamer
 from ckptengine.state.report import LoadReport
 from ckptengine.state.saved import Node, Saved, SavedArray, SavedValue, own_tree, shared_tree
-from ckptengine.state.select import Selection, renamer
+from ckptengine.state.select import Selection
 
 __all__ = ["CONVERT", "FRAMEWORK", "OBJECTS", "SET", "BinderBase", "Put", "Same"]
 
@@ -39,7 +40,7 @@ class BinderBase(ABC):
         rank: int,
         world_size: int,
         selection: Selection,
-        rename: Mapping[str, str] | None,
+        rename: Rename | None,
         cast: bool,
         strict: bool = True,
     ) -> None:
@@ -51,7 +52,7 @@ class BinderBase(ABC):
         self._saved, self._rank, self._world_size = saved, rank, world_size
         self._resized = world_size != saved.world_size
         self._selection, self._may_cast, self._strict = selection, cast, strict
-        self._rename = renamer(rename, state)
+        self._rename = renamer(rename, state, saved.flat)
         self._shared = shared_tree(saved, self._rename)
         self._own = own_tree(saved, 0 if self._resized else rank, self._rename)
         self._tells_empty = saved.outline is not None and saved.outline.empty is not None

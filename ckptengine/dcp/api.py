@@ -1,0 +1,118 @@
+"""`save`, `load` and `async_save` with the signatures of `torch.distributed.checkpoint`."""
+
+from __future__ import annotations
+
+import os
+from concurrent.futures import Future
+from typing import Any
+
+import torch.distributed as dist
+from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
+from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.planner import LoadPlanner, SavePlanner
+from torch.distributed.checkpoint.staging import AsyncStager
+from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType, AsyncSaveResponse
+from torch.distributed.checkpoint.storage import StorageReader, StorageWriter
+
+from ckptengine.dcp.reader import Reader
+from ckptengine.dcp.writer import Writer
+
+__all__ = ["async_save", "load", "save"]
+
+Id = str | os.PathLike[str]
+
+
+def save(
+    state_dict: dict[str, Any],
+    *,
+    checkpoint_id: Id | None = None,
+    storage_writer: StorageWriter | None = None,
+    planner: SavePlanner | None = None,
+    process_group: dist.ProcessGroup | None = None,
+    no_dist: bool = False,
+    use_collectives: bool = True,
+) -> Metadata:
+    """Save a state as a checkpoint of this engine; takes and returns what `torch.distributed.checkpoint.save` does.
+
+    `checkpoint_id` is a directory that all ranks see, or a URL that fsspec opens. What lies there is replaced after the
+    new checkpoint is committed. Plain objects are stored as typed values; nothing is pickled.
+
+    Raises torch's `CheckpointException` on all ranks, with each failed rank's error: `StateError` names what can't be
+    saved, `StorageError` what the storage refused.
+    """
+    writer = _writer(storage_writer, checkpoint_id)
+    try:
+        metadata: Metadata = state_dict_saver.save(
+            state_dict,
+            checkpoint_id=checkpoint_id,
+            storage_writer=writer,
+            planner=planner,
+            process_group=process_group,
+            no_dist=no_dist,
+            use_collectives=use_collectives,
+        )
+    finally:
+        if isinstance(writer, Writer):
+            writer.give_up()
+    return metadata
+
+
+def async_save(
+    state_dict: dict[str, Any],
+    *,
+    checkpoint_id: Id | None = None,
+    storage_writer: StorageWriter | None = None,
+    planner: SavePlanner | None = None,
+    process_group: dist.ProcessGroup | None = None,
+    async_checkpointer_type: AsyncCheckpointerType = AsyncCheckpointerType.THREAD,
+    async_stager: AsyncStager | None = None,
+    no_dist: bool = False,
+    use_collectives: bool = True,
+) -> Future[Any] | AsyncSaveResponse:
+    """Save in the background; takes and returns what `torch.distributed.checkpoint.async_save` does."""
+    return state_dict_saver.async_save(
+        state_dict,
+        checkpoint_id=checkpoint_id,
+        storage_writer=_writer(storage_writer, checkpoint_id),
+        planner=planner,
+        process_group=process_group,
+        async_checkpointer_type=async_checkpointer_type,
+        async_stager=async_stager,
+        no_dist=no_dist,
+        use_collectives=use_collectives,
+    )
+
+
+def load(
+    state_dict: dict[str, Any],
+    *,
+    checkpoint_id: Id | None = None,
+    storage_reader: StorageReader | None = None,
+    planner: LoadPlanner | None = None,
+    process_group: dist.ProcessGroup | None = None,
+    no_dist: bool = False,
+) -> None:
+    """Fill a state from a checkpoint; takes what `torch.distributed.checkpoint.load` does.
+
+    `checkpoint_id` is a checkpoint of this engine, whoever saved it, or a run, of which the newest is taken.
+    """
+    if storage_reader is None:
+        storage_reader = Reader(_given(checkpoint_id, "storage_reader"))
+    state_dict_loader.load(
+        state_dict,
+        checkpoint_id=checkpoint_id,
+        storage_reader=storage_reader,
+        planner=planner,
+        process_group=process_group,
+        no_dist=no_dist,
+    )
+
+
+def _writer(writer: StorageWriter | None, checkpoint_id: Id | None) -> StorageWriter:
+    return Writer(_given(checkpoint_id, "storage_writer")) if writer is None else writer
+
+
+def _given(checkpoint_id: Id | None, other: str) -> Id:
+    if checkpoint_id is None:
+        raise ValueError(f"`checkpoint_id` must be specified if {other} is None")
+    return checkpoint_id

@@ -1,0 +1,265 @@
+"""A storage reader for torch's distributed checkpoint: its planner says what is wanted, this engine reads it."""
+
+from __future__ import annotations
+
+import io
+import logging
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPlanner, ReadItem
+from torch.distributed.checkpoint.storage import StorageReader
+from torch.distributed.tensor import DTensor
+from torch.futures import Future
+
+import ckptengine._native as _native
+from ckptengine.catalog.naming import open_checkpoint
+from ckptengine.dcp.metadata import Contents, contents_of
+from ckptengine.errors import LoadMismatchError
+from ckptengine.frameworks.registry import framework
+from ckptengine.load.checkpoint import Checkpoint, naming
+from ckptengine.load.choose import newest_checkpoint
+from ckptengine.load.fill import plan_filling, read_ranges
+from ckptengine.policy.arguments import checked_seconds
+from ckptengine.save.saver import DEFAULT_TIMEOUT
+from ckptengine.schema.box import Box
+from ckptengine.schema.leaf import ArrayLeaf, Part
+from ckptengine.schema.path import Path, is_inside
+from ckptengine.state.extents import extents, sharing
+from ckptengine.state.tree import unflatten
+from ckptengine.storage.within import within
+from ckptengine.torch.tensor import dtype_name
+
+__all__ = ["Reader"]
+
+_log = logging.getLogger("ckptengine")
+
+
+@dataclass(frozen=True, slots=True)
+class _Wanted:
+    """One tensor to fill: the item, its target, the leaf and box to read, and the memory that takes it.
+
+    `memory` is the target's own where it can be.
+    """
+
+    item: ReadItem
+    target: torch.Tensor
+    number: int
+    box: Box
+    memory: torch.Tensor
+
+
+class Reader(StorageReader):
+    """Read a checkpoint of this engine from within `torch.distributed.checkpoint.load`.
+
+    Give it as `storage_reader=`. `path` is what the writer was given, or a run of `ckptengine.Checkpointer`, of which
+    the newest checkpoint is taken or that of `step`; or a URL, with fsspec's `storage_options`. Each rank reads what it
+    needs, in whatever sharding, and every byte is verified. `timeout` bounds each wait for the storage, in seconds.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        step: int | None = None,
+        timeout: float = DEFAULT_TIMEOUT,
+        storage_options: Mapping[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        self.checkpoint_id: str | os.PathLike[str] = path
+        self._step, self._options = step, storage_options
+        self._timeout = checked_seconds("timeout", timeout)
+        self._alone = False
+        self._checkpoint: Checkpoint | None = None
+        self._contents: Contents | None = None
+
+    def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
+        """Take the next checkpoint's path."""
+        if checkpoint_id is not None:
+            self.checkpoint_id = checkpoint_id
+        self._checkpoint = self._contents = None
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        """Return what the checkpoint holds; with `rank`, of what that rank has saved without collectives.
+
+        Raises `CheckpointNotFoundError`, `CheckpointDamagedError`, `FormatVersionError`, `StorageError`.
+        """
+        path = os.fspath(self.checkpoint_id)
+        self._alone = kwargs.get("rank") is not None
+        if self._alone:
+            path = f"{path.rstrip('/')}/rank-{int(kwargs['rank'])}"
+        storage = open_checkpoint(path, self._options, self._step, self._timeout)
+
+        def look() -> tuple[Checkpoint, Contents]:
+            checkpoint = newest_checkpoint(storage)
+            with naming(checkpoint.location):
+                return checkpoint, contents_of(checkpoint)
+
+        self._checkpoint, self._contents = within(self._timeout, f"reading {storage.location()}", look)
+        return self._contents.metadata
+
+    def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
+        """Do nothing: `read_metadata` has opened the checkpoint."""
+
+    def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
+        """Return the plan with the checkpoint that this rank has opened."""
+        attempt = self._opened()[0].manifest.attempt
+        return replace(plan, storage_data=None if self._alone else attempt)
+
+    def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
+        """Raise `LoadMismatchError` where the ranks have opened different checkpoints; return the plans as they are."""
+        attempts = [plan.storage_data for plan in plans]
+        other = next((rank for rank, attempt in enumerate(attempts) if attempt != attempts[0]), None)
+        if other is not None:
+            raise LoadMismatchError(
+                f"{self._opened()[0].location}: ranks 0 and {other} have opened different checkpoints: it was replaced "
+                "meanwhile, or they don't see the same directory; load again"
+            )
+        return plans
+
+    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
+        """Fill the planner's tensors and give it the plain values; returns when all is there.
+
+        A tensor of another dtype than the saved one is converted, as torch's own readers do, which is told at WARNING.
+        Raises `LoadMismatchError` for what does not fit, `CheckpointDamagedError` naming the file.
+        """
+        checkpoint, contents = self._opened()
+        wanted = [
+            self._wanted(item, planner, checkpoint, contents)
+            for item in plan.items
+            if item.type is LoadItemType.TENSOR and 0 not in item.lengths
+        ]
+        self._fill(checkpoint, _apart(wanted))
+        for one in wanted:
+            planner.commit_tensor(one.item, one.target)
+        for item in plan.items:
+            if item.type is not LoadItemType.BYTE_IO:
+                continue
+            buffer = io.BytesIO()
+            torch.save(self._object(item.storage_index.fqn, checkpoint, contents), buffer)  # in memory: what it takes
+            buffer.seek(0)
+            planner.load_bytes(item, buffer)
+        done: Future[None] = Future()
+        done.set_result(None)
+        return done
+
+    @classmethod
+    def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
+        """Whether this reader takes such an id: any path, and any URL."""
+        return isinstance(checkpoint_id, (str, os.PathLike))
+
+    def _opened(self) -> tuple[Checkpoint, Contents]:
+        if self._checkpoint is None or self._contents is None:
+            self.read_metadata()
+        assert self._checkpoint is not None
+        assert self._contents is not None
+        return self._checkpoint, self._contents
+
+    def _wanted(self, item: ReadItem, planner: LoadPlanner, checkpoint: Checkpoint, contents: Contents) -> _Wanted:
+        name, offset = item.storage_index.fqn, item.storage_index.offset
+        if name not in contents.tensors:
+            raise LoadMismatchError(f"{checkpoint.location} has no tensor {name}")
+        record = checkpoint.rows.leaves[contents.tensors[name]]
+        start = [0] * len(record.shape) if offset is None else offset
+        box = Box(tuple(a + b for a, b in zip(start, item.storage_offsets, strict=True)), tuple(item.lengths))
+        target = planner.resolve_tensor(item).detach()
+        if isinstance(target, DTensor):
+            target = target.to_local()
+        if tuple(target.shape) != box.shape:
+            raise LoadMismatchError(f"{name}: a piece of shape {box.shape} does not fit a tensor of {target.shape}")
+        memory = target
+        if dtype_name(target.dtype) != record.dtype:
+            memory = framework("torch").empty(record.dtype, box.shape)
+        return _Wanted(item, target, contents.tensors[name], box, memory)
+
+    def _fill(self, checkpoint: Checkpoint, wanted: list[_Wanted]) -> None:
+        adapter = framework("torch")
+        reads = []
+        for one in wanted:
+            record = checkpoint.rows.leaves[one.number]
+            view = adapter.view(one.memory, record.path, target=True)
+            parts = tuple(Part(one.box, part.memory) for part in view.parts)
+            reads.append(
+                (one.number, ArrayLeaf(record.path, record.dtype, record.shape, record.placement, parts, "torch"))
+            )
+        with naming(checkpoint.location):
+            doing = f"reading {checkpoint.location}"
+            filling = within(self._timeout, doing, lambda: plan_filling(checkpoint, reads), _native.counters)
+            read_ranges(filling, filling.needs, self._timeout)
+            filling.finish()
+        cast = []
+        for one in wanted:
+            name = one.item.dest_index.fqn
+            if one.memory is not one.target:
+                if one.memory.dtype != one.target.dtype:
+                    cast.append(f"{name} ({one.memory.dtype} to {one.target.dtype})")
+                    one.target.copy_(one.memory)
+                elif not _same_bits(one.target, one.memory):
+                    raise LoadMismatchError(
+                        f"{name}: shares memory with another tensor of the state, and the checkpoint has different "
+                        "values for the two; give each memory of its own"
+                    )
+        if cast:
+            more = f" and {len(cast) - 8} more" if len(cast) > 8 else ""
+            _log.warning("%s: converted: %s%s", checkpoint.location, ", ".join(cast[:8]), more)
+
+    def _object(self, name: str, checkpoint: Checkpoint, contents: Contents) -> Any:
+        """Return a plain value; tensors that lie inside it are read."""
+        if name not in contents.objects:
+            raise LoadMismatchError(f"{checkpoint.location} has no value {name}")
+        where = contents.holding.get(name)
+        if where is None:
+            return contents.objects[name]
+        saved, adapter = contents.saved, framework("torch")
+        inside = [path for path in (*saved.leaves, *saved.aliases) if is_inside(path, {where})]
+        firsts = list(dict.fromkeys(saved.aliases.get(path, path) for path in inside))
+        arrays = {path: adapter.empty(saved.leaves[path].dtype, saved.leaves[path].shape) for path in firsts}
+        reads = []
+        for path, array in arrays.items():
+            leaf = saved.leaves[path]
+            parts = adapter.view(array, path, target=True).parts
+            target = ArrayLeaf(path, leaf.dtype, leaf.shape, leaf.placement, parts, "torch")
+            reads.append((checkpoint.rows.index[path, None], target))
+        with naming(checkpoint.location):
+            filling = plan_filling(checkpoint, reads)
+            read_ranges(filling, filling.needs, self._timeout)
+            filling.finish()
+        values = {path: value for path, value in saved.values.items() if is_inside(path, {where})}
+        tensors = {path: arrays[saved.aliases.get(path, path)] for path in inside}
+        found: Any = unflatten(values, tensors, _within(saved.containers, where), {})
+        for key in where:
+            found = found[key]
+        return found
+
+
+def _within(containers: Mapping[Path, Any], where: Path) -> dict[Path, Any]:
+    return {path: form for path, form in containers.items() if is_inside(path, {where})}
+
+
+def _apart(wanted: list[_Wanted]) -> list[_Wanted]:
+    """Give those that share memory with one before them memory of their own: two reads never fill one place."""
+    places = []
+    adapter = framework("torch")
+    for one in wanted:
+        view = adapter.view(one.memory, (), target=True)
+        leaf = ArrayLeaf((), view.dtype, view.shape, view.placement, view.parts, "torch")
+        places.append(extents(leaf))
+    later = {number for group in sharing(places) for number in group[1:]}
+    return [
+        replace(one, memory=torch.empty_like(one.memory, memory_format=torch.contiguous_format))
+        if number in later
+        else one
+        for number, one in enumerate(wanted)
+    ]
+
+
+def _same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether two tensors of one dtype and shape are equal bit for bit."""
+    bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}.get(one.element_size())
+    if bits is None:
+        return torch.equal(torch.view_as_real(one), torch.view_as_real(other))
+    return torch.equal(one.contiguous().view(bits), other.contiguous().view(bits).to(one.device))

@@ -1,0 +1,165 @@
+"""A storage writer for torch's distributed checkpoint: its planner plans, this engine copies, writes and commits."""
+
+from __future__ import annotations
+
+import os
+import weakref
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import replace
+from typing import Any
+
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, StorageMeta
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
+from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
+from torch.futures import Future
+
+from ckptengine.dcp.attempt import Attempt, Begun, Part, Place, attempt_under_way, begin_archive, check_free
+from ckptengine.dcp.items import assigned_to, grids_of, leaves_of, merged, values_of
+from ckptengine.errors import SaveFailedError
+from ckptengine.policy.arguments import checked_seconds
+from ckptengine.save.saver import DEFAULT_TIMEOUT
+from ckptengine.storage.base import Storage
+from ckptengine.storage.open import open_storage
+
+__all__ = ["Writer"]
+
+_RECEIPT = MetadataIndex("ckptengine.receipt")
+_written: set[str] = set()  # attempts in which this process has written its archive
+
+
+class Writer(StorageWriter):
+    """Write a checkpoint of this engine from within `torch.distributed.checkpoint.save` and `async_save`.
+
+    Give it as `storage_writer=`, wherever a trainer lets one choose a writer. `path` is a directory that all ranks see,
+    or a URL that fsspec opens, with its `storage_options`; a checkpoint that is there already is replaced after the new
+    one is committed, or refused with `overwrite=False`. `metadata` is plain JSON for the manifest, `timeout` bounds
+    each wait for the storage, in seconds. Custom planners work as with torch's own writers: each tensor is written as
+    the planner gives it. Plain objects are stored as typed values; what these can't hold is refused with a `StateError`
+    that names it.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        overwrite: bool = True,
+        metadata: Mapping[str, Any] | None = None,
+        timeout: float = DEFAULT_TIMEOUT,
+        storage_options: Mapping[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        self.checkpoint_id: str | os.PathLike[str] = path
+        self._overwrite, self._metadata, self._options = overwrite, dict(metadata or {}), storage_options
+        self._timeout = checked_seconds("timeout", timeout)
+        self._held = ExitStack()
+        weakref.finalize(self, self._held.close)  # a save that failed on another rank does not come back to its writer
+        self._alone: int | None = None
+        self._storage: Storage | None = None
+        self._attempt: Attempt | None = None
+        self._begun: Begun | None = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # For the process of its own in which torch saves with AsyncCheckpointerType.PROCESS.
+        return _made, (self.checkpoint_id, self._overwrite, self._metadata, self._timeout, self._options)
+
+    def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
+        """Take the next checkpoint's path; what a failed save has left is removed."""
+        self._held.close()
+        if checkpoint_id is not None:
+            self.checkpoint_id = checkpoint_id
+        self._storage = self._attempt = self._begun = None
+
+    def give_up(self) -> None:
+        """Remove what a save has left that failed on this rank or another; after one that was committed, nothing."""
+        self._held.close()
+
+    def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
+        """Take what torch tells of this rank; without collectives each rank writes a checkpoint of its own."""
+        self._held.close()
+        self._alone = None if kwargs.get("use_collectives", True) else int(kwargs.get("rank", 0))
+        self._storage = self._attempt = self._begun = None
+
+    def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
+        """Return the plan as it is."""
+        return plan
+
+    def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
+        """Begin the attempt, and give each rank its place in it. Called on the coordinator.
+
+        Raises `StorageError` where the place can't be written to, holds a run, or is taken with `overwrite=False`.
+        """
+        storage = self._open()
+        check_free(storage, self._overwrite)
+        attempt = self._attempt = Attempt(storage, self._metadata, len(plans))
+        self._held.callback(attempt.give_up)
+        grids = grids_of(plans)
+        places = [Place(attempt.name, rank, grids) for rank in range(len(plans))]
+        return [replace(plan, storage_data=place) for plan, place in zip(plans, places, strict=True)]
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        """Write this rank's archive, and return its receipt; it is durable then, and not yet committed.
+
+        Raises `StateError` naming what can't be saved, `StorageError`.
+        """
+        storage = self._open()
+        place = self._place(plan, storage)
+        leaves = leaves_of(plan, planner)
+        values, inside = values_of(plan, planner)
+        leaves += inside
+        assigned = assigned_to(place.rank, leaves, place.grids)
+        arrays = [leaf for _, leaf in leaves]
+        begun, rows = begin_archive(storage, place, assigned, arrays, self._timeout, self._held)
+        record = None
+        if place.rank == 0:
+            self._begun = begun  # its tail has all ranks' values, which come with their receipts
+        else:
+            record = begun.end(merged([]), place.rank)
+            self._held.close()
+        part = Part(place.rank, record, rows, values)
+        done: Future[list[WriteResult]] = Future()
+        done.set_result([WriteResult(_RECEIPT, begun.image.fixed_nbytes, part)])
+        return done
+
+    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
+        """Commit. Called on the coordinator, once all ranks have written; raises `SaveFailedError`, `StorageError`."""
+        if self._attempt is None or self._begun is None:
+            raise SaveFailedError("finish() was called before write_data() on the coordinator")
+        parts = [one.storage_data for of_rank in results for one in of_rank if isinstance(one.storage_data, Part)]
+        self._attempt.commit(parts, self._begun)
+        self._held.close()
+
+    @classmethod
+    def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
+        """Whether this writer takes such an id: any path, and any URL."""
+        return isinstance(checkpoint_id, (str, os.PathLike))
+
+    def storage_meta(self) -> StorageMeta | None:
+        """Return what planners may want to know of the place."""
+        return StorageMeta(checkpoint_id=self.checkpoint_id)
+
+    def _place(self, plan: SavePlan, storage: Storage) -> Place:
+        """Return the place that the coordinator has given this rank.
+
+        A planner that keeps its plans between saves (`enable_plan_caching`) gives back the one of an earlier save: then
+        the attempt is looked up in the storage, where the coordinator has begun it before it sent the plans.
+        """
+        place = plan.storage_data
+        if not isinstance(place, Place):
+            raise SaveFailedError("the planner has dropped the plan's storage_data: finish_plan has to keep it")
+        if place.attempt in _written:
+            place = replace(place, attempt=attempt_under_way(storage, self._timeout))
+        _written.add(place.attempt)
+        return place
+
+    def _open(self) -> Storage:
+        if self._storage is None:
+            path = os.fspath(self.checkpoint_id)
+            if self._alone is not None:
+                path = f"{path.rstrip('/')}/rank-{self._alone}"
+            self._storage = open_storage(path, self._options, self._timeout)
+        return self._storage
+
+
+def _made(path: str, overwrite: bool, metadata: Mapping[str, Any], timeout: float, options: Any) -> Writer:
+    return Writer(path, overwrite=overwrite, metadata=metadata, timeout=timeout, storage_options=options)

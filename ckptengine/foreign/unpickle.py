@@ -1,0 +1,393 @@
+"""A reader of pickles that builds plain values and records, from a closed list of names, and runs nothing.
+
+The format is that of Python's `pickletools` (protocols 0 to 5). A name in a pickle is looked up in a table of ours and
+never imported; what it stands for is one of our own functions, which only builds values. So a pickle with code in it
+ends with an error that names what it asked for. Memory follows the bytes of the pickle: what a pickle says of sizes
+is compared with what is there before anything is made, and the memo is a dict.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections import OrderedDict, deque
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from ckptengine.errors import CheckpointDamagedError, ForeignFormatError
+
+__all__ = ["Maker", "Names", "Record", "unpickle"]
+
+Maker = Callable[..., Any]
+Names = Mapping[str, Maker]
+"""What the names of a pickle (`module.name`) stand for: functions that take the arguments that the pickle gives."""
+
+_MARK = object()
+_COPIES = 16
+"""Items that the calls of a pickle may be handed, for each of its bytes."""
+_SIZED = (str, bytes, bytearray, list, tuple, dict, set, frozenset)
+
+
+@dataclass(slots=True, eq=False)
+class Record:
+    """What a pickle says of an object of a known class: the class, the arguments, and the state that was set."""
+
+    kind: str
+    arguments: tuple[Any, ...] = ()
+    state: dict[str, Any] = field(default_factory=dict)
+    raw: Any = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Name:
+    """A name that was looked up and not called yet."""
+
+    text: str
+    make: Maker
+
+
+class _Refused(Exception):
+    """A name that is not in the list."""
+
+
+def unpickle(
+    data: bytes, names: Names, where: str, persistent: Callable[[Any], Any] | None = None, value_of: Names | None = None
+) -> Any:
+    """Return what a pickle holds.
+
+    `names` are the functions that may be called, `value_of` those names that stand for a value by themselves (dtypes).
+    `persistent` makes what stands for something that lies outside of the pickle. `where` is for messages.
+
+    Raises `ForeignFormatError` for a name that is not in the list, `CheckpointDamagedError` for what is no pickle.
+    """
+    machine = _Machine(data, names, value_of or {}, persistent)
+    try:
+        return machine.run()
+    except _Refused as refused:
+        raise ForeignFormatError(
+            f"{where}: holds {refused}, which is not among the types of weights and plain values that are read: "
+            "nothing of it was run. If you trust the file, load it with the library that wrote it and save weights and "
+            "plain values alone"
+        ) from None
+    except (ValueError, TypeError, LookupError, struct.error, OverflowError, RecursionError) as error:
+        raise CheckpointDamagedError(f"{where}: the pickle in it can't be read: {error}") from None
+
+
+class _Machine:
+    """The stack machine that a pickle is a program of."""
+
+    def __init__(self, data: bytes, names: Names, value_of: Names, persistent: Callable[[Any], Any] | None) -> None:
+        self._data, self._at = data, 0
+        self._names, self._value_of, self._persistent = names, value_of, persistent
+        self._stack: list[Any] = []
+        self._budget = (1 << 20) + _COPIES * len(data)
+        self._memo: dict[int, Any] = {}
+
+    def run(self) -> Any:
+        data, codes = self._data, _CODES
+        while True:
+            if self._at >= len(data):
+                raise ValueError("it ends too early")
+            code = data[self._at]
+            self._at += 1
+            if code == 0x2E:  # STOP
+                return self._pop()
+            step = codes.get(code)
+            if step is None:
+                raise ValueError(f"the instruction {bytes([code])!r} at byte {self._at - 1} is not among those known")
+            step(self)
+
+    # Reading.
+
+    def _take(self, nbytes: int) -> bytes:
+        start, stop = self._at, self._at + nbytes
+        if nbytes < 0 or stop > len(self._data):
+            raise ValueError(f"{nbytes} bytes are missing at byte {start}")
+        self._at = stop
+        return self._data[start:stop]
+
+    def _number(self, nbytes: int, *, signed: bool = False) -> int:
+        return int.from_bytes(self._take(nbytes), "little", signed=signed)
+
+    def _line(self) -> str:
+        stop = self._data.find(b"\n", self._at)
+        if stop < 0:
+            raise ValueError("a line does not end")
+        line = self._data[self._at : stop]
+        self._at = stop + 1
+        return line.decode()
+
+    # The stack.
+
+    def _push(self, value: Any) -> None:
+        self._stack.append(value)
+
+    def _pop(self) -> Any:
+        if not self._stack or self._stack[-1] is _MARK:
+            raise ValueError("it takes more from the stack than there is")
+        return self._stack.pop()
+
+    def _top(self) -> Any:
+        value = self._pop()
+        self._push(value)
+        return value
+
+    def _to_mark(self) -> list[Any]:
+        stack = self._stack
+        for place in range(len(stack) - 1, -1, -1):
+            if stack[place] is _MARK:
+                found = stack[place + 1 :]
+                del stack[place:]
+                return found
+        raise ValueError("a mark is missing")
+
+    def _get(self, number: int) -> None:
+        self._push(self._memo[number])
+
+    def _put(self, number: int) -> None:
+        self._memo[number] = self._top()
+
+    # Containers.
+
+    def _append(self, items: list[Any]) -> None:
+        target = self._top()
+        if isinstance(target, list | deque):
+            target.extend(items)
+        elif isinstance(target, set):
+            target.update(items)
+        elif isinstance(target, Record):
+            target.arguments += tuple(items)
+        else:
+            raise ValueError(f"items are added to a {type(target).__name__}")
+
+    def _set_items(self, items: list[Any]) -> None:
+        target = self._top()
+        if not isinstance(target, dict) or len(items) % 2:
+            raise ValueError(f"keys are set in a {type(target).__name__}")
+        target.update(zip(items[::2], items[1::2], strict=True))
+
+    # Names and calls.
+
+    def _name(self, module: str, name: str) -> None:
+        text = f"{module}.{name}"
+        text = _OLD_NAMES.get(text, text)
+        if text in self._value_of:
+            self._push(self._value_of[text]())
+        elif text in self._names:
+            self._push(_Name(text, self._names[text]))
+        else:
+            raise _Refused(text)
+
+    def _call(self, what: Any, arguments: Any, named: Mapping[str, Any] | None = None) -> None:
+        if not isinstance(what, _Name) or not isinstance(arguments, tuple) or named:
+            raise ValueError("it calls what is no name of the list")
+        # A call may copy what it is given; one container that is handed over again and again must not fill the memory.
+        self._budget -= sum(len(one) for one in arguments if isinstance(one, _SIZED))
+        if self._budget < 0:
+            raise ValueError("it copies the same things over and over")
+        self._push(what.make(*arguments))
+
+    def _build(self) -> None:
+        state, target = self._pop(), self._top()
+        if isinstance(target, Record):
+            target.raw = state
+            parts = state if isinstance(state, tuple) and len(state) == 2 else (state,)
+            for part in parts:
+                if isinstance(part, dict) and all(type(key) is str for key in part):
+                    target.state.update(part)
+        elif isinstance(target, np.dtype):
+            if not isinstance(state, tuple) or len(state) < 2 or state[1] == ">":
+                raise ValueError("a numpy dtype is not little-endian")
+        elif not isinstance(target, OrderedDict):  # torch hangs versions of modules on those of a state dict
+            raise ValueError(f"a state is set on a {type(target).__name__}")
+
+    def _persistent_id(self, identity: Any) -> None:
+        if self._persistent is None:
+            raise ValueError("it refers to something outside of it")
+        self._push(self._persistent(identity))
+
+
+def _list(machine: _Machine) -> None:
+    machine._push(machine._to_mark())
+
+
+def _dict(machine: _Machine) -> None:
+    items = machine._to_mark()
+    machine._push({})
+    machine._set_items(items)
+
+
+def _frozenset(machine: _Machine) -> None:
+    machine._push(frozenset(machine._to_mark()))
+
+
+def _tuple(count: int) -> Callable[[_Machine], None]:
+    def make(machine: _Machine) -> None:
+        items = [machine._pop() for _ in range(count)]
+        machine._push(tuple(reversed(items)))
+
+    return make
+
+
+def _text(nbytes: int) -> Callable[[_Machine], None]:
+    return lambda machine: machine._push(machine._take(machine._number(nbytes)).decode("utf-8", "surrogatepass"))
+
+
+def _bytes(nbytes: int) -> Callable[[_Machine], None]:
+    return lambda machine: machine._push(machine._take(machine._number(nbytes)))
+
+
+def _old_text(nbytes: int) -> Callable[[_Machine], None]:
+    """Strings of Python 2."""
+    return lambda machine: machine._push(machine._take(machine._number(nbytes)).decode("latin-1"))
+
+
+def _integer(nbytes: int, signed: bool) -> Callable[[_Machine], None]:
+    return lambda machine: machine._push(machine._number(nbytes, signed=signed))
+
+
+def _long(nbytes: int) -> Callable[[_Machine], None]:
+    return lambda machine: machine._push(machine._number(machine._number(nbytes), signed=True))
+
+
+def _line_integer(machine: _Machine) -> None:
+    line = machine._line()
+    machine._push({"00": False, "01": True}.get(line) if line in ("00", "01") else int(line.rstrip("L")))
+
+
+def _global(machine: _Machine) -> None:
+    module = machine._line()
+    machine._name(module, machine._line())
+
+
+def _stack_global(machine: _Machine) -> None:
+    name, module = machine._pop(), machine._pop()
+    if type(name) is not str or type(module) is not str:
+        raise ValueError("a name is no text")
+    machine._name(module, name)
+
+
+def _reduce(machine: _Machine) -> None:
+    arguments = machine._pop()
+    machine._call(machine._pop(), arguments)
+
+
+def _new(machine: _Machine) -> None:
+    _reduce(machine)
+
+
+def _new_with_names(machine: _Machine) -> None:
+    named, arguments = machine._pop(), machine._pop()
+    machine._call(machine._pop(), arguments, named)
+
+
+def _pop_mark(machine: _Machine) -> None:
+    machine._to_mark()
+
+
+def _drop(machine: _Machine) -> None:
+    if not machine._stack:
+        raise ValueError("it takes more from the stack than there is")
+    machine._stack.pop()
+
+
+def _skip(nbytes: int) -> Callable[[_Machine], None]:
+    def skip(machine: _Machine) -> None:
+        machine._take(nbytes)
+
+    return skip
+
+
+def _constant(value: Any) -> Callable[[_Machine], None]:
+    return lambda machine: machine._push(value)
+
+
+def _append_one(machine: _Machine) -> None:
+    machine._append([machine._pop()])
+
+
+def _append_many(machine: _Machine) -> None:
+    machine._append(machine._to_mark())
+
+
+def _set_one(machine: _Machine) -> None:
+    value, key = machine._pop(), machine._pop()
+    machine._set_items([key, value])
+
+
+def _set_many(machine: _Machine) -> None:
+    machine._set_items(machine._to_mark())
+
+
+# The instructions of pickletools.opcodes, by their byte. Left out are those that make instances by calling a class with
+# what lies on the stack (INST, OBJ), the registry of extensions, and buffers from outside.
+_CODES: dict[int, Callable[[_Machine], None]] = {
+    ord(code): step
+    for code, step in {
+        "\x80": _skip(1),  # PROTO
+        "\x95": _skip(8),  # FRAME
+        "(": lambda machine: machine._push(_MARK),
+        "0": _drop,
+        "1": _pop_mark,
+        "2": lambda machine: machine._push(machine._top()),
+        "N": _constant(None),
+        "\x88": _constant(True),
+        "\x89": _constant(False),
+        "J": _integer(4, True),
+        "K": _integer(1, False),
+        "M": _integer(2, False),
+        "\x8a": _long(1),
+        "\x8b": _long(4),
+        "I": _line_integer,
+        "L": _line_integer,
+        "G": lambda machine: machine._push(struct.unpack(">d", machine._take(8))[0]),
+        "F": lambda machine: machine._push(float(machine._line())),
+        "X": _text(4),
+        "\x8c": _text(1),
+        "\x8d": _text(8),
+        "V": lambda machine: machine._push(machine._line().encode("latin-1").decode("raw-unicode-escape")),
+        "B": _bytes(4),
+        "C": _bytes(1),
+        "\x8e": _bytes(8),
+        "\x96": lambda machine: machine._push(bytearray(machine._take(machine._number(8)))),
+        "T": _old_text(4),
+        "U": _old_text(1),
+        "]": lambda machine: machine._push([]),
+        "a": _append_one,
+        "e": _append_many,
+        "l": _list,
+        ")": _constant(()),
+        "t": lambda machine: machine._push(tuple(machine._to_mark())),
+        "\x85": _tuple(1),
+        "\x86": _tuple(2),
+        "\x87": _tuple(3),
+        "}": lambda machine: machine._push({}),
+        "d": _dict,
+        "s": _set_one,
+        "u": _set_many,
+        "\x8f": lambda machine: machine._push(set()),
+        "\x90": _append_many,
+        "\x91": _frozenset,
+        "c": _global,
+        "\x93": _stack_global,
+        "R": _reduce,
+        "\x81": _new,
+        "\x92": _new_with_names,
+        "b": lambda machine: machine._build(),
+        "Q": lambda machine: machine._persistent_id(machine._pop()),
+        "p": lambda machine: machine._put(int(machine._line())),
+        "q": lambda machine: machine._put(machine._number(1)),
+        "r": lambda machine: machine._put(machine._number(4)),
+        "\x94": lambda machine: machine._put(len(machine._memo)),
+        "g": lambda machine: machine._get(int(machine._line())),
+        "h": lambda machine: machine._get(machine._number(1)),
+        "j": lambda machine: machine._get(machine._number(4)),
+    }.items()
+}
+
+_OLD_NAMES = {
+    f"__builtin__.{name}": f"builtins.{name}"
+    for name in ("set", "frozenset", "bytearray", "complex", "bytes", "list", "dict", "tuple", "int", "float", "str")
+} | {"copy_reg._reconstructor": "copyreg._reconstructor"}

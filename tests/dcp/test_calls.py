@@ -1,0 +1,225 @@
+"""The calls of `ckptengine.dcp` in one process: what they take, give back, fill and refuse."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import pickle
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed.checkpoint as torchs
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+
+import ckptengine as ce
+import ckptengine.dcp as dcp
+
+
+@pytest.fixture(autouse=True)
+def alone() -> Iterator[None]:
+    """Torch warns that there is no process group."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        yield
+
+
+def state() -> dict[str, Any]:
+    torch.manual_seed(0)
+    net = torch.nn.Linear(3, 4)
+    optimizer = torch.optim.AdamW(net.parameters(), lr=torch.tensor(0.1))
+    net(torch.ones(2, 3)).sum().backward()
+    optimizer.step()
+    return {
+        "model": net.state_dict(),
+        "optim": optimizer.state_dict(),
+        "mixed": [torch.arange(3), 5, {"a": "x"}],
+        "list": [1, 2, 3],
+        "pair": (torch.arange(2), "y"),
+        "nothing": None,
+        "empty": torch.zeros(0, 3),
+        "scalar": torch.tensor(1.5),
+        "half": torch.arange(4, dtype=torch.bfloat16),
+    }
+
+
+def zeroed(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return torch.zeros_like(value)
+    if isinstance(value, dict):
+        return {key: zeroed(item) for key, item in value.items()}
+    if isinstance(value, list) and any(isinstance(item, (torch.Tensor, dict)) for item in value):
+        return [zeroed(item) for item in value]
+    return "another"
+
+
+def same(one: Any, other: Any) -> bool:
+    if isinstance(one, torch.Tensor):
+        return one.dtype == other.dtype and torch.equal(one, other)
+    if isinstance(one, dict):
+        return list(one) == list(other) and all(same(one[key], other[key]) for key in one)
+    if isinstance(one, (list, tuple)):
+        return type(one) is type(other) and len(one) == len(other) and all(map(same, one, other))
+    return type(one) is type(other) and one == other
+
+
+@pytest.mark.parametrize("name", ["save", "load", "async_save"])
+def test_each_call_takes_what_torchs_takes(name: str) -> None:
+    theirs = inspect.signature(inspect.unwrap(getattr(torchs, name))).parameters
+    ours = inspect.signature(getattr(dcp, name)).parameters
+    assert [(p.name, p.kind, p.default) for p in ours.values()] == [
+        (p.name, p.kind, p.default) for p in theirs.values()
+    ]
+
+
+def test_what_is_saved_comes_back_in_place(tmp_path: Path) -> None:
+    metadata = dcp.save(state(), checkpoint_id=tmp_path)
+    assert isinstance(metadata, torchs.Metadata)
+    target = zeroed(state())
+    weight = target["model"]["weight"]
+    dcp.load(target, checkpoint_id=tmp_path)
+    assert same(target, state())
+    assert target["model"]["weight"] is weight
+
+
+def test_what_the_reader_tells_is_what_the_writer_was_told(tmp_path: Path) -> None:
+    written = dcp.save(state(), checkpoint_id=tmp_path)
+    read = dcp.Reader(tmp_path).read_metadata()
+    assert read.planner_data == written.planner_data
+    assert set(read.state_dict_metadata) == set(written.state_dict_metadata)
+    for name, told in written.state_dict_metadata.items():
+        found = read.state_dict_metadata[name]
+        assert type(found) is type(told), name
+        if isinstance(told, torchs.TensorStorageMetadata):
+            assert (found.size, found.properties.dtype, found.chunks) == (told.size, told.properties.dtype, told.chunks)
+
+
+def test_an_asynchronous_save_has_the_state_of_the_call(tmp_path: Path) -> None:
+    saved = state()
+    future = dcp.async_save(saved, checkpoint_id=tmp_path)
+    response = getattr(future, "staging_completion", None)
+    if response is not None:
+        response.result()
+    saved["model"]["weight"].zero_()
+    getattr(future, "upload_completion", future).result()
+    target = zeroed(state())
+    dcp.load(target, checkpoint_id=tmp_path)
+    assert same(target, state())
+
+
+def test_writer_and_reader_plug_into_torchs_own_calls(tmp_path: Path) -> None:
+    torchs.save(state(), storage_writer=dcp.Writer(tmp_path))
+    target = zeroed(state())
+    torchs.load(target, storage_reader=dcp.Reader(tmp_path))
+    assert same(target, state())
+
+
+def test_torchs_own_tools_read_it_through_the_reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    dcp.save({"model": state()["model"], "n": [1, 2]}, checkpoint_id=tmp_path / "c")
+    monkeypatch.setattr("torch.distributed.checkpoint.format_utils.FileSystemReader", dcp.Reader)
+    dcp_to_torch_save(tmp_path / "c", tmp_path / "c.pt")
+    loaded = torch.load(tmp_path / "c.pt", weights_only=True)
+    assert same(loaded["model"], dict(sorted(state()["model"].items())))
+    assert loaded["n"] == [1, 2]
+
+
+def test_a_run_of_the_engine_is_read_at_a_step(tmp_path: Path) -> None:
+    with ce.Checkpointer(tmp_path) as checkpointer:
+        for step in (1, 2):
+            checkpointer.save(step, {"x": torch.full((3,), step)})
+    for step, reader in ((2, dcp.Reader(tmp_path)), (1, dcp.Reader(tmp_path, step=1))):
+        target = {"x": torch.zeros(3, dtype=torch.int64)}
+        dcp.load(target, storage_reader=reader)
+        assert target["x"].tolist() == [step] * 3
+
+
+def test_a_key_that_is_not_there_is_an_error_unless_partial_loads_are_allowed(tmp_path: Path) -> None:
+    dcp.save({"x": torch.ones(2)}, checkpoint_id=tmp_path)
+    with pytest.raises(torchs.CheckpointException, match="Missing key in checkpoint state_dict: y"):
+        dcp.load({"y": torch.zeros(2)}, checkpoint_id=tmp_path)
+    target = {"x": torch.zeros(2), "y": torch.zeros(2)}
+    dcp.load(target, checkpoint_id=tmp_path, planner=DefaultLoadPlanner(allow_partial_load=True))
+    assert target["x"].tolist() == [1, 1]
+    assert target["y"].tolist() == [0, 0]
+
+
+def test_another_dtype_is_converted_as_torch_does_and_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    dcp.save({"x": torch.tensor([1.0, 2.0])}, checkpoint_id=tmp_path)
+    target = {"x": torch.zeros(2, dtype=torch.float64)}
+    with caplog.at_level(logging.WARNING, "ckptengine"):
+        dcp.load(target, checkpoint_id=tmp_path)
+    assert target["x"].tolist() == [1, 2]
+    assert "x (torch.float32 to torch.float64)" in caplog.text
+
+
+def test_one_memory_under_two_names_is_never_filled_with_two_different_tensors(tmp_path: Path) -> None:
+    dcp.save({"a": torch.ones(4), "b": torch.ones(4), "c": torch.zeros(4)}, checkpoint_id=tmp_path)
+    one = torch.zeros(4)
+    dcp.load({"a": one, "b": one}, checkpoint_id=tmp_path)
+    assert one.tolist() == [1] * 4
+    with pytest.raises(torchs.CheckpointException, match="shares memory with another tensor"):
+        dcp.load({"a": one, "c": one[:]}, checkpoint_id=tmp_path)
+
+
+def test_what_is_neither_tensor_nor_plain_value_is_refused_by_name(tmp_path: Path) -> None:
+    for value, words in (
+        (object(), "odd: object can't be saved"),
+        (torch.nn.Linear(2, 2), "odd: module is neither a tensor nor a plain value"),
+        ([torch.Generator()], "odd"),
+        (ce.PerRank(torch.ones(1)), "odd: PerRank is neither"),
+    ):
+        with pytest.raises(torchs.CheckpointException, match=words):
+            dcp.save({"good": torch.ones(2), "odd": value if not isinstance(value, torch.nn.Module) else (value,)},
+                     checkpoint_id=tmp_path / "c")  # fmt: skip
+        assert not (tmp_path / "c").exists() or not list((tmp_path / "c").iterdir()), words
+
+
+def test_a_checkpoint_is_replaced_or_kept_as_it_is_told(tmp_path: Path) -> None:
+    dcp.save({"x": torch.ones(2)}, checkpoint_id=tmp_path)
+    dcp.save({"x": torch.zeros(2)}, checkpoint_id=tmp_path)
+    assert ce.load(tmp_path)["x"].tolist() == [0, 0]
+    with pytest.raises(torchs.CheckpointException, match="overwrite=True"):
+        dcp.save({"x": torch.ones(2)}, storage_writer=dcp.Writer(tmp_path, overwrite=False))
+    assert ce.load(tmp_path)["x"].tolist() == [0, 0]
+
+
+def test_a_checkpoint_of_torchs_own_format_or_a_run_is_not_written_over(tmp_path: Path) -> None:
+    torchs.save({"x": torch.ones(2)}, checkpoint_id=tmp_path / "torchs")
+    with pytest.raises(torchs.CheckpointException, match="holds a checkpoint of torch's own format"):
+        dcp.save({"x": torch.zeros(2)}, checkpoint_id=tmp_path / "torchs")
+    with ce.Checkpointer(tmp_path / "run") as checkpointer:
+        checkpointer.save(1, {"x": torch.ones(2)})
+    with pytest.raises(torchs.CheckpointException, match="which a single checkpoint must not replace"):
+        dcp.save({"x": torch.zeros(2)}, checkpoint_id=tmp_path / "run")
+
+
+def test_damage_is_told_with_the_file(tmp_path: Path) -> None:
+    dcp.save({"x": torch.ones(300_000)}, checkpoint_id=tmp_path)
+    archive = next(tmp_path.glob("data-*/*rank*.zip"))
+    data = bytearray(archive.read_bytes())
+    data[len(data) // 2] ^= 1
+    archive.write_bytes(bytes(data))
+    with pytest.raises(torchs.CheckpointException, match=archive.name):
+        dcp.load({"x": torch.zeros(300_000)}, checkpoint_id=tmp_path)
+
+
+def test_a_writer_travels_to_another_process(tmp_path: Path) -> None:
+    writer = pickle.loads(pickle.dumps(dcp.Writer(tmp_path, metadata={"a": 1}, timeout=9)))
+    torchs.save({"x": torch.ones(2)}, storage_writer=writer)
+    assert ce.load(tmp_path)["x"].tolist() == [1, 1]
+
+
+def test_all_other_names_are_torchs() -> None:
+    assert dcp.DefaultSavePlanner is torchs.DefaultSavePlanner
+    assert dcp.CheckpointException is torchs.CheckpointException
+    with pytest.raises(AttributeError, match="neither ckptengine.dcp nor torch.distributed.checkpoint has 'nothing'"):
+        dcp.nothing  # noqa: B018
+
+
+def test_without_a_place_the_error_says_what_is_missing() -> None:
+    with pytest.raises(ValueError, match="checkpoint_id"):
+        dcp.save({"x": torch.ones(2)})

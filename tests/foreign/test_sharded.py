@@ -1,0 +1,53 @@
+"""Ranks of a real job fill a sharded model from checkpoints of other libraries, each byte read once for the node."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+import torch.distributed.checkpoint as dcp
+from foreign_models import model
+from ranks import run_ranks
+
+HERE = Path(__file__).parent
+
+
+def sources(folder: Path) -> list[str]:
+    """Write the model in every format; return their names."""
+    tensors = dict(model(1).state_dict())
+    safetensors.torch.save_file(tensors, folder / "model.safetensors")
+    (folder / "hub").mkdir()
+    items = list(tensors.items())
+    weights = {}
+    for number, part in enumerate((items[:3], items[3:]), 1):
+        name = f"model-{number:05}-of-00002.safetensors"
+        safetensors.torch.save_file(dict(part), folder / "hub" / name)
+        weights |= dict.fromkeys(dict(part), name)
+    (folder / "hub" / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weights}))
+    torch.save(tensors, folder / "model.pt")
+    dcp.save({"net": tensors}, checkpoint_id=folder / "dcp", no_dist=True)
+    return ["model.safetensors", "hub", "model.pt", "dcp"]
+
+
+def run(ranks: int, folder: Path, *names: str) -> list[dict[str, dict[str, int]]]:
+    environment = {"PYTHONPATH": f"{HERE.parent.parent}:{HERE}"}
+    job = run_ranks(ranks, HERE / "sharded_job.py", folder, *names, env=environment)
+    assert job.returncode == 0, job.stdout[-8000:]
+    return [json.loads((folder / f"rank-{rank}.json").read_text()) for rank in range(ranks)]
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_every_format_fills_a_sharded_model_and_the_node_reads_each_byte_once(tmp_path: Path, ranks: int) -> None:
+    names = sources(tmp_path)
+    reports = run(ranks, tmp_path, "write", f"dcp-{ranks}", *names)
+    for name in (f"dcp-{ranks}", *names):
+        assert sum(report[name]["read"] for report in reports) <= reports[0][name]["node"]
+
+
+def test_what_four_ranks_of_dcp_wrote_is_filled_on_two(tmp_path: Path) -> None:
+    run(4, tmp_path, "write")
+    run(2, tmp_path, "dcp-4")
