@@ -9,7 +9,7 @@ import json
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from ckptengine.errors import CheckpointDamagedError
 from ckptengine.frameworks.adapter import TensorKind, TensorView
@@ -266,8 +266,7 @@ def _path(value: object) -> Path:
 def _kind(value: Any, kind: type) -> TensorKind:
     if type(value) is not kind:
         raise ValueError(f"{value!r:.80} is no kind of a tensor")
-    told: TensorKind = value
-    return told
+    return cast(TensorKind, value)
 
 
 def _index(value: object) -> int:
