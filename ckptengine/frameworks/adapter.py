@@ -13,8 +13,11 @@ from ckptengine.frameworks.random_stream import RandomStream
 from ckptengine.schema.leaf import Part, Placement
 from ckptengine.schema.path import Path
 
-__all__ = ["ABOUT", "Adapter", "Layouts", "ModuleEntry", "TensorView"]
+__all__ = ["ABOUT", "Adapter", "Layouts", "ModuleEntry", "TensorKind", "TensorView"]
 
+TensorKind = bool | dict[str, Any] | None
+"""What a tensor is beside its contents: None for a plain one; for a parameter whether it takes a gradient; for others a
+JSON object: `grad`, `class` (of a subclass, by its full name), `attributes` (what else it has), `name`."""
 
 ABOUT = "tensor_subclass"
 """The key under which lies, beside the inner tensors of a tensor subclass, what they make."""
@@ -125,12 +128,19 @@ class Adapter:
         view = self.view(tensor, (), target=False)
         return self.empty(view.dtype, view.shape)
 
-    def parameter_grad(self, tensor: Any) -> bool | None:
-        """Return whether a parameter takes a gradient, None for a tensor that is no parameter."""
+    def tensor_kind(self, tensor: Any) -> TensorKind:
+        """Return what a tensor is beside its contents; only for one that is in no module, where the module knows."""
         return None
 
-    def as_parameter(self, tensor: Any, grad: bool) -> Any:
-        """Return a tensor's memory as a parameter that takes a gradient or not."""
+    def kind_marks(self, tensors: Sequence[Any]) -> Sequence[Any]:
+        """Return what of `tensor_kind` can change while a tensor stays of its class, one item for each."""
+        return ()
+
+    def as_kind(self, tensor: Any, kind: TensorKind, path: Path) -> Any:
+        """Return a tensor that is filled later as what `tensor_kind` told of; it may lie in other memory.
+
+        Raises `LoadMismatchError` naming the path where that can't be made.
+        """
         return tensor
 
     def replacement(self, tensor: Any) -> Any:

@@ -8,14 +8,15 @@ from typing import Any
 
 import numpy as np
 
-from ckptengine.errors import StateError
-from ckptengine.frameworks.adapter import Adapter, TensorView
+from ckptengine.errors import LoadMismatchError, StateError
+from ckptengine.frameworks.adapter import Adapter, TensorKind, TensorView
 from ckptengine.frameworks.numpy_random import NumpyStream
 from ckptengine.frameworks.random_stream import RandomStream
 from ckptengine.schema.box import Box
 from ckptengine.schema.dtypes import DTYPES, name_of_numpy_dtype
 from ckptengine.schema.leaf import HostMemory, Part, Placement
 from ckptengine.schema.path import Path, dotted
+from ckptengine.schema.type_name import find_class, full_name
 
 __all__ = ["NumpyAdapter", "may_overlap"]
 
@@ -89,6 +90,29 @@ class NumpyAdapter(Adapter):
         """Return a new array whose dimensions lie in memory in an order."""
         order = order or tuple(range(tensor.ndim))
         return np.empty([tensor.shape[dim] for dim in order], tensor.dtype).transpose(np.argsort(order))
+
+    def tensor_kind(self, tensor: Any) -> TensorKind:
+        """Return the class of a subclass; a memory map is an array, wherever its bytes come from."""
+        kind = type(tensor)
+        if kind in (np.ndarray, np.memmap):
+            return None
+        made = getattr(np.asarray(tensor).view(kind), "__dict__", {})
+        attributes = [key for key, one in getattr(tensor, "__dict__", {}).items() if made.get(key, made) is not one]
+        told = {"class": full_name(kind)}
+        return {**told, "attributes": attributes} if attributes else told
+
+    def as_kind(self, tensor: Any, kind: TensorKind, path: Path) -> np.ndarray[Any, Any]:
+        """Return an array's memory as a subclass that is imported."""
+        base: np.ndarray[Any, Any] = tensor.view(np.ndarray)
+        if not isinstance(kind, dict):
+            return base
+        cls = find_class(str(kind.get("class")))
+        if cls is None or not issubclass(cls, np.ndarray) or kind.get("attributes"):
+            raise LoadMismatchError(
+                f"{dotted(path)}: is a {kind.get('class')} in the checkpoint, which can't be made here; import that "
+                "class before the load, or put one into the state, which is then filled"
+            )
+        return base.view(cls)
 
     def convert(self, tensor: Any, buffers: Sequence[np.ndarray[Any, Any]], dtype: str) -> None:
         """Fill an array from a buffer of another dtype, as `astype` converts."""

@@ -6,9 +6,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from mindspore import Tensor
+from mindspore import Parameter, Tensor
 
-from ckptengine.frameworks.adapter import Adapter, ModuleEntry, TensorView
+from ckptengine.frameworks.adapter import Adapter, ModuleEntry, TensorKind, TensorView
 from ckptengine.frameworks.registry import register
 from ckptengine.mindspore import cell as _cell
 from ckptengine.mindspore.tensor import (
@@ -17,6 +17,7 @@ from ckptengine.mindspore.tensor import (
     dtype_name,
     fingerprints,
     mindspore_dtype,
+    new_parameter,
     view_tensor,
 )
 from ckptengine.schema.dtypes import DTYPES
@@ -53,6 +54,23 @@ class MindSporeAdapter(Adapter):
     def convert(self, tensor: Any, buffers: Sequence[np.ndarray[Any, Any]], dtype: str) -> None:
         """Fill a tensor from host buffers of another dtype."""
         convert_tensor(tensor, buffers, dtype)
+
+    def tensor_kind(self, tensor: Any) -> TensorKind:
+        """Return name and `requires_grad` of a parameter."""
+        if not isinstance(tensor, Parameter):
+            return None
+        return {"name": tensor.name, "grad": tensor.requires_grad}
+
+    def kind_marks(self, tensors: Sequence[Any]) -> Sequence[Any]:
+        """Return `tensor_kind` of each."""
+        return [self.tensor_kind(tensor) for tensor in tensors]
+
+    def as_kind(self, tensor: Any, kind: TensorKind, path: Path) -> Any:
+        """Return a parameter, or a plain tensor, with memory of its own: MindSpore copies what it makes one of."""
+        view = self.view(tensor, path, target=False)
+        if not isinstance(kind, dict):
+            return self.empty(view.dtype, view.shape)
+        return new_parameter(view.dtype, view.shape, str(kind.get("name")), bool(kind.get("grad")))
 
     def is_module(self, value: Any) -> bool:
         """Whether a value is a cell or a loss scaler."""

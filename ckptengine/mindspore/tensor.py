@@ -9,7 +9,7 @@ from typing import Any
 
 import mindspore as ms
 import numpy as np
-from mindspore import Tensor
+from mindspore import Parameter, Tensor
 from mindspore.experimental import MapParameter
 
 from ckptengine.errors import StateError
@@ -19,7 +19,16 @@ from ckptengine.schema.dtypes import DTYPES
 from ckptengine.schema.leaf import DeviceMemory, HostMemory, Memory, Part, Placement
 from ckptengine.schema.path import Path, dotted
 
-__all__ = ["as_array", "as_tensor", "convert_tensor", "dtype_name", "fingerprints", "mindspore_dtype", "view_tensor"]
+__all__ = [
+    "as_array",
+    "as_tensor",
+    "convert_tensor",
+    "dtype_name",
+    "fingerprints",
+    "mindspore_dtype",
+    "new_parameter",
+    "view_tensor",
+]
 
 _NAMES = {
     getattr(ms, name): "bool" if name == "bool_" else name
@@ -109,6 +118,16 @@ def as_tensor(array: np.ndarray[Any, Any], name: str) -> Any:
     if array.size:
         _fill(tensor, name, array)
     return tensor
+
+
+def new_parameter(name: str, shape: tuple[int, ...], called: str, grad: bool) -> Any:
+    """Return a parameter of a logical dtype, given its own name and `requires_grad`, contents undefined."""
+    dtype = mindspore_dtype(name)
+    if name not in _BITS:
+        return Parameter(Tensor(np.zeros(shape, DTYPES[name].numpy)), name=called, requires_grad=grad)
+    parameter = Parameter(Tensor(np.zeros(shape, np.float32)), name=called, requires_grad=grad)
+    parameter.set_dtype(dtype)  # through numpy it can't be made of these
+    return parameter
 
 
 def _check(tensor: Any, path: Path) -> str:

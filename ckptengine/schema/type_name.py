@@ -1,10 +1,30 @@
-"""How messages name the type of a value."""
+"""How types are named, in messages and in checkpoints."""
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
-__all__ = ["describe_type"]
+__all__ = ["describe_type", "find_class", "full_name"]
+
+
+def full_name(kind: type) -> str:
+    """Return a class's module and qualified name."""
+    return f"{kind.__module__}.{kind.__qualname__}"
+
+
+def find_class(name: str) -> type | None:
+    """Return a class by its full name, from the modules that are imported; imports nothing."""
+    parts = name.split(".")
+    for count in range(len(parts) - 1, 0, -1):
+        found: Any = sys.modules.get(".".join(parts[:count]))
+        if found is None:
+            continue
+        for part in parts[count:]:
+            found = vars(found).get(part) if hasattr(found, "__dict__") else None
+        if isinstance(found, type):
+            return found
+    return None
 
 
 def describe_type(value: Any) -> str:

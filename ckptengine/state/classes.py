@@ -21,7 +21,6 @@ import functools
 import json
 import operator
 import pathlib
-import sys
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Mapping
 from enum import Enum, Flag
@@ -29,6 +28,7 @@ from typing import Any
 
 from ckptengine.errors import StateError
 from ckptengine.schema.path import Path, dotted
+from ckptengine.schema.type_name import find_class, full_name
 
 __all__ = [
     "CLASS_TAGS",
@@ -36,7 +36,6 @@ __all__ = [
     "decode_class",
     "encode_class",
     "factory_name",
-    "full_name",
     "is_namedtuple",
     "named_factory",
     "named_tuple",
@@ -61,11 +60,6 @@ class UnknownMember(str):
     """A member of an enum that is not imported: its full name."""
 
     __slots__ = ()
-
-
-def full_name(kind: type) -> str:
-    """Return a class's module and qualified name."""
-    return f"{kind.__module__}.{kind.__qualname__}"
 
 
 def is_namedtuple(value: Any) -> bool:
@@ -154,7 +148,7 @@ def _of(kind: type, value: Any) -> Any:
 
 
 def _member(name: str, members: list[str]) -> Any:
-    kind = _find(name)
+    kind = find_class(name)
     if kind is None or not issubclass(kind, Enum) or not all(member in kind.__members__ for member in members):
         return UnknownMember(f"{name}.{'|'.join(members)}")
     if issubclass(kind, Flag):
@@ -167,7 +161,7 @@ def named_tuple(name: str, fields: tuple[str, ...], items: list[Any]) -> Any:
     """Return a named tuple of the class of that name where it is imported and has these fields, else of a new one."""
     if len(fields) != len(items):
         raise ValueError(f"{len(items)} items for {len(fields)} fields")
-    kind = _find(name)
+    kind = find_class(name)
     if kind is None or not issubclass(kind, tuple) or getattr(kind, "_fields", None) != fields:
         kind = _new_class(name.rpartition(".")[2], fields)
     return tuple.__new__(kind, items)
@@ -176,20 +170,6 @@ def named_tuple(name: str, fields: tuple[str, ...], items: list[Any]) -> Any:
 @functools.lru_cache(maxsize=256)
 def _new_class(name: str, fields: tuple[str, ...]) -> type:
     return collections.namedtuple(name, fields)  # it checks that these are names
-
-
-def _find(name: str) -> type | None:
-    """Return a class by its full name, from the modules that are imported."""
-    parts = name.split(".")
-    for count in range(len(parts) - 1, 0, -1):
-        found: Any = sys.modules.get(".".join(parts[:count]))
-        if found is None:
-            continue
-        for part in parts[count:]:
-            found = vars(found).get(part) if hasattr(found, "__dict__") else None
-        if isinstance(found, type):
-            return found
-    return None
 
 
 def unknown_member(value: Any) -> str | None:

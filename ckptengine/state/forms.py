@@ -8,8 +8,8 @@ from typing import Any, cast
 
 from ckptengine.errors import CheckpointDamagedError, LoadMismatchError, StateError
 from ckptengine.schema.path import Key, Path, dotted
-from ckptengine.schema.type_name import describe_type
-from ckptengine.state.classes import factory_name, full_name, is_namedtuple, named_factory, named_tuple
+from ckptengine.schema.type_name import describe_type, full_name
+from ckptengine.state.classes import factory_name, is_namedtuple, named_factory, named_tuple
 from ckptengine.state.values import decode, encode
 
 __all__ = ["Form", "container_kind", "form_of", "is_form", "own_keys", "path_keys", "rebuild"]

@@ -9,10 +9,10 @@ import json
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from ckptengine.errors import CheckpointDamagedError
-from ckptengine.frameworks.adapter import TensorView
+from ckptengine.frameworks.adapter import TensorKind, TensorView
 from ckptengine.schema.leaf import HostMemory, Part
 from ckptengine.schema.path import Key, Path, dotted
 from ckptengine.state.nested import item_of
@@ -38,6 +38,8 @@ _T = TypeVar("_T")
 _LEVEL = 6
 _GENERIC = frozenset({"Optimizer", "LRScheduler", "_LRScheduler", "Protocol", "Generic", "ABC", "Stateful"})
 """Bases that say nothing of what a state means."""
+_KINDS: dict[str, type] = {"parameters": bool, "tensors": dict}
+"""Where an outline has the kinds of tensors: those of parameters, which earlier versions know, and all others."""
 _MAX_NBYTES_PER_LEAF = 16 << 10
 """What an outline may take at most when it is unpacked, for each leaf or plain value beside it: no file inflates."""
 
@@ -68,8 +70,9 @@ class Outline:
     checkpoint does not say which have none. `spreads` says of arrays in the state of a distributed parameter how they
     were spread (`Adapter.state_spread`), where that is not what is usual. `empty` has the paths of parameters' states
     in optimizers that were there and held nothing: any other parameter without leaves had no state. It is None where
-    there is no optimizer, and where the checkpoint does not say. `parameters` says of each parameter that is in no
-    module whether it takes a gradient.
+    there is no optimizer, and where the checkpoint does not say. `kinds` says of each array that is in no module
+    what it is beside its contents, where that is more than a plain tensor; `tells_kinds` is False where the checkpoint
+    knows that of parameters alone.
     """
 
     containers: tuple[Container, ...] = ()
@@ -79,7 +82,8 @@ class Outline:
     spreads: Mapping[Path, str] = field(default_factory=dict)
     empty: tuple[Path, ...] | None = None
     tells_metadata: bool = True
-    parameters: Mapping[Path, bool] = field(default_factory=dict)
+    kinds: Mapping[Path, TensorKind] = field(default_factory=dict)
+    tells_kinds: bool = True
 
     @functools.cached_property
     def encoded(self) -> str:
@@ -102,8 +106,10 @@ class Outline:
             ]
         if self.spreads:
             document["spreads"] = [[list(path), how] for path, how in self.spreads.items()]
-        if self.parameters:
-            document["parameters"] = [[list(path), grad] for path, grad in self.parameters.items()]
+        for name, kind in _KINDS.items():
+            told = [[list(path), one] for path, one in self.kinds.items() if isinstance(one, kind)]
+            if told or kind is dict:
+                document[name] = told
         if self.empty is not None:
             document["empty"] = [list(path) for path in self.empty]
         text = json.dumps(document, separators=(",", ":")).encode()
@@ -138,11 +144,13 @@ def decode_outline(text: object, leaves: int) -> Outline:
         shapes = {_path(path): tuple(map(_index, _path(shape))) for path, shape in document.get("shapes", [])}
         metadata = {_path(path): decode(value) for path, value in document.get("metadata", [])}
         spreads = {_path(path): str(how) for path, how in document.get("spreads", [])}
-        parameters = {_path(path): bool(grad) for path, grad in document.get("parameters", [])}
+        kinds = {_path(path): _kind(one, kind) for n, kind in _KINDS.items() for path, one in document.get(n, [])}
         empty = tuple(map(_path, document["empty"])) if "empty" in document else None
     except (binascii.Error, zlib.error, ValueError, KeyError, TypeError, IndexError, RecursionError) as error:
         raise CheckpointDamagedError(f"the structure is damaged ({type(error).__name__}: {error})") from error
-    return Outline(containers, orders, shapes, metadata, spreads, empty, "metadata" in document, parameters)
+    return Outline(
+        containers, orders, shapes, metadata, spreads, empty, "metadata" in document, kinds, "tensors" in document
+    )
 
 
 def class_name(value: Any) -> str:
@@ -253,6 +261,12 @@ def _path(value: object) -> Path:
     if not isinstance(value, list) or not all(type(key) in (str, int) for key in value):
         raise ValueError(f"{value!r:.80} is no list of keys")
     return tuple(value)
+
+
+def _kind(value: Any, kind: type) -> TensorKind:
+    if type(value) is not kind:
+        raise ValueError(f"{value!r:.80} is no kind of a tensor")
+    return cast(TensorKind, value)
 
 
 def _index(value: object) -> int:

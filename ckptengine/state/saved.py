@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ckptengine.errors import CheckpointDamagedError, LoadMismatchError
+from ckptengine.frameworks.adapter import TensorKind
 from ckptengine.schema.leaf import Placement
 from ckptengine.schema.path import Key, Path, dotted
 from ckptengine.schema.type_name import describe_type
@@ -54,7 +55,8 @@ class SavedArray:
     """An array of the checkpoint: its own path there, and its rank where it is a rank's own.
 
     `order` is how it lay in memory (`memory_order`; None: in C order). `told` says whether the checkpoint knows that.
-    `parameter` tells of a parameter that was in no module whether it takes a gradient; it is None for all others.
+    `kind` is what it was beside its contents (`Adapter.tensor_kind`), None for a plain tensor and in a module;
+    `tells_kind` says whether the checkpoint knows that.
     `spread` is how an array of an optimizer's state was spread, None where in the usual way.
     """
 
@@ -64,7 +66,8 @@ class SavedArray:
     order: tuple[int, ...] | None = None
     told: bool = False
     spread: str | None = None
-    parameter: bool | None = None
+    kind: TensorKind = None
+    tells_kind: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,16 +166,17 @@ def shared_tree(saved: Saved, rename: Callable[[Path], Path]) -> Node:
     outline = saved.outline
     orders: Mapping[Path, tuple[int, ...]] = {} if outline is None else outline.orders
     told = outline is not None
-    parameters: Mapping[Path, bool] = {} if outline is None else outline.parameters
+    kinds: Mapping[Path, TensorKind] = {} if outline is None else outline.kinds
+    tells = outline is not None and outline.tells_kinds
     spreads: Mapping[Path, str] = {} if outline is None else outline.spreads
     arrays = {
-        path: SavedArray(path, None, leaf, orders.get(path), told, spreads.get(path), parameters.get(path))
+        path: SavedArray(path, None, leaf, orders.get(path), told, spreads.get(path), kinds.get(path), tells)
         for path, leaf in saved.leaves.items()
     }
     for path, first in saved.aliases.items():
         if first not in arrays:
             raise CheckpointDamagedError(f"{dotted(path)} is the same tensor as {dotted(first)}, which isn't there")
-        arrays.setdefault(path, replace(arrays[first], parameter=parameters.get(path)))
+        arrays.setdefault(path, replace(arrays[first], kind=kinds.get(path)))
     _insert(root, arrays, saved.values, saved.containers, rename)
     _add_empty(root, outline, rename)
     _apply(root, outline, rename)
@@ -187,12 +191,13 @@ def own_tree(saved: Saved, rank: int, rename: Callable[[Path], Path]) -> Node:
     containers = saved.rank_containers[rank] if saved.rank_containers else {}
     outline = saved.rank_outlines[rank] if saved.rank_outlines else None
     orders: Mapping[Path, tuple[int, ...]] = {} if outline is None else outline.orders
-    parameters: Mapping[Path, bool] = {} if outline is None else outline.parameters
+    kinds: Mapping[Path, TensorKind] = {} if outline is None else outline.kinds
+    tells = outline is not None and outline.tells_kinds
     told = outline is not None
     _insert(
         root,
         {
-            path: SavedArray(path, rank, leaf, orders.get(path), told, None, parameters.get(path))
+            path: SavedArray(path, rank, leaf, orders.get(path), told, None, kinds.get(path), tells)
             for path, leaf in leaves.items()
         },
         values,

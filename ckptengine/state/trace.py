@@ -32,7 +32,6 @@ __all__ = [
     "ObjectStep",
     "OptimizerStep",
     "OwnOptimizerStep",
-    "ParameterStep",
     "PerRankStep",
     "PlainStep",
     "SequenceStep",
@@ -108,22 +107,6 @@ class TensorStep(Step):
     def again(self, value: Any, met: _Met) -> None:
         """Note the tensor."""
         if type(value) is not self.kind:
-            raise Changed
-        met.tensors.append(value)
-
-
-class ParameterStep(Step):
-    """A parameter that is in no module, where another that takes a gradient as it did may lie."""
-
-    __slots__ = ("adapter", "grad", "kind")
-
-    def __init__(self, kind: type, adapter: Adapter, grad: bool) -> None:
-        self.kind: Any = kind
-        self.adapter, self.grad = adapter, grad
-
-    def again(self, value: Any, met: _Met) -> None:
-        """Note the parameter."""
-        if type(value) is not self.kind or self.adapter.parameter_grad(value) is not self.grad:
             raise Changed
         met.tensors.append(value)
 
@@ -397,7 +380,8 @@ class Again:
 class Trace:
     """What one walk met. It keeps no tensor alive: that is up to the job."""
 
-    def __init__(self, root: Step, visited: Sequence[Visited], fenced: Sequence[int]) -> None:
+    def __init__(self, root: Step, visited: Sequence[Visited], fenced: Sequence[int], free: Sequence[int]) -> None:
+        """`fenced` and `free` number what only an optimizer's step changes, and the tensors that are in no module."""
         self._root = root
         self._tensors = [weakref.ref(one.tensor) for one in visited]
         self._rows = [_Row(one) for one in visited]
@@ -410,6 +394,10 @@ class Trace:
         self.fenced = [visited[number].path for number in fenced]
         """The paths of what only an optimizer's step changes, in the order of `versions`."""
         tensors = [one.tensor for one in visited]
+        self._free: dict[str, list[int]] = {}
+        for number in free:
+            self._free.setdefault(visited[number].adapter.name, []).append(number)
+        self._kinds = self._marks(tensors)
         self._fingerprints = {
             name: adapter.fingerprints(_pick(tensors, numbers)) for name, (adapter, numbers) in self._by_adapter.items()
         }
@@ -440,6 +428,8 @@ class Trace:
     def _moved(self, tensors: list[Any]) -> dict[int, tuple[Part, ...]]:
         if len(tensors) != len(self._tensors):
             raise Changed
+        if self._marks(tensors) != self._kinds:
+            raise Changed
         odd: set[int] = set(self._on_device)
         if not _same(self._tensors, tensors):
             odd.update(
@@ -463,6 +453,13 @@ class Trace:
             self._tensors[number] = weakref.ref(tensors[number])
         self._check_ties()
         return moved
+
+    def _marks(self, tensors: list[Any]) -> list[Sequence[Any]]:
+        """Return what of the tensors in no module changes with what they are beside their contents."""
+        return [
+            self._by_adapter[name][0].kind_marks([tensors[number] for number in numbers])
+            for name, numbers in self._free.items()
+        ]
 
     def _check_ties(self) -> None:
         """Raise `Changed` where tensors are tied that were not, or no longer are."""

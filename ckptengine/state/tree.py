@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ckptengine.errors import CheckpointDamagedError, StateError
-from ckptengine.frameworks.adapter import ABOUT, Adapter, TensorView
+from ckptengine.frameworks.adapter import ABOUT, Adapter, TensorKind, TensorView
 from ckptengine.frameworks.registry import adapter_of_loader
 from ckptengine.schema.head import MAX_NDIM
 from ckptengine.schema.leaf import ArrayLeaf, DeviceMemory, Part, Placement
@@ -27,7 +27,6 @@ from ckptengine.state.trace import (
     ObjectStep,
     OptimizerStep,
     OwnOptimizerStep,
-    ParameterStep,
     PerRankStep,
     PlainStep,
     SequenceStep,
@@ -131,8 +130,10 @@ class _Walk:
         self._empty: dict[Path, str] = {}
         self._metadata: tuple[dict[Path, Any], dict[Path, Any]] = ({}, {})
         self._shapes: tuple[dict[Path, tuple[int, ...]], dict[Path, tuple[int, ...]]] = ({}, {})
-        self._parameters: tuple[dict[Path, bool], dict[Path, bool]] = ({}, {})
+        self._kinds: tuple[dict[Path, TensorKind], dict[Path, TensorKind]] = ({}, {})
+        self._free: list[int] = []  # numbers of the visited tensors that are in no module
         self._in_module = False
+        self._objects = 0  # those that the walk is in
         self._spreads: tuple[dict[Path, str], dict[Path, str]] = ({}, {})
         self._without: list[list[Path] | None] = [None, None]  # empty states of parameters, where there are optimizers
         self._aliases: dict[Path, Path] = {}
@@ -163,13 +164,13 @@ class _Walk:
             self._metadata[own],
             self._spreads[own],
             None if empty is None else tuple(empty),
-            parameters=self._parameters[own],
+            kinds=self._kinds[own],
         )
 
     def trace(self) -> Trace:
         """Return what was met."""
         fenced = [number for number, one in enumerate(self._visited) if one.leaf in self._fenced and not one.tied]
-        return Trace(self._root, self._visited, fenced)
+        return Trace(self._root, self._visited, fenced, self._free)
 
     def _visit(self, value: Any, path: Path, *, per_rank: bool, buffer: bool = False) -> Step:
         if len(path) > MAX_DEPTH:
@@ -185,11 +186,9 @@ class _Walk:
                 assert adapter is not None
                 view = self._views.get(id(value)) or adapter.view(value, path, target=False)
                 self._add(value, view, adapter, path, per_rank=per_rank, buffer=buffer)
-                grad = None if self._in_module else adapter.parameter_grad(value)
-                if grad is None:
-                    return TensorStep(type(value))
-                self._parameters[per_rank][path] = grad
-                return ParameterStep(type(value), adapter, grad)
+                if not self._in_module:
+                    self._note_kind(value, adapter, path, per_rank)
+                return TensorStep(type(value))
             case Kind.WRAPPED:
                 assert adapter is not None
                 inner = adapter.unwrap(value, path)
@@ -214,9 +213,9 @@ class _Walk:
                 if not entries:
                     self._empty[path] = class_name(value)
                 self._build(path, "module", per_rank, keys=[entry.name for entry in entries])
-                self._in_module = True
                 for entry in entries:
                     where = (*path, entry.name)
+                    self._in_module = adapter.is_tensor(entry.value)  # what extra state holds is made anew
                     steps[entry.key] = self._visit(entry.value, where, per_rank=per_rank, buffer=entry.buffer)
                 self._in_module = False
                 return ModuleStep(value, adapter, steps, path)
@@ -231,12 +230,28 @@ class _Walk:
                 own = self._inspector.asked.state_of(value, path)
                 if isinstance(own, Mapping) and not own:
                     self._empty[path] = class_name(value)
-                return ObjectStep(type(value), self._visit(own, path, per_rank=per_rank), path)
+                self._objects += 1
+                step = ObjectStep(type(value), self._visit(own, path, per_rank=per_rank), path)
+                self._objects -= 1
+                return step
             case Kind.DICT | Kind.SEQUENCE:
                 form = form_of(value, path)
                 if form is not None and path:
                     self._containers[per_rank][path] = form
                 return self._visit_items(value, path, per_rank)
+
+    def _note_kind(self, tensor: Any, adapter: Adapter, path: Path, per_rank: bool) -> None:
+        """Note what a tensor that was just added is beside its contents, for it may be made anew."""
+        self._free.append(len(self._visited) - 1)
+        kind = adapter.tensor_kind(tensor)
+        if kind is None:
+            return
+        if isinstance(kind, dict) and kind.get("attributes") and self._objects and self._wanted is None:
+            raise StateError(
+                f"{dotted(path)}: {describe_type(tensor)} has attributes beside its contents "
+                f"({', '.join(kind['attributes'])}), which would be lost; put a plain tensor and them into the state"
+            )
+        self._kinds[per_rank][path] = kind
 
     def _build(self, path: Path, kind: str, per_rank: bool, cls: str = "", keys: Iterable[Key] | None = None) -> None:
         """Note a container; keys that are sorted anyway are not worth a note."""
@@ -312,7 +327,9 @@ class _Walk:
                     self._note_shape(parameter, (*path, STATE, name), per_rank)
         self._build(path, "object", per_rank, class_name(optimizer))
         first = len(self._visited)
+        self._objects += 1
         inner = self._visit(named_state(own, groups, names), path, per_rank=per_rank)
+        self._objects -= 1
         if parts is not None:
             self._note_spreads(adapter, owners, first, per_rank)
         return OwnOptimizerStep(optimizer, adapter, names, inner, path)

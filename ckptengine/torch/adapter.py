@@ -8,11 +8,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from ckptengine.frameworks.adapter import Adapter, Layouts, ModuleEntry, TensorView
+from ckptengine.frameworks.adapter import Adapter, Layouts, ModuleEntry, TensorKind, TensorView
 from ckptengine.frameworks.random_stream import RandomStream
 from ckptengine.frameworks.registry import register
 from ckptengine.schema.path import Path
 from ckptengine.torch import accelerator
+from ckptengine.torch import kind as _kind
 from ckptengine.torch import module as _module
 from ckptengine.torch import optimizer as _optimizer
 from ckptengine.torch import own_calls as _own_calls
@@ -78,13 +79,17 @@ class TorchAdapter(Adapter):
         """Return a new tensor on the same device, or distributed in the same way."""
         return new_like(tensor, order)
 
-    def parameter_grad(self, tensor: Any) -> bool | None:
-        """Return a parameter's `requires_grad`."""
-        return tensor.requires_grad if isinstance(tensor, torch.nn.Parameter) else None
+    def tensor_kind(self, tensor: Any) -> TensorKind:
+        """Return class and `requires_grad`."""
+        return _kind.tensor_kind(tensor)
 
-    def as_parameter(self, tensor: Any, grad: bool) -> torch.nn.Parameter:
-        """Return a parameter on a tensor's memory."""
-        return torch.nn.Parameter(tensor.detach(), grad)
+    def kind_marks(self, tensors: Sequence[Any]) -> Sequence[Any]:
+        """Return `requires_grad` of each."""
+        return [tensor.requires_grad for tensor in tensors]
+
+    def as_kind(self, tensor: Any, kind: TensorKind, path: Path) -> torch.Tensor:
+        """Return a tensor's memory as a parameter, as a subclass, or as what takes a gradient."""
+        return _kind.as_kind(tensor, kind, path)
 
     def layouts(self, tensors: Sequence[tuple[Path, Any]]) -> Layouts:
         """Return how parameters and tensors are spread."""

@@ -217,4 +217,4 @@ def test_a_parameter_that_is_frozen_between_saves_is_saved_as_frozen():
     reader = StateReader()
     for grad in (True, False):
         parameter.requires_grad_(grad)
-        assert reader.read({"x": Holder({"p": parameter})}).plain.outline.parameters == {("x", "p"): grad}
+        assert reader.read({"x": Holder({"p": parameter})}).plain.outline.kinds == {("x", "p"): grad}

@@ -4,7 +4,7 @@ import mindspore as ms
 import mindspore.experimental.optim as experimental
 import numpy as np
 import pytest
-from mindspore import Tensor, nn
+from mindspore import Parameter, Tensor, nn
 
 import ckptengine as ce
 from ckptengine.mindspore import load_checkpoint, load_param_into_net, save_checkpoint
@@ -87,3 +87,48 @@ def test_a_prefix_of_a_networks_name_is_still_taken_off(tmp_path):
     missing, _ = load_param_into_net(plain, load_checkpoint(str(tmp_path / "a.ckpt")))
     assert missing == []
     assert as_array(plain.weight).tobytes() == as_array(wrapped.backbone.weight).tobytes()
+
+
+class Holder:
+    """An object that keeps what it is given."""
+
+    def __init__(self, state):
+        self.state = state
+
+    def state_dict(self):
+        return self.state
+
+    def load_state_dict(self, state):
+        self.state = state
+
+
+@pytest.mark.parametrize("dtype", [ms.float32, ms.bfloat16, ms.int8])
+@pytest.mark.parametrize("here", ["nothing", "parameters of other names", "tensors"])
+def test_a_parameter_in_an_object_comes_back_with_its_name_whatever_was_there(here, dtype, tmp_path):
+    def parameter(name, number, grad):
+        result = Parameter(Tensor(np.full(2, number, np.float32)), name=name, requires_grad=grad)
+        result.set_dtype(dtype)
+        return result
+
+    taught, frozen = parameter("taught", 1, True), parameter("frozen", 2, False)
+    saved = Holder({"taught": taught, "again": taught, "frozen": [frozen], "plain": Tensor(np.ones(2, np.float32))})
+    ce.save(tmp_path / "point", {"x": saved})
+    fresh = Holder(
+        {
+            "nothing": {},
+            "tensors": {"taught": Tensor(np.zeros(2, np.float32)), "frozen": [Tensor(np.zeros(2, np.float32))]},
+            "parameters of other names": {
+                "taught": parameter("one", 8, False),
+                "frozen": [parameter("two", 9, True)],
+                "plain": Parameter(Tensor(np.zeros(2, np.float32)), name="three"),
+            },
+        }[here]
+    )
+    ce.load(tmp_path / "point", into={"x": fresh})
+    for one, other in ((taught, fresh.state["taught"]), (frozen, fresh.state["frozen"][0])):
+        assert isinstance(other, Parameter)
+        assert (other.name, other.requires_grad, other.dtype) == (one.name, one.requires_grad, dtype)
+        assert as_array(other).tobytes() == as_array(one).tobytes()
+    assert fresh.state["again"] is fresh.state["taught"]
+    assert not isinstance(fresh.state["plain"], Parameter)
+    assert fresh.state["plain"].asnumpy().tolist() == [1, 1]

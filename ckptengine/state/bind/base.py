@@ -88,6 +88,8 @@ class BinderBase(ABC):
         self._ties: list[tuple[int, int]] = []
         self._converted: dict[int, tuple[ArrayLeaf, Action]] = {}
         self._taken: Taken | None = None
+        self._made: dict[tuple[Path, int | None], list[Any]] = {}
+        """What was built of each array of the checkpoint in the object that is being built: its names stay tied."""
         self._late: list[Callable[[], None]] = []
 
     def report(self) -> LoadReport:

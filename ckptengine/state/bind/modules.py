@@ -25,6 +25,8 @@ class ModuleBinder(TensorBinder):
 
     def _bind_module(self, module: Any, adapter: Adapter, path: Path, node: Node | None, per_rank: bool) -> None:
         loading = adapter.module_loading(module)
+        if self._taken is None:  # else the module lies in an object that is being built
+            self._made = {}
         handed: dict[str, Any] = {}
         names = set()
         for entry in self._inspector.entries(module, adapter, path):

@@ -10,7 +10,7 @@ from ckptengine.frameworks.adapter import Adapter
 from ckptengine.schema.path import Path, dotted
 from ckptengine.state.bind.base import FRAMEWORK
 from ckptengine.state.bind.objects import hand_over
-from ckptengine.state.bind.tensors import Maker, TensorBinder
+from ckptengine.state.bind.tensors import Maker, TensorBinder, of_kind
 from ckptengine.state.kinds import optimizer_names
 from ckptengine.state.outline import in_order
 from ckptengine.state.saved import Node, SavedArray
@@ -104,10 +104,12 @@ class OptimizerBinder(TensorBinder):
                 continue
             tensor = current.get(str(key))
             if tensor is None or not adapter.is_tensor(tensor) or adapter.is_wrapped(tensor):
-                tensor = new(entry, str(key))
+                made = self._made.get((entry.path, entry.rank))
+                tensor = made[0] if made else new(entry, str(key))
             if entry.told and not in_order(adapter.view(tensor, where, target=False), entry.order):
                 tensor = adapter.new_like(tensor, entry.order)
-            state[str(key)] = tensor
+            state[str(key)] = tensor = of_kind(tensor, entry, where)
+            self._made.setdefault((entry.path, entry.rank), []).append(tensor)
             self._bind_tensor(tensor, adapter, where, child, per_rank=entry.rank is not None)
         return state
 
@@ -157,6 +159,7 @@ class OptimizerBinder(TensorBinder):
         reason = self._groups_differ(adapter, saved, names, groups)
         if reason is not None:
             del self.reads[reads:], self.actions[actions:], self._cast[cast:]
+            self._made = {}
             self._converted = {number: one for number, one in self._converted.items() if number < reads}
             self._mismatch(path, reason, optimizer)
             return None

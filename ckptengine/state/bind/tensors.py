@@ -34,7 +34,7 @@ from ckptengine.state.sharded import ShardedArray
 from ckptengine.state.tree import sharded_parts
 from ckptengine.state.values import digest, encode
 
-__all__ = ["Maker", "TensorBinder"]
+__all__ = ["Maker", "TensorBinder", "of_kind"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,6 +185,7 @@ class TensorBinder(BinderBase):
             array = adapter.empty(dtype, shape)
         if entry.told and not in_order(adapter.view(array, path, target=False), entry.order):
             array = adapter.new_like(array, entry.order)
+        array = of_kind(array, entry, path)  # before it is read into: some frameworks copy for that
         self._read(array, adapter, adapter.view(array, path, target=True), entry, path)
         return array
 
@@ -207,6 +208,7 @@ class TensorBinder(BinderBase):
         if node.holds_arrays and not placeholder:
             self._mismatch(path, f"{describe_type(value)} here, {node.description} in the checkpoint", node)
             return
+        self._made = {}
         new = self._rebuild(node, path)
         self._loaded.append(dotted(path))
         if _may_take(value, new):
@@ -293,23 +295,27 @@ class TensorBinder(BinderBase):
 
     def _rebuild_array(self, entry: SavedArray, path: Path, like: Any, make: Maker) -> Any:
         """Return a fitting array of `like`, or a new one, to be filled; a parameter where one was saved."""
-        array, grad = self._array_of(entry, path, like, make), entry.parameter
-        if grad is None:
-            return array
-        adapter = adapter_of_tensor(array)
-        if adapter is None or adapter.parameter_grad(array) is grad:
-            return array
-        return adapter.as_parameter(array, grad)
+        made = self._made.setdefault((entry.path, entry.rank), [])
+        for array in made:  # another name of what was one tensor: it is one again
+            if of_kind(array, entry, path) is array:
+                return array
+        array = of_kind(made[0] if made else self._array_of(entry, path, like, make), entry, path)
+        made.append(array)
+        return array
 
     def _array_of(self, entry: SavedArray, path: Path, like: Any, make: Maker) -> Any:
         kind, adapter = (Kind.PLAIN, None) if like is None else self._inspector.kind(like, path)
-        if adapter is not None and kind in (Kind.TENSOR, Kind.SHARDED):
+        # What another framework has here becomes what was saved, unless that one's framework isn't imported.
+        foreign = adapter is not None and entry.leaf.container in {one.name for one in adapters()} - {adapter.name}
+        if adapter is not None and kind in (Kind.TENSOR, Kind.SHARDED) and not foreign:
             try:
                 view = _target_view(like, adapter, path)
             except StateError:  # it can be saved, but not filled: a read-only or expanded tensor
                 return make.array(entry, path)
             if (view.shape, view.dtype) == (entry.leaf.shape, entry.leaf.dtype):
-                return self._rebuild_like(like, adapter, view, entry, path)
+                other = of_kind(like, entry, path)
+                view = view if other is like else _target_view(other, adapter, path)
+                return self._rebuild_like(other, adapter, view, entry, path)
         return make.array(entry, path)
 
     def _rebuild_like(self, like: Any, adapter: Adapter, view: TensorView, entry: SavedArray, path: Path) -> Any:
@@ -321,7 +327,7 @@ class TensorBinder(BinderBase):
         if entry.leaf.placement is Placement.SHARDED and view.placement is not Placement.SHARDED:
             self.given.add(path)
         if entry.told and not in_order(view, entry.order):
-            like = _new_like(like, adapter, entry.order)
+            like = of_kind(_new_like(like, adapter, entry.order), entry, path)
             view = _target_view(like, adapter, path)
         if self._taken is None:
             self._read(like, adapter, view, entry, path)
@@ -332,13 +338,21 @@ class TensorBinder(BinderBase):
             read = self.reads[number]
             if (read.path, read.rank) == (entry.path, entry.rank) and list(read.places) == found:
                 return like
-            like = _new_like(like, adapter, entry.order)
+            like = of_kind(_new_like(like, adapter, entry.order), entry, path)
             view = _target_view(like, adapter, path)
             found = extents(ArrayLeaf(path, view.dtype, view.shape, view.placement, view.parts, adapter.name))
             break
         self._taken.add(len(self.reads), found)
         self._read(like, adapter, view, entry, path)
         return like
+
+
+def of_kind(array: Any, entry: SavedArray, path: Path) -> Any:
+    """Return an array as what was saved: itself where it is of that kind already, or nobody knows the kind."""
+    adapter = adapter_of_tensor(array)
+    if adapter is None or not (entry.tells_kind or entry.kind is not None) or entry.leaf.container != adapter.name:
+        return array
+    return array if adapter.tensor_kind(array) == entry.kind else adapter.as_kind(array, entry.kind, path)
 
 
 def _may_take(value: Any, new: Any) -> bool:

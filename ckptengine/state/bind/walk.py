@@ -39,6 +39,7 @@ class Binder(OwnCallsBinder):
         for number, (leaf, _) in self._converted.items():
             self._taken.add(number, extents(leaf))
         while self._late:
+            self._made = {}
             self._late.pop(0)()
         self._selection.check()
 
