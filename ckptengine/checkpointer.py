@@ -374,7 +374,8 @@ class Checkpointer:
         Ranks learn of a failure at different steps. Raised before the save, it would keep one rank out of a save that
         the others are in, and if the caller goes on after it, each rank would save another step from then on.
         """
-        directory, numbers, hook = step_directory(step), checked_metrics(metrics), self._hook
+        directory, numbers = step_directory(step), checked_metrics(metrics)
+        hook, persistent = self._hook, self._tiers.first is self._tiers.home
         self._saver.wait(self._timeout, directory)
         self._saves.reap()
         self._saves.correct()
@@ -398,7 +399,7 @@ class Checkpointer:
             metadata=self._metadata,
             metrics=numbers,
             committed=lambda generation, attempt: self._tiers.committed(generation, attempt, step, directory),
-            told=hook and functools.partial(hook.saved, numbers, self._tiers.first is self._tiers.home),
+            told=None if hook is None else functools.partial(hook.saved, numbers, persistent),
             site=self._tiers.site,
             meeting=self._tiers.meeting,
         )
