@@ -97,5 +97,8 @@ class Preempted(SystemExit):
         super().__init__(code)
         self.message, self.step = message, step
 
+    def __reduce__(self) -> tuple[object, ...]:
+        return type(self), (self.message, self.code, self.step)
+
     def __str__(self) -> str:
         return self.message

@@ -77,6 +77,7 @@ def async_save(
     been written yet, this waits for it, and raises `DeadlineError` after 600 seconds.
     """
     own = async_stager is None and async_checkpointer_type is AsyncCheckpointerType.THREAD
+    own = own and not isinstance(storage_writer, AsyncStager)  # one that stages by itself, as torch takes it
     if own:
         async_stager = staging.stager(DEFAULT_TIMEOUT)
     writer = _writer(storage_writer, checkpoint_id)
@@ -95,7 +96,8 @@ def async_save(
         written = future.upload_completion if isinstance(future, AsyncSaveResponse) else future
         staging.used_by(written)
         if isinstance(writer, Writer):
-            written.add_done_callback(lambda _: writer.give_up())
+            # One that was committed has left nothing, and its writer may have begun the next save by now.
+            written.add_done_callback(lambda one: writer.give_up() if one.exception() is not None else None)
     return future
 
 

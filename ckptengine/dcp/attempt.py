@@ -9,7 +9,7 @@ import logging
 import secrets
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -40,7 +40,7 @@ from ckptengine.snapshot.pack import Checksums, CopyTable
 from ckptengine.snapshot.snapshotter import Snapshotter
 from ckptengine.storage.base import ArchiveWriter, Storage, join
 
-__all__ = ["Attempt", "Begun", "Part", "Place", "attempt_under_way", "begin_archive", "check_free"]
+__all__ = ["Attempt", "Begun", "Part", "Place", "attempt_under_way", "begin_archive", "check_free", "check_no_other"]
 
 _TORCHS, _TORCHS_DATA = ".metadata", ".distcp"  # torch/distributed/checkpoint/filesystem.py
 
@@ -63,6 +63,7 @@ class Part:
     `rows` are encoded `RankRows`.
     """
 
+    attempt: str
     rank: int
     record: ArchiveRecord | None
     rows: bytes
@@ -113,6 +114,12 @@ class Attempt:
             raise SaveFailedError(
                 f"{self._storage.location()} was not committed: the results of ranks "
                 f"{[part.rank for part in by_rank]} came, those of 0 to {self._world_size - 1} were expected"
+            )
+        others_of = {part.attempt for part in by_rank} - {self.name}
+        if others_of:
+            raise SaveFailedError(
+                f"{self._storage.location()} was not committed: ranks have written attempt {min(others_of)}, not "
+                f"{self.name}: the writer was given to another save before this one had ended; give each its own"
             )
         layout, layout_record = encode_layout(merge([PackedRows.decode(part.rows) for part in by_rank]))
         self._storage.write_bytes(join(self._directory, layout_record.name), layout)
@@ -172,13 +179,28 @@ def check_free(storage: Storage, overwrite: bool) -> None:
         )
 
 
-def attempt_under_way(storage: Storage, timeout: float) -> str:
-    """Return the one attempt that a living writer has begun in a storage; raises `SaveFailedError` after `timeout`."""
+def check_no_other(storage: Storage) -> None:
+    """Raise `StorageError` (EEXIST) where ranks would save below a checkpoint of all ranks: loads would take that."""
+    if committed(storage):
+        raise StorageError(
+            errno.EEXIST,
+            f"{storage.location()} holds a checkpoint that was saved with collectives, which a load would take in the "
+            "place of this one: save to another path, or delete it first",
+        )
+
+
+def attempt_under_way(storage: Storage, timeout: float, ended: Collection[str]) -> str:
+    """Return the one attempt that a living writer has begun in a storage; raises `SaveFailedError` after `timeout`.
+
+    `ended` are those in which this rank has already taken part: one that failed may still lie there.
+    """
 
     def look() -> bytes | None:
         names = [(attempt_of(name), name) for name in storage.list()]
         living = [attempt for attempt, name in names if attempt is not None and is_leased(storage, name)]
-        unpublished = set(living) - {read_manifest(storage, entry).attempt for entry in committed(storage)}
+        unpublished = set(living).difference(ended) - {
+            read_manifest(storage, entry).attempt for entry in committed(storage)
+        }
         return unpublished.pop().encode() if len(unpublished) == 1 else None
 
     found = poll(look, timeout)

@@ -32,19 +32,21 @@ __all__ = ["Values", "assigned_to", "differing", "grids_of", "leaves_of", "merge
 
 Grids = Mapping[str, tuple[int, ...] | None]
 _MADE_BY_CODE = ("module", "optimizer", "object")
+_MADE_ANEW = ("torch", "numpy")
 
 
 @dataclass(frozen=True, slots=True)
 class Values:
     """Plain values that one rank writes: path and typed value, and path and form of what holds values.
 
-    `held` has the digests of all plain values that it holds, by name: the planner has one rank write those that several
-    have.
+    `objects` are the paths of values that hold more: an array, or a tree that the planner has not flattened. `held` has
+    the digests of all plain values that it holds, by name: the planner has one rank write those that several have.
     """
 
     values: tuple[tuple[Path, Any], ...] = ()
     aliases: tuple[tuple[Path, Path], ...] = ()
     containers: tuple[tuple[Path, Any], ...] = ()
+    objects: tuple[Path, ...] = ()
     held: Mapping[str, bytes] = field(default_factory=dict)
 
 
@@ -121,6 +123,8 @@ def assigned_to(rank: int, leaves: Sequence[tuple[str, ArrayLeaf]], grids: Grids
         if is_zero_sized(leaf.shape):
             grid = zero_sized_chunk(leaf.shape)
         writes = is_zero_sized(leaf.shape) or bool(order)
+        if not writes:
+            continue
         fragments = () if grid is not None else tuple(f"r{rank}-{number}" for number in range(len(order)))
         head = (leaf.path, leaf.dtype, leaf.shape, leaf.placement, leaf.container)
         result.append(Assigned(*head, grid, writes, offsets, lengths, fragments))
@@ -139,12 +143,14 @@ def values_of(plan: SavePlan, planner: SavePlanner) -> tuple[Values, list[tuple[
     values: list[tuple[Path, Any]] = []
     aliases: list[tuple[Path, Path]] = []
     containers: list[tuple[Path, Any]] = []
+    objects: list[Path] = []
     leaves: list[tuple[str, ArrayLeaf]] = []
     for item in plan.items:
         if item.type is not WriteItemType.BYTE_IO:
             continue
         path = path_of(item.index.fqn, plan.planner_data)
-        flat = flatten({"": _object(item, planner)})
+        value = _object(item, planner)
+        flat = flatten({"": value})
         code = [one for one in flat.outline.containers if one.kind in _MADE_BY_CODE]
         if code or flat.rank_values or any(leaf.placement is Placement.PER_RANK for leaf in flat.arrays):
             what = code[0].cls or code[0].kind if code else "PerRank"
@@ -152,8 +158,11 @@ def values_of(plan: SavePlan, planner: SavePlanner) -> tuple[Values, list[tuple[
                 f"{item.index.fqn}: {what} is neither a tensor nor a plain value, and nothing is pickled: put its "
                 "`state_dict()` in its place, or give it to torch as a `Stateful` at the top of the state"
             )
+        _check_containers(item.index.fqn, flat.arrays)
+        if flat.arrays or isinstance(value, Mapping) or list(flat.values) != [("",)]:
+            objects.append(path)
         # The empty key stands for the item itself.
-        values += [((*path, *own[1:]), encode(value, (*path, *own[1:]))) for own, value in flat.values.items()]
+        values += [((*path, *own[1:]), encode(one, (*path, *own[1:]))) for own, one in flat.values.items()]
         aliases += [((*path, *own[1:]), (*path, *first[1:])) for own, first in flat.aliases.items()]
         containers += [((*path, *own[1:]), form) for own, form in flat.containers.items()]
         for leaf in flat.arrays:
@@ -161,7 +170,7 @@ def values_of(plan: SavePlan, planner: SavePlanner) -> tuple[Values, list[tuple[
             moved = ArrayLeaf(where, leaf.dtype, leaf.shape, leaf.placement, leaf.parts, leaf.container)
             leaves.append((dotted(where), moved))
     containers += _lists_of(path_of(item.index.fqn, plan.planner_data) for item in plan.items)
-    return Values(tuple(values), tuple(aliases), tuple(containers), _held(planner)), leaves
+    return Values(tuple(values), tuple(aliases), tuple(containers), tuple(objects), _held(planner)), leaves
 
 
 def merged(of_ranks: Sequence[Values]) -> StoredValues:
@@ -169,16 +178,19 @@ def merged(of_ranks: Sequence[Values]) -> StoredValues:
     values: dict[Path, Any] = {}
     aliases: dict[Path, Path] = {}
     containers: dict[Path, Any] = {}
+    objects: dict[Path, None] = {}
     for one in of_ranks:
         values |= one.values
         aliases |= one.aliases
         containers |= one.containers
+        objects |= dict.fromkeys(one.objects)
     ordered = sorted(values.items(), key=lambda item: path_order(item[0]))
     return StoredValues(
         shared={
             "values": [[list(path), value] for path, value in ordered],
             "aliases": [[list(path), list(first)] for path, first in aliases.items()],
             "containers": [[list(path), form] for path, form in containers.items()],
+            "objects": [list(path) for path in objects],
         },
         own={"values": [], "containers": []},
         paths=tuple(path for path, _ in ordered),
@@ -192,6 +204,16 @@ def differing(of_ranks: Sequence[Values]) -> list[str]:
     return sorted(
         {name for one in of_ranks for name, said in one.held.items() if digests.setdefault(name, said) != said}
     )
+
+
+def _check_containers(name: str, arrays: Iterable[ArrayLeaf]) -> None:
+    """Raise `StateError` for arrays that a planner has no tensors for, and that a load could not make anew."""
+    for leaf in arrays:
+        if leaf.container not in _MADE_ANEW:
+            raise StateError(
+                f"{name}: an array of {leaf.container} can't be loaded by torch's planners; convert it to a tensor or "
+                "a numpy array"
+            )
 
 
 def _held(planner: SavePlanner) -> dict[str, bytes]:

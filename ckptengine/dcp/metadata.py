@@ -18,10 +18,11 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
+from ckptengine.errors import CheckpointDamagedError
 from ckptengine.layout.grid import cell_boxes
-from ckptengine.load.checkpoint import Opened
+from ckptengine.load.checkpoint import Checkpoint, Opened
 from ckptengine.load.describe import describe
-from ckptengine.schema.path import Path
+from ckptengine.schema.path import Key, Path
 from ckptengine.state.saved import Saved
 from ckptengine.state.tree import unflatten
 from ckptengine.torch.tensor import torch_dtype
@@ -34,7 +35,7 @@ class Contents:
     """A checkpoint as torch's planners see it, by the names that they give things.
 
     `tensors` leads from each tensor's name to the number of its leaf in the checkpoint's rows. `objects` has the plain
-    values; `holding` has those in which tensors lie, such as tuples, by the path from which they are to be made.
+    values; `holding` has those in which arrays lie, such as tuples, by the path from which they are to be made.
     """
 
     metadata: Metadata
@@ -58,6 +59,7 @@ def contents_of(checkpoint: Opened) -> Contents:
         arrays[path] = torch.empty(leaf.shape, dtype=torch_dtype(leaf.dtype), device="meta")
         numbers[id(arrays[path])] = checkpoint.rows.index[first, None]
     nested = unflatten({**saved.values, **_empty(saved)}, arrays, saved.containers, {})
+    _keep_whole(nested, checkpoint)
     flat, paths = flatten_state_dict({str(key): value for key, value in nested.items()})
     described: dict[str, TensorStorageMetadata | BytesStorageMetadata] = {}
     tensors: dict[str, int] = {}
@@ -69,7 +71,7 @@ def contents_of(checkpoint: Opened) -> Contents:
             tensors[name] = numbers[id(value)]
             described[name] = _described(checkpoint, tensors[name], value)
         else:
-            objects[name] = value
+            objects[name] = value.value if isinstance(value, _Whole) else value
             inside = own.get(tuple(map(str, paths[name])))
             if inside is not None:
                 holding[name] = inside
@@ -78,9 +80,31 @@ def contents_of(checkpoint: Opened) -> Contents:
     return Contents(Metadata(described, planner_data=paths, storage_meta=meta), saved, tensors, objects, holding)
 
 
+@dataclass(frozen=True, slots=True)
+class _Whole:
+    """A value that torch's planners are not to flatten."""
+
+    value: Any
+
+
+def _keep_whole(nested: dict[Key, Any], checkpoint: Opened) -> None:
+    """Wrap what was saved as one object, though arrays or a tree lie in it: a numpy array, what was not flattened."""
+    if not isinstance(checkpoint, Checkpoint):
+        return
+    for path in checkpoint.shared.get("objects", ()):
+        try:
+            holder: Any = nested
+            for key in path[:-1]:
+                holder = holder[key]
+            holder[path[-1]] = _Whole(holder[path[-1]])
+        except (LookupError, TypeError):
+            where = checkpoint.archive(0).location
+            raise CheckpointDamagedError(f"{where}: {path!r:.80} is said to be an object, and is not there") from None
+
+
 def _prefixes(arrays: Mapping[Path, Any]) -> set[Path]:
-    """Return the paths of all that arrays lie in."""
-    return {path[:depth] for path in arrays for depth in range(1, len(path))}
+    """Return the paths of arrays, and of all that they lie in."""
+    return {path[:depth] for path in arrays for depth in range(1, len(path) + 1)}
 
 
 def _empty(saved: Saved) -> dict[Path, Any]:

@@ -20,7 +20,8 @@ from torch.futures import Future
 import ckptengine._native as _native
 from ckptengine.catalog.naming import open_checkpoint
 from ckptengine.dcp.metadata import Contents, contents_of
-from ckptengine.errors import LoadMismatchError
+from ckptengine.errors import CheckpointError, CheckpointNotFoundError, LoadMismatchError
+from ckptengine.frameworks.numpy import NumpyAdapter
 from ckptengine.frameworks.registry import framework
 from ckptengine.load.checkpoint import Checkpoint, Opened, naming
 from ckptengine.load.choose import newest_or_foreign
@@ -37,6 +38,8 @@ from ckptengine.torch.tensor import dtype_name
 
 __all__ = ["Reader"]
 
+_NUMPY = NumpyAdapter()
+
 _log = logging.getLogger("ckptengine")
 
 
@@ -44,7 +47,7 @@ _log = logging.getLogger("ckptengine")
 class _Wanted:
     """One tensor to fill: the item, its target, the leaf and box to read, and the memory that takes it.
 
-    `memory` is the target's own where it can be.
+    `memory` is the target's own where it can be. With `again` the target is filled by another item, too.
     """
 
     item: ReadItem
@@ -52,6 +55,7 @@ class _Wanted:
     number: int
     box: Box
     memory: torch.Tensor
+    again: bool = False
 
 
 class Reader(StorageReader):
@@ -76,6 +80,7 @@ class Reader(StorageReader):
         self._step, self._options = step, storage_options
         self._timeout = checked_seconds("timeout", timeout)
         self._alone = False
+        self._problem: CheckpointError | None = None
         self._checkpoint: Opened | None = None
         self._contents: Contents | None = None
 
@@ -83,17 +88,31 @@ class Reader(StorageReader):
         """Take the next checkpoint's path."""
         if checkpoint_id is not None:
             self.checkpoint_id = checkpoint_id
-        self._checkpoint = self._contents = None
+        self._problem = self._checkpoint = self._contents = None
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         """Return what the checkpoint holds; with `rank`, of what that rank has saved without collectives.
 
+        Torch asks with `rank` when the first call has failed. Where a checkpoint of all ranks is there and could not be
+        read, that is not an answer, but an older checkpoint: then the error is raised again.
+
         Raises `CheckpointNotFoundError`, `CheckpointDamagedError`, `FormatVersionError`, `StorageError`.
         """
-        path = os.fspath(self.checkpoint_id)
         self._alone = kwargs.get("rank") is not None
-        if self._alone:
-            path = f"{path.rstrip('/')}/rank-{int(kwargs['rank'])}"
+        if self._alone and self._problem is not None:
+            raise self._problem
+        self._problem = None
+        try:
+            return self._read(kwargs.get("rank"))
+        except CheckpointError as problem:
+            if not self._alone and not isinstance(problem, CheckpointNotFoundError):
+                self._problem = problem
+            raise
+
+    def _read(self, rank: int | None) -> Metadata:
+        path = os.fspath(self.checkpoint_id)
+        if rank is not None:
+            path = f"{path.rstrip('/')}/rank-{rank}"
         storage = open_checkpoint(path, self._options, self._step, self._timeout)
 
         def look(checkpoint: Opened) -> tuple[Opened, Contents]:
@@ -195,15 +214,18 @@ class Reader(StorageReader):
         cast = []
         for one in wanted:
             name = one.item.dest_index.fqn
-            if one.memory is not one.target:
-                if one.memory.dtype != one.target.dtype:
-                    cast.append(f"{name} ({one.memory.dtype} to {one.target.dtype})")
-                    one.target.copy_(one.memory)
-                elif not _same_bits(one.target, one.memory):
+            converted = one.memory
+            if converted.dtype != one.target.dtype:
+                cast.append(f"{name} ({converted.dtype} to {one.target.dtype})")
+                converted = converted.to(one.target.dtype)
+            if one.again:
+                if not _same_bits(one.target, converted):
                     raise LoadMismatchError(
                         f"{name}: shares memory with another tensor of the state, and the checkpoint has different "
                         "values for the two; give each memory of its own"
                     )
+            elif one.memory is not one.target:
+                one.target.copy_(converted)
         if cast:
             more = f" and {len(cast) - 8} more" if len(cast) > 8 else ""
             _log.warning("%s: converted: %s%s", checkpoint.location, ", ".join(cast[:8]), more)
@@ -215,15 +237,16 @@ class Reader(StorageReader):
         where = contents.holding.get(name)
         if where is None:
             return contents.objects[name]
-        saved, adapter = contents.saved, framework("torch")
+        saved = contents.saved
         inside = [path for path in (*saved.leaves, *saved.aliases) if is_inside(path, {where})]
         firsts = list(dict.fromkeys(saved.aliases.get(path, path) for path in inside))
-        arrays = {path: adapter.empty(saved.leaves[path].dtype, saved.leaves[path].shape) for path in firsts}
-        reads = []
-        for path, array in arrays.items():
+        arrays, reads = {}, []
+        for path in firsts:
             leaf = saved.leaves[path]
-            parts = adapter.view(array, path, target=True).parts
-            target = ArrayLeaf(path, leaf.dtype, leaf.shape, leaf.placement, parts, "torch")
+            adapter = _NUMPY if leaf.container == _NUMPY.name else framework("torch")
+            arrays[path] = adapter.empty(leaf.dtype, leaf.shape)
+            parts = adapter.view(arrays[path], path, target=True).parts
+            target = ArrayLeaf(path, leaf.dtype, leaf.shape, leaf.placement, parts, adapter.name)
             reads.append((checkpoint.rows.index[path, None], target))
         with naming(checkpoint.location):
             filling = plan_filling(checkpoint, reads)
@@ -253,16 +276,20 @@ def _apart(wanted: list[_Wanted]) -> list[_Wanted]:
     places = []
     adapter = framework("torch")
     for one in wanted:
-        view = adapter.view(one.memory, (), target=True)
+        view = adapter.view(one.target, (), target=True)
         leaf = ArrayLeaf((), view.dtype, view.shape, view.placement, view.parts, "torch")
         places.append(extents(leaf))
     later = {number for group in sharing(places) for number in group[1:]}
     return [
-        replace(one, memory=torch.empty_like(one.memory, memory_format=torch.contiguous_format))
-        if number in later
-        else one
+        replace(one, memory=_apart_from(one), again=True) if number in later else one
         for number, one in enumerate(wanted)
     ]
+
+
+def _apart_from(one: _Wanted) -> torch.Tensor:
+    if one.memory is not one.target:
+        return one.memory
+    return torch.empty_like(one.target, memory_format=torch.contiguous_format)
 
 
 def _same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:

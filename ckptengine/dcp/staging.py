@@ -15,6 +15,18 @@ from ckptengine.lifecycle import after_fork
 __all__ = ["Staging", "staging"]
 
 
+class _Stager(DefaultStager):
+    """Torch's stager, which knows memory by its storage, and refuses one whose size has changed since."""
+
+    def stage(self, state_dict: dict[str, Any], **kwargs: Any) -> dict[str, Any] | Future[dict[str, Any]]:
+        """Return the copy; where a storage has been resized, with new memory for all of it."""
+        try:
+            return super().stage(state_dict, **kwargs)
+        except AssertionError:
+            super().__init__(self._config)
+            return super().stage(state_dict, **kwargs)
+
+
 class Staging:
     """Torch's stager, kept: new memory at each save is what makes a copy slow.
 
@@ -41,7 +53,7 @@ class Staging:
         with self._lock:
             if self._stager is None:
                 pinned = torch.cuda.is_available()
-                self._stager = DefaultStager(StagingOptions(pinned, False, False, False))
+                self._stager = _Stager(StagingOptions(pinned, False, False, False))
             return self._stager
 
     def used_by(self, save: Future[Any]) -> None:

@@ -14,7 +14,16 @@ from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
 from torch.futures import Future
 
-from ckptengine.dcp.attempt import Attempt, Begun, Part, Place, attempt_under_way, begin_archive, check_free
+from ckptengine.dcp.attempt import (
+    Attempt,
+    Begun,
+    Part,
+    Place,
+    attempt_under_way,
+    begin_archive,
+    check_free,
+    check_no_other,
+)
 from ckptengine.dcp.items import assigned_to, grids_of, leaves_of, merged, values_of
 from ckptengine.errors import SaveFailedError
 from ckptengine.policy.arguments import checked_seconds
@@ -25,7 +34,7 @@ from ckptengine.storage.open import open_storage
 __all__ = ["Writer"]
 
 _RECEIPT = MetadataIndex("ckptengine.receipt")
-_written: set[str] = set()  # attempts in which this process has written its archive
+_written: set[str] = set()  # attempts in which this process has written, or was about to
 
 
 class Writer(StorageWriter):
@@ -53,7 +62,8 @@ class Writer(StorageWriter):
         self._overwrite, self._metadata, self._options = overwrite, dict(metadata or {}), storage_options
         self._timeout = checked_seconds("timeout", timeout)
         self._held = ExitStack()
-        weakref.finalize(self, self._held.close)  # a save that failed on another rank does not come back to its writer
+        # A save that failed on another rank does not come back to its writer.
+        weakref.finalize(self, _close_in, os.getpid(), self._held)
         self._alone: int | None = None
         self._storage: Storage | None = None
         self._attempt: Attempt | None = None
@@ -61,7 +71,10 @@ class Writer(StorageWriter):
 
     def __reduce__(self) -> tuple[Any, ...]:
         # For the process of its own in which torch saves with AsyncCheckpointerType.PROCESS.
-        return _made, (self.checkpoint_id, self._overwrite, self._metadata, self._timeout, self._options)
+        mine = vars(Writer(""))
+        of_subclass = {name: value for name, value in vars(self).items() if name not in mine}
+        arguments = (self.checkpoint_id, self._overwrite, self._metadata, self._timeout, self._options)
+        return _made, (type(self), *arguments), of_subclass or None
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
         """Take the next checkpoint's path; what a failed save has left is removed."""
@@ -91,10 +104,13 @@ class Writer(StorageWriter):
         """
         storage = self._open()
         check_free(storage, self._overwrite)
+        if self._alone is not None:
+            check_no_other(self._open_at(os.fspath(self.checkpoint_id)))
         attempt = self._attempt = Attempt(storage, self._metadata, len(plans))
         self._held.callback(attempt.give_up)
-        grids = grids_of(plans)
-        places = [Place(attempt.name, rank, grids) for rank in range(len(plans))]
+        # A rank whose plan has not changed keeps its own, and knows of no other rank's: then each goes by its own plan.
+        grids = [grids_of(plans)] * len(plans) if all(plan.usable for plan in plans) else [grids_of([p]) for p in plans]
+        places = [Place(attempt.name, rank, of_rank) for rank, of_rank in enumerate(grids)]
         return [replace(plan, storage_data=place) for plan, place in zip(plans, places, strict=True)]
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
@@ -116,7 +132,7 @@ class Writer(StorageWriter):
         else:
             record = begun.end(merged([]), place.rank)
             self._held.close()
-        part = Part(place.rank, record, rows, values)
+        part = Part(place.attempt, place.rank, record, rows, values)
         done: Future[list[WriteResult]] = Future()
         done.set_result([WriteResult(_RECEIPT, begun.image.fixed_nbytes, part)])
         return done
@@ -147,9 +163,13 @@ class Writer(StorageWriter):
         place = plan.storage_data
         if not isinstance(place, Place):
             raise SaveFailedError("the planner has dropped the plan's storage_data: finish_plan has to keep it")
-        if place.attempt in _written:
-            place = replace(place, attempt=attempt_under_way(storage, self._timeout))
+        kept = place.attempt in _written
         _written.add(place.attempt)
+        if kept:
+            known = self._attempt
+            begun = known.name if known is not None else attempt_under_way(storage, self._timeout, _written)
+            _written.add(begun)
+            place = replace(place, attempt=begun, grids=grids_of([plan]))
         return place
 
     def _open(self) -> Storage:
@@ -157,9 +177,28 @@ class Writer(StorageWriter):
             path = os.fspath(self.checkpoint_id)
             if self._alone is not None:
                 path = f"{path.rstrip('/')}/rank-{self._alone}"
-            self._storage = open_storage(path, self._options, self._timeout)
+            self._storage = self._open_at(path)
         return self._storage
 
+    def _open_at(self, path: str) -> Storage:
+        return open_storage(path, self._options, self._timeout)
 
-def _made(path: str, overwrite: bool, metadata: Mapping[str, Any], timeout: float, options: Any) -> Writer:
-    return Writer(path, overwrite=overwrite, metadata=metadata, timeout=timeout, storage_options=options)
+
+def _close_in(process: int, held: ExitStack) -> None:
+    """Close, but not in a process that was forked from the one that saves: there it would delete what that writes."""
+    if os.getpid() == process:
+        held.close()
+
+
+def _made(
+    cls: type[Writer],
+    path: str | os.PathLike[str],
+    overwrite: bool,
+    metadata: Mapping[str, Any],
+    timeout: float,
+    options: Mapping[str, Any] | None,
+) -> Writer:
+    """Return a writer of a class whose own arguments may be others."""
+    writer = cls.__new__(cls)
+    Writer.__init__(writer, path, overwrite=overwrite, metadata=metadata, timeout=timeout, storage_options=options)
+    return writer

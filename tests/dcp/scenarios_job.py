@@ -118,8 +118,45 @@ def plans_that_are_kept_between_saves(folder: Path, rank: int, world: int) -> No
         loaded = ce.load(folder / f"c{number}")
         assert (loaded["x"] == (whole() + number).numpy()).all()
         assert loaded["n"] == number
-    for call in ("_cached_save_plan", "_cached_all_plans", "_cached_global_plan", "_cached_metadata"):
-        getattr(DefaultSavePlanner, call).clear()
+    forget_plans()
+
+
+@scenario
+def plans_of_which_one_rank_s_has_changed(folder: Path, rank: int, world: int) -> None:
+    for number in range(4):
+        state = {"x": spread(whole() + number, Shard(0)), "one": spread(whole()[:1], Shard(0)), "n": number}
+        if number >= 2 and rank == 2:
+            state["more"] = whole() * number
+        dcp.save(state, checkpoint_id=folder / f"c{number}", planner=DefaultSavePlanner(enable_plan_caching=True))
+    for number in range(4):
+        loaded = ce.load(folder / f"c{number}")
+        assert (loaded["x"] == (whole() + number).numpy()).all()
+        assert (loaded["one"] == whole()[:1].numpy()).all()
+        assert loaded["n"] == number
+        assert number < 2 or (loaded["more"] == (whole() * number).numpy()).all()
+    forget_plans()
+
+
+@scenario
+def plans_that_are_kept_after_a_failed_save(folder: Path, rank: int, world: int) -> None:
+    failures = []  # an error that is kept keeps its writer, and so what the failed save has left
+    for number in range(4):
+        state = {"x": spread(whole() + number, Shard(0)), f"n{rank}": object() if number == rank == 2 else number}
+        writer = dcp.Writer(folder / "c", timeout=20)
+        planner = DefaultSavePlanner(enable_plan_caching=True)
+        try:
+            dcp.state_dict_saver.save(state, storage_writer=writer, planner=planner)
+        except dcp.CheckpointException as error:
+            failures.append((error, writer))
+    assert len(failures) == 1, failures
+    assert (ce.load(folder / "c")["x"] == (whole() + 3).numpy()).all()
+    assert ce.load(folder / "c")["n1"] == 3
+    forget_plans()
+
+
+def forget_plans() -> None:
+    for kept in ("save_plan", "all_plans", "global_plan", "metadata", "final_save_plan"):
+        getattr(DefaultSavePlanner, f"_cached_{kept}").clear()
 
 
 class Halved(DefaultSavePlanner):

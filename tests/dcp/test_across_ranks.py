@@ -16,6 +16,8 @@ NAMES = (
     "values_that_differ_between_ranks_are_told",
     "sharded_tensors_of_the_old_kind",
     "plans_that_are_kept_between_saves",
+    "plans_of_which_one_rank_s_has_changed",
+    "plans_that_are_kept_after_a_failed_save",
     "a_planner_of_ones_own",
     "without_collectives",
     "one_rank_fails_and_the_checkpoint_before_stays",

@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+import atexit
+import gc
 import inspect
 import logging
+import os
 import pickle
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed.checkpoint as torchs
-from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+from buckets import Bucket
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+from torch.distributed.checkpoint.planner import SavePlanner
 
 import ckptengine as ce
 import ckptengine.dcp as dcp
+from ckptengine.errors import CheckpointNotFoundError, StorageError
 
 
 @pytest.fixture(autouse=True)
@@ -251,3 +258,123 @@ def test_all_other_names_are_torchs() -> None:
 def test_without_a_place_the_error_says_what_is_missing() -> None:
     with pytest.raises(ValueError, match="checkpoint_id"):
         dcp.save({"x": torch.ones(2)})
+
+
+def test_numpy_arrays_come_back_as_numpy_arrays_wherever_they_lie(tmp_path: Path) -> None:
+    name, keys, *rest = np.random.RandomState(3).get_state()
+    dcp.save({"array": np.arange(3), "random": (name, keys, *rest), "list": [np.ones(2)]}, checkpoint_id=tmp_path)
+    target: dict[str, Any] = {"array": np.zeros(3), "random": None, "list": None}
+    dcp.load(target, checkpoint_id=tmp_path)
+    assert type(target["array"]) is type(target["list"][0]) is type(target["random"][1]) is np.ndarray
+    assert target["array"].tolist() == [0, 1, 2]
+    assert target["list"][0].tolist() == [1, 1]
+    again = np.random.RandomState(0)
+    again.set_state(target["random"])
+    assert again.rand() == np.random.RandomState(3).rand()
+
+
+def test_what_a_planner_has_not_flattened_is_loaded_unflattened(tmp_path: Path) -> None:
+    saved = {"model": {"x": torch.ones(2), "n": {"m": 3}, "e": {}}, "none": {}, "y": torch.ones(1)}
+    dcp.save(saved, checkpoint_id=tmp_path, planner=DefaultSavePlanner(False, False))
+    target: dict[str, Any] = {"model": None, "none": None, "y": torch.zeros(1)}
+    dcp.load(target, checkpoint_id=tmp_path, planner=DefaultLoadPlanner(False, False))
+    assert torch.equal(target["model"].pop("x"), torch.ones(2))
+    assert target == {"model": {"n": {"m": 3}, "e": {}}, "none": {}, "y": torch.ones(1)}
+
+
+def test_two_names_of_one_memory_are_told_where_their_tensors_are_converted(tmp_path: Path) -> None:
+    dcp.save({"a": torch.ones(4), "b": torch.ones(4), "c": torch.zeros(4)}, checkpoint_id=tmp_path)
+    one = torch.zeros(4, dtype=torch.float64)
+    dcp.load({"a": one, "b": one}, checkpoint_id=tmp_path)
+    assert one.tolist() == [1] * 4
+    with pytest.raises(torchs.CheckpointException, match="c: shares memory with another tensor"):
+        dcp.load({"a": one, "c": one}, checkpoint_id=tmp_path)
+
+
+def test_a_tensor_that_is_resized_between_asynchronous_saves_is_saved(tmp_path: Path) -> None:
+    tensor = torch.zeros(0)
+    for number in range(1, 4):
+        tensor.resize_(5 * number).fill_(number)
+        future = dcp.async_save({"x": tensor}, checkpoint_id=tmp_path)
+        getattr(future, "upload_completion", future).result()
+        assert ce.load(tmp_path)["x"].tolist() == [number] * 5 * number
+
+
+def test_a_save_without_collectives_never_lies_below_a_checkpoint_that_loads_would_take(tmp_path: Path) -> None:
+    dcp.save({"n": 1}, checkpoint_id=tmp_path)
+    with pytest.raises(StorageError, match="saved with collectives, which a load would take"):
+        dcp.save({"n": 2}, checkpoint_id=tmp_path, use_collectives=False, no_dist=True)
+    target = {"n": 0}
+    dcp.load(target, checkpoint_id=tmp_path)
+    assert target == {"n": 1}
+
+
+def test_a_damaged_checkpoint_is_not_passed_over_for_one_saved_without_collectives(tmp_path: Path) -> None:
+    dcp.save({"n": 1}, checkpoint_id=tmp_path, use_collectives=False, no_dist=True)
+    dcp.save({"n": 2}, checkpoint_id=tmp_path)
+    manifest = next(tmp_path.glob("manifest-*.json"))
+    manifest.write_bytes(manifest.read_bytes()[:-20])
+    with pytest.raises(torchs.CheckpointException, match=manifest.name):
+        dcp.load({"n": 0}, checkpoint_id=tmp_path)
+
+
+def test_a_writer_that_is_given_to_two_saves_at_once_never_mixes_them(tmp_path: Path) -> None:
+    writer = dcp.Writer(tmp_path / "first")
+
+    class Interrupted(DefaultSavePlanner):
+        """Another save begins with the same writer when this one has written its data."""
+
+        def finish_plan(self, new_plan: Any) -> Any:
+            torchs.save({"n": 2}, checkpoint_id=tmp_path / "second", storage_writer=writer)
+            return super().finish_plan(new_plan)
+
+    with pytest.raises(torchs.CheckpointException):
+        torchs.save({"n": 1}, storage_writer=writer, planner=Interrupted())
+    assert ce.load(tmp_path / "second")["n"] == 2
+    with pytest.raises(CheckpointNotFoundError):
+        ce.load(tmp_path / "first")
+
+
+def test_a_process_forked_during_a_save_leaves_the_save_alone(tmp_path: Path) -> None:
+    class Forks(DefaultSavePlanner):
+        def finish_plan(self, new_plan: Any) -> Any:
+            child = os.fork()
+            if child == 0:
+                gc.collect()
+                atexit._run_exitfuncs()
+                os._exit(0)
+            assert os.waitpid(child, 0)[1] == 0
+            return super().finish_plan(new_plan)
+
+    dcp.save({"x": torch.ones(2)}, checkpoint_id=tmp_path, planner=Forks())
+    assert ce.load(tmp_path)["x"].tolist() == [1, 1]
+
+
+def test_a_writer_of_ones_own_class_travels_as_what_it_is(tmp_path: Path) -> None:
+    writer = Numbered(tmp_path, 7)
+    again = pickle.loads(pickle.dumps(writer))
+    assert type(again) is Numbered
+    assert (again.number, again.checkpoint_id) == (7, tmp_path)
+
+
+class Numbered(dcp.Writer):
+    def __init__(self, path: Path, number: int) -> None:
+        super().__init__(path)
+        self.number = number
+
+
+def test_an_object_store_takes_the_same_calls(bucket: Bucket, monkeypatch: pytest.MonkeyPatch) -> None:
+    for kept in ("save_plan", "all_plans", "global_plan", "metadata", "final_save_plan"):
+        monkeypatch.setattr(SavePlanner, f"_cached_{kept}", {})
+    url = f"{bucket.url}/c"
+    for number in range(3):
+        saved = {"x": torch.full((1 << 18,), float(number)), "n": number}
+        planner = DefaultSavePlanner(enable_plan_caching=True)
+        dcp.save(saved, storage_writer=dcp.Writer(url, storage_options=bucket.options), planner=planner)
+        target = {"x": torch.zeros(1 << 18), "n": None}
+        dcp.load(target, storage_reader=dcp.Reader(url, storage_options=bucket.options))
+        assert same(target, saved)
+    with pytest.raises(torchs.CheckpointException, match="object can't be saved"):
+        dcp.save({"odd": (object(),)}, storage_writer=dcp.Writer(url, storage_options=bucket.options))
+    assert len({name.split("/")[1] for name in bucket.names()}) == 2
+    assert not bucket.uploads()
