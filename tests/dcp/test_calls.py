@@ -336,17 +336,17 @@ def test_a_writer_that_is_given_to_two_saves_at_once_never_mixes_them(tmp_path: 
 
 
 def test_a_process_forked_during_a_save_leaves_the_save_alone(tmp_path: Path) -> None:
-    class Forks(DefaultSavePlanner):
-        def finish_plan(self, new_plan: Any) -> Any:
+    class Forks(dcp.Writer):
+        def finish(self, metadata: Any, results: Any) -> None:
             child = os.fork()
             if child == 0:
                 gc.collect()
                 atexit._run_exitfuncs()
                 os._exit(0)
             assert os.waitpid(child, 0)[1] == 0
-            return super().finish_plan(new_plan)
+            super().finish(metadata, results)
 
-    dcp.save({"x": torch.ones(2)}, checkpoint_id=tmp_path, planner=Forks())
+    dcp.save({"x": torch.ones(2)}, storage_writer=Forks(tmp_path))
     assert ce.load(tmp_path)["x"].tolist() == [1, 1]
 
 
