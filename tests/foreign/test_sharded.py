@@ -11,6 +11,8 @@ import torch
 import torch.distributed.checkpoint as dcp
 from foreign_models import model
 from ranks import run_ranks
+from sharded_job import stepped
+from torch.distributed.checkpoint.state_dict import get_state_dict
 
 HERE = Path(__file__).parent
 
@@ -29,6 +31,10 @@ def sources(folder: Path) -> list[str]:
     (folder / "hub" / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weights}))
     torch.save(tensors, folder / "model.pt")
     dcp.save({"net": tensors}, checkpoint_id=folder / "dcp", no_dist=True)
+    net, optimizer = stepped(model(1))
+    torch.save({"net": net.state_dict(), "optimizer": optimizer.state_dict()}, folder / "trained.pt")
+    model_state, optimizer_state = get_state_dict(net, optimizer)
+    dcp.save({"net": model_state, "optimizer": optimizer_state}, checkpoint_id=folder / "trained", no_dist=True)
     return ["model.safetensors", "hub", "model.pt", "dcp"]
 
 
@@ -43,7 +49,7 @@ def run(ranks: int, folder: Path, *names: str) -> list[dict[str, dict[str, int]]
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_every_format_fills_a_sharded_model_and_the_node_reads_each_byte_once(tmp_path: Path, ranks: int) -> None:
     names = sources(tmp_path)
-    reports = run(ranks, tmp_path, "write", f"dcp-{ranks}", *names)
+    reports = run(ranks, tmp_path, "write", f"dcp-{ranks}", *names, "trained.pt", "trained")
     for name in (f"dcp-{ranks}", *names):
         assert sum(report[name]["read"] for report in reports) <= reports[0][name]["node"]
 
