@@ -9,7 +9,7 @@ import pytest
 import safetensors.torch
 import torch
 import torch.distributed.checkpoint as dcp
-from foreign_models import model
+from foreign_models import model, same
 from ranks import run_ranks
 from sharded_job import stepped
 from torch.distributed.checkpoint.state_dict import get_state_dict
@@ -57,3 +57,19 @@ def test_every_format_fills_a_sharded_model_and_the_node_reads_each_byte_once(tm
 def test_what_four_ranks_of_dcp_wrote_is_filled_on_two(tmp_path: Path) -> None:
     run(4, tmp_path, "write")
     run(2, tmp_path, "dcp-4")
+
+
+def test_ranks_share_the_files_of_an_export(tmp_path: Path) -> None:
+    environment = {"PYTHONPATH": f"{HERE.parent.parent}:{HERE}"}
+    job = run_ranks(2, HERE / "export_job.py", tmp_path, env=environment)
+    assert job.returncode == 0, job.stdout[-8000:]
+    reports = [json.loads((tmp_path / f"rank-{rank}.json").read_text()) for rank in (0, 1)]
+    sizes = [(tmp_path / "hf" / file).stat().st_size for file in reports[0]["files"][:-1]]
+    assert sum(report["written"] for report in reports) == sum(sizes)
+    assert all(report["written"] > 0 for report in reports)
+    expected = dict(model(1).state_dict())
+    loaded = {}
+    for file in reports[0]["files"][:-1]:
+        loaded |= safetensors.torch.load_file(tmp_path / "hf" / file)
+    same(loaded, expected)
+    same(torch.load(tmp_path / "model.pt", weights_only=True), {"net": expected, "step": 3})
