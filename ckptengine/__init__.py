@@ -6,13 +6,14 @@ if sys.platform != "linux":
     raise ImportError(f"ckptengine runs on Linux only, and this is {sys.platform}: it needs /proc and /dev/shm")
 
 from ckptengine import errors
-from ckptengine.api import async_save, load, save
+from ckptengine.api import async_save, export, load, save
 from ckptengine.catalog.keep import Best, KeepEvery, KeepLast, KeepSteps
 from ckptengine.checkpointer import Checkpointer
 from ckptengine.comm.single import SingleProcess
 from ckptengine.data.sampler import ElasticSampler
 from ckptengine.data.shards import Shards
 from ckptengine.data.stream import ElasticBatches
+from ckptengine.policy.hook import Commit
 from ckptengine.policy.interval import Auto
 from ckptengine.policy.preemption import Preemption
 from ckptengine.policy.rules import AtSteps, Every, Policy
@@ -28,6 +29,7 @@ __all__ = [
     "Auto",
     "Best",
     "Checkpointer",
+    "Commit",
     "ElasticBatches",
     "ElasticSampler",
     "Every",
@@ -45,6 +47,7 @@ __all__ = [
     "SingleProcess",
     "async_save",
     "errors",
+    "export",
     "load",
     "save",
 ]

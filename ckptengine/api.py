@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, overload
 
 from ckptengine.catalog.naming import open_checkpoint
 from ckptengine.comm.base import Communicator
 from ckptengine.comm.select import current
 from ckptengine.errors import SaveFailedError
+from ckptengine.export.run import ExportOptions, ExportReport, export_checkpoint, target_of
 from ckptengine.frameworks.registry import framework
 from ckptengine.lifecycle import after_fork
 from ckptengine.load.loader import LoadOptions, load_arrays, load_newest, tell_leftovers
@@ -23,7 +24,7 @@ from ckptengine.state.bind import LoadReport
 from ckptengine.state.rename import Rename
 from ckptengine.storage.open import open_storage
 
-__all__ = ["async_save", "load", "save"]
+__all__ = ["async_save", "export", "load", "save"]
 
 
 # Plans and memory are reused from call to call; one group of ranks at a time, so that those of an ended one are freed.
@@ -200,3 +201,42 @@ def load(
     tell_leftovers(loaded, comm)
     report: LoadReport = loaded.report
     return report
+
+
+def export(
+    path: str | os.PathLike[str],
+    target: str | os.PathLike[str],
+    *,
+    to: str = "safetensors",
+    step: int | None = None,
+    only: Iterable[str] | None = None,
+    rename: Rename | None = None,
+    dtype: Any = None,
+    max_shard_size: int | str = "5GB",
+    progress: Callable[[int, int], None] | None = None,
+    timeout: float = DEFAULT_TIMEOUT,
+    comm: Communicator | None = None,
+    storage_options: Mapping[str, Any] | None = None,
+    target_options: Mapping[str, Any] | None = None,
+) -> ExportReport:
+    """Write a checkpoint in the format of another library; all ranks call it, and share the files.
+
+    `path` is what `load` takes. `to` is `safetensors` (`target` is a directory for files as Hugging Face names them, or
+    `FILE.safetensors`), `torch` (a file for `torch.load`), `dcp` (a directory), `zarr` (a directory, or `FILE.zip`) or
+    `mindspore` (a file); `docs/foreign.md` tells what each holds. `only` restricts to dotted prefixes of the names in
+    the checkpoint, `rename` is that of `load`; `dtype` (`"bfloat16"`, or torch's own) is what floating arrays but
+    scalars are written as. A safetensors file has arrays of at most `max_shard_size` bytes. `progress` is called with
+    the bytes that this rank has written and those of all files. Both places may be URLs, with fsspec's
+    `storage_options` and `target_options`. Memory stays the same whatever the size.
+
+    Raises what `load` raises, `StorageError` (EEXIST) where a file is there already, `ForeignFormatError` naming what
+    the format can't hold, `ValueError` for options that are none.
+    """
+    timeout, comm = checked_seconds("timeout", timeout), checked_comm(comm)
+    options = ExportOptions.of(to, only, rename, dtype, max_shard_size)
+    source = open_checkpoint(path, storage_options, None if step is None else checked_step(step, {}), timeout)
+    place, name = target_of(open_storage(target, target_options, timeout), options.format)
+    comm = comm or current(timeout)
+    for storage in (source, place):
+        storage.check_shared(comm.world_size)
+    return export_checkpoint(source, place, name, options, comm, timeout, progress)

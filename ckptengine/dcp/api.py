@@ -15,7 +15,9 @@ from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType,
 from torch.distributed.checkpoint.storage import StorageReader, StorageWriter
 
 from ckptengine.dcp.reader import Reader
+from ckptengine.dcp.staging import staging
 from ckptengine.dcp.writer import Writer
+from ckptengine.save.saver import DEFAULT_TIMEOUT
 
 __all__ = ["async_save", "load", "save"]
 
@@ -69,11 +71,19 @@ def async_save(
     no_dist: bool = False,
     use_collectives: bool = True,
 ) -> Future[Any] | AsyncSaveResponse:
-    """Save in the background; takes and returns what `torch.distributed.checkpoint.async_save` does."""
-    return state_dict_saver.async_save(
+    """Save in the background; takes and returns what `torch.distributed.checkpoint.async_save` does.
+
+    The state is copied when this returns, into memory that is kept for the next save. Where the save before has not
+    been written yet, this waits for it, and raises `DeadlineError` after 600 seconds.
+    """
+    own = async_stager is None and async_checkpointer_type is AsyncCheckpointerType.THREAD
+    if own:
+        async_stager = staging.stager(DEFAULT_TIMEOUT)
+    writer = _writer(storage_writer, checkpoint_id)
+    future: Future[Any] | AsyncSaveResponse = state_dict_saver.async_save(
         state_dict,
         checkpoint_id=checkpoint_id,
-        storage_writer=_writer(storage_writer, checkpoint_id),
+        storage_writer=writer,
         planner=planner,
         process_group=process_group,
         async_checkpointer_type=async_checkpointer_type,
@@ -81,6 +91,12 @@ def async_save(
         no_dist=no_dist,
         use_collectives=use_collectives,
     )
+    if own:
+        written = future.upload_completion if isinstance(future, AsyncSaveResponse) else future
+        staging.used_by(written)
+        if isinstance(writer, Writer):
+            written.add_done_callback(lambda _: writer.give_up())
+    return future
 
 
 def load(
@@ -94,7 +110,8 @@ def load(
 ) -> None:
     """Fill a state from a checkpoint; takes what `torch.distributed.checkpoint.load` does.
 
-    `checkpoint_id` is a checkpoint of this engine, whoever saved it, or a run, of which the newest is taken.
+    `checkpoint_id` is a checkpoint of this engine, whoever saved it, a run, of which the newest is taken, or one that
+    torch's own `save` has written.
     """
     if storage_reader is None:
         storage_reader = Reader(_given(checkpoint_id, "storage_reader"))

@@ -24,7 +24,7 @@ from ckptengine.catalog.lease import Lease, is_leased
 from ckptengine.catalog.listing import attempt_of, committed, manifest_name, read_manifest
 from ckptengine.catalog.manifest import Manifest
 from ckptengine.comm.keyvalue import poll
-from ckptengine.dcp.items import Values, merged
+from ckptengine.dcp.items import Values, differing, merged
 from ckptengine.errors import CheckpointError, SaveFailedError, StorageError
 from ckptengine.layout.assign import Assigned
 from ckptengine.layout.merge import merge
@@ -130,6 +130,16 @@ class Attempt:
             metadata=self._metadata,
         )
         publish(self._storage, "", manifest)
+        names = differing([part.values for part in by_rank])
+        if names:
+            more = f" and {len(names) - 8} more" if len(names) > 8 else ""
+            _log.warning(
+                "%s: %s%s: the ranks have different values, of which one rank's is kept, as torch keeps it: give each "
+                "rank's a name of its own",
+                self._storage.location(),
+                ", ".join(names[:8]),
+                more,
+            )
         self._committed = True
         self._held.close()
         if self._target.committed is not None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -27,7 +28,7 @@ from ckptengine.schema.path import Path, dotted, path_order
 from ckptengine.state.tree import flatten
 from ckptengine.state.values import digest, encode
 
-__all__ = ["Values", "assigned_to", "grids_of", "leaves_of", "merged", "path_of", "values_of"]
+__all__ = ["Values", "assigned_to", "differing", "grids_of", "leaves_of", "merged", "path_of", "values_of"]
 
 Grids = Mapping[str, tuple[int, ...] | None]
 _MADE_BY_CODE = ("module", "optimizer", "object")
@@ -35,11 +36,16 @@ _MADE_BY_CODE = ("module", "optimizer", "object")
 
 @dataclass(frozen=True, slots=True)
 class Values:
-    """Plain values of one rank: JSON of path and typed value, and of path and form for what holds values."""
+    """Plain values that one rank writes: path and typed value, and path and form of what holds values.
+
+    `held` has the digests of all plain values that it holds, by name: the planner has one rank write those that several
+    have.
+    """
 
     values: tuple[tuple[Path, Any], ...] = ()
     aliases: tuple[tuple[Path, Path], ...] = ()
     containers: tuple[tuple[Path, Any], ...] = ()
+    held: Mapping[str, bytes] = field(default_factory=dict)
 
 
 def path_of(fqn: str, planner_data: Any) -> Path:
@@ -155,7 +161,7 @@ def values_of(plan: SavePlan, planner: SavePlanner) -> tuple[Values, list[tuple[
             moved = ArrayLeaf(where, leaf.dtype, leaf.shape, leaf.placement, leaf.parts, leaf.container)
             leaves.append((dotted(where), moved))
     containers += _lists_of(path_of(item.index.fqn, plan.planner_data) for item in plan.items)
-    return Values(tuple(values), tuple(aliases), tuple(containers)), leaves
+    return Values(tuple(values), tuple(aliases), tuple(containers), _held(planner)), leaves
 
 
 def merged(of_ranks: Sequence[Values]) -> StoredValues:
@@ -178,6 +184,25 @@ def merged(of_ranks: Sequence[Values]) -> StoredValues:
         paths=tuple(path for path, _ in ordered),
         digests=b"".join(digest([list(path), value])[:DIGEST_NBYTES] for path, value in ordered),
     )
+
+
+def differing(of_ranks: Sequence[Values]) -> list[str]:
+    """Return the names of plain values that are not the same on all ranks that hold them."""
+    digests: dict[str, bytes] = {}
+    return sorted(
+        {name for one in of_ranks for name, said in one.held.items() if digests.setdefault(name, said) != said}
+    )
+
+
+def _held(planner: SavePlanner) -> dict[str, bytes]:
+    if not isinstance(planner, DefaultSavePlanner):
+        return {}
+    held = {}
+    for name, value in planner.state_dict.items():
+        if not isinstance(value, torch.Tensor):
+            with contextlib.suppress(StateError):  # it holds tensors, or is refused by whoever writes it
+                held[name] = digest(encode(value, (name,)))[:DIGEST_NBYTES]
+    return held
 
 
 def _tensor(item: WriteItem, planner: SavePlanner) -> tuple[torch.Tensor, Box, tuple[int, ...]]:

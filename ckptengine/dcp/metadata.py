@@ -19,7 +19,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from ckptengine.layout.grid import cell_boxes
-from ckptengine.load.checkpoint import Checkpoint
+from ckptengine.load.checkpoint import Opened
 from ckptengine.load.describe import describe
 from ckptengine.schema.path import Path
 from ckptengine.state.saved import Saved
@@ -44,7 +44,7 @@ class Contents:
     holding: Mapping[str, Path]
 
 
-def contents_of(checkpoint: Checkpoint) -> Contents:
+def contents_of(checkpoint: Opened) -> Contents:
     """Return what a checkpoint holds for all ranks; what ranks keep of their own (`PerRank`) has no place in it.
 
     Any checkpoint of this engine has contents, whoever saved it. Raises `CheckpointDamagedError`.
@@ -74,7 +74,7 @@ def contents_of(checkpoint: Checkpoint) -> Contents:
             if inside is not None:
                 holding[name] = inside
             described[name] = BytesStorageMetadata()
-    meta = StorageMeta(checkpoint_id=checkpoint.location, load_id=checkpoint.manifest.attempt)
+    meta = StorageMeta(checkpoint_id=checkpoint.location)
     return Contents(Metadata(described, planner_data=paths, storage_meta=meta), saved, tensors, objects, holding)
 
 
@@ -88,7 +88,7 @@ def _empty(saved: Saved) -> dict[Path, Any]:
     return {} if outline is None or outline.empty is None else {path: {} for path in outline.empty}
 
 
-def _described(checkpoint: Checkpoint, number: int, like: torch.Tensor) -> TensorStorageMetadata:
+def _described(checkpoint: Opened, number: int, like: torch.Tensor) -> TensorStorageMetadata:
     record = checkpoint.rows.leaves[number]
     if not record.shape or 0 in record.shape:
         chunks = [ChunkStorageMetadata(torch.Size([0] * len(record.shape)), torch.Size(record.shape))]

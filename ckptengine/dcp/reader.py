@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import logging
 import os
@@ -21,8 +22,8 @@ from ckptengine.catalog.naming import open_checkpoint
 from ckptengine.dcp.metadata import Contents, contents_of
 from ckptengine.errors import LoadMismatchError
 from ckptengine.frameworks.registry import framework
-from ckptengine.load.checkpoint import Checkpoint, naming
-from ckptengine.load.choose import newest_checkpoint
+from ckptengine.load.checkpoint import Checkpoint, Opened, naming
+from ckptengine.load.choose import newest_or_foreign
 from ckptengine.load.fill import plan_filling, read_ranges
 from ckptengine.policy.arguments import checked_seconds
 from ckptengine.save.saver import DEFAULT_TIMEOUT
@@ -57,8 +58,9 @@ class Reader(StorageReader):
     """Read a checkpoint of this engine from within `torch.distributed.checkpoint.load`.
 
     Give it as `storage_reader=`. `path` is what the writer was given, or a run of `ckptengine.Checkpointer`, of which
-    the newest checkpoint is taken or that of `step`; or a URL, with fsspec's `storage_options`. Each rank reads what it
-    needs, in whatever sharding, and every byte is verified. `timeout` bounds each wait for the storage, in seconds.
+    the newest checkpoint is taken or that of `step`; or what torch's own writer, Hugging Face or `torch.save` wrote
+    (docs/foreign.md); or a URL, with fsspec's `storage_options`. Each rank reads what it needs, in whatever sharding,
+    and every byte of our own checkpoints is verified. `timeout` bounds each wait for the storage, in seconds.
     """
 
     def __init__(
@@ -74,7 +76,7 @@ class Reader(StorageReader):
         self._step, self._options = step, storage_options
         self._timeout = checked_seconds("timeout", timeout)
         self._alone = False
-        self._checkpoint: Checkpoint | None = None
+        self._checkpoint: Opened | None = None
         self._contents: Contents | None = None
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
@@ -94,12 +96,12 @@ class Reader(StorageReader):
             path = f"{path.rstrip('/')}/rank-{int(kwargs['rank'])}"
         storage = open_checkpoint(path, self._options, self._step, self._timeout)
 
-        def look() -> tuple[Checkpoint, Contents]:
-            checkpoint = newest_checkpoint(storage)
+        def look(checkpoint: Opened) -> tuple[Opened, Contents]:
             with naming(checkpoint.location):
                 return checkpoint, contents_of(checkpoint)
 
-        self._checkpoint, self._contents = within(self._timeout, f"reading {storage.location()}", look)
+        doing = f"reading {storage.location()}"
+        self._checkpoint, self._contents = within(self._timeout, doing, lambda: newest_or_foreign(storage, look))
         return self._contents.metadata
 
     def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
@@ -107,8 +109,7 @@ class Reader(StorageReader):
 
     def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
         """Return the plan with the checkpoint that this rank has opened."""
-        attempt = self._opened()[0].manifest.attempt
-        return replace(plan, storage_data=None if self._alone else attempt)
+        return replace(plan, storage_data=None if self._alone else _identity(self._opened()[0]))
 
     def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
         """Raise `LoadMismatchError` where the ranks have opened different checkpoints; return the plans as they are."""
@@ -152,14 +153,14 @@ class Reader(StorageReader):
         """Whether this reader takes such an id: any path, and any URL."""
         return isinstance(checkpoint_id, (str, os.PathLike))
 
-    def _opened(self) -> tuple[Checkpoint, Contents]:
+    def _opened(self) -> tuple[Opened, Contents]:
         if self._checkpoint is None or self._contents is None:
             self.read_metadata()
         assert self._checkpoint is not None
         assert self._contents is not None
         return self._checkpoint, self._contents
 
-    def _wanted(self, item: ReadItem, planner: LoadPlanner, checkpoint: Checkpoint, contents: Contents) -> _Wanted:
+    def _wanted(self, item: ReadItem, planner: LoadPlanner, checkpoint: Opened, contents: Contents) -> _Wanted:
         name, offset = item.storage_index.fqn, item.storage_index.offset
         if name not in contents.tensors:
             raise LoadMismatchError(f"{checkpoint.location} has no tensor {name}")
@@ -176,7 +177,7 @@ class Reader(StorageReader):
             memory = framework("torch").empty(record.dtype, box.shape)
         return _Wanted(item, target, contents.tensors[name], box, memory)
 
-    def _fill(self, checkpoint: Checkpoint, wanted: list[_Wanted]) -> None:
+    def _fill(self, checkpoint: Opened, wanted: list[_Wanted]) -> None:
         adapter = framework("torch")
         reads = []
         for one in wanted:
@@ -207,7 +208,7 @@ class Reader(StorageReader):
             more = f" and {len(cast) - 8} more" if len(cast) > 8 else ""
             _log.warning("%s: converted: %s%s", checkpoint.location, ", ".join(cast[:8]), more)
 
-    def _object(self, name: str, checkpoint: Checkpoint, contents: Contents) -> Any:
+    def _object(self, name: str, checkpoint: Opened, contents: Contents) -> Any:
         """Return a plain value; tensors that lie inside it are read."""
         if name not in contents.objects:
             raise LoadMismatchError(f"{checkpoint.location} has no value {name}")
@@ -234,6 +235,13 @@ class Reader(StorageReader):
         for key in where:
             found = found[key]
         return found
+
+
+def _identity(checkpoint: Opened) -> str:
+    """Return what tells a checkpoint from every other one."""
+    if isinstance(checkpoint, Checkpoint):
+        return checkpoint.manifest.attempt
+    return hashlib.sha256(checkpoint.description.encode()).hexdigest()
 
 
 def _within(containers: Mapping[Path, Any], where: Path) -> dict[Path, Any]:

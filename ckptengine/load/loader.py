@@ -39,7 +39,7 @@ from ckptengine.state.tree import unflatten
 from ckptengine.storage.base import StorageView
 from ckptengine.storage.within import within
 
-__all__ = ["LoadOptions", "Loaded", "load_arrays", "load_newest", "restore_newest", "tell_leftovers"]
+__all__ = ["LoadOptions", "Loaded", "check_distinct", "load_arrays", "load_newest", "restore_newest", "tell_leftovers"]
 
 _log = logging.getLogger("ckptengine")
 
@@ -225,7 +225,7 @@ def _arrays_of(
         values |= saved.rank_values[rank]
         containers |= saved.rank_containers[rank]
     wanted = {path: source for path, source in names.items() if selection.holds(rename(path))}
-    _check_distinct([*wanted, *(path for path in values if selection.holds(rename(path)))], rename)
+    check_distinct([*wanted, *(path for path in values if selection.holds(rename(path)))], rename)
     values = {rename(path): value for path, value in values.items() if selection.holds(rename(path))}
     outlines = [saved.outline, *([] if rank is None else [saved.rank_outlines[rank]])]
     for outline in outlines:
@@ -256,7 +256,7 @@ def _arrays_of(
     return nested
 
 
-def _check_distinct(paths: Iterable[Path], rename: Callable[[Path], Path]) -> None:
+def check_distinct(paths: Iterable[Path], rename: Callable[[Path], Path]) -> None:
     """Raise `LoadMismatchError` where two leaves would have one name."""
     first: dict[Path, Path] = {}
     for path in paths:

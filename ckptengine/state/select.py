@@ -47,9 +47,14 @@ class Selection:
             if prefix.startswith(f"{name}."):
                 raise LoadMismatchError(f"only={prefix!r}: {name} can only be loaded as a whole; pass {name!r}")
 
+    @property
+    def unmatched(self) -> list[str]:
+        """The prefixes that have named nothing."""
+        return [prefix for prefix in self._prefixes or () if prefix not in self._matched]
+
     def check(self) -> None:
         """Raise where a prefix has named nothing."""
-        unknown = [prefix for prefix in self._prefixes or () if prefix not in self._matched]
+        unknown = self.unmatched
         if unknown:
             raise LoadMismatchError(f"only={unknown}: the state has nothing of that name; names are dotted paths")
 

@@ -50,6 +50,13 @@ class ArchiveWriter(ABC):
         `address`, `nbytes` and `position` are multiples of 4096; the memory must not change meanwhile.
         """
 
+    def end(self, address: int, nbytes: int, position: int) -> None:
+        """Write the last bytes of a file that is no archive of ours: any number of them, and nothing comes after them.
+
+        `address` and `position` are multiples of 4096; the memory goes on to the next multiple.
+        """
+        self.write(address, nbytes, position)
+
     @abstractmethod
     def finish(self) -> None:
         """Make the file durable under its name."""
@@ -140,6 +147,10 @@ class Storage(StorageView):
     What a method has written is durable when it returns, and appears under its name as a whole or not at all. Deleting
     follows no symbolic link below the root: it raises `StorageError` (ELOOP).
     """
+
+    def beside(self) -> tuple[Storage, str] | None:
+        """Return the directory that the root lies in and the root's name there, for a root that may be a file."""
+        return None
 
     leaves_temporaries = True
     """Whether a writer of an archive that is killed leaves a temporary file beside it."""

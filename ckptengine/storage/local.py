@@ -452,7 +452,7 @@ class LocalArchiveWriter(ArchiveWriter):
         self._storage, self._target = storage, target
         self.where = target
         self._temporary = storage._temporary(target)
-        self._direct = True
+        self._direct = self._sealed = True
         self._fd = storage._create(self._temporary, target)
         try:
             reserve(self._fd, nbytes, target)
@@ -473,6 +473,12 @@ class LocalArchiveWriter(ArchiveWriter):
         )
         self._direct = self._direct and direct
 
+    def end(self, address: int, nbytes: int, position: int) -> None:
+        """Write the last bytes, whole pages of them, and cut the file where they end; it stays writable."""
+        self.write(address, -(-nbytes // ALIGNMENT) * ALIGNMENT, position)
+        checked("shorten", self._target, lambda: os.ftruncate(self._fd, position + nbytes))
+        self._sealed = False
+
     def finish(self) -> None:
         """Make the file read-only, sync, close, rename, sync the directory.
 
@@ -483,7 +489,8 @@ class LocalArchiveWriter(ArchiveWriter):
         """
         storage, target = self._storage, self._target
         with contextlib.suppress(OSError):  # not all file systems have permissions
-            os.fchmod(self._fd, os.fstat(self._fd).st_mode & 0o7777 & ~0o222)
+            if self._sealed:
+                os.fchmod(self._fd, os.fstat(self._fd).st_mode & 0o7777 & ~0o222)
         checked("sync", target, lambda: storage._disk.sync(self._fd))
         fd, self._fd = self._fd, -1
         # Network file systems report write errors at close.

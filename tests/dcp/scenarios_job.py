@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import logging
 import sys
 import traceback
 from collections.abc import Callable
@@ -84,6 +85,18 @@ def values_that_only_one_rank_has(folder: Path, rank: int, world: int) -> None:
     tensor, number = mine[f"stage{rank}"]["pair"]
     assert torch.equal(tensor, whole())
     assert number == rank
+
+
+@scenario
+def values_that_differ_between_ranks_are_told(folder: Path, rank: int, world: int) -> None:
+    said: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("ckptengine").addHandler(handler)
+    dcp.save({"seed": rank, "lr": 0.1, "pair": (1, 2)}, checkpoint_id=folder / "c")
+    logging.getLogger("ckptengine").removeHandler(handler)
+    assert len(said) == (rank == 0), said
+    assert all("seed: the ranks have different values" in text for text in said), said
 
 
 @scenario

@@ -13,6 +13,7 @@ NAMES = (
     "sharded_in_one_way_and_loaded_in_another",
     "a_group_that_is_a_part_of_the_job",
     "values_that_only_one_rank_has",
+    "values_that_differ_between_ranks_are_told",
     "sharded_tensors_of_the_old_kind",
     "plans_that_are_kept_between_saves",
     "a_planner_of_ones_own",

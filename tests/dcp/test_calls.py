@@ -111,6 +111,26 @@ def test_an_asynchronous_save_has_the_state_of_the_call(tmp_path: Path) -> None:
     assert same(target, state())
 
 
+def test_each_of_several_asynchronous_saves_has_the_state_of_its_call(tmp_path: Path) -> None:
+    tensor, futures = torch.zeros(1 << 20), []
+    for number in range(4):
+        tensor.fill_(number)
+        futures.append(dcp.async_save({"x": tensor}, checkpoint_id=tmp_path / str(number)))
+    tensor.fill_(9)
+    for number, future in enumerate(futures):
+        getattr(future, "upload_completion", future).result()
+        assert set(ce.load(tmp_path / str(number))["x"].tolist()) == {number}
+
+
+def test_an_asynchronous_save_that_fails_leaves_nothing_and_the_next_one_is_made(tmp_path: Path) -> None:
+    future = dcp.async_save({"x": torch.ones(2), "odd": {"y": object()}}, checkpoint_id=tmp_path)
+    with pytest.raises(torchs.CheckpointException, match="odd.y: object can't be saved"):
+        getattr(future, "upload_completion", future).result()
+    future = dcp.async_save({"x": torch.ones(2)}, checkpoint_id=tmp_path)
+    getattr(future, "upload_completion", future).result()
+    assert len(list(tmp_path.iterdir())) == 2
+
+
 def test_writer_and_reader_plug_into_torchs_own_calls(tmp_path: Path) -> None:
     torchs.save(state(), storage_writer=dcp.Writer(tmp_path))
     target = zeroed(state())
@@ -135,6 +155,14 @@ def test_a_run_of_the_engine_is_read_at_a_step(tmp_path: Path) -> None:
         target = {"x": torch.zeros(3, dtype=torch.int64)}
         dcp.load(target, storage_reader=reader)
         assert target["x"].tolist() == [step] * 3
+
+
+def test_what_torchs_own_save_has_written_is_loaded(tmp_path: Path) -> None:
+    saved = {name: value for name, value in state().items() if name != "pair"}
+    torchs.save(saved, checkpoint_id=tmp_path)
+    target = zeroed(saved)
+    dcp.load(target, checkpoint_id=tmp_path)
+    assert same(target, saved)
 
 
 def test_a_key_that_is_not_there_is_an_error_unless_partial_loads_are_allowed(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ FLOORS = (
     ("archive", "data"),
     ("catalog", "snapshot", "foreign"),
     ("save", "load"),
-    ("tiers", "inspect"),
+    ("tiers", "inspect", "export"),
     ("policy", "audit"),
     ("api", "checkpointer"),
     ("ckptengine",),
