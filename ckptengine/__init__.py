@@ -13,6 +13,7 @@ from ckptengine.comm.single import SingleProcess
 from ckptengine.data.sampler import ElasticSampler
 from ckptengine.data.shards import Shards
 from ckptengine.data.stream import ElasticBatches
+from ckptengine.policy.hook import Commit
 from ckptengine.policy.interval import Auto
 from ckptengine.policy.preemption import Preemption
 from ckptengine.policy.rules import AtSteps, Every, Policy
@@ -28,6 +29,7 @@ __all__ = [
     "Auto",
     "Best",
     "Checkpointer",
+    "Commit",
     "ElasticBatches",
     "ElasticSampler",
     "Every",

@@ -8,7 +8,7 @@ import os
 import threading
 import time
 import weakref
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Literal, NoReturn
 
@@ -22,6 +22,7 @@ from ckptengine.comm.select import current
 from ckptengine.errors import CheckpointError, StateError
 from ckptengine.load.loader import LoadOptions, load_newest, restore_newest, tell_leftovers
 from ckptengine.policy.arguments import (
+    checked_callable,
     checked_choice,
     checked_comm,
     checked_count,
@@ -33,6 +34,7 @@ from ckptengine.policy.arguments import (
     checked_step,
 )
 from ckptengine.policy.failures import Failures
+from ckptengine.policy.hook import Commit, CommitHook
 from ckptengine.policy.interval import Auto
 from ckptengine.policy.opening import Opening
 from ckptengine.policy.preemption import Preemption
@@ -86,6 +88,10 @@ class Checkpointer:
     `arena_nbytes` bounds the host memory that holds the snapshot, by default as large as what the rank writes: less
     than that makes the call last as long as the storage takes.
 
+    `on_commit` is called with a `Commit` on rank 0, in a thread of its own, once a checkpoint is durable, and with a
+    local tier once more when it has been uploaded: to evaluate, export or register it. The checkpoint stays while it is
+    read. What the function raises is logged and changes nothing; `close` waits for it, for `timeout` seconds at most.
+
     `preemption`: when the job is told to end, by SIGTERM or SIGUSR1 to any rank unless told otherwise, all ranks save
     the same step and `step` raises `Preempted`, which ends the process with the exit code 75; see `Preemption`. None
     leaves signals alone, and so does every Checkpointer until its first `step` or `save`. Where several of a process
@@ -113,6 +119,7 @@ class Checkpointer:
         overlap: bool = False,
         arena_nbytes: int | None = None,
         metadata: Mapping[str, Any] | None = None,
+        on_commit: Callable[[Commit], object] | None = None,
         timeout: float = DEFAULT_TIMEOUT,
         comm: Communicator | None = None,
         storage_options: Mapping[str, Any] | None = None,
@@ -138,6 +145,7 @@ class Checkpointer:
         self._check_replicas = replica_check(check_replicas)
         self._metadata = checked_metadata(metadata)
         self._timeout = timeout
+        self._hook = None if on_commit is None else CommitHook(checked_callable("on_commit", on_commit))
         self._tiers = Tiers(
             self.run,
             self._comm,
@@ -147,6 +155,8 @@ class Checkpointer:
             keep=self._policy.keep_rules,
             upload_bytes_per_second=upload_bytes_per_second,
             storage_options=storage_options,
+            uploaded=None if self._hook is None else self._hook.uploaded,
+            in_use=frozenset if self._hook is None else self._hook.protected,
         )
         images = self._tiers if memory else None
         self._saver = Saver(self._comm, timeout, overlap=overlap, arena_nbytes=arena_nbytes, memory=images)
@@ -365,6 +375,7 @@ class Checkpointer:
         the others are in, and if the caller goes on after it, each rank would save another step from then on.
         """
         directory, numbers = step_directory(step), checked_metrics(metrics)
+        hook, persistent = self._hook, self._tiers.first is self._tiers.home
         self._saver.wait(self._timeout, directory)
         self._saves.reap()
         self._saves.correct()
@@ -388,6 +399,7 @@ class Checkpointer:
             metadata=self._metadata,
             metrics=numbers,
             committed=lambda generation, attempt: self._tiers.committed(generation, attempt, step, directory),
+            told=None if hook is None else functools.partial(hook.saved, numbers, persistent),
             site=self._tiers.site,
             meeting=self._tiers.meeting,
         )
@@ -479,6 +491,8 @@ class Checkpointer:
                 done = not failed and not self._failures.count
                 if not failed and self._failures.count:
                     self._tiers.tell_kept()
+                if not failed and self._hook is not None and not self._hook.settle(self._timeout):
+                    _log.warning("%s: on_commit is still at work after %g s and is left to it", self.run, self._timeout)
             finally:
                 try:
                     self._saver.close()

@@ -7,7 +7,7 @@ import numbers
 import operator
 import os
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 from ckptengine.catalog.keep import checked_best
 from ckptengine.comm.base import Communicator
@@ -16,6 +16,7 @@ from ckptengine.policy.preemption import Preemption
 from ckptengine.policy.rules import Policy
 
 __all__ = [
+    "checked_callable",
     "checked_choice",
     "checked_comm",
     "checked_count",
@@ -28,6 +29,8 @@ __all__ = [
     "checked_step",
 ]
 
+_T = TypeVar("_T")
+
 
 def checked_seconds(name: str, value: Any) -> float:
     """Return a number of seconds above zero; raises `TypeError` or `ValueError`."""
@@ -37,6 +40,13 @@ def checked_seconds(name: str, value: Any) -> float:
     if not (seconds > 0 and math.isfinite(seconds)):
         raise ValueError(f"{name}={_short(value)}: give a number of seconds above 0; every wait has an end")
     return seconds
+
+
+def checked_callable(name: str, value: _T) -> _T:
+    """Return a function; raises `TypeError`."""
+    if not callable(value):
+        raise TypeError(f"{name}={_short(value)}: give a function, not its result")
+    return value
 
 
 def checked_count(name: str, value: Any, least: int, what: str) -> int:

@@ -12,7 +12,7 @@ from typing import Any
 from ckptengine.archive.tail import build_tail
 from ckptengine.catalog.manifest import utc_now
 from ckptengine.catalog.site import Site
-from ckptengine.save.handle import Phase, SaveHandle
+from ckptengine.save.handle import Phase, SaveHandle, SaveStats
 from ckptengine.save.planner import Plan
 from ckptengine.save.values import StoredValues
 from ckptengine.schema.path import Path
@@ -32,8 +32,9 @@ class Target:
 
     `directory` is relative to the storage's root. `claim` is called on rank 0, where the generation is not known
     yet. `committed` is called in the background after the commit, with the generation and the attempt, on the first
-    rank of each site. `site` are the ranks that see the storage as this one does, None: all do. `meeting` is the
-    storage and directory for messages in jobs that have no key-value store, which all see; None: the attempt's own.
+    rank of each site; `told` on rank 0 before that, with the attempt and the figures, and returns at once. `site` are
+    the ranks that see the storage as this one does, None: all do. `meeting` is the storage and directory for messages
+    in jobs that have no key-value store, which all see; None: the attempt's own.
     """
 
     storage: Storage
@@ -45,6 +46,7 @@ class Target:
     metadata: Mapping[str, Any]
     metrics: Mapping[str, float | None] = field(default_factory=dict)
     committed: Callable[[int, str], None] | None = None
+    told: Callable[[str, SaveStats], None] | None = None
     site: Site | None = None
     meeting: tuple[Storage, str] | None = None
 

@@ -467,6 +467,8 @@ class Saver:
             job.error = job.error or (problem if isinstance(problem, Exception) else _interrupted(problem))
             if not self._committer.in_doubt:
                 self._planner.together_next()
+        if job.target.told is not None and stats is not None and self._comm.rank == 0:
+            job.target.told(job.attempt, stats)
         job.handle.staged.reach(error=job.error)
         job.handle.durable.reach(stats, job.error)
         job.held.close()

@@ -10,7 +10,7 @@ import os
 import re
 import threading
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -62,7 +62,9 @@ class Tiers:
     """What one rank knows of the places of its run; methods marked "all ranks" are called by all, in one order.
 
     `first` is where saves commit: the local tier, or the home where there is none. `home` is the run's own place, which
-    all ranks see. Raises `ValueError` for a `keep` that names a tier which is not there.
+    all ranks see. `uploaded` is called on rank 0 with the manifest and the location of each checkpoint that has come
+    there from a nearer tier; attempts that `in_use` returns are not deleted. Raises `ValueError` for a `keep` that
+    names a tier which is not there.
     """
 
     def __init__(
@@ -76,8 +78,11 @@ class Tiers:
         keep: Keep,
         upload_bytes_per_second: float | None,
         storage_options: Mapping[str, Any] | None,
+        uploaded: Callable[[Manifest, str], None] | None = None,
+        in_use: Callable[[], Collection[str]] = frozenset,
     ) -> None:
         self._comm, self._timeout = comm, timeout
+        self._tell_uploaded, self._in_use = uploaded, in_use
         self.home = open_storage(run, storage_options, timeout)
         self.home.check_shared(comm.world_size)
         self.local = None if local is None else _local(local)
@@ -306,6 +311,8 @@ class Tiers:
     def _came_home(self, load: Load) -> None:
         self.uploaded = load.manifest.step
         _log.info("%s: step %s is uploaded", self.home.location(), self.uploaded)
+        if self._tell_uploaded is not None:
+            self._tell_uploaded(load.manifest, self.home.location(load.directory))
         try:
             self._retain(self.home, self._home_keep, load.manifest.attempt)
             if self.local is not None:
@@ -323,7 +330,7 @@ class Tiers:
             if keep:
                 protected = set() if self._mover is None else self._mover.protected
                 newest = {self._newest, moved} if storage is self.home else {self._newest}
-                self._tell(retain(storage, keep, (protected - {moved}) | newest))
+                self._tell(retain(storage, keep, (protected - {moved}) | newest | set(self._in_use())))
 
     def _tell(self, problems: list[str]) -> None:
         for problem in problems:

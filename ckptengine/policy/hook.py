@@ -1,0 +1,118 @@
+"""What the user has called after each commit: one thread does it, and what it reads is not deleted meanwhile."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from ckptengine.catalog.manifest import Manifest
+from ckptengine.lifecycle import Living
+from ckptengine.save.handle import SaveStats
+
+__all__ = ["Commit", "CommitHook"]
+
+_MOST_WAITING = 8
+"""So many commits may wait for their call, and keep their checkpoints; a slower hook must not fill the disk."""
+
+_log = logging.getLogger("ckptengine")
+
+
+@dataclass(frozen=True, slots=True)
+class Commit:
+    """A checkpoint that is committed, as `on_commit` is told.
+
+    `path` names it as `ckptengine.load` takes it. `metrics` are those that were saved with it. `persistent` tells
+    whether that is the run's own place: with a local tier there is a call for the local commit, in which it is False,
+    and another one when the checkpoint has been uploaded. `stats` are rank 0's figures of the save; None for an upload.
+    """
+
+    step: int
+    path: str
+    metrics: Mapping[str, float | None]
+    persistent: bool
+    stats: SaveStats | None = None
+
+
+class CommitHook:
+    """Calls the user's function with each commit, in their order, in a thread of its own on rank 0.
+
+    What the function raises is logged. Of more than 8 commits that wait, the oldest is passed over, which is logged.
+    """
+
+    def __init__(self, call: Callable[[Commit], object]) -> None:
+        self._call = call
+        self._changed = threading.Condition()
+        self._waiting: deque[tuple[Commit, str]] = deque()
+        self._attempt = ""  # of the commit whose call is under way
+        self._thread: threading.Thread | None = None
+        _living.add(self)
+
+    def saved(self, metrics: Mapping[str, float | None], persistent: bool, attempt: str, stats: SaveStats) -> None:
+        """Have the function called for a save that has been committed."""
+        assert stats.step is not None
+        self._offer(Commit(stats.step, stats.path, metrics, persistent, stats), attempt)
+
+    def uploaded(self, manifest: Manifest, path: str) -> None:
+        """Have the function called for a checkpoint that has come to the run's own place."""
+        assert manifest.step is not None
+        self._offer(Commit(manifest.step, path, manifest.metrics, persistent=True), manifest.attempt)
+
+    def _offer(self, commit: Commit, attempt: str) -> None:
+        with self._changed:
+            self._waiting.append((commit, attempt))
+            if len(self._waiting) > _MOST_WAITING:
+                late, _ = self._waiting.popleft()
+                _log.warning(
+                    "%s: on_commit is slower than saves come, and is not called for this one: save less often, or have "
+                    "it only note what is to be done",
+                    late.path,
+                )
+            if self._thread is not None:
+                return
+            self._thread = threading.Thread(target=self._run, name="ckptengine-on-commit", daemon=True)
+            thread = self._thread
+        try:
+            thread.start()
+        except RuntimeError as error:  # the system, or an interpreter that is ending, refuses more
+            with self._changed:
+                self._thread = None
+                self._waiting.clear()
+            _log.warning("%s: on_commit was not called, its thread did not start: %s", commit.path, error)
+
+    def protected(self) -> set[str]:
+        """Return the attempts whose checkpoints stay for the calls that are to come, or under way."""
+        with self._changed:
+            return {attempt for _, attempt in self._waiting} | ({self._attempt} if self._attempt else set())
+
+    def settle(self, timeout: float) -> bool:
+        """Wait until no call is left to do; return whether that came in `timeout` seconds."""
+        deadline = time.monotonic() + timeout
+        with self._changed:
+            return self._changed.wait_for(lambda: self._thread is None, max(0.0, deadline - time.monotonic()))
+
+    def abandon(self) -> None:
+        """Forget what waits, in a forked process: it is the parent's."""
+        self._changed = threading.Condition()
+        self._waiting.clear()
+        self._thread, self._attempt = None, ""
+
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                self._attempt = ""
+                if not self._waiting:
+                    self._thread = None
+                    self._changed.notify_all()
+                    return
+                commit, self._attempt = self._waiting.popleft()
+            try:
+                self._call(commit)
+            except BaseException as error:  # sys.exit() in it ends nothing but this call
+                _log.warning("%s: on_commit failed, the checkpoint stands: %s", commit.path, error, exc_info=True)
+
+
+_living: Living[CommitHook] = Living(forked=CommitHook.abandon)
