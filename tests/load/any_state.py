@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import enum
 import pathlib
 from collections import Counter, OrderedDict, defaultdict, deque, namedtuple
@@ -286,7 +287,7 @@ class Builder:
         return one
 
     def _plain(self, plan: Plan) -> Any:
-        return plan.about[1] if self.fresh else plan.about[0]
+        return copy.deepcopy(plan.about[1] if self.fresh else plan.about[0])
 
     def _items(self, plan: Plan) -> list[tuple[Any, Any]]:
         return [(key, self.build(item)) for key, item in zip(plan.about, plan.inner, strict=True)]

@@ -98,7 +98,7 @@ class Oracle:
     def _ties(self, found: list[tuple[str, Any, Any]]) -> None:
         for number, (where, one, other) in enumerate(found):
             for before, first, second in found[:number]:
-                if one is first and other is not second:
+                if one is first and span(one) is not None and other is not second:
                     raise Different(f"{where}: was the same as {before}")
                 if span(one) is not None and span(one) == span(first) and span(other) != span(second):
                     raise Different(f"{where}: was the same memory as {before}")

@@ -202,3 +202,15 @@ def test_ordered_dicts_that_hold_arrays_are_ordered_dicts_in_what_load_returns(t
 def test_a_state_dict_that_is_a_live_object_itself_is_refused(tmp_path):
     with pytest.raises(StateError, match=r"a: state_dict\(\) of .*Holder gives a .*Linear itself"):
         ce.save(tmp_path / "point", {"a": Holder(nn.Linear(1, 1))})
+
+
+@pytest.mark.parametrize("wrap", [lambda value: value, ce.PerRank], ids=["shared", "per rank"])
+@pytest.mark.parametrize("inner", [lambda number: number, lambda number: torch.full((2,), float(number))])
+def test_a_live_object_in_extra_state_is_loaded_and_nothing_takes_its_place(tmp_path, wrap, inner):
+    for place in (lambda value: value, lambda value: {"deep": value}):
+        saved, live = (Holder({"x": inner(number)}) for number in (1, 2))
+        ce.save(tmp_path / "point", {"m": wrap(Extra(place(saved)))})
+        fresh = Extra(place(live))
+        ce.load(tmp_path / "point", into={"m": wrap(fresh)})
+        assert fresh.state == place(live)
+        assert np.all(np.asarray(live.state["x"]) == 1)
