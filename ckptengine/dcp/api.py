@@ -15,7 +15,7 @@ from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType,
 from torch.distributed.checkpoint.storage import StorageReader, StorageWriter
 
 from ckptengine.dcp.reader import Reader
-from ckptengine.dcp.staging import staging
+from ckptengine.dcp.staging import stager
 from ckptengine.dcp.writer import Writer
 from ckptengine.save.saver import DEFAULT_TIMEOUT
 
@@ -78,7 +78,8 @@ def async_save(
     """
     own = async_stager is None and async_checkpointer_type is AsyncCheckpointerType.THREAD
     if own:
-        async_stager = staging.stager(DEFAULT_TIMEOUT)
+        stager.free(DEFAULT_TIMEOUT)
+        async_stager = stager
     writer = _writer(storage_writer, checkpoint_id)
     future: Future[Any] | AsyncSaveResponse = state_dict_saver.async_save(
         state_dict,
@@ -93,7 +94,7 @@ def async_save(
     )
     if own:
         written = future.upload_completion if isinstance(future, AsyncSaveResponse) else future
-        staging.used_by(written)
+        stager.used_by(written)
         if isinstance(writer, Writer):
             written.add_done_callback(lambda _: writer.give_up())
     return future

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import uuid
 import weakref
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -50,6 +51,7 @@ class Writer(StorageWriter):
     ) -> None:
         super().__init__()
         self.checkpoint_id: str | os.PathLike[str] = path
+        self.save_id = str(uuid.uuid4())
         self._overwrite, self._metadata, self._options = overwrite, dict(metadata or {}), storage_options
         self._timeout = checked_seconds("timeout", timeout)
         self._held = ExitStack()
@@ -68,6 +70,7 @@ class Writer(StorageWriter):
         self._held.close()
         if checkpoint_id is not None:
             self.checkpoint_id = checkpoint_id
+        self.save_id = str(uuid.uuid4())
         self._storage = self._attempt = self._begun = None
 
     def give_up(self) -> None:
@@ -127,6 +130,7 @@ class Writer(StorageWriter):
             raise SaveFailedError("finish() was called before write_data() on the coordinator")
         parts = [one.storage_data for of_rank in results for one in of_rank if isinstance(one.storage_data, Part)]
         self._attempt.commit(parts, self._begun)
+        metadata.storage_meta = self.storage_meta()
         self._held.close()
 
     @classmethod
@@ -136,7 +140,7 @@ class Writer(StorageWriter):
 
     def storage_meta(self) -> StorageMeta | None:
         """Return what planners may want to know of the place."""
-        return StorageMeta(checkpoint_id=self.checkpoint_id)
+        return StorageMeta(checkpoint_id=self.checkpoint_id, save_id=self.save_id)
 
     def _place(self, plan: SavePlan, storage: Storage) -> Place:
         """Return the place that the coordinator has given this rank.
