@@ -106,7 +106,8 @@ class Reader(StorageReader):
         doing = f"reading {storage.location()}"
         self._checkpoint, self._contents = within(self._timeout, doing, lambda: newest_or_foreign(storage, look))
         metadata = self._contents.metadata
-        metadata.storage_meta = StorageMeta(checkpoint_id=self.checkpoint_id, load_id=self.load_id)
+        save_id = self._checkpoint.manifest.attempt if isinstance(self._checkpoint, Checkpoint) else None
+        metadata.storage_meta = StorageMeta(checkpoint_id=self.checkpoint_id, save_id=save_id, load_id=self.load_id)
         return metadata
 
     def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import uuid
 import weakref
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -15,7 +14,16 @@ from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
 from torch.futures import Future
 
-from ckptengine.dcp.attempt import Attempt, Begun, Part, Place, attempt_under_way, begin_archive, check_free
+from ckptengine.dcp.attempt import (
+    Attempt,
+    Begun,
+    Part,
+    Place,
+    attempt_under_way,
+    begin_archive,
+    check_free,
+    new_attempt,
+)
 from ckptengine.dcp.items import assigned_to, grids_of, leaves_of, merged, values_of
 from ckptengine.errors import SaveFailedError
 from ckptengine.policy.arguments import checked_seconds
@@ -51,7 +59,7 @@ class Writer(StorageWriter):
     ) -> None:
         super().__init__()
         self.checkpoint_id: str | os.PathLike[str] = path
-        self.save_id = str(uuid.uuid4())
+        self.save_id = new_attempt()
         self._overwrite, self._metadata, self._options = overwrite, dict(metadata or {}), storage_options
         self._timeout = checked_seconds("timeout", timeout)
         self._held = ExitStack()
@@ -70,7 +78,7 @@ class Writer(StorageWriter):
         self._held.close()
         if checkpoint_id is not None:
             self.checkpoint_id = checkpoint_id
-        self.save_id = str(uuid.uuid4())
+        self.save_id = new_attempt()
         self._storage = self._attempt = self._begun = None
 
     def give_up(self) -> None:
@@ -94,7 +102,7 @@ class Writer(StorageWriter):
         """
         storage = self._open()
         check_free(storage, self._overwrite)
-        attempt = self._attempt = Attempt(storage, self._metadata, len(plans))
+        attempt = self._attempt = Attempt(storage, self._metadata, len(plans), self.save_id)
         self._held.callback(attempt.give_up)
         grids = grids_of(plans)
         places = [Place(attempt.name, rank, grids) for rank in range(len(plans))]

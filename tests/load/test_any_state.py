@@ -20,6 +20,8 @@ AT_LOAD = (
     "make it before the load",
     "lies in a tuple",
     "of several leaves here, a plain value",
+    "missing in the checkpoint:",  # a dict of values here, of other keys there
+    "unexpected in the checkpoint:",
     "each rank has its own in the checkpoint; wrap it in ce.PerRank",
     "the array is read-only, so it can't be filled",
 )
