@@ -16,7 +16,15 @@ from benchmarks.disk import count_files, drop_cache, remove, require_room
 from benchmarks.options import Options
 from benchmarks.rounds import best_of, interleaved, median_ratio, spread
 from benchmarks.state import State, gpt2_small, nbytes
-from benchmarks.systems import SYSTEMS, CkptEngine, DcpAsyncCached, Limit, TorchCheckpointing, use_all_cores
+from benchmarks.systems import (
+    SYSTEMS,
+    CkptEngine,
+    CkptEngineAsDcp,
+    DcpAsyncCached,
+    Limit,
+    TorchCheckpointing,
+    use_all_cores,
+)
 from benchmarks.table import Target, show_table, show_targets
 
 MEASURES = ("stall", "durable", "load")
@@ -114,7 +122,8 @@ def targets(systems: dict[str, Any]) -> list[Target]:
     if CkptEngine.name not in systems or Limit.name not in systems:
         return []
     ours, limit = systems[CkptEngine.name], systems[Limit.name]
-    peers = {name: one for name, one in systems.items() if name not in (CkptEngine.name, Limit.name)}
+    own = (CkptEngine.name, CkptEngineAsDcp.name, Limit.name)
+    peers = {name: one for name, one in systems.items() if name not in own}
     found = [
         Target("stall, against a memcpy of the same bytes", median_ratio(ours["stall"], limit["stall"]), 1.1),
         Target("durable rate, against the limit's", median_ratio(limit["durable"], ours["durable"]), 0.95, "×", False),

@@ -185,6 +185,27 @@ class DcpAsyncCached(DcpAsync):
         self._stager.close()
 
 
+class CkptEngineAsDcp(Dcp):
+    """This engine through DCP's calls: torch's planner and stager, its own copy, files and commit."""
+
+    name = "ckptengine.dcp"
+    syncs = "its own fsync of files and directories"
+
+    def save(self, state: State) -> Seconds:
+        import ckptengine.dcp as dcp
+
+        began = time.perf_counter()
+        done: Any = dcp.async_save(state, checkpoint_id=self.path)
+        stall = time.perf_counter() - began
+        (done.upload_completion if hasattr(done, "upload_completion") else done).result()
+        return stall, time.perf_counter() - began
+
+    def load(self, state: State) -> None:
+        import ckptengine.dcp as dcp
+
+        dcp.load(state, checkpoint_id=self.path)
+
+
 class TorchCheckpointing:
     """Meta's torch_checkpointing: staged into shared memory that it keeps, written by a process that it keeps.
 
@@ -328,6 +349,7 @@ class ZarrPython(Synchronous):
 SYSTEMS: tuple[Any, ...] = (
     Limit,
     CkptEngine,
+    CkptEngineAsDcp,
     TorchCheckpointing,
     DcpAsyncCached,
     DcpAsync,

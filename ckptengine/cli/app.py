@@ -7,6 +7,8 @@ import importlib.metadata
 import click
 
 from ckptengine.cli.audit import audit
+from ckptengine.cli.bring import bring
+from ckptengine.cli.diff import diff
 from ckptengine.cli.export import export
 from ckptengine.cli.gc import gc
 from ckptengine.cli.ls import ls
@@ -21,13 +23,15 @@ __all__ = ["app"]
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(importlib.metadata.version("ckptengine"))
 def app() -> None:
-    """Look at the checkpoints of a run, check, fetch and export them, mend a split run, delete what is not needed.
+    """Look at checkpoints, compare, check, fetch, export and import them, mend a split run, delete what is not needed.
 
     Exit codes: 0 all is well, 1 something is damaged, 2 wrong usage, nothing there, or not readable.
     """
 
 
 app.add_command(audit)
+app.add_command(bring)
+app.add_command(diff)
 app.add_command(export)
 app.add_command(gc)
 app.add_command(ls)

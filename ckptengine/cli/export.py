@@ -10,7 +10,7 @@ from ckptengine.api import export as export_checkpoint
 from ckptengine.cli.output import console, failures, shown, size_text
 from ckptengine.export.run import FORMATS, ExportReport
 
-__all__ = ["export"]
+__all__ = ["export", "rule_of"]
 
 _SHOWN = 6
 
@@ -66,7 +66,7 @@ def export(
                 to=to,
                 step=step,
                 only=only or None,
-                rename=dict(_rule(rule) for rule in rename) or None,
+                rename=dict(rule_of(rule) for rule in rename) or None,
                 dtype=dtype,
                 max_shard_size=max_shard_size,
                 progress=lambda done, total: bar.update(task, completed=done, total=total),
@@ -78,7 +78,8 @@ def export(
     console().print(shown(_text(report)), soft_wrap=True)
 
 
-def _rule(text: str) -> tuple[str, str]:
+def rule_of(text: str) -> tuple[str, str]:
+    """Return a rule of `--rename`."""
     old, sign, new = text.partition("=")
     if not sign:
         raise click.UsageError(f"--rename {text!r}: write OLD=NEW")

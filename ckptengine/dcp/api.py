@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from concurrent.futures import Future
 from typing import Any
@@ -15,7 +16,7 @@ from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType,
 from torch.distributed.checkpoint.storage import StorageReader, StorageWriter
 
 from ckptengine.dcp.reader import Reader
-from ckptengine.dcp.staging import staging
+from ckptengine.dcp.staging import stager
 from ckptengine.dcp.writer import Writer
 from ckptengine.save.saver import DEFAULT_TIMEOUT
 
@@ -78,26 +79,25 @@ def async_save(
     """
     own = async_stager is None and async_checkpointer_type is AsyncCheckpointerType.THREAD
     own = own and not isinstance(storage_writer, AsyncStager)  # one that stages by itself, as torch takes it
-    if own:
-        async_stager = staging.stager(DEFAULT_TIMEOUT)
     writer = _writer(storage_writer, checkpoint_id)
-    future: Future[Any] | AsyncSaveResponse = state_dict_saver.async_save(
-        state_dict,
-        checkpoint_id=checkpoint_id,
-        storage_writer=writer,
-        planner=planner,
-        process_group=process_group,
-        async_checkpointer_type=async_checkpointer_type,
-        async_stager=async_stager,
-        no_dist=no_dist,
-        use_collectives=use_collectives,
-    )
-    if own:
-        written = future.upload_completion if isinstance(future, AsyncSaveResponse) else future
-        staging.used_by(written)
-        if isinstance(writer, Writer):
-            # One that was committed has left nothing, and its writer may have begun the next save by now.
-            written.add_done_callback(lambda one: writer.give_up() if one.exception() is not None else None)
+    with stager.turn(DEFAULT_TIMEOUT) if own else contextlib.nullcontext():
+        future: Future[Any] | AsyncSaveResponse = state_dict_saver.async_save(
+            state_dict,
+            checkpoint_id=checkpoint_id,
+            storage_writer=writer,
+            planner=planner,
+            process_group=process_group,
+            async_checkpointer_type=async_checkpointer_type,
+            async_stager=stager if own else async_stager,
+            no_dist=no_dist,
+            use_collectives=use_collectives,
+        )
+        if own:
+            written = future.upload_completion if isinstance(future, AsyncSaveResponse) else future
+            stager.used_by(written)
+    if own and isinstance(writer, Writer):
+        # One that was committed has left nothing, and its writer may have begun the next save by now.
+        written.add_done_callback(lambda one: writer.give_up() if one.exception() is not None else None)
     return future
 
 

@@ -40,7 +40,17 @@ from ckptengine.snapshot.pack import Checksums, CopyTable
 from ckptengine.snapshot.snapshotter import Snapshotter
 from ckptengine.storage.base import ArchiveWriter, Storage, join
 
-__all__ = ["Attempt", "Begun", "Part", "Place", "attempt_under_way", "begin_archive", "check_free", "check_no_other"]
+__all__ = [
+    "Attempt",
+    "Begun",
+    "Part",
+    "Place",
+    "attempt_under_way",
+    "begin_archive",
+    "check_free",
+    "check_no_other",
+    "new_attempt",
+]
 
 _TORCHS, _TORCHS_DATA = ".metadata", ".distcp"  # torch/distributed/checkpoint/filesystem.py
 
@@ -91,13 +101,13 @@ class Begun:
 class Attempt:
     """The coordinator's side of one attempt, from its claim to its manifest. What is not committed leaves nothing."""
 
-    def __init__(self, storage: Storage, metadata: Mapping[str, Any], world_size: int) -> None:
+    def __init__(self, storage: Storage, metadata: Mapping[str, Any], world_size: int, name: str) -> None:
         self._storage, self._metadata, self._world_size = storage, dict(metadata), world_size
         self._target = single_checkpoint(storage, metadata)
         storage.create()
         assert self._target.claim is not None
         self.generation = self._target.claim()
-        self.name = f"{secrets.token_hex(6)}-1"
+        self.name = name
         self._directory = attempt_directory("", self.name)
         storage.make_directory(self._directory)
         self._committed = False
@@ -163,6 +173,11 @@ class Attempt:
                 self._storage.delete_tree(self._directory)
         except CheckpointError as problem:
             _log.warning("%s: what the failed save left is swept later: %s", self._storage.location(), problem)
+
+
+def new_attempt() -> str:
+    """Return an attempt's id, which no other has."""
+    return f"{secrets.token_hex(6)}-1"
 
 
 def check_free(storage: Storage, overwrite: bool) -> None:

@@ -13,7 +13,6 @@ from torch.distributed.checkpoint.metadata import (
     BytesStorageMetadata,
     ChunkStorageMetadata,
     Metadata,
-    StorageMeta,
     TensorProperties,
     TensorStorageMetadata,
 )
@@ -76,8 +75,7 @@ def contents_of(checkpoint: Opened) -> Contents:
             if inside is not None:
                 holding[name] = inside
             described[name] = BytesStorageMetadata()
-    meta = StorageMeta(checkpoint_id=checkpoint.location)
-    return Contents(Metadata(described, planner_data=paths, storage_meta=meta), saved, tensors, objects, holding)
+    return Contents(Metadata(described, planner_data=paths), saved, tensors, objects, holding)
 
 
 @dataclass(frozen=True, slots=True)

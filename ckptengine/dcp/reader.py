@@ -6,12 +6,13 @@ import hashlib
 import io
 import logging
 import os
+import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPlanner, ReadItem
 from torch.distributed.checkpoint.storage import StorageReader
 from torch.distributed.tensor import DTensor
@@ -77,6 +78,7 @@ class Reader(StorageReader):
     ) -> None:
         super().__init__()
         self.checkpoint_id: str | os.PathLike[str] = path
+        self.load_id = str(uuid.uuid4())
         self._step, self._options = step, storage_options
         self._timeout = checked_seconds("timeout", timeout)
         self._alone = False
@@ -88,6 +90,7 @@ class Reader(StorageReader):
         """Take the next checkpoint's path."""
         if checkpoint_id is not None:
             self.checkpoint_id = checkpoint_id
+        self.load_id = str(uuid.uuid4())
         self._problem = self._checkpoint = self._contents = None
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
@@ -121,7 +124,10 @@ class Reader(StorageReader):
 
         doing = f"reading {storage.location()}"
         self._checkpoint, self._contents = within(self._timeout, doing, lambda: newest_or_foreign(storage, look))
-        return self._contents.metadata
+        metadata = self._contents.metadata
+        save_id = self._checkpoint.manifest.attempt if isinstance(self._checkpoint, Checkpoint) else None
+        metadata.storage_meta = StorageMeta(checkpoint_id=self.checkpoint_id, save_id=save_id, load_id=self.load_id)
+        return metadata
 
     def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
         """Do nothing: `read_metadata` has opened the checkpoint."""

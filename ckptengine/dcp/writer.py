@@ -23,6 +23,7 @@ from ckptengine.dcp.attempt import (
     begin_archive,
     check_free,
     check_no_other,
+    new_attempt,
 )
 from ckptengine.dcp.items import assigned_to, grids_of, leaves_of, merged, values_of
 from ckptengine.errors import SaveFailedError
@@ -59,6 +60,7 @@ class Writer(StorageWriter):
     ) -> None:
         super().__init__()
         self.checkpoint_id: str | os.PathLike[str] = path
+        self.save_id = new_attempt()
         self._overwrite, self._metadata, self._options = overwrite, dict(metadata or {}), storage_options
         self._timeout = checked_seconds("timeout", timeout)
         self._held = ExitStack()
@@ -81,6 +83,7 @@ class Writer(StorageWriter):
         self._held.close()
         if checkpoint_id is not None:
             self.checkpoint_id = checkpoint_id
+        self.save_id = new_attempt()
         self._storage = self._attempt = self._begun = None
 
     def give_up(self) -> None:
@@ -106,7 +109,7 @@ class Writer(StorageWriter):
         check_free(storage, self._overwrite)
         if self._alone is not None:
             check_no_other(self._open_at(os.fspath(self.checkpoint_id)))
-        attempt = self._attempt = Attempt(storage, self._metadata, len(plans))
+        attempt = self._attempt = Attempt(storage, self._metadata, len(plans), self.save_id)
         self._held.callback(attempt.give_up)
         # A rank whose plan has not changed keeps its own, and knows of no other rank's: then each goes by its own plan.
         grids = [grids_of(plans)] * len(plans) if all(plan.usable for plan in plans) else [grids_of([p]) for p in plans]
@@ -143,6 +146,7 @@ class Writer(StorageWriter):
             raise SaveFailedError("finish() was called before write_data() on the coordinator")
         parts = [one.storage_data for of_rank in results for one in of_rank if isinstance(one.storage_data, Part)]
         self._attempt.commit(parts, self._begun)
+        metadata.storage_meta = self.storage_meta()
         self._held.close()
 
     @classmethod
@@ -152,7 +156,7 @@ class Writer(StorageWriter):
 
     def storage_meta(self) -> StorageMeta | None:
         """Return what planners may want to know of the place."""
-        return StorageMeta(checkpoint_id=self.checkpoint_id)
+        return StorageMeta(checkpoint_id=self.checkpoint_id, save_id=self.save_id)
 
     def _place(self, plan: SavePlan, storage: Storage) -> Place:
         """Return the place that the coordinator has given this rank.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 import mmap
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -16,10 +15,9 @@ import ckptengine._native as _native
 from ckptengine.errors import ForeignFormatError, StateError
 from ckptengine.export.contents import Item
 from ckptengine.load.checkpoint import Opened
-from ckptengine.load.fill import host_memory, plan_filling, read_ranges
+from ckptengine.load.slabs import read_boxes, slabs
 from ckptengine.schema.box import Box
 from ckptengine.schema.dtypes import DTYPES
-from ckptengine.schema.leaf import ArrayLeaf, Part, Placement
 from ckptengine.storage.base import ArchiveWriter, Storage
 from ckptengine.storage.parallel import in_parallel
 
@@ -89,25 +87,6 @@ class _Slab:
     @property
     def nbytes(self) -> int:
         return self.box.volume * self.item.itemsize
-
-
-def slabs(shape: tuple[int, ...], most: int) -> Iterator[Box]:
-    """Yield boxes of at most `most` elements that make up a tensor, each one piece of it in C order, in that order."""
-    if 0 in shape:
-        return
-    if math.prod(shape) <= most:
-        yield Box.whole(shape)
-        return
-    inner = math.prod(shape[1:])
-    if inner <= most:
-        rows = most // inner
-        for begin in range(0, shape[0], rows):
-            count = min(rows, shape[0] - begin)
-            yield Box((begin, *(0,) * (len(shape) - 1)), (count, *shape[1:]))
-        return
-    for row in range(shape[0]):
-        for box in slabs(shape[1:], most):
-            yield Box((row, *box.offset), (1, *box.shape))
 
 
 def write_file(
@@ -238,23 +217,16 @@ def _fill(window: _Window, steps: _Steps, checkpoint: Opened, plan: FilePlan, su
 
 def _read(batch: Sequence[tuple[_Slab, NDArray[np.uint8]]], checkpoint: Opened, timeout: float) -> None:
     """Fill memory with slabs, converted where they are written in another dtype."""
-    reads, conversions = [], []
+    wanted, conversions = [], []
     for slab, memory in batch:
         item = slab.item
-        stored = DTYPES[item.stored].numpy
-        if item.stored == item.dtype:
-            raw = memory
-        else:
+        raw = memory
+        if item.stored != item.dtype:
+            stored = DTYPES[item.stored].numpy
             raw = np.empty(slab.box.volume * stored.itemsize, np.uint8)
             conversions.append((item, raw.view(stored), memory.view(DTYPES[item.dtype].numpy)))
-        strides = tuple(stored.itemsize * math.prod(slab.box.shape[dim + 1 :]) for dim in range(len(slab.box.shape)))
-        host = host_memory(raw)
-        host = type(host)(host.address, strides, host.low, host.nbytes, raw)
-        leaf = ArrayLeaf(item.path, item.stored, item.shape, Placement.REPLICATED, (Part(slab.box, host),), "numpy")
-        reads.append((item.leaf, leaf))
-    filling = plan_filling(checkpoint, reads)
-    read_ranges(filling, filling.needs, timeout)
-    filling.finish()
+        wanted.append((item.leaf, slab.box, raw))
+    read_boxes(checkpoint, wanted, timeout)
     for item, source, target in conversions:
         with np.errstate(over="ignore", invalid="ignore"):
             target[:] = source.astype(target.dtype)

@@ -6,7 +6,7 @@ Source: torch/distributed/checkpoint/metadata.py, filesystem.py, planner_helpers
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from ckptengine.errors import CheckpointDamagedError, CheckpointError, ForeignFormatError
@@ -19,6 +19,7 @@ from ckptengine.foreign.unpickle import Names, Record, unpickle
 from ckptengine.schema.box import Box
 from ckptengine.schema.path import Path
 from ckptengine.state.forms import Form
+from ckptengine.state.tree import unflatten
 from ckptengine.storage.base import StorageView
 from ckptengine.storage.parallel import in_parallel
 
@@ -107,6 +108,7 @@ class _Reading:
         values, aliases, more, containers = self._values(blobs)
         leaves += more
         containers |= self._lists()
+        values, containers = _folded(values, containers, {leaf.path for leaf in leaves} | aliases.keys())
         files = tuple(self._sizes)
         table, blob_nbytes, orders = describe_leaves(leaves, files, "torch", self._where)
         flat = self._paths is None
@@ -201,6 +203,31 @@ class _Reading:
         """Return the lists of the state: DCP makes one of what has integers for keys (`_nested_dict.set_element`)."""
         paths = () if self._paths is None else self._paths.values()
         return {path[:depth]: "list" for path in paths for depth in range(1, len(path)) if type(path[depth]) is int}
+
+
+def _folded(
+    values: dict[Path, Any], containers: dict[Path, Form], tensors: Collection[Path]
+) -> tuple[dict[Path, Any], dict[Path, Form]]:
+    """Return values in which a list without tensors is one value again, as the walk over a state has it."""
+    above = {path[:depth] for path in tensors for depth in range(len(path))}
+    plain = {path for path in containers if path not in above}
+    outermost = {path for path in plain if not any(path[:depth] in plain for depth in range(len(path)))}
+    lists: dict[Path, dict[Path, Any]] = {path: {} for path in outermost}
+    rest: dict[Path, Any] = {}
+    for path, value in values.items():
+        inside = next((path[:depth] for depth in range(1, len(path)) if path[:depth] in outermost), None)
+        (rest if inside is None else lists[inside])[path] = value
+    for path, items in lists.items():
+        forms = {where: form for where, form in containers.items() if where[: len(path)] == path}
+        built: Any = unflatten(items, {}, forms, {})
+        for key in path:
+            built = built[key]
+        if isinstance(built, list):
+            rest[path] = built
+            containers = {where: form for where, form in containers.items() if where not in forms}
+        else:
+            rest |= items
+    return rest, containers
 
 
 def _paths(planner_data: Any, entries: Mapping[Any, Any]) -> dict[str, Path] | None:

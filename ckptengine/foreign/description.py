@@ -25,6 +25,10 @@ from ckptengine.state.values import decode, encode
 
 __all__ = ["Description", "ForeignFile", "ForeignLeaf", "Order", "Piece", "describe_leaves"]
 
+_MOST_REPEATED = 8
+"""Bytes of arrays for each byte of the files, at most: expanded tensors and overlapping views are stored once."""
+_FREE_NBYTES = 64 << 20
+
 Order = tuple[int, ...]
 """The dimensions of a stored tensor from the outermost in the file to the innermost, where that is not C order."""
 
@@ -164,6 +168,7 @@ def describe_leaves(
             records.append(record)
             pieces += rows
             nbytes += [one.blob_nbytes or one.box.volume * record.itemsize for one in rows]
+        _check_room(records, sum(one.nbytes for one in files))
         archive = np.array([one.file for one in pieces], np.int64)
         position = np.array([one.position for one in pieces], np.int64)
         check_places(archive, position, np.array(nbytes, np.int64), np.array([one.nbytes for one in files], np.int64))
@@ -179,6 +184,13 @@ def describe_leaves(
     blobs = np.array([one.blob_nbytes for one in pieces], np.int64)
     orders = {row: one.order for row, one in enumerate(pieces) if one.order is not None}
     return table, blobs if blobs.any() else None, orders
+
+
+def _check_room(records: Sequence[LeafRecord], nbytes: int) -> None:
+    """Raise `ValueError` where arrays would take far more memory than there are bytes: views may repeat some."""
+    claimed = sum(math.prod(record.shape) * record.itemsize for record in records)
+    if claimed > _FREE_NBYTES + _MOST_REPEATED * nbytes:
+        raise ValueError(f"its arrays would take {claimed:,} bytes, its files have {nbytes:,}")
 
 
 def _check_shape(leaf: ForeignLeaf) -> None:

@@ -25,6 +25,8 @@ Names = Mapping[str, Maker]
 """What the names of a pickle (`module.name`) stand for: functions that take the arguments that the pickle gives."""
 
 _MARK = object()
+_BINGET, _LONG_BINGET, _BINPUT, _LONG_BINPUT, _MEMOIZE = b"hjqr\x94"
+_BININT1, _MARK_CODE, _STOP = b"K(."
 _COPIES = 16
 """Items that the calls of a pickle may be handed, for each of its bytes."""
 _SIZED = (str, bytes, bytearray, list, tuple, dict, set, frozenset)
@@ -71,6 +73,8 @@ def unpickle(
             "nothing of it was run. If you trust the file, load it with the library that wrote it and save weights and "
             "plain values alone"
         ) from None
+    except IndexError:
+        raise CheckpointDamagedError(f"{where}: the pickle in it can't be read: it ends too early") from None
     except (ValueError, TypeError, LookupError, struct.error, OverflowError, RecursionError) as error:
         raise CheckpointDamagedError(f"{where}: the pickle in it can't be read: {error}") from None
 
@@ -86,18 +90,39 @@ class _Machine:
         self._memo: dict[int, Any] = {}
 
     def run(self) -> Any:
-        data, codes = self._data, _CODES
+        """Run the program; the instructions that are most of a large pickle are here, since a call takes longer."""
+        data, codes, stack, memo, at = self._data, _CODES, self._stack, self._memo, 0
         while True:
-            if self._at >= len(data):
-                raise ValueError("it ends too early")
-            code = data[self._at]
-            self._at += 1
-            if code == 0x2E:  # STOP
+            code = data[at]
+            at += 1
+            if code == _BINGET:
+                stack.append(memo[data[at]])
+                at += 1
+            elif code == _LONG_BINGET:
+                stack.append(memo[int.from_bytes(data[at : at + 4], "little")])
+                at += 4
+            elif code == _BINPUT:
+                memo[data[at]] = stack[-1]
+                at += 1
+            elif code == _LONG_BINPUT:
+                memo[int.from_bytes(data[at : at + 4], "little")] = stack[-1]
+                at += 4
+            elif code == _MEMOIZE:
+                memo[len(memo)] = stack[-1]
+            elif code == _BININT1:
+                stack.append(data[at])
+                at += 1
+            elif code == _MARK_CODE:
+                stack.append(_MARK)
+            elif code == _STOP:
                 return self._pop()
-            step = codes.get(code)
-            if step is None:
-                raise ValueError(f"the instruction {bytes([code])!r} at byte {self._at - 1} is not among those known")
-            step(self)
+            else:
+                step = codes.get(code)
+                if step is None:
+                    raise ValueError(f"the instruction {bytes([code])!r} at byte {at - 1} is not among those known")
+                self._at = at
+                step(self)
+                at = self._at
 
     # Reading.
 
@@ -166,7 +191,7 @@ class _Machine:
         target = self._top()
         if not isinstance(target, dict) or len(items) % 2:
             raise ValueError(f"keys are set in a {type(target).__name__}")
-        target.update(zip(items[::2], items[1::2], strict=True))
+        target.update(zip(items[::2], items[1::2], strict=False))
 
     # Names and calls.
 
@@ -225,8 +250,10 @@ def _frozenset(machine: _Machine) -> None:
 
 def _tuple(count: int) -> Callable[[_Machine], None]:
     def make(machine: _Machine) -> None:
-        items = [machine._pop() for _ in range(count)]
-        machine._push(tuple(reversed(items)))
+        items = tuple(machine._stack[-count:])
+        if len(items) != count or _MARK in items:
+            raise ValueError("it takes more from the stack than there is")
+        machine._stack[-count:] = [items]
 
     return make
 
@@ -328,7 +355,6 @@ _CODES: dict[int, Callable[[_Machine], None]] = {
     for code, step in {
         "\x80": _skip(1),  # PROTO
         "\x95": _skip(8),  # FRAME
-        "(": lambda machine: machine._push(_MARK),
         "0": _drop,
         "1": _pop_mark,
         "2": lambda machine: machine._push(machine._top()),
@@ -336,7 +362,6 @@ _CODES: dict[int, Callable[[_Machine], None]] = {
         "\x88": _constant(True),
         "\x89": _constant(False),
         "J": _integer(4, True),
-        "K": _integer(1, False),
         "M": _integer(2, False),
         "\x8a": _long(1),
         "\x8b": _long(4),
@@ -378,12 +403,7 @@ _CODES: dict[int, Callable[[_Machine], None]] = {
         "b": lambda machine: machine._build(),
         "Q": lambda machine: machine._persistent_id(machine._pop()),
         "p": lambda machine: machine._put(int(machine._line())),
-        "q": lambda machine: machine._put(machine._number(1)),
-        "r": lambda machine: machine._put(machine._number(4)),
-        "\x94": lambda machine: machine._put(len(machine._memo)),
         "g": lambda machine: machine._get(int(machine._line())),
-        "h": lambda machine: machine._get(machine._number(1)),
-        "j": lambda machine: machine._get(machine._number(4)),
     }.items()
 }
 

@@ -32,7 +32,7 @@ from ckptengine.schema.dtypes import DTYPES
 from ckptengine.schema.leaf import ArrayLeaf, Part
 from ckptengine.schema.path import Path, dotted
 from ckptengine.state.bind import Binding, LoadReport, bind
-from ckptengine.state.outline import put_in_order
+from ckptengine.state.outline import ordered_forms, put_in_order
 from ckptengine.state.rename import Rename, renamer
 from ckptengine.state.select import Selection
 from ckptengine.state.tree import unflatten
@@ -247,6 +247,8 @@ def _arrays_of(
         for (source, array), (_, target) in zip(list(arrays.items()), reads, strict=True):
             arrays[source] = convert(array, target.dtype)
     containers = {rename(path): kind for path, kind in containers.items()}
+    for outline in outlines:
+        containers |= {} if outline is None else {rename(path): form for path, form in ordered_forms(outline).items()}
     nested = unflatten(values, {rename(path): arrays[source] for path, source in wanted.items()}, containers, {})
     for outline in outlines:
         if outline is not None:

@@ -253,7 +253,8 @@ class _Comparison:
                 value: Any = self._promise.before[path[:depth]]
                 for key in path[depth:]:
                     value = item_of(value, key)
-                return isinstance(value, dict) and _common(keys, list(value))
+                # Only where it had them all: an order of nothing is no order.
+                return isinstance(value, dict) and set(keys).issubset(value) and _common(keys, list(value))
         return False
 
 

@@ -16,7 +16,8 @@ __all__ = ["Form", "container_kind", "form_of", "is_form", "own_keys", "path_key
 
 Form = str | dict[str, Any]
 """`list` or `tuple`; or an object with one of the tags `$deque` (maxlen), `$namedtuple` (class, fields), `$defaultdict`
-(factory), `$dict` (pairs of the key in paths and the key itself, as typed JSON), `$class` (a class made from dict)."""
+(factory), `$dict` (pairs of the key in paths and the key itself, as typed JSON), `$class` (a class made from dict); and
+`$ordered` (torch's `_metadata` or null), which a state's outline tells of, not its table of containers."""
 
 _TAGS = frozenset({"$deque", "$namedtuple", "$defaultdict", "$dict", "$class"})
 
@@ -112,6 +113,11 @@ def rebuild(form: Form | None, items: dict[Key, Any], like: Any, path: Path, *, 
             known = {at: decode(key) for at, key in payload}
             ordered = [*(at for at in known if at in items), *(at for at in items if at not in known)]
             return {known.get(at, at): items[at] for at in ordered}
+        if tag == "$ordered":
+            ordered_dict: Any = OrderedDict(items)
+            if payload is not None:
+                ordered_dict._metadata = payload
+            return ordered_dict
         if tag == "$class":
             return _of_class(payload, items, like, path, strict)
         if set(items) != set(range(len(items))):

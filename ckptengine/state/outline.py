@@ -15,6 +15,7 @@ from ckptengine.errors import CheckpointDamagedError
 from ckptengine.frameworks.adapter import TensorKind, TensorView
 from ckptengine.schema.leaf import HostMemory, Part
 from ckptengine.schema.path import Key, Path, dotted
+from ckptengine.state.forms import Form
 from ckptengine.state.nested import item_of
 from ckptengine.state.values import decode, encode
 
@@ -27,6 +28,7 @@ __all__ = [
     "in_order",
     "is_of_class",
     "memory_order",
+    "ordered_forms",
     "part_order",
     "put_in_order",
     "renamed_key",
@@ -198,6 +200,12 @@ def put_in_order(nested: dict[Key, Any], outline: Outline, rename: Callable[[Pat
             items = in_given_order(found, keys)
             found.clear()
             found.update(items)
+
+
+def ordered_forms(outline: Outline) -> dict[Path, Form]:
+    """Return the forms of the state's ordered dicts, which outlines tell of and tables of containers do not."""
+    kinds = (one for one in outline.containers if one.kind == "ordered")
+    return {one.path: {"$ordered": outline.metadata.get(one.path)} for one in kinds}
 
 
 def renamed_key(path: Path, key: Key, rename: Callable[[Path], Path]) -> Key:

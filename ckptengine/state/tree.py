@@ -215,7 +215,7 @@ class _Walk:
                 self._build(path, "module", per_rank, keys=[entry.name for entry in entries])
                 for entry in entries:
                     where = (*path, entry.name)
-                    self._in_module = adapter.is_tensor(entry.value)  # what extra state holds is made anew
+                    self._in_module = entry.live  # extra state is made anew
                     steps[entry.key] = self._visit(entry.value, where, per_rank=per_rank, buffer=entry.buffer)
                 self._in_module = False
                 return ModuleStep(value, adapter, steps, path)
@@ -230,6 +230,11 @@ class _Walk:
                 own = self._inspector.asked.state_of(value, path)
                 if isinstance(own, Mapping) and not own:
                     self._empty[path] = class_name(value)
+                if self._inspector.kind(own, path)[0] in (Kind.OBJECT, Kind.MODULE, Kind.OPTIMIZER):
+                    raise StateError(
+                        f"{dotted(path)}: state_dict() of {describe_type(value)} gives a {describe_type(own)} itself, "
+                        "which would be loaded in its place; have it give a dict with that in it"
+                    )
                 self._objects += 1
                 step = ObjectStep(type(value), self._visit(own, path, per_rank=per_rank), path)
                 self._objects -= 1

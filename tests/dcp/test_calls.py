@@ -10,6 +10,7 @@ import os
 import pickle
 import warnings
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -289,6 +290,18 @@ def test_two_names_of_one_memory_are_told_where_their_tensors_are_converted(tmp_
     assert one.tolist() == [1] * 4
     with pytest.raises(torchs.CheckpointException, match="c: shares memory with another tensor"):
         dcp.load({"a": one, "c": one}, checkpoint_id=tmp_path)
+
+
+def test_asynchronous_saves_of_several_threads_never_take_one_another_s_memory(tmp_path: Path) -> None:
+    def saves(of: int) -> None:
+        for number in range(5):
+            tensor = torch.full((1 << 18,), float(10 * of + number))
+            future = dcp.async_save({"x": tensor}, checkpoint_id=tmp_path / str(of))
+            getattr(future, "upload_completion", future).result()
+            assert set(ce.load(tmp_path / str(of))["x"].tolist()) == {10 * of + number}
+
+    with ThreadPoolExecutor(4) as threads:
+        list(threads.map(saves, range(4)))
 
 
 def test_a_tensor_that_is_resized_between_asynchronous_saves_is_saved(tmp_path: Path) -> None:

@@ -39,6 +39,15 @@ def full(state: dict[str, Any]) -> dict[str, torch.Tensor]:
     return {name: one.full_tensor() if isinstance(one, DTensor) else one for name, one in state.items()}
 
 
+def stepped(net: nn.Module) -> tuple[nn.Module, torch.optim.Optimizer]:
+    """Return a model after one step of its optimizer, and that."""
+    optimizer = torch.optim.AdamW(net.parameters())
+    for parameter in net.parameters():
+        parameter.grad = parameter.detach() * 0.5
+    optimizer.step()
+    return net, optimizer
+
+
 def compare(net: nn.Module, expected: dict[str, torch.Tensor]) -> None:
     found = full(net.state_dict())
     assert found.keys() == expected.keys()
@@ -58,6 +67,15 @@ def main() -> None:
             continue
         path = folder / source
         net = sharded(2)
+        if source.startswith("trained"):
+            optimizer = torch.optim.AdamW(net.parameters())
+            ce.load(path, into={"net": net, "optimizer": optimizer})
+            compare(net, stepped(model(1))[0].state_dict())
+            saved = stepped(model(1))[1].state_dict()["state"]
+            for number, state in optimizer.state_dict()["state"].items():
+                for key, tensor in full(state).items():
+                    assert torch.equal(tensor, saved[number][key]), (number, key)
+            continue
         rename = None if source.startswith("dcp") else {"": "net"}
         options = LoadOptions.of(None, rename, True, False)
         loaded = load_newest(open_storage(path), {"net": net}, current(60), 60, options)

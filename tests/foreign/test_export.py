@@ -31,7 +31,7 @@ from ckptengine.export import mindspore as mindspore_format
 from ckptengine.export import stream
 from ckptengine.export import zarr as zarr_format
 from ckptengine.export.run import shard_nbytes
-from ckptengine.export.stream import slabs
+from ckptengine.load.slabs import slabs
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 

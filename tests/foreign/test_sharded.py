@@ -9,8 +9,10 @@ import pytest
 import safetensors.torch
 import torch
 import torch.distributed.checkpoint as dcp
-from foreign_models import model
+from foreign_models import model, same
 from ranks import run_ranks
+from sharded_job import stepped
+from torch.distributed.checkpoint.state_dict import get_state_dict
 
 HERE = Path(__file__).parent
 
@@ -29,6 +31,10 @@ def sources(folder: Path) -> list[str]:
     (folder / "hub" / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weights}))
     torch.save(tensors, folder / "model.pt")
     dcp.save({"net": tensors}, checkpoint_id=folder / "dcp", no_dist=True)
+    net, optimizer = stepped(model(1))
+    torch.save({"net": net.state_dict(), "optimizer": optimizer.state_dict()}, folder / "trained.pt")
+    model_state, optimizer_state = get_state_dict(net, optimizer)
+    dcp.save({"net": model_state, "optimizer": optimizer_state}, checkpoint_id=folder / "trained", no_dist=True)
     return ["model.safetensors", "hub", "model.pt", "dcp"]
 
 
@@ -43,7 +49,7 @@ def run(ranks: int, folder: Path, *names: str) -> list[dict[str, dict[str, int]]
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_every_format_fills_a_sharded_model_and_the_node_reads_each_byte_once(tmp_path: Path, ranks: int) -> None:
     names = sources(tmp_path)
-    reports = run(ranks, tmp_path, "write", f"dcp-{ranks}", *names)
+    reports = run(ranks, tmp_path, "write", f"dcp-{ranks}", *names, "trained.pt", "trained")
     for name in (f"dcp-{ranks}", *names):
         assert sum(report[name]["read"] for report in reports) <= reports[0][name]["node"]
 
@@ -51,3 +57,19 @@ def test_every_format_fills_a_sharded_model_and_the_node_reads_each_byte_once(tm
 def test_what_four_ranks_of_dcp_wrote_is_filled_on_two(tmp_path: Path) -> None:
     run(4, tmp_path, "write")
     run(2, tmp_path, "dcp-4")
+
+
+def test_ranks_share_the_files_of_an_export(tmp_path: Path) -> None:
+    environment = {"PYTHONPATH": f"{HERE.parent.parent}:{HERE}"}
+    job = run_ranks(2, HERE / "export_job.py", tmp_path, env=environment)
+    assert job.returncode == 0, job.stdout[-8000:]
+    reports = [json.loads((tmp_path / f"rank-{rank}.json").read_text()) for rank in (0, 1)]
+    sizes = [(tmp_path / "hf" / file).stat().st_size for file in reports[0]["files"][:-1]]
+    assert sum(report["written"] for report in reports) == sum(sizes)
+    assert all(report["written"] > 0 for report in reports)
+    expected = dict(model(1).state_dict())
+    loaded = {}
+    for file in reports[0]["files"][:-1]:
+        loaded |= safetensors.torch.load_file(tmp_path / "hf" / file)
+    same(loaded, expected)
+    same(torch.load(tmp_path / "model.pt", weights_only=True), {"net": expected, "step": 3})

@@ -22,7 +22,7 @@ FLOORS = (
     ("archive", "data"),
     ("catalog", "snapshot", "foreign"),
     ("save", "load"),
-    ("tiers", "inspect", "export"),
+    ("tiers", "inspect", "export", "differences"),
     ("policy", "audit"),
     ("api", "checkpointer"),
     ("ckptengine",),

@@ -1,5 +1,7 @@
 """What a tensor is beside its contents comes back with it, where the engine makes it anew."""
 
+from collections import OrderedDict
+
 import numpy as np
 import pytest
 import torch
@@ -184,3 +186,31 @@ def test_parameters_that_share_a_tensor_in_an_optimizers_state_share_it_again(tm
     for parameter in fresh["model"].parameters():
         assert type(fresh["optimizer"].state[parameter]["mask"]) is nn.Parameter
         assert fresh["optimizer"].state[parameter]["count"] == 2
+
+
+def test_ordered_dicts_that_hold_arrays_are_ordered_dicts_in_what_load_returns(tmp_path):
+    inner = OrderedDict(b=torch.ones(2), a=1)
+    inner._metadata = {"": {"version": 2}}
+    ce.save(tmp_path / "point", {"x": OrderedDict(z=(inner,), y=np.ones(1)), "o": Holder(inner)})
+    loaded = ce.load(tmp_path / "point")
+    assert [type(one) for one in (loaded["x"], loaded["x"]["z"][0], loaded["o"])] == [OrderedDict] * 3
+    assert list(loaded["x"]) == ["z", "y"]
+    assert list(loaded["o"]) == list(loaded["x"]["z"][0]) == ["b", "a"]
+    assert loaded["o"]._metadata == {"": {"version": 2}}
+
+
+def test_a_state_dict_that_is_a_live_object_itself_is_refused(tmp_path):
+    with pytest.raises(StateError, match=r"a: state_dict\(\) of .*Holder gives a .*Linear itself"):
+        ce.save(tmp_path / "point", {"a": Holder(nn.Linear(1, 1))})
+
+
+@pytest.mark.parametrize("wrap", [lambda value: value, ce.PerRank], ids=["shared", "per rank"])
+@pytest.mark.parametrize("inner", [lambda number: number, lambda number: torch.full((2,), float(number))])
+def test_a_live_object_in_extra_state_is_loaded_and_nothing_takes_its_place(tmp_path, wrap, inner):
+    for place in (lambda value: value, lambda value: {"deep": value}):
+        saved, live = (Holder({"x": inner(number)}) for number in (1, 2))
+        ce.save(tmp_path / "point", {"m": wrap(Extra(place(saved)))})
+        fresh = Extra(place(live))
+        ce.load(tmp_path / "point", into={"m": wrap(fresh)})
+        assert fresh.state == place(live)
+        assert np.all(np.asarray(live.state["x"]) == 1)

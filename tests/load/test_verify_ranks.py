@@ -50,3 +50,28 @@ def test_what_is_wrong_on_one_rank_of_a_sharded_state_is_an_error_on_all(found, 
 
 def test_a_sharded_state_that_is_right_on_both_ranks_is_no_error(found):
     assert [cases["nothing_wrong"] for cases in found] == [["", ""]] * 2
+
+
+@pytest.mark.parametrize(
+    ("case", "words"),
+    [
+        ("own_bytes", f"own.list.0: {CONTENTS} of shape (3, 2), per_rank"),
+        ("own_value", "own.list.1: 2 in the checkpoint, 3 now"),
+        ("own_leaf_is_gone", "own.deep.x: float32 of shape (1,) in the checkpoint, nothing now"),
+        ("own_leaf_too_many", "own.more: not in the checkpoint, here now"),
+        ("own_container", "own.list: a list in the checkpoint, a tuple now"),
+        ("own_order", "own: the order of the keys is not that of the checkpoint, which began with list, deep"),
+        ("own_is_the_other_ranks", "own.list.0: float32 of shape (3, 2) in the checkpoint, nothing now"),
+    ],
+)
+def test_what_each_rank_has_in_a_structure_of_its_own_is_looked_at_too(found, case, words):
+    for rank, cases in enumerate(found):
+        kind, message = cases[case]
+        assert kind == "RestoreDifferenceError", f"rank {rank}: {message}"
+        assert words in message
+        assert message.count("rank 1: ") == 1
+        assert "window: " not in message or case == "own_is_the_other_ranks", "that is rank 0's"
+
+
+def test_ranks_with_structures_of_their_own_get_them_back(found):
+    assert [cases["own_is_right"] for cases in found] == [["", ""]] * 2

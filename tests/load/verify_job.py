@@ -128,9 +128,43 @@ def load_with(action: Callable[[dict[str, Any]], Any]) -> None:
     ce.load(FOLDER / "point", into=on_rank_1(action), timeout=TIMEOUT)
 
 
+def of_its_own(change: Change, steps: int) -> dict[str, Any]:
+    """A state of which each rank has a part in a structure of its own."""
+    kept: tuple[dict[str, Any], ...] = (
+        {"window": torch.full((2,), float(steps)), "n": steps},
+        {"list": [torch.full((3, 2), float(steps)), steps], "deep": {"x": torch.full((1,), float(steps))}},
+    )
+    return {"shared": torch.ones(2), "own": ce.PerRank(Changing(change, **(kept[RANK] if steps else {})))}
+
+
+def load_own(change: Change) -> None:
+    """Load into objects that have nothing yet; on rank 1 something becomes of what one is handed."""
+    ce.save(FOLDER / "own", of_its_own(unchanged, 2), timeout=TIMEOUT)
+    fresh = of_its_own(change if RANK == 1 else unchanged, 0)
+    ce.load(FOLDER / "own", into=fresh, timeout=TIMEOUT)
+    here, saved = fresh["own"].value.state, of_its_own(unchanged, 2)["own"].value.state
+    assert list(here) == list(saved)
+    assert repr(here) == repr(saved)
+
+
+def with_other_bytes(held: dict[str, Any]) -> dict[str, Any]:
+    return {**held, "list": [held["list"][0] + 1, held["list"][1]]}
+
+
+OWN: dict[str, Change] = {
+    "own_is_right": unchanged,
+    "own_bytes": with_other_bytes,
+    "own_value": lambda held: {**held, "list": [held["list"][0], 3]},
+    "own_leaf_is_gone": lambda held: {**held, "deep": {}},
+    "own_leaf_too_many": lambda held: {**held, "more": torch.ones(1)},
+    "own_container": lambda held: {**held, "list": tuple(held["list"])},
+    "own_order": lambda held: dict(reversed(held.items())),
+    "own_is_the_other_ranks": lambda held: {"window": torch.full((2,), 2.0), "n": 2},
+}
 ACTIONS = (write_past_the_counter, take_other_memory, write_to_a_moment, forget_nested_state, raise_when_asked_again)
 CASES: dict[str, Callable[[], object]] = {
     **{action.__name__: functools.partial(load_with, action) for action in ACTIONS},
+    **{name: functools.partial(load_own, change) for name, change in OWN.items()},
     "whole_copies": whole_copies,
     "nothing_wrong": functools.partial(load_with, lambda here: None),
 }

@@ -49,6 +49,7 @@ class BinderBase(ABC):
         self._state = state
         self._layouts: dict[str, Layouts | None] = {}
         self._optimizer_states: set[Path] = set()
+        self._adopted: frozenset[str] = frozenset()
         self._saved, self._rank, self._world_size = saved, rank, world_size
         self._resized = world_size != saved.world_size
         self._selection, self._may_cast, self._strict = selection, cast, strict
@@ -160,7 +161,9 @@ class BinderBase(ABC):
         return path
 
     def _parameter_name(self, name: str) -> str:
-        """A parameter's name is itself a dotted path, so `rename` holds for it too."""
+        """A parameter's name is itself a dotted path, so `rename` holds for it too, unless it is that here already."""
+        if name in self._adopted:
+            return name
         renamed = self._rename((name,))
         return name if renamed == (name,) else dotted(renamed)
 

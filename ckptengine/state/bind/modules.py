@@ -42,7 +42,7 @@ class ModuleBinder(TensorBinder):
                     else:
                         self._absent(where, per_rank)
                     continue
-                handed[entry.key] = self._rebuild(child, where, None if entry.live else entry.value)
+                handed[entry.key] = self._rebuild_item(child, where, None if entry.live else entry.value, None)
                 self._loaded.append(dotted(where))
         for name, child in () if node is None else node.children.items():
             # What such code makes when it is loaded; other code, and no code, would not take it.

@@ -8,6 +8,7 @@ from typing import Any
 
 from ckptengine.frameworks.adapter import Adapter
 from ckptengine.schema.path import Path, dotted
+from ckptengine.state.bind.adopt import adopt
 from ckptengine.state.bind.base import FRAMEWORK
 from ckptengine.state.bind.objects import hand_over
 from ckptengine.state.bind.tensors import Maker, TensorBinder, of_kind
@@ -37,6 +38,8 @@ class OptimizerBinder(TensorBinder):
                 return
             self.built[path] = optimizer
             self.optimizers.add(path)
+            if node.cls is None:
+                self._adopted |= adopt(node, names)
         saved_state = node.child("state") or Node()
         by_name = {self._parameter_name(str(key)): child for key, child in saved_state.children.items()}
         for group, group_names in zip(groups, names, strict=True):
@@ -67,7 +70,10 @@ class OptimizerBinder(TensorBinder):
         The checkpoint says the shape of that parameter, whatever the shapes of its state; only old ones may not.
         """
         here = tuple(parameter.shape)
-        saved = node.parameter_shape or self._saved_shapes.get(name) or _shape_by_state(here, current, node)
+        told = self._saved_shapes.get(name)
+        if name in self._adopted:  # by number: the model's tensor of that name may be another parameter's
+            told = _common_shape(node)
+        saved = node.parameter_shape or told or _shape_by_state(here, current, node)
         if saved == here:
             return False
         self._mismatch(path, f"state of a parameter of shape {here} here, {saved} in the checkpoint", node)
@@ -211,6 +217,13 @@ def _shape_by_state(here: tuple[int, ...], current: Mapping[Any, Any], node: Nod
         return here
     odd = [shape for shape in shapes.values() if all(a != 1 for a in shape)]
     return odd[0] if odd and len(set(odd)) == 1 and not any(live.values()) else here
+
+
+def _common_shape(node: Node) -> tuple[int, ...] | None:
+    """Return the shape that all arrays of a parameter's state have; None where they have several, or are scalars."""
+    entries = (child.entry for child in node.children.values())
+    shapes = {entry.leaf.shape for entry in entries if isinstance(entry, SavedArray) and entry.leaf.shape}
+    return shapes.pop() if len(shapes) == 1 else None
 
 
 def _given_names(names: list[str], group: Mapping[str, Any]) -> dict[str, Any]:

@@ -75,7 +75,7 @@ class OwnCallsBinder(ObjectBinder, OptimizerBinder, ModuleBinder):
         }
         for key, child in node.children.items():
             if key not in (STATE, GROUPS):
-                handed[key] = self._rebuild(child, (*path, key), current.get(key))
+                handed[key] = self._rebuild_item(child, (*path, key), current.get(key), None)
                 self._loaded.append(dotted((*path, key)))
         for key in current:
             if key not in handed:

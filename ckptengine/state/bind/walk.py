@@ -6,7 +6,7 @@ import copy
 import functools
 import logging
 import operator
-from collections import OrderedDict, deque
+from collections import OrderedDict, defaultdict, deque
 from collections.abc import Mapping, MutableMapping
 from typing import Any
 
@@ -112,7 +112,9 @@ class Binder(OwnCallsBinder):
         plain = isinstance(value, dict) and all(
             self._inspector.kind(item, (*path, key))[0] is Kind.PLAIN for key, item in children(value, path)
         )
-        if plain and isinstance(node.entry, SavedValue) and node.entry.value == {}:
+        saved = node.entry.value if isinstance(node.entry, SavedValue) else None
+        alike = type(value) is type(saved) or type(value) not in (dict, OrderedDict, defaultdict)
+        if plain and saved == {} and alike:
             node.use()
             self._loaded.append(dotted(path))
             self._act(SET, value.clear)

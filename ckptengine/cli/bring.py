@@ -1,0 +1,49 @@
+"""`ckptengine import`: another library's checkpoint as one of ours."""
+
+from __future__ import annotations
+
+import errno
+
+import click
+
+from ckptengine.api import load, save
+from ckptengine.cli.export import rule_of
+from ckptengine.cli.output import console, failures, shown, size_text
+from ckptengine.errors import StorageError
+from ckptengine.frameworks.registry import framework
+from ckptengine.storage.open import open_storage
+
+__all__ = ["bring"]
+
+
+@click.command("import")
+@click.argument("source")
+@click.argument("target")
+@click.option("--only", multiple=True, metavar="PREFIX", help="Take what has such names; repeatable.")
+@click.option("--rename", multiple=True, metavar="OLD=NEW", help="Rename, as for `export`; repeatable.")
+@click.option("--under", metavar="KEY", help="Put all under this key of the state, as 'model' for a model's weights.")
+def bring(source: str, target: str, only: tuple[str, ...], rename: tuple[str, ...], under: str | None) -> None:
+    """Write SOURCE, another library's checkpoint, to TARGET as one of ours, with checksums.
+
+    SOURCE is what `show` takes. TARGET is a directory or a URL that holds no checkpoint yet; `ckptengine.load` and
+    `warm_start` take it. Needs memory for all arrays. `--only` takes prefixes of the names after `--rename`.
+
+    Exit codes: 0, 1 if something that has to be read is damaged, 2 if SOURCE can't be read, or TARGET is there already.
+    """
+    with failures():
+        storage = open_storage(target)
+        if storage.list():
+            raise StorageError(errno.EEXIST, f"{storage.location()} is there already: import to a new place")
+        rules = dict(rule_of(rule) for rule in rename) or None
+        state = load(source, only=only or None, rename=rules, as_torch=_has_torch())
+        done = save(target, {under: state} if under else state)
+    console().print(shown(f"{target}: {size_text(done.nbytes)}"), soft_wrap=True)
+
+
+def _has_torch() -> bool:
+    """Whether arrays can be torch's, so that objects which are restored from them are handed tensors."""
+    try:
+        framework("torch")
+    except ModuleNotFoundError:
+        return False
+    return True
