@@ -150,3 +150,22 @@ def test_a_directory_of_something_else_is_none(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("x")
     with pytest.raises(CheckpointNotFoundError, match="no committed checkpoint"):
         ce.load(tmp_path)
+
+
+def test_parts_of_tensors_that_each_rank_of_dcp_wrote_are_put_together(tmp_path: Path) -> None:
+    whole = torch.randn(10, 6)
+    for rank, part, offset in ((1, whole[:4], [0, 0]), (2, whole[4:], [4, 0])):
+        name = f"shard-{rank:05}-model-00001-of-00001"
+        metadata = {"DCP_SHARDING_INFO": json.dumps({"w": {"saved_offsets": offset}})}
+        safetensors.torch.save_file({"w": part.contiguous()}, tmp_path / f"{name}.safetensors", metadata)
+    same(ce.load(tmp_path, as_torch=True), {"w": whole})
+    (tmp_path / "shard-00001-model-00001-of-00001.safetensors").unlink()
+    with pytest.raises(CheckpointDamagedError, match="w: element .* lies in no stored box"):
+        ce.load(tmp_path)
+
+
+def test_a_distributed_save_of_torchs_own_writer_is_read(tmp_path: Path) -> None:
+    tensors = dict(model(1).state_dict())
+    writer = dcp.HuggingFaceStorageWriter(str(tmp_path), save_distributed=True)
+    dcp.save(dict(tensors), storage_writer=writer, no_dist=True)
+    same(ce.load(tmp_path, as_torch=True), tensors)
