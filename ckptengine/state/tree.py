@@ -186,7 +186,7 @@ class _Walk:
                 assert adapter is not None
                 view = self._views.get(id(value)) or adapter.view(value, path, target=False)
                 self._add(value, view, adapter, path, per_rank=per_rank, buffer=buffer)
-                if not self._in_module:
+                if self._wanted is None and not self._in_module:
                     self._note_kind(value, adapter, path, per_rank)
                 return TensorStep(type(value))
             case Kind.WRAPPED:
@@ -251,7 +251,7 @@ class _Walk:
         kind = adapter.tensor_kind(tensor)
         if kind is None:
             return
-        if isinstance(kind, dict) and kind.get("attributes") and self._objects and self._wanted is None:
+        if isinstance(kind, dict) and kind.get("attributes") and self._objects:
             raise StateError(
                 f"{dotted(path)}: {describe_type(tensor)} has attributes beside its contents "
                 f"({', '.join(kind['attributes'])}), which would be lost; put a plain tensor and them into the state"
@@ -295,7 +295,8 @@ class _Walk:
             if placement is Placement.SHARDED:
                 raise StateError(f"{dotted(path)}: a distributed tensor inside PerRank; take the PerRank away")
             placement, identity = Placement.PER_RANK, None
-        if parts and (order := part_order(parts[0])) is not None:
+        saves = self._wanted is None  # else nothing is stored of it, and no later walk is compared with this one
+        if saves and parts and (order := part_order(parts[0])) is not None:
             self._orders[per_rank][path] = order
         if len(shape) > MAX_NDIM:
             raise StateError(
@@ -303,7 +304,7 @@ class _Walk:
             )
         number = len(self._arrays) if identity is None else self._first.setdefault(identity, len(self._arrays))
         tied = number < len(self._arrays)
-        head = head_of(view.dtype, view.shape, view.placement, view.parts)
+        head = head_of(view.dtype, view.shape, view.placement, view.parts) if saves else ()
         box = None if sharded is None else sharded.box
         on_device = any(isinstance(part.memory, DeviceMemory) for part in parts)
         # The tensors are kept: an `id` says something only while its object lives.
