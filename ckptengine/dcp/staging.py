@@ -94,7 +94,7 @@ class Stager(AsyncStager):
         if isinstance(value, DTensor) and id(value._local_tensor) in copies:
             local = copies[id(value._local_tensor)]
             # Not `from_local`, which would copy it to the mesh's device again.
-            return DTensor(local, value._spec, requires_grad=False)
+            return DTensor(local, value._spec, requires_grad=False)  # type: ignore[no-untyped-call]
         if id(value) in copies:
             return copies[id(value)]
         other: Any = others.stage({"": value})
