@@ -7,9 +7,10 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from failing_store import FailingStore
+from file_store import FileStore
 
 from ckptengine.comm.exchange import StoreCommunicator, connect
-from ckptengine.comm.keyvalue import FileStore, MemoryStore, delete_large, get_large, put_large
+from ckptengine.comm.keyvalue import MemoryStore, delete_large, get_large, put_large
 from ckptengine.comm.single import SingleProcess
 from ckptengine.errors import CheckpointError, DeadlineError, RankFailedError
 from ckptengine.schema.ranks import name_ranks

@@ -21,10 +21,13 @@ import numpy as np
 import ckptengine as ce
 from ckptengine.archive.reader import Archive
 from ckptengine.comm.exchange import StoreCommunicator
-from ckptengine.comm.keyvalue import FileStore
 from ckptengine.load import loader, node, share, window
 from ckptengine.storage.local import LocalStorage
 from ckptengine.storage.open import open_storage
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
+
+from file_store import FileStore
 
 TIMEOUT = 4.0
 SHAPE = (1024, 4096)

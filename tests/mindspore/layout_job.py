@@ -10,8 +10,11 @@ import numpy as np
 
 import ckptengine as ce
 from ckptengine.comm.exchange import connect
-from ckptengine.comm.keyvalue import FileStore
 from ckptengine.layout.device_matrix import device_matrix_box
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
+
+from file_store import FileStore
 
 # Name: whole shape; then for 2x4 and for 4x1 devices the tensor map, and whether the optimizer shards it: it does so
 # over the ranks that hold copies, which here are those of one column of the device matrix.

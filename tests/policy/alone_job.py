@@ -12,15 +12,19 @@ import os
 import signal
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 import ckptengine as ce
 from ckptengine.comm.exchange import connect
-from ckptengine.comm.keyvalue import FileStore
 from ckptengine.policy import watch
 from ckptengine.storage.local import LocalStorage
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
+
+from file_store import FileStore
 
 OPTIONS = json.loads(sys.argv[2])
 
