@@ -185,7 +185,7 @@ class Checkpointer:
                 living = stands()
                 return None if living is None else living()
 
-            self._watch = Watch(preemption, self._comm, self._tiers.home, token, self.run, timeout, standing)
+            self._watch = Watch(preemption, self._comm, self._tiers.persistent, token, self.run, timeout, standing)
             weakref.finalize(self, self._watch.forget).atexit = False
 
     def restore(
@@ -230,7 +230,7 @@ class Checkpointer:
             tiers = self._tiers
             loaded = restore_newest(
                 tiers.views(), state, self._comm, self._timeout, options, step, rules[0] if rules else None,
-                tiers.bring, tiers.home.location(),
+                tiers.upload_for_all, tiers.persistent.location(),
             )  # fmt: skip
             if loaded is not None:
                 tell_leftovers(loaded, self._comm)
@@ -375,7 +375,7 @@ class Checkpointer:
         the others are in, and if the caller goes on after it, each rank would save another step from then on.
         """
         directory, numbers = step_directory(step), checked_metrics(metrics)
-        hook, persistent = self._hook, self._tiers.first is self._tiers.home
+        hook, persistent = self._hook, self._tiers.first is self._tiers.persistent
         self._saver.wait(self._timeout, directory)
         self._saves.reap()
         self._saves.correct()
@@ -401,7 +401,7 @@ class Checkpointer:
             committed=lambda generation, attempt: self._tiers.committed(generation, attempt, step, directory),
             told=None if hook is None else functools.partial(hook.saved, numbers, persistent),
             site=self._tiers.site,
-            meeting=self._tiers.meeting,
+            rendezvous=self._tiers.rendezvous,
         )
         before, self._highest = self._highest, step
         try:
@@ -484,7 +484,7 @@ class Checkpointer:
             done = idle = False
             try:
                 self.wait()
-                # Of several ranks, some may be dead where one has failed: the next start brings home what is to come.
+                # Of several ranks, some may be dead where one has failed: the next start uploads what is left.
                 if not failed or self._comm.world_size == 1:
                     self.flush()
                 # What could not be made durable may still be in memory, on all ranks.
@@ -550,7 +550,7 @@ class Checkpointer:
             else:
                 self._save(step, state, numbers).durable.result()
                 saved = step
-                if self._tiers.first is not self._tiers.home:
+                if self._tiers.first is not self._tiers.persistent:
                     # The machine may be what is taken away.
                     self.flush(self._timeout if watch.left is None else max(1.0, min(watch.left, self._timeout)))
         except CheckpointError as error:

@@ -7,10 +7,10 @@ import importlib.metadata
 import click
 
 from ckptengine.cli.audit import audit
-from ckptengine.cli.bring import bring
 from ckptengine.cli.diff import diff
 from ckptengine.cli.export import export
 from ckptengine.cli.gc import gc
+from ckptengine.cli.import_checkpoint import import_checkpoint
 from ckptengine.cli.ls import ls
 from ckptengine.cli.mend import mend
 from ckptengine.cli.prefetch import prefetch
@@ -30,7 +30,7 @@ def app() -> None:
 
 
 app.add_command(audit)
-app.add_command(bring)
+app.add_command(import_checkpoint)
 app.add_command(diff)
 app.add_command(export)
 app.add_command(gc)

@@ -79,7 +79,7 @@ class StoreCommunicator(Communicator):
         """Return when all ranks have come."""
         self._exchange("barrier", b"", timeout, 0)
 
-    def meet(self, timeout: float, within: float) -> None:
+    def rendezvous(self, timeout: float, within: float) -> None:
         """Be the barrier that ends `connect`; `within` is the time that its errors tell."""
         self._exchange("connecting", b"", timeout, 0, within)
 
@@ -351,7 +351,7 @@ def connect(
         raise DeadlineError(f"connecting: rank 0 did not come within {within:g} s")
     store.delete(welcome)
     communicator = StoreCommunicator(store, rank, world_size, f"{prefix}/{session.decode()}", background)
-    communicator.meet(max(0.0, deadline - time.monotonic()), within)
+    communicator.rendezvous(max(0.0, deadline - time.monotonic()), within)
     return communicator
 
 
@@ -381,7 +381,7 @@ def _receive(
         if answered:
             time.sleep(pause)
             pause = min(2 * pause, 0.05)
-    communicator.meet(max(0.0, deadline - time.monotonic()), within)
+    communicator.rendezvous(max(0.0, deadline - time.monotonic()), within)
     for rank in range(1, world_size):
         store.delete(f"{prefix}/hello/{rank}")
     return communicator

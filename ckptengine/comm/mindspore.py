@@ -31,14 +31,14 @@ _GONE_SECONDS = 10.0
 _FAILURES = (RuntimeError, ValueError)
 _lock = threading.Lock()
 _current: Communicator | None = None
-_meeting: Future[tuple[str, int]] | None = None
+_rendezvous: Future[tuple[str, int]] | None = None
 
 
 def from_mindspore(timeout: float = _CONNECT_TIMEOUT) -> Communicator:
     """Return the communicator of the ranks that `mindspore.communication.init` has brought together.
 
-    Every rank calls it, and meets the others once: in a collective of the job, by which rank 0 tells where the store is
-    that it hosts. From then on no collective is used. Raises `CheckpointError` where nothing is initialized or the
+    Every rank calls it. Once, that is a rendezvous: in a collective of the job, by which rank 0 tells where the store
+    is that it hosts. From then on no collective is used. Raises `CheckpointError` where nothing is initialized or the
     store can't be reached, `DeadlineError` naming the ranks that did not come.
     """
     global _current
@@ -61,9 +61,9 @@ def _told_address(rank: int, world_size: int, timeout: float) -> tuple[str, int]
 
     A collective of MindSpore can't be left: it goes on in its thread, and the next call waits for the same one.
     """
-    global _meeting
-    if _meeting is None:
-        _meeting = Future()
+    global _rendezvous
+    if _rendezvous is None:
+        _rendezvous = Future()
 
         def meet(future: Future[tuple[str, int]]) -> None:
             try:
@@ -71,16 +71,16 @@ def _told_address(rank: int, world_size: int, timeout: float) -> tuple[str, int]
             except BaseException as error:
                 future.set_exception(error)
 
-        threading.Thread(target=meet, args=(_meeting,), name="ckptengine-meeting", daemon=True).start()
+        threading.Thread(target=meet, args=(_rendezvous,), name="ckptengine-rendezvous", daemon=True).start()
     try:
-        address = _meeting.result(timeout)
+        address = _rendezvous.result(timeout)
     except TimeoutError:
         raise DeadlineError(
-            f"connecting: of the {world_size} ranks some did not come to their first meeting within {timeout:g} s, as "
+            f"connecting: of the {world_size} ranks some did not come to the rendezvous within {timeout:g} s, as "
             f"rank {rank} did: all ranks must make their Checkpointer, or save or load, at the same point"
         ) from None
     except BaseException:
-        _meeting = None
+        _rendezvous = None
         raise
     return address
 

@@ -115,14 +115,14 @@ def restore_newest(
     options: LoadOptions,
     step: int | None = None,
     best: Best | None = None,
-    bring: Callable[[Checkpoint], None] | None = None,
+    upload: Callable[[Checkpoint], None] | None = None,
     where: str = "",
 ) -> Loaded | None:
     """Fill a state from the newest checkpoint that is whole, that of a step, or the best; all ranks call it.
 
     What is damaged is logged, and another copy or the one before it is taken; where one can't be read, another copy
-    only. See `Chooser` for `views`. `bring` is called on all ranks before a checkpoint is read, to bring it where every
-    rank can. `where` is what messages call the place. Returns None where nothing was ever committed.
+    only. See `Chooser` for `views`. `upload` is called on all ranks before a checkpoint is read, to have it where
+    every rank can read it. `where` is what messages call the place. Returns None where nothing was ever committed.
 
     Raises `CheckpointDamagedError` naming all that are damaged, where none is whole; `StorageError`.
     """
@@ -136,8 +136,8 @@ def restore_newest(
                 raise unread
             unread, place = None, (checkpoint.directory, checkpoint.manifest.generation)
             try:
-                if bring is not None:
-                    bring(checkpoint)
+                if upload is not None:
+                    upload(checkpoint)
                 return _load(checkpoint, state, comm, timeout, options)
             except (CheckpointDamagedError, StorageError) as error:
                 if last and chooser.is_gone(checkpoint):

@@ -33,8 +33,8 @@ class Opening:
 
     def __init__(self, run: str, tiers: Tiers, comm: Communicator, timeout: float, *, chosen: bool) -> None:
         self._run, self._tiers, self._comm, self._timeout, self._chosen = run, tiers, comm, timeout, chosen
-        self._storage = tiers.home
-        self._life = Life(tiers.home, run)
+        self._storage = tiers.persistent
+        self._life = Life(tiers.persistent, run)
         self._begun = False
         self._asked = False  # whether `restore` was called, or the lack of it told
         self._refusal: StorageError | None = None

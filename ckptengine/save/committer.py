@@ -187,7 +187,7 @@ class Committer:
         """Bring a snapshot to the storage and through the commit; returns when the outcome is known."""
         target = job.target
         data = attempt_directory(target.directory, job.attempt)
-        store = self._comm.store() or StorageStore(*(target.meeting or (target.storage, data)))
+        store = self._comm.store() or StorageStore(*(target.rendezvous or (target.storage, data)))
         channel = Channel(store, job.attempt + self._tier, self._comm.rank, self._comm.world_size)
         try:
             if self._tells_place:

@@ -33,8 +33,8 @@ class Target:
     `directory` is relative to the storage's root. `claim` is called on rank 0, where the generation is not known
     yet. `committed` is called in the background after the commit, with the generation and the attempt, on the first
     rank of each site; `told` on rank 0 before that, with the attempt and the figures, and returns at once. `site` are
-    the ranks that see the storage as this one does, None: all do. `meeting` is the storage and directory for messages
-    in jobs that have no key-value store, which all see; None: the attempt's own.
+    the ranks that see the storage as this one does, None: all do. `rendezvous` is the storage and directory for
+    messages in jobs that have no key-value store, which all see; None: the attempt's own.
     """
 
     storage: Storage
@@ -48,7 +48,7 @@ class Target:
     committed: Callable[[int, str], None] | None = None
     told: Callable[[str, SaveStats], None] | None = None
     site: Site | None = None
-    meeting: tuple[Storage, str] | None = None
+    rendezvous: tuple[Storage, str] | None = None
 
     @property
     def leads(self) -> bool:

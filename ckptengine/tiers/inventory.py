@@ -18,7 +18,7 @@ from ckptengine.tiers.overlay import Reported
 
 __all__ = ["Inventory", "take_inventory"]
 
-_Near = Sequence[tuple[StorageView, Site]]
+_Faster = Sequence[tuple[StorageView, Site]]
 
 
 class Inventory:
@@ -35,26 +35,26 @@ class Inventory:
         return next((holder[name] for holder in self._holders[skipped:] if name in holder), 0)
 
 
-def take_inventory(near: _Near, comm: Communicator, timeout: float) -> Inventory:
-    """Return what the storages `near` hold that differ from node to node; all ranks call it with the same storages.
+def take_inventory(faster: _Faster, comm: Communicator, timeout: float) -> Inventory:
+    """Return what the storages `faster` hold that differ from node to node; all ranks call it with the same storages.
 
     The first rank of each node lists what is there; rank 0 then asks for the manifests and claims that it has not seen.
     Raises on all ranks what any of them found.
     """
-    if all(site.shared for _, site in near):
+    if all(site.shared for _, site in faster):
         return Inventory()
     doing = "listing the checkpoints of all nodes"
 
     def listed() -> bytes:
-        mine: list[dict[str, int]] = [{} for _ in near]
-        for tier, (storage, site) in enumerate(near):
+        mine: list[dict[str, int]] = [{} for _ in faster]
+        for tier, (storage, site) in enumerate(faster):
             if not site.shared and site.leads and site.rank != 0:
                 mine[tier] = within(timeout, doing, functools.partial(_listing, storage))
         return json.dumps(mine).encode()
 
     listings = [json.loads(reply) for reply in from_all(comm, listed, timeout, doing)]
-    holders: list[dict[str, int]] = [{} for _ in near]
-    sizes: list[dict[str, int]] = [{} for _ in near]
+    holders: list[dict[str, int]] = [{} for _ in faster]
+    sizes: list[dict[str, int]] = [{} for _ in faster]
     for rank, listing in enumerate(listings):
         for tier, files in enumerate(listing):
             for name, size in files.items():
@@ -62,18 +62,18 @@ def take_inventory(near: _Near, comm: Communicator, timeout: float) -> Inventory
                     holders[tier][name], sizes[tier][name] = rank, size
 
     def lacking() -> bytes:
-        pairs = [(storage, holder) for (storage, _), holder in zip(near, holders, strict=True)]
+        pairs = [(storage, holder) for (storage, _), holder in zip(faster, holders, strict=True)]
         names = within(timeout, doing, lambda: [_lacking(storage, holder) for storage, holder in pairs])
         return json.dumps(names).encode()
 
     wanted = json.loads(from_first(comm, lacking, timeout, doing))
 
     def read() -> bytes:
-        sent: list[dict[str, str]] = [{} for _ in near]
+        sent: list[dict[str, str]] = [{} for _ in faster]
         for tier, names in enumerate(wanted):
             for name in names:
                 if holders[tier][name] == comm.rank:
-                    one = functools.partial(near[tier][0].read_bytes, name, MAX_MANIFEST_NBYTES)
+                    one = functools.partial(faster[tier][0].read_bytes, name, MAX_MANIFEST_NBYTES)
                     sent[tier][name] = base64.b64encode(within(timeout, doing, one)).decode()
         return json.dumps(sent).encode()
 
@@ -81,7 +81,7 @@ def take_inventory(near: _Near, comm: Communicator, timeout: float) -> Inventory
     if comm.rank != 0:
         return Inventory()
     reported = []
-    for tier, (storage, _) in enumerate(near):
+    for tier, (storage, _) in enumerate(faster):
         content = {name: base64.b64decode(data) for reply in replies for name, data in reply[tier].items()}
         files = {name: (size, content.get(name)) for name, size in sizes[tier].items()}
         reported.append(Reported(files, storage.location()))

@@ -1,4 +1,4 @@
-"""The places where a run's checkpoints lie: shared memory, the local disk, and its own place, the home."""
+"""The tiers of a run: shared memory, the local disk, and its own place, the persistent tier."""
 
 from __future__ import annotations
 
@@ -46,10 +46,10 @@ from ckptengine.tiers.copy import check_same_run, copy_commit
 from ckptengine.tiers.inventory import Inventory, take_inventory
 from ckptengine.tiers.keep import rules_of
 from ckptengine.tiers.memory import MemoryTier, memory_root
-from ckptengine.tiers.mover import Load, Mover, Share, carry
 from ckptengine.tiers.overlay import Overlay
 from ckptengine.tiers.pace import Pace
 from ckptengine.tiers.progress import shown
+from ckptengine.tiers.uploader import Upload, Uploader, UploadPart, upload_part
 
 __all__ = ["Tiers"]
 
@@ -61,9 +61,9 @@ _log = logging.getLogger("ckptengine")
 class Tiers:
     """What one rank knows of the places of its run; methods marked "all ranks" are called by all, in one order.
 
-    `first` is where saves commit: the local tier, or the home where there is none. `home` is the run's own place, which
-    all ranks see. `uploaded` is called on rank 0 with the manifest and the location of each checkpoint that has come
-    there from a nearer tier; attempts that `in_use` returns are not deleted. Raises `ValueError` for a `keep` that
+    `first` is where saves commit: the local tier, or the persistent one where there is none. `persistent` is the run's
+    own place, which all ranks see. `uploaded` is called on rank 0 with the manifest and the location of each checkpoint
+    that has come there from a faster tier; attempts that `in_use` returns are not deleted. Raises `ValueError` for a `keep` that
     names a tier which is not there.
     """
 
@@ -83,37 +83,37 @@ class Tiers:
     ) -> None:
         self._comm, self._timeout = comm, timeout
         self._tell_uploaded, self._in_use = uploaded, in_use
-        self.home = open_storage(run, storage_options, timeout)
-        self.home.check_shared(comm.world_size)
+        self.persistent = open_storage(run, storage_options, timeout)
+        self.persistent.check_shared(comm.world_size)
         self.local = None if local is None else _local(local)
-        self.first: Storage = self.local or self.home
+        self.first: Storage = self.local or self.persistent
         protocol = run.partition("://")[0] if "://" in run else "run"
         self._names = {"memory"} if memory else set()
         self._names |= {"local", protocol} if local is not None else {protocol}
         rules = {name: rules_of(keep, name, self._names) for name in self._names}
-        self._home_keep, self._first_keep = rules[protocol], rules["local" if local is not None else protocol]
+        self._persistent_keep, self._first_keep = rules[protocol], rules["local" if local is not None else protocol]
         self._pace = None if upload_bytes_per_second is None else Pace(upload_bytes_per_second)
         self._memory_base = memory
         self.memory: MemoryTier | None = None
         self._site: Site | None = None
         self._memory_site: Site | None = None
         self._inventory = Inventory()
-        self._views: list[StorageView] = [self.home]
-        self._mover: Mover | None = None
+        self._views: list[StorageView] = [self.persistent]
+        self._uploader: Uploader | None = None
         self._messages: str | None = None
         self._generation = 0  # on rank 0: the newest that this life has claimed or found; a later one is another job's
         self._newest = ""  # the attempt that this life has committed last
         self._copied: set[tuple[str, int]] = set()  # places of this node, and the generations whose claims they have
-        self._cleaning = threading.Lock()  # after a commit and after a move, which must not meet in one directory
+        self._cleaning = threading.Lock()  # after a commit and after an upload, which must not meet in one directory
         self.uploaded: int | None = None
-        """On rank 0: the newest step that this life has brought home from a nearer tier."""
+        """On rank 0: the newest step that this life has uploaded from a faster tier."""
         self.found: int | None = None
         """On rank 0: the newest step that `open` has found in any tier."""
         _living.add(self)
 
     @property
-    def _near(self) -> list[tuple[Storage, Site]]:
-        """The tiers before the home, the fastest first."""
+    def _faster(self) -> list[tuple[Storage, Site]]:
+        """The tiers before the persistent one, the fastest first."""
         found: list[tuple[Storage, Site]] = []
         if self.memory is not None and self._memory_site is not None:
             found.append((self.memory.storage, self._memory_site))
@@ -123,16 +123,16 @@ class Tiers:
 
     def check_apart(self) -> None:
         """Raise `ValueError` where one of the run's places is, or lies in, another one of them."""
-        places = {"run": str(self.home.root)} if isinstance(self.home, LocalStorage) else {}
+        places = {"run": str(self.persistent.root)} if isinstance(self.persistent, LocalStorage) else {}
         if self.local is not None:
             places["local"] = str(self.local.root)
         if self._memory_base:
             base = self._memory_base
-            places["memory"] = memory_root(self.home.location(), True if isinstance(base, bool) else base)
+            places["memory"] = memory_root(self.persistent.location(), True if isinstance(base, bool) else base)
         check_apart(places)
 
     def open(self, token: str) -> None:
-        """Make the near tiers ready, and see who shares them; all ranks. `token` is this life's, 16 hex digits."""
+        """Make the faster tiers ready, and see who shares them; all ranks. `token` is this life's, 16 hex digits."""
         if self.local is None and not self._memory_base:
             return
         doing = "opening the tiers"
@@ -142,7 +142,7 @@ class Tiers:
                 within(self._timeout, doing, self.local.create)
             if self._memory_base:
                 base = self._memory_base
-                root = memory_root(self.home.location(), True if isinstance(base, bool) else base)
+                root = memory_root(self.persistent.location(), True if isinstance(base, bool) else base)
                 self.memory = MemoryTier(root, self._comm.rank)
                 self.memory.open()
 
@@ -158,23 +158,23 @@ class Tiers:
         store = self._comm.store()
         if store is None:
             self._messages = f"moves-{token}"
-            store = StorageStore(self.home, self._messages)
+            store = StorageStore(self.persistent, self._messages)
             if self._comm.rank == 0:
                 try:
                     within(self._timeout, doing, self._sweep_messages)
                 except DeadlineError as problem:
                     self._tell([str(problem)])
         # The local disk first: what lies in memory is replaced while it is read.
-        source = Overlay([storage for storage, _ in self._near[::-1]])
-        self._mover = Mover(
-            source, self.home, self._comm, store, token, self._came_home, lambda: self._generation, self._pace
+        source = Overlay([storage for storage, _ in self._faster[::-1]])
+        self._uploader = Uploader(
+            source, self.persistent, self._comm, store, token, self._after_upload, lambda: self._generation, self._pace
         )
 
     def _compare_claims(self, doing: str) -> None:
         """Tell a tier of another run by its claims; what lies in memory of one is removed."""
 
         def read() -> bytes:
-            found = within(self._timeout, doing, lambda: claims_of(self.home))
+            found = within(self._timeout, doing, lambda: claims_of(self.persistent))
             self._generation = max(found, default=0)
             return packed(found)
 
@@ -198,7 +198,7 @@ class Tiers:
 
     def _begin_local(self, local: LocalStorage, site: Site, claims: Mapping[int, bytes]) -> None:
         """Check that the local tier is this run's, give it the claims that it lacks, and sweep it."""
-        check_same_run(self.home, local)
+        check_same_run(self.persistent, local)
         for generation, claim in claims.items():
             if local.size(claim_name(generation)) is None:
                 local.put_if_absent(claim_name(generation), claim)
@@ -207,13 +207,13 @@ class Tiers:
 
     def newest(self) -> int | None:
         """Return the newest step that rank 0 sees in any tier, None where there is none."""
-        found = newest(Overlay([*(storage for storage, _ in self._near), self.home]))
+        found = newest(Overlay([*(storage for storage, _ in self._faster), self.persistent]))
         return None if found is None else found.step
 
     def claim(self, parent: tuple[int, int] | None) -> int:
-        """Claim the next generation in all places, on rank 0; a home that can't be reached gets its claim later."""
-        near = [storage for storage, _ in self._near]
-        self._generation = claim_generation(self.home, parent, near, self.local)
+        """Claim the next generation in all tiers, on rank 0; a store that can't be reached gets its claim later."""
+        faster = [storage for storage, _ in self._faster]
+        self._generation = claim_generation(self.persistent, parent, faster, self.local)
         return self._generation
 
     def target(self, job: Job) -> Target:
@@ -227,7 +227,7 @@ class Tiers:
             job.target,
             storage=memory.storage,
             site=site,
-            meeting=self._meeting(memory.storage, site),
+            rendezvous=self._rendezvous(memory.storage, site),
             committed=lambda _, attempt: memory.tidy(attempt),
         )
 
@@ -246,8 +246,8 @@ class Tiers:
             self.memory.prepare(nbytes)
 
     def abandon(self) -> None:
-        """Forget the arenas and what is being moved, in a forked process: they are the parent's."""
-        self._mover, self._cleaning = None, threading.Lock()
+        """Forget the arenas and what is being uploaded, in a forked process: they are the parent's."""
+        self._uploader, self._cleaning = None, threading.Lock()
         if self.memory is not None:
             self.memory.abandon()
             self.memory = None
@@ -258,26 +258,26 @@ class Tiers:
         return self._site
 
     @property
-    def meeting(self) -> tuple[Storage, str] | None:
+    def rendezvous(self) -> tuple[Storage, str] | None:
         """Where all ranks see the messages of a save, where they have no store; None: in the attempt's directory."""
-        return None if self._site is None else self._meeting(self.first, self._site)
+        return None if self._site is None else self._rendezvous(self.first, self._site)
 
-    def _meeting(self, storage: Storage, site: Site | None) -> tuple[Storage, str] | None:
+    def _rendezvous(self, storage: Storage, site: Site | None) -> tuple[Storage, str] | None:
         """Return a directory that lasts as long as this life: an attempt's goes when a commit elsewhere has failed."""
         if self._messages is None:
             return None
-        return (self.home if site is None or not site.shared else storage), self._messages
+        return (self.persistent if site is None or not site.shared else storage), self._messages
 
     def committed(self, generation: int, attempt: str, step: int, directory: str) -> None:
-        """After a commit in the first tier, on the first rank of each site: have it moved on, delete what may go."""
+        """After a commit in the first tier, on the first rank of each site: have it uploaded, delete what may go."""
         self._newest = attempt
-        if self._mover is not None and self.local is not None and self._comm.rank == 0:
+        if self._uploader is not None and self.local is not None and self._comm.rank == 0:
             entry = Entry(step, generation, directory)
             manifest = self._manifest_of(self.local, entry)
             if manifest is None:
                 return  # newer ones have replaced it meanwhile
             holder = {record.name: rank for rank, record in enumerate(manifest.archives)}
-            self._mover.offer(Load(directory, manifest, holder | {manifest.layout.name: 0}))
+            self._uploader.offer(Upload(directory, manifest, holder | {manifest.layout.name: 0}))
         if self.local is not None:
             self._copy_claims(self.local, generation)
         self._retain(self.first, self._first_keep)
@@ -302,87 +302,91 @@ class Tiers:
         if self._comm.rank == 0 or key in self._copied:  # rank 0 has claimed there
             return
         with contextlib.suppress(CheckpointError):
-            claims = claims_of(self.home)
+            claims = claims_of(self.persistent)
             for number, claim in claims.items():
                 storage.put_if_absent(claim_name(number), claim)
             if generation in claims:
                 self._copied.add(key)
 
-    def _came_home(self, load: Load) -> None:
-        self.uploaded = load.manifest.step
-        _log.info("%s: step %s is uploaded", self.home.location(), self.uploaded)
+    def _after_upload(self, upload: Upload) -> None:
+        self.uploaded = upload.manifest.step
+        _log.info("%s: step %s is uploaded", self.persistent.location(), self.uploaded)
         if self._tell_uploaded is not None:
-            self._tell_uploaded(load.manifest, self.home.location(load.directory))
+            self._tell_uploaded(upload.manifest, self.persistent.location(upload.directory))
         try:
-            self._retain(self.home, self._home_keep, load.manifest.attempt)
+            self._retain(self.persistent, self._persistent_keep, upload.manifest.attempt)
             if self.local is not None:
-                self._retain(self.local, self._first_keep, load.manifest.attempt)
+                self._retain(self.local, self._first_keep, upload.manifest.attempt)
         except CheckpointError as error:
-            _log.warning("%s: cleaning up failed: %s", self.home.location(), error)
+            _log.warning("%s: cleaning up failed: %s", self.persistent.location(), error)
 
-    def _retain(self, storage: Storage, keep: Collection[KeepRule], moved: str = "") -> None:
-        """Delete what may go; not what is still to be moved, of which the attempt `moved` is none any more.
+    def _retain(self, storage: Storage, keep: Collection[KeepRule], uploaded: str = "") -> None:
+        """Delete what may go; not what is still to be uploaded, of which the attempt `uploaded` is none any more.
 
-        What this life has committed last, and has moved last, is known without reading, and stays.
+        What this life has committed last, and has uploaded last, is known without reading, and stays.
         """
         with self._cleaning:
             self._tell(remove_leftovers(storage))
             if keep:
-                protected = set() if self._mover is None else self._mover.protected
-                newest = {self._newest, moved} if storage is self.home else {self._newest}
-                self._tell(retain(storage, keep, (protected - {moved}) | newest | set(self._in_use())))
+                protected = set() if self._uploader is None else self._uploader.protected
+                newest = {self._newest, uploaded} if storage is self.persistent else {self._newest}
+                self._tell(retain(storage, keep, (protected - {uploaded}) | newest | set(self._in_use())))
 
     def _tell(self, problems: list[str]) -> None:
         for problem in problems:
-            _log.warning("%s: %s", self.home.location(), problem)
+            _log.warning("%s: %s", self.persistent.location(), problem)
 
     def views(self) -> list[StorageView]:
         """Return where to look for a checkpoint: all tiers, then without the fastest, and so on; all ranks."""
-        near = [storage for storage, _ in self._near]
-        if not near:
-            return [self.home]
-        self._inventory = take_inventory(self._near, self._comm, self._timeout)
+        faster = [storage for storage, _ in self._faster]
+        if not faster:
+            return [self.persistent]
+        self._inventory = take_inventory(self._faster, self._comm, self._timeout)
         reported = self._inventory.reported
-        self._views = [Overlay([*near[number:], self.home, *reported[number:]]) for number in range(len(near))]
-        self._views.append(self.home)
+        self._views = [
+            Overlay([*faster[number:], self.persistent, *reported[number:]]) for number in range(len(faster))
+        ]
+        self._views.append(self.persistent)
         return self._views
 
-    def bring(self, checkpoint: Checkpoint) -> None:
-        """Bring a checkpoint home that only single nodes have, so that every rank can read all of it; all ranks."""
+    def upload_for_all(self, checkpoint: Checkpoint) -> None:
+        """Upload a checkpoint that only single nodes have, so that every rank can read all of it; all ranks."""
         # What lies in a faster tier than those of its view may be damaged.
         skipped = next(number for number, view in enumerate(self._views) if view is checkpoint.storage)
-        near = self._near[skipped:]
-        if all(site.shared for _, site in near):
+        faster = self._faster[skipped:]
+        if all(site.shared for _, site in faster):
             return
-        doing = f"bringing {checkpoint.directory} to {self.home.location()}"
-        begun: list[Load] = []  # on rank 0, what is brought
+        doing = f"bringing {checkpoint.directory} to {self.persistent.location()}"
+        begun: list[Upload] = []  # on rank 0, what is uploaded
         with contextlib.ExitStack() as held:
 
             def begin() -> bytes:
-                load = within(self._timeout, doing, lambda: self._needed(checkpoint, near, skipped))
-                if load is None:
+                upload = within(self._timeout, doing, lambda: self._needed(checkpoint, faster, skipped))
+                if upload is None:
                     return json.dumps([]).encode()
-                begun.append(load)
-                lease = Lease(self.home, load.data)
+                begun.append(upload)
+                lease = Lease(self.persistent, upload.data)
                 within(self._timeout, doing, lease.__enter__)
                 held.callback(within, self._timeout, doing, lambda: lease.__exit__(None, None, None))
-                return json.dumps([one.encode().decode() for one in load.shares(self._comm.world_size)]).encode()
+                return json.dumps([one.encode().decode() for one in upload.shares(self._comm.world_size)]).encode()
 
             shares = json.loads(from_first(self._comm, begin, self._timeout, doing))
             if not shares:
                 return
 
             def copy() -> None:
-                own, source = Share.decode(shares[self._comm.rank].encode()), Overlay([one for one, _ in near])
+                own, source = UploadPart.decode(shares[self._comm.rank].encode()), Overlay([one for one, _ in faster])
                 pieces: list[int] = []
-                one = functools.partial(carry, own, source, self.home, progress=pieces.append)
+                one = functools.partial(upload_part, own, source, self.persistent, progress=pieces.append)
                 within(self._timeout, doing, one, lambda: len(pieces))
 
             on_all(self._comm, copy, self._timeout, doing)
 
             def commit() -> bytes:
-                for load in begun:
-                    one = functools.partial(copy_commit, checkpoint.storage, self.home, load.directory, load.manifest)
+                for upload in begun:
+                    one = functools.partial(
+                        copy_commit, checkpoint.storage, self.persistent, upload.directory, upload.manifest
+                    )
                     within(self._timeout, doing, one)
                 return b""
 
@@ -390,82 +394,82 @@ class Tiers:
         if isinstance(checkpoint.storage, Overlay):
             checkpoint.storage.forget()
 
-    def _needed(self, checkpoint: Checkpoint, near: list[tuple[Storage, Site]], skipped: int) -> Load | None:
-        """Return what has to be brought home of a checkpoint, None where all ranks can read it as it is."""
+    def _needed(self, checkpoint: Checkpoint, faster: list[tuple[Storage, Site]], skipped: int) -> Upload | None:
+        """Return what has to be uploaded of a checkpoint, None where all ranks can read it as it is."""
         name = _entry(checkpoint).manifest
-        shared = [storage for storage, site in near if site.shared]
-        if any(storage.size(name) is not None for storage in (*shared, self.home)):
+        shared = [storage for storage, site in faster if site.shared]
+        if any(storage.size(name) is not None for storage in (*shared, self.persistent)):
             return None
         return self._load(checkpoint.directory, checkpoint.manifest, skipped)
 
-    def _load(self, directory: str, manifest: Manifest, skipped: int = 0) -> Load:
-        """Return how the ranks share the work of bringing a checkpoint of an earlier life home."""
+    def _load(self, directory: str, manifest: Manifest, skipped: int = 0) -> Upload:
+        """Return how the ranks share the upload of a checkpoint of an earlier life."""
         data, holder = attempt_directory(directory, manifest.attempt), {}
         for number, record in enumerate((*manifest.archives, manifest.layout)):
             name = join(data, record.name)
-            site = next((site for storage, site in self._near[skipped:] if storage.size(name) is not None), None)
+            site = next((site for storage, site in self._faster[skipped:] if storage.size(name) is not None), None)
             if site is not None:
                 holder[record.name] = site.ranks[number % len(site.ranks)]
             else:
                 holder[record.name] = self._inventory.holder(name, skipped)
-        return Load(directory, manifest, holder)
+        return Upload(directory, manifest, holder)
 
     def restored(self, generation: int, step: int) -> None:
-        """After a restore, on rank 0: have what was restored moved home, where it is not there yet."""
-        mover = self._mover
-        if mover is None or self._comm.rank != 0:
+        """After a restore, on rank 0: have what was restored uploaded, where it is not in the persistent tier yet."""
+        uploader = self._uploader
+        if uploader is None or self._comm.rank != 0:
             return
         entry = Entry(step, generation, step_directory(step))
-        doing = f"looking whether step {step} is in {self.home.location()}"
+        doing = f"looking whether step {step} is in {self.persistent.location()}"
         try:
-            load = within(self._timeout, doing, lambda: self._to_move(entry))
-            if load is not None:
-                mover.offer(load)
+            upload = within(self._timeout, doing, lambda: self._to_upload(entry))
+            if upload is not None:
+                uploader.offer(upload)
         except CheckpointError as error:
-            _log.warning("step %d is not brought to %s: %s", step, self.home.location(), error)
+            _log.warning("step %d is not uploaded to %s: %s", step, self.persistent.location(), error)
 
-    def _to_move(self, entry: Entry) -> Load | None:
-        """Return what was restored from a near tier and is not at home."""
-        near = Overlay([storage for storage, _ in self._near])
-        if near.size(entry.manifest) is None or self.home.size(entry.manifest) is not None:
+    def _to_upload(self, entry: Entry) -> Upload | None:
+        """Return what was restored from a faster tier and is not in the persistent one."""
+        faster = Overlay([storage for storage, _ in self._faster])
+        if faster.size(entry.manifest) is None or self.persistent.size(entry.manifest) is not None:
             return None
-        if not self.home.list():
+        if not self.persistent.list():
             _log.warning(
                 "%s is empty, and step %s was found in %s: the run goes on there. To begin anew, remove both",
-                self.home.location(),
+                self.persistent.location(),
                 entry.step,
-                near.location(),
+                faster.location(),
             )
-        return self._load(entry.directory, read_manifest(near, entry))
+        return self._load(entry.directory, read_manifest(faster, entry))
 
     def flush(self, timeout: float) -> None:
-        """Wait until the newest checkpoint has come home; all ranks, and rank 0 tells the others how it goes.
+        """Wait until the newest checkpoint is uploaded; all ranks, and rank 0 tells the others how it goes.
 
         Gives up `timeout` seconds after rank 0 has last moved a byte or heard of another rank. Raises `SaveFailedError`
         on all ranks saying where the checkpoint is and what keeps it there.
         """
-        mover = self._mover
-        if mover is None:
+        uploader = self._uploader
+        if uploader is None:
             return
         began = time.monotonic()
-        waiting = mover.pending() if self._comm.rank == 0 else None
+        waiting = uploader.pending() if self._comm.rank == 0 else None
         what, total = "", 0
         if waiting is not None:
-            what = f"step {waiting.manifest.step} to {self.home.location()}"
+            what = f"step {waiting.manifest.step} to {self.persistent.location()}"
             total = waiting.manifest.nbytes // self._comm.world_size
         with shown(what, total) if waiting is not None else contextlib.nullcontext(lambda done: None) as show:
             word = b""
             while not word:
                 error: Exception | None = None
                 if self._comm.rank == 0:
-                    word = b"." if mover.settle(_SLICE_SECONDS, show) else b""
-                    still, problem = mover.still(began)
-                    waiting = mover.pending()
+                    word = b"." if uploader.settle(_SLICE_SECONDS, show) else b""
+                    still, problem = uploader.still(began)
+                    waiting = uploader.pending()
                     if not word and still > timeout and waiting is not None:
                         error = SaveFailedError(
                             f"step {waiting.manifest.step} is durable in {self.first.location()}, but is not in "
-                            f"{self.home.location()}: {problem}. Started again with the same tiers, the job brings it "
-                            "there"
+                            f"{self.persistent.location()}: {problem}. Started again with the same tiers, the job uploads "
+                            "it"
                         )
                 mine = word if self._comm.rank == 0 else None
                 word = share(self._comm, mine, error, timeout + 2 * _SLICE_SECONDS, "waiting for uploads")
@@ -483,7 +487,7 @@ class Tiers:
                 "step %s is in memory only, in %s, which a reboot empties: start the job again, and it comes to %s",
                 kept.step,
                 self.memory.storage.location(),
-                self.home.location(),
+                self.persistent.location(),
             )
 
     def close(self, *, done: bool, idle: bool = True) -> None:
@@ -497,7 +501,11 @@ class Tiers:
         try:
             messages = self._messages
             if messages is not None and self._comm.rank == 0 and done:
-                for storage in (self.home, self.first, *([self.memory.storage] if self.memory is not None else [])):
+                for storage in (
+                    self.persistent,
+                    self.first,
+                    *([self.memory.storage] if self.memory is not None else []),
+                ):
                     within(self._timeout, "removing messages", functools.partial(storage.delete_tree, messages))
             if self.memory is not None and idle:
                 self.memory.close(remove=done)
@@ -508,30 +516,30 @@ class Tiers:
 
     def forget(self) -> None:
         """End for a Checkpointer that is gone and was never closed."""
-        mover, self._mover = self._mover, None
-        if mover is not None:
-            mover.stop(wait=False)
+        uploader, self._uploader = self._uploader, None
+        if uploader is not None:
+            uploader.stop(wait=False)
         if self.memory is not None:
             self.memory.close(remove=False)
 
     def stop(self) -> None:
         """End the moving; nothing is waited for any more."""
-        mover, self._mover = self._mover, None
-        if mover is not None:
-            mover.stop()
+        uploader, self._uploader = self._uploader, None
+        if uploader is not None:
+            uploader.stop()
 
     def end(self) -> None:
         """End the moving at the end of the interpreter, for a Checkpointer that was not closed."""
-        waiting = None if self._mover is None else self._mover.pending()
+        waiting = None if self._uploader is None else self._uploader.pending()
         if waiting is not None:
             step, first = waiting.manifest.step, self.first.location()
-            self._tell([f"step {step} is in {first} only: the next start brings it here, and so would have close()"])
+            self._tell([f"step {step} is in {first} only: the next start uploads it here, and close() would have"])
         self.stop()
 
     def _sweep_messages(self) -> None:
         """Remove what jobs without a key-value store have left of their messages."""
         try:
-            for storage in (self.home, *(near for near, _ in self._near)):
+            for storage in (self.persistent, *(faster for faster, _ in self._faster)):
                 for name in filter(_MESSAGES.fullmatch, storage.list()):
                     if name != self._messages and is_old(storage, name, storage.now()):
                         storage.delete_tree(name)

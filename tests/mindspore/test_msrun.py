@@ -51,7 +51,7 @@ def test_the_first_meeting_of_the_ranks_keeps_to_the_callers_timeout_and_comes_a
     folder, _ = ended
     seconds, _, text = (folder / "late").read_text().partition(" ")
     assert 2.0 <= float(seconds) < 60.0
-    assert "some did not come to their first meeting within 2 s, as rank 0 did" in text
+    assert "some did not come to the rendezvous within 2 s, as rank 0 did" in text
     assert ce.load(folder / "run")["rows"].shape == (4, 3)
 
 

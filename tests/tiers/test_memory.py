@@ -20,7 +20,7 @@ import ckptengine as ce
 from ckptengine.errors import DeadlineError, SaveFailedError, StorageError
 from ckptengine.storage.local import LocalArchiveWriter, LocalStorage
 from ckptengine.tiers.memory import memory_root
-from ckptengine.tiers.mover import Mover
+from ckptengine.tiers.uploader import Uploader
 
 
 def state_of(step: int) -> dict:
@@ -318,11 +318,11 @@ def test_a_run_that_goes_on_from_memory_before_its_checkpoint_came_home_is_not_t
         leave_failed(ckpt)
     offered = []
     with monkeypatch.context() as patch:
-        patch.setattr(Mover, "offer", lambda self, load: offered.append(load))
+        patch.setattr(Uploader, "offer", lambda self, load: offered.append(load))
         again = ce.Checkpointer(run, memory=memory, preemption=None)
         assert again.restore(state_of(0)) == 2
         assert again._tiers.claim((1, 2)) == 2
-    again._tiers._mover.offer(*offered)
+    again._tiers._uploader.offer(*offered)
     again.close()
     assert "taken over" not in caplog.text
     assert steps(run) == [1, 2]
@@ -349,7 +349,7 @@ def test_a_close_that_fails_ends_the_threads_and_leaves_the_memory_that_a_save_s
     handle = ckpt.save(1, state_of(1))
     with pytest.raises(DeadlineError):
         ckpt.close()
-    assert "ckptengine-mover" not in {thread.name for thread in threading.enumerate()}
+    assert "ckptengine-uploader" not in {thread.name for thread in threading.enumerate()}
     going.set()
     handle.durable.wait()
     assert ckpt._saver._job is not None
@@ -369,6 +369,6 @@ def test_a_checkpointer_that_is_dropped_without_being_closed_gives_its_memory_an
         del ckpt
         gc.collect()
     end = time.monotonic() + 60
-    while "ckptengine-mover" in {thread.name for thread in threading.enumerate()}:
+    while "ckptengine-uploader" in {thread.name for thread in threading.enumerate()}:
         assert time.monotonic() < end
         time.sleep(0.05)

@@ -13,9 +13,9 @@ from ckptengine.catalog.listing import committed, newest, read_manifest
 from ckptengine.comm.keyvalue import MemoryStore
 from ckptengine.errors import CheckpointError
 from ckptengine.storage.local import LocalStorage
-from ckptengine.tiers import mover
-from ckptengine.tiers.mover import Load, Mover
+from ckptengine.tiers import uploader
 from ckptengine.tiers.overlay import Overlay
+from ckptengine.tiers.uploader import Upload, Uploader
 
 
 class Flaky(MemoryStore):
@@ -37,52 +37,52 @@ class Flaky(MemoryStore):
         return super().get(key, timeout)
 
 
-Start = Callable[..., list[Mover]]
+Start = Callable[..., list[Uploader]]
 
 
 @pytest.fixture
 def start(trained_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Start]:
-    """Start two movers from the trained run to `tmp_path / "home"`, and end them."""
-    monkeypatch.setattr(mover, "_RETRY_SECONDS", (0.05, 0.1))
-    monkeypatch.setattr(mover, "_LOOK_SECONDS", 0.01)
-    movers: list[Mover] = []
+    """Start two uploaders from the trained run to `tmp_path / "persistent"`, and end them."""
+    monkeypatch.setattr(uploader, "_RETRY_SECONDS", (0.05, 0.1))
+    monkeypatch.setattr(uploader, "_LOOK_SECONDS", 0.01)
+    uploaders: list[Uploader] = []
 
-    def start(store: MemoryStore) -> list[Mover]:
-        home = LocalStorage(tmp_path / "home")
-        home.create()
+    def start(store: MemoryStore) -> list[Uploader]:
+        persistent = LocalStorage(tmp_path / "persistent")
+        persistent.create()
         for rank in range(2):
             comm = SimpleNamespace(rank=rank, world_size=2)
             source = Overlay([LocalStorage(trained_run)])
-            movers.append(Mover(source, home, comm, store, "token", lambda load: None, lambda: 1, None))
-        return movers
+            uploaders.append(Uploader(source, persistent, comm, store, "token", lambda load: None, lambda: 1, None))
+        return uploaders
 
     yield start
-    for one in movers:
+    for one in uploaders:
         one.stop()
         assert not one._thread.is_alive()
 
 
-def newest_of(run: Path) -> Load:
+def newest_of(run: Path) -> Upload:
     storage = LocalStorage(run)
     entry = newest(storage)
     assert entry is not None
     manifest = read_manifest(storage, entry)
     holder = {record.name: number % 2 for number, record in enumerate(manifest.archives)}
-    return Load(entry.directory, manifest, holder | {manifest.layout.name: 0})
+    return Upload(entry.directory, manifest, holder | {manifest.layout.name: 0})
 
 
-def wait_until_there(leader: Mover, home: Path) -> None:
+def wait_until_there(leader: Uploader, persistent: Path) -> None:
     end = time.monotonic() + 60
     while not leader.settle(0.5, lambda nbytes: None):
         assert time.monotonic() < end, leader.still(0)
-    assert len(committed(LocalStorage(home))) == 1
+    assert len(committed(LocalStorage(persistent))) == 1
 
 
 def test_messages_that_can_not_be_left_or_read_are_tried_again(start, trained_run, tmp_path):
     store = Flaky()
     leader, _ = start(store)
     leader.offer(newest_of(trained_run))
-    wait_until_there(leader, tmp_path / "home")
+    wait_until_there(leader, tmp_path / "persistent")
     store.mended = True
 
 
@@ -90,7 +90,7 @@ def test_messages_that_can_not_be_left_or_read_are_tried_again(start, trained_ru
 def test_an_error_of_any_kind_on_any_rank_is_told_and_the_move_tried_again(
     start, trained_run, tmp_path, monkeypatch, caplog, rank
 ):
-    copy, failed = mover.copy_archive, []
+    copy, failed = uploader.copy_archive, []
 
     def failing(source, target, name, record, **more):
         if name.endswith(f"rank-0000{rank}.zarr.zip") and not failed:
@@ -98,15 +98,15 @@ def test_an_error_of_any_kind_on_any_rank_is_told_and_the_move_tried_again(
             raise MemoryError("no memory")
         return copy(source, target, name, record, **more)
 
-    monkeypatch.setattr(mover, "copy_archive", failing)
+    monkeypatch.setattr(uploader, "copy_archive", failing)
     leader, _ = start(MemoryStore())
     leader.offer(newest_of(trained_run))
-    wait_until_there(leader, tmp_path / "home")
+    wait_until_there(leader, tmp_path / "persistent")
     assert f"tried again: rank {rank}: no memory" in caplog.text
 
 
 def test_rank_0_hears_that_another_ranks_part_goes_on(start, trained_run, tmp_path, monkeypatch):
-    copy = mover.copy_archive
+    copy = uploader.copy_archive
     heard: list[float] = []
 
     def slow(source, target, name, record, **more):
@@ -120,9 +120,9 @@ def test_rank_0_hears_that_another_ranks_part_goes_on(start, trained_run, tmp_pa
             heard.append(leader._progressed)
         return copy(source, target, name, record, **more)
 
-    monkeypatch.setattr(mover, "_WAIT_SECONDS", 0.05)
-    monkeypatch.setattr(mover, "copy_archive", slow)
+    monkeypatch.setattr(uploader, "_WAIT_SECONDS", 0.05)
+    monkeypatch.setattr(uploader, "copy_archive", slow)
     leader, _ = start(MemoryStore())
     leader.offer(newest_of(trained_run))
-    wait_until_there(leader, tmp_path / "home")
+    wait_until_there(leader, tmp_path / "persistent")
     assert heard

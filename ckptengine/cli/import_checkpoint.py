@@ -13,7 +13,7 @@ from ckptengine.errors import StorageError
 from ckptengine.frameworks.registry import framework
 from ckptengine.storage.open import open_storage
 
-__all__ = ["bring"]
+__all__ = ["import_checkpoint"]
 
 
 @click.command("import")
@@ -22,7 +22,9 @@ __all__ = ["bring"]
 @click.option("--only", multiple=True, metavar="PREFIX", help="Take what has such names; repeatable.")
 @click.option("--rename", multiple=True, metavar="OLD=NEW", help="Rename, as for `export`; repeatable.")
 @click.option("--under", metavar="KEY", help="Put all under this key of the state, as 'model' for a model's weights.")
-def bring(source: str, target: str, only: tuple[str, ...], rename: tuple[str, ...], under: str | None) -> None:
+def import_checkpoint(
+    source: str, target: str, only: tuple[str, ...], rename: tuple[str, ...], under: str | None
+) -> None:
     """Write SOURCE, another library's checkpoint, to TARGET as one of ours, with checksums.
 
     SOURCE is what `show` takes. TARGET is a directory or a URL that holds no checkpoint yet; `ckptengine.load` and

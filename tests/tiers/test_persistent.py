@@ -40,7 +40,7 @@ def eventually(what, seconds: float = 60) -> None:
 
 
 def test_a_job_that_ends_has_its_newest_checkpoint_in_the_bucket_and_each_tier_keeps_its_own_number(bucket, tmp_path):
-    local, home = LocalStorage(tmp_path / "ckpt"), bucket.storage()
+    local, persistent = LocalStorage(tmp_path / "ckpt"), bucket.storage()
     with ce.Checkpointer(
         f"{bucket.url}/run",
         local=tmp_path / "ckpt",
@@ -53,7 +53,7 @@ def test_a_job_that_ends_has_its_newest_checkpoint_in_the_bucket_and_each_tier_k
             ckpt.flush()
             assert ckpt.uploaded == step
     assert steps(local) == [6, 7]
-    assert steps(home) == [5, 6, 7]
+    assert steps(persistent) == [5, 6, 7]
     assert ce.load(f"{bucket.url}/run", storage_options=bucket.options)["w"][SIZE - 1] == 7
     # An empty machine: what it needs comes from the bucket.
     state = state_of(0)
@@ -67,8 +67,8 @@ def test_a_job_that_ends_has_its_newest_checkpoint_in_the_bucket_and_each_tier_k
 def test_a_bucket_that_fails_never_stops_training_and_catches_up_with_the_newest(
     bucket, disturbed, proxy, tmp_path, quick, caplog, monkeypatch
 ):
-    monkeypatch.setattr("ckptengine.tiers.mover._RETRY_SECONDS", (0.2, 0.5))
-    local, home = LocalStorage(tmp_path / "ckpt"), bucket.storage()
+    monkeypatch.setattr("ckptengine.tiers.uploader._RETRY_SECONDS", (0.2, 0.5))
+    local, persistent = LocalStorage(tmp_path / "ckpt"), bucket.storage()
     with ce.Checkpointer(
         f"{bucket.url}/run",
         local=tmp_path / "ckpt",
@@ -84,11 +84,11 @@ def test_a_bucket_that_fails_never_stops_training_and_catches_up_with_the_newest
             assert stats is not None
             assert stats.path == str(tmp_path / "ckpt" / f"step-{step:08d}")
         eventually(lambda: "training goes on and it is tried again" in caplog.text)
-        assert steps(home) == [1]
+        assert steps(persistent) == [1]
         down.times = 0
         eventually(lambda: ckpt.uploaded == 6)
     assert steps(local) == [5, 6]
-    assert steps(home) == [1, 6]
+    assert steps(persistent) == [1, 6]
     assert bucket.uploads() == []
     assert "SECRET" not in caplog.text
 
@@ -96,7 +96,7 @@ def test_a_bucket_that_fails_never_stops_training_and_catches_up_with_the_newest
 def test_where_the_bucket_stays_down_the_end_says_where_the_checkpoint_is_and_the_next_start_brings_it(
     bucket, disturbed, proxy, tmp_path, quick, monkeypatch
 ):
-    monkeypatch.setattr("ckptengine.tiers.mover._RETRY_SECONDS", (0.2, 0.5))
+    monkeypatch.setattr("ckptengine.tiers.uploader._RETRY_SECONDS", (0.2, 0.5))
     places = {"run": f"{bucket.url}/run", "local": tmp_path / "ckpt", "preemption": None}
     ckpt = ce.Checkpointer(**places, storage_options=disturbed.options, timeout=12)
     ckpt.save(1, state_of(1)).durable.result()
@@ -113,7 +113,7 @@ def test_where_the_bucket_stays_down_the_end_says_where_the_checkpoint_is_and_th
 def test_a_bucket_that_takes_the_data_and_never_the_manifest_does_not_hold_the_end_for_ever(
     bucket, disturbed, proxy, tmp_path, quick, monkeypatch
 ):
-    monkeypatch.setattr("ckptengine.tiers.mover._RETRY_SECONDS", (0.2, 0.5))
+    monkeypatch.setattr("ckptengine.tiers.uploader._RETRY_SECONDS", (0.2, 0.5))
     places = {"run": f"{bucket.url}/run", "local": tmp_path / "ckpt", "preemption": None}
     ckpt = ce.Checkpointer(**places, storage_options=disturbed.options, timeout=12)
     ckpt.save(1, state_of(1)).durable.result()
@@ -192,7 +192,7 @@ def test_with_each_tier_lost_in_turn_two_ranks_go_on_from_what_four_have_saved(i
 
 
 def test_another_job_that_took_the_run_over_is_not_written_over(bucket, tmp_path, caplog, monkeypatch):
-    monkeypatch.setattr("ckptengine.tiers.mover._RETRY_SECONDS", (0.2, 0.5))
+    monkeypatch.setattr("ckptengine.tiers.uploader._RETRY_SECONDS", (0.2, 0.5))
     common = {"storage_options": bucket.options, "preemption": None, "timeout": 20}
     first = ce.Checkpointer(f"{bucket.url}/run", local=tmp_path / "one", **common)
     first.save(1, state_of(1)).durable.result()
@@ -251,13 +251,13 @@ def test_a_local_directory_of_another_run_is_refused(bucket, tmp_path):
         ce.Checkpointer(f"{bucket.url}/two", local=tmp_path / "ckpt", **common)
 
 
-def test_threads_of_the_mover_end_with_the_checkpointer(bucket, tmp_path):
+def test_threads_of_the_uploader_end_with_the_checkpointer(bucket, tmp_path):
     before = set(threading.enumerate())
     with ce.Checkpointer(
         f"{bucket.url}/run", local=tmp_path / "ckpt", storage_options=bucket.options, preemption=None
     ) as ckpt:
         ckpt.save(1, state_of(1))
-    assert not [one for one in threading.enumerate() if one.name == "ckptengine-mover" and one not in before]
+    assert not [one for one in threading.enumerate() if one.name == "ckptengine-uploader" and one not in before]
 
 
 PREEMPTED = """

@@ -1,4 +1,4 @@
-"""The mover: takes committed checkpoints from near tiers to the run's own place while training goes on."""
+"""The uploader: copies committed checkpoints from faster tiers to the persistent one while training goes on."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ from ckptengine.tiers.copy import copy_archive, copy_commit
 from ckptengine.tiers.overlay import Overlay
 from ckptengine.tiers.pace import Pace
 
-__all__ = ["Load", "Mover", "Share", "carry"]
+__all__ = ["Upload", "UploadPart", "Uploader", "upload_part"]
 
 _RETRY_SECONDS = (5.0, 300.0)
-"""The first pause after a failed move, and the longest; each is twice the one before."""
+"""The first pause after a failed upload, and the longest; each is twice the one before."""
 _LOOK_SECONDS = 1.0
 """Between looks for a message where the store can't wait by itself, and between tries where it fails."""
 _LOOKS_PER_SECOND = 100
@@ -40,8 +40,8 @@ _log = logging.getLogger("ckptengine")
 
 
 @dataclass(frozen=True, slots=True)
-class Share:
-    """One rank's part of a move: files of an attempt's directory."""
+class UploadPart:
+    """One rank's part of an upload: files of an attempt's directory."""
 
     data: str
     attempt: str
@@ -52,15 +52,15 @@ class Share:
         return json.dumps([self.data, self.attempt, [astuple(record) for record in self.records]]).encode()
 
     @classmethod
-    def decode(cls, message: bytes) -> Share:
+    def decode(cls, message: bytes) -> UploadPart:
         """Return what `encode` made."""
         data, attempt, records = json.loads(message)
         return cls(data, attempt, tuple(ArchiveRecord(*record) for record in records))
 
 
 @dataclass(frozen=True, slots=True)
-class Load:
-    """A committed checkpoint to be moved: its directory and manifest, and which rank reads each of its files."""
+class Upload:
+    """A committed checkpoint to be uploaded: its directory and manifest, and which rank reads each of its files."""
 
     directory: str
     manifest: Manifest
@@ -71,18 +71,18 @@ class Load:
         """The directory of its files."""
         return attempt_directory(self.directory, self.manifest.attempt)
 
-    def shares(self, world_size: int) -> list[Share]:
+    def shares(self, world_size: int) -> list[UploadPart]:
         """Return the ranks' parts."""
         records: list[list[ArchiveRecord]] = [[] for _ in range(world_size)]
         for record in (self.manifest.layout, *self.manifest.archives):
             records[self.holder[record.name]].append(record)
-        return [Share(self.data, self.manifest.attempt, tuple(own)) for own in records]
+        return [UploadPart(self.data, self.manifest.attempt, tuple(own)) for own in records]
 
 
-def carry(
-    share: Share,
+def upload_part(
+    share: UploadPart,
     source: StorageView,
-    home: Storage,
+    persistent: Storage,
     pace: Pace | None = None,
     progress: Callable[[int], None] | None = None,
     found: Callable[[int], None] | None = None,
@@ -94,65 +94,67 @@ def carry(
     Raises `StorageError`, `CheckpointDamagedError`.
     """
     for record in share.records:
-        copy_archive(source, home, join(share.data, record.name), record, pace=pace, progress=progress, found=found)
+        copy_archive(
+            source, persistent, join(share.data, record.name), record, pace=pace, progress=progress, found=found
+        )
 
 
 class _Stopped(Exception):
-    """The job ends and does not wait for the move."""
+    """The job ends and does not wait for the upload."""
 
 
-class Mover:
-    """Moves on all ranks what rank 0 says; on rank 0 also decides what that is: always the newest there is.
+class Uploader:
+    """Uploads on all ranks what rank 0 says; on rank 0 also decides what that is: always the newest there is.
 
-    `source` has the near tiers, `home` is where it goes. On rank 0 `moved` is called after each commit there, with the
-    load, and `own` returns the newest generation that this job has claimed, or found when it began, of a life that is
-    over: one above is another job's. A move that
-    fails is told, and tried again until something newer is there: training never waits for it.
+    `source` has the faster tiers, `persistent` is where it goes. On rank 0 `uploaded` is called after each commit
+    there, with the upload, and `own` returns the newest generation that this job has claimed, or found when it began,
+    of a life that is over: one above is another job's. An upload that fails is told, and tried again until something
+    newer is there: training never waits for it.
     """
 
     def __init__(
         self,
         source: Overlay,
-        home: Storage,
+        persistent: Storage,
         comm: Communicator,
         store: KeyValueStore,
         token: str,
-        moved: Callable[[Load], None],
+        uploaded: Callable[[Upload], None],
         own: Callable[[], int],
         pace: Pace | None,
     ) -> None:
-        self._source, self._home, self._comm, self._store = source, home, comm, store
+        self._source, self._persistent, self._comm, self._store = source, persistent, comm, store
         self._prefix = f"ckptengine/move/{token}"
-        self._moved, self._own, self._pace = moved, own, pace
+        self._uploaded, self._own, self._pace = uploaded, own, pace
         self._changed = threading.Condition()
-        self._next: Load | None = None
-        self._current: Load | None = None
+        self._next: Upload | None = None
+        self._current: Upload | None = None
         self._attempt = ""  # what this rank is at
         self._hurried = self._stopped = False
         self._number = 0
         self._awaited = ""
         self._problem = ""
         self._progressed = self._told = time.monotonic()
-        self._moved_nbytes = 0
-        self._thread = threading.Thread(target=self._run, name="ckptengine-mover", daemon=True)
+        self._uploaded_nbytes = 0
+        self._thread = threading.Thread(target=self._run, name="ckptengine-uploader", daemon=True)
         self._thread.start()
 
-    def offer(self, load: Load) -> None:
-        """Have a checkpoint moved next, on rank 0; one that was offered before and is not begun is passed over."""
+    def offer(self, upload: Upload) -> None:
+        """Have a checkpoint uploaded next, on rank 0; one that was offered before and is not begun is passed over."""
         with self._changed:
             if self._next is not None:
-                _log.info("%s: passed over on the way to %s", self._next.directory, self._home.location())
-            self._next = load
+                _log.info("%s: passed over on the way to %s", self._next.directory, self._persistent.location())
+            self._next = upload
             self._changed.notify_all()
 
     @property
     def protected(self) -> set[str]:
-        """The attempts that are needed here until they are moved."""
+        """The attempts that are needed here until they are uploaded."""
         with self._changed:
-            known = {load.manifest.attempt for load in (self._next, self._current) if load is not None}
+            known = {upload.manifest.attempt for upload in (self._next, self._current) if upload is not None}
             return known | ({self._attempt} if self._attempt else set())
 
-    def pending(self) -> Load | None:
+    def pending(self) -> Upload | None:
         """Return what is on its way, or is next."""
         with self._changed:
             return self._next or self._current
@@ -160,7 +162,7 @@ class Mover:
     def settle(self, timeout: float, watch: Callable[[int], None]) -> bool:
         """Wait on rank 0 until all that was offered is there; return whether it is, after `timeout` seconds at most.
 
-        `watch` is called now and then with the bytes of the present move that this rank has brought. From now on
+        `watch` is called now and then with the bytes of the present upload that this rank has copied. From now on
         pauses between tries are short.
         """
         end = time.monotonic() + timeout
@@ -171,7 +173,7 @@ class Mover:
                 if time.monotonic() > end:
                     return False
                 self._changed.wait(0.2)
-                watch(self._moved_nbytes)
+                watch(self._uploaded_nbytes)
             self._hurried = False
         return True
 
@@ -179,10 +181,10 @@ class Mover:
         """Return for how many seconds nothing has moved, counted from the moment `since` on, and what kept it."""
         seconds = time.monotonic() - max(since, self._progressed)
         with self._changed:
-            return seconds, self._problem or f"no byte has come to {self._home.location()} for {seconds:.0f} s"
+            return seconds, self._problem or f"no byte has come to {self._persistent.location()} for {seconds:.0f} s"
 
     def stop(self, wait: bool = True) -> None:
-        """End the thread at its next step, whatever is on its way: that is moved after the next start.
+        """End the thread at its next step, whatever is on its way: that is uploaded after the next start.
 
         Without `wait` the thread is not waked, and ends some seconds later.
         """
@@ -208,7 +210,7 @@ class Mover:
         except _Stopped:
             return
         except Exception as error:
-            _log.exception("%s: nothing more is moved there in this life: %s", self._home.location(), error)
+            _log.exception("%s: nothing more is uploaded there in this life: %s", self._persistent.location(), error)
 
     def _lead(self) -> None:
         pause = _RETRY_SECONDS[0]
@@ -217,17 +219,17 @@ class Mover:
                 self._changed.wait_for(lambda: self._next is not None or self._stopped)
                 if self._stopped:
                     return
-                load, self._next = self._next, None
-                self._current = load
-            assert load is not None
+                upload, self._next = self._next, None
+                self._current = upload
+            assert upload is not None
             try:
-                self._move(load)
+                self._upload(upload)
                 problem = ""
             except _Stopped:
                 raise
             except Exception as error:
                 problem = f"{error}" or type(error).__name__
-            gone = bool(problem) and self._gone(load)
+            gone = bool(problem) and self._gone(upload)
             with self._changed:
                 self._current = None
                 self._changed.notify_all()
@@ -237,43 +239,43 @@ class Mover:
                 if problem != self._problem:
                     _log.warning(
                         "step %s is not in %s yet, training goes on and it is tried again: %s",
-                        load.manifest.step,
-                        self._home.location(),
+                        upload.manifest.step,
+                        self._persistent.location(),
                         problem,
                     )
                 self._problem = problem
                 if self._next is None and not gone:
-                    self._next = load
+                    self._next = upload
                 self._changed.wait_for(lambda: self._stopped or self._hurried, pause)
                 if self._hurried:
                     self._changed.wait_for(lambda: self._stopped, min(pause, _RETRY_SECONDS[0]))
                 pause = min(2 * pause, _RETRY_SECONDS[1])
 
-    def _gone(self, load: Load) -> bool:
-        """Return whether a checkpoint is in no near tier any more."""
-        name = join(load.directory, manifest_name(load.manifest.generation))
+    def _gone(self, upload: Upload) -> bool:
+        """Return whether a checkpoint is in no faster tier any more."""
+        name = join(upload.directory, manifest_name(upload.manifest.generation))
         try:
             self._source.forget()
             return self._source.size(name) is None
         except CheckpointError:
             return False
 
-    def _move(self, load: Load) -> None:
-        """Move a checkpoint with the other ranks' help, and commit it; on rank 0."""
-        home, self._moved_nbytes = self._home, 0
-        own = max(load.manifest.generation, self._own())
-        later = [number for number in claimed_generations(home) if number > own]
+    def _upload(self, upload: Upload) -> None:
+        """Upload a checkpoint with the other ranks' help, and commit it; on rank 0."""
+        persistent, self._uploaded_nbytes = self._persistent, 0
+        own = max(upload.manifest.generation, self._own())
+        later = [number for number in claimed_generations(persistent) if number > own]
         if later:
             raise SaveFailedError(
-                f"{home.location()} was taken over by generation {max(later)}, this job writes generation "
+                f"{persistent.location()} was taken over by generation {max(later)}, this job writes generation "
                 f"{own}: end it, or restore and go on from what the other has saved"
             )
-        with Lease(home, load.data):
-            mine, *others = load.shares(self._comm.world_size)
+        with Lease(persistent, upload.data):
+            mine, *others = upload.shares(self._comm.world_size)
             self._number += 1
             for rank, share in enumerate(others, 1):
                 self._send(f"{self._prefix}/{self._number}/{rank}", share.encode())
-            error = self._carry(mine)
+            error = self._upload_part(mine)
             errors = {0: error} if error else {}
             # All answer, whatever has come of it here: the next number is one that all wait for.
             for rank in range(1, self._comm.world_size):
@@ -282,27 +284,27 @@ class Mover:
                 self._forget(self._going(rank))
             if errors:
                 raise SaveFailedError("; ".join(f"rank {rank}: {text}" for rank, text in sorted(errors.items())))
-            copy_commit(self._source, home, load.directory, load.manifest)
-        self._moved(load)
+            copy_commit(self._source, persistent, upload.directory, upload.manifest)
+        self._uploaded(upload)
 
     def _follow(self) -> None:
         rank = self._comm.rank
         while True:
             self._number += 1
-            share = Share.decode(self._receive(f"{self._prefix}/{self._number}/{rank}"))
-            self._send(f"{self._prefix}/{self._number}/done/{rank}", self._carry(share).encode())
+            share = UploadPart.decode(self._receive(f"{self._prefix}/{self._number}/{rank}"))
+            self._send(f"{self._prefix}/{self._number}/done/{rank}", self._upload_part(share).encode())
 
     def _going(self, rank: int) -> str:
-        """Return the key under which a rank tells that its part of the present move goes on."""
+        """Return the key under which a rank tells that its part of the present upload goes on."""
         return f"{self._prefix}/{self._number}/going/{rank}"
 
-    def _carry(self, share: Share) -> str:
-        """Do this rank's part of a move; return what went wrong."""
+    def _upload_part(self, share: UploadPart) -> str:
+        """Do this rank's part of an upload; return what went wrong."""
         with self._changed:
             self._attempt = share.attempt
         self._source.forget()  # another tier may have it now
         try:
-            carry(share, self._source, self._home, self._pace, self._progress, self._found)
+            upload_part(share, self._source, self._persistent, self._pace, self._progress, self._found)
         except _Stopped:
             raise
         except Exception as error:
@@ -313,15 +315,15 @@ class Mover:
         return ""
 
     def _progress(self, nbytes: int) -> None:
-        self._moved_nbytes += nbytes
+        self._uploaded_nbytes += nbytes
         self._progressed = now = time.monotonic()
         if self._stopped:
             raise _Stopped
         if self._comm.rank != 0 and now - self._told > _WAIT_SECONDS:
             self._told = now
-            # Rank 0 gives up on a move of which it hears nothing; the next word does as well as this one.
+            # Rank 0 gives up on an upload of which it hears nothing; the next word does as well as this one.
             with contextlib.suppress(CheckpointError):
-                self._store.set(self._going(self._comm.rank), str(self._moved_nbytes).encode())
+                self._store.set(self._going(self._comm.rank), str(self._uploaded_nbytes).encode())
 
     def _send(self, key: str, message: bytes) -> None:
         """Leave a message; tried until it is there, for whoever waits for it has nothing else to wait for."""
@@ -360,8 +362,8 @@ class Mover:
                 self._rest("", 0.0 if going else self._comm.world_size / _LOOKS_PER_SECOND)
 
     def _found(self, nbytes: int) -> None:
-        """Count what an earlier try has brought: nothing has moved, or a commit that fails would be tried for ever."""
-        self._moved_nbytes += nbytes
+        """Count what an earlier try has copied: nothing has moved, or a commit that fails would be tried for ever."""
+        self._uploaded_nbytes += nbytes
 
     def _forget(self, key: str) -> None:
         with contextlib.suppress(CheckpointError):
