@@ -63,8 +63,8 @@ class Tiers:
 
     `first` is where saves commit: the local tier, or the persistent one where there is none. `persistent` is the run's
     own place, which all ranks see. `uploaded` is called on rank 0 with the manifest and the location of each checkpoint
-    that has come there from a faster tier; attempts that `in_use` returns are not deleted. Raises `ValueError` for a `keep` that
-    names a tier which is not there.
+    that has come there from a faster tier; attempts that `in_use` returns are not deleted. Raises `ValueError` for a
+    `keep` that names a tier which is not there.
     """
 
     def __init__(
