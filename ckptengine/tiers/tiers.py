@@ -468,8 +468,8 @@ class Tiers:
                     if not word and still > timeout and waiting is not None:
                         error = SaveFailedError(
                             f"step {waiting.manifest.step} is durable in {self.first.location()}, but is not in "
-                            f"{self.persistent.location()}: {problem}. Started again with the same tiers, the job uploads "
-                            "it"
+                            f"{self.persistent.location()}: {problem}. Started again with the same tiers, the job "
+                            "uploads it"
                         )
                 mine = word if self._comm.rank == 0 else None
                 word = share(self._comm, mine, error, timeout + 2 * _SLICE_SECONDS, "waiting for uploads")
