@@ -372,8 +372,9 @@ class _Service:
             self._selector.modify(connection.peer, events, _Serving(self, connection))
 
     def _refuse(self, connection: _Connection, why: str) -> None:
-        self._close(connection)
+        # Told first: who sees that it is closed may look for what is said of it.
         self._tell("rank 0 refused a connection from %s to the store of the job: %s", connection.name, why)
+        self._close(connection)
 
     def _tell(self, text: str, *values: object) -> None:
         """Log a warning, one a minute: a port scan may cause thousands."""
