@@ -218,3 +218,25 @@ def test_a_parameter_that_is_frozen_between_saves_is_saved_as_frozen():
     for grad in (True, False):
         parameter.requires_grad_(grad)
         assert reader.read({"x": Holder({"p": parameter})}).plain.outline.kinds == {("x", "p"): grad}
+
+
+# Objects all of whose state is the rank's own.
+
+
+@pytest.mark.parametrize(
+    ("saved", "here"),
+    [
+        (np.arange(3.0), np.zeros(3)),
+        ({"a": 1, "b": np.ones(2)}, {"a": 0, "b": np.zeros(2)}),
+        ({"a": 1}, {}),
+        (5, 6),
+        ([1, 2], None),
+    ],
+    ids=["array", "dict", "dict here empty", "number", "list"],
+)
+def test_an_object_whose_whole_state_is_per_rank_gets_it_back(tmp_path, saved, here):
+    ce.save(tmp_path / "point", {"o": Holder(ce.PerRank(saved))})
+    holder = Holder(ce.PerRank(here))
+    ce.load(tmp_path / "point", into={"o": holder})
+    np.testing.assert_equal(holder.state, saved)
+    assert type(holder.state) is type(saved)

@@ -38,6 +38,10 @@ class ObjectBinder(TensorBinder):
         if node is not None and self._another_class(target, path, node):
             return
         self.built[path], self.before[path] = target, current
+        if inner and inner[0][0] == ():  # all of its state is the rank's own
+            self._bind_per_rank(inner[0][1], path, node)
+            self._act(OBJECTS, functools.partial(_hand_over_own, target, inner[0][1], path, call))
+            return
         rebuilt: Any = {} if node is None else self._rebuild(node, path, current)
         self._loaded.append(dotted(path))
         for keys, holder in inner:
@@ -105,6 +109,11 @@ class ObjectBinder(TensorBinder):
             replace_contents(target.value, new)
         else:
             target.value = new
+
+
+def _hand_over_own(target: Any, own: PerRank, path: Path, call: Callable[[Any], object] | None) -> None:
+    """Give an object what a PerRank holds by then."""
+    hand_over(target, own.value, path, call)
 
 
 def hand_over(target: Any, state: Any, path: Path, call: Callable[[Any], object] | None = None) -> None:
