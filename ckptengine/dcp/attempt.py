@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import functools
-import hashlib
 import logging
 import secrets
 import threading
@@ -30,6 +29,7 @@ from ckptengine.layout.assign import Assigned
 from ckptengine.layout.merge import merge
 from ckptengine.layout.rank_rows import PackedRows
 from ckptengine.lifecycle import Living
+from ckptengine.save.archive import record_of
 from ckptengine.save.aside import Aside
 from ckptengine.save.planner import rows_of
 from ckptengine.save.single import single_checkpoint
@@ -94,8 +94,7 @@ class Begun:
         with _memory() as snapshotter:
             self.archive.write(snapshotter.tail(tail), len(tail), self.image.fixed_nbytes)
             self.archive.finish()
-        nbytes = self.image.fixed_nbytes + len(tail)
-        return ArchiveRecord(self.image.name, nbytes, self.image.fixed_nbytes, hashlib.sha256(tail).hexdigest())
+        return record_of(self.image, tail)
 
 
 class Attempt:

@@ -202,6 +202,14 @@ class Reader(StorageReader):
             memory = framework("torch").empty(record.dtype, box.shape)
         return _Wanted(item, target, contents.tensors[name], box, memory)
 
+    def _read_leaves(self, checkpoint: Opened, reads: list[tuple[int, ArrayLeaf]]) -> None:
+        """Read what leaves of the checkpoint, by their numbers, have for parts in this rank's memory."""
+        with naming(checkpoint.location):
+            doing = f"reading {checkpoint.location}"
+            filling = within(self._timeout, doing, lambda: plan_filling(checkpoint, reads), _native.counters)
+            read_ranges(filling, filling.needs, self._timeout)
+            filling.finish()
+
     def _fill(self, checkpoint: Opened, wanted: list[_Wanted]) -> None:
         adapter = framework("torch")
         reads = []
@@ -212,11 +220,7 @@ class Reader(StorageReader):
             reads.append(
                 (one.number, ArrayLeaf(record.path, record.dtype, record.shape, record.placement, parts, "torch"))
             )
-        with naming(checkpoint.location):
-            doing = f"reading {checkpoint.location}"
-            filling = within(self._timeout, doing, lambda: plan_filling(checkpoint, reads), _native.counters)
-            read_ranges(filling, filling.needs, self._timeout)
-            filling.finish()
+        self._read_leaves(checkpoint, reads)
         cast = []
         for one in wanted:
             name = one.item.dest_index.fqn
@@ -254,10 +258,7 @@ class Reader(StorageReader):
             parts = adapter.view(arrays[path], path, target=True).parts
             target = ArrayLeaf(path, leaf.dtype, leaf.shape, leaf.placement, parts, adapter.name)
             reads.append((checkpoint.rows.index[path, None], target))
-        with naming(checkpoint.location):
-            filling = plan_filling(checkpoint, reads)
-            read_ranges(filling, filling.needs, self._timeout)
-            filling.finish()
+        self._read_leaves(checkpoint, reads)
         values = {path: value for path, value in saved.values.items() if is_inside(path, {where})}
         tensors = {path: arrays[saved.aliases.get(path, path)] for path in inside}
         found: Any = unflatten(values, tensors, _within(saved.containers, where), {})

@@ -13,7 +13,7 @@ from ckptengine.save.job import Job
 from ckptengine.snapshot.snapshotter import Snapshotter
 from ckptengine.storage.base import join
 
-__all__ = ["MemoryArchive", "StorageArchive"]
+__all__ = ["MemoryArchive", "StorageArchive", "record_of"]
 
 
 class StorageArchive:
@@ -36,7 +36,7 @@ class StorageArchive:
             archive.write(self._snapshotter.tail(tail), len(tail), image.fixed_nbytes)
             archive.finish()
         job.phase("write", began or time.monotonic())
-        return _record(image, tail)
+        return record_of(image, tail)
 
 
 class MemoryArchive:
@@ -56,9 +56,10 @@ class MemoryArchive:
         storage.make_directory(data)
         job.arena.publish(storage.location(join(data, image.name)), image.fixed_nbytes, tail)
         job.phase("write", began)
-        return _record(image, tail)
+        return record_of(image, tail)
 
 
-def _record(image: Image, tail: bytes) -> ArchiveRecord:
+def record_of(image: Image, tail: bytes) -> ArchiveRecord:
+    """Return the record of an archive that is its image and a tail."""
     nbytes = image.fixed_nbytes + len(tail)
     return ArchiveRecord(image.name, nbytes, image.fixed_nbytes, hashlib.sha256(tail).hexdigest())
