@@ -4,6 +4,7 @@
 PYTHON ?= python3.11
 VENV := .venv
 ZOO := .venv-zoo
+INTEGRATIONS := .venv-integrations
 BIN := $(VENV)/bin
 
 SOURCES := $(wildcard csrc/*.c csrc/*.h)
@@ -19,7 +20,7 @@ pip_install = for try in 1 2 3; do \
 		echo "pip failed (try $$try of 3)" >&2; sleep $$((try * 5)); \
 	done; exit 1
 
-.PHONY: setup demo test test-long test-servers zoo lint bench sanitize clean
+.PHONY: setup demo test test-long test-servers test-integrations zoo lint bench sanitize clean
 
 setup: $(VENV)/engine.stamp
 
@@ -79,6 +80,22 @@ $(ZOO)/engine.stamp: $(ZOO)/requirements.stamp pyproject.toml $(SOURCES)
 zoo: $(ZOO)/engine.stamp
 	$(ZOO)/bin/python tests/zoo/run.py $(ARGS)
 
+# The trainers of ckptengine/integrations, each with the real package, killed and resumed.
+test-integrations: $(INTEGRATIONS)/engine.stamp
+	CKPTENGINE_TEST_INTEGRATIONS=1 $(INTEGRATIONS)/bin/python -m pytest -n 2 --dist loadfile --confcutdir=tests/integrations \
+		tests/integrations $(ARGS)
+
+$(INTEGRATIONS)/requirements.stamp: requirements-integrations.txt
+	@test -x $(INTEGRATIONS)/bin/python || { echo "making $(INTEGRATIONS) with $(PYTHON)"; $(PYTHON) -m venv $(INTEGRATIONS); }
+	@echo "installing requirements-integrations.txt into $(INTEGRATIONS)"
+	@$(call pip_install,-r requirements-integrations.txt,$(INTEGRATIONS)/bin)
+	@touch $@
+
+$(INTEGRATIONS)/engine.stamp: $(INTEGRATIONS)/requirements.stamp pyproject.toml $(SOURCES)
+	@echo "building ckptengine"
+	@$(call pip_install,--no-build-isolation --no-deps --editable .,$(INTEGRATIONS)/bin)
+	@touch $@
+
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -94,6 +111,6 @@ sanitize: setup
 	$(BIN)/python -m pytest tests/native/test_core.py -m sanitize
 
 clean:
-	rm -rf $(VENV) $(ZOO) $(SERVERS) build dist ckptengine.egg-info demo .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(ZOO) $(SERVERS) $(INTEGRATIONS) build dist ckptengine.egg-info demo .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	rm -f ckptengine/_native.*.so benchmarks.json
 	find ckptengine tests examples benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -19,6 +19,7 @@ from ckptengine.state.forms import Form, container_kind, form_of, rebuild
 from ckptengine.state.kinds import Inspector, Kind, children, optimizer_names
 from ckptengine.state.outline import Container, Outline, class_name, part_order, sorted_keys
 from ckptengine.state.own_state import STATE, named_state, numbers_of, parts_of
+from ckptengine.state.per_rank import PerRank
 from ckptengine.state.sharded import ShardedArray
 from ckptengine.state.trace import (
     AbsentStep,
@@ -134,6 +135,7 @@ class _Walk:
         self._free: list[int] = []  # numbers of the visited tensors that are in no module
         self._in_module = False
         self._objects = 0  # those that the walk is in
+        self._sequences = 0  # lists and tuples that the walk is in, within the innermost object
         self._spreads: tuple[dict[Path, str], dict[Path, str]] = ({}, {})
         self._without: list[list[Path] | None] = [None, None]  # empty states of parameters, where there are optimizers
         self._aliases: dict[Path, Path] = {}
@@ -205,6 +207,11 @@ class _Walk:
             case Kind.PER_RANK:
                 if per_rank:
                     raise StateError(f"{dotted(path)}: a PerRank inside a PerRank; take the inner one away")
+                if self._objects and self._sequences:  # a load finds it by its keys in what state_dict() gives
+                    raise StateError(
+                        f"{dotted(path)}: a PerRank in a list or tuple that state_dict() gives, where a load can't "
+                        "find it; put the whole list into a PerRank, or have state_dict() give a dict"
+                    )
                 return PerRankStep(type(value), self._visit(value.value, path, per_rank=True))
             case Kind.MODULE:
                 assert adapter is not None
@@ -230,14 +237,15 @@ class _Walk:
                 own = self._inspector.asked.state_of(value, path)
                 if isinstance(own, Mapping) and not own:
                     self._empty[path] = class_name(value)
-                if self._inspector.kind(own, path)[0] in (Kind.OBJECT, Kind.MODULE, Kind.OPTIMIZER):
+                given = own.value if isinstance(own, PerRank) else own
+                if self._inspector.kind(given, path)[0] in (Kind.OBJECT, Kind.MODULE, Kind.OPTIMIZER):
                     raise StateError(
-                        f"{dotted(path)}: state_dict() of {describe_type(value)} gives a {describe_type(own)} itself, "
-                        "which would be loaded in its place; have it give a dict with that in it"
+                        f"{dotted(path)}: state_dict() of {describe_type(value)} gives a {describe_type(given)} "
+                        "itself, which would be loaded in its place; have it give a dict with that in it"
                     )
-                self._objects += 1
+                self._objects, self._sequences, outside = self._objects + 1, 0, self._sequences
                 step = ObjectStep(type(value), self._visit(own, path, per_rank=per_rank), path)
-                self._objects -= 1
+                self._objects, self._sequences = self._objects - 1, outside
                 return step
             case Kind.DICT | Kind.SEQUENCE:
                 form = form_of(value, path)
@@ -271,7 +279,9 @@ class _Walk:
         self._build(path, container_kind(value), per_rank, keys=keys)
         if type(value) is OrderedDict and getattr(value, "_metadata", None) is not None:
             self._metadata[per_rank][path] = vars(value)["_metadata"]
+        self._sequences += keys is None
         steps = [self._visit(item, (*path, key), per_rank=per_rank) for key, item in items]
+        self._sequences -= keys is None
         if isinstance(value, Mapping):
             return DictStep.of(value, steps)
         return SequenceStep(type(value), steps, getattr(value, "maxlen", None))

@@ -28,11 +28,13 @@ FLOORS = (
     ("ckptengine",),
     ("torch", "mindspore", "zarr", "cli"),
     ("__main__", "dcp"),
+    ("integrations",),
 )
 
-FRAMEWORKS = {"torch", "torchdata", "torchmetrics", "mindspore", "mpi4py", "jax", "tensorflow"}
-# Who may import a framework: its adapter's room, and the module of `comm` through which its ranks talk.
-AT_HOME = {"torch", "dcp", "mindspore", "comm.torch", "comm.mindspore", "comm.mpi"}
+TRAINERS = {"lightning", "transformers", "accelerate", "peft", "torchtitan"}
+FRAMEWORKS = {"torch", "torchdata", "torchmetrics", "mindspore", "mpi4py", "jax", "tensorflow"} | TRAINERS
+# Who may import a framework or a trainer: its adapter's room, and the module of `comm` through which its ranks talk.
+AT_HOME = {"torch", "dcp", "integrations", "mindspore", "comm.torch", "comm.mindspore", "comm.mpi"}
 # Who may import a module by its name as a string.
 BY_NAME = {"frameworks.registry"}
 

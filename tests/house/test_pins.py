@@ -4,6 +4,7 @@ import re
 import tomllib
 from pathlib import Path
 
+import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
@@ -25,11 +26,13 @@ def test_every_requirement_is_an_exact_pin() -> None:
     assert len(pins()) > 20
     assert len(pins("requirements-servers.txt")) > 20
     assert len(pins("requirements-zoo.txt")) > 20
+    assert len(pins("requirements-integrations.txt")) > 20
 
 
-def test_the_zoo_has_the_same_torch_and_numpy_as_the_other_tests() -> None:
+@pytest.mark.parametrize("file", ["requirements-zoo.txt", "requirements-integrations.txt"])
+def test_every_environment_has_the_same_torch_and_numpy(file: str) -> None:
     for name in ("torch", "numpy", "ml-dtypes", "numcodecs", "setuptools"):
-        assert pins("requirements-zoo.txt")[name] == pins()[name]
+        assert pins(file)[name] == pins()[name]
 
 
 def test_both_environments_have_the_same_of_what_they_share() -> None:

@@ -5,6 +5,7 @@ import tempfile
 import pytest
 from any_state import built, states
 from hypothesis import HealthCheck, given, settings
+from hypothesis.internal.conjecture import providers
 from oracle import Oracle, PlainOracle
 
 import ckptengine as ce
@@ -15,6 +16,7 @@ AT_SAVE = (
     "two keys of the dict are written",
     "a PerRank inside a PerRank",
     "itself, which would be loaded in its place",
+    "where a load can't find it",
 )
 AT_LOAD = (
     "make it before the load",
@@ -51,6 +53,15 @@ def comes_back(plans):
         except (LoadMismatchError, StateError) as error:
             return for_a_reason(error, AT_LOAD)
     return Oracle().same(saved, fresh, "")
+
+
+@pytest.fixture(autouse=True)
+def the_same_at_each_run(monkeypatch):
+    """Draw no constants from the project's modules: which are imported depends on the tests that ran before."""
+    monkeypatch.setattr(providers, "_get_local_constants", providers.Constants)
+    providers.CONSTANTS_CACHE.cache.clear()
+    yield
+    providers.CONSTANTS_CACHE.cache.clear()
 
 
 relaxed = settings(deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import ckptengine as ce
-from ckptengine.errors import LoadMismatchError, RestoreDifferenceError
+from ckptengine.errors import LoadMismatchError, RestoreDifferenceError, StateError
 from ckptengine.save.reading import StateReader
 from ckptengine.state.tree import flatten
 
@@ -240,3 +240,14 @@ def test_an_object_whose_whole_state_is_per_rank_gets_it_back(tmp_path, saved, h
     ce.load(tmp_path / "point", into={"o": holder})
     np.testing.assert_equal(holder.state, saved)
     assert type(holder.state) is type(saved)
+
+
+@pytest.mark.parametrize("state", [[ce.PerRank(1)], {"a": (ce.PerRank(1),)}], ids=["list", "tuple in a dict"])
+def test_a_per_rank_that_no_load_could_find_is_refused_at_the_save(tmp_path, state):
+    with pytest.raises(StateError, match=r"^o\..*put the whole list into a PerRank, or have state_dict"):
+        ce.save(tmp_path / "point", {"o": Holder(state)})
+
+
+def test_an_object_that_gives_another_one_in_a_per_rank_is_refused_at_the_save(tmp_path):
+    with pytest.raises(StateError, match=r"o: state_dict\(\) of .*Holder gives a .*Holder itself"):
+        ce.save(tmp_path / "point", {"o": Holder(ce.PerRank(Holder({"a": 1})))})
