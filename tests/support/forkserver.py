@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import gc
 import json
 import os
 import runpy
@@ -166,14 +167,23 @@ def _stop(server: subprocess.Popen[bytes], address: str) -> None:
 
 def serve(address: str) -> None:
     """Fork what is asked for until the standard input ends."""
-    import numpy
+    # What ranks import in their first steps too, seconds each time: Dynamo by an optimizer, the rest by a checkpoint.
+    import numcodecs
+    import numpy.ma
+    import numpy.random
+    import s3fs
+    import torch._dynamo
     import torch.distributed.fsdp
     import torch.distributed.tensor
+    import torch.onnx
     import torch.utils.data
 
-    import ckptengine
+    import ckptengine.comm.torch
+    import ckptengine.storage.s3
+    import ckptengine.torch.adapter
 
-    del numpy, torch, ckptengine
+    del numcodecs, numpy, s3fs, torch, ckptengine
+    gc.freeze()  # a child's collections need not look at what all have in common
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(f"{address}.new")
     listener.listen(64)
@@ -238,6 +248,8 @@ def _run(arguments: list[str], env: dict[str, str], cwd: str) -> int:
     """Be that Python process, and return its exit code."""
     import threading
 
+    import numpy
+
     os.chdir(cwd)
     os.environ.clear()
     os.environ.update(env)
@@ -246,6 +258,7 @@ def _run(arguments: list[str], env: dict[str, str], cwd: str) -> int:
     sys.argv = ["-c", *arguments[2:]] if arguments[0] == "-c" else arguments
     if env.get("PYTHONUNBUFFERED"):
         sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
+    numpy.random.seed()  # as in a process that imports it
     code = 0
     try:
         if arguments[0] == "-c":
