@@ -133,13 +133,16 @@ def fork(
             os.close(out)
 
 
-def start_server() -> None:
-    """Start a server for this process and for those that it starts from now on; it takes some seconds to be there."""
+def start_server(preload: str = "") -> None:
+    """Start a server for this process and for those that it starts from now on; it takes some seconds to be there.
+
+    `preload` names further modules, separated by commas, that it imports.
+    """
     global _server
     address = os.path.join(tempfile.mkdtemp(prefix="forks-"), "socket")
     # OpenMP's threads are counted when torch is imported.
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    server = subprocess.Popen([sys.executable, __file__, address], env=environment, stdin=subprocess.PIPE)
+    server = subprocess.Popen([sys.executable, __file__, address, preload], env=environment, stdin=subprocess.PIPE)
     os.environ[_ADDRESS] = address
     _server = server, address
     atexit.register(_stop, server, address)
@@ -164,8 +167,10 @@ def _stop(server: subprocess.Popen[bytes], address: str) -> None:
     shutil.rmtree(os.path.dirname(address))
 
 
-def serve(address: str) -> None:
+def serve(address: str, preload: str = "") -> None:
     """Fork what is asked for until the standard input ends."""
+    import importlib
+
     import numpy
     import torch.distributed.fsdp
     import torch.distributed.tensor
@@ -173,6 +178,8 @@ def serve(address: str) -> None:
 
     import ckptengine
 
+    for name in filter(None, preload.split(",")):
+        importlib.import_module(name)
     del numpy, torch, ckptengine
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(f"{address}.new")
@@ -269,4 +276,4 @@ def _run(arguments: list[str], env: dict[str, str], cwd: str) -> int:
 
 
 if __name__ == "__main__":
-    serve(sys.argv[1])
+    serve(*sys.argv[1:])
