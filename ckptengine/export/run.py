@@ -125,7 +125,8 @@ def export_checkpoint(
         return contents, plan
 
     contents, plan = on_all(comm, look, timeout, doing)
-    total = sum(one.nbytes for one in plan.large)
+    mine = _mine(plan.large, comm)
+    total = sum(plan.large[number].nbytes for number in mine)
     lock, done = threading.Lock(), 0
 
     def tell(nbytes: int) -> None:
@@ -137,7 +138,7 @@ def export_checkpoint(
 
     def write() -> None:
         with naming(checkpoint.location):
-            for number in _mine(plan.large, comm):
+            for number in mine:
                 write_file(plan.large[number], checkpoint, target, timeout, tell)
 
     on_all(comm, write, timeout, doing)
@@ -155,7 +156,7 @@ def export_checkpoint(
         options.format,
         checkpoint.step,
         files,
-        total + sum(len(data) for _, data in plan.small),
+        sum(one.nbytes for one in plan.large) + sum(len(data) for _, data in plan.small),
         len(contents.items),
         plan.values,
         plan.tied,
