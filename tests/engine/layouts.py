@@ -73,7 +73,10 @@ MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
 
 @cache
 def reference() -> tuple[Net, dict[str, Tensors]]:
-    """Return the whole network after two steps, and what is to be equal: kind, then name, then tensor. Not to change."""
+    """Return the whole network after two steps, and what is to be equal: kind, then name, then tensor.
+
+    They are the same objects at each call, and not to be changed.
+    """
     net = network(1)
     optimizer = optimizer_of(net)
     take_steps(net, optimizer)

@@ -30,6 +30,12 @@ from typing import IO, Any
 __all__ = ["Forked", "fork", "start_server"]
 
 ROOT = Path(__file__).parent.parent.parent
+# With what ranks import in their first steps, for seconds: Dynamo by an optimizer, codecs and s3fs by a checkpoint.
+PRELOADED = (
+    "numpy.ma", "numpy.random", "numcodecs", "s3fs", "torch._dynamo", "torch.distributed.fsdp",
+    "torch.distributed.tensor", "torch.onnx", "torch.utils.data", "ckptengine.comm.torch", "ckptengine.storage.s3",
+    "ckptengine.torch.adapter",
+)  # fmt: skip
 _ADDRESS = "CKPTENGINE_TEST_FORKS"
 _server: tuple[subprocess.Popen[bytes], str] | None = None
 
@@ -134,13 +140,16 @@ def fork(
             os.close(out)
 
 
-def start_server() -> None:
-    """Start a server for this process and for those that it starts from now on; it takes some seconds to be there."""
+def start_server(preload: str = "") -> None:
+    """Start a server for this process and for those that it starts from now on; it takes some seconds to be there.
+
+    `preload` names further modules, separated by commas, that it imports.
+    """
     global _server
     address = os.path.join(tempfile.mkdtemp(prefix="forks-"), "socket")
     # OpenMP's threads are counted when torch is imported.
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    server = subprocess.Popen([sys.executable, __file__, address], env=environment, stdin=subprocess.PIPE)
+    server = subprocess.Popen([sys.executable, __file__, address, preload], env=environment, stdin=subprocess.PIPE)
     os.environ[_ADDRESS] = address
     _server = server, address
     atexit.register(_stop, server, address)
@@ -165,24 +174,13 @@ def _stop(server: subprocess.Popen[bytes], address: str) -> None:
     shutil.rmtree(os.path.dirname(address))
 
 
-def serve(address: str) -> None:
+def serve(address: str, preload: str = "") -> None:
     """Fork what is asked for until the standard input ends."""
-    # What ranks import in their first steps too, seconds each time: Dynamo by an optimizer, the rest by a checkpoint.
-    import numcodecs
-    import numpy.ma
-    import numpy.random
-    import s3fs
-    import torch._dynamo
-    import torch.distributed.fsdp
-    import torch.distributed.tensor
-    import torch.onnx
-    import torch.utils.data
+    import importlib
 
-    import ckptengine.comm.torch
-    import ckptengine.storage.s3
-    import ckptengine.torch.adapter
-
-    del numcodecs, numpy, s3fs, torch, ckptengine
+    for name in (*PRELOADED, *filter(None, preload.split(","))):
+        with contextlib.suppress(ModuleNotFoundError):  # not every environment has all
+            importlib.import_module(name)
     gc.freeze()  # a child's collections need not look at what all have in common
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(f"{address}.new")
@@ -282,4 +280,4 @@ def _run(arguments: list[str], env: dict[str, str], cwd: str) -> int:
 
 
 if __name__ == "__main__":
-    serve(sys.argv[1])
+    serve(*sys.argv[1:])
