@@ -5,7 +5,8 @@
 Real processes under torchrun with gloo. Each round takes every case by ckptengine and by DCP in turn, after a first
 round that isn't counted; loads are cold. Bytes are the kernel's, summed over the ranks (/proc/self/io): `read_bytes` is
 what the device delivered, in which the page cache hides that several ranks read the same; `rchar` what the ranks asked
-for. `counted` is what ckptengine counts itself.
+for. `counted` is what ckptengine counts itself. The last case loads a directory of Hugging Face, by DCP through its
+`HuggingFaceStorageReader`.
 """
 
 import argparse
@@ -24,12 +25,14 @@ from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
 
+import safetensors.torch
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from rich.console import Console
 from rich.table import Table
 from torch import nn
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
@@ -72,12 +75,14 @@ def fsdp(tensors: State) -> State:
     return {name: tensor.detach() for name, tensor in model.state_dict().items()}
 
 
+HUB = "Hugging Face to FSDP 4"
 # What is saved by how many ranks, and what it is loaded into by how many.
 CASES = {
     "Shard(0) to Shard(1)": (4, lambda tensors: sharded(tensors, 0), 4, lambda tensors: sharded(tensors, 1)),
     "DDP replicas": (4, dict, 4, dict),
     "FSDP 4 to 2": (4, fsdp, 2, fsdp),
     "FSDP 2 to 3": (2, fsdp, 3, fsdp),
+    HUB: (1, dict, 4, fsdp),  # a directory of safetensors files and their index, by either system
 }
 
 
@@ -95,11 +100,24 @@ def group(name: str, size: int) -> Iterator[bool]:
     dist.destroy_process_group()
 
 
-def save(system: str, path: Path, state: State) -> None:
+def save_hub(path: Path, state: State) -> None:
+    """Write two tensors to a file, as models of some size are published."""
+    path.mkdir()
+    names, where = sorted(state), {}
+    for begin in range(0, len(names), 2):
+        file = f"model-{begin // 2 + 1:05}-of-{(len(names) + 1) // 2:05}.safetensors"
+        safetensors.torch.save_file({name: state[name] for name in names[begin : begin + 2]}, path / file)
+        where |= dict.fromkeys(names[begin : begin + 2], file)
+    (path / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": where}))
+
+
+def save(case: str, system: str, path: Path, state: State) -> None:
     if dist.get_rank() == 0:
         shutil.rmtree(path, ignore_errors=True)
     dist.barrier()
-    if system == "DCP":
+    if case == HUB:
+        save_hub(path, state)
+    elif system == "DCP":
         dcp.save(state, checkpoint_id=path)
     else:
         ce.save(path, state)
@@ -111,7 +129,7 @@ def kernel_bytes() -> tuple[int, int]:
     return int(fields["read_bytes"]), int(fields["rchar"])
 
 
-def load(system: str, path: Path, state: State) -> dict[str, float]:
+def load(case: str, system: str, path: Path, state: State) -> dict[str, float]:
     """Load cold; return seconds until all ranks are done, and bytes summed over the ranks."""
     gc.collect()
     if dist.get_rank() == 0:
@@ -119,7 +137,10 @@ def load(system: str, path: Path, state: State) -> dict[str, float]:
     dist.barrier()
     before, began = kernel_bytes(), time.perf_counter()
     needed = 0
-    if system == "DCP":
+    if system == "DCP" and case == HUB:
+        dcp.load(state, storage_reader=HuggingFaceStorageReader(str(path)))
+        read = 0
+    elif system == "DCP":
         dcp.load(state, checkpoint_id=path)
         read = 0
     else:
@@ -164,7 +185,7 @@ def work(folder: Path, runs: int, layers: int) -> None:
             if mine:
                 state = saved(whole(layers, random_layer))
                 for system, path in paths.items():
-                    save(system, path, state)
+                    save(case, system, path, state)
                 del state
         with group(f"{case}/wait", RANKS):
             pass
@@ -174,7 +195,7 @@ def work(folder: Path, runs: int, layers: int) -> None:
                 for number in range(runs + 1):
                     for system, path in paths.items():
                         forget(state)
-                        found = load(system, path, state)
+                        found = load(case, system, path, state)
                         if number:
                             results[case][system].append(found)
                         else:

@@ -13,6 +13,7 @@ from ckptengine.comm.single import SingleProcess
 from ckptengine.data.sampler import ElasticSampler
 from ckptengine.data.shards import Shards
 from ckptengine.data.stream import ElasticBatches
+from ckptengine.policy.exporting import Export
 from ckptengine.policy.hook import Commit
 from ckptengine.policy.interval import Auto
 from ckptengine.policy.preemption import Preemption
@@ -33,6 +34,7 @@ __all__ = [
     "ElasticBatches",
     "ElasticSampler",
     "Every",
+    "Export",
     "KeepEvery",
     "KeepLast",
     "KeepSteps",

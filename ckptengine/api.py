@@ -226,7 +226,7 @@ def export(
     `mindspore` (a file); `docs/foreign.md` tells what each holds. `only` restricts to dotted prefixes of the names in
     the checkpoint, `rename` is that of `load`; `dtype` (`"bfloat16"`, or torch's own) is what floating arrays but
     scalars are written as. A safetensors file has arrays of at most `max_shard_size` bytes. `progress` is called with
-    the bytes that this rank has written and those of all files. Both places may be URLs, with fsspec's
+    the bytes that this rank has written and those that it has to. Both places may be URLs, with fsspec's
     `storage_options` and `target_options`. Memory stays the same whatever the size.
 
     Raises what `load` raises, `StorageError` (EEXIST) where a file is there already, `ForeignFormatError` naming what

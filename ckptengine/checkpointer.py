@@ -9,6 +9,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from types import TracebackType
 from typing import Any, Literal, NoReturn
 
@@ -22,7 +23,6 @@ from ckptengine.comm.select import current
 from ckptengine.errors import CheckpointError, StateError
 from ckptengine.load.loader import LoadOptions, load_newest, restore_newest, tell_leftovers
 from ckptengine.policy.arguments import (
-    checked_callable,
     checked_choice,
     checked_comm,
     checked_count,
@@ -33,12 +33,13 @@ from ckptengine.policy.arguments import (
     checked_state,
     checked_step,
 )
+from ckptengine.policy.exporting import Export, exporter_of, hooks_of
 from ckptengine.policy.failures import Failures
-from ckptengine.policy.hook import Commit, CommitHook
+from ckptengine.policy.hook import Commit
 from ckptengine.policy.interval import Auto
 from ckptengine.policy.opening import Opening
 from ckptengine.policy.preemption import Preemption
-from ckptengine.policy.rules import Policy
+from ckptengine.policy.rules import Every, Policy
 from ckptengine.policy.saves import Saves
 from ckptengine.policy.schedule import Schedule
 from ckptengine.policy.watch import Watch
@@ -91,6 +92,9 @@ class Checkpointer:
     `on_commit` is called with a `Commit` on rank 0, in a thread of its own, once a checkpoint is durable, and with a
     local tier once more when it has been uploaded: to evaluate, export or register it. The checkpoint stays while it is
     read. What the function raises is logged and changes nothing; `close` waits for it, for `timeout` seconds at most.
+    With `export_every`, checkpoints whose step is a multiple of it are exported in the same way, as `export` says:
+    `export_every=5000, export=Export("hub/step-{step}", only=["model"], rename={"model": ""})`. A save is due at these
+    steps, too, and what the end of the process cut off is made up for after `restore`.
 
     `preemption`: when the job is told to end, by SIGTERM or SIGUSR1 to any rank unless told otherwise, all ranks save
     the same step and `step` raises `Preempted`, which ends the process with the exit code 75; see `Preemption`. None
@@ -120,6 +124,8 @@ class Checkpointer:
         arena_nbytes: int | None = None,
         metadata: Mapping[str, Any] | None = None,
         on_commit: Callable[[Commit], object] | None = None,
+        export_every: int | None = None,
+        export: Export | None = None,
         timeout: float = DEFAULT_TIMEOUT,
         comm: Communicator | None = None,
         storage_options: Mapping[str, Any] | None = None,
@@ -145,7 +151,10 @@ class Checkpointer:
         self._check_replicas = replica_check(check_replicas)
         self._metadata = checked_metadata(metadata)
         self._timeout = timeout
-        self._hook = None if on_commit is None else CommitHook(checked_callable("on_commit", on_commit))
+        exporter = exporter_of(export_every, export, storage_options, timeout)
+        if exporter is not None:
+            self._policy = replace(self._policy, save=(*self._policy.save_rules, Every(exporter.every)))
+        self._hooks, self._exporting = hooks_of(on_commit, exporter)
         self._tiers = Tiers(
             self.run,
             self._comm,
@@ -155,8 +164,8 @@ class Checkpointer:
             keep=self._policy.keep_rules,
             upload_bytes_per_second=upload_bytes_per_second,
             storage_options=storage_options,
-            uploaded=None if self._hook is None else self._hook.uploaded,
-            in_use=frozenset if self._hook is None else self._hook.protected,
+            uploaded=self._hooks.uploaded if self._hooks else None,
+            in_use=self._hooks.protected,
         )
         images = self._tiers if memory else None
         self._saver = Saver(self._comm, timeout, overlap=overlap, arena_nbytes=arena_nbytes, memory=images)
@@ -247,6 +256,9 @@ class Checkpointer:
             if self._comm.rank == 0:
                 seconds = time.monotonic() - began
                 _log.info("%s: restored %s in %.3g s", self.run, loaded.location, seconds)
+                if self._exporting is not None:
+                    path = self._tiers.persistent.location(step_directory(self._parent[1]))
+                    self._exporting.restored(self._parent[1], path, loaded.attempt)
             self._tiers.restored(*self._parent)
             self._saver.prepare(state)
             return self._parent[1]
@@ -375,7 +387,7 @@ class Checkpointer:
         the others are in, and if the caller goes on after it, each rank would save another step from then on.
         """
         directory, numbers = step_directory(step), checked_metrics(metrics)
-        hook, persistent = self._hook, self._tiers.first is self._tiers.persistent
+        hooks, persistent = self._hooks, self._tiers.first is self._tiers.persistent
         self._saver.wait(self._timeout, directory)
         self._saves.reap()
         self._saves.correct()
@@ -399,7 +411,7 @@ class Checkpointer:
             metadata=self._metadata,
             metrics=numbers,
             committed=lambda generation, attempt: self._tiers.committed(generation, attempt, step, directory),
-            told=None if hook is None else functools.partial(hook.saved, numbers, persistent),
+            told=functools.partial(hooks.saved, numbers, persistent) if hooks else None,
             site=self._tiers.site,
             rendezvous=self._tiers.rendezvous,
         )
@@ -491,8 +503,8 @@ class Checkpointer:
                 done = not failed and not self._failures.count
                 if not failed and self._failures.count:
                     self._tiers.tell_kept()
-                if not failed and self._hook is not None and not self._hook.settle(self._timeout):
-                    _log.warning("%s: on_commit is still at work after %g s and is left to it", self.run, self._timeout)
+                for late in [] if failed else self._hooks.settle(self._timeout):
+                    _log.warning("%s: %s is still at work after %g s and is left to it", self.run, late, self._timeout)
             finally:
                 try:
                     self._saver.close()

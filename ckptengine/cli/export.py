@@ -8,6 +8,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 
 from ckptengine.api import export as export_checkpoint
 from ckptengine.cli.output import console, failures, shown, size_text
+from ckptengine.comm.select import join
 from ckptengine.export.run import FORMATS, ExportReport
 
 __all__ = ["export", "rule_of"]
@@ -51,10 +52,15 @@ def export(
     zarr         TARGET is a directory, or FILE.zip: arrays, and plain values as attributes of the group
     mindspore    TARGET is a file, for mindspore.load_checkpoint: arrays alone
 
+    Under torchrun (torchrun --nproc-per-node 4 -m ckptengine export …) or mpiexec, the processes share the shards of a
+    safetensors directory.
+
     Exit codes: 0, 1 if something that has to be read is damaged, 2 if there is nothing, it can't be read, or TARGET is
     there already.
     """
-    errors = Console(stderr=True, highlight=False)
+    with failures():
+        comm = join()
+    errors = Console(stderr=True, highlight=False, quiet=comm.rank != 0)
     columns = (TextColumn("exporting"), BarColumn(), DownloadColumn(binary_units=True))
     bar = Progress(*columns, TransferSpeedColumn(), TimeRemainingColumn(), console=errors, transient=True)
     with failures(), bar:
@@ -69,13 +75,15 @@ def export(
                 rename=dict(rule_of(rule) for rule in rename) or None,
                 dtype=dtype,
                 max_shard_size=max_shard_size,
+                comm=comm,
                 progress=lambda done, total: bar.update(task, completed=done, total=total),
             )
         except ValueError as error:
             if type(error) is ValueError:
                 raise click.UsageError(str(error)) from None
             raise
-    console().print(shown(_text(report)), soft_wrap=True)
+    if comm.rank == 0:
+        console().print(shown(_text(report)), soft_wrap=True)
 
 
 def rule_of(text: str) -> tuple[str, str]:

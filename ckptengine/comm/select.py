@@ -10,7 +10,7 @@ from ckptengine.comm.base import Communicator
 from ckptengine.comm.single import ALONE
 from ckptengine.errors import CheckpointError
 
-__all__ = ["current", "place"]
+__all__ = ["current", "join", "place"]
 
 # Set by torchrun; msrun; Open MPI; MPICH, Intel MPI and Slurm's PMI; Slurm for the tasks of one srun, whatever its PMI.
 _WORLD_SIZES = ("WORLD_SIZE", "MS_WORKER_NUM", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS")
@@ -40,6 +40,23 @@ def current(timeout: float = 600.0) -> Communicator:
             return from_mpi(timeout=timeout)
     _refuse_several("`comm=`")
     return ALONE
+
+
+def join(timeout: float = 600.0) -> Communicator:
+    """Return the communicator of the job that a launcher has started this process in, for a program that has no other
+    use for it: what nobody has initialized is initialized, torch's process group under torchrun, else MPI.
+
+    Raises as `current`, and `ModuleNotFoundError` where torch or mpi4py is not installed.
+    """
+    if _initialized() is None:
+        launcher = next((name for name in _WORLD_SIZES if (os.environ.get(name) or "1") != "1"), None)
+        if launcher == "WORLD_SIZE":
+            from ckptengine.comm.torch import join_job
+
+            join_job(timeout)
+        elif launcher not in (None, "MS_WORKER_NUM"):
+            import ckptengine.comm.mpi  # noqa: F401 (mpi4py initializes MPI as it is imported)
+    return current(timeout)
 
 
 def place() -> tuple[int, int]:

@@ -18,8 +18,9 @@ from ckptengine.comm.exchange import connect
 from ckptengine.comm.keyvalue import poll
 from ckptengine.comm.single import ALONE
 from ckptengine.errors import CheckpointError
+from ckptengine.lifecycle import at_exit
 
-__all__ = ["TorchStore", "from_torch"]
+__all__ = ["TorchStore", "from_torch", "join_job"]
 
 _CONNECT_TIMEOUT = 600.0
 _CALL_TIMEOUT = timedelta(seconds=30)
@@ -61,6 +62,12 @@ def from_torch(timeout: float = _CONNECT_TIMEOUT) -> Communicator:
             communicator = connect(own, dist.get_rank(), dist.get_world_size(), timeout, background=background)
             _current = (weakref.ref(store), communicator)
         return _current[1]
+
+
+def join_job(timeout: float) -> None:
+    """Make the default process group of what torchrun's variables tell, until the process ends."""
+    dist.init_process_group("gloo", timeout=timedelta(seconds=timeout))
+    at_exit(dist.destroy_process_group)
 
 
 class TorchStore(KeyValueStore):

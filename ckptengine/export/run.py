@@ -101,10 +101,13 @@ def export_checkpoint(
     comm: Communicator,
     timeout: float,
     progress: Callable[[int, int], None] | None = None,
+    *,
+    finish: bool = False,
 ) -> ExportReport:
     """Write a checkpoint in another format; all ranks call it, and share the files.
 
-    `name` is the file in `target` that is meant, None where `target` is a directory to be filled. Raises what opening
+    `name` is the file in `target` that is meant, None where `target` is a directory to be filled. With `finish`, the
+    files of the same export that was cut off before its index are written anew. Raises what opening
     the checkpoint does, `StorageError` (EEXIST) for files that are there already, `ForeignFormatError` naming what the
     format can't hold. After an error the index, which is written last, is not there.
     """
@@ -117,12 +120,13 @@ def export_checkpoint(
             contents = contents_of(checkpoint, options.only, options.rename, options.dtype)
         plan = _plan(contents, options, name)
         if comm.rank == 0:
-            _check_absent(target, plan)
+            _check_absent(target, plan, finish)
             target.create()
         return contents, plan
 
     contents, plan = on_all(comm, look, timeout, doing)
-    total = sum(one.nbytes for one in plan.large)
+    mine = _mine(plan.large, comm)
+    total = sum(plan.large[number].nbytes for number in mine)
     lock, done = threading.Lock(), 0
 
     def tell(nbytes: int) -> None:
@@ -134,7 +138,7 @@ def export_checkpoint(
 
     def write() -> None:
         with naming(checkpoint.location):
-            for number in _mine(plan.large, comm):
+            for number in mine:
                 write_file(plan.large[number], checkpoint, target, timeout, tell)
 
     on_all(comm, write, timeout, doing)
@@ -152,7 +156,7 @@ def export_checkpoint(
         options.format,
         checkpoint.step,
         files,
-        total + sum(len(data) for _, data in plan.small),
+        sum(one.nbytes for one in plan.large) + sum(len(data) for _, data in plan.small),
         len(contents.items),
         plan.values,
         plan.tied,
@@ -202,12 +206,15 @@ def _plan(contents: Contents, options: ExportOptions, name: str | None) -> _Plan
     return _Plan(plans, small, values, tied)
 
 
-def _check_absent(target: Storage, plan: _Plan) -> None:
+def _check_absent(target: Storage, plan: _Plan, finish: bool) -> None:
     """Raise where a file is there already: an export replaces nothing, and leaves no mixture of two."""
     names = [*(one.name for one in plan.large), *(small for small, _ in plan.small)]
     there = [name for name in names if target.size(name) is not None]
+    if finish and plan.small and plan.small[-1][0] not in there:
+        there = []
     if any(name.endswith((".safetensors", INDEX)) for name in names) and len(names) > 1:
-        there += [name for name in target.list() if name.endswith((".safetensors", ".safetensors.index.json"))]
+        others = (name for name in target.list() if name not in names)
+        there += [name for name in others if name.endswith((".safetensors", ".safetensors.index.json"))]
     if there:
         raise StorageError(
             errno.EEXIST,

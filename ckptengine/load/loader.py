@@ -72,6 +72,7 @@ class LoadOptions:
 @dataclass(frozen=True, slots=True)
 class Loaded:
     """What was loaded: the checkpoint's step (None: a single one), generation and place, and the bytes of its archives.
+    `attempt` is that which wrote it, empty for another library's.
 
     Over the ranks of a node, `counts.read` sums up to `counts.node_needed` where they could read together.
     """
@@ -81,6 +82,7 @@ class Loaded:
     location: str
     report: LoadReport
     counts: Counts
+    attempt: str = ""
 
 
 def load_newest(
@@ -319,7 +321,8 @@ def _load(
             check_restored, checkpoint, state, binding, marks, comm.rank, comm.world_size, timeout
         )
         on_all(comm, check, timeout, f"comparing the state with {where}")
-    return Loaded(checkpoint.step, checkpoint.generation, where, binding.report, counts)
+    attempt = checkpoint.manifest.attempt if isinstance(checkpoint, Checkpoint) else ""
+    return Loaded(checkpoint.step, checkpoint.generation, where, binding.report, counts, attempt)
 
 
 def _fill(filling: Filling, group: Together | None, where: str, timeout: float) -> Counts | None:

@@ -13,7 +13,7 @@ from ckptengine.catalog.manifest import Manifest
 from ckptengine.lifecycle import Living
 from ckptengine.save.handle import SaveStats
 
-__all__ = ["Commit", "CommitHook"]
+__all__ = ["Commit", "CommitHook", "CommitHooks"]
 
 _MOST_WAITING = 8
 """So many commits may wait for their call, and keep their checkpoints; a slower hook must not fill the disk."""
@@ -35,16 +35,18 @@ class Commit:
     metrics: Mapping[str, float | None]
     persistent: bool
     stats: SaveStats | None = None
+    restored: bool = False
 
 
 class CommitHook:
-    """Calls the user's function with each commit, in their order, in a thread of its own on rank 0.
+    """Calls a function with each commit, in their order, in a thread of its own on rank 0.
 
-    What the function raises is logged. Of more than 8 commits that wait, the oldest is passed over, which is logged.
+    `name` is what the function was passed as. What the function raises is logged. Of more than 8 commits that wait, the
+    oldest is passed over, which is logged.
     """
 
-    def __init__(self, call: Callable[[Commit], object]) -> None:
-        self._call = call
+    def __init__(self, call: Callable[[Commit], object], name: str = "on_commit") -> None:
+        self._call, self.name = call, name
         self._changed = threading.Condition()
         self._waiting: deque[tuple[Commit, str]] = deque()
         self._attempt = ""  # of the commit whose call is under way
@@ -61,15 +63,20 @@ class CommitHook:
         assert manifest.step is not None
         self._offer(Commit(manifest.step, path, manifest.metrics, persistent=True), manifest.attempt)
 
+    def restored(self, step: int, path: str, attempt: str) -> None:
+        """Have the function called for a checkpoint that was restored from the run's own place."""
+        self._offer(Commit(step, path, {}, persistent=True, restored=True), attempt)
+
     def _offer(self, commit: Commit, attempt: str) -> None:
         with self._changed:
             self._waiting.append((commit, attempt))
             if len(self._waiting) > _MOST_WAITING:
                 late, _ = self._waiting.popleft()
                 _log.warning(
-                    "%s: on_commit is slower than saves come, and is not called for this one: save less often, or have "
-                    "it only note what is to be done",
+                    "%s: %s is slower than saves come, and is not called for this one: save less often, or have it "
+                    "only note what is to be done",
                     late.path,
+                    self.name,
                 )
             if self._thread is not None:
                 return
@@ -81,7 +88,7 @@ class CommitHook:
             with self._changed:
                 self._thread = None
                 self._waiting.clear()
-            _log.warning("%s: on_commit was not called, its thread did not start: %s", commit.path, error)
+            _log.warning("%s: %s was not called, its thread did not start: %s", commit.path, self.name, error)
 
     def protected(self) -> set[str]:
         """Return the attempts whose checkpoints stay for the calls that are to come, or under way."""
@@ -112,7 +119,36 @@ class CommitHook:
             try:
                 self._call(commit)
             except BaseException as error:  # sys.exit() in it ends nothing but this call
-                _log.warning("%s: on_commit failed, the checkpoint stands: %s", commit.path, error, exc_info=True)
+                _log.warning("%s: %s failed, the checkpoint stands: %s", commit.path, self.name, error, exc_info=True)
+
+
+class CommitHooks:
+    """All that is called with each commit; each in a thread of its own, so that none waits for another."""
+
+    def __init__(self, *hooks: CommitHook) -> None:
+        self._hooks = hooks
+
+    def __bool__(self) -> bool:
+        return bool(self._hooks)
+
+    def saved(self, metrics: Mapping[str, float | None], persistent: bool, attempt: str, stats: SaveStats) -> None:
+        """Have all called for a save that has been committed."""
+        for hook in self._hooks:
+            hook.saved(metrics, persistent, attempt, stats)
+
+    def uploaded(self, manifest: Manifest, path: str) -> None:
+        """Have all called for a checkpoint that has come to the run's own place."""
+        for hook in self._hooks:
+            hook.uploaded(manifest, path)
+
+    def protected(self) -> set[str]:
+        """Return the attempts whose checkpoints stay for the calls that are to come, or under way."""
+        return {attempt for hook in self._hooks for attempt in hook.protected()}
+
+    def settle(self, timeout: float) -> list[str]:
+        """Wait until no call is left to do; return the names of those that `timeout` seconds were too short for."""
+        deadline = time.monotonic() + timeout
+        return [hook.name for hook in self._hooks if not hook.settle(max(0.0, deadline - time.monotonic()))]
 
 
 _living: Living[CommitHook] = Living(forked=CommitHook.abandon)

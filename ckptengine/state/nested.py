@@ -9,7 +9,7 @@ from typing import Any
 from ckptengine.schema.path import Key, Path
 from ckptengine.state.per_rank import PerRank
 
-__all__ = ["item_of", "per_rank_items", "put_at", "replace_contents", "sorted_like"]
+__all__ = ["item_of", "per_rank_items", "replace_contents", "sorted_like", "take_out"]
 
 
 def item_of(like: Any, key: Any) -> Any:
@@ -38,14 +38,16 @@ def per_rank_items(value: Any, path: Path) -> Iterable[tuple[Path, PerRank]]:
         yield path, value
     elif isinstance(value, Mapping):
         for key, item in value.items():
-            yield from per_rank_items(item, (*path, key))
+            yield from per_rank_items(item, (*path, key if type(key) in (str, int) else repr(key)))
 
 
-def put_at(root: Any, path: Path, item: PerRank) -> None:
-    """Set what a PerRank holds at a path of nested dicts."""
-    for key in path[:-1]:
-        root = root.setdefault(key, {})
-    root[path[-1]] = item.value
+def take_out(root: Any) -> None:
+    """Put what each PerRank holds in its place, in nested dicts."""
+    for key, item in root.items():
+        if isinstance(item, PerRank):
+            root[key] = item.value
+        elif isinstance(item, Mapping):
+            take_out(item)
 
 
 def sorted_like(keys: Iterable[Key], like: Any) -> list[Key]:

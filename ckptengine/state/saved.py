@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import copy
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,10 +13,10 @@ from ckptengine.schema.leaf import Placement
 from ckptengine.schema.path import Key, Path, dotted
 from ckptengine.schema.type_name import describe_type
 from ckptengine.state.forms import Form
-from ckptengine.state.outline import Outline, in_given_order, renamed_key, sorted_keys
+from ckptengine.state.outline import Container, Outline, in_given_order, renamed_key, sorted_keys
 from ckptengine.state.values import MAX_DEPTH
 
-__all__ = ["Node", "Saved", "SavedArray", "SavedLeaf", "SavedValue", "own_tree", "shared_tree"]
+__all__ = ["Node", "Saved", "SavedArray", "SavedLeaf", "SavedValue", "own_tree", "shared_tree", "with_places"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,23 +213,9 @@ def own_tree(saved: Saved, rank: int, rename: Callable[[Path], Path]) -> Node:
 def _apply(root: Node, outline: Outline | None, rename: Callable[[Path], Path]) -> None:
     """Give the nodes their classes and kinds, and their children in the order that the state had them in."""
     for one in () if outline is None else outline.containers:
-        path = rename(one.path)
-        node = root.find(path)
-        if node is None:
-            continue
-        if one.cls:
-            node.cls = one.cls
-        if one.kind == "object":  # what its state is built like comes next, under the same path
-            continue
-        node.kind = one.kind
-        node.tells_metadata = one.kind == "ordered" and outline is not None and outline.tells_metadata
-        if one.kind in ("list", "tuple"):
-            continue
-        keys = (
-            sorted_keys(node.children) if one.keys is None else [renamed_key(one.path, key, rename) for key in one.keys]
-        )
-        node.children = in_given_order(node.children, keys)
-        node.ordered = True
+        node = root.find(rename(one.path))
+        if node is not None:
+            _arrange(node, one, outline, rename)
     for where, shape in ({} if outline is None else outline.shapes).items():
         node = root.find(rename(where))
         if node is not None:
@@ -237,6 +224,56 @@ def _apply(root: Node, outline: Outline | None, rename: Callable[[Path], Path]) 
         node = root.find(rename(where))
         if node is not None:
             node.metadata = metadata
+
+
+def _arrange(node: Node, one: Container, outline: Outline | None, rename: Callable[[Path], Path]) -> None:
+    if one.cls:
+        node.cls = one.cls
+    if one.kind == "object":  # what its state is built like comes next, under the same path
+        return
+    node.kind = one.kind
+    node.tells_metadata = one.kind == "ordered" and outline is not None and outline.tells_metadata
+    if one.kind in ("list", "tuple"):
+        return
+    keys = sorted_keys(node.children) if one.keys is None else [renamed_key(one.path, key, rename) for key in one.keys]
+    node.children = in_given_order(node.children, keys)
+    node.ordered = True
+
+
+def with_places(
+    saved: Saved, node: Node | None, path: Path, places: Iterable[Path], rename: Callable[[Path], Path]
+) -> Node:
+    """Return a node with places for what ranks have of their own in it, each in its order among the keys.
+
+    `places` are their paths from here. The node and its containers on the way are copies, what they hold is not.
+    """
+    root, made = _copied(node), {path}
+    for keys in places:
+        here = root
+        for number, key in enumerate(keys, 1):
+            if (where := (*path, *keys[:number])) not in made:
+                here.children[key] = _copied(here.child(key))
+                made.add(where)
+            here = here.children[key]
+    outline = saved.outline
+    for one in () if outline is None else outline.containers:
+        if (where := rename(one.path)) in made and (found := root.find(where[len(path) :])) is not None:
+            _arrange(found, one, outline, rename)
+    for where, form in saved.containers.items():
+        if (renamed := rename(where)) in made and (found := root.find(renamed[len(path) :])) is not None:
+            found.container = form
+    for where, metadata in ({} if outline is None else outline.metadata).items():
+        if (renamed := rename(where)) in made and (found := root.find(renamed[len(path) :])) is not None:
+            found.metadata = metadata
+    return root
+
+
+def _copied(node: Node | None) -> Node:
+    if node is None:
+        return Node()
+    new = copy.copy(node)
+    new.children = dict(node.children)
+    return new
 
 
 def _add_empty(root: Node, outline: Outline | None, rename: Callable[[Path], Path]) -> None:

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
 import torch.distributed.checkpoint as dcp
 from foreign_models import model, same
+from mpirun import MPIEXEC, environment
 from ranks import run_ranks
 from sharded_job import stepped
 from torch.distributed.checkpoint.state_dict import get_state_dict
+
+import ckptengine as ce
 
 HERE = Path(__file__).parent
 
@@ -57,6 +63,22 @@ def test_every_format_fills_a_sharded_model_and_the_node_reads_each_byte_once(tm
 def test_what_four_ranks_of_dcp_wrote_is_filled_on_two(tmp_path: Path) -> None:
     run(4, tmp_path, "write")
     run(2, tmp_path, "dcp-4")
+
+
+@pytest.mark.parametrize("launcher", ["torchrun", "mpiexec"])
+def test_the_command_shares_the_files_between_the_processes_of_a_launcher(tmp_path: Path, launcher: str) -> None:
+    tensors = {f"w{number}": np.full(10_000, float(number)) for number in range(4)}
+    ce.save(tmp_path / "point", {"model": tensors})
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m"]
+    mpiexec = [MPIEXEC, "--allow-run-as-root", "--oversubscribe", "--bind-to", "none", "-n", "2", sys.executable, "-m"]
+    start = torchrun if launcher == "torchrun" else mpiexec
+    arguments = [str(tmp_path / "point"), str(tmp_path / "hub"), "--max-shard-size", "80KB", "--rename", "model="]
+    command = [*start, "ckptengine", "export", *arguments]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("5 files, 4 arrays") == 1  # told once
+    for name, array in ce.load(tmp_path / "hub").items():
+        assert np.array_equal(array, tensors[name])
 
 
 def test_ranks_share_the_files_of_an_export(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import copy
 import enum
 import pathlib
 from collections import Counter, OrderedDict, defaultdict, deque, namedtuple
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,6 +39,17 @@ class OwnTensor(torch.Tensor):
     pass
 
 
+def wrapped_like(before: Any, state: Any) -> Any:
+    """Put into a PerRank what was in one before: a load hands over what it holds."""
+    if isinstance(before, ce.PerRank):
+        return ce.PerRank(state)
+    if isinstance(before, Mapping) and isinstance(state, Mapping):
+        for key, item in state.items():
+            if key in before and isinstance(before[key], ce.PerRank | Mapping):
+                state[key] = wrapped_like(before[key], item)  # type: ignore[index]
+    return state
+
+
 class Keeper:
     """Keeps what it is given, of any kind."""
 
@@ -48,7 +60,7 @@ class Keeper:
         return self.state
 
     def load_state_dict(self, state: Any) -> None:
-        self.state = state
+        self.state = wrapped_like(self.state, state)
 
 
 class Extra(nn.Module):

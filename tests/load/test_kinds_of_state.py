@@ -5,6 +5,8 @@ from collections import OrderedDict, defaultdict, deque
 import numpy as np
 import pytest
 import torch
+from any_state import Keeper
+from oracle import Oracle
 from torch import nn
 
 import ckptengine as ce
@@ -251,3 +253,27 @@ def test_a_per_rank_that_no_load_could_find_is_refused_at_the_save(tmp_path, sta
 def test_an_object_that_gives_another_one_in_a_per_rank_is_refused_at_the_save(tmp_path):
     with pytest.raises(StateError, match=r"o: state_dict\(\) of .*Holder gives a .*Holder itself"):
         ce.save(tmp_path / "point", {"o": Holder(ce.PerRank(Holder({"a": 1})))})
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda n: {"b": ce.PerRank(n), "a": n},
+        lambda n: OrderedDict(z=ce.PerRank(np.full(2, n)), a=ce.PerRank(n)),
+        lambda n: {"x": defaultdict(list, {"c": ce.PerRank([n]), "b": np.full(2, n)}), "a": n},
+        lambda n: {1.5: ce.PerRank(n), (1, "x"): {None: ce.PerRank({"k": n})}},
+    ],
+    ids=["order", "all per rank", "in a defaultdict", "odd keys"],
+)
+def test_parts_of_an_objects_state_that_are_per_rank_come_back_in_their_place(tmp_path, build):
+    ce.save(tmp_path / "point", {"o": Keeper(build(1))})
+    keeper = Keeper(build(2))
+    ce.load(tmp_path / "point", into={"o": keeper})
+    Oracle().same(build(1), keeper.state, "")
+
+
+@pytest.mark.parametrize("wrap", [ce.PerRank, lambda value: {"a": ce.PerRank(value)}], ids=["whole", "in part"])
+def test_an_object_of_another_class_with_nothing_but_a_per_rank_is_refused(tmp_path, wrap):
+    ce.save(tmp_path / "point", {"o": Holder(wrap(1))})
+    with pytest.raises(LoadMismatchError, match=r"o: .*Holder in the checkpoint, .*Keeper here"):
+        ce.load(tmp_path / "point", into={"o": Keeper(wrap(2))})

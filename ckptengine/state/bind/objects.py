@@ -13,9 +13,9 @@ from ckptengine.schema.type_name import describe_type
 from ckptengine.state.bind.base import OBJECTS, SET
 from ckptengine.state.bind.tensors import TensorBinder
 from ckptengine.state.kinds import Kind
-from ckptengine.state.nested import per_rank_items, put_at, replace_contents
+from ckptengine.state.nested import per_rank_items, replace_contents, take_out
 from ckptengine.state.per_rank import PerRank
-from ckptengine.state.saved import Node, own_tree
+from ckptengine.state.saved import Node, own_tree, with_places
 
 __all__ = ["ObjectBinder", "hand_over"]
 
@@ -35,18 +35,20 @@ class ObjectBinder(TensorBinder):
         if node is None and not (inner and self._own.find(path)):
             self._absent(path, per_rank)
             return
-        if node is not None and self._another_class(target, path, node):
+        places = with_places(self._saved, node, path, (keys for keys, _ in inner), self._rename) if inner else node
+        if places is not None and self._another_class(target, path, places):
             return
         self.built[path], self.before[path] = target, current
         if inner and inner[0][0] == ():  # all of its state is the rank's own
             self._bind_per_rank(inner[0][1], path, node)
             self._act(OBJECTS, functools.partial(_hand_over_own, target, inner[0][1], path, call))
             return
-        rebuilt: Any = {} if node is None else self._rebuild(node, path, current)
+        rebuilt: Any = {} if places is None else self._rebuild(places, path, current)
         self._loaded.append(dotted(path))
         for keys, holder in inner:
             self._bind_per_rank(holder, (*path, *keys), None if node is None else node.find(keys))
-            self._act(SET, functools.partial(put_at, rebuilt, keys, holder))
+        if inner:
+            self._act(SET, functools.partial(take_out, rebuilt))
         self._act(OBJECTS, functools.partial(hand_over, target, rebuilt, path, call))
 
     def _bind_loader(self, loader: Any, adapter: Adapter, path: Path, own: Node | None) -> None:

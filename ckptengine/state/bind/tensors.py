@@ -29,6 +29,7 @@ from ckptengine.state.forms import rebuild
 from ckptengine.state.kinds import SCALARS, Kind
 from ckptengine.state.nested import item_of, replace_contents, sorted_like
 from ckptengine.state.outline import in_order
+from ckptengine.state.per_rank import PerRank
 from ckptengine.state.saved import Node, SavedArray, SavedLeaf, SavedValue
 from ckptengine.state.sharded import ShardedArray
 from ckptengine.state.tree import sharded_parts
@@ -261,7 +262,12 @@ class TensorBinder(BinderBase):
         return ordered
 
     def _rebuild_item(self, node: Node, path: Path, like: Any, make: Maker | None) -> Any:
-        """As `_rebuild`, for something inside; a live object stays itself and is loaded: nothing takes its place."""
+        """As `_rebuild`, for something inside; a live object stays itself and is loaded: nothing takes its place.
+
+        So does a PerRank, which is bound by itself.
+        """
+        if isinstance(like, PerRank):
+            return like
         lives = self._is_live(like, path)
         was_alive = node.cls is not None or node.kind == "module"
         if lives and (was_alive or node.kind is not None or not isinstance(node.entry, SavedValue)):
