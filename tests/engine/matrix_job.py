@@ -1,6 +1,7 @@
 """Saves and loads the same state in every layout at every world size, in one job of four processes.
 
-The processes form groups of 1, 2, 3 and 4 one after the other: what one group saved, all others load.
+The processes form groups of 1, 2, 3 and 4 one after the other: what one group saved, all others load. `matrix_job.py
+FOLDER N`: each layout loads every Nth checkpoint, and each checkpoint is loaded by every Nth layout; with 1 all by all.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import json
 import sys
 import traceback
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -32,8 +34,10 @@ def table(filled: bool) -> ce.ShardedArray:
     return ce.ShardedArray(part, TABLE.shape, (start, 0))
 
 
-def expected(size: int, layout: str, kinds: dict[str, Tensors]) -> dict[str, Tensors]:
+@cache
+def expected(size: int, layout: str) -> dict[str, Tensors]:
     """Return what this rank must hold: the whole tensors, distributed by torch itself."""
+    _, kinds = reference()
     return {
         kind: {name: local(value).clone() for name, value in named(LAYOUTS[size][layout](network(1, whole)))}
         for kind, whole in kinds.items()
@@ -81,26 +85,27 @@ def differences(model: nn.Module, optimizer: torch.optim.Optimizer, want: dict[s
 
 
 def save_all(folder: Path, size: int) -> None:
-    _, kinds = reference()
     for layout, build in LAYOUTS[size].items():
         model = build(network(1))
         optimizer = optimizer_of(model)
         take_steps(model, optimizer)
         # That torch's arithmetic does not depend on the sharding is not what is tested here.
+        have = held(model, optimizer)
         with torch.no_grad():
-            for kind, tensors in expected(size, layout, kinds).items():
-                for name, value in held(model, optimizer)[kind].items():
+            for kind, tensors in expected(size, layout).items():
+                for name, value in have[kind].items():
                     value.copy_(tensors[name])
         state = {"model": model, "optimizer": optimizer, "table": table(True), "words": {"step": 2, "pi": 3.5}}
         ce.save(folder / f"{size}-{layout}", state, timeout=60)
 
 
-def load_all(folder: Path, size: int) -> dict[str, str]:
-    _, kinds = reference()
-    sources = [f"{other}-{layout}" for other in SIZES for layout in LAYOUTS[other]]
+def load_all(folder: Path, size: int, nth: int) -> dict[str, str]:
+    cases = [f"{other}-{layout}" for other in SIZES for layout in LAYOUTS[other]]
     problems = {}
     for layout, build in LAYOUTS[size].items():
-        want = expected(size, layout, kinds)
+        want = expected(size, layout)
+        own = cases.index(f"{size}-{layout}")
+        sources = [source for place, source in enumerate(cases) if (place + own) % nth == 0]
         model = build(network(2))
         used = optimizer_of(model)
         take_steps(model, used)
@@ -137,7 +142,7 @@ def write_reference(folder: Path) -> None:
 
 
 def main() -> None:
-    folder = Path(sys.argv[1])
+    folder, nth = Path(sys.argv[1]), int(sys.argv[2])
     torch.set_num_threads(1)
     problems: dict[str, str] = {}
     for size in SIZES:
@@ -147,7 +152,7 @@ def main() -> None:
     for size in SIZES:
         with group(f"load-{size}", size) as mine:
             if mine:
-                problems |= load_all(folder, size)
+                problems |= load_all(folder, size, nth)
     if process_rank() == 0:
         write_reference(folder)
     report(folder, problems)

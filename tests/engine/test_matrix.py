@@ -1,4 +1,4 @@
-"""From each sharding to each, at 1 to 4 ranks, bit for bit."""
+"""From each sharding to each, at 1 to 4 ranks, bit for bit: a quarter of the pairs, and under `long` all of them."""
 
 import json
 import subprocess
@@ -16,7 +16,7 @@ CASES = [f"{size}-{layout}" for size in LAYOUTS for layout in LAYOUTS[size]]
 @pytest.fixture(scope="module")
 def matrix(tmp_path_factory):
     folder = tmp_path_factory.mktemp("matrix")
-    return folder, launch("matrix_job.py", 4, folder)
+    return folder, launch("matrix_job.py", 4, folder, "4")
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -29,6 +29,12 @@ def test_every_checkpoint_loads_into(case, matrix):
         if pair.endswith(f" -> {case}")
     }
     assert not problems
+
+
+@pytest.mark.long
+@pytest.mark.timeout(900)
+def test_every_checkpoint_loads_into_every_sharding(tmp_path):
+    assert launch("matrix_job.py", 4, tmp_path, "1", timeout=800) == [{}] * 4
 
 
 def test_every_checkpoint_is_read_without_torch(matrix):

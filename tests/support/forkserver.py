@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import gc
 import json
 import os
 import runpy
@@ -29,6 +30,12 @@ from typing import IO, Any
 __all__ = ["Forked", "fork", "start_server"]
 
 ROOT = Path(__file__).parent.parent.parent
+# With what ranks import in their first steps, for seconds: Dynamo by an optimizer, codecs and s3fs by a checkpoint.
+PRELOADED = (
+    "numpy.ma", "numpy.random", "numcodecs", "s3fs", "torch._dynamo", "torch.distributed.fsdp",
+    "torch.distributed.tensor", "torch.onnx", "torch.utils.data", "ckptengine.comm.torch", "ckptengine.storage.s3",
+    "ckptengine.torch.adapter",
+)  # fmt: skip
 _ADDRESS = "CKPTENGINE_TEST_FORKS"
 _server: tuple[subprocess.Popen[bytes], str] | None = None
 
@@ -133,13 +140,16 @@ def fork(
             os.close(out)
 
 
-def start_server() -> None:
-    """Start a server for this process and for those that it starts from now on; it takes some seconds to be there."""
+def start_server(preload: str = "") -> None:
+    """Start a server for this process and for those that it starts from now on; it takes some seconds to be there.
+
+    `preload` names further modules, separated by commas, that it imports.
+    """
     global _server
     address = os.path.join(tempfile.mkdtemp(prefix="forks-"), "socket")
     # OpenMP's threads are counted when torch is imported.
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    server = subprocess.Popen([sys.executable, __file__, address], env=environment, stdin=subprocess.PIPE)
+    server = subprocess.Popen([sys.executable, __file__, address, preload], env=environment, stdin=subprocess.PIPE)
     os.environ[_ADDRESS] = address
     _server = server, address
     atexit.register(_stop, server, address)
@@ -164,16 +174,14 @@ def _stop(server: subprocess.Popen[bytes], address: str) -> None:
     shutil.rmtree(os.path.dirname(address))
 
 
-def serve(address: str) -> None:
+def serve(address: str, preload: str = "") -> None:
     """Fork what is asked for until the standard input ends."""
-    import numpy
-    import torch.distributed.fsdp
-    import torch.distributed.tensor
-    import torch.utils.data
+    import importlib
 
-    import ckptengine
-
-    del numpy, torch, ckptengine
+    for name in (*PRELOADED, *filter(None, preload.split(","))):
+        with contextlib.suppress(ModuleNotFoundError):  # not every environment has all
+            importlib.import_module(name)
+    gc.freeze()  # a child's collections need not look at what all have in common
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(f"{address}.new")
     listener.listen(64)
@@ -238,6 +246,8 @@ def _run(arguments: list[str], env: dict[str, str], cwd: str) -> int:
     """Be that Python process, and return its exit code."""
     import threading
 
+    import numpy
+
     os.chdir(cwd)
     os.environ.clear()
     os.environ.update(env)
@@ -246,6 +256,7 @@ def _run(arguments: list[str], env: dict[str, str], cwd: str) -> int:
     sys.argv = ["-c", *arguments[2:]] if arguments[0] == "-c" else arguments
     if env.get("PYTHONUNBUFFERED"):
         sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
+    numpy.random.seed()  # as in a process that imports it
     code = 0
     try:
         if arguments[0] == "-c":
@@ -269,4 +280,4 @@ def _run(arguments: list[str], env: dict[str, str], cwd: str) -> int:
 
 
 if __name__ == "__main__":
-    serve(sys.argv[1])
+    serve(*sys.argv[1:])

@@ -1,0 +1,83 @@
+"""`Resume`, a callback for Lightning's Trainer: the same command, started again, goes on where it was."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.trainer import call
+
+from ckptengine.integrations.lightning.session import Session
+
+__all__ = ["Resume"]
+
+
+class Resume(Checkpoint):  # type: ignore[misc]
+    """Restores a training when `Trainer.fit` begins, and saves it, when due, in the background.
+
+        trainer = Trainer(max_epochs=10, callbacks=[Resume("runs/gpt", every=100, keep_last=3)])
+        trainer.fit(model, loader)
+
+    `every` is a number of optimizer steps (`trainer.global_step`) or a time, by default once per epoch; it, `keep_last`
+    and the further `options` are those of `ckptengine.Checkpointer`. `state` adds objects of yours under names of
+    their own. `after_validation` saves after each validation too; the metrics of a validation are kept with the
+    checkpoint of the same step. By default it is so with `keep_best`.
+
+    Saved and restored are the module, optimizers, schedulers, loops, the place in the training data, the states and
+    hooks of callbacks, module and datamodule, the scaler, the epoch's means so far, metrics, and the random streams.
+    Where the run has a checkpoint, that is what goes on: a `ckpt_path` counts only as long as it has none.
+
+    Raises what `Checkpointer` raises, and `StateError` for strategies, loaders and hooks that could not be restored.
+    """
+
+    def __init__(
+        self,
+        run: str | os.PathLike[str],
+        every: int | str | Any | None = None,
+        keep_last: int | Mapping[str, int] | None = None,
+        *,
+        state: Mapping[str, Any] | None = None,
+        after_validation: bool | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__()
+        self._options = {"run": run, "every": every, "keep_last": keep_last, **options}
+        self._extra = dict(state or {})
+        self._each_epoch = every is None and options.get("policy") is None
+        self._after_validation = options.get("keep_best") is not None if after_validation is None else after_validation
+        self._session: Session | None = None
+        self.start: int | None = None
+
+    @property
+    def state_key(self) -> str:
+        """The run that this saves to: several of them in one trainer are told apart by it."""
+        return f"Resume({os.fspath(self._options['run'])})"
+
+    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+        """Restore the newest valid checkpoint of the run, if it has one."""
+        if trainer.fast_dev_run:
+            return
+        self._session = session = Session(
+            trainer, pl_module, call, self._options, self._extra, self._each_epoch, self._after_validation
+        )
+        session.wrap()
+        self.start = session.restore()
+
+    def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
+        """Note that this step has been validated."""
+        if self._session is not None and not trainer.sanity_checking:
+            self._session.validated = True
+
+    def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
+        """Wait until the last checkpoint is durable."""
+        session, self._session = self._session, None
+        if session is not None:
+            session.end()
+
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        """Leave the run as it stands: what is committed is what the next start goes on from."""
+        session, self._session = self._session, None
+        if session is not None:
+            session.fail(exception)
