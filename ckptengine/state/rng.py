@@ -157,6 +157,24 @@ class RNG:
         self._anew = tuple(name for name in {*here, *saved.names} if name not in data or name in unlike)
         self._tell(saved, here, data)
 
+    def get_streams(self) -> dict[str, NDArray[np.uint8]]:
+        """Return where each stream is now, as a new array of bytes by the stream's name; draws nothing."""
+        return {name: stream.get() for name, stream in self._streams().items()}
+
+    def set_streams(self, states: Mapping[str, NDArray[np.uint8]]) -> None:
+        """Make the streams of these names go on from what `get_streams` returned; others stay where they are.
+
+        Each state is checked before the first is set. Raises `LoadMismatchError` for what is no state of the stream.
+        """
+        here = {name: stream for name, stream in self._streams().items() if name in states}
+        for name, stream in here.items():
+            try:
+                stream.check(states[name])
+            except ValueError as error:
+                raise LoadMismatchError(f"RNG: the state of {name!r} can't be set: {error}") from error
+        for name, stream in here.items():
+            stream.set(states[name])
+
     def rewind(self) -> bool:
         """Set the streams once more to where the last load has left them; return whether there was such a load.
 

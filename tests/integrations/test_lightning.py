@@ -2,22 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
 import signal
-import socket
-import subprocess
-import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
-
-from forkserver import fork, start_server
+from forkserver import start_server
+from jobs import run_job
 
 JOB = Path(__file__).with_name("lightning_job.py")
 
@@ -28,35 +20,9 @@ def _server() -> None:
     start_server("lightning.pytorch,torchmetrics,ckptengine.integrations.lightning")
 
 
-def start(options: dict[str, Any], timeout: float = 120) -> list[int]:
-    """Run the job on its ranks; return their exit codes, and print what they say."""
-    ranks = options.get("ranks", 1)
-    common = {name: value for name, value in os.environ.items() if not name.startswith(("PYTEST", "COV"))}
-    if ranks > 1:
-        common |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(ranks),
-                   "TORCHELASTIC_RUN_ID": "test", "TORCHELASTIC_RESTART_COUNT": "0"}  # fmt: skip
-    with tempfile.TemporaryFile("w+") as said, contextlib.ExitStack() as stack:
-        jobs = [
-            stack.enter_context(
-                fork(
-                    [str(JOB), json.dumps(options)],
-                    env=common if ranks == 1 else common | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-                    stdout=said, stderr=subprocess.STDOUT,
-                )
-            )
-            for rank in range(ranks)
-        ]  # fmt: skip
-        codes = [job.wait(timeout) for job in jobs]
-        said.seek(0)
-        print(said.read()[-6000:])
-    return codes
-
-
-def free_port() -> int:
-    """Return a port that nobody has now."""
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return int(one.getsockname()[1])
+def start(options: dict[str, Any]) -> set[int]:
+    """Run the job on its ranks; return their exit codes."""
+    return run_job(JOB, options, options.get("ranks", 1))[0]
 
 
 def run(place: Path, options: dict[str, Any], kills: int = 0) -> dict[str, Any]:
@@ -64,8 +30,8 @@ def run(place: Path, options: dict[str, Any], kills: int = 0) -> dict[str, Any]:
     place.mkdir()
     given = {"run": f"{place}/run", "log": f"{place}/log", "end": f"{place}/end", "killed": f"{place}/killed"} | options
     for _ in range(kills):
-        assert set(start(given)) == {-signal.SIGKILL}
-    assert set(start(given)) == {0}
+        assert start(given) == {-signal.SIGKILL}
+    assert start(given) == {0}
     return noted(place, options.get("ranks", 1))
 
 

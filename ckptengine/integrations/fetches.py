@@ -1,0 +1,129 @@
+"""Where the random streams are when a data loader fetches a batch, for loaders that fetch one ahead of the training."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from ckptengine.state.per_rank import PerRank
+from ckptengine.state.rng import RNG
+
+__all__ = ["Fetches", "own"]
+
+Streams = Mapping[str, NDArray[np.uint8]]
+_NOTHING = np.zeros(0, np.uint8)
+
+
+class Fetches:
+    """The random streams at the fetches of one loader, which are a part of its position in the data.
+
+    Accelerate's loaders fetch a batch ahead: when step k has been trained, the samples of step k + 1 have been drawn
+    (by the dataset, the collator: masks, augmentation), before the dropout of step k. A resumed loader must draw them
+    once more from where the streams were then. Samplers may draw their order from the same streams when an epoch
+    begins. So two places are kept beside that of the save: where the epoch began, and where the last fetch did.
+
+    `loader` is a DataLoader, or what Accelerate makes of one. With workers, fetches draw in other processes, and only
+    the first place is kept; so it is for an IterableDataset, which has no batch sampler.
+    """
+
+    def __init__(self, rng: RNG) -> None:
+        self._rng = rng
+        self._hooked: Any = None
+        self._epoch: Streams = {}
+        self._ahead: Streams = {}
+        self._sampler: Any = None
+        self._order = _NOTHING
+        self._calls = 0
+        self._skip: int | None = None
+        self._rewind: Callable[[], object] = lambda: None
+
+    def attach(self, loader: Any) -> None:
+        """Follow the fetches of `loader`, whose iteration is about to begin; once for each loader."""
+        sampler = getattr(loader, "batch_sampler", None)
+        if sampler is None or sampler is self._hooked or loader.num_workers:
+            return
+        kind, self._hooked = type(sampler), sampler
+
+        def batches(of: Any) -> Iterator[Any]:
+            for batch in kind.__iter__(of):
+                if of is self._hooked:
+                    self._fetching()
+                yield batch
+
+        # `batch_sampler` of a DataLoader can't be set, and iteration asks the class.
+        sampler.__class__ = type(kind.__name__, (kind,), {"__iter__": batches, "__module__": kind.__module__})
+
+    def begin(self, sampler: Any = None) -> None:
+        """Note where the streams are: an epoch's iterator is about to be made. `sampler` may have its own generator."""
+        self._calls, self._skip = 0, None
+        self._sampler = sampler
+        self._epoch, self._ahead, self._order = self._rng.get_streams(), {}, self._order_now()
+
+    def resume(self, skip: int, rewind: Callable[[], object], sampler: Any = None) -> None:
+        """Go to where the loaded epoch began: its iterator is about to be made, with `skip` batches passed over.
+
+        The first fetch is made from where it was made before; `rewind` goes to where the save was, before the second.
+        Where there is no second, or nothing to follow, the caller calls it when it has the first batch.
+        """
+        self._calls, self._skip, self._rewind = 0, skip, rewind
+        self._sampler = sampler
+        self._rng.set_streams(self._epoch)
+        self.set_order(sampler)
+
+    def set_order(self, sampler: Any) -> None:
+        """Put a sampler's own generator where the loaded epoch began."""
+        generator = _generator_of(sampler)
+        if generator is not None and self._order.size:
+            generator.set_state(torch.from_numpy(np.array(self._order)))
+
+    def _fetching(self) -> None:
+        """Called when the batch sampler has said which samples the next batch has."""
+        self._calls += 1
+        if self._skip is not None:
+            if self._calls <= self._skip:
+                return
+            if self._calls == self._skip + 1:
+                self._rng.set_streams(self._ahead)
+                return
+            self._skip = None
+            self._rewind()
+        self._ahead = self._rng.get_streams()
+
+    def state_dict(self, between: bool) -> dict[str, Any]:
+        """Return the places; each rank's are its own, and mean nothing at another number of ranks.
+
+        `between` says that an epoch has ended: what counts of a sampler's generator is where it is now.
+        """
+        order = self._order_now() if between else self._order
+        places = {"epoch": dict(self._epoch), "ahead": dict(self._ahead), "order": order}
+        return {name: PerRank(value, resize=_none) for name, value in places.items()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take what `state_dict` returned, for `resume`."""
+        found = {name: own(value) for name, value in state.items()}
+        self._epoch, self._ahead = (dict(found[name] or {}) for name in ("epoch", "ahead"))
+        self._order = _NOTHING if found["order"] is None else found["order"]
+
+    def _order_now(self) -> NDArray[np.uint8]:
+        generator = _generator_of(self._sampler)
+        return _NOTHING if generator is None else generator.get_state().numpy().copy()
+
+
+def own(value: Any) -> Any:
+    """Return what this rank has of a value that may be each rank's own."""
+    return value.value if isinstance(value, PerRank) else value
+
+
+def _none(values: list[Any], rank: int, world_size: int) -> None:
+    return None
+
+
+def _generator_of(sampler: Any) -> Any:
+    """Return the generator that a sampler has of its own and goes on with from epoch to epoch, None where none."""
+    generator = getattr(sampler, "generator", None)
+    # Accelerate's SeedableRandomSampler seeds its generator in each epoch.
+    return generator if isinstance(generator, torch.Generator) and not hasattr(sampler, "initial_seed") else None

@@ -1,0 +1,286 @@
+"""Where a Transformers Trainer is: in the data, in its logs, in its own state; and what it can't be resumed with."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from transformers.trainer_callback import ExportableState, TrainerState
+
+from ckptengine.catalog.keep import Best
+from ckptengine.catalog.listing import Entry
+from ckptengine.catalog.manifest import Manifest
+from ckptengine.errors import LoadMismatchError, StateError
+from ckptengine.integrations.fetches import Fetches, own
+from ckptengine.state.per_rank import PerRank
+from ckptengine.state.rng import RNG
+
+__all__ = ["FirstBest", "Place", "Position", "checked_arguments"]
+
+_log = logging.getLogger("ckptengine")
+
+_NOTHING: dict[str, Any] = {"at": None, "best": None, "data": None, "sums": {}, "trainer_state": ""}
+
+
+@dataclass(frozen=True, slots=True)
+class Position:
+    """Where the training goes on.
+
+    `batches` of each rank are trained in `epoch`. `ended`: the epoch before has ended, with all that comes at its end.
+    `stop` and `epoch_stop`: a callback has ended the training, or the epoch, early.
+    """
+
+    epoch: int
+    batches: int
+    ended: bool
+    stop: bool
+    epoch_stop: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Data:
+    """What a number of batches means: the dataset's length (-1: none), a rank's batch, ranks, order, and its seed."""
+
+    samples: int
+    batch: int
+    ranks: int
+    order: str
+    seed: int | None
+
+    def batches_of(self, other: Data, batches: int, accumulation: int) -> int:
+        """Return how many batches here are as many samples as `batches` were in `other`.
+
+        Raises `LoadMismatchError` where the same samples are not so many whole batches and steps, or not the same ones.
+        """
+        if (self.samples, self.batch, self.ranks, self.order) == (other.samples, other.batch, other.ranks, other.order):
+            return batches
+        before, here = other.batch * other.ranks, self.batch * self.ranks
+        found, rest = divmod(batches * before, here)
+        same = self.samples == other.samples and self.order == other.order and self.order in ("random", "sequential")
+        if not same or rest or found % accumulation:
+            raise LoadMismatchError(
+                f"the checkpoint lies {batches} batches into an epoch of {other}, and here is {self}: that is no place "
+                "in this data. Start with what the run was saved with, or begin another run and load the weights "
+                "(Checkpointer.warm_start, docs/resume.md)"
+            )
+        return found
+
+    def __str__(self) -> str:
+        return f"{self.samples} samples in {self.order} order, {self.ranks} ranks with batches of {self.batch}"
+
+
+@dataclass(frozen=True, slots=True)
+class FirstBest(Best):
+    """The best checkpoint by a metric, as the Trainer counts it: of equal ones the older is the better."""
+
+    def kept(self, line: Iterable[tuple[Entry, Manifest]]) -> list[Entry]:
+        """Return the best of a line of checkpoints."""
+        return Best.kept(self, list(line)[::-1])
+
+
+class Place:
+    """All that a Trainer holds beside model, optimizer, scheduler and random streams; a part of the state."""
+
+    def __init__(self, trainer: Any, rng: RNG) -> None:
+        self._trainer = trainer
+        self.fetches = Fetches(rng)
+        self.forget()
+
+    def forget(self) -> None:
+        """Begin: nothing is loaded."""
+        self.epoch = self.batches = 0
+        self.steps_in_epoch = 0
+        self.ended = False
+        self.grad_norm: Any = None
+        self.learning_rate: float | None = None
+        self.best: tuple[int, float] | None = None  # the step that was saved with the best metric, and the metric
+        self.began: float | None = None  # when this life began to train, on time.time's clock
+        self.at: Position | None = None
+        self.data: Data | None = None
+        self.resuming: Position | None = None
+        self._loaded: dict[str, Any] = _NOTHING
+        self._seed: int | None = None
+
+    def begin(self, epoch: int, batches: int, steps_in_epoch: int, seed: int | None) -> None:
+        """Begin an epoch, or go on in one."""
+        self.epoch, self.batches, self.steps_in_epoch, self._seed, self.ended = (
+            epoch,
+            batches,
+            steps_in_epoch,
+            seed,
+            False,
+        )
+
+    @property
+    def at_epoch_end(self) -> bool:
+        """Whether the epoch's end comes next: all its batches are trained, or something has ended it."""
+        control = self._trainer.control
+        over = control.should_epoch_stop or control.should_training_stop or self.batches >= self.steps_in_epoch
+        return bool(over and not self.ended)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what is saved, or until the training begins what was loaded."""
+        found = self._loaded if self.began is None else self._now()
+        return found | {
+            "fetches": self.fetches.state_dict(self.ended),
+            "sums": PerRank(found["sums"], resize=_joined),
+            # What the Trainer logs differs between ranks (timings): rank 0's is kept.
+            "trainer_state": PerRank(found["trainer_state"], resize=_only, ranks=_first),
+        }
+
+    def _now(self) -> dict[str, Any]:
+        trainer, control = self._trainer, self._trainer.control
+        # A training that has come to its last step is no early stop: with more steps it goes on.
+        stop = control.should_training_stop and trainer.state.global_step < trainer.state.max_steps
+        epoch, batches = (self.epoch + 1, 0) if self.ended else (self.epoch, self.batches)
+        at = Position(epoch, batches, self.ended, bool(stop), bool(control.should_epoch_stop and not self.ended))
+        sums = {
+            "tr_loss": trainer._tr_loss.item(),
+            "total_loss": trainer._total_loss_scalar,
+            "last_logged": trainer._globalstep_last_logged,
+            "initial_step": trainer._initial_global_step,
+            "grad_norm": self.grad_norm.item() if isinstance(self.grad_norm, torch.Tensor) else self.grad_norm,
+            "learning_rate": self.learning_rate,
+            "seconds": time.time() - (self.began or 0.0),
+        }
+        return {
+            "at": asdict(at),
+            "best": None if self.best is None else list(self.best),
+            "data": asdict(data_of(trainer, self._seed)),
+            "sums": sums,
+            "trainer_state": trainer_state_of(trainer) if trainer.args.process_index == 0 else "",
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take what `state_dict` returned; the mixin puts each part where the Trainer has it, at its time."""
+        self.fetches.load_state_dict(state["fetches"])
+        self._loaded = {name: own(value) for name, value in state.items() if name != "fetches"}
+        self.at = Position(**state["at"])
+        self.data = Data(**state["data"])
+        self.best = None if state["best"] is None else (int(state["best"][0]), float(state["best"][1]))
+        self.began = None
+
+    @property
+    def trainer_state(self) -> str:
+        """The loaded text of trainer_state.json."""
+        return str(self._loaded["trainer_state"])
+
+    def resume(self) -> Position:
+        """Return the loaded position, in batches of this job; the next epoch that is run begins there."""
+        assert self.at is not None
+        assert self.data is not None
+        args = self._trainer.args
+        batches = self.at.batches
+        if batches:
+            here = data_of(self._trainer, self.data.seed)
+            batches = here.batches_of(self.data, batches, args.gradient_accumulation_steps)
+        self.resuming = Position(**asdict(self.at) | {"batches": batches})
+        return self.resuming
+
+    def put_back(self) -> None:
+        """Put back what the Trainer adds up, which it has just begun anew: the training begins."""
+        sums, trainer = self._loaded["sums"], self._trainer
+        self.began = time.time() - sums.get("seconds", 0.0)
+        if sums:
+            trainer._tr_loss.fill_(sums["tr_loss"])
+            trainer._total_loss_scalar = sums["total_loss"]
+            trainer._globalstep_last_logged = sums["last_logged"]
+            trainer._initial_global_step = sums["initial_step"]
+            self.grad_norm, self.learning_rate = sums["grad_norm"], sums["learning_rate"]
+
+
+def data_of(trainer: Any, seed: int | None) -> Data:
+    """Return what a Trainer's batches are made of."""
+    try:
+        samples = len(trainer.train_dataset)
+    except TypeError:
+        samples = -1
+    order = "given" if samples < 0 else str(getattr(trainer.args, "train_sampling_strategy", "random"))
+    return Data(samples, int(trainer._train_batch_size), int(trainer.args.world_size), order, seed)
+
+
+def trainer_state_of(trainer: Any) -> str:
+    """Return what Transformers writes into trainer_state.json, with the callbacks' states of now."""
+    exporting = [
+        one for one in [*trainer.callback_handler.callbacks, trainer.control] if isinstance(one, ExportableState)
+    ]
+    callbacks = TrainerState(stateful_callbacks=exporting).stateful_callbacks
+    # Where the best checkpoint is depends on where the run is.
+    state = vars(trainer.state) | {"stateful_callbacks": callbacks, "best_model_checkpoint": None}
+    return json.dumps(state, sort_keys=True)
+
+
+def put_callbacks(trainer: Any) -> list[str]:
+    """Put the loaded states into the callbacks that are here, and return the names of those that are not.
+
+    Into the living ones, since the script may hold them; their arguments are the script's.
+    """
+    loaded = trainer.state.stateful_callbacks
+    saved = {name: list(one) if isinstance(one, list) else [one] for name, one in loaded.items()}
+    saved.pop(type(trainer.control).__name__, None)
+    for callback in trainer.callback_handler.callbacks:
+        states = saved.get(type(callback).__name__) if isinstance(callback, ExportableState) else None
+        for name, value in (states.pop(0) if states else {}).get("attributes", {}).items():
+            setattr(callback, name, value)
+    return sorted(name for name, states in saved.items() if states)
+
+
+def checked_arguments(trainer: Any) -> None:
+    """Refuse, by name, what a job can't be resumed with; warn of what is not exact."""
+    args = trainer.args
+    wrong = {
+        "save_only_model": (args.save_only_model, "such a checkpoint can't be resumed; export the weights instead"),
+        "ignore_data_skip": (args.ignore_data_skip, "it begins the epoch's data anew; the position is kept here"),
+        "auto_find_batch_size": (args.auto_find_batch_size, "the position counts batches, which it changes"),
+        "enable_jit_checkpoint": (
+            getattr(args, "enable_jit_checkpoint", False),
+            "SIGTERM saves here too (docs/preemption.md); leave it out",
+        ),
+        "deepspeed": (trainer.is_deepspeed_enabled, "it keeps its state in an engine of its own"),
+        "fsdp": (trainer.is_fsdp_enabled, "it is not supported yet; FSDP2 is with a loop of your own"),
+    }
+    found = [f"{name}: {why}" for name, (is_set, why) in wrong.items() if is_set]
+    if found:
+        raise StateError(f"{type(trainer).__name__}: not with {'; '.join(found)}")
+    if isinstance(trainer.train_dataset, torch.utils.data.IterableDataset):
+        _log.warning(
+            "the training data is an IterableDataset: a resumed job reads it from its beginning and passes over what "
+            "was trained, which is exact only where it gives the same samples in each process, and draws no random "
+            "numbers; ckptengine.ElasticBatches (docs/streams.md) has a position"
+        )
+    if args.push_to_hub and getattr(args.hub_strategy, "value", args.hub_strategy) != "end":
+        _log.warning(
+            "hub_strategy=%s: checkpoints are not pushed to the hub; the model is, at the end", args.hub_strategy
+        )
+
+
+def seed_of(trainer: Any, sampler: Any, loaded: Data | None) -> int | None:
+    """Return the seed of the order of an epoch's samples, where a sampler has one; a resumed run keeps its own."""
+    seed: int | None = getattr(sampler, "initial_seed", None)
+    if seed is None or loaded is None or loaded.seed is None or loaded.seed == seed:
+        return seed
+    _log.warning(
+        "%s: the seed of the data's order is %d here and %d in the checkpoint: the order of the checkpoint goes on",
+        trainer.run, seed, loaded.seed,
+    )  # fmt: skip
+    sampler.initial_seed = loaded.seed
+    return loaded.seed
+
+
+def _joined(values: Sequence[Mapping[str, Any]], rank: int, world_size: int) -> dict[str, Any]:
+    """Return the sums for another number of ranks: the Trainer logs the mean of the ranks' losses."""
+    return {**values[0], "tr_loss": math.fsum(one["tr_loss"] for one in values) / len(values)}
+
+
+def _only(values: list[Any], rank: int, world_size: int) -> Any:
+    return values[0]
+
+
+def _first(saved_world_size: int, rank: int, world_size: int) -> tuple[int]:
+    return (0,)
