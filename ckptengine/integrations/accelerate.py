@@ -45,8 +45,8 @@ class Prepared:
             raise StateError(f"{accelerator.distributed_type}: it keeps its state in an engine of its own")
         if any(getattr(loader, "use_stateful_dataloader", False) for loader in accelerator._dataloaders):
             raise StateError(
-                "use_stateful_dataloader: leave it out. The position in the data is kept here, and a loader of torchdata does "
-                "not go on in the order that it began with when Accelerate skips batches of it"
+                "use_stateful_dataloader: leave it out. The position in the data is kept here, and a loader of "
+                "torchdata does not go on in its order when Accelerate skips batches of it"
             )
         self._accelerator = accelerator
         self._rng = RNG() if rng is None else rng

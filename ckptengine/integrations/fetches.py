@@ -21,7 +21,6 @@ __all__ = ["Data", "Fetches", "batch_sampler_of", "keep_seed", "own", "sampler_o
 _log = logging.getLogger("ckptengine")
 
 Streams = Mapping[str, NDArray[np.uint8]]
-_NOTHING = np.zeros(0, np.uint8)
 
 
 class Fetches:
@@ -42,7 +41,7 @@ class Fetches:
         self._epoch: Streams = {}
         self._ahead: Streams = {}
         self._sampler: Any = None
-        self._order = _NOTHING
+        self._order: Streams = {}
         self._calls = 0
         self._skip: int | None = None
         self._rewind: Callable[[], object] = lambda: None
@@ -84,8 +83,8 @@ class Fetches:
     def set_order(self, sampler: Any) -> None:
         """Put a sampler's own generator where the loaded epoch began."""
         generator = _generator_of(sampler)
-        if generator is not None and self._order.size:
-            generator.set_state(torch.from_numpy(np.array(self._order)))
+        if generator is not None and self._order:
+            generator.set_state(torch.from_numpy(np.array(self._order["generator"])))
 
     def _fetching(self) -> None:
         """Called when the batch sampler has said which samples the next batch has."""
@@ -106,18 +105,16 @@ class Fetches:
         `between` says that an epoch has ended: what counts of a sampler's generator is where it is now.
         """
         order = self._order_now() if between else self._order
-        places = {"epoch": dict(self._epoch), "ahead": dict(self._ahead), "order": order}
-        return {name: PerRank(value, resize=_none) for name, value in places.items()}
+        places = {"epoch": self._epoch, "ahead": self._ahead, "order": order}
+        return {name: PerRank(dict(place), resize=_none) for name, place in places.items()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take what `state_dict` returned, for `resume`."""
-        found = {name: own(value) for name, value in state.items()}
-        self._epoch, self._ahead = (dict(found[name] or {}) for name in ("epoch", "ahead"))
-        self._order = _NOTHING if found["order"] is None else found["order"]
+        self._epoch, self._ahead, self._order = (dict(own(state[name]) or {}) for name in ("epoch", "ahead", "order"))
 
-    def _order_now(self) -> NDArray[np.uint8]:
+    def _order_now(self) -> Streams:
         generator = _generator_of(self._sampler)
-        return _NOTHING if generator is None else generator.get_state().numpy().copy()
+        return {} if generator is None else {"generator": generator.get_state().numpy().copy()}
 
 
 def batch_sampler_of(loader: Any) -> Any:

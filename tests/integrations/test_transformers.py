@@ -100,7 +100,7 @@ def test_two_ranks_of_which_one_is_killed_are_restarted_by_torchrun_and_end_alik
     env = os.environ | {"OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "restored" in done.stderr + done.stdout or "Signal 9" in done.stderr, done.stderr
+    assert "exitcode: -9" in done.stderr
     for rank in range(2):
         assert differing(result(tmp_path, "through", rank), result(tmp_path, "killed", rank)) == []
 
@@ -135,11 +135,12 @@ def test_where_the_newest_checkpoint_is_damaged_the_one_before_is_taken_with_its
     settings = {"args": {"num_train_epochs": 2}}
     run(tmp_path, "through", settings)
     run(tmp_path, "killed", settings | {"kill": 17}, KILLED)
-    (archive,) = (tmp_path / "killed" / "step-00000016").glob("data-*/rank-*.zip")
-    data = bytearray(archive.read_bytes())
-    data[len(data) // 3] ^= 1  # in an array that only the whole restore reads
+    newest = tmp_path / "killed" / "step-00000016"
+    (archive,) = newest.glob("data-*/rank-*.zip")
+    data, weight = bytearray(archive.read_bytes()), ce.load(newest)["model"]["transformer.ln_f.weight"].tobytes()
+    data[data.index(weight)] ^= 1  # the Trainer's place in the data is sound, and read first
     archive.write_bytes(data)
-    assert "step-00000016" in run(tmp_path, "killed", settings)
+    assert run(tmp_path, "killed", settings).count("'epoch': '1.364'") == 2  # step 15, in both lives
     assert differing(result(tmp_path, "through"), result(tmp_path, "killed")) == []
 
 
@@ -177,7 +178,7 @@ def test_adapters_alone_are_kept_of_a_peft_model(tmp_path: Path) -> None:
 
 def test_transformers_own_checkpoint_is_where_a_run_begins_once_and_only_if_asked(tmp_path: Path) -> None:
     settings = {"args": {"num_train_epochs": 2}, "masks": False}
-    run(tmp_path, "run", settings | {"plain": True, "args": {"max_steps": 8}})  # checkpoint-4, checkpoint-8
+    run(tmp_path, "run", settings | {"plain": True, "kill": 9}, KILLED)  # checkpoint-4, checkpoint-8
     assert "CheckpointNotFoundError" in run(tmp_path, "run", settings, 1)
     run(tmp_path, "run", settings | {"from": True, "kill": 13}, KILLED)
     assert os.path.isdir(tmp_path / "run" / "step-00000012")

@@ -72,7 +72,8 @@ class Kill(transformers.TrainerCallback):  # type: ignore[misc]
 
     def _look(self, step: int) -> None:
         if step >= self._step:
-            self._trainer._checkpointer.wait()
+            if isinstance(self._trainer, Resume):
+                self._trainer._checkpointer.wait()
             os.kill(os.getpid(), self._signal)
             self._step = sys.maxsize
 
