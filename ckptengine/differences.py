@@ -11,10 +11,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ckptengine.catalog.naming import open_checkpoint
-from ckptengine.load.checkpoint import Opened
+from ckptengine.load.checkpoint import Opened, naming
 from ckptengine.load.choose import newest_or_foreign
 from ckptengine.load.describe import describe
-from ckptengine.load.loader import check_distinct
+from ckptengine.load.loader import check_distinct, refuse_unread
 from ckptengine.load.slabs import read_boxes, slabs
 from ckptengine.schema.box import Box
 from ckptengine.schema.dtypes import DTYPES
@@ -128,6 +128,8 @@ def _side(checkpoint: Opened, selection: Selection, rename: Rename | None) -> _S
     renamed = renamer(rename, {}, saved.flat)
     index = checkpoint.rows.index
     sources: Mapping[Path, Path] = {path: path for path in saved.leaves} | dict(saved.aliases)
+    with naming(checkpoint.location):
+        refuse_unread(saved.unread_of(selection, renamed))
     arrays = {path: first for path, first in sources.items() if selection.holds(renamed(path))}
     values = {path: value for path, value in saved.values.items() if selection.holds(renamed(path))}
     check_distinct([*arrays, *values], lambda path: (dotted(renamed(path)),))

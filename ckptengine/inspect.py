@@ -84,9 +84,10 @@ class LeafSummary:
 class CheckpointDescription:
     """One checkpoint.
 
-    `leaves` are its arrays, sorted by name. `values` are the replicated plain values and `rank_values` those
-    of each rank, by dotted name. `metadata` is the user's. `format` tells of another library's, whose files are
-    `files`: it has no step, generation or ranks, and the leaves' `archives` are numbers of its files.
+    `leaves` are its arrays, sorted by name. `values` are the replicated plain values and `rank_values` those of each
+    rank, by dotted name. `metadata` is the user's. `format` tells of another library's, whose files are `files`: it has
+    no step, generation or ranks, the leaves' `archives` are numbers of its files, and `unread` says by name what of it
+    is neither an array nor a plain value.
     """
 
     path: str
@@ -103,6 +104,7 @@ class CheckpointDescription:
     rank_values: dict[int, dict[str, Any]]
     format: str = "ckptengine"
     files: tuple[str, ...] = ()
+    unread: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,6 +199,7 @@ def _described_foreign(checkpoint: ForeignCheckpoint) -> CheckpointDescription:
         rank_values={},
         format=description.format,
         files=tuple(file.name for file in description.files),
+        unread={dotted(path): what for path, what in description.unread.items()},
     )
 
 

@@ -68,8 +68,9 @@ def _filtered(description: CheckpointDescription, only: tuple[str, ...]) -> Chec
         leaves=tuple(leaf for leaf in description.leaves if wanted(leaf.name)),
         values=of(description.values),
         rank_values={rank: of(values) for rank, values in description.rank_values.items()},
+        unread=of(description.unread),
     )
-    if not (found.leaves or found.values or any(found.rank_values.values())):
+    if not (found.leaves or found.values or any(found.rank_values.values()) or found.unread):
         raise click.UsageError(f"{description.path}: nothing has a name like {' or '.join(only)}")
     return found
 
@@ -122,6 +123,8 @@ def _print(description: CheckpointDescription, to: Console) -> None:
     for rank, values in sorted(description.rank_values.items()):
         if values:
             to.print(_values(f"Plain values of rank {rank}", values))
+    if description.unread:
+        to.print(_values("Not read: neither arrays nor plain values", description.unread))
 
 
 def _files(names: tuple[str, ...]) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 from ckptengine.errors import LoadMismatchError, StateError
 from ckptengine.load.checkpoint import Opened
 from ckptengine.load.describe import describe
-from ckptengine.load.loader import check_distinct
+from ckptengine.load.loader import check_distinct, refuse_unread
 from ckptengine.schema.box import Box
 from ckptengine.schema.dtypes import DTYPES
 from ckptengine.schema.path import Path, dotted
@@ -90,6 +90,7 @@ def contents_of(checkpoint: Opened, only: tuple[str, ...] | None, rename: Rename
         )
     saved = describe(checkpoint)
     selection, renamed = Selection(only), renamer(rename, {}, saved.flat)
+    refuse_unread(saved.unread_of(selection, lambda path: path))
     index = checkpoint.rows.index
     sources: dict[Path, Path] = {path: path for path in saved.leaves} | dict(saved.aliases)
     values = {path: value for path, value in saved.values.items() if selection.holds(path)}

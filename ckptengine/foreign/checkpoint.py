@@ -128,4 +128,5 @@ class ForeignCheckpoint:
             rank_containers=({},),
             rank_outlines=(None,),
             flat=description.flat,
+            unread=description.unread,
         )

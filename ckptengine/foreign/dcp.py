@@ -54,6 +54,10 @@ _NAMES: Names = {
     },
     "torch.distributed.checkpoint.filesystem._StorageInfo": _record("_StorageInfo"),
     "torch.distributed.checkpoint.filesystem._StoragePrefix": _record("_StoragePrefix"),
+    **{  # of Megatron's `torch_dist`, which keeps the plans in the metadata
+        f"torch.distributed.checkpoint.planner.{name}": _record(name)
+        for name in ("SavePlan", "WriteItem", "WriteItemType", "TensorWriteData")
+    },
     "torch.serialization._get_layout": _record("layout"),
     **{f"pathlib.{name}": _record("path") for name in ("Path", "PosixPath", "PurePosixPath", "WindowsPath")},
 }
@@ -105,14 +109,14 @@ class _Reading:
                 leaves.append(self._tensor(name, entry.state))
             else:
                 blobs.append((name, self._place(name, None)))
-        values, aliases, more, containers = self._values(blobs)
+        values, aliases, more, containers, unread = self._values(blobs)
         leaves += more
         containers |= self._lists()
         values, containers = _folded(values, containers, {leaf.path for leaf in leaves} | aliases.keys())
         files = tuple(self._sizes)
         table, blob_nbytes, orders = describe_leaves(leaves, files, "torch", self._where)
         flat = self._paths is None
-        return Description("DCP", files, table, blob_nbytes, orders, values, aliases, containers, flat)
+        return Description("DCP", files, table, blob_nbytes, orders, values, aliases, containers, flat, unread=unread)
 
     def _path(self, name: str) -> Path:
         return (name,) if self._paths is None else self._paths[name]
@@ -170,8 +174,8 @@ class _Reading:
 
     def _values(
         self, blobs: list[tuple[str, tuple[int, int, int]]]
-    ) -> tuple[dict[Path, Any], dict[Path, Path], list[ForeignLeaf], dict[Path, Form]]:
-        """Return the plain values, and the tensors that lie in values, such as those of a list."""
+    ) -> tuple[dict[Path, Any], dict[Path, Path], list[ForeignLeaf], dict[Path, Form], dict[Path, str]]:
+        """Return the plain values, the tensors that lie in values, such as those of a list, and what is neither."""
         found: dict[str, tuple[Tree, list[ForeignLeaf], dict[Path, Path]]] = {}
 
         def look(item: tuple[str, tuple[int, int, int]]) -> None:
@@ -182,7 +186,7 @@ class _Reading:
                 raise CheckpointDamagedError(f"{where}: its {nbytes:,} bytes do not lie in the file: it is cut off")
             archive = open_torch_zip(Part(self._storage, path, position, nbytes), where)
             tree = Tree()
-            value = unpickle(archive.pickle, NAMES, where, storage_of, VALUES)
+            value = unpickle(archive.pickle, NAMES, where, storage_of, VALUES, unread=True)
             tree_of(value, tree, self._path(name), (1 << 16) + VISITS_PER_BYTE * len(archive.pickle), where)
             found[name] = (tree, *torch_leaves(tree, archive, file, position, where))
 
@@ -191,13 +195,15 @@ class _Reading:
         aliases: dict[Path, Path] = {}
         leaves: list[ForeignLeaf] = []
         containers: dict[Path, Form] = {}
+        unread: dict[Path, str] = {}
         for name, _ in blobs:
             tree, more, same = found[name]
             values |= tree.values
+            unread |= tree.unread
             containers |= tree.containers
             aliases |= same
             leaves += more
-        return values, aliases, leaves, containers
+        return values, aliases, leaves, containers, unread
 
     def _lists(self) -> dict[Path, Form]:
         """Return the lists of the state: DCP makes one of what has integers for keys (`_nested_dict.set_element`)."""

@@ -74,7 +74,7 @@ class Description:
     start; `blobs` are None, or the bytes of the serialized tensor that each row is in. `orders` has the rows that are
     not stored in C order. `values` are plain values, `aliases` paths that are the same tensor as another. With `flat`
     the names are text, whose dots may or may not divide keys: the state to be filled decides. `metadata` is what the
-    writer noted.
+    writer noted. `unread` says what lies at some paths that is neither an array nor a plain value.
     """
 
     format: str
@@ -87,6 +87,7 @@ class Description:
     containers: Mapping[Path, Form] = field(default_factory=dict)
     flat: bool = False
     metadata: Mapping[str, str] = field(default_factory=dict)
+    unread: Mapping[Path, str] = field(default_factory=dict)
 
     def encode(self) -> bytes:
         """Return the description for other ranks."""
@@ -102,6 +103,7 @@ class Description:
             "containers": [[list(path), form] for path, form in self.containers.items()],
             "flat": self.flat,
             "metadata": dict(self.metadata),
+            "unread": [[list(path), name] for path, name in self.unread.items()],
             "columns": [int(column.size) for column in columns],
         }
         text = json.dumps(head, separators=(",", ":")).encode()
@@ -129,6 +131,7 @@ class Description:
             containers={tuple(path): form for path, form in head["containers"]},
             flat=head["flat"],
             metadata=head["metadata"],
+            unread={tuple(path): name for path, name in head["unread"]},
         )
 
 

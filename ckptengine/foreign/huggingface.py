@@ -128,7 +128,8 @@ def _joined(described: Mapping[str, Description], weights: Mapping[str, str], wh
         aliases |= {(dotted(path),): (dotted(first),) for path, first in one.aliases.items()}
     _check_weights(weights, held, where)
     table, _, orders = describe_leaves(leaves, files, "torch", where)
-    return Description("torch.save in shards", tuple(files), table, None, orders, {}, aliases, flat=True)
+    unread: dict[Path, str] = {(dotted(path),): what for one in described.values() for path, what in one.unread.items()}
+    return Description("torch.save in shards", tuple(files), table, None, orders, {}, aliases, flat=True, unread=unread)
 
 
 def is_distributed(header: Header) -> bool:

@@ -9,7 +9,7 @@ from ckptengine.foreign.description import Description, ForeignFile, ForeignLeaf
 from ckptengine.foreign.names import NAMES, VALUES, TensorRef, storage_of
 from ckptengine.foreign.torch_tree import Tree, pieces_of, tree_of
 from ckptengine.foreign.torch_zip import Part, TorchZip, open_torch_zip
-from ckptengine.foreign.unpickle import unpickle
+from ckptengine.foreign.unpickle import Unread, refusal, unpickle
 from ckptengine.schema.dtypes import DTYPES
 from ckptengine.schema.path import Path
 from ckptengine.storage.base import StorageView
@@ -24,13 +24,16 @@ VISITS_PER_BYTE = 16
 def describe_torch_file(storage: StorageView, name: str) -> Description:
     """Return what a file holds that `torch.save` wrote: a dict of tensors, dicts, lists and plain values.
 
-    Raises `ForeignFormatError` for types that are not read, and older formats; `CheckpointDamagedError` where the file
+    What is neither is told as unread. Raises `ForeignFormatError` where that is all, and for older formats;
+    `CheckpointDamagedError` where the file
     is cut off or contradicts itself.
     """
     where = storage.location(name)
     nbytes = storage.size(name) or 0
     archive = open_torch_zip(Part(storage, name, 0, nbytes), where)
-    value = unpickle(archive.pickle, NAMES, where, storage_of, VALUES)
+    value = unpickle(archive.pickle, NAMES, where, storage_of, VALUES, unread=True)
+    if isinstance(value, Unread):
+        raise refusal(where, value.name)
     if not isinstance(value, dict):
         raise ForeignFormatError(
             f"{where}: torch.save was given a {_kind(value)}, not a dict: save a dict with names, {{'tensor': …}}"
@@ -40,7 +43,8 @@ def describe_torch_file(storage: StorageView, name: str) -> Description:
     files = (ForeignFile(name, nbytes),)
     leaves, aliases = torch_leaves(tree, archive, 0, 0, where)
     table, _, orders = describe_leaves(leaves, files, "torch", where)
-    return Description(FORMAT, files, table, None, orders, tree.values, aliases, tree.containers)
+    unread = tree.unread
+    return Description(FORMAT, files, table, None, orders, tree.values, aliases, tree.containers, unread=unread)
 
 
 def torch_leaves(

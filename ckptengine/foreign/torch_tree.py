@@ -12,7 +12,7 @@ from typing import Any
 from ckptengine.errors import CheckpointDamagedError, ForeignFormatError, StateError
 from ckptengine.foreign.description import Order, Piece
 from ckptengine.foreign.names import TensorRef
-from ckptengine.foreign.unpickle import Record
+from ckptengine.foreign.unpickle import Record, Unread
 from ckptengine.schema.box import Box
 from ckptengine.schema.dtypes import DTYPES
 from ckptengine.schema.path import Path, dotted
@@ -27,11 +27,14 @@ _MOST_PIECES = 1 << 16
 
 @dataclass(slots=True)
 class Tree:
-    """Tensors and plain values by their paths, and the forms of the containers that hold tensors."""
+    """Tensors and plain values by their paths, and the forms of the containers that hold tensors; `unread` names what
+    is neither.
+    """
 
     tensors: dict[Path, TensorRef] = field(default_factory=dict)
     values: dict[Path, Any] = field(default_factory=dict)
     containers: dict[Path, Form] = field(default_factory=dict)
+    unread: dict[Path, str] = field(default_factory=dict)
     visits: int = 0
 
 
@@ -39,7 +42,7 @@ def tree_of(value: Any, tree: Tree, path: Path, most: int, where: str) -> None:
     """Add what was pickled, from a path on, to a tree.
 
     `most` are the visits that it may take: a pickle can refer to one list often. Raises `CheckpointDamagedError` beyond
-    that, `ForeignFormatError` naming the path for what is no plain value.
+    that, `ForeignFormatError` naming the path for what is no plain value, though each part of it is one.
     """
     tree.visits += 1
     if tree.visits > most or len(path) > MAX_DEPTH:
@@ -52,20 +55,40 @@ def tree_of(value: Any, tree: Tree, path: Path, most: int, where: str) -> None:
             form = form_of(value, path)
             keys = path_keys(value, path) if isinstance(value, Mapping) else range(len(value))
         except StateError as error:
-            raise ForeignFormatError(f"{where}: {error}") from None
+            _refuse(value, tree, path, where, error)
+            return
         if form is not None and path:
             tree.containers[path] = form
         items = value.values() if isinstance(value, Mapping) else value
         for key, item in zip(keys, items, strict=True):
             tree_of(item, tree, (*path, key), most, where)
         return
-    if isinstance(value, Record):
-        raise ForeignFormatError(f"{where}: {dotted(path)} is a {value.kind}, which is no plain value")
     try:
         encode(value, path)
     except StateError as error:
-        raise ForeignFormatError(f"{where}: {error}") from None
+        _refuse(value, tree, path, where, error)
+        return
     tree.values[path] = value
+
+
+def _refuse(value: Any, tree: Tree, path: Path, where: str, error: StateError) -> None:
+    """Note something that is not read, or a container of such; raise for anything else."""
+    name = _unread_in(value, 0)
+    if name is None or not path:
+        raise ForeignFormatError(f"{where}: {error}") from None
+    tree.unread[path] = name
+
+
+def _unread_in(value: Any, depth: int, seen: set[int] | None = None) -> str | None:
+    """Return the name of something that is not read in a value; looks at each container once."""
+    seen = set() if seen is None else seen
+    if isinstance(value, Unread | Record):
+        return value.name if isinstance(value, Unread) else value.kind
+    if depth > MAX_DEPTH or id(value) in seen or not isinstance(value, dict | list | tuple | set | frozenset | deque):
+        return None
+    seen.add(id(value))
+    items = (*value, *value.values()) if isinstance(value, dict) else value
+    return next((name for item in items if (name := _unread_in(item, depth + 1, seen)) is not None), None)
 
 
 def _is_container(value: Any, tree: Tree, most: int) -> bool:

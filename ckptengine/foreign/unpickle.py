@@ -2,8 +2,8 @@
 
 The format is that of Python's `pickletools` (protocols 0 to 5). A name in a pickle is looked up in a table of ours and
 never imported; what it stands for is one of our own functions, which only builds values. So a pickle with code in it
-ends with an error that names what it asked for. Memory follows the bytes of the pickle: what a pickle says of sizes
-is compared with what is there before anything is made, and the memo is a dict.
+ends with an error that names what it asked for, or that is left unread, as `Unread`. Memory follows the bytes of the
+pickle: what a pickle says of sizes is compared with what is there before anything is made, and the memo is a dict.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import numpy as np
 
 from ckptengine.errors import CheckpointDamagedError, ForeignFormatError
 
-__all__ = ["Maker", "Names", "Record", "unpickle"]
+__all__ = ["Maker", "Names", "Record", "Unread", "refusal", "unpickle"]
 
 Maker = Callable[..., Any]
 Names = Mapping[str, Maker]
@@ -42,6 +42,13 @@ class Record:
     raw: Any = None
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Unread:
+    """What stands where a pickle has something under a name that is not in the list; nothing of it was made or run."""
+
+    name: str
+
+
 @dataclass(frozen=True, slots=True)
 class _Name:
     """A name that was looked up and not called yet."""
@@ -55,35 +62,51 @@ class _Refused(Exception):
 
 
 def unpickle(
-    data: bytes, names: Names, where: str, persistent: Callable[[Any], Any] | None = None, value_of: Names | None = None
+    data: bytes,
+    names: Names,
+    where: str,
+    persistent: Callable[[Any], Any] | None = None,
+    value_of: Names | None = None,
+    *,
+    unread: bool = False,
 ) -> Any:
     """Return what a pickle holds.
 
     `names` are the functions that may be called, `value_of` those names that stand for a value by themselves (dtypes).
-    `persistent` makes what stands for something that lies outside of the pickle. `where` is for messages.
+    `persistent` makes what stands for something that lies outside of the pickle. `where` is for messages. With
+    `unread`, an `Unread` stands for what has a name that is not in the list, wherever it lies in the pickle.
 
-    Raises `ForeignFormatError` for a name that is not in the list, `CheckpointDamagedError` for what is no pickle.
+    Raises `ForeignFormatError` for a name that is not in the list, without `unread`, `CheckpointDamagedError` for what
+    is no pickle.
     """
-    machine = _Machine(data, names, value_of or {}, persistent)
+    machine = _Machine(data, names, value_of or {}, persistent, unread)
     try:
         return machine.run()
     except _Refused as refused:
-        raise ForeignFormatError(
-            f"{where}: holds {refused}, which is not among the types of weights and plain values that are read: "
-            "nothing of it was run. If you trust the file, load it with the library that wrote it and save weights and "
-            "plain values alone"
-        ) from None
+        raise refusal(where, str(refused)) from None
     except IndexError:
         raise CheckpointDamagedError(f"{where}: the pickle in it can't be read: it ends too early") from None
     except (ValueError, TypeError, LookupError, struct.error, OverflowError, RecursionError) as error:
         raise CheckpointDamagedError(f"{where}: the pickle in it can't be read: {error}") from None
 
 
+def refusal(where: str, what: str) -> ForeignFormatError:
+    """Return the error for what has a name that is not in the list."""
+    return ForeignFormatError(
+        f"{where}: holds {what}, which is not among the types of weights and plain values that are read: "
+        "nothing of it was run. If you trust the file, load it with the library that wrote it and save weights and "
+        "plain values alone"
+    )
+
+
 class _Machine:
     """The stack machine that a pickle is a program of."""
 
-    def __init__(self, data: bytes, names: Names, value_of: Names, persistent: Callable[[Any], Any] | None) -> None:
+    def __init__(
+        self, data: bytes, names: Names, value_of: Names, persistent: Callable[[Any], Any] | None, unread: bool
+    ) -> None:
         self._data, self._at = data, 0
+        self._unread = unread
         self._names, self._value_of, self._persistent = names, value_of, persistent
         self._stack: list[Any] = []
         self._budget = (1 << 20) + _COPIES * len(data)
@@ -184,11 +207,13 @@ class _Machine:
             target.update(items)
         elif isinstance(target, Record):
             target.arguments += tuple(items)
-        else:
+        elif not isinstance(target, Unread):
             raise ValueError(f"items are added to a {type(target).__name__}")
 
     def _set_items(self, items: list[Any]) -> None:
         target = self._top()
+        if isinstance(target, Unread):
+            return
         if not isinstance(target, dict) or len(items) % 2:
             raise ValueError(f"keys are set in a {type(target).__name__}")
         target.update(zip(items[::2], items[1::2], strict=False))
@@ -202,17 +227,32 @@ class _Machine:
             self._push(self._value_of[text]())
         elif text in self._names:
             self._push(_Name(text, self._names[text]))
+        elif self._unread:
+            self._push(Unread(text))
         else:
             raise _Refused(text)
 
     def _call(self, what: Any, arguments: Any, named: Mapping[str, Any] | None = None) -> None:
+        if isinstance(what, Unread):
+            self._push(what)
+            return
         if not isinstance(what, _Name) or not isinstance(arguments, tuple) or named:
             raise ValueError("it calls what is no name of the list")
         # A call may copy what it is given; one container that is handed over again and again must not fill the memory.
         self._budget -= sum(len(one) for one in arguments if isinstance(one, _SIZED))
         if self._budget < 0:
             raise ValueError("it copies the same things over and over")
-        self._push(what.make(*arguments))
+        self._make(what.make, *arguments)
+
+    def _make(self, make: Maker, *arguments: Any) -> None:
+        """Push what a function of ours makes; where it can't for something unread among its arguments, that."""
+        try:
+            self._push(make(*arguments))
+        except (ValueError, TypeError, AttributeError):
+            inside = _unread_in(arguments, 3)
+            if inside is None:
+                raise
+            self._push(inside)
 
     def _build(self) -> None:
         state, target = self._pop(), self._top()
@@ -225,13 +265,22 @@ class _Machine:
         elif isinstance(target, np.dtype):
             if not isinstance(state, tuple) or len(state) < 2 or state[1] == ">":
                 raise ValueError("a numpy dtype is not little-endian")
-        elif not isinstance(target, OrderedDict):  # torch hangs versions of modules on those of a state dict
+        elif not isinstance(target, OrderedDict | Unread):  # torch hangs versions of modules on those of a state dict
             raise ValueError(f"a state is set on a {type(target).__name__}")
 
     def _persistent_id(self, identity: Any) -> None:
         if self._persistent is None:
             raise ValueError("it refers to something outside of it")
-        self._push(self._persistent(identity))
+        self._make(self._persistent, identity)
+
+
+def _unread_in(value: Any, depth: int) -> Unread | None:
+    """Return what is unread among arguments, or in containers of these."""
+    if isinstance(value, Unread):
+        return value
+    if depth and isinstance(value, list | tuple):
+        return next((found for item in value if (found := _unread_in(item, depth - 1)) is not None), None)
+    return None
 
 
 def _list(machine: _Machine) -> None:

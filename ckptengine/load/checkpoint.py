@@ -12,7 +12,7 @@ from ckptengine.archive.names import OBJECTS, rank_node
 from ckptengine.archive.reader import Archive, check_size, open_archive
 from ckptengine.catalog.commit import attempt_directory
 from ckptengine.catalog.manifest import Manifest
-from ckptengine.errors import CheckpointDamagedError, LoadMismatchError
+from ckptengine.errors import CheckpointDamagedError, ForeignFormatError, LoadMismatchError
 from ckptengine.foreign.checkpoint import ForeignCheckpoint
 from ckptengine.storage.base import StorageView, join
 
@@ -24,7 +24,7 @@ def naming(location: str) -> Iterator[None]:
     """Have every error that says what is wrong with a checkpoint also say with which."""
     try:
         yield
-    except (CheckpointDamagedError, LoadMismatchError) as error:
+    except (CheckpointDamagedError, ForeignFormatError, LoadMismatchError) as error:
         if location in str(error):
             raise
         named = type(error)(f"{location}: {error}")

@@ -7,7 +7,7 @@ import functools
 import logging
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,14 @@ import ckptengine._native as _native
 from ckptengine.catalog.keep import Best
 from ckptengine.comm.agree import gather, on_all
 from ckptengine.comm.base import Communicator
-from ckptengine.errors import CheckpointDamagedError, CheckpointError, LoadMismatchError, RankFailedError, StorageError
+from ckptengine.errors import (
+    CheckpointDamagedError,
+    CheckpointError,
+    ForeignFormatError,
+    LoadMismatchError,
+    RankFailedError,
+    StorageError,
+)
 from ckptengine.load.checkpoint import Checkpoint, Opened, naming
 from ckptengine.load.choose import TRIES, Chooser, newest_or_foreign
 from ckptengine.load.describe import describe
@@ -34,6 +41,7 @@ from ckptengine.schema.path import Path, dotted
 from ckptengine.state.bind import Binding, LoadReport, bind
 from ckptengine.state.outline import ordered_forms, put_in_order
 from ckptengine.state.rename import Rename, renamer
+from ckptengine.state.saved import Saved
 from ckptengine.state.select import Selection
 from ckptengine.state.tree import unflatten
 from ckptengine.storage.base import StorageView
@@ -218,6 +226,7 @@ def _arrays_of(
     if rank is not None and not 0 <= rank < saved.world_size:
         raise ValueError(f"rank {rank}: {checkpoint.location} was saved by {saved.world_size} ranks")
     selection, rename = Selection(options.only), renamer(options.rename, {}, saved.flat)
+    refuse_unread(saved.unread_of(selection, rename))
     # Where each array comes from: tied ones come from the first of their names, which may itself not be wanted.
     names: dict[Path, tuple[Path, int | None]] = {path: (path, None) for path in saved.leaves}
     names |= {path: (first, None) for path, first in saved.aliases.items()}
@@ -258,6 +267,16 @@ def _arrays_of(
     return nested
 
 
+def refuse_unread(unread: Mapping[str, str]) -> None:
+    """Raise `ForeignFormatError` where something is wanted that is not read."""
+    for name, what in unread.items():
+        raise ForeignFormatError(
+            f"{name} holds {what}, which is not among the types of weights and plain values that are read: "
+            "nothing of it was run. `only=` takes the rest. If you trust the file, load it with the library that wrote "
+            "it and save weights and plain values alone"
+        )
+
+
 def check_distinct(paths: Iterable[Path], rename: Callable[[Path], Path]) -> None:
     """Raise `LoadMismatchError` where two leaves would have one name."""
     first: dict[Path, Path] = {}
@@ -287,9 +306,11 @@ def _load(
     where = checkpoint.location
     try:
         with naming(where):
+            saved = within(timeout, f"reading {where}", lambda: describe(checkpoint), _native.counters)
+            unread = _unread(saved, state, options)
             binding = bind(
                 state,
-                within(timeout, f"reading {where}", lambda: describe(checkpoint), _native.counters),
+                saved,
                 comm.rank,
                 comm.world_size,
                 only=options.only,
@@ -298,6 +319,9 @@ def _load(
                 cast=options.cast,
                 same=functools.partial(brings_the_same, checkpoint, timeout),
             )
+            if unread:
+                unexpected = (*binding.report.unexpected, *unread)
+                binding.report = replace(binding.report, unexpected=unexpected)
             index = checkpoint.rows.index
             wanted = [(index[one.path, one.rank], one.target) for one in binding.reads]
             filling = within(timeout, f"reading {where}", lambda: plan_filling(checkpoint, wanted), _native.counters)
@@ -323,6 +347,16 @@ def _load(
         on_all(comm, check, timeout, f"comparing the state with {where}")
     attempt = checkpoint.manifest.attempt if isinstance(checkpoint, Checkpoint) else ""
     return Loaded(checkpoint.step, checkpoint.generation, where, binding.report, counts, attempt)
+
+
+def _unread(saved: Saved, state: Mapping[str, Any], options: LoadOptions) -> list[str]:
+    """Return the names of what is wanted and not read, where not everything has to fit; raises otherwise."""
+    if not saved.unread:
+        return []
+    unread = saved.unread_of(Selection(options.only), renamer(options.rename, state, saved.flat))
+    if options.strict:
+        refuse_unread(unread)
+    return list(unread)
 
 
 def _fill(filling: Filling, group: Together | None, where: str, timeout: float) -> Counts | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ckptengine.errors import CheckpointDamagedError, LoadMismatchError
@@ -14,6 +14,7 @@ from ckptengine.schema.path import Key, Path, dotted
 from ckptengine.schema.type_name import describe_type
 from ckptengine.state.forms import Form
 from ckptengine.state.outline import Container, Outline, in_given_order, renamed_key, sorted_keys
+from ckptengine.state.select import Selection
 from ckptengine.state.values import MAX_DEPTH
 
 __all__ = ["Node", "Saved", "SavedArray", "SavedLeaf", "SavedValue", "own_tree", "shared_tree", "with_places"]
@@ -35,7 +36,8 @@ class Saved:
 
     They may be lazy: at an equal world size only this rank's items are looked at, at another one only rank
     0's, and all of them where a `PerRank` has `resize`. With `flat` each path is one text with dots, as other libraries
-    name tensors: which of its parts are keys is for the state to say.
+    name tensors: which of its parts are keys is for the state to say. `unread` says what lies at some paths of another
+    library's checkpoint that is neither an array nor a plain value.
     """
 
     world_size: int
@@ -49,6 +51,12 @@ class Saved:
     outline: Outline | None = None
     rank_outlines: Sequence[Outline | None] = ()
     flat: bool = False
+    unread: Mapping[Path, str] = field(default_factory=dict)
+
+    def unread_of(self, selection: Selection, rename: Callable[[Path], Path]) -> dict[str, str]:
+        """Return what is not read of a selection, by its name there."""
+        renamed = {rename(path): what for path, what in self.unread.items()}
+        return {dotted(path): what for path, what in renamed.items() if selection.holds(path)}
 
 
 @dataclass(frozen=True, slots=True)

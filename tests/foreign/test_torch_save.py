@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from buckets import Bucket
+from cli_run import Call
 from foreign_models import model, same
 
 import ckptengine as ce
@@ -117,8 +118,12 @@ class Touches:
 @pytest.mark.parametrize("call", [os.mkdir, os.system, eval, exec, open, getattr, __import__], ids=str)
 def test_code_in_a_file_is_named_and_not_run(tmp_path: Path, protocol: int, call: Any) -> None:
     torch.save({"w": torch.ones(2), "x": Touches(tmp_path / "made", call)}, tmp_path / "c.pt", pickle_protocol=protocol)
-    with pytest.raises(ForeignFormatError, match=rf"c.pt: holds \w+.{call.__name__}, .* nothing of it was run"):
+    with pytest.raises(ForeignFormatError, match=rf"c.pt: x holds \w+.{call.__name__}, .* nothing of it was run"):
         ce.load(tmp_path / "c.pt")
+    same(ce.load(tmp_path / "c.pt", only=["w"], as_torch=True), {"w": torch.ones(2)})
+    torch.save(Touches(tmp_path / "made", call), tmp_path / "whole.pt", pickle_protocol=protocol)
+    with pytest.raises(ForeignFormatError, match=rf"whole.pt: holds \w+.{call.__name__}, .* nothing of it was run"):
+        ce.load(tmp_path / "whole.pt", only=["w"])
     assert not (tmp_path / "made").exists()
 
 
@@ -129,6 +134,46 @@ def test_objects_are_named(tmp_path: Path, value: Any, kind: str) -> None:
     torch.save({"x": value}, tmp_path / "c.pt")
     with pytest.raises(ForeignFormatError, match=f"holds {kind}"):
         ce.load(tmp_path / "c.pt")
+
+
+class Options(dict):
+    """As the hyper parameters of a trainer: a dict of a class of its own."""
+
+
+def with_objects(folder: Path) -> Path:
+    """Write a checkpoint that has objects beside its weights, as trainers make them."""
+    more = {"args": Namespace(lr=1), "options": Options(a=torch.ones(1)), "sets": {"seen": {Options: 1}, "epoch": 3}}
+    torch.save({"model": trained()["model"], **more, "list": [torch.zeros(2), Namespace()]}, folder / "c.pt")
+    return folder / "c.pt"
+
+
+def test_what_lies_beside_objects_that_are_not_read_is_loaded_with_only(tmp_path: Path) -> None:
+    path, net = with_objects(tmp_path), model(2)
+    with pytest.raises(ForeignFormatError, match=r"c.pt: args holds argparse.Namespace, .*`only=` takes the rest"):
+        ce.load(path, into={"model": net})
+    assert ce.load(path, into={"model": net}, only=["model"]).complete
+    same(net.state_dict(), trained()["model"])
+    assert ce.load(path, only=["sets.epoch"]) == {"sets": {"epoch": 3}}
+    for name in ("options", "sets.seen", "list.1", "sets"):
+        with pytest.raises(ForeignFormatError, match="nothing of it was run"):
+            ce.load(path, only=[name])
+
+
+def test_without_strict_what_is_not_read_is_told_as_unexpected(tmp_path: Path) -> None:
+    report = ce.load(with_objects(tmp_path), into={"model": model(2)}, strict=False)
+    assert {"args", "options", "sets.seen", "list.1"} <= set(report.unexpected)
+
+
+def test_the_commands_say_what_is_not_read_and_export_the_rest(tmp_path: Path, call: Call) -> None:
+    path = with_objects(tmp_path)
+    shown = call("show", path).stdout
+    assert "Not read" in shown
+    assert "argparse.Namespace" in shown
+    refused = call("export", path, tmp_path / "hub")
+    assert refused.exit_code == 2
+    assert "args holds argparse.Namespace" in refused.stderr
+    assert call("export", path, tmp_path / "hub", "--only", "model", "--rename", "model=").exit_code == 0
+    same(ce.load(tmp_path / "hub", as_torch=True), trained()["model"])
 
 
 @pytest.mark.parametrize(
