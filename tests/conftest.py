@@ -36,10 +36,16 @@ if os.geteuid() != 0:
     sys.addaudithook(_before_damage)
 
 
+MOTO_PORT = "CKPTENGINE_TEST_MOTO"
+
+
 def pytest_configure(config: pytest.Config) -> None:
-    """Start one fork server for all of pytest-xdist's processes."""
+    """Start one fork server and one S3 server for all of pytest-xdist's processes."""
     if getattr(config.option, "numprocesses", None) and "PYTEST_XDIST_WORKER" not in os.environ:
         start_server()
+        server = moto_server()
+        os.environ[MOTO_PORT] = str(server.__enter__())
+        config.add_cleanup(lambda: server.__exit__(None, None, None))
 
 
 # Files that take a minute or more, the longest first: begun last, they would keep one process when the others are done.
@@ -72,6 +78,9 @@ def signals_given_back() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def moto() -> Iterator[int]:
+    if MOTO_PORT in os.environ:
+        yield int(os.environ[MOTO_PORT])
+        return
     with moto_server() as port:
         yield port
 

@@ -5,12 +5,11 @@ import datetime
 import os
 import socket
 import struct
-import subprocess
-import sys
 import threading
 import time
 
 import pytest
+from ranks import run_ranks
 
 torch = pytest.importorskip("torch")
 import torch.distributed as dist  # noqa: E402
@@ -60,17 +59,8 @@ dist.destroy_process_group()
 def test_three_ranks_coordinate_and_name_the_one_that_is_missing(tmp_path):
     script = tmp_path / "job.py"
     script.write_text(SCRIPT)
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node=3",
-        str(script),
-    ]
-    environment = {**os.environ, "OUT": str(tmp_path), "PYTHONPATH": os.getcwd(), "OMP_NUM_THREADS": "1"}
-    job = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
-    assert job.returncode == 0, job.stderr[-4000:]
+    job = run_ranks(3, script, env={"OUT": str(tmp_path)})
+    assert job.returncode == 0, job.stdout[-4000:]
     assert (tmp_path / "1").read_text() == ""
     for rank in (0, 2):
         assert "rank 1 did not come within 2 s" in (tmp_path / str(rank)).read_text()
@@ -276,10 +266,8 @@ dist.barrier()
 def test_the_first_meeting_of_the_ranks_keeps_to_the_callers_timeout(tmp_path):
     script = tmp_path / "job.py"
     script.write_text(MEETING)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
-    environment = {**os.environ, "OUT": str(tmp_path), "PYTHONPATH": os.getcwd(), "OMP_NUM_THREADS": "1"}
-    job = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
-    assert job.returncode == 0, job.stderr[-4000:]
+    job = run_ranks(2, script, env={"OUT": str(tmp_path)})
+    assert job.returncode == 0, job.stdout[-4000:]
     seconds, _, text = (tmp_path / "0").read_text().partition(" ")
     assert "rank 1 did not come within 3 s" in text
     assert float(seconds) < 60, "the default is 600 s"

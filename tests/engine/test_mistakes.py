@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from forkserver import fork
 from launch import environment
 
 import ckptengine as ce
@@ -434,16 +435,17 @@ def train(rank, folder):
     dist.destroy_process_group()
 
 if __name__ == "__main__":
-    mp.spawn(train, (sys.argv[1],), nprocs=2)
+    mp.start_processes(train, (sys.argv[1],), nprocs=2, start_method="fork")
 """
 
 
 def test_a_checkpointer_made_before_the_ranks_have_met_says_what_to_do(tmp_path: Path) -> None:
     pytest.importorskip("torch")
     (tmp_path / "job.py").write_text(SPAWNED)
-    command = [sys.executable, str(tmp_path / "job.py"), str(tmp_path)]
-    job = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=150, check=False)
-    assert job.returncode == 0, job.stderr
+    command = [str(tmp_path / "job.py"), str(tmp_path)]
+    with fork(command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as job:
+        printed, _ = job.communicate(150)
+        assert job.wait() == 0, printed
     for rank in (0, 1):
         said = (tmp_path / f"said-{rank}").read_text()
         assert f"was made for 1 rank(s), and now there are 2, of which this is rank {rank}" in said

@@ -1,4 +1,4 @@
-"""Ranks under torchrun of which one leaves the second save out: `left_out_job.py FOLDER SKIPPER`."""
+"""Ranks of which one leaves the second save out: `left_out_job.py FOLDER SKIPPER`."""
 
 import json
 import sys

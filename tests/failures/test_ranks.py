@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from forkserver import fork
+from ranks import run_ranks
 from trained import age
 
 import ckptengine as ce
@@ -22,10 +24,12 @@ HERE = Path(__file__).parent
 def jobs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[int, Path]:
     """The folder of two jobs; in the first one the victim fails in several ways and is killed."""
     folder = tmp_path_factory.mktemp("jobs")
-    command = [sys.executable, str(HERE / "kill_ranks.py"), str(folder), str(request.param)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE.parent.parent)}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200, check=False)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-8000:]
+    with (folder / "output.txt").open("wb") as output:
+        job = fork([str(HERE / "kill_ranks.py"), str(folder), str(request.param)], stdout=output, stderr=output)
+    try:
+        assert job.wait(200) == 0, (folder / "output.txt").read_text()[-8000:]
+    finally:
+        job.kill()
     return request.param, folder
 
 
@@ -87,13 +91,17 @@ def test_nothing_of_failed_and_killed_attempts_stays(jobs: tuple[int, Path]) -> 
     assert verify(run) == []
 
 
-@pytest.mark.parametrize("skipper", [1, 0])
-def test_a_rank_that_leaves_a_save_out_under_torchrun_is_named_and_the_next_save_is_made(tmp_path, skipper) -> None:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=3"]
-    command += [str(HERE / "left_out_job.py"), str(tmp_path), str(skipper)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE.parent.parent)}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200, check=False)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-8000:]
+@pytest.mark.parametrize(("skipper", "torchrun"), [(1, True), (0, False)])
+def test_a_rank_that_leaves_a_save_out_is_named_and_the_next_save_is_made(tmp_path, skipper, torchrun) -> None:
+    if torchrun:
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=3"]
+        command += [str(HERE / "left_out_job.py"), str(tmp_path), str(skipper)]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE.parent.parent)}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200, check=False)
+        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-8000:]
+    else:
+        job = run_ranks(3, HERE / "left_out_job.py", tmp_path, skipper)
+        assert job.returncode == 0, job.stdout[-8000:]
     for rank in range(3):
         ends = json.loads((tmp_path / f"{rank}.json").read_text())
         assert [ends[step][0] for step in "1345"] == ["", "", "", ""]

@@ -21,11 +21,12 @@ import lightning.pytorch as pl
 import numpy as np
 import torch
 import torchmetrics
-from lightning.pytorch.callbacks import EarlyStopping
-from torch.utils.data import DataLoader, Dataset
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch.utilities import CombinedLoader
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 import ckptengine as ce
-from ckptengine.integrations.lightning import Resume
+from ckptengine.integrations.lightning import CheckpointIO, Resume
 
 OPTIONS: dict[str, Any] = json.loads(sys.argv[1])
 RANK = int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0")))
@@ -69,6 +70,9 @@ class Model(pl.LightningModule):
         total = self.trainer.fit_loop.epoch_loop.batch_progress.total.ready
         if total == OPTIONS.get("kill") and not Path(OPTIONS["killed"]).exists():
             die()
+        if total == OPTIONS.get("tell") and RANK == 1 and not Path(OPTIONS["killed"]).exists():
+            Path(OPTIONS["killed"]).touch()
+            os.kill(os.getpid(), signal.SIGTERM)
         out = self.net(x)
         loss = torch.nn.functional.mse_loss(out, y)
         self.error(out.detach(), y)
@@ -107,6 +111,23 @@ class Model(pl.LightningModule):
         torch.rand(3)  # what is drawn between the restore and the first batch changes nothing
 
 
+class Bad(Model):
+    """A module whose hook can't be kept."""
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if OPTIONS["bad"] == "replaces":
+            checkpoint["state_dict"]["net.0.weight"] = torch.zeros(16, 8)
+        if OPTIONS["bad"] == "object":
+            checkpoint["thing"] = object()
+
+
+class Endless(IterableDataset[torch.Tensor]):
+    """Samples without a position."""
+
+    def __iter__(self) -> Any:
+        return iter(Samples()[number] for number in range(40))
+
+
 def die() -> None:
     """End like a machine that fails, once a checkpoint is committed and all ranks are here."""
     deadline = time.monotonic() + 60
@@ -121,6 +142,9 @@ def die() -> None:
 
 def strategy() -> Any:
     kind = OPTIONS.get("strategy", "auto")
+    if OPTIONS.get("bad") == "fsdp1":
+        trainer = type("FSDPStrategy", (pl.strategies.SingleDeviceStrategy,), {})  # the real one wants a GPU
+        return trainer(device=torch.device("cpu"))
     if kind == "fsdp2":
         return pl.strategies.ModelParallelStrategy(
             data_parallel_size=2, tensor_parallel_size=1, process_group_backend="gloo"
@@ -133,9 +157,13 @@ def main() -> None:
     torch.use_deterministic_algorithms(True)
     torch.set_num_threads(1)
     pl.seed_everything(3)
-    model = Model()
+    bad = OPTIONS.get("bad")
+    model = Bad() if bad in ("replaces", "object") else Model()
     ranks = OPTIONS.get("ranks", 1)
-    resume = Resume(OPTIONS["run"], **OPTIONS.get("resume", {"every": 3}))
+    resume = Resume(
+        OPTIONS["run"], **OPTIONS.get("resume", {"every": 3}), state={"model": model} if bad == "name" else None
+    )
+    keep = OPTIONS.get("plugin") and ModelCheckpoint(OPTIONS["run"], every_n_train_steps=3, save_last=True)
     trainer = pl.Trainer(
         accelerator="cpu",
         devices=ranks,
@@ -145,7 +173,8 @@ def main() -> None:
         enable_progress_bar=False,
         enable_model_summary=False,
         use_distributed_sampler=not OPTIONS.get("elastic"),
-        callbacks=[resume, EarlyStopping("val_loss", patience=50)],
+        callbacks=[keep or resume, EarlyStopping("val_loss", patience=50)],
+        plugins=[CheckpointIO(background=True)] if OPTIONS.get("plugin") == "ours" else [],
         **OPTIONS.get("trainer", {}),
     )
     workers = OPTIONS.get("workers", 0)
@@ -158,7 +187,11 @@ def main() -> None:
         loader = DataLoader(Samples(), batch_sampler=sampler, num_workers=workers)
     else:
         loader = DataLoader(Samples(), batch_size=4, shuffle=True, num_workers=workers)
-    trainer.fit(model, loader, DataLoader(Samples(), batch_size=8))
+    if bad == "iterable":
+        loader = DataLoader(Endless(), batch_size=4)
+    if bad == "cycle":
+        loader = CombinedLoader([loader, DataLoader(Samples(), batch_size=8)], "max_size_cycle")
+    trainer.fit(model, loader, DataLoader(Samples(), batch_size=8), ckpt_path=OPTIONS.get("ckpt_path"))
     end(trainer, model, resume)
 
 

@@ -1,12 +1,10 @@
 """What is wrong on one rank after a load is an error on all ranks, and none waits for another."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from ranks import run_ranks
 
 HERE = Path(__file__).parent
 CONTENTS = "other contents now than in the checkpoint, float32"
@@ -16,16 +14,8 @@ CONTENTS = "other contents now than in the checkpoint, float32"
 def found(tmp_path_factory):
     """Return what each case raised on rank 0 and on rank 1: class and words."""
     folder = tmp_path_factory.mktemp("ranks")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{HERE.parent.parent}{os.pathsep}{HERE}"}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    job = subprocess.run(
-        [*command, str(HERE / "verify_job.py"), str(folder)],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=280,
-    )
-    assert job.returncode == 0, job.stdout[-2000:] + job.stderr[-8000:]
+    job = run_ranks(2, HERE / "verify_job.py", folder)
+    assert job.returncode == 0, job.stdout[-8000:]
     return [json.loads((folder / f"rank-{rank}.json").read_text()) for rank in (0, 1)]
 
 

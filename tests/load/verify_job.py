@@ -1,4 +1,4 @@
-"""One of two ranks that train a sharded model, started by torchrun: on rank 1 alone a load goes wrong in several ways.
+"""One of two ranks that train a sharded model: on rank 1 alone a load goes wrong in several ways.
 
 `verify_job.py FOLDER` writes to `FOLDER/rank-N.json` which error each case has raised: its class and its words.
 """

@@ -14,6 +14,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor, zeros
 
 import ckptengine as ce
+from ckptengine.storage import remote, upload
 
 ROWS, COLUMNS = 1003, 517
 
@@ -56,7 +57,8 @@ def load(url: str) -> dict:
 
 def train(url: str) -> dict:
     """Save three steps; in the first life the last rank dies in the third one."""
-    state = {"w": torch.zeros(10_000_000)}
+    remote.Budget = lambda: upload.Budget(part_nbytes=5 << 20)  # type: ignore[assignment, misc]
+    state = {"w": torch.zeros(4_000_000)}  # two parts of each rank
     ckpt = ce.Checkpointer(url, every=1, keep_last=2, timeout=15, preemption=None)
     restored = ckpt.restore(state)
     first = restored or 0
@@ -64,8 +66,6 @@ def train(url: str) -> dict:
     for step in range(first + 1, first + 4):
         state["w"].fill_(step)
         if restored is None and step == 3 and dist.get_rank() == dist.get_world_size() - 1:
-            from ckptengine.storage import upload
-
             # Killed with its upload begun and its parts sent.
             upload.RemoteArchiveWriter.finish = lambda self: os.kill(os.getpid(), signal.SIGKILL)
         handle = ckpt.step(step, state)

@@ -60,7 +60,7 @@ def test_a_rank_killed_in_its_upload_costs_one_step_and_its_parts_are_swept(in_e
     assert len({name.split("/")[2] for name in names if "/data-" in name}) == len(committed(storage))
 
 
-def test_the_commands_look_into_a_bucket(in_environment):
+def test_the_commands_look_into_a_bucket(in_environment, call):
     url = f"{in_environment.url}/run"
     state = {"w": np.arange(100_000.0), "step": 1}
     with ce.Checkpointer(url, every=1, keep_last=2, storage_options=in_environment.options) as ckpt:
@@ -68,15 +68,15 @@ def test_the_commands_look_into_a_bucket(in_environment):
             ckpt.step(step, state)
     listed = run("ls", url, "--json")
     assert [one["step"] for one in json.loads(listed.stdout)] == [2, 3], listed.stderr
-    shown = run("show", url)
-    assert shown.returncode == 0, shown.stderr
-    assert "w" in shown.stdout
-    assert run("verify", url).returncode == 0
+    shown = call("show", url)
+    assert shown.exit_code == 0, shown.output
+    assert "w" in shown.output
+    assert call("verify", url).exit_code == 0
     name = next(name for name in in_environment.names() if "00000003" in name and "rank-" in name)
     data = bytearray(in_environment.fs.cat_file(f"{in_environment.url}/{name}"))
     data[len(data) // 2] ^= 1
     in_environment.fs.pipe_file(f"{in_environment.url}/{name}", bytes(data))
-    assert run("verify", url).returncode == 1
-    audited = run("audit", url)
-    assert audited.returncode == 2
-    assert "no data cursor" in audited.stderr + audited.stdout
+    assert call("verify", url).exit_code == 1
+    audited = call("audit", url)
+    assert audited.exit_code == 2
+    assert "no data cursor" in audited.output

@@ -12,6 +12,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from forkserver import fork
 from launch import ROOT, environment
 
 from ckptengine.catalog.listing import committed
@@ -70,7 +71,8 @@ def test_a_job_is_issued_again_so_many_times_unless_no_machine_can_do_it(supervi
     assert [issue.exit_code for issue in platform.submit("job", job=script)] == issued
 
 
-def test_a_state_that_cannot_be_saved_ends_the_job_for_good(supervisor, tmp_path, in_environment):
+def test_a_state_that_cannot_be_saved_ends_the_job_for_good(supervisor, tmp_path, in_environment, monkeypatch):
+    monkeypatch.setenv("RANKS", "1")
     script = tmp_path / "train_unsavable.py"
     script.write_text(
         f"import sys; sys.path.insert(0, {str(EXAMPLE)!r})\n"
@@ -117,7 +119,8 @@ def test_each_check_of_the_environment_that_fails_is_a_line_and_the_others_are_m
 
 
 def check(options: dict[str, object]) -> tuple[int, list[str]]:
-    command = [sys.executable, str(EXAMPLE / "check_environment.py")]
+    command = [str(EXAMPLE / "check_environment.py")]
     command += [str(part) for option in options.items() for part in option]
-    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=200)
-    return done.returncode, done.stdout.splitlines()
+    with fork(command, env=environment(), stdout=subprocess.PIPE) as done:
+        out, _ = done.communicate(200)
+    return done.wait(), out.splitlines()
