@@ -14,10 +14,10 @@ from typing import Any
 import torch.distributed as dist
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
-sys.argv.insert(1, "ckptengine.dcp")  # what the script that is used here imports
-from training_job import AppState, digest, made, train
-
 import ckptengine as ce
+
+sys.argv.insert(1, "ckptengine.dcp")  # what the script that is used here imports
+from training_job import AppState, digest, made, train  # noqa: E402
 
 TO_OBJECTS = {"app.model": "model", "app.optim": "optimizer"}
 
