@@ -137,9 +137,12 @@ class Handing:
 
     def _start(self, loader: Iterable[Any]) -> Iterator[Any]:
         """Begin an iteration of a loader here: no two ranks, and no two places of a run, seed its workers alike."""
+        return start(loader, self._here())
+
+    def _here(self) -> list[Any]:
+        """Return the place of this rank's next batch in the run, as plain values."""
         cursor = self._cursor
-        here = [cursor.order.describe(), cursor.epoch, cursor.consumed, self._begun, cursor.rank, cursor.world_size]
-        return start(loader, here)
+        return [cursor.order.describe(), cursor.epoch, cursor.consumed, self._begun, cursor.rank, cursor.world_size]
 
     def _parts(self) -> Iterator[Part]:
         """Yield what this rank has left of the epoch; counts nothing."""

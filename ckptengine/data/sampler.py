@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from typing import Any
 
@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from ckptengine.data.cursor import Cursor, Last
 from ckptengine.data.handing import Handing, Part, place_of
 from ckptengine.data.order import Order, Sequential, Shuffled
+from ckptengine.data.start import seeded
 from ckptengine.errors import CheckpointError
 
 __all__ = ["ElasticSampler"]
@@ -65,10 +66,16 @@ class ElasticSampler(Handing):
         cursor = Cursor(order, global_batch, rank=rank, world_size=world_size, micro_batch=micro_batch, last=last)
         super().__init__(cursor, "sampler")
         self._drawing: _Drawing | None = None
+        self._starting: Iterable[Any] | None = (
+            None  # a loader that makes its iterator when its first batch is asked for
+        )
 
     def __iter__(self) -> Iterator[list[int]]:
         """Yield this rank's lists of the rest of the epoch; counts nothing."""
-        drawing = _Drawing(self, self._counting)
+        late = None
+        if self._starting is not None:  # a DataLoader with workers asks twice
+            late = seeded(self._starting, self._here()) if self._drawing is None else self._drawing.late
+        drawing = _Drawing(self, self._counting, late)
         if self._counting:
             self._drawing = drawing
         return drawing
@@ -105,9 +112,13 @@ class ElasticSampler(Handing):
         self._drawing, self._counting = None, True
         try:
             batches = self._start(loader)
+            if self._drawing is None:  # a generator around a DataLoader, which will draw a seed with its first batch
+                self._starting = loader
             batch = next(batches, _END)
         finally:
-            self._counting = False
+            self._counting, self._starting = False, None
+            if self._drawing is not None:
+                self._drawing.started()
         drawing = self._drawing
         if drawing is None:
             raise CheckpointError("the loader gave a batch without drawing from this sampler, or none at all")
@@ -119,15 +130,26 @@ class ElasticSampler(Handing):
 
 
 class _Drawing(Iterator[list[int]]):
-    """One pass over the rest of an epoch, as fast as a loader draws it."""
+    """One pass over the rest of an epoch, as fast as a loader draws it.
 
-    def __init__(self, sampler: ElasticSampler, counted: bool) -> None:
+    `late` sets the random streams back that were seeded for a loader's iterator, before its first draw.
+    """
+
+    def __init__(self, sampler: ElasticSampler, counted: bool, late: Callable[[], None] | None = None) -> None:
+        self.late = late
         self._sampler, self._cursor, self._counted = sampler, sampler._cursor, counted
         self._parts = sampler._parts()
         self._ready: deque[tuple[Part, NDArray[np.int64]]] = deque()
         self._drawn: deque[tuple[Part, NDArray[np.int64]]] = deque()
 
+    def started(self) -> None:
+        """Set the random streams back: the loader's iterator is made."""
+        late, self.late = self.late, None
+        if late is not None:
+            late()
+
     def __next__(self) -> list[int]:
+        self.started()
         if not self._ready:
             self._fill()
         part, samples = self._ready.popleft()

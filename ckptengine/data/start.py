@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from ckptengine.frameworks.random_stream import RandomStream
 from ckptengine.frameworks.registry import adapters
 
-__all__ = ["start"]
+__all__ = ["seeded", "start"]
 
 
 def start(loader: Iterable[Any], place: object) -> Iterator[Any]:
@@ -22,16 +22,26 @@ def start(loader: Iterable[Any], place: object) -> Iterator[Any]:
     then give its workers the same seed in each epoch: while the loader starts, each stream is seeded anew, from the
     state it has and from `place`, plain JSON values that say where in the data this rank's iteration begins.
     """
+    restore = seeded(loader, place)
+    try:
+        return iter(loader)
+    finally:
+        restore()
+
+
+def seeded(loader: Iterable[Any], place: object) -> Callable[[], None]:
+    """Seed the streams that a loader draws from, for a place; return what sets them back to where they were."""
     streams = _streams(loader)
     before = [stream.get() for stream in streams]
     where = json.dumps(place, sort_keys=True).encode()
-    try:
-        for stream, state in zip(streams, before, strict=True):
-            stream.seed(hashlib.sha256(where + b"\0" + state.tobytes()).digest())
-        return iter(loader)
-    finally:
+
+    def restore() -> None:
         for stream, state in zip(streams, before, strict=True):
             stream.set(state)
+
+    for stream, state in zip(streams, before, strict=True):
+        stream.seed(hashlib.sha256(where + b"\0" + state.tobytes()).digest())
+    return restore
 
 
 def _streams(loader: Iterable[Any]) -> list[RandomStream]:

@@ -1,21 +1,26 @@
-"""Where the random streams are when a data loader fetches a batch, for loaders that fetch one ahead of the training."""
+"""Where a data loader is: what its batches are made of, and the random streams at its fetches, one of them ahead."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch.utils.data import BatchSampler
 
+from ckptengine.errors import LoadMismatchError
 from ckptengine.state.per_rank import PerRank
 from ckptengine.state.rng import RNG
 
-__all__ = ["Fetches", "own"]
+__all__ = ["Data", "Fetches", "batch_sampler_of", "keep_seed", "own", "sampler_of"]
+
+_log = logging.getLogger("ckptengine")
 
 Streams = Mapping[str, NDArray[np.uint8]]
-_NOTHING = np.zeros(0, np.uint8)
 
 
 class Fetches:
@@ -36,15 +41,16 @@ class Fetches:
         self._epoch: Streams = {}
         self._ahead: Streams = {}
         self._sampler: Any = None
-        self._order = _NOTHING
+        self._order: Streams = {}
         self._calls = 0
         self._skip: int | None = None
         self._rewind: Callable[[], object] = lambda: None
 
     def attach(self, loader: Any) -> None:
         """Follow the fetches of `loader`, whose iteration is about to begin; once for each loader."""
-        sampler = getattr(loader, "batch_sampler", None)
-        if sampler is None or sampler is self._hooked or loader.num_workers:
+        sampler = batch_sampler_of(loader)
+        workers = getattr(loader, "num_workers", 0)
+        if sampler is None or sampler is self._hooked or workers:
             return
         kind, self._hooked = type(sampler), sampler
 
@@ -77,8 +83,8 @@ class Fetches:
     def set_order(self, sampler: Any) -> None:
         """Put a sampler's own generator where the loaded epoch began."""
         generator = _generator_of(sampler)
-        if generator is not None and self._order.size:
-            generator.set_state(torch.from_numpy(np.array(self._order)))
+        if generator is not None and self._order:
+            generator.set_state(torch.from_numpy(np.array(self._order["generator"])))
 
     def _fetching(self) -> None:
         """Called when the batch sampler has said which samples the next batch has."""
@@ -99,18 +105,77 @@ class Fetches:
         `between` says that an epoch has ended: what counts of a sampler's generator is where it is now.
         """
         order = self._order_now() if between else self._order
-        places = {"epoch": dict(self._epoch), "ahead": dict(self._ahead), "order": order}
-        return {name: PerRank(value, resize=_none) for name, value in places.items()}
+        places = {"epoch": self._epoch, "ahead": self._ahead, "order": order}
+        return {name: PerRank(dict(place), resize=_none) for name, place in places.items()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take what `state_dict` returned, for `resume`."""
-        found = {name: own(value) for name, value in state.items()}
-        self._epoch, self._ahead = (dict(found[name] or {}) for name in ("epoch", "ahead"))
-        self._order = _NOTHING if found["order"] is None else found["order"]
+        self._epoch, self._ahead, self._order = (dict(own(state[name]) or {}) for name in ("epoch", "ahead", "order"))
 
-    def _order_now(self) -> NDArray[np.uint8]:
+    def _order_now(self) -> Streams:
         generator = _generator_of(self._sampler)
-        return _NOTHING if generator is None else generator.get_state().numpy().copy()
+        return {} if generator is None else {"generator": generator.get_state().numpy().copy()}
+
+
+def batch_sampler_of(loader: Any) -> Any:
+    """Return what says which samples a loader's batches have, None where nothing does."""
+    sampler = getattr(loader, "batch_sampler", None)
+    if sampler is None and isinstance(getattr(loader, "sampler", None), BatchSampler):
+        return loader.sampler
+    return sampler
+
+
+def sampler_of(loader: Any) -> Any:
+    """Return the sampler below a loader's batch samplers, None where there is none."""
+    sampler = batch_sampler_of(loader)
+    while (inner := getattr(sampler, "batch_sampler", None)) is not None:
+        sampler = inner
+    return getattr(sampler, "sampler", None)
+
+
+def keep_seed(name: str, sampler: Any, saved: int | None) -> int | None:
+    """Return the seed of the order of an epoch's samples, where a sampler has one; a resumed run keeps its own."""
+    seed: int | None = getattr(sampler, "initial_seed", None)
+    if seed is None or saved is None or saved == seed:
+        return seed
+    _log.warning(
+        "%s: the seed of the data's order is %d here and %d in the checkpoint: the checkpoint's order goes on",
+        name, seed, saved,
+    )  # fmt: skip
+    sampler.initial_seed = saved
+    return saved
+
+
+@dataclass(frozen=True, slots=True)
+class Data:
+    """What a number of batches means: the dataset's length (-1: none), a rank's batch, ranks, order, and its seed."""
+
+    samples: int
+    batch: int
+    ranks: int
+    order: str
+    seed: int | None
+
+    def batches_of(self, saved: Data, batches: int, accumulation: int = 1) -> int:
+        """Return how many batches here are as many samples as `batches` were where they were saved.
+
+        Raises `LoadMismatchError` where these are not so many whole batches and steps, or not the same samples.
+        """
+        mine, theirs = (replace(data, seed=None) for data in (self, saved))
+        if mine == theirs or not batches:
+            return batches
+        found, rest = divmod(batches * saved.batch * saved.ranks, self.batch * self.ranks)
+        same = (self.samples, self.order) == (saved.samples, saved.order) and self.order in ("random", "sequential")
+        if not same or rest or found % accumulation:
+            raise LoadMismatchError(
+                f"the checkpoint lies {batches} batches into an epoch of {saved}, and here are {self}: no place in "
+                "this data. Start with what the run was saved with, or begin another run and load the weights "
+                "(Checkpointer.warm_start, docs/resume.md)"
+            )
+        return found
+
+    def __str__(self) -> str:
+        return f"{self.samples} samples, order {self.order}, {self.ranks} ranks with batches of {self.batch}"
 
 
 def own(value: Any) -> Any:

@@ -16,8 +16,8 @@ from transformers.trainer_callback import ExportableState, TrainerState
 from ckptengine.catalog.keep import Best
 from ckptengine.catalog.listing import Entry
 from ckptengine.catalog.manifest import Manifest
-from ckptengine.errors import LoadMismatchError, StateError
-from ckptengine.integrations.fetches import Fetches, own
+from ckptengine.errors import StateError
+from ckptengine.integrations.fetches import Data, Fetches, own
 from ckptengine.state.per_rank import PerRank
 from ckptengine.state.rng import RNG
 
@@ -41,38 +41,6 @@ class Position:
     ended: bool
     stop: bool
     epoch_stop: bool
-
-
-@dataclass(frozen=True, slots=True)
-class Data:
-    """What a number of batches means: the dataset's length (-1: none), a rank's batch, ranks, order, and its seed."""
-
-    samples: int
-    batch: int
-    ranks: int
-    order: str
-    seed: int | None
-
-    def batches_of(self, other: Data, batches: int, accumulation: int) -> int:
-        """Return how many batches here are as many samples as `batches` were in `other`.
-
-        Raises `LoadMismatchError` where the same samples are not so many whole batches and steps, or not the same ones.
-        """
-        if (self.samples, self.batch, self.ranks, self.order) == (other.samples, other.batch, other.ranks, other.order):
-            return batches
-        before, here = other.batch * other.ranks, self.batch * self.ranks
-        found, rest = divmod(batches * before, here)
-        same = self.samples == other.samples and self.order == other.order and self.order in ("random", "sequential")
-        if not same or rest or found % accumulation:
-            raise LoadMismatchError(
-                f"the checkpoint lies {batches} batches into an epoch of {other}, and here is {self}: that is no place "
-                "in this data. Start with what the run was saved with, or begin another run and load the weights "
-                "(Checkpointer.warm_start, docs/resume.md)"
-            )
-        return found
-
-    def __str__(self) -> str:
-        return f"{self.samples} samples in {self.order} order, {self.ranks} ranks with batches of {self.batch}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,6 +170,9 @@ def data_of(trainer: Any, seed: int | None) -> Data:
     except TypeError:
         samples = -1
     order = "given" if samples < 0 else str(getattr(trainer.args, "train_sampling_strategy", "random"))
+    accelerator = trainer.accelerator
+    if accelerator.split_batches or accelerator.dispatch_batches or getattr(accelerator, "parallelism_config", None):
+        order += ", shared out by batches"  # the ranks' batches are not one after the other
     return Data(samples, int(trainer._train_batch_size), int(trainer.args.world_size), order, seed)
 
 
@@ -258,19 +229,6 @@ def checked_arguments(trainer: Any) -> None:
         _log.warning(
             "hub_strategy=%s: checkpoints are not pushed to the hub; the model is, at the end", args.hub_strategy
         )
-
-
-def seed_of(trainer: Any, sampler: Any, loaded: Data | None) -> int | None:
-    """Return the seed of the order of an epoch's samples, where a sampler has one; a resumed run keeps its own."""
-    seed: int | None = getattr(sampler, "initial_seed", None)
-    if seed is None or loaded is None or loaded.seed is None or loaded.seed == seed:
-        return seed
-    _log.warning(
-        "%s: the seed of the data's order is %d here and %d in the checkpoint: the order of the checkpoint goes on",
-        trainer.run, seed, loaded.seed,
-    )  # fmt: skip
-    sampler.initial_seed = loaded.seed
-    return loaded.seed
 
 
 def _joined(values: Sequence[Mapping[str, Any]], rank: int, world_size: int) -> dict[str, Any]:

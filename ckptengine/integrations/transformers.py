@@ -11,20 +11,19 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from accelerate.data_loader import get_sampler
-from transformers import TrainerCallback
-from transformers.trainer import TRAINER_STATE_NAME
+from transformers import Trainer, TrainerCallback
+from transformers.trainer import TRAINER_STATE_NAME, _is_peft_model
 from transformers.trainer_utils import get_last_checkpoint
 
 from ckptengine.catalog.keep import KeepLast
 from ckptengine.checkpointer import Checkpointer
 from ckptengine.errors import CheckpointDamagedError, CheckpointNotFoundError, StateError
+from ckptengine.integrations.fetches import keep_seed, sampler_of
 from ckptengine.integrations.trainer_place import (
     FirstBest,
     Place,
     checked_arguments,
     put_callbacks,
-    seed_of,
 )
 from ckptengine.policy.rules import Policy
 from ckptengine.state.rng import RNG
@@ -54,6 +53,8 @@ class Resume:
     weights, the optimizer and the logged losses of one that ran through (docs/huggingface.md says when). SIGTERM acts
     as docs/preemption.md says.
 
+    Of a `PeftModel` the adapters alone are kept (under `adapters`), unless `whole_model` is set.
+
     `train(resume_from_checkpoint)`: None (the default) goes on from the newest checkpoint of the run, and begins where
     there is none. True does the same and raises `ValueError` where there is none; where only Transformers' own
     `checkpoint-…` directories are there it begins from the newest of them. False begins anew, on a branch of its own.
@@ -74,16 +75,25 @@ class Resume:
     callback_handler: Any
     _tr_loss: Any
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        trainer = next((base for base in cls.__mro__ if base is Trainer), None)
+        if trainer is None or cls.__mro__.index(trainer) < cls.__mro__.index(Resume):
+            raise TypeError(f"class {cls.__name__}: write class {cls.__name__}(Resume, Trainer): Resume comes first")
+
     def __init__(
         self,
         *args: Any,
         run: str | os.PathLike[str] | None = None,
         checkpointer: Mapping[str, Any] | None = None,
+        whole_model: bool = False,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
+        self._whole_model = whole_model
         checked_arguments(self)
         self.run = os.fspath(self.args.output_dir if run is None else run)
+        self._adapters: Any = None
         self._options = dict(checkpointer or {})
         self._rng = RNG()
         self._place = Place(self, self._rng)
@@ -101,8 +111,11 @@ class Resume:
         """Train as the Trainer does, going on from the run's newest checkpoint; see the class."""
         if trial is not None:
             raise StateError("hyperparameter search is not supported: each trial would need a run of its own")
+        options = self._options | self._policy()
+        if "policy" in options:
+            options.pop("every", None)
         with (
-            Checkpointer(self.run, **self._policy(), **self._options) as self._checkpointer,
+            Checkpointer(self.run, **options) as self._checkpointer,
             tempfile.TemporaryDirectory(prefix="ckptengine-") as directory,
         ):
             self._place.forget()
@@ -159,12 +172,10 @@ class Resume:
         """Return what the Trainer's arguments say about keeping; when to save is the Trainer's."""
         if {"policy", "keep_last", "keep_every", "keep_best"} & self._options.keys():
             return {}
-        every = self._options.pop("every", None)
         rules: list[Any] = [] if self.args.save_total_limit is None else [KeepLast(max(1, self.args.save_total_limit))]
         if rules and self.args.load_best_model_at_end:
             rules.append(FirstBest(self._best_metric, mode="max" if self.args.greater_is_better else "min"))
-        save = Policy.of(every).save
-        return {"policy": Policy(save=save, keep=rules)}
+        return {"policy": Policy(save=Policy.of(self._options.get("every")).save, keep=rules)}
 
     @property
     def _best_metric(self) -> str:
@@ -230,8 +241,8 @@ class Resume:
     def _run_epoch(self, *, epoch: int, train_dataloader: Any, steps_in_epoch: int, **rest: Any) -> None:
         place = self._place
         at, place.resuming = place.resuming, None
-        sampler = get_sampler(train_dataloader)
-        seed = seed_of(self, sampler, place.data)
+        sampler = sampler_of(train_dataloader)
+        seed = keep_seed(self.run, sampler, None if place.data is None else place.data.seed)
         place.begin(epoch, 0 if at is None else at.batches, steps_in_epoch, seed)
         if at is not None and (at.stop or self.state.global_step >= self.state.max_steps):
             self.control.should_training_stop = True
@@ -247,8 +258,6 @@ class Resume:
                 rest["start_time"], learning_rate=place.learning_rate,
             )  # fmt: skip
             return
-        if hasattr(sampler, "set_epoch"):
-            sampler.set_epoch(epoch)  # a loader that skips batches doesn't pass it on where there are several ranks
         place.fetches.attach(train_dataloader)
         if at is not None and at.batches:
             place.fetches.resume(at.batches, self._rng.rewind, sampler)
@@ -313,8 +322,7 @@ class Resume:
     def _whole(self) -> dict[str, Any]:
         """Return the state: what is saved and restored."""
         optimizer = self.optimizer
-        whole = {
-            "model": self.model,
+        whole = self._weights() | {
             "optimizer": getattr(optimizer, "optimizer", optimizer),  # without Accelerate's wrapper
             "scheduler": self.lr_scheduler,
             "rng": self._rng,
@@ -323,12 +331,22 @@ class Resume:
         scaler = getattr(self.accelerator, "scaler", None)
         return whole if scaler is None else whole | {"scaler": scaler}
 
+    def _weights(self) -> dict[str, Any]:
+        if self._whole_model or not _is_peft_model(self.model):
+            return {"model": self.model}
+        if self._adapters is None:
+            from ckptengine.integrations.peft import Adapters
+
+            self._adapters = Adapters(self.model)
+        return {"adapters": self._adapters}
+
     def _load_best_model(self) -> None:
         if self._place.best is None or self._checkpointer is None:
             super()._load_best_model()  # type: ignore[misc]
             return
+        weights = self._weights()
         try:
-            self._checkpointer.restore({"model": self.model}, self._place.best[0], only=["model"])
+            self._checkpointer.restore(weights, self._place.best[0], only=list(weights))
         except (CheckpointNotFoundError, CheckpointDamagedError) as error:
             raise type(error)(f"load_best_model_at_end: the best checkpoint can't be loaded: {error}") from error
 

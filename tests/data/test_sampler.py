@@ -75,6 +75,28 @@ class Augmented(Dataset[float]):
         return torch.rand(()).item()
 
 
+class Wrapped:
+    """A loader around a DataLoader, as Lightning's Fabric makes: its iterator is made when the first batch is due."""
+
+    def __init__(self, loader: DataLoader[float]) -> None:
+        vars(self).update(vars(loader))
+        self._loader = loader
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        yield from self._loader
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_loader_whose_iterator_is_made_late_draws_nothing_of_training_s_numbers(workers: int) -> None:
+    drawn = []
+    for wrap in (lambda loader: loader, Wrapped):
+        torch.manual_seed(0)
+        data = ce.ElasticSampler(8, 4, rank=0, world_size=1)
+        loader = wrap(DataLoader(Augmented(), batch_sampler=data, num_workers=workers))
+        drawn.append([[batch.tolist() for batch in data.batches(loader)] for _ in range(2)] + [torch.rand(2).tolist()])
+    assert drawn[0] == drawn[1]
+
+
 @pytest.mark.parametrize("own_generator", [False, True])
 def test_workers_draw_other_numbers_in_each_epoch_and_on_each_rank_and_training_keeps_its_own(
     own_generator: bool,

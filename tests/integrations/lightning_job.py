@@ -21,11 +21,13 @@ import lightning.pytorch as pl
 import numpy as np
 import torch
 import torchmetrics
-from lightning.pytorch.callbacks import EarlyStopping
-from torch.utils.data import DataLoader, Dataset
+from lightning.pytorch.callbacks import EarlyStopping, EMAWeightAveraging, ModelCheckpoint
+from lightning.pytorch.utilities import CombinedLoader
+from torch.utils.data import DataLoader, Dataset, IterableDataset, WeightedRandomSampler
+from torchdata.stateful_dataloader import StatefulDataLoader
 
 import ckptengine as ce
-from ckptengine.integrations.lightning import Resume
+from ckptengine.integrations.lightning import CheckpointIO, Resume
 
 OPTIONS: dict[str, Any] = json.loads(sys.argv[1])
 RANK = int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0")))
@@ -65,10 +67,15 @@ class Model(pl.LightningModule):
                     fully_shard(layer, mesh=self.device_mesh["data_parallel"])
 
     def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        if OPTIONS.get("loader") == "combined":
+            batch = [*batch[0][:2], torch.cat([batch[0][2], batch[1][2]])]
         x, y, indices = batch
         total = self.trainer.fit_loop.epoch_loop.batch_progress.total.ready
         if total == OPTIONS.get("kill") and not Path(OPTIONS["killed"]).exists():
             die()
+        if total == OPTIONS.get("tell") and RANK == 1 and not Path(OPTIONS["killed"]).exists():
+            Path(OPTIONS["killed"]).touch()
+            os.kill(os.getpid(), signal.SIGTERM)
         out = self.net(x)
         loss = torch.nn.functional.mse_loss(out, y)
         self.error(out.detach(), y)
@@ -107,6 +114,45 @@ class Model(pl.LightningModule):
         torch.rand(3)  # what is drawn between the restore and the first batch changes nothing
 
 
+class Manual(Model):
+    """Two optimizers that are stepped by hand, the second every third batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        loss = super().training_step(batch, batch_idx)
+        first, second = self.optimizers()
+        first.zero_grad()
+        second.zero_grad()
+        self.manual_backward(loss)
+        first.step()
+        if batch_idx % 3 == 0:
+            second.step()
+        return loss
+
+    def configure_optimizers(self) -> Any:
+        return [torch.optim.AdamW(self.net[0].parameters(), lr=0.01), torch.optim.SGD(self.net[3].parameters(), 0.01)]
+
+
+class Bad(Model):
+    """A module whose hook can't be kept."""
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if OPTIONS["bad"] == "replaces":
+            checkpoint["state_dict"]["net.0.weight"] = torch.zeros(16, 8)
+        if OPTIONS["bad"] == "object":
+            checkpoint["thing"] = object()
+
+
+class Endless(IterableDataset[torch.Tensor]):
+    """Samples without a position."""
+
+    def __iter__(self) -> Any:
+        return iter(Samples()[number] for number in range(40))
+
+
 def die() -> None:
     """End like a machine that fails, once a checkpoint is committed and all ranks are here."""
     deadline = time.monotonic() + 60
@@ -119,8 +165,28 @@ def die() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+def train_loader(workers: int) -> Any:
+    """Return the training loader that is asked for."""
+    kind, options = OPTIONS.get("loader"), {"batch_size": 4, "shuffle": True, "num_workers": workers}
+    if kind == "stateful":
+        return StatefulDataLoader(Samples(), **options)
+    if kind == "stateful with a generator":
+        return StatefulDataLoader(Samples(), generator=torch.Generator().manual_seed(9), **options)
+    if kind == "generator":
+        return DataLoader(Samples(), generator=torch.Generator().manual_seed(9), **options)
+    if kind == "weighted":
+        sampler = WeightedRandomSampler([1.0] * 40, 40, generator=torch.Generator().manual_seed(9))
+        return DataLoader(Samples(), batch_size=4, sampler=sampler, num_workers=workers)
+    if kind == "combined":
+        return CombinedLoader([DataLoader(Samples(), **options), DataLoader(Samples(), **options)], "min_size")
+    return DataLoader(Samples(), **options)
+
+
 def strategy() -> Any:
     kind = OPTIONS.get("strategy", "auto")
+    if OPTIONS.get("bad") == "fsdp1":
+        trainer = type("FSDPStrategy", (pl.strategies.SingleDeviceStrategy,), {})  # the real one wants a GPU
+        return trainer(device=torch.device("cpu"))
     if kind == "fsdp2":
         return pl.strategies.ModelParallelStrategy(
             data_parallel_size=2, tensor_parallel_size=1, process_group_backend="gloo"
@@ -133,9 +199,15 @@ def main() -> None:
     torch.use_deterministic_algorithms(True)
     torch.set_num_threads(1)
     pl.seed_everything(3)
-    model = Model()
+    bad = OPTIONS.get("bad")
+    model = Bad() if bad in ("replaces", "object") else Manual() if OPTIONS.get("manual") else Model()
     ranks = OPTIONS.get("ranks", 1)
-    resume = Resume(OPTIONS["run"], **OPTIONS.get("resume", {"every": 3}))
+    resume = Resume(
+        OPTIONS["run"], **OPTIONS.get("resume", {"every": 3}), state={"model": model} if bad == "name" else None
+    )
+    keep = OPTIONS.get("plugin") and ModelCheckpoint(OPTIONS["run"], every_n_train_steps=3, save_last=True)
+    more = [Resume(f"{OPTIONS['run']} 2")] if bad == "twice" else []
+    averaging = [EMAWeightAveraging(decay=0.9)] if OPTIONS.get("averaging") else []
     trainer = pl.Trainer(
         accelerator="cpu",
         devices=ranks,
@@ -145,7 +217,8 @@ def main() -> None:
         enable_progress_bar=False,
         enable_model_summary=False,
         use_distributed_sampler=not OPTIONS.get("elastic"),
-        callbacks=[resume, EarlyStopping("val_loss", patience=50)],
+        callbacks=[keep or resume, EarlyStopping("val_loss", patience=50), *averaging, *more],
+        plugins=[CheckpointIO(background=True)] if OPTIONS.get("plugin") == "ours" else [],
         **OPTIONS.get("trainer", {}),
     )
     workers = OPTIONS.get("workers", 0)
@@ -157,8 +230,12 @@ def main() -> None:
         )
         loader = DataLoader(Samples(), batch_sampler=sampler, num_workers=workers)
     else:
-        loader = DataLoader(Samples(), batch_size=4, shuffle=True, num_workers=workers)
-    trainer.fit(model, loader, DataLoader(Samples(), batch_size=8))
+        loader = train_loader(workers)
+    if bad == "iterable":
+        loader = DataLoader(Endless(), batch_size=4)
+    if bad == "cycle":
+        loader = CombinedLoader([loader, DataLoader(Samples(), batch_size=8)], "max_size_cycle")
+    trainer.fit(model, loader, DataLoader(Samples(), batch_size=8), ckpt_path=OPTIONS.get("ckpt_path"))
     end(trainer, model, resume)
 
 
@@ -167,6 +244,9 @@ def end(trainer: Any, model: Model, resume: Resume) -> None:
     digest = hashlib.sha256()
     optimizer = trainer.optimizers[0]
     tensors = list(model.state_dict().values())
+    tensors += [
+        t for one in trainer.optimizers[1:] for value in one.state.values() for t in value.values() if t is not None
+    ]
     tensors += [value for one in optimizer.state.values() for value in one.values()]
     for tensor in tensors:
         local = tensor.to_local() if hasattr(tensor, "to_local") else tensor

@@ -4,24 +4,40 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 KILLED = -signal.SIGKILL
 
 
+def lives(jobs: Sequence[Callable[[], object]], log: Path) -> list[int]:
+    """Run jobs beside each other, as the ranks of one (gloo), and return their exit codes."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    ranks = {"WORLD_SIZE": str(len(jobs)), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    started = [begun(job, log, ranks | {"RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank, job in enumerate(jobs)]
+    return [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in started]
+
+
 def life(job: Callable[[], object], log: Path) -> int:
     """Run a job in a process of its own and return its exit code (negative: the signal that ended it)."""
+    return os.waitstatus_to_exitcode(os.waitpid(begun(job, log, {}), 0)[1])
+
+
+def begun(job: Callable[[], object], log: Path, environment: Mapping[str, str]) -> int:
+    """Begin a job in a process of its own and return its number."""
     pid = os.fork()
     if pid:
-        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        return pid
     code = 1
     try:
-        with log.open("a") as file:
-            os.dup2(file.fileno(), 1)
-            os.dup2(file.fileno(), 2)
+        os.environ |= environment
+        sys.stdout = sys.stderr = file = log.open("a")
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
         job()
         code = 0
     except SystemExit as error:
@@ -32,4 +48,3 @@ def life(job: Callable[[], object], log: Path) -> int:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
-    return code

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -13,7 +14,12 @@ from typing import Any
 import pytest
 import torch
 import trainer_job as job
-from lives import KILLED, life
+import transformers
+from lives import KILLED, life, lives
+
+import ckptengine as ce
+from ckptengine.errors import CheckpointNotFoundError, StateError
+from ckptengine.integrations.transformers import Resume
 
 
 def run(place: Path, name: str, settings: dict[str, Any], code: int = 0) -> str:
@@ -79,18 +85,123 @@ def test_so_it_does_with_loader_workers_that_draw_nothing(tmp_path: Path) -> Non
     ends_alike(tmp_path, {"args": {"dataloader_num_workers": 1}, "masks": False}, [17])
 
 
-def test_two_ranks_under_torchrun_are_killed_and_end_alike(tmp_path: Path) -> None:
-    """In the second epoch, whose order Accelerate's loaders lose when they skip batches on several ranks."""
+def run_ranks(place: Path, name: str, settings: dict[str, Any], codes: list[int]) -> None:
+    log = place / f"{name}.log"
+    jobs = [lambda: job.train(place / name, place / f"{name}.out", settings)] * 2
+    assert lives(jobs, log) == codes, log.read_text()
 
-    def launch(name: str, settings: dict[str, Any]) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
-        command += [str(Path(job.__file__)), str(tmp_path / name), str(tmp_path / f"{name}.out"), json.dumps(settings)]
-        env = os.environ | {"OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
-        return subprocess.run(command, env=env, capture_output=True, text=True, timeout=240, check=False)
 
-    settings = {"args": {"save_steps": 2, "ddp_backend": "gloo"}}
-    for name, more, code in [("through", {}, 0), ("killed", {"kill": 9, "rank": 1}, 1), ("killed", {}, 0)]:
-        done = launch(name, settings | more)
-        assert done.returncode == code, done.stdout + done.stderr
+def test_two_ranks_of_which_one_is_killed_are_restarted_by_torchrun_and_end_alike(tmp_path: Path) -> None:
+    settings = {"args": {"save_steps": 2, "num_train_epochs": 2, "ddp_backend": "gloo"}}
+    run_ranks(tmp_path, "through", settings, [0, 0])
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone", "--max-restarts=1"]
+    command += [job.__file__, str(tmp_path / "killed"), str(tmp_path / "killed.out")]
+    command += [json.dumps(settings | {"kill": 9, "rank": 1})]
+    env = os.environ | {"OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "exitcode: -9" in done.stderr
     for rank in range(2):
         assert differing(result(tmp_path, "through", rank), result(tmp_path, "killed", rank)) == []
+
+
+def test_on_one_rank_with_batches_of_twice_the_size_the_data_goes_on_at_the_same_sample(tmp_path: Path) -> None:
+    """With 20 samples: two ranks stop 12 samples into an epoch; where 12 samples are no whole batches it is refused."""
+    settings = {"samples": 20, "masks": False, "args": {"save_steps": 3, "num_train_epochs": 2, "ddp_backend": "gloo"}}
+    assert KILLED in lives(
+        [lambda: job.train(tmp_path / "run", tmp_path / "out", settings | {"kill": 8})] * 2, tmp_path / "two.log"
+    )
+    args = {"save_steps": 3, "num_train_epochs": 2, "per_device_train_batch_size": 8}
+    assert "no place in this data" in run(tmp_path, "run", settings | {"args": args}, 1)
+    args["per_device_train_batch_size"] = 4
+    run(tmp_path, "run", settings | {"args": args, "seen": True})
+    order = torch.randperm(20, generator=torch.Generator().manual_seed(43)).tolist()  # the seed, and epoch 1
+    seen = [json.loads(line) for line in (tmp_path / "run.out-0.samples").read_text().splitlines()]
+    assert seen == [order[4:8], order[8:12], order[12:16], order[16:20]]
+
+
+def test_a_job_that_gets_sigterm_ends_with_75_and_goes_on_where_it_was(tmp_path: Path) -> None:
+    settings = {"args": {"save_strategy": "no", "num_train_epochs": 2}}
+    run(tmp_path, "through", settings)
+    run(tmp_path, "killed", settings | {"kill": 14, "signal": signal.SIGTERM}, 75)
+    assert os.path.isdir(tmp_path / "killed" / "step-00000015")
+    run(tmp_path, "killed", settings)
+    assert differing(result(tmp_path, "through"), result(tmp_path, "killed")) == []
+
+
+def test_where_the_newest_checkpoint_is_damaged_the_one_before_is_taken_with_its_place_in_the_data(
+    tmp_path: Path,
+) -> None:
+    settings = {"args": {"num_train_epochs": 2}}
+    run(tmp_path, "through", settings)
+    run(tmp_path, "killed", settings | {"kill": 17}, KILLED)
+    newest = tmp_path / "killed" / "step-00000016"
+    (archive,) = newest.glob("data-*/rank-*.zip")
+    data, weight = bytearray(archive.read_bytes()), ce.load(newest)["model"]["transformer.ln_f.weight"].tobytes()
+    data[data.index(weight)] ^= 1  # the Trainer's place in the data is sound, and read first
+    archive.write_bytes(data)
+    assert run(tmp_path, "killed", settings).count("'epoch': '1.364'") == 2  # step 15, in both lives
+    assert differing(result(tmp_path, "through"), result(tmp_path, "killed")) == []
+
+
+def test_a_job_that_was_stopped_early_trains_nothing_when_it_is_started_again(tmp_path: Path) -> None:
+    """The callback's patience is resumed as well; and the weights at the end are those of the best checkpoint."""
+    args: dict[str, Any] = {
+        "save_steps": 4,
+        "eval_steps": 4,
+        "eval_strategy": "steps",
+        "learning_rate": 0.3,
+        "save_total_limit": 1,
+    }
+    args |= {"metric_for_best_model": "loss", "load_best_model_at_end": True}
+    settings = {"args": args, "early": [{"early_stopping_patience": 2}]}
+    run(tmp_path, "through", settings)
+    run(tmp_path, "killed", settings | {"kill": 9}, KILLED)
+    for _ in range(2):
+        run(tmp_path, "killed", settings)
+        assert differing(result(tmp_path, "through"), result(tmp_path, "killed")) == []
+    found = result(tmp_path, "killed")
+    losses = {one["step"]: one["eval_loss"] for one in found["log"] if "eval_loss" in one}
+    best = min(losses, key=lambda step: losses[step])
+    assert found["step"] == best + 8 < 33
+    kept = sorted(path.name for path in (tmp_path / "killed").glob("step-*"))
+    assert kept == [f"step-{step:08d}" for step in (best, best + 8)]
+    weights = ce.load(tmp_path / "killed" / f"step-{best:08d}", as_torch=True)["model"]
+    assert all(torch.equal(weights[name], found["tensors"][f"model.{name}"]) for name in weights)
+
+
+def test_adapters_alone_are_kept_of_a_peft_model(tmp_path: Path) -> None:
+    ends_alike(tmp_path, {"peft": True, "args": {"num_train_epochs": 2}}, [17])
+    assert set(ce.load(tmp_path / "killed")["adapters"]) == {"default"}
+    assert "model" not in ce.load(tmp_path / "killed")
+
+
+def test_transformers_own_checkpoint_is_where_a_run_begins_once_and_only_if_asked(tmp_path: Path) -> None:
+    settings = {"args": {"num_train_epochs": 2}, "masks": False}
+    run(tmp_path, "run", settings | {"plain": True, "kill": 9}, KILLED)  # checkpoint-4, checkpoint-8
+    assert "CheckpointNotFoundError" in run(tmp_path, "run", settings, 1)
+    run(tmp_path, "run", settings | {"from": True, "kill": 13}, KILLED)
+    assert os.path.isdir(tmp_path / "run" / "step-00000012")
+    assert not os.path.isdir(tmp_path / "run" / "step-00000008")
+    run(tmp_path, "run", settings | {"from": True})
+    run(tmp_path, "through", settings | {"plain": True})
+    ours, theirs = result(tmp_path, "run"), result(tmp_path, "through")
+    assert [name for name in ours["tensors"] if not torch.equal(ours["tensors"][name], theirs["tensors"][name])] == []
+
+
+def test_what_a_job_cannot_be_resumed_with_is_refused_by_name(tmp_path: Path) -> None:
+    def made(**args: Any) -> Any:
+        settings = {"output_dir": str(tmp_path), "report_to": "none", "use_cpu": True, "disable_tqdm": True}
+        return job.Trainer(job.tiny_model(), transformers.TrainingArguments(**settings | args), train_dataset=[])
+
+    for name in ("save_only_model", "ignore_data_skip", "auto_find_batch_size", "enable_jit_checkpoint"):
+        with pytest.raises(StateError, match=name):
+            made(**{name: True})
+    with pytest.raises(StateError, match="hyperparameter search"):
+        made().train(trial=object())
+    with pytest.raises(ValueError, match="there is no checkpoint in"):
+        made().train(resume_from_checkpoint=True)
+    with pytest.raises(CheckpointNotFoundError, match="neither a step of"):
+        made().train(resume_from_checkpoint="elsewhere/step-00000004")
+    with pytest.raises(TypeError, match="Resume comes first"):
+        type("Wrong", (transformers.Trainer, Resume), {})

@@ -39,27 +39,30 @@ class Texts(Dataset):  # type: ignore[type-arg]
             raise IndexError(index)
         length = 4 + index % 5
         words = np.random.default_rng(index).integers(1, 60, length)
-        return {"input_ids": words.tolist()}
+        return {"input_ids": words.tolist(), "number": index}
 
 
 class Collator:
-    """Pads, and hides words at random, from torch's global stream."""
+    """Pads, hides words at random, from torch's global stream, and writes down the numbers of the samples."""
 
-    def __init__(self, masks: bool) -> None:
-        self._masks = masks
+    def __init__(self, masks: bool, seen: Path | None) -> None:
+        self._masks, self._seen = masks, seen
 
     def __call__(self, samples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         width = max(len(one["input_ids"]) for one in samples)
         words = torch.tensor([one["input_ids"] + [0] * (width - len(one["input_ids"])) for one in samples])
+        if self._seen is not None:
+            with self._seen.open("a") as file:
+                file.write(json.dumps([one["number"] for one in samples]) + "\n")
         hidden = torch.rand(words.shape) < 0.2 if self._masks else torch.zeros_like(words, dtype=torch.bool)
         return {"input_ids": words.masked_fill(hidden, 0), "labels": words, "attention_mask": (words > 0).long()}
 
 
 class Kill(transformers.TrainerCallback):  # type: ignore[misc]
-    """Kills the process after a step, once something is committed."""
+    """Sends the process a signal after a step, once something is committed."""
 
-    def __init__(self, trainer: Any, step: int) -> None:
-        self._trainer, self._step = trainer, step
+    def __init__(self, trainer: Any, step: int, number: int) -> None:
+        self._trainer, self._step, self._signal = trainer, step, number
 
     def on_substep_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._look(state.global_step)
@@ -69,8 +72,10 @@ class Kill(transformers.TrainerCallback):  # type: ignore[misc]
 
     def _look(self, step: int) -> None:
         if step >= self._step:
-            self._trainer._checkpointer.wait()
-            os.kill(os.getpid(), signal.SIGKILL)
+            if isinstance(self._trainer, Resume):
+                self._trainer._checkpointer.wait()
+            os.kill(os.getpid(), self._signal)
+            self._step = sys.maxsize
 
 
 class Trainer(Resume, transformers.Trainer):  # type: ignore[misc]
@@ -85,6 +90,12 @@ def tiny_model() -> Any:
     return transformers.GPT2LMHeadModel(config)
 
 
+def adapted(model: Any) -> Any:
+    from peft import LoraConfig, get_peft_model
+
+    return get_peft_model(model, LoraConfig(r=2, target_modules=["c_attn"], lora_dropout=0.1, task_type="CAUSAL_LM"))
+
+
 def train(run: Path, out: Path, settings: dict[str, Any]) -> None:
     """Train, and write what came out."""
     rank = int(os.environ.get("RANK", "0"))
@@ -93,17 +104,20 @@ def train(run: Path, out: Path, settings: dict[str, Any]) -> None:
         "save_steps": 4, "report_to": "none", "use_cpu": True, "disable_tqdm": True, "remove_unused_columns": False,
         "learning_rate": 1e-2,
     }  # fmt: skip
-    trainer = Trainer(
-        tiny_model(),
+    seen = out.with_name(f"{out.name}-{rank}.samples") if settings.get("seen") else None
+    kind = transformers.Trainer if settings.get("plain") else Trainer
+    trainer = kind(
+        adapted(tiny_model()) if settings.get("peft") else tiny_model(),
         transformers.TrainingArguments(**args | settings.get("args", {})),
         train_dataset=Texts(settings.get("samples", 22)),
         eval_dataset=Texts(6),
-        data_collator=Collator(settings.get("masks", True)),
+        data_collator=Collator(settings.get("masks", True), seen),
         callbacks=[transformers.EarlyStoppingCallback(**one) for one in settings.get("early", [])],
         **settings.get("resume", {}),
     )
-    if (kill := settings.get("kill")) is not None and rank == settings.get("rank", 0):
-        trainer.add_callback(Kill(trainer, kill))
+    kill, again = settings.get("kill"), os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+    if kill is not None and rank == settings.get("rank", 0) and not again:
+        trainer.add_callback(Kill(trainer, kill, settings.get("signal", signal.SIGKILL)))
     result = trainer.train(settings.get("from"))
     optimizer = trainer.optimizer.optimizer.state_dict()["state"]
     tensors = {f"model.{name}": value for name, value in trainer.model.state_dict().items()}

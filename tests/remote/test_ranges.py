@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import errno
 import logging
-import subprocess
-import sys
 from dataclasses import replace
 
 import numpy as np
 import pytest
 from buckets import QUICK, Bucket
 from contract import StorageContract
+from forkserver import fork
 from obstore_reads import counted_reads
 from servers import KEY, SECRET
 
@@ -161,4 +160,5 @@ def test_a_forked_process_reads_too(bucket, in_environment):
         "if child == 0: os._exit(0 if read() else 1)\n"
         "assert os.waitpid(child, 0)[1] == 0 and read()\n"
     )
-    subprocess.run([sys.executable, "-c", code, f"{bucket.url}/x"], check=True, timeout=100)
+    with fork(["-c", code, f"{bucket.url}/x"]) as process:
+        assert process.wait(100) == 0

@@ -43,8 +43,10 @@ _server: tuple[subprocess.Popen[bytes], str] | None = None
 class Forked:
     """A process of the server's, with the part of `subprocess.Popen`'s interface that tests use."""
 
-    def __init__(self, connection: socket.socket, args: list[str], stdout: IO[str] | None) -> None:
-        self.args, self.stdout, self.returncode = args, stdout, None
+    def __init__(
+        self, connection: socket.socket, args: list[str], stdout: IO[str] | None, stderr: IO[str] | None
+    ) -> None:
+        self.args, self.stdout, self.stderr, self.returncode = args, stdout, stderr, None
         self._connection = connection
         self._received = b""
         connection.settimeout(60)
@@ -88,7 +90,11 @@ class Forked:
             with self.stdout:
                 rest = self.stdout.read()
         self.wait(timeout)
-        return rest, ""
+        if self.stderr is None or self.stderr.closed:
+            return rest, ""
+        with self.stderr:
+            self.stderr.seek(0)
+            return rest, self.stderr.read()
 
     def send_signal(self, number: int) -> None:
         if self.poll() is None:
@@ -117,8 +123,13 @@ def fork(
     stdout: Any = None,
     stderr: Any = None,
 ) -> Forked:
-    """Start `python ARGUMENTS`, a script or `-c CODE`, in a fork; `stdout` may be `subprocess.PIPE`, for text."""
+    """Start `python ARGUMENTS`, a script or `-c CODE`, in a fork.
+
+    `stdout` may be `subprocess.PIPE`, for text; so may `stderr`, which is a file until the process has ended.
+    """
     reads = None
+    errors = tempfile.TemporaryFile("w+") if stderr == subprocess.PIPE else None  # noqa: SIM115
+    stderr = errors or stderr
     if stdout == subprocess.PIPE:
         reads, stdout = os.pipe()
     out = 1 if stdout is None else stdout if isinstance(stdout, int) else stdout.fileno()
@@ -134,7 +145,7 @@ def fork(
     connection.sendall(request)
     try:
         output = os.fdopen(reads, "r") if reads is not None else None
-        return Forked(connection, [sys.executable, *map(str, arguments)], output)
+        return Forked(connection, [sys.executable, *map(str, arguments)], output, errors)
     finally:
         if reads is not None:
             os.close(out)

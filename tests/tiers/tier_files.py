@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 from buckets import Bucket
+from forkserver import Forked, fork
 from launch import ROOT, environment
 
 from ckptengine.archive.record import ArchiveRecord
@@ -66,18 +66,16 @@ def flip(path: Path, position: int) -> None:
         file.write(bytes([byte ^ 0x10]))
 
 
-def start(*arguments: object) -> subprocess.Popen[str]:
+def start(*arguments: object) -> Forked:
     """Start `ckptengine prefetch` in a process of its own."""
-    command = [sys.executable, "-m", "ckptengine", "prefetch", *map(str, arguments)]
-    return subprocess.Popen(
-        command, env=environment(), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    command = ["-c", "from ckptengine.cli import main; main()", "prefetch", *map(str, arguments)]
+    return fork(command, env=environment(), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
-def end(process: subprocess.Popen[str]) -> tuple[int, str, str]:
+def end(process: Forked) -> tuple[int, str, str]:
     """Wait for a process; return its code and what it said."""
     out, errors = process.communicate(timeout=120)
-    return process.returncode, out, errors
+    return process.wait(), out, errors
 
 
 def until(condition: Callable[[], object], what: str) -> None:

@@ -1,5 +1,6 @@
-"""Lightning's Trainer: `Resume`."""
+"""Lightning: `Resume` for its Trainer; `CheckpointIO` for those who keep `ModelCheckpoint`, and for Fabric."""
 
 from ckptengine.integrations.lightning.callback import Resume
+from ckptengine.integrations.lightning.io import CheckpointIO
 
-__all__ = ["Resume"]
+__all__ = ["CheckpointIO", "Resume"]

@@ -69,6 +69,7 @@ class Session:
         self._started = False
         self._saved_at = 0  # the trainer's step of the last save point
         self._loaders: list[TrainLoader] = []
+        self._whole: list[int | None] = []  # lengths of whole epochs, of loaders that may begin within one
         self._wrapped: list[tuple[Any, str]] = []
         self._parts: list[Part] = []
         self._state = self._whole_state(extra)
@@ -109,6 +110,7 @@ class Session:
             "mid_epoch": self._mid,
             "batches": batches if isinstance(batches, int) else None,
             "world_size": trainer.world_size,
+            "lists": [loader.lists for loader in self._loaders] or self._place.get("lists", []),
             "should_stop": bool(trainer.should_stop),
             "train_reload": fit._last_train_dl_reload_epoch,
             "val_reload": self._epoch.val_loop._last_val_dl_reload_epoch,
@@ -271,6 +273,7 @@ class Session:
         self._loaders = [train_loader(number, one) for number, one in enumerate(combined.flattened)]
         _refuse_cycles(combined)
         combined.flattened = [loader.entry for loader in self._loaders]
+        self._whole = [len(one) if isinstance(one, Elastic) else None for one in self._loaders]
         self._state[DATA] = {str(number): loader.part for number, loader in enumerate(self._loaders)}
         if not self._resuming:
             return
@@ -281,21 +284,23 @@ class Session:
 
     def _seek(self) -> None:
         trainer, progress = self._trainer, self._epoch.batch_progress.current
-        for loader in self._loaders:
+        for loader, lists in zip(self._loaders, self._place["lists"], strict=True):
             if isinstance(loader, Drawn) and self._place["world_size"] != trainer.world_size:
                 raise LoadMismatchError(
                     f"{self._run}: saved in the middle of an epoch by {self._place['world_size']} ranks, here are "
                     f"{trainer.world_size}: the samplers of torch and Lightning can't go on there. Restart with as "
                     "many, or use a ckptengine.ElasticSampler, which goes on with any number"
                 )
-            batches = loader.seek(progress.completed)
-            if isinstance(loader, Elastic):
-                progress.ready = progress.started = progress.processed = progress.completed = batches
+            batches = progress.completed // lists * loader.lists
+            progress.ready = progress.started = progress.processed = progress.completed = batches
+            loader.seek(batches)
             set_epoch(loader.entry, self._fit.epoch_progress.current.processed)
 
     def _with_epoch_start(self, theirs: Any) -> None:
         if self._resuming and not self._mid:
             self._go_on()
+            for loader in self._loaders:
+                loader.rewind()
         theirs()
 
     def _with_batches_start(self, theirs: Any, fetcher: Any) -> None:
@@ -324,11 +329,28 @@ class Session:
         """Begin to train: nothing of the restart is left but the place that was restored."""
         self._resuming = False
         self._leave_restart()
+        self._set_length()
         self._fit._last_train_dl_reload_epoch = self._place["train_reload"]
         self._epoch.val_loop._last_val_dl_reload_epoch = self._place["val_reload"]
         self._parts[-1].apply()
         for rng in self._rngs:
             rng.rewind()
+
+    def _set_length(self) -> None:
+        """Have the trainer count whole epochs, where a restart has begun within one of an elastic sampler."""
+        fit, trainer, combined = self._fit, self._trainer, self._fit._combined_loader
+        elastic = [
+            (one, whole) for one, whole in zip(self._loaders, self._whole, strict=True) if isinstance(one, Elastic)
+        ]
+        if not elastic:
+            return
+        for loader, whole in elastic:
+            loader.whole = whole
+        fit.max_batches = len(combined)
+        for loader, _ in elastic:
+            loader.whole = None
+        if isinstance(trainer.val_check_interval, float) and trainer.val_check_batch is not None:
+            trainer.val_check_batch = max(1, int(fit.max_batches * trainer.val_check_interval))
 
     def _leave_restart(self) -> None:
         """Clear the flags by which Lightning would do a part of the last step again, or leave a part out."""
