@@ -9,6 +9,7 @@ from typing import Any
 
 import torch.distributed as dist
 from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import LoadPlanner, SavePlanner
 from torch.distributed.checkpoint.staging import AsyncStager
@@ -117,14 +118,20 @@ def load(
     """
     if storage_reader is None:
         storage_reader = Reader(_given(checkpoint_id, "storage_reader"))
-    state_dict_loader.load(
-        state_dict,
-        checkpoint_id=checkpoint_id,
-        storage_reader=storage_reader,
-        planner=planner,
-        process_group=process_group,
-        no_dist=no_dist,
-    )
+    try:
+        state_dict_loader.load(
+            state_dict,
+            checkpoint_id=checkpoint_id,
+            storage_reader=storage_reader,
+            planner=planner,
+            process_group=process_group,
+            no_dist=no_dist,
+        )
+    except CheckpointException as error:
+        problem = storage_reader.problem if isinstance(storage_reader, Reader) else None
+        if problem is not None and str(problem) not in str(error):
+            raise error from problem
+        raise
 
 
 def _writer(writer: StorageWriter | None, checkpoint_id: Id | None) -> StorageWriter:

@@ -83,6 +83,8 @@ class Reader(StorageReader):
         self._timeout = checked_seconds("timeout", timeout)
         self._alone = False
         self._problem: CheckpointError | None = None
+        self.problem: CheckpointError | None = None
+        """Why the checkpoint could not be opened. Versions of torch before 2.13 do not pass it on."""
         self._checkpoint: Opened | None = None
         self._contents: Contents | None = None
 
@@ -91,7 +93,7 @@ class Reader(StorageReader):
         if checkpoint_id is not None:
             self.checkpoint_id = checkpoint_id
         self.load_id = str(uuid.uuid4())
-        self._problem = self._checkpoint = self._contents = None
+        self.problem = self._problem = self._checkpoint = self._contents = None
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         """Return what the checkpoint holds; with `rank`, of what that rank has saved without collectives.
@@ -108,6 +110,7 @@ class Reader(StorageReader):
         try:
             return self._read(kwargs.get("rank"))
         except CheckpointError as problem:
+            self.problem = self.problem or problem
             if not self._alone and not isinstance(problem, CheckpointNotFoundError):
                 self._problem = problem
             raise

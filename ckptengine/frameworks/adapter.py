@@ -238,8 +238,8 @@ class Adapter:
         """Have something called before any of the framework's optimizers steps; return what undoes it."""
         return lambda: None
 
-    def set_hyperparameter(self, group: dict[str, Any], key: str, value: Any) -> None:
-        """Set one value of a group, in place where the group holds a tensor."""
+    def set_hyperparameter(self, group: dict[str, Any], key: str, value: Any, cast: bool) -> None:
+        """Set one value of a group, in place where the group holds a tensor that can hold it, or with `cast`."""
         raise NotImplementedError
 
     def new_state_tensor(

@@ -180,9 +180,9 @@ class TorchAdapter(Adapter):
         """Register torch's global hook, which runs before the step of every optimizer, fused and compiled ones too."""
         return _optimizer.before_optimizer_step(call)
 
-    def set_hyperparameter(self, group: dict[str, Any], key: str, value: Any) -> None:
+    def set_hyperparameter(self, group: dict[str, Any], key: str, value: Any, cast: bool) -> None:
         """Set one value of a group."""
-        _optimizer.set_hyperparameter(group, key, value)
+        _optimizer.set_hyperparameter(group, key, value, cast)
 
     def new_state_tensor(
         self,

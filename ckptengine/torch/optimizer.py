@@ -129,14 +129,20 @@ def set_optimizer_state(
         optimizer.state[parameter] = state
 
 
-def set_hyperparameter(group: dict[str, Any], key: str, value: Any) -> None:
-    """Set one value of a group; a tensor (a learning rate under `capturable`) stays the same tensor."""
+def set_hyperparameter(group: dict[str, Any], key: str, value: Any, cast: bool) -> None:
+    """Set one value of a group; a tensor (a learning rate under `capturable`) stays the same tensor.
+
+    Without `cast` only where it holds the number exactly: else the number takes its place, as in torch's own load.
+    """
     current = group.get(key)
-    if isinstance(current, torch.Tensor) and type(value) in (int, float):
-        with torch.no_grad():
-            current.fill_(value)
-    else:
+    if not isinstance(current, torch.Tensor) or type(value) not in (int, float):
         group[key] = value
+        return
+    if not cast and torch.full((), value, dtype=current.dtype).item() != value:
+        group[key] = value
+        return
+    with torch.no_grad():
+        current.fill_(value)
 
 
 def new_state_tensor(

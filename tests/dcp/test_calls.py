@@ -326,8 +326,9 @@ def test_a_damaged_checkpoint_is_not_passed_over_for_one_saved_without_collectiv
     dcp.save({"n": 2}, checkpoint_id=tmp_path)
     manifest = next(tmp_path.glob("manifest-*.json"))
     manifest.write_bytes(manifest.read_bytes()[:-20])
-    with pytest.raises(torchs.CheckpointException, match=manifest.name):
+    with pytest.raises(torchs.CheckpointException) as error:
         dcp.load({"n": 0}, checkpoint_id=tmp_path)
+    assert manifest.name in f"{error.value} {error.value.__cause__}"
 
 
 def test_a_writer_that_is_given_to_two_saves_at_once_never_mixes_them(tmp_path: Path) -> None:

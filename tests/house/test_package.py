@@ -48,7 +48,7 @@ def distributions(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]
     tree, out = tmp_path_factory.mktemp("tree") / "ckptengine", tmp_path_factory.mktemp("out")
     unwanted = (
         ".git",
-        ".venv",
+        ".venv*",
         "build",
         "dist",
         "demo",
@@ -123,6 +123,25 @@ def test_the_wheel_works_without_torch_zarr_and_click(distributions: tuple[Path,
     assert Path(report["file"]).is_relative_to(venv)
     assert "numpy" in report["loaded"]
     assert not {"torch", "zarr", "click", "rich", "mindspore", "mpi4py", "fsspec"} & set(report["loaded"])
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("version", ["3.12", "3.13"])
+def test_the_same_wheel_works_on_later_pythons(distributions: tuple[Path, Path], tmp_path: Path, version: str) -> None:
+    python = later_python(version)
+    if python is None:
+        pytest.skip(f"no Python {version} is here")
+    run(python, "-m", "venv", tmp_path / "venv", cwd=tmp_path)
+    python = tmp_path / "venv" / "bin" / "python"
+    run(python, "-m", "pip", "install", "--quiet", "--no-cache-dir", distributions[1], cwd=tmp_path)
+    report = json.loads(run(python, "-c", PROGRAM, cwd=tmp_path))
+    assert Path(report["file"]).is_relative_to(tmp_path / "venv")
+
+
+def later_python(version: str) -> Path | None:
+    """Return an interpreter of a version, of the system or of pyenv."""
+    found = [*Path.home().glob(f".pyenv/versions/{version}.*/bin/python{version}"), Path(f"/usr/bin/python{version}")]
+    return next((path for path in found if path.exists()), None)
 
 
 def test_importing_the_package_imports_no_framework_even_where_they_are_installed() -> None:

@@ -277,3 +277,35 @@ def test_an_object_of_another_class_with_nothing_but_a_per_rank_is_refused(tmp_p
     ce.save(tmp_path / "point", {"o": Holder(wrap(1))})
     with pytest.raises(LoadMismatchError, match=r"o: .*Holder in the checkpoint, .*Keeper here"):
         ce.load(tmp_path / "point", into={"o": Keeper(wrap(2))})
+
+
+def test_optimizers_under_keys_that_look_the_same_keep_their_states(tmp_path):
+    def stepped(number):
+        layers = {0: nn.Conv2d(3, 2, 2), "0": nn.Linear(2, 2)}
+        parts = {
+            key: {"model": net, "optimizer": torch.optim.Adafactor(net.parameters())} for key, net in layers.items()
+        }
+        for part in parts.values():
+            for parameter in part["model"].parameters():
+                parameter.grad = torch.full_like(parameter, float(number))
+            part["optimizer"].step()
+        return parts
+
+    saved, fresh = stepped(1), stepped(2)
+    ce.save(tmp_path / "point", saved)
+    ce.load(tmp_path / "point", into=fresh)
+    Oracle().same(saved, fresh, "")
+
+
+@pytest.mark.parametrize(
+    ("rate", "cast", "tensor"), [(0.1, False, False), (0.1, True, True), (0.25, False, True)], ids=str
+)
+def test_a_rate_that_a_tensor_here_cannot_hold_comes_back_as_the_number_that_it_was(tmp_path, rate, cast, tensor):
+    """Schedulers of torch before 2.13 put a number where the optimizer had a tensor."""
+    model = nn.Linear(2, 2)
+    ce.save(tmp_path / "point", {"model": model, "optimizer": torch.optim.AdamW(model.parameters(), lr=rate)})
+    optimizer = torch.optim.AdamW(model.parameters(), lr=torch.tensor(0.5))
+    ce.load(tmp_path / "point", into={"model": model, "optimizer": optimizer}, cast=cast)
+    found = optimizer.param_groups[0]["lr"]
+    assert isinstance(found, torch.Tensor) == tensor
+    assert found == (torch.tensor(rate) if tensor else rate)

@@ -57,11 +57,11 @@ class BinderBase(ABC):
         self._shared = shared_tree(saved, self._rename)
         self._own = own_tree(saved, 0 if self._resized else rank, self._rename)
         self._tells_empty = saved.outline is not None and saved.outline.empty is not None
-        self._saved_shapes = {
-            dotted(path): node.entry.leaf.shape
-            for path, node in self._shared.leaves()
-            if isinstance(node.entry, SavedArray)
-        }
+        self._saved_shapes: dict[str, tuple[int, ...] | None] = {}
+        for path, node in self._shared.leaves():
+            if isinstance(node.entry, SavedArray):
+                name = dotted(path)  # of two leaves that it may be, as of the keys 0 and "0", it tells no shape
+                self._saved_shapes[name] = None if name in self._saved_shapes else node.entry.leaf.shape
         self._inspector = Inspector()
         self._inspector.ask(
             state, wanted=lambda value, path: selection.touches(path) and adapter_of_loader(value) is None

@@ -145,7 +145,7 @@ class OptimizerBinder(TensorBinder):
                 if holds and told.setdefault(id(tensor), value) != value:
                     # Groups share one tensor, and have different numbers in the checkpoint: one of its own.
                     self._act(FRAMEWORK, functools.partial(_give_own, adapter, group, key))
-                self._act(FRAMEWORK, functools.partial(adapter.set_hyperparameter, group, key, value))
+                self._act(FRAMEWORK, functools.partial(adapter.set_hyperparameter, group, key, value, self._may_cast))
 
     def _rebuild_groups(
         self,
