@@ -5,13 +5,12 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, overload
+from typing import TYPE_CHECKING, Any, overload
 
 from ckptengine.catalog.naming import open_checkpoint
 from ckptengine.comm.base import Communicator
 from ckptengine.comm.select import current
 from ckptengine.errors import SaveFailedError
-from ckptengine.export.run import ExportOptions, ExportReport, export_checkpoint, target_of
 from ckptengine.frameworks.registry import framework
 from ckptengine.lifecycle import after_fork
 from ckptengine.load.loader import LoadOptions, load_arrays, load_newest, tell_leftovers
@@ -23,6 +22,9 @@ from ckptengine.save.single import single_checkpoint
 from ckptengine.state.bind import LoadReport
 from ckptengine.state.rename import Rename
 from ckptengine.storage.open import open_storage
+
+if TYPE_CHECKING:
+    from ckptengine.export.run import ExportReport
 
 __all__ = ["async_save", "export", "load", "save"]
 
@@ -232,6 +234,8 @@ def export(
     Raises what `load` raises, `StorageError` (EEXIST) where a file is there already, `ForeignFormatError` naming what
     the format can't hold, `ValueError` for options that are none.
     """
+    from ckptengine.export.run import ExportOptions, export_checkpoint, target_of  # here: most jobs never export
+
     timeout, comm = checked_seconds("timeout", timeout), checked_comm(comm)
     options = ExportOptions.of(to, only, rename, dtype, max_shard_size)
     source = open_checkpoint(path, storage_options, None if step is None else checked_step(step, {}), timeout)

@@ -18,7 +18,6 @@ from ckptengine.comm.base import Communicator
 from ckptengine.errors import CheckpointDamagedError, CheckpointNotFoundError, StateError, StorageError
 from ckptengine.foreign.checkpoint import ForeignCheckpoint
 from ckptengine.foreign.description import Description
-from ckptengine.foreign.find import at_place, describe_foreign, open_foreign
 from ckptengine.load.checkpoint import Checkpoint, Opened
 from ckptengine.storage.base import StorageView, join
 from ckptengine.storage.within import within
@@ -54,6 +53,8 @@ def newest_or_foreign(storage: StorageView, read: Callable[[Opened], _T]) -> _T:
     try:
         return while_replaced(storage, read)
     except CheckpointNotFoundError:
+        from ckptengine.foreign.find import open_foreign  # here: it reads six formats, and most loads none of them
+
         foreign = open_foreign(storage)
         if foreign is None:
             raise
@@ -130,6 +131,8 @@ class Chooser:
             try:
                 return _pack(newest_checkpoint(self._storage), 0)
             except CheckpointNotFoundError:
+                from ckptengine.foreign.find import describe_foreign
+
                 foreign = describe_foreign(self._storage)
                 if foreign is None:
                     raise
@@ -138,6 +141,8 @@ class Chooser:
         doing = f"choosing a checkpoint in {self._storage.location()}"
         reply = from_first(self._comm, lambda: self._within(look), self._timeout, doing)
         if reply[:1] in _FOREIGN:
+            from ckptengine.foreign.find import at_place
+
             return at_place(self._storage, Description.decode(reply[1:]), reply[:1] == _FOREIGN[True])
         return self._unpack(reply)
 

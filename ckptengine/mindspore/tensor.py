@@ -20,7 +20,6 @@ from ckptengine.schema.leaf import DeviceMemory, HostMemory, Memory, Part, Place
 from ckptengine.schema.path import Path, dotted
 
 __all__ = [
-    "as_array",
     "as_tensor",
     "convert_tensor",
     "dtype_name",
@@ -94,18 +93,6 @@ def convert_tensor(tensor: Any, buffers: Sequence[np.ndarray[Any, Any]], dtype: 
             warnings.simplefilter("ignore", RuntimeWarning)  # overflow to inf is what a cast asks for
             converted = buffer.astype(DTYPES[name].numpy)
         _fill(tensor, name, converted)
-
-
-def as_array(tensor: Any) -> np.ndarray[Any, Any]:
-    """Return a copy of a tensor as a numpy array; bfloat16 and float8 as `ml_dtypes`' types.
-
-    Raises `StateError` for dtypes that the format has not.
-    """
-    name = _check(tensor, ())
-    array = np.empty(tuple(tensor.shape), DTYPES[name].numpy)
-    if array.size:
-        _copy_to(tensor, name, array)
-    return array
 
 
 def as_tensor(array: np.ndarray[Any, Any], name: str) -> Any:

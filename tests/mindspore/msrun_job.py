@@ -19,10 +19,10 @@ from mindspore.communication import get_group_size, get_rank, init
 import ckptengine as ce
 from ckptengine.comm.select import current
 from ckptengine.errors import CheckpointError, DeadlineError
-from ckptengine.mindspore.tensor import as_array
 from ckptengine.snapshot.threads import copy_threads
 from ckptengine.storage.local import LocalStorage
 from tests.mindspore import training
+from tests.mindspore.training import as_array
 
 ROWS = 10
 

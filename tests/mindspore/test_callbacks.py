@@ -27,9 +27,10 @@ from ckptengine.mindspore import (
     load_param_into_net,
     save_checkpoint,
 )
-from ckptengine.mindspore.tensor import as_array, as_tensor
+from ckptengine.mindspore.tensor import as_tensor
 from ckptengine.storage.local import LocalStorage
 from tests.mindspore import training
+from tests.mindspore.training import as_array
 
 
 def a_model(kind="Momentum", seed=1):

@@ -8,8 +8,8 @@ from mindspore import nn
 
 import ckptengine as ce
 from ckptengine.mindspore import names_from_torch
-from ckptengine.mindspore.tensor import as_array
 from ckptengine.torch.names import names_from_mindspore
+from tests.mindspore.training import as_array
 
 
 class Cell(nn.Cell):

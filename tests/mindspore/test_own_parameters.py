@@ -8,7 +8,7 @@ from mindspore import Parameter, Tensor, nn
 
 import ckptengine as ce
 from ckptengine.mindspore import load_checkpoint, load_param_into_net, save_checkpoint
-from ckptengine.mindspore.tensor import as_array
+from tests.mindspore.training import as_array
 
 OPTIMIZERS = {
     "Adam": lambda weights: nn.Adam(weights, 0.1),

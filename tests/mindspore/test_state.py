@@ -10,9 +10,10 @@ import ckptengine as ce
 import ckptengine.mindspore
 from ckptengine.errors import LoadMismatchError, StateError
 from ckptengine.mindspore import tensor as ms_tensor
-from ckptengine.mindspore.tensor import as_array, as_tensor
+from ckptengine.mindspore.tensor import as_tensor
 from ckptengine.save.reading import StateReader
 from tests.mindspore import training
+from tests.mindspore.training import as_array
 
 DTYPES = ["bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64", "float16", "float32"]
 DTYPES += ["float64", "bfloat16", "complex64", "complex128", "float8_e4m3fn", "float8_e5m2"]

@@ -17,7 +17,6 @@ from mpi4py import MPI
 
 import ckptengine as ce
 from ckptengine.comm.select import current
-from ckptengine.mindspore.tensor import as_array
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "mindspore_mpi.py"
 LIFE, RUN, EPOCHS, KILLED_STEP = sys.argv[1:]
@@ -27,7 +26,7 @@ WORLD = MPI.COMM_WORLD
 def digests(state):
     """Return a digest of each parameter of the network and the optimizer, and the position in the data."""
     parameters = [*state["network"].get_parameters(), *state["optimizer"].get_parameters()]
-    found = {p.name: hashlib.sha256(as_array(p).tobytes()).hexdigest()[:16] for p in parameters}
+    found = {p.name: hashlib.sha256(p.asnumpy().tobytes()).hexdigest()[:16] for p in parameters}
     sampler = state["data"]
     return found | {"position": [sampler.epoch, sampler.consumed, sampler.global_batches]}
 

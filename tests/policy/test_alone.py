@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 from forkserver import fork
-from jobs import HERE, environment, steps_in
+from policy_jobs import HERE, environment, steps_in
 
 import ckptengine as ce
 from ckptengine.errors import Preempted

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from jobs import Job, steps_in
+from policy_jobs import Job, steps_in
 
 import ckptengine as ce
 

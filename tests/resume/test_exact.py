@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from gpt_job import GLOBAL_BATCH, SAMPLES
-from lives import Life, events, final, starts, steps_of
+from gpt_lives import Life, events, final, starts, steps_of
 
 from ckptengine.audit import audit
 
