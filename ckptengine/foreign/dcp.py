@@ -15,7 +15,7 @@ from ckptengine.foreign.names import NAMES, PLAIN, VALUES, dtype_name, shape_of,
 from ckptengine.foreign.torch_file import VISITS_PER_BYTE, torch_leaves
 from ckptengine.foreign.torch_tree import Tree, tree_of
 from ckptengine.foreign.torch_zip import READS, Part, open_torch_zip
-from ckptengine.foreign.unpickle import Names, Record, unpickle
+from ckptengine.foreign.unpickle import Names, Record, short, unpickle
 from ckptengine.schema.box import Box
 from ckptengine.schema.path import Path
 from ckptengine.state.forms import Form
@@ -104,7 +104,7 @@ class _Reading:
         for name, entry in self._entries.items():
             kind = entry.kind if isinstance(entry, Record) else None
             if type(name) is not str or kind not in ("TensorStorageMetadata", "BytesStorageMetadata"):
-                raise CheckpointDamagedError(f"{self._where}: {name!r:.120} is described as no tensor and no value")
+                raise CheckpointDamagedError(f"{self._where}: {short(name)} is described as no tensor and no value")
             if kind == "TensorStorageMetadata":
                 leaves.append(self._tensor(name, entry.state))
             else:
@@ -131,8 +131,10 @@ class _Reading:
                     f"{self._where}: written by a storage writer of its own, not by PyTorch's FileSystemWriter or "
                     "FsspecWriter: read it with that library"
                 )
-            offset = index.state.get("offset")
-            places[str(index.state.get("fqn")), None if offset is None else shape_of(offset)] = info
+            fqn, offset = index.state.get("fqn"), index.state.get("offset")
+            if type(fqn) is not str:
+                raise CheckpointDamagedError(f"{self._where}: {short(fqn)} is no name of a tensor")
+            places[fqn, None if offset is None else shape_of(offset)] = info
         return places
 
     def _place(self, name: str, offset: tuple[int, ...] | None) -> tuple[int, int, int]:
@@ -144,7 +146,7 @@ class _Reading:
         if type(file) is not str or type(position) is not int or type(nbytes) is not int or nbytes < 0:
             raise CheckpointDamagedError(f"{self._where}: the place of {name} is not one in a file")
         if info.state.get("transform_descriptors"):
-            through = ", ".join(map(str, info.state["transform_descriptors"]))
+            through = short(info.state["transform_descriptors"])
             raise ForeignFormatError(
                 f"{self._where}: {name} went through {through}, which is not read: save it without extensions"
             )

@@ -107,16 +107,27 @@ def _check_weights(weights: Mapping[str, str], held: Mapping[str, Mapping[str, A
 
 
 def _joined(described: Mapping[str, Description], weights: Mapping[str, str], where: str) -> Description:
-    """Return one description of shards that torch.save wrote, each a dict of tensors by their names."""
+    """Return one description of shards that torch.save wrote, each a dict of tensors by their names.
+
+    What two shards have is taken from that which the index says.
+    """
     files = [replace(one.files[0]) for one in described.values()]
     leaves: list[ForeignLeaf] = []
     aliases: dict[Path, Path] = {}
+    values: dict[Path, Any] = {}
+    unread: dict[Path, str] = {}
     held: dict[str, dict[str, None]] = {}
     for number, (name, one) in enumerate(described.items()):
         table = one.table
-        held[name] = {dotted(leaf.path): None for leaf in table.leaves} | {dotted(path): None for path in one.aliases}
+        tied: dict[Path, list[str]] = {leaf.path: [dotted(leaf.path)] for leaf in table.leaves}
+        for path, first in one.aliases.items():
+            tied[first].append(dotted(path))
+        tensors = [key for keys in tied.values() for key in keys]
+        listed = (key for key in map(dotted, one.unread) if key in weights)
+        held[name] = dict.fromkeys([*tensors, *map(dotted, one.values), *listed])
         for place, leaf in enumerate(table.leaves):
-            if weights.get(dotted(leaf.path), name) != name:
+            keys = [key for key in tied[leaf.path] if weights.get(key, name) == name]
+            if not keys:
                 continue
             offsets, lengths = table.boxes(place)
             rows = range(*leaf.rows)
@@ -124,12 +135,14 @@ def _joined(described: Mapping[str, Description], weights: Mapping[str, str], wh
                 Piece(Box(tuple(o), tuple(n)), number, int(table.position[row]), 0, one.orders.get(row))
                 for row, o, n in zip(rows, offsets.tolist(), lengths.tolist(), strict=True)
             )
-            leaves.append(ForeignLeaf((dotted(leaf.path),), leaf.dtype, leaf.shape, pieces))
-        aliases |= {(dotted(path),): (dotted(first),) for path, first in one.aliases.items()}
+            leaves.append(ForeignLeaf((keys[0],), leaf.dtype, leaf.shape, pieces))
+            aliases |= {(key,): (keys[0],) for key in keys[1:]}
+        values |= {(dotted(p),): value for p, value in one.values.items() if weights.get(dotted(p), name) == name}
+        unread |= {(dotted(p),): what for p, what in one.unread.items() if weights.get(dotted(p), name) == name}
     _check_weights(weights, held, where)
     table, _, orders = describe_leaves(leaves, files, "torch", where)
-    unread: dict[Path, str] = {(dotted(path),): what for one in described.values() for path, what in one.unread.items()}
-    return Description("torch.save in shards", tuple(files), table, None, orders, {}, aliases, flat=True, unread=unread)
+    kind = "torch.save in shards"
+    return Description(kind, tuple(files), table, None, orders, values, aliases, flat=True, unread=unread)
 
 
 def is_distributed(header: Header) -> bool:

@@ -10,13 +10,16 @@ from typing import Any
 
 import numpy as np
 
-from ckptengine.foreign.unpickle import Names, Record
+from ckptengine.foreign.unpickle import Names, Record, Unread, short
 from ckptengine.schema.dtypes import DTYPES
 from ckptengine.schema.head import MAX_LEAF_NBYTES, MAX_NDIM
 from ckptengine.state.classes import named_factory
 from ckptengine.state.values import decode
 
 __all__ = ["NAMES", "PLAIN", "VALUES", "Storage", "TensorRef", "dtype_name", "shape_of", "storage_of"]
+
+
+_CONTAINERS = (dict, list, tuple, set, frozenset, deque)
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,10 +110,10 @@ def _checked(storage: Any, offset: Any, size: Any, stride: Any, dtype: str | Non
     if dtype is None:
         raise ValueError("a tensor has no dtype")
     if metadata:
-        raise ValueError(f"a tensor is marked {metadata!r:.80}: resolve_conj() or resolve_neg() before it is saved")
+        raise ValueError(f"a tensor is marked {short(metadata)}: resolve_conj() or resolve_neg() before it is saved")
     size, stride = shape_of(size), shape_of(stride)
     if len(size) != len(stride) or len(size) > MAX_NDIM or not _is_count(offset):
-        raise ValueError(f"a tensor's shape {size} does not go with its strides {stride} and offset {offset!r}")
+        raise ValueError(f"a tensor's shape {size} does not go with its strides {stride} and offset {short(offset)}")
     itemsize = DTYPES[dtype].itemsize
     held = storage.count * (1 if storage.dtype is None else DTYPES[storage.dtype].itemsize)
     last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
@@ -121,16 +124,16 @@ def _checked(storage: Any, offset: Any, size: Any, stride: Any, dtype: str | Non
 
 def dtype_name(value: Any) -> str:
     """Return the logical name of a dtype of torch, which is torch's own where that is imported; raises ValueError."""
-    name = str(value).removeprefix("torch.")
+    name = "" if isinstance(value, _CONTAINERS) else str(value).removeprefix("torch.")
     if name not in DTYPES:
-        raise ValueError(f"{value!r:.40} is no dtype that is read")
+        raise ValueError(f"{short(value)} is no dtype that is read")
     return name
 
 
 def shape_of(value: Any) -> tuple[int, ...]:
     """Return a shape, strides or offsets; raises ValueError where they are none."""
     if not isinstance(value, tuple | list) or not all(map(_is_count, value)):
-        raise ValueError(f"{value!r:.80} is no shape")
+        raise ValueError(f"{short(value)} is no shape")
     return tuple(value)
 
 
@@ -173,10 +176,10 @@ def _scalar(dtype: Any, data: Any) -> Any:
     return np.frombuffer(data, dtype)[0]
 
 
-def _numpy_dtype(text: Any, *_: Any) -> np.dtype[Any]:
-    if type(text) is not str or text not in _NUMPY:
-        raise ValueError(f"{text!r:.40} is no dtype of numbers")
-    return np.dtype(text)
+def _numpy_dtype(text: Any, *_: Any) -> np.dtype[Any] | Unread:
+    if type(text) is not str:
+        raise ValueError(f"a {type(text).__name__} is no dtype of numpy")
+    return np.dtype(text) if text in _NUMPY else Unread(f"numpy.dtype({text[:40]!r})")
 
 
 _NUMPY = frozenset(("b1", "?", *(f"{kind}{n}" for kind in "iu" for n in (1, 2, 4, 8)), "f2", "f4", "f8", "c8", "c16"))
@@ -190,6 +193,8 @@ def _framework(kind: str) -> Callable[..., Any]:
     def make(payload: Any, index: Any = None) -> Any:
         if kind == "size":
             return decode({"$torch.size": list(shape_of(payload))})
+        if type(payload) is not str:
+            raise ValueError(f"{short(payload)} is no device")
         return decode({"$torch.device": payload if index is None else f"{payload}:{int(index)}"})
 
     return make

@@ -12,7 +12,7 @@ from typing import Any
 from ckptengine.errors import CheckpointDamagedError, ForeignFormatError, StateError
 from ckptengine.foreign.description import Order, Piece
 from ckptengine.foreign.names import TensorRef
-from ckptengine.foreign.unpickle import Record, Unread
+from ckptengine.foreign.unpickle import Record, Unread, refusal
 from ckptengine.schema.box import Box
 from ckptengine.schema.dtypes import DTYPES
 from ckptengine.schema.path import Path, dotted
@@ -23,6 +23,7 @@ __all__ = ["Tree", "pieces_of", "stored_order", "tree_of"]
 
 _MOST_PIECES = 1 << 16
 """Pieces of one tensor at most: a tensor that is no dense array in any order is read run by run."""
+_CONTAINERS = (dict, list, tuple, set, frozenset, deque)
 
 
 @dataclass(slots=True)
@@ -46,7 +47,7 @@ def tree_of(value: Any, tree: Tree, path: Path, most: int, where: str) -> None:
     """
     tree.visits += 1
     if tree.visits > most or len(path) > MAX_DEPTH:
-        raise CheckpointDamagedError(f"{where}: {dotted(path[:4])}…: nested without end, or larger than its pickle")
+        raise _endless(path, where)
     if isinstance(value, TensorRef):
         tree.tensors[path] = value
         return
@@ -63,6 +64,7 @@ def tree_of(value: Any, tree: Tree, path: Path, most: int, where: str) -> None:
         for key, item in zip(keys, items, strict=True):
             tree_of(item, tree, (*path, key), most, where)
         return
+    _count(value, tree, path, most, where)
     try:
         encode(value, path)
     except StateError as error:
@@ -71,10 +73,30 @@ def tree_of(value: Any, tree: Tree, path: Path, most: int, where: str) -> None:
     tree.values[path] = value
 
 
+def _count(value: Any, tree: Tree, path: Path, most: int, where: str) -> None:
+    """Count all that a plain value has inside: it is written out, also a list that it refers to often."""
+    inside = [(value, 0)] if isinstance(value, _CONTAINERS) else []
+    while inside:
+        one, depth = inside.pop()
+        if isinstance(one, dict):
+            one = (*one, *one.values())
+        tree.visits += len(one)
+        if tree.visits > most:
+            raise _endless(path, where)
+        if depth < MAX_DEPTH:
+            inside += [(item, depth + 1) for item in one if isinstance(item, _CONTAINERS)]
+
+
+def _endless(path: Path, where: str) -> CheckpointDamagedError:
+    return CheckpointDamagedError(f"{where}: {dotted(path[:4])}…: nested without end, or larger than its pickle")
+
+
 def _refuse(value: Any, tree: Tree, path: Path, where: str, error: StateError) -> None:
     """Note something that is not read, or a container of such; raise for anything else."""
     name = _unread_in(value, 0)
-    if name is None or not path:
+    if name is not None and not path:
+        raise refusal(where, name) from None
+    if name is None:
         raise ForeignFormatError(f"{where}: {error}") from None
     tree.unread[path] = name
 
@@ -84,7 +106,7 @@ def _unread_in(value: Any, depth: int, seen: set[int] | None = None) -> str | No
     seen = set() if seen is None else seen
     if isinstance(value, Unread | Record):
         return value.name if isinstance(value, Unread) else value.kind
-    if depth > MAX_DEPTH or id(value) in seen or not isinstance(value, dict | list | tuple | set | frozenset | deque):
+    if depth > MAX_DEPTH or id(value) in seen or not isinstance(value, _CONTAINERS):
         return None
     seen.add(id(value))
     items = (*value, *value.values()) if isinstance(value, dict) else value

@@ -8,9 +8,10 @@ pickle: what a pickle says of sizes is compared with what is there before anythi
 
 from __future__ import annotations
 
+import reprlib
 import struct
 from collections import OrderedDict, deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,7 +19,7 @@ import numpy as np
 
 from ckptengine.errors import CheckpointDamagedError, ForeignFormatError
 
-__all__ = ["Maker", "Names", "Record", "Unread", "refusal", "unpickle"]
+__all__ = ["Maker", "Names", "Record", "Unread", "refusal", "short", "unpickle"]
 
 Maker = Callable[..., Any]
 Names = Mapping[str, Maker]
@@ -30,6 +31,8 @@ _BININT1, _MARK_CODE, _STOP = b"K(."
 _COPIES = 16
 """Items that the calls of a pickle may be handed, for each of its bytes."""
 _SIZED = (str, bytes, bytearray, list, tuple, dict, set, frozenset)
+_NESTED = (list, tuple, frozenset)
+_HASHING = ("collections.OrderedDict", "collections.Counter", "builtins.set", "builtins.frozenset", "builtins.dict")
 
 
 @dataclass(slots=True, eq=False)
@@ -88,6 +91,11 @@ def unpickle(
         raise CheckpointDamagedError(f"{where}: the pickle in it can't be read: it ends too early") from None
     except (ValueError, TypeError, LookupError, struct.error, OverflowError, RecursionError) as error:
         raise CheckpointDamagedError(f"{where}: the pickle in it can't be read: {error}") from None
+
+
+def short(value: Any) -> str:
+    """Return a value as messages show it: whole it may be endless, since a list can be in it many times."""
+    return f"{reprlib.repr(value):.80}"
 
 
 def refusal(where: str, what: str) -> ForeignFormatError:
@@ -204,8 +212,10 @@ class _Machine:
         if isinstance(target, list | deque):
             target.extend(items)
         elif isinstance(target, set):
+            self._charge(items)
             target.update(items)
         elif isinstance(target, Record):
+            self._spend(len(target.arguments))
             target.arguments += tuple(items)
         elif not isinstance(target, Unread):
             raise ValueError(f"items are added to a {type(target).__name__}")
@@ -216,7 +226,9 @@ class _Machine:
             return
         if not isinstance(target, dict) or len(items) % 2:
             raise ValueError(f"keys are set in a {type(target).__name__}")
-        target.update(zip(items[::2], items[1::2], strict=False))
+        keys = items[::2]
+        self._charge(keys)
+        target.update(zip(keys, items[1::2], strict=False))
 
     # Names and calls.
 
@@ -239,20 +251,47 @@ class _Machine:
         if not isinstance(what, _Name) or not isinstance(arguments, tuple) or named:
             raise ValueError("it calls what is no name of the list")
         # A call may copy what it is given; one container that is handed over again and again must not fill the memory.
-        self._budget -= sum(len(one) for one in arguments if isinstance(one, _SIZED))
-        if self._budget < 0:
-            raise ValueError("it copies the same things over and over")
+        self._spend(sum(len(one) for one in arguments if isinstance(one, _SIZED)))
+        if what.text in _HASHING:
+            self._charge(arguments)
         self._make(what.make, *arguments)
+
+    def _spend(self, items: int) -> None:
+        self._budget -= items
+        if self._budget < 0:
+            raise ValueError("it goes through the same things over and over")
+
+    def _charge(self, items: Iterable[Any]) -> None:
+        """Spend what it takes to hash these: a tuple may hold one tuple twice, which does too, and so on."""
+        inside = [item for item in items if type(item) in _NESTED]
+        while inside:
+            item = inside.pop()
+            self._spend(len(item))
+            inside += [part for part in item if type(part) in _NESTED]
 
     def _make(self, make: Maker, *arguments: Any) -> None:
         """Push what a function of ours makes; where it can't for something unread among its arguments, that."""
         try:
-            self._push(make(*arguments))
-        except (ValueError, TypeError, AttributeError):
-            inside = _unread_in(arguments, 3)
-            if inside is None:
+            made = make(*arguments)
+        except (ValueError, TypeError, LookupError, AttributeError):
+            made = self._unread_in(arguments, 3)
+            if made is None:
                 raise
-            self._push(inside)
+        if isinstance(made, Unread) and not self._unread:
+            raise _Refused(made.name)
+        self._push(made)
+
+    def _unread_in(self, value: Any, depth: int) -> Unread | None:
+        """Return what is unread among arguments, or in containers of these."""
+        if isinstance(value, Unread):
+            return value
+        if depth and isinstance(value, list | tuple):
+            self._spend(len(value))
+            for item in value:
+                found = self._unread_in(item, depth - 1)
+                if found is not None:
+                    return found
+        return None
 
     def _build(self) -> None:
         state, target = self._pop(), self._top()
@@ -260,8 +299,10 @@ class _Machine:
             target.raw = state
             parts = state if isinstance(state, tuple) and len(state) == 2 else (state,)
             for part in parts:
-                if isinstance(part, dict) and all(type(key) is str for key in part):
-                    target.state.update(part)
+                if isinstance(part, dict):
+                    self._spend(len(part))
+                    if all(type(key) is str for key in part):
+                        target.state.update(part)
         elif isinstance(target, np.dtype):
             if not isinstance(state, tuple) or len(state) < 2 or state[1] == ">":
                 raise ValueError("a numpy dtype is not little-endian")
@@ -272,15 +313,6 @@ class _Machine:
         if self._persistent is None:
             raise ValueError("it refers to something outside of it")
         self._make(self._persistent, identity)
-
-
-def _unread_in(value: Any, depth: int) -> Unread | None:
-    """Return what is unread among arguments, or in containers of these."""
-    if isinstance(value, Unread):
-        return value
-    if depth and isinstance(value, list | tuple):
-        return next((found for item in value if (found := _unread_in(item, depth - 1)) is not None), None)
-    return None
 
 
 def _list(machine: _Machine) -> None:
@@ -294,7 +326,9 @@ def _dict(machine: _Machine) -> None:
 
 
 def _frozenset(machine: _Machine) -> None:
-    machine._push(frozenset(machine._to_mark()))
+    items = machine._to_mark()
+    machine._charge(items)
+    machine._push(frozenset(items))
 
 
 def _tuple(count: int) -> Callable[[_Machine], None]:

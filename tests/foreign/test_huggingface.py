@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+from argparse import Namespace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
@@ -169,3 +171,24 @@ def test_a_distributed_save_of_torchs_own_writer_is_read(tmp_path: Path) -> None
     writer = dcp.HuggingFaceStorageWriter(str(tmp_path), save_distributed=True)
     dcp.save(dict(tensors), storage_writer=writer, no_dist=True)
     same(ce.load(tmp_path, as_torch=True), tensors)
+
+
+def test_shards_of_torch_save_keep_values_and_tied_tensors_and_tell_what_is_not_read(tmp_path: Path) -> None:
+    tied, other = torch.ones(2), torch.full((2,), 7.0)
+    shards = {
+        "one.bin": {"embed": tied, "head": tied, "epoch": 3, "quantized": Namespace()},
+        "two.bin": {"embed": other, "args": Namespace()},
+    }
+    for name, held in shards.items():
+        torch.save(held, tmp_path / name)
+    weights = {"embed": "two.bin", "head": "one.bin", "quantized": "one.bin"}
+    (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": weights}))
+    for name in ("quantized", "args"):
+        with pytest.raises(ForeignFormatError, match=f"{name} holds argparse.Namespace"):
+            ce.load(tmp_path, only=[name, "head"])
+    loaded = ce.load(tmp_path, only=["embed", "head", "epoch"])
+    assert loaded["epoch"] == 3
+    assert np.array_equal(
+        loaded["head"], tied
+    )  # the index says whose it is, though the first of its names is another's
+    assert np.array_equal(loaded["embed"], other)

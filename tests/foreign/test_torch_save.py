@@ -252,18 +252,77 @@ def test_a_pickle_that_lies_is_a_clear_error(tmp_path: Path, change: Any, messag
 
 
 def test_a_pickle_that_refers_to_one_list_over_and_over_takes_no_more_memory_than_its_bytes(tmp_path: Path) -> None:
-    """Of the kind that unfolds to 10 to the 30 items."""
-    nested = b"]q\x00(KKKKe" + b"".join(
-        b"]q" + bytes([level]) + b"(" + (b"h" + bytes([level - 1])) * 10 + b"e" for level in range(1, 30)
-    )
-    data = b"\x80\x02}X\x01\x00\x00\x00a" + nested + b"s."
     torch.save({"w": torch.ones(2)}, tmp_path / "c.pt")
-    with pytest.raises(CheckpointError):
-        ce.load(rewritten(tmp_path / "c.pt", lambda _: data))
     items = b"\x80\x02}X\x01\x00\x00\x00a](cbuiltins\nlist\nq\x00](" + b"K\x01" * 50_000 + b"eq\x010"
     copies = b"(" + b"h\x00h\x01\x85R" * 20_000 + b"le" + b"s."
     with pytest.raises(CheckpointDamagedError, match="over and over|pickle"):
         ce.load(rewritten(tmp_path / "c.pt", lambda _: items + copies))
+
+
+def unfolded(first: bytes, begin: bytes, end: bytes, levels: int = 40) -> bytes:
+    """Return the pickle of something that holds twice what holds twice …: 2 to the 40 items in 300 bytes."""
+    steps = (begin + b"h" + bytes([level - 1]) + b"h" + bytes([level - 1]) + end for level in range(1, levels))
+    return b"0".join(step + b"q" + bytes([level]) for level, step in enumerate((first, *steps)))
+
+
+UNREAD = b"c__main__\nX\n"
+TWICE = unfolded(b"(K\x01K\x01l", b"(", b"l")
+PAIRS = unfolded(b"K\x01K\x01\x86", b"", b"\x86")
+MANY = b"(" + b"K\x01" * 20_000 + b"l"
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (TWICE, "nested without end"),
+        (unfolded(b"(K\x01" + UNREAD + b"l", b"(", b"l"), "nested without end"),
+        (unfolded(UNREAD + b"K\x01\x86", b"", b"\x86"), "nested without end"),
+        (b"}" + PAIRS + b"K\x01s", "over and over"),
+        (b"\x8f(" + PAIRS + b"\x90", "over and over"),
+        (b"(" + PAIRS + b"\x91", "over and over"),
+        (b"cbuiltins\nset\n(" + PAIRS + b"l\x85R", "over and over"),
+        (b"ctorch\nSize\n" + TWICE + b"\x85R", "is no shape"),
+        (b"ctorch\ndevice\n" + TWICE + b"K\x00\x86R", "is no device"),
+        (b"cbuiltins\nint\n(" + MANY + b"q\x000(" + b"h\x00" * 20_000 + b"l" + UNREAD + b"tR", "over and over"),
+        (b"((" + MANY + UNREAD + b"tq\x000" + b"h\x00Q0" * 20_000 + b"N", "over and over"),
+    ],
+    ids=[
+        "lists",
+        "lists unread",
+        "tuples unread",
+        "key",
+        "in a set",
+        "frozenset",
+        "set()",
+        "size",
+        "device",
+        "args",
+        "ids",
+    ],
+)
+def test_a_pickle_that_unfolds_without_end_is_an_error_soon(tmp_path: Path, value: bytes, message: str) -> None:
+    torch.save({"w": torch.ones(2)}, tmp_path / "c.pt")
+    data = b"\x80\x02}X\x01\x00\x00\x00a" + value + b"s."
+    with pytest.raises(CheckpointError, match=message):
+        ce.load(rewritten(tmp_path / "c.pt", lambda _: data))
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        np.array(["a"]),
+        np.array([None]),
+        np.str_("a"),
+        defaultdict(Namespace, a=1),
+        defaultdict(Namespace, a=torch.ones(1)),
+    ],
+    ids=["array of texts", "array of objects", "numpy text", "factory", "factory and tensor"],
+)
+def test_numpy_objects_and_factories_are_left_unread_and_the_rest_is_read(tmp_path: Path, value: Any) -> None:
+    torch.save({"m": {"w": torch.ones(2)}, "x": value}, tmp_path / "c.pt")
+    with pytest.raises(ForeignFormatError, match=r"c.pt: x holds (numpy|argparse)\.\S+, which is not among"):
+        ce.load(tmp_path / "c.pt")
+    same(ce.load(tmp_path / "c.pt", only=["m"], as_torch=True), {"m": {"w": torch.ones(2)}})
 
 
 def test_any_changed_bytes_of_the_pickle_give_what_torch_gives_or_an_error(tmp_path: Path) -> None:

@@ -21,9 +21,10 @@ import lightning.pytorch as pl
 import numpy as np
 import torch
 import torchmetrics
-from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch.callbacks import EarlyStopping, EMAWeightAveraging, ModelCheckpoint
 from lightning.pytorch.utilities import CombinedLoader
-from torch.utils.data import DataLoader, Dataset, IterableDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, WeightedRandomSampler
+from torchdata.stateful_dataloader import StatefulDataLoader
 
 import ckptengine as ce
 from ckptengine.integrations.lightning import CheckpointIO, Resume
@@ -66,6 +67,8 @@ class Model(pl.LightningModule):
                     fully_shard(layer, mesh=self.device_mesh["data_parallel"])
 
     def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        if OPTIONS.get("loader") == "combined":
+            batch = [*batch[0][:2], torch.cat([batch[0][2], batch[1][2]])]
         x, y, indices = batch
         total = self.trainer.fit_loop.epoch_loop.batch_progress.total.ready
         if total == OPTIONS.get("kill") and not Path(OPTIONS["killed"]).exists():
@@ -100,6 +103,10 @@ class Model(pl.LightningModule):
 
     def configure_optimizers(self) -> Any:
         optimizer = torch.optim.AdamW(self.parameters(), lr=0.01)
+        if OPTIONS.get("one_cycle"):  # which has the trainer make the loaders before anything is restored
+            steps = self.trainer.estimated_stepping_batches
+            one_cycle = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.02, total_steps=steps)
+            return [optimizer], [{"scheduler": one_cycle, "interval": "step"}]
         warm = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / 10))
         plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, patience=0, factor=0.5)
         return [optimizer], [
@@ -109,6 +116,28 @@ class Model(pl.LightningModule):
 
     def on_train_start(self) -> None:
         torch.rand(3)  # what is drawn between the restore and the first batch changes nothing
+
+
+class Manual(Model):
+    """Two optimizers that are stepped by hand, the second every third batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        loss = super().training_step(batch, batch_idx)
+        first, second = self.optimizers()
+        first.zero_grad()
+        second.zero_grad()
+        self.manual_backward(loss)
+        first.step()
+        if batch_idx % 3 == 0:
+            second.step()
+        return loss
+
+    def configure_optimizers(self) -> Any:
+        return [torch.optim.AdamW(self.net[0].parameters(), lr=0.01), torch.optim.SGD(self.net[3].parameters(), 0.01)]
 
 
 class Bad(Model):
@@ -140,6 +169,23 @@ def die() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+def train_loader(workers: int) -> Any:
+    """Return the training loader that is asked for."""
+    kind, options = OPTIONS.get("loader"), {"batch_size": 4, "shuffle": True, "num_workers": workers}
+    if kind == "stateful":
+        return StatefulDataLoader(Samples(), **options)
+    if kind == "stateful with a generator":
+        return StatefulDataLoader(Samples(), generator=torch.Generator().manual_seed(9), **options)
+    if kind == "generator":
+        return DataLoader(Samples(), generator=torch.Generator().manual_seed(9), **options)
+    if kind == "weighted":
+        sampler = WeightedRandomSampler([1.0] * 40, 40, generator=torch.Generator().manual_seed(9))
+        return DataLoader(Samples(), batch_size=4, sampler=sampler, num_workers=workers)
+    if kind == "combined":
+        return CombinedLoader([DataLoader(Samples(), **options), DataLoader(Samples(), **options)], "min_size")
+    return DataLoader(Samples(), **options)
+
+
 def strategy() -> Any:
     kind = OPTIONS.get("strategy", "auto")
     if OPTIONS.get("bad") == "fsdp1":
@@ -158,12 +204,14 @@ def main() -> None:
     torch.set_num_threads(1)
     pl.seed_everything(3)
     bad = OPTIONS.get("bad")
-    model = Bad() if bad in ("replaces", "object") else Model()
+    model = Bad() if bad in ("replaces", "object") else Manual() if OPTIONS.get("manual") else Model()
     ranks = OPTIONS.get("ranks", 1)
     resume = Resume(
         OPTIONS["run"], **OPTIONS.get("resume", {"every": 3}), state={"model": model} if bad == "name" else None
     )
     keep = OPTIONS.get("plugin") and ModelCheckpoint(OPTIONS["run"], every_n_train_steps=3, save_last=True)
+    more = [Resume(f"{OPTIONS['run']} 2")] if bad == "twice" else []
+    averaging = [EMAWeightAveraging(decay=0.9)] if OPTIONS.get("averaging") else []
     trainer = pl.Trainer(
         accelerator="cpu",
         devices=ranks,
@@ -173,7 +221,7 @@ def main() -> None:
         enable_progress_bar=False,
         enable_model_summary=False,
         use_distributed_sampler=not OPTIONS.get("elastic"),
-        callbacks=[keep or resume, EarlyStopping("val_loss", patience=50)],
+        callbacks=[keep or resume, EarlyStopping("val_loss", patience=50), *averaging, *more],
         plugins=[CheckpointIO(background=True)] if OPTIONS.get("plugin") == "ours" else [],
         **OPTIONS.get("trainer", {}),
     )
@@ -186,7 +234,7 @@ def main() -> None:
         )
         loader = DataLoader(Samples(), batch_sampler=sampler, num_workers=workers)
     else:
-        loader = DataLoader(Samples(), batch_size=4, shuffle=True, num_workers=workers)
+        loader = train_loader(workers)
     if bad == "iterable":
         loader = DataLoader(Endless(), batch_size=4)
     if bad == "cycle":
@@ -200,6 +248,9 @@ def end(trainer: Any, model: Model, resume: Resume) -> None:
     digest = hashlib.sha256()
     optimizer = trainer.optimizers[0]
     tensors = list(model.state_dict().values())
+    tensors += [
+        t for one in trainer.optimizers[1:] for value in one.state.values() for t in value.values() if t is not None
+    ]
     tensors += [value for one in optimizer.state.values() for value in one.values()]
     for tensor in tensors:
         local = tensor.to_local() if hasattr(tensor, "to_local") else tensor

@@ -135,6 +135,37 @@ def test_model_checkpoint_with_the_plugin_saves_under_ddp_where_only_rank_0_call
         assert (end["step"], end["epoch"]) == (10, 2)
 
 
+def test_a_finished_job_trains_nothing_more_and_goes_on_for_more_epochs(tmp_path: Path) -> None:
+    whole = run(tmp_path / "whole", {"epochs": 2})
+    first = run(tmp_path / "again", {"epochs": 1})
+    places = {name: f"{tmp_path}/again/{name}" for name in ("run", "log", "end", "killed")}
+    assert start(places | {"epochs": 1}) == {0}
+    assert noted(tmp_path / "again", 1)["batches 0"] == first["batches 0"]
+    assert start(places | {"epochs": 2}) == {0}
+    again = noted(tmp_path / "again", 1)
+    assert (whole.pop("start 0"), again.pop("start 0")) == (None, 10)
+    assert again == whole
+
+
+KINDS: dict[str, dict[str, Any]] = {
+    "validation within the epoch": {"kill": 17, "start_step": 15, "trainer": {"val_check_interval": 3}},
+    "averaged weights": {"kill": 16, "start_step": 15, "averaging": True},
+    "manual optimization of two": {"kill": 16, "start_step": 21, "manual": True, "resume": {"every": 1}},
+    "a stateful loader with workers": {"kill": 16, "start_step": 15, "loader": "stateful", "workers": 2},
+    "a generator of its own at an epoch's end": {"kill": 11, "start_step": 10, "loader": "generator", "resume": {}},
+    "a schedule that asks for the number of steps": {"kill": 16, "start_step": 15, "one_cycle": True},
+    "two loaders": {"kill": 16, "start_step": 15, "loader": "combined"},
+    "an elastic sampler in short epochs": {
+        "kill": 12, "start_step": 9, "elastic": 4, "trainer": {"limit_train_batches": 7}
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_each_kind_of_training_goes_on_exactly(tmp_path: Path, kind: str) -> None:
+    killed_as_whole(tmp_path, **KINDS[kind])
+
+
 @pytest.mark.parametrize(
     ("bad", "message"),
     [
@@ -142,6 +173,7 @@ def test_model_checkpoint_with_the_plugin_saves_under_ddp_where_only_rank_0_call
         ("replaces", "Bad.on_save_checkpoint puts other values into 'state_dict' (net.0.weight)"),
         ("object", "hooks.thing: object can't be saved"),
         ("cycle", "training loaders of different lengths are cycled within an epoch"),
+        ("twice", "the trainer has several Resume callbacks"),
         ("name", "Resume(state=…): the names model are taken"),
         ("fsdp1", "Resume does not work with FSDPStrategy: it hides the parameters (FSDP1)"),
     ],

@@ -6,10 +6,17 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-from lightning.pytorch.callbacks import Checkpoint
-from lightning.pytorch.trainer import call
-
+from ckptengine.errors import StateError
 from ckptengine.integrations.lightning.session import Session
+
+try:
+    from lightning.pytorch import Trainer
+    from lightning.pytorch.callbacks import Checkpoint
+    from lightning.pytorch.trainer import call
+except ModuleNotFoundError:  # the same code under its older name
+    from pytorch_lightning import Trainer
+    from pytorch_lightning.callbacks import Checkpoint
+    from pytorch_lightning.trainer import call
 
 __all__ = ["Resume"]
 
@@ -52,11 +59,21 @@ class Resume(Checkpoint):  # type: ignore[misc]
 
     @property
     def state_key(self) -> str:
-        """The run that this saves to: several of them in one trainer are told apart by it."""
+        """What Lightning calls this callback's state by."""
         return f"Resume({os.fspath(self._options['run'])})"
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         """Restore the newest valid checkpoint of the run, if it has one."""
+        if not isinstance(trainer, Trainer):
+            raise StateError(
+                f"Resume is for {Trainer.__module__}, this trainer is {type(trainer).__module__}'s: import Lightning "
+                "under one of its names"
+            )
+        if sum(isinstance(one, Resume) for one in trainer.callbacks) > 1:
+            raise StateError(
+                "the trainer has several Resume callbacks, and only one run can be resumed: give one, with local= or "
+                "memory= for further places, or on_commit= for copies"
+            )
         if trainer.fast_dev_run:
             return
         self._session = session = Session(

@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from lightning.fabric.plugins.io.checkpoint_io import CheckpointIO as LightningIO
 
 import ckptengine
 from ckptengine.catalog.listing import committed
@@ -15,6 +14,11 @@ from ckptengine.comm.single import SingleProcess
 from ckptengine.save.handle import SaveHandle
 from ckptengine.save.saver import DEFAULT_TIMEOUT
 from ckptengine.storage.open import open_storage
+
+try:
+    from lightning.fabric.plugins.io.checkpoint_io import CheckpointIO as LightningIO
+except ModuleNotFoundError:  # the same code under its older name
+    from lightning_fabric.plugins.io.checkpoint_io import CheckpointIO as LightningIO
 
 __all__ = ["CheckpointIO"]
 

@@ -26,18 +26,20 @@ class Elastic:
     def __init__(self, sampler: Any, loader: Any) -> None:
         self.part, self._sampler, self._loader = sampler, sampler, loader
         self.done = 0  # batches of this rank that were trained in the epoch when it was restored
+        self.whole: int | None = len(sampler)  # the length of a whole epoch, where it is asked for that
+        self._length = 0
 
     def __iter__(self) -> Iterator[Any]:
         done, self.done = self.done, 0
-        self._length = done + len(self._sampler)
+        self.whole, self._length = None, done + len(self._sampler)
         return iter(self._sampler.batches(self._loader))
 
     def __len__(self) -> int:
         """Return how many batches the epoch has that is iterated, those trained before a restart included."""
-        return getattr(self, "_length", None) or self.done + len(self._sampler)
+        return self._length if self.whole is None else self.whole
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("__") or name in ("_loader", "_length"):
+        if name.startswith("__") or name == "_loader":
             raise AttributeError(name)
         return getattr(self._loader, name)
 
@@ -46,12 +48,18 @@ class Elastic:
         """What the trainer iterates."""
         return self
 
-    def seek(self, batches: int) -> int:
-        """Go on after `batches` of the epoch; return how many those are on this number of ranks."""
+    @property
+    def lists(self) -> int:
+        """The batches that this rank has of a global batch."""
         cursor = self._sampler._cursor
-        whole = self._sampler.consumed // cursor.global_batch
-        self.done = whole * len(cursor.lists_of(cursor.global_batch)) if whole else batches
-        return self.done
+        return len(cursor.lists_of(cursor.global_batch))
+
+    def seek(self, batches: int) -> None:
+        """Go on after `batches` of the epoch."""
+        self.done = batches
+
+    def rewind(self) -> None:
+        """Go back to what was restored, after a first iterator was made: the sampler has counted nothing."""
 
     def begin(self) -> None:
         """Begin an epoch: the sampler knows its own place."""
@@ -63,12 +71,19 @@ class Elastic:
 class Stateful:
     """A loader with `state_dict` and `load_state_dict`, which knows its place."""
 
-    def __init__(self, loader: Any) -> None:
-        self.part = self.entry = loader
+    lists = 1
 
-    def seek(self, batches: int) -> int:
+    def __init__(self, loader: Any) -> None:
+        self.entry = loader
+        self._own = _Own(_generators_of(loader))
+        self.part: Any = {"loader": loader, "own": self._own} if self._own.generators else loader
+
+    def seek(self, batches: int) -> None:
         """Go on after `batches` of the epoch."""
-        return batches
+
+    def rewind(self) -> None:
+        """Go back to what was restored, after a first iterator was made."""
+        self._own.rewind()
 
     def begin(self) -> None:
         """Begin an epoch: the loader knows its own place."""
@@ -77,38 +92,62 @@ class Stateful:
         """Leave the loader as it was found."""
 
 
+class _Own:
+    """The generators of a loader and its samplers."""
+
+    def __init__(self, generators: dict[str, RandomStream]) -> None:
+        self.generators = generators
+        self._restored: dict[str, NDArray[np.uint8]] = {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return their states, which are each rank's own."""
+        return {"states": PerRank({name: one.get() for name, one in self.generators.items()}, resize=_first)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Set them."""
+        self._restored = {name: np.array(data) for name, data in state["states"].items() if name in self.generators}
+        self.rewind()
+
+    def rewind(self) -> None:
+        """Set them once more to what was restored."""
+        for name, data in self._restored.items():
+            self.generators[name].set(data)
+
+
 class Drawn:
     """A `DataLoader` whose sampler has no state: the random numbers at the epoch's first draw give its order again.
 
     On the way to the place in the epoch only the sampler is drawn from: no sample is loaded twice.
     """
 
+    lists = 1
+
     def __init__(self, loader: DataLoader[Any]) -> None:
         self.entry = loader
         self.part = self
         self._name = "sampler" if loader.batch_sampler is None else "batch_sampler"
         self._inner = getattr(loader, self._name)
-        self._generators = _generators_of(loader)
+        self._own = _Own(_generators_of(loader))
         self._begun: dict[str, NDArray[np.uint8]] = {}
         self._skip: int | None = None
         vars(loader)[self._name] = _Draws(self, self._inner)  # DataLoader forbids the plain assignment
 
     def state_dict(self) -> dict[str, Any]:
         """Return the random streams as they were when the epoch's order was drawn, and the loader's own as they are."""
-        own = {name: stream.get() for name, stream in self._generators.items()}
-        return {"begun": PerRank(self._begun, resize=_first), "own": PerRank(own, resize=_first)}
+        return {"begun": PerRank(self._begun, resize=_first), "own": self._own.state_dict()["states"]}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Set the loader's own generators, and remember how the epoch began."""
         self._begun = {name: np.array(data) for name, data in state["begun"].items()}
-        for name, data in state["own"].items():
-            if name in self._generators:
-                self._generators[name].set(np.asarray(data))
+        self._own.load_state_dict({"states": state["own"]})
 
-    def seek(self, batches: int) -> int:
+    def seek(self, batches: int) -> None:
         """Have the next iteration begin after `batches` of the epoch."""
         self._skip = batches
-        return batches
+
+    def rewind(self) -> None:
+        """Go back to what was restored, after a first iterator was made."""
+        self._own.rewind()
 
     def begin(self) -> None:
         """Begin an epoch: the next iteration begins at its first batch."""
@@ -137,7 +176,7 @@ class Drawn:
         vars(self.entry)[self._name] = self._inner
 
     def _streams(self) -> dict[str, RandomStream]:
-        return _process_streams() | self._generators
+        return _process_streams() | self._own.generators
 
 
 TrainLoader = Elastic | Stateful | Drawn
@@ -211,9 +250,10 @@ def _process_streams() -> dict[str, RandomStream]:
     return streams
 
 
-def _generators_of(loader: DataLoader[Any]) -> dict[str, RandomStream]:
+def _generators_of(loader: Any) -> dict[str, RandomStream]:
     """Return the generators of a loader and its samplers, each once."""
-    samplers = (loader, loader.sampler, loader.batch_sampler, getattr(loader.batch_sampler, "sampler", None))
+    batches = getattr(loader, "batch_sampler", None)
+    samplers = (loader, getattr(loader, "sampler", None), batches, getattr(batches, "sampler", None))
     found: dict[int, Any] = {}
     for one in samplers:
         for name in ("generator", "rng", "_rng"):

@@ -7,7 +7,7 @@ import functools
 import logging
 import os
 import signal
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from ckptengine.checkpointer import Checkpointer
@@ -65,10 +65,11 @@ class Session:
         self._rngs = [RNG(), *(one for one in extra.values() if isinstance(one, RNG))]
         self._mid = False  # whether what is saved next lies in the middle of an epoch
         self._place: dict[str, Any] = {}  # what the restored position depends on
-        self._resuming = self._restored = False
+        self._resuming = False
         self._started = False
         self._saved_at = 0  # the trainer's step of the last save point
         self._loaders: list[TrainLoader] = []
+        self._whole: list[int | None] = []  # lengths of whole epochs, of loaders that may begin within one
         self._wrapped: list[tuple[Any, str]] = []
         self._parts: list[Part] = []
         self._state = self._whole_state(extra)
@@ -109,34 +110,45 @@ class Session:
             "mid_epoch": self._mid,
             "batches": batches if isinstance(batches, int) else None,
             "world_size": trainer.world_size,
+            "lists": [loader.lists for loader in self._loaders] or self._place.get("lists", []),
             "should_stop": bool(trainer.should_stop),
             "train_reload": fit._last_train_dl_reload_epoch,
             "val_reload": self._epoch.val_loop._last_val_dl_reload_epoch,
         }
 
     def _read_callbacks(self) -> dict[str, Any]:
-        trainer, module = self._trainer, self._module
+        trainer = self._trainer
         own: dict[str, Any] = {}
         for one in trainer.callbacks:
             if state := one.state_dict():
                 own[one.state_key] = state
-        checkpoint = self._checkpoint(own)
-        for one in trainer.callbacks:
-            if one not in self._averages.callbacks and overrides("on_save_checkpoint", one, "Callback"):
-                save = functools.partial(one.on_save_checkpoint, trainer, module)
-                checkpoint |= hooked(checkpoint, save, _name(one))
-        added = hooked(checkpoint, module.on_save_checkpoint, _name(module)) if self._has_hook("save") else {}
-        standard = self._checkpoint(own).keys()
-        states = {
-            "callbacks": own,
-            "hooks": {key: value for key, value in (checkpoint | added).items() if key not in standard},
-        }
+        states = {"callbacks": own, "hooks": self._added_by_hooks(own)}
         if trainer.datamodule is not None:
             states["datamodule"] = self._hook._call_lightning_datamodule_hook(trainer, "state_dict")
         return states
 
-    def _has_hook(self, kind: str) -> bool:
-        return overrides(f"on_{kind}_checkpoint", self._module, "LightningModule")
+    def _hooks(self, kind: str) -> list[tuple[str, Callable[[dict[str, Any]], object]]]:
+        """Return the hooks `on_save_checkpoint` (or load) of callbacks and module, each with its owner's name."""
+        name, trainer, module = f"on_{kind}_checkpoint", self._trainer, self._module
+        owners = [one for one in trainer.callbacks if one not in self._averages.callbacks]
+        hooks: list[tuple[str, Callable[[dict[str, Any]], object]]] = [
+            (type(one).__name__, functools.partial(getattr(one, name), trainer, module))
+            for one in owners
+            if overrides(name, one, "Callback")
+        ]
+        if overrides(name, module, "LightningModule"):
+            hooks.append((type(module).__name__, getattr(module, name)))
+        return hooks
+
+    def _added_by_hooks(self, callbacks: dict[str, Any]) -> dict[str, Any]:
+        hooks = self._hooks("save")
+        if not hooks:
+            return {}
+        checkpoint = self._checkpoint(callbacks)
+        added: dict[str, Any] = {}
+        for owner, hook in hooks:
+            added |= hooked(checkpoint, hook, owner)
+        return added
 
     def _checkpoint(self, callbacks: dict[str, Any]) -> dict[str, Any]:
         """Return what Lightning's hooks for checkpoints expect to be given."""
@@ -164,7 +176,7 @@ class Session:
         self._forget_ckpt_path()
         for part in self._parts[:-1]:
             part.apply()
-        self._resuming = self._restored = True
+        self._resuming = True
         self._saved_at = self._trainer.global_step
         return step
 
@@ -182,20 +194,17 @@ class Session:
             )
 
     def _give_callbacks(self, saved: dict[str, Any]) -> None:
-        trainer, module = self._trainer, self._module
-        own, hooks = saved["callbacks"], saved["hooks"]
-        checkpoint = self._checkpoint(own) | hooks
-        for one in trainer.callbacks:
-            if one not in self._averages.callbacks and overrides("on_load_checkpoint", one, "Callback"):
-                one.on_load_checkpoint(trainer, module, checkpoint)
+        trainer, own, hooks = self._trainer, saved["callbacks"], self._hooks("load")
+        if hooks:
+            checkpoint = self._checkpoint(own) | saved["hooks"]
+            for _, hook in reversed(hooks):  # the module's first, as Lightning has it
+                hook(checkpoint)
         here = {one.state_key: one for one in trainer.callbacks}
         for key, state in own.items():
             if key in here:
                 here[key].load_state_dict(copy.deepcopy(state))
             else:
                 _log.warning("%s: the state of the callback %s is saved, the trainer has none", self._run, key)
-        if self._has_hook("load"):
-            module.on_load_checkpoint(checkpoint)
         if trainer.datamodule is not None and saved.get("datamodule"):
             self._hook._call_lightning_datamodule_hook(trainer, "load_state_dict", saved["datamodule"])
 
@@ -219,8 +228,15 @@ class Session:
     # The loops
 
     def wrap(self) -> None:
-        """Wrap the trainer's loops for this fit."""
+        """Wrap the trainer's loops for this fit.
+
+        Loaders that were made already (`trainer.estimated_stepping_batches` does that) are let go: they are made anew
+        when the loop begins, with the epoch that was restored.
+        """
         fit, epoch = self._fit, self._epoch
+        if fit._combined_loader is not None:
+            fit._data_fetcher.teardown()
+            fit._combined_loader = None
         for loop, name, ours in (
             (fit, "_load_combined_loader_states", self._with_loaders),
             (fit, "on_advance_start", self._with_epoch_start),
@@ -271,6 +287,7 @@ class Session:
         self._loaders = [train_loader(number, one) for number, one in enumerate(combined.flattened)]
         _refuse_cycles(combined)
         combined.flattened = [loader.entry for loader in self._loaders]
+        self._whole = [len(one) if isinstance(one, Elastic) else None for one in self._loaders]
         self._state[DATA] = {str(number): loader.part for number, loader in enumerate(self._loaders)}
         if not self._resuming:
             return
@@ -281,21 +298,23 @@ class Session:
 
     def _seek(self) -> None:
         trainer, progress = self._trainer, self._epoch.batch_progress.current
-        for loader in self._loaders:
+        for loader, lists in zip(self._loaders, self._place["lists"], strict=True):
             if isinstance(loader, Drawn) and self._place["world_size"] != trainer.world_size:
                 raise LoadMismatchError(
                     f"{self._run}: saved in the middle of an epoch by {self._place['world_size']} ranks, here are "
                     f"{trainer.world_size}: the samplers of torch and Lightning can't go on there. Restart with as "
                     "many, or use a ckptengine.ElasticSampler, which goes on with any number"
                 )
-            batches = loader.seek(progress.completed)
-            if isinstance(loader, Elastic):
-                progress.ready = progress.started = progress.processed = progress.completed = batches
+            batches = progress.completed // lists * loader.lists
+            progress.ready = progress.started = progress.processed = progress.completed = batches
+            loader.seek(batches)
             set_epoch(loader.entry, self._fit.epoch_progress.current.processed)
 
     def _with_epoch_start(self, theirs: Any) -> None:
         if self._resuming and not self._mid:
             self._go_on()
+            for loader in self._loaders:
+                loader.rewind()
         theirs()
 
     def _with_batches_start(self, theirs: Any, fetcher: Any) -> None:
@@ -324,11 +343,28 @@ class Session:
         """Begin to train: nothing of the restart is left but the place that was restored."""
         self._resuming = False
         self._leave_restart()
+        self._set_length()
         self._fit._last_train_dl_reload_epoch = self._place["train_reload"]
         self._epoch.val_loop._last_val_dl_reload_epoch = self._place["val_reload"]
         self._parts[-1].apply()
         for rng in self._rngs:
             rng.rewind()
+
+    def _set_length(self) -> None:
+        """Have the trainer count whole epochs, where a restart has begun within one of an elastic sampler."""
+        fit, trainer, combined = self._fit, self._trainer, self._fit._combined_loader
+        elastic = [
+            (one, whole) for one, whole in zip(self._loaders, self._whole, strict=True) if isinstance(one, Elastic)
+        ]
+        if not elastic:
+            return
+        for loader, whole in elastic:
+            loader.whole = whole
+        fit.max_batches = len(combined)
+        for loader, _ in elastic:
+            loader.whole = None
+        if isinstance(trainer.val_check_interval, float) and trainer.val_check_batch is not None:
+            trainer.val_check_batch = max(1, int(fit.max_batches * trainer.val_check_interval))
 
     def _leave_restart(self) -> None:
         """Clear the flags by which Lightning would do a part of the last step again, or leave a part out."""
@@ -406,7 +442,3 @@ def _refuse_cycles(combined: Any) -> None:
             "training loaders of different lengths are cycled within an epoch, and how far each is can't be told; "
             'give CombinedLoader(…, mode="min_size"), or loaders of one length'
         )
-
-
-def _name(thing: Any) -> str:
-    return type(thing).__name__
