@@ -44,7 +44,7 @@ TESTERS ?= 3
 test: setup
 	$(BIN)/python -m pytest -n $(TESTERS) --dist loadfile --no-loadscope-reorder --durations=30
 
-# Whole trainings, most of them MindSpore's and under MPI, and campaigns of kills and races.
+# Whole trainings, most of them MindSpore's and under MPI, campaigns of kills and races, and all pairs of shardings.
 test-long: setup
 	$(BIN)/python -m pytest -n $(TESTERS) --dist loadfile --no-loadscope-reorder --durations=30 -m long
 
