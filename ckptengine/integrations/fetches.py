@@ -50,6 +50,11 @@ class Fetches:
         """Follow the fetches of `loader`, whose iteration is about to begin; once for each loader."""
         sampler = batch_sampler_of(loader)
         workers = getattr(loader, "num_workers", 0)
+        if workers and getattr(loader, "persistent_workers", False):
+            # Their seed is drawn once in a process, at another moment in a restarted one: not from torch's stream.
+            inner = getattr(loader, "base_dataloader", loader)
+            if inner.generator is None:
+                inner.generator = torch.Generator().manual_seed(torch.initial_seed())
         if sampler is None or sampler is self._hooked or workers:
             return
         kind, self._hooked = type(sampler), sampler

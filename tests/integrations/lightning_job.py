@@ -103,6 +103,10 @@ class Model(pl.LightningModule):
 
     def configure_optimizers(self) -> Any:
         optimizer = torch.optim.AdamW(self.parameters(), lr=0.01)
+        if OPTIONS.get("one_cycle"):  # which has the trainer make the loaders before anything is restored
+            steps = self.trainer.estimated_stepping_batches
+            one_cycle = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.02, total_steps=steps)
+            return [optimizer], [{"scheduler": one_cycle, "interval": "step"}]
         warm = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / 10))
         plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, patience=0, factor=0.5)
         return [optimizer], [

@@ -35,7 +35,7 @@ def begun(job: Callable[[], object], log: Path, environment: Mapping[str, str]) 
     code = 1
     try:
         os.environ |= environment
-        sys.stdout = sys.stderr = file = log.open("a")
+        sys.stdout = sys.stderr = file = log.open("a", buffering=1)
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
         job()

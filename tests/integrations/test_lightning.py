@@ -153,6 +153,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "manual optimization of two": {"kill": 16, "start_step": 21, "manual": True, "resume": {"every": 1}},
     "a stateful loader with workers": {"kill": 16, "start_step": 15, "loader": "stateful", "workers": 2},
     "a generator of its own at an epoch's end": {"kill": 11, "start_step": 10, "loader": "generator", "resume": {}},
+    "a schedule that asks for the number of steps": {"kill": 16, "start_step": 15, "one_cycle": True},
     "two loaders": {"kill": 16, "start_step": 15, "loader": "combined"},
     "an elastic sampler in short epochs": {
         "kill": 12, "start_step": 9, "elastic": 4, "trainer": {"limit_train_batches": 7}

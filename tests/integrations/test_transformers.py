@@ -81,8 +81,19 @@ def test_so_it_does_with(tmp_path: Path, args: dict[str, Any], kill: int) -> Non
     ends_alike(tmp_path, {"args": args}, [kill])
 
 
-def test_so_it_does_with_loader_workers_that_draw_nothing(tmp_path: Path) -> None:
-    ends_alike(tmp_path, {"args": {"dataloader_num_workers": 1}, "masks": False}, [17])
+def test_so_it_does_with_a_stream_that_gives_the_same_samples_again(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    settings = {"stream": True, "masks": False, "args": {"max_steps": 16}}
+    ends_alike(tmp_path, settings, [13])  # in the second pass over the data
+    args = transformers.TrainingArguments(str(tmp_path), report_to="none", use_cpu=True, max_steps=1)
+    job.Trainer(job.tiny_model(), args, train_dataset=job.Stream(job.Texts(4)))
+    assert "IterableDataset" in caplog.text
+
+
+def test_so_it_does_with_persistent_loader_workers_that_draw_nothing(tmp_path: Path) -> None:
+    workers = {"dataloader_num_workers": 1, "dataloader_persistent_workers": True}
+    ends_alike(tmp_path, {"args": workers, "masks": False}, [17])
 
 
 def run_ranks(place: Path, name: str, settings: dict[str, Any], codes: list[int]) -> None:

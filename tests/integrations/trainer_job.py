@@ -42,6 +42,16 @@ class Texts(Dataset):  # type: ignore[type-arg]
         return {"input_ids": words.tolist(), "number": index}
 
 
+class Stream(torch.utils.data.IterableDataset):  # type: ignore[type-arg]
+    """The same texts without a place to go back to."""
+
+    def __init__(self, texts: Texts) -> None:
+        self._texts = texts
+
+    def __iter__(self) -> Any:
+        return iter(self._texts)
+
+
 class Collator:
     """Pads, hides words at random, from torch's global stream, and writes down the numbers of the samples."""
 
@@ -105,11 +115,12 @@ def train(run: Path, out: Path, settings: dict[str, Any]) -> None:
         "learning_rate": 1e-2,
     }  # fmt: skip
     seen = out.with_name(f"{out.name}-{rank}.samples") if settings.get("seen") else None
+    texts = Texts(settings.get("samples", 22))
     kind = transformers.Trainer if settings.get("plain") else Trainer
     trainer = kind(
         adapted(tiny_model()) if settings.get("peft") else tiny_model(),
         transformers.TrainingArguments(**args | settings.get("args", {})),
-        train_dataset=Texts(settings.get("samples", 22)),
+        train_dataset=Stream(texts) if settings.get("stream") else texts,
         eval_dataset=Texts(6),
         data_collator=Collator(settings.get("masks", True), seen),
         callbacks=[transformers.EarlyStoppingCallback(**one) for one in settings.get("early", [])],
@@ -121,7 +132,9 @@ def train(run: Path, out: Path, settings: dict[str, Any]) -> None:
     result = trainer.train(settings.get("from"))
     optimizer = trainer.optimizer.optimizer.state_dict()["state"]
     tensors = {f"model.{name}": value for name, value in trainer.model.state_dict().items()}
-    tensors |= {f"optimizer.{n}.{name}": value for n, one in optimizer.items() for name, value in one.items()}
+    tensors |= {
+        f"optimizer.{n}.{name}": torch.as_tensor(value) for n, one in optimizer.items() for name, value in one.items()
+    }
     torch.save(
         {
             "tensors": tensors,

@@ -537,6 +537,29 @@ def test_rewind_goes_back_to_the_restore_once(tmp_path):
     assert not ce.RNG().rewind(), "without a restore there is nothing to go back to"
 
 
+def test_streams_go_back_to_any_place_that_was_noted():
+    given = everything(1)
+    rng = ce.RNG(given)
+    place = rng.get_streams()
+    first = draw(given)
+    assert draw(given) != first
+    rng.set_streams(place)
+    assert draw(given) == first
+    rng.set_streams({})
+    assert draw(given) != first, "streams that are not named stay where they are"
+
+
+def test_a_place_that_is_none_leaves_all_streams_where_they_are():
+    given = everything(1)
+    rng = ce.RNG(given)
+    place = rng.get_streams()
+    wrong = place | {"torch.cpu": place["torch.cpu"][:-1]}
+    with pytest.raises(LoadMismatchError, match=r"torch\.cpu"):
+        rng.set_streams(wrong)
+    now = rng.get_streams()
+    assert all(np.array_equal(now[name], place[name]) for name in place)
+
+
 def test_rewind_goes_back_to_streams_that_began_anew_at_another_world_size():
     for state in resumed(save(*ranks(2)), 3):
         first = numbers(state)

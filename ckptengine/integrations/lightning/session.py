@@ -7,7 +7,7 @@ import functools
 import logging
 import os
 import signal
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from ckptengine.checkpointer import Checkpointer
@@ -65,7 +65,7 @@ class Session:
         self._rngs = [RNG(), *(one for one in extra.values() if isinstance(one, RNG))]
         self._mid = False  # whether what is saved next lies in the middle of an epoch
         self._place: dict[str, Any] = {}  # what the restored position depends on
-        self._resuming = self._restored = False
+        self._resuming = False
         self._started = False
         self._saved_at = 0  # the trainer's step of the last save point
         self._loaders: list[TrainLoader] = []
@@ -117,28 +117,38 @@ class Session:
         }
 
     def _read_callbacks(self) -> dict[str, Any]:
-        trainer, module = self._trainer, self._module
+        trainer = self._trainer
         own: dict[str, Any] = {}
         for one in trainer.callbacks:
             if state := one.state_dict():
                 own[one.state_key] = state
-        checkpoint = self._checkpoint(own)
-        for one in trainer.callbacks:
-            if one not in self._averages.callbacks and overrides("on_save_checkpoint", one, "Callback"):
-                save = functools.partial(one.on_save_checkpoint, trainer, module)
-                checkpoint |= hooked(checkpoint, save, _name(one))
-        added = hooked(checkpoint, module.on_save_checkpoint, _name(module)) if self._has_hook("save") else {}
-        standard = self._checkpoint(own).keys()
-        states = {
-            "callbacks": own,
-            "hooks": {key: value for key, value in (checkpoint | added).items() if key not in standard},
-        }
+        states = {"callbacks": own, "hooks": self._added_by_hooks(own)}
         if trainer.datamodule is not None:
             states["datamodule"] = self._hook._call_lightning_datamodule_hook(trainer, "state_dict")
         return states
 
-    def _has_hook(self, kind: str) -> bool:
-        return overrides(f"on_{kind}_checkpoint", self._module, "LightningModule")
+    def _hooks(self, kind: str) -> list[tuple[str, Callable[[dict[str, Any]], object]]]:
+        """Return the hooks `on_save_checkpoint` (or load) of callbacks and module, each with its owner's name."""
+        name, trainer, module = f"on_{kind}_checkpoint", self._trainer, self._module
+        owners = [one for one in trainer.callbacks if one not in self._averages.callbacks]
+        hooks: list[tuple[str, Callable[[dict[str, Any]], object]]] = [
+            (type(one).__name__, functools.partial(getattr(one, name), trainer, module))
+            for one in owners
+            if overrides(name, one, "Callback")
+        ]
+        if overrides(name, module, "LightningModule"):
+            hooks.append((type(module).__name__, getattr(module, name)))
+        return hooks
+
+    def _added_by_hooks(self, callbacks: dict[str, Any]) -> dict[str, Any]:
+        hooks = self._hooks("save")
+        if not hooks:
+            return {}
+        checkpoint = self._checkpoint(callbacks)
+        added: dict[str, Any] = {}
+        for owner, hook in hooks:
+            added |= hooked(checkpoint, hook, owner)
+        return added
 
     def _checkpoint(self, callbacks: dict[str, Any]) -> dict[str, Any]:
         """Return what Lightning's hooks for checkpoints expect to be given."""
@@ -166,7 +176,7 @@ class Session:
         self._forget_ckpt_path()
         for part in self._parts[:-1]:
             part.apply()
-        self._resuming = self._restored = True
+        self._resuming = True
         self._saved_at = self._trainer.global_step
         return step
 
@@ -184,20 +194,17 @@ class Session:
             )
 
     def _give_callbacks(self, saved: dict[str, Any]) -> None:
-        trainer, module = self._trainer, self._module
-        own, hooks = saved["callbacks"], saved["hooks"]
-        checkpoint = self._checkpoint(own) | hooks
-        for one in trainer.callbacks:
-            if one not in self._averages.callbacks and overrides("on_load_checkpoint", one, "Callback"):
-                one.on_load_checkpoint(trainer, module, checkpoint)
+        trainer, own, hooks = self._trainer, saved["callbacks"], self._hooks("load")
+        if hooks:
+            checkpoint = self._checkpoint(own) | saved["hooks"]
+            for _, hook in reversed(hooks):  # the module's first, as Lightning has it
+                hook(checkpoint)
         here = {one.state_key: one for one in trainer.callbacks}
         for key, state in own.items():
             if key in here:
                 here[key].load_state_dict(copy.deepcopy(state))
             else:
                 _log.warning("%s: the state of the callback %s is saved, the trainer has none", self._run, key)
-        if self._has_hook("load"):
-            module.on_load_checkpoint(checkpoint)
         if trainer.datamodule is not None and saved.get("datamodule"):
             self._hook._call_lightning_datamodule_hook(trainer, "load_state_dict", saved["datamodule"])
 
@@ -221,8 +228,15 @@ class Session:
     # The loops
 
     def wrap(self) -> None:
-        """Wrap the trainer's loops for this fit."""
+        """Wrap the trainer's loops for this fit.
+
+        Loaders that were made already (`trainer.estimated_stepping_batches` does that) are let go: they are made anew
+        when the loop begins, with the epoch that was restored.
+        """
         fit, epoch = self._fit, self._epoch
+        if fit._combined_loader is not None:
+            fit._data_fetcher.teardown()
+            fit._combined_loader = None
         for loop, name, ours in (
             (fit, "_load_combined_loader_states", self._with_loaders),
             (fit, "on_advance_start", self._with_epoch_start),
@@ -428,7 +442,3 @@ def _refuse_cycles(combined: Any) -> None:
             "training loaders of different lengths are cycled within an epoch, and how far each is can't be told; "
             'give CombinedLoader(…, mode="min_size"), or loaders of one length'
         )
-
-
-def _name(thing: Any) -> str:
-    return type(thing).__name__
