@@ -81,6 +81,7 @@ class Exporter:
         except StorageError as error:
             if not (commit.restored and error.errno == errno.EEXIST):
                 raise
+            _log.info("%s: not exported after the restore: %s", commit.path, error)
 
     def _write(self, commit: Commit) -> None:
         from ckptengine.export.run import ExportOptions, export_checkpoint, target_of
