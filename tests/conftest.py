@@ -51,11 +51,12 @@ def pytest_configure(config: pytest.Config) -> None:
 # Files that take a minute or more, the longest first: begun last, they would keep one process when the others are done.
 LONG = (
     "tests/tiers/test_persistent.py", "tests/mindspore/test_resume.py", "tests/mindspore/test_schedulers.py",
-    "tests/mindspore/test_rules_of_resume.py", "tests/mpi/test_mindspore.py", "tests/tiers/test_cloud_job.py",
-    "tests/remote/test_faults.py", "tests/remote/test_ranges.py", "tests/engine/test_matrix.py",
-    "tests/tiers/test_prefetch.py", "tests/remote/test_jobs.py", "tests/resume/test_exact.py",
-    "tests/policy/test_ranks.py", "tests/failures/test_ranks.py", "tests/failures/test_kills.py",
-    "tests/mpi/test_state.py", "tests/tiers/test_nodes.py", "tests/tiers/test_copy.py",
+    "tests/mindspore/test_rules_of_resume.py", "tests/load/test_any_state.py", "tests/mpi/test_mindspore.py",
+    "tests/tiers/test_cloud_job.py", "tests/remote/test_faults.py", "tests/remote/test_ranges.py",
+    "tests/policy/test_ranks.py", "tests/engine/test_matrix.py", "tests/resume/test_exact.py",
+    "tests/tiers/test_copy.py", "tests/zoo/test_zoo.py", "tests/benchmarks/test_command.py",
+    "tests/remote/test_jobs.py", "tests/failures/test_ranks.py", "tests/failures/test_kills.py",
+    "tests/mpi/test_state.py", "tests/tiers/test_prefetch.py", "tests/failures/test_hung_storage.py",
 )  # fmt: skip
 
 

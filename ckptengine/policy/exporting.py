@@ -91,7 +91,9 @@ class Exporter:
         place = open_storage(export.place(commit.step), export.target_options, self._timeout)
         target, name = target_of(place, export.to)
         comm = SingleProcess()
-        report = export_checkpoint(source, target, name, options, comm, self._timeout, finish=commit.restored)
+        report = export_checkpoint(
+            source, target, name, options, comm, self._timeout, finish=commit.restored, attempt=commit.attempt
+        )
         seconds = time.monotonic() - began
         _log.info("%s: exported to %s, %d bytes in %.3g s", commit.path, report.target, report.nbytes, seconds)
 

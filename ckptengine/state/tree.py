@@ -21,7 +21,7 @@ from ckptengine.state.outline import Container, Outline, class_name, part_order,
 from ckptengine.state.own_state import STATE, named_state, numbers_of, parts_of
 from ckptengine.state.per_rank import PerRank
 from ckptengine.state.sharded import ShardedArray
-from ckptengine.state.trace import (
+from ckptengine.state.steps import (
     AbsentStep,
     DictStep,
     ModuleStep,
@@ -34,11 +34,9 @@ from ckptengine.state.trace import (
     ShardedStep,
     Step,
     TensorStep,
-    Trace,
-    Visited,
     WrappedStep,
-    head_of,
 )
+from ckptengine.state.trace import Trace, Visited, head_of
 from ckptengine.state.values import MAX_DEPTH
 
 __all__ = ["FlatState", "Wanted", "flatten", "flatten_loaded", "flatten_traced", "sharded_parts", "unflatten"]

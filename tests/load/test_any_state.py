@@ -75,7 +75,7 @@ def test_any_state_comes_back_as_it_was_or_is_refused_by_name(plans):
 
 @pytest.mark.long
 @pytest.mark.timeout(1800)
-@settings(relaxed, max_examples=3000)
+@settings(relaxed, max_examples=2000)
 @given(plans=states)
 def test_thousands_of_states_come_back_as_they_were_or_are_refused_by_name(plans):
     comes_back(plans)

@@ -21,11 +21,13 @@ from ckptengine.catalog.listing import committed
 from ckptengine.storage.local import LocalStorage
 from ckptengine.tiers.memory import memory_root
 
-SIZE = 1_500_000
+SIZE = 150_000
+PARTS = 1_500_000
+"""So many elements go to the bucket in three parts."""
 
 
-def state_of(step: int) -> dict:
-    return {"w": np.full(SIZE, float(step)), "step": step}
+def state_of(step: int, size: int = SIZE) -> dict:
+    return {"w": np.full(size, float(step)), "step": step}
 
 
 def steps(storage) -> list[int | None]:
@@ -76,11 +78,11 @@ def test_a_bucket_that_fails_never_stops_training_and_catches_up_with_the_newest
         storage_options=disturbed.options,
         preemption=None,
     ) as ckpt:
-        ckpt.save(1, state_of(1)).durable.result()
+        ckpt.save(1, state_of(1, PARTS)).durable.result()
         ckpt.flush()
         down = proxy.fault("503", "(PUT|POST) .*step-", times=10_000)
         for step in range(2, 7):
-            stats = ckpt.save(step, state_of(step)).durable.result()
+            stats = ckpt.save(step, state_of(step, PARTS)).durable.result()
             assert stats is not None
             assert stats.path == str(tmp_path / "ckpt" / f"step-{step:08d}")
         eventually(lambda: "training goes on and it is tried again" in caplog.text)
@@ -132,7 +134,7 @@ def test_a_local_copy_that_is_damaged_is_not_used_nor_spread_and_the_buckets_is_
         ckpt.flush()
     (archive,) = (tmp_path / "ckpt").glob("step-00000002/data-*/rank-*")
     with archive.open("r+b") as file:
-        file.seek(5_000_000)
+        file.seek(500_000)
         file.write(b"\1" * 8)
     state = state_of(0)
     with ce.Checkpointer(**places, preemption=None) as again:
@@ -213,14 +215,14 @@ def test_uploads_keep_to_the_bytes_per_second_that_they_are_given(bucket, tmp_pa
         f"{bucket.url}/run",
         local=tmp_path / "ckpt",
         storage_options=bucket.options,
-        upload_bytes_per_second=8e6,
+        upload_bytes_per_second=8e5,
         preemption=None,
     ) as ckpt:
         ckpt.save(1, state_of(1)).durable.result()
         ckpt.flush()
         moved.append(SIZE * 8)
     # A second's worth may go at once.
-    assert sum(moved) <= 8e6 * (time.monotonic() - began + 1)
+    assert sum(moved) <= 8e5 * (time.monotonic() - began + 1)
 
 
 def test_checkpoints_come_home_while_those_in_memory_are_replaced_faster_than_they_could_be_moved(
@@ -228,7 +230,7 @@ def test_checkpoints_come_home_while_those_in_memory_are_replaced_faster_than_th
 ):
     places = {"run": tmp_path / "run", "local": tmp_path / "ckpt", "memory": memory}
     step = 0
-    with ce.Checkpointer(**places, upload_bytes_per_second=6e6, preemption=None) as ckpt:
+    with ce.Checkpointer(**places, upload_bytes_per_second=6e5, preemption=None) as ckpt:
         while ckpt.uploaded is None:
             step += 1
             ckpt.save(step, state_of(step)).durable.result()
@@ -268,7 +270,7 @@ import ckptengine as ce
 run, local, memory = sys.argv[1:]
 with ce.Checkpointer(run, local=local, memory=memory, every=100) as ckpt:
     for step in range(1, 1000):
-        ckpt.step(step, {"w": np.full(1_500_000, float(step)), "step": step})
+        ckpt.step(step, {"w": np.full(150_000, float(step)), "step": step})
         if step == 1:
             os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(0.01)
