@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from ckptengine.comm.agree import on_all
 from ckptengine.comm.base import Communicator
-from ckptengine.errors import StorageError
+from ckptengine.errors import CheckpointNotFoundError, StorageError
 from ckptengine.export.contents import Contents, contents_of
 from ckptengine.export.dcp import plan_dcp
 from ckptengine.export.mindspore import plan_mindspore
@@ -18,7 +18,7 @@ from ckptengine.export.safetensors import INDEX, index_of, plan_safetensors, sha
 from ckptengine.export.stream import FilePlan, write_file
 from ckptengine.export.torch_file import plan_torch_file
 from ckptengine.export.zarr import plan_zarr
-from ckptengine.load.checkpoint import naming
+from ckptengine.load.checkpoint import Checkpoint, naming
 from ckptengine.load.choose import Chooser
 from ckptengine.state.rename import Rename
 from ckptengine.storage.base import Storage
@@ -103,16 +103,20 @@ def export_checkpoint(
     progress: Callable[[int, int], None] | None = None,
     *,
     finish: bool = False,
+    attempt: str = "",
 ) -> ExportReport:
     """Write a checkpoint in another format; all ranks call it, and share the files.
 
     `name` is the file in `target` that is meant, None where `target` is a directory to be filled. With `finish`, the
-    files of the same export that was cut off before its index are written anew. Raises what opening
+    files of the same export that was cut off before its index are written anew. `attempt` is which save of a step is
+    meant, where it may have been saved twice: `CheckpointNotFoundError` where another is there. Raises what opening
     the checkpoint does, `StorageError` (EEXIST) for files that are there already, `ForeignFormatError` naming what the
     format can't hold. After an error the index, which is written last, is not there.
     """
     chooser = Chooser([source], comm, timeout)
     checkpoint = chooser.newest()
+    if attempt and not (isinstance(checkpoint, Checkpoint) and checkpoint.manifest.attempt == attempt):
+        raise CheckpointNotFoundError(f"{checkpoint.location}: another save of the step than the one to be exported")
     doing = f"exporting {checkpoint.location}"
 
     def look() -> tuple[Contents, _Plan]:

@@ -32,7 +32,7 @@ _NOTHING: dict[str, Any] = {"at": None, "best": None, "data": None, "sums": {}, 
 class Position:
     """Where the training goes on.
 
-    `batches` of each rank are trained in `epoch`. `ended`: the epoch before has ended, with all that comes at its end.
+    `batches` of each rank are trained in `epoch`. `ended`: what comes at an epoch's end has been run since.
     `stop` and `epoch_stop`: a callback has ended the training, or the epoch, early.
     """
 
@@ -96,7 +96,7 @@ class Place:
         """Return what is saved, or until the training begins what was loaded."""
         found = self._loaded if self.began is None else self._now()
         return found | {
-            "fetches": self.fetches.state_dict(self.ended),
+            "fetches": self.fetches.state_dict(between=found["at"] is None or not found["at"]["batches"]),
             "sums": PerRank(found["sums"], resize=_joined),
             # What the Trainer logs differs between ranks (timings): rank 0's is kept.
             "trainer_state": PerRank(found["trainer_state"], resize=_only, ranks=_first),
@@ -106,7 +106,9 @@ class Place:
         trainer, control = self._trainer, self._trainer.control
         # A training that has come to its last step is no early stop: with more steps it goes on.
         stop = control.should_training_stop and trainer.state.global_step < trainer.state.max_steps
-        epoch, batches = (self.epoch + 1, 0) if self.ended else (self.epoch, self.batches)
+        # Where something has stopped the training in mid-epoch, the rest of the epoch is what comes next.
+        whole = self.batches >= self.steps_in_epoch or control.should_epoch_stop or not control.should_training_stop
+        epoch, batches = (self.epoch + 1, 0) if self.ended and whole else (self.epoch, self.batches)
         at = Position(epoch, batches, self.ended, bool(stop), bool(control.should_epoch_stop and not self.ended))
         sums = {
             "tr_loss": trainer._tr_loss.item(),

@@ -77,8 +77,7 @@ class Resume:
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        trainer = next((base for base in cls.__mro__ if base is Trainer), None)
-        if trainer is None or cls.__mro__.index(trainer) < cls.__mro__.index(Resume):
+        if Trainer in cls.__mro__ and cls.__mro__.index(Trainer) < cls.__mro__.index(Resume):
             raise TypeError(f"class {cls.__name__}: write class {cls.__name__}(Resume, Trainer): Resume comes first")
 
     def __init__(
@@ -111,11 +110,8 @@ class Resume:
         """Train as the Trainer does, going on from the run's newest checkpoint; see the class."""
         if trial is not None:
             raise StateError("hyperparameter search is not supported: each trial would need a run of its own")
-        options = self._options | self._policy()
-        if "policy" in options:
-            options.pop("every", None)
         with (
-            Checkpointer(self.run, **options) as self._checkpointer,
+            Checkpointer(self.run, **self._checkpointer_options()) as self._checkpointer,
             tempfile.TemporaryDirectory(prefix="ckptengine-") as directory,
         ):
             self._place.forget()
@@ -168,14 +164,15 @@ class Resume:
         assert self._found is not None
         Path(self._found, TRAINER_STATE_NAME).write_text(self._place.trainer_state, encoding="utf-8")
 
-    def _policy(self) -> dict[str, Any]:
-        """Return what the Trainer's arguments say about keeping; when to save is the Trainer's."""
-        if {"policy", "keep_last", "keep_every", "keep_best"} & self._options.keys():
-            return {}
+    def _checkpointer_options(self) -> dict[str, Any]:
+        """Return the Checkpointer's arguments: what is kept is as the Trainer's say, unless its own do."""
+        options = dict(self._options)
+        if {"policy", "keep_last", "keep_every", "keep_best"} & options.keys():
+            return options
         rules: list[Any] = [] if self.args.save_total_limit is None else [KeepLast(max(1, self.args.save_total_limit))]
         if rules and self.args.load_best_model_at_end:
             rules.append(FirstBest(self._best_metric, mode="max" if self.args.greater_is_better else "min"))
-        return {"policy": Policy(save=Policy.of(self._options.get("every")).save, keep=rules)}
+        return options | {"policy": Policy(save=Policy.of(options.pop("every", None)).save, keep=rules), "every": None}
 
     @property
     def _best_metric(self) -> str:

@@ -81,6 +81,7 @@ class Exporter:
         except StorageError as error:
             if not (commit.restored and error.errno == errno.EEXIST):
                 raise
+            _log.info("%s: not exported after the restore: %s", commit.path, error)
 
     def _write(self, commit: Commit) -> None:
         from ckptengine.export.run import ExportOptions, export_checkpoint, target_of
@@ -91,7 +92,9 @@ class Exporter:
         place = open_storage(export.place(commit.step), export.target_options, self._timeout)
         target, name = target_of(place, export.to)
         comm = SingleProcess()
-        report = export_checkpoint(source, target, name, options, comm, self._timeout, finish=commit.restored)
+        report = export_checkpoint(
+            source, target, name, options, comm, self._timeout, finish=commit.restored, attempt=commit.attempt
+        )
         seconds = time.monotonic() - began
         _log.info("%s: exported to %s, %d bytes in %.3g s", commit.path, report.target, report.nbytes, seconds)
 

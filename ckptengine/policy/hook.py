@@ -28,6 +28,7 @@ class Commit:
     `path` names it as `ckptengine.load` takes it. `metrics` are those that were saved with it. `persistent` tells
     whether that is the run's own place: with a local tier there is a call for the local commit, in which it is False,
     and another one when the checkpoint has been uploaded. `stats` are rank 0's figures of the save; None for an upload.
+    `attempt` is what the manifest calls the save: a step that was trained again has another one.
     """
 
     step: int
@@ -36,6 +37,7 @@ class Commit:
     persistent: bool
     stats: SaveStats | None = None
     restored: bool = False
+    attempt: str = ""
 
 
 class CommitHook:
@@ -48,7 +50,7 @@ class CommitHook:
     def __init__(self, call: Callable[[Commit], object], name: str = "on_commit") -> None:
         self._call, self.name = call, name
         self._changed = threading.Condition()
-        self._waiting: deque[tuple[Commit, str]] = deque()
+        self._waiting: deque[Commit] = deque()
         self._attempt = ""  # of the commit whose call is under way
         self._thread: threading.Thread | None = None
         _living.add(self)
@@ -56,22 +58,22 @@ class CommitHook:
     def saved(self, metrics: Mapping[str, float | None], persistent: bool, attempt: str, stats: SaveStats) -> None:
         """Have the function called for a save that has been committed."""
         assert stats.step is not None
-        self._offer(Commit(stats.step, stats.path, metrics, persistent, stats), attempt)
+        self._offer(Commit(stats.step, stats.path, metrics, persistent, stats, attempt=attempt))
 
     def uploaded(self, manifest: Manifest, path: str) -> None:
         """Have the function called for a checkpoint that has come to the run's own place."""
         assert manifest.step is not None
-        self._offer(Commit(manifest.step, path, manifest.metrics, persistent=True), manifest.attempt)
+        self._offer(Commit(manifest.step, path, manifest.metrics, persistent=True, attempt=manifest.attempt))
 
     def restored(self, step: int, path: str, attempt: str) -> None:
         """Have the function called for a checkpoint that was restored from the run's own place."""
-        self._offer(Commit(step, path, {}, persistent=True, restored=True), attempt)
+        self._offer(Commit(step, path, {}, persistent=True, restored=True, attempt=attempt))
 
-    def _offer(self, commit: Commit, attempt: str) -> None:
+    def _offer(self, commit: Commit) -> None:
         with self._changed:
-            self._waiting.append((commit, attempt))
+            self._waiting.append(commit)
             if len(self._waiting) > _MOST_WAITING:
-                late, _ = self._waiting.popleft()
+                late = self._waiting.popleft()
                 _log.warning(
                     "%s: %s is slower than saves come, and is not called for this one: save less often, or have it "
                     "only note what is to be done",
@@ -93,7 +95,7 @@ class CommitHook:
     def protected(self) -> set[str]:
         """Return the attempts whose checkpoints stay for the calls that are to come, or under way."""
         with self._changed:
-            return {attempt for _, attempt in self._waiting} | ({self._attempt} if self._attempt else set())
+            return {commit.attempt for commit in self._waiting} | ({self._attempt} if self._attempt else set())
 
     def settle(self, timeout: float) -> bool:
         """Wait until no call is left to do; return whether that came in `timeout` seconds."""
@@ -115,7 +117,8 @@ class CommitHook:
                     self._thread = None
                     self._changed.notify_all()
                     return
-                commit, self._attempt = self._waiting.popleft()
+                commit = self._waiting.popleft()
+                self._attempt = commit.attempt
             try:
                 self._call(commit)
             except BaseException as error:  # sys.exit() in it ends nothing but this call

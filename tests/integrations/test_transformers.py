@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -175,7 +176,8 @@ def test_a_job_that_was_stopped_early_trains_nothing_when_it_is_started_again(tm
     losses = {one["step"]: one["eval_loss"] for one in found["log"] if "eval_loss" in one}
     best = min(losses, key=lambda step: losses[step])
     assert found["step"] == best + 8 < 33
-    kept = sorted(path.name for path in (tmp_path / "killed").glob("step-*"))
+    # Of a checkpoint that was being deleted when the process was killed, data may be left.
+    kept = sorted(path.parent.name for path in (tmp_path / "killed").glob("step-*/manifest-*"))
     assert kept == [f"step-{step:08d}" for step in (best, best + 8)]
     weights = ce.load(tmp_path / "killed" / f"step-{best:08d}", as_torch=True)["model"]
     assert all(torch.equal(weights[name], found["tensors"][f"model.{name}"]) for name in weights)
@@ -198,6 +200,25 @@ def test_transformers_own_checkpoint_is_where_a_run_begins_once_and_only_if_aske
     run(tmp_path, "through", settings | {"plain": True})
     ours, theirs = result(tmp_path, "run"), result(tmp_path, "through")
     assert [name for name in ours["tensors"] if not torch.equal(ours["tensors"][name], theirs["tensors"][name])] == []
+
+
+def test_a_run_goes_back_to_a_step_that_is_named_or_begins_anew(tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"args": {"num_train_epochs": 2}}
+    run(tmp_path, "through", settings)
+    for begin in (str(tmp_path / "killed" / "step-00000008"), False):
+        run(tmp_path, "killed", settings | {"kill": 17}, KILLED)
+        run(tmp_path, "killed", settings | {"from": begin})
+        assert differing(result(tmp_path, "through"), result(tmp_path, "killed")) == []
+        shutil.rmtree(tmp_path / "killed")
+
+
+def test_a_run_that_has_ended_in_mid_epoch_trains_the_rest_of_it_when_it_gets_more_steps(tmp_path: Path) -> None:
+    args = {"save_strategy": "epoch", "lr_scheduler_type": "constant"}
+    run(tmp_path, "through", {"args": args | {"max_steps": 14}})
+    run(tmp_path, "killed", {"args": args | {"max_steps": 5}})
+    run(tmp_path, "killed", {"args": args | {"max_steps": 14}})
+    through, killed = result(tmp_path, "through"), result(tmp_path, "killed")
+    assert all(torch.equal(value, killed["tensors"][name]) for name, value in through["tensors"].items())
 
 
 def test_what_a_job_cannot_be_resumed_with_is_refused_by_name(tmp_path: Path) -> None:

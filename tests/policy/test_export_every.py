@@ -126,3 +126,27 @@ def test_arguments_that_make_no_sense_are_refused(tmp_path: Path, arguments: dic
 def test_an_export_that_makes_no_sense_is_refused_when_it_is_made(arguments: dict[str, str], error: str) -> None:
     with pytest.raises(ValueError, match=error):
         ce.Export(**arguments)
+
+
+AGAIN = """
+import os, sys
+import numpy as np
+import ckptengine as ce
+
+ckpt = ce.Checkpointer(sys.argv[1] + "/run", local=sys.argv[1] + "/local", every=1, upload_bytes_per_second=1)
+assert ckpt.restore({"w": np.zeros(3)}, step=1) == 1
+ckpt.save(2, {"w": np.full(3, 99.0)}).durable.result()
+os._exit(0)
+"""
+
+
+def test_a_step_that_was_trained_again_is_exported_as_it_was_restored_and_not_as_it_was_before(tmp_path: Path) -> None:
+    with ce.Checkpointer(tmp_path / "run", every=1) as ckpt:
+        for step in (1, 2):
+            ckpt.step(step, {"w": np.full(3, float(step))})
+    subprocess.run([sys.executable, "-c", AGAIN, str(tmp_path)], check=True, timeout=100)
+    state, export = {"w": np.zeros(3)}, ce.Export(tmp_path / "hub" / "{step}")
+    with ce.Checkpointer(tmp_path / "run", local=tmp_path / "local", every=1, export_every=1, export=export) as ckpt:
+        assert ckpt.restore(state) == 2
+        assert state["w"][0] == 99
+    assert ce.load(tmp_path / "hub" / "2")["w"][0] == 99
