@@ -5,6 +5,7 @@ import sys
 if sys.platform != "linux":
     raise ImportError(f"ckptengine runs on Linux only, and this is {sys.platform}: it needs /proc and /dev/shm")
 
+import ckptengine.export  # noqa: F401 - first: imported later, the folder would take the place of the function
 from ckptengine import errors
 from ckptengine.api import async_save, export, load, save
 from ckptengine.catalog.keep import Best, KeepEvery, KeepLast, KeepSteps

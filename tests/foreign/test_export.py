@@ -346,3 +346,11 @@ def test_the_command_exports(checkpoint: Path, tmp_path: Path, call: Call) -> No
     assert call("export", checkpoint, tmp_path / "x", "--dtype", "int8").exit_code == 2
     assert call("export", checkpoint, tmp_path / "x", "--rename", "model").exit_code == 2
     assert call("export", tmp_path / "none", tmp_path / "x").exit_code == 2
+
+
+def test_export_stays_a_function_after_an_export(tmp_path: Path) -> None:
+    """The folder of the same name is imported by the first call, here in a process that has not imported it."""
+    code = (
+        "import ckptengine as ce; assert callable(ce.export); import ckptengine.export.run; assert callable(ce.export)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path)
