@@ -146,7 +146,7 @@ class _Reading:
         if type(file) is not str or type(position) is not int or type(nbytes) is not int or nbytes < 0:
             raise CheckpointDamagedError(f"{self._where}: the place of {name} is not one in a file")
         if info.state.get("transform_descriptors"):
-            through = short(info.state["transform_descriptors"])
+            through = short(info.state["transform_descriptors"]).strip("[]'")
             raise ForeignFormatError(
                 f"{self._where}: {name} went through {through}, which is not read: save it without extensions"
             )

@@ -248,6 +248,7 @@ def _fork(connection: socket.socket) -> int:
         null = os.open(os.devnull, os.O_RDONLY)
         os.dup2(null, 0)
         os.closerange(3, 4096)
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # what a shell starts with & ignores it
         code = _run(request["arguments"], request["env"], request["cwd"])
     finally:
         os._exit(code)
