@@ -9,6 +9,8 @@ import ml_dtypes
 import numpy as np
 from mindspore import nn
 
+import ckptengine.mindspore  # noqa: F401 - MindSpore's first operator must not come after init(): docs/mindspore.md
+
 BATCHES, EPOCHS, FEATURES = 7, 6, 12
 
 
