@@ -190,12 +190,16 @@ class LocalStorage(Storage):
     def delete_tree(self, name: str) -> None:
         """Delete a directory and all below it; one that is missing is no error."""
         path = self._own_path("delete", name, last=True)
-        try:
-            self._disk.remove_tree(path)
-        except FileNotFoundError:
-            return
-        except OSError as error:
-            raise failure("delete", path, error) from error
+        while True:
+            try:
+                self._disk.remove_tree(path)
+                break
+            except FileNotFoundError:
+                if not os.path.lexists(path):
+                    return
+                # Somebody else removes in there too: there is less than before.
+            except OSError as error:
+                raise failure("delete", path, error) from error
         self._sync_removal(path)
 
     def remove_directory(self, name: str) -> bool:
