@@ -81,7 +81,10 @@ class LocalStorage(Storage):
 
     def make_directory(self, name: str) -> None:
         """Make a directory and those above it, each with its parent synced."""
-        self._make_directories(self._path(name))
+        path = self._path(name)
+        if not os.path.isdir(path):  # also one that was made, and that somebody has removed since
+            self._forget(path)
+        self._make_directories(path)
 
     def write_bytes(self, name: str, data: Buffer, *, durable: bool = True) -> None:
         """Write a small file: temporary name, fsync, rename, fsync of the directory; no fsync without `durable`."""

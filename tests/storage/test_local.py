@@ -245,6 +245,7 @@ def test_a_directory_that_was_removed_meanwhile_is_made_again(storage):
         # By another process, so that this storage doesn't know.
         LocalStorage(storage.root).delete_tree("step")
         storage.make_directory("step/data")
+        assert storage.list("step") == ["data"]
         LocalStorage(storage.root).delete_tree("step")
 
 
@@ -254,8 +255,8 @@ def test_a_directory_in_which_others_delete_too_is_deleted_whole(storage):
         folder = Path(storage.location("data"))
         for number in range(300):
             (folder / str(number)).touch()
-        names = os.listdir(folder)
-        other = threading.Thread(target=lambda: [(folder / name).unlink(missing_ok=True) for name in names[::-1]])
+        files = list(folder.iterdir())[::-1]
+        other = threading.Thread(target=lambda files=files: [file.unlink(missing_ok=True) for file in files])
         other.start()
         storage.delete_tree("data")
         other.join()
