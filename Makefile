@@ -2,6 +2,8 @@
 # PYTHON=/path/to/python3.11 chooses the interpreter that .venv is made from.
 
 PYTHON ?= python3.11
+# Tests start Python some hundred times: without its cache, each start compiles the package anew (0.7 s).
+unexport PYTHONDONTWRITEBYTECODE
 VENV := .venv
 ZOO := .venv-zoo
 INTEGRATIONS := .venv-integrations
