@@ -143,7 +143,7 @@ def test_a_restored_checkpoint_is_uploaded_after_a_life_that_claimed_and_died(tm
     for path in (tmp_path / "run").glob("step-*/manifest-*"):
         path.unlink()  # as if it had never come there
     died = ce.Checkpointer(**places)
-    assert died._tiers.claim((1, 1)) == 2
+    assert died._tiers.claims.claim((1, 1)) == 2
     died._tiers.stop()
     with ce.Checkpointer(**places, timeout=30) as again:
         assert again.restore(state_of(0)) == 1
