@@ -14,7 +14,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tiered import Running, finish, steps
+from committed_steps import steps_in as steps
+from tiered import Running, finish
 
 import ckptengine as ce
 from ckptengine.errors import DeadlineError, SaveFailedError, StorageError
