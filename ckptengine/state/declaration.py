@@ -12,7 +12,7 @@ from ckptengine.errors import StateError
 from ckptengine.frameworks.adapter import Adapter
 from ckptengine.schema.path import Path
 from ckptengine.schema.type_name import describe_type
-from ckptengine.state.declared import named_tensors, refuse_distributed
+from ckptengine.state.declared import refuse_distributed
 from ckptengine.state.kinds import Inspector, Kind
 from ckptengine.state.meeting import Told, ToldShard, meet
 from ckptengine.state.shards import Declaration, Parts, Pattern, Rule, Shard, group_ranks, rules_of
@@ -110,7 +110,7 @@ class _Look:
                 f"Sharded: {describe_type(value)} is no module and no tensor, and no dict or list of these"
             )
         numbers: dict[str, tuple[set[int], int]] = {}
-        for name, tensor, adapter, where in named_tensors(value, (), inspector):
+        for name, tensor, adapter, where in inspector.named_tensors(value, ()):
             self.names.append(name)
             self._number(name, numbers)
             self._leaf(name, tensor, adapter, where)
@@ -143,19 +143,22 @@ class _Look:
     def _told_shard(self, name: str, shape: tuple[int, ...], shard: Shard, rule: Rule) -> ToldShard:
         dim = shard.dim + len(shape) if shard.dim < 0 else shard.dim
         if not 0 <= dim < len(shape):
+            which = f"let {rule.pattern.text!r} fit" if rule.pattern.text else "give a dict of patterns for"
             raise StateError(
-                f"Sharded: {name}: split along dimension {shard.dim}, and it has shape {shape}; let "
-                f"{rule.pattern.text!r} fit the tensors that are split along it, by names such as '**.weight'"
+                f"Sharded: {name or 'the tensor'}: split along dimension {shard.dim}, and it has shape {shape}; "
+                f"{which} the tensors that are split along it, by names such as '**.weight'"
             )
         siblings = [one for one in rule.shards if (one.dim + len(shape) if one.dim < 0 else one.dim) == dim]
         parts = {tuple((one.parts or {}).items()) for one in siblings if one.parts}
         if len(parts) > 1:
-            raise StateError(f"Sharded: {name}: two splits of dimension {dim} have different parts; name them in one")
+            raise StateError(
+                f"Sharded: {name or 'the tensor'}: two splits of dimension {dim} have different parts; name them in one"
+            )
         lengths = shard.lengths(shape[dim])
         if lengths is None:
             raise StateError(
-                f"Sharded: {name}: a dimension of {shape[dim]} can't be shared by the parts {shard.parts} on rank "
-                f"{self._rank}; give sizes in proportion to what a rank has"
+                f"Sharded: {name or 'the tensor'}: a dimension of {shape[dim]} can't be shared by the parts "
+                f"{shard.parts} on rank {self._rank}; give sizes in proportion to what a rank has"
             )
         names = shard.parts or {"": 1}
         ranks = group_ranks(shard.group, self._rank, self._world_size)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
 import numpy as np
 
@@ -15,10 +15,10 @@ from ckptengine.schema.type_name import describe_type
 from ckptengine.state.cut import Cut, cut_view, state_cuts
 from ckptengine.state.shards import Declaration
 
-if TYPE_CHECKING:
-    from ckptengine.state.kinds import Inspector
+__all__ = ["Declared", "NamedTensor", "refuse_distributed"]
 
-__all__ = ["Declared", "named_tensors"]
+NamedTensor = tuple[str, Any, Adapter | None, Path]
+"""A tensor's name in a declared value, itself, its adapter (None: it says itself how it is spread), and its path."""
 
 
 class Declared:
@@ -35,15 +35,14 @@ class Declared:
     def __bool__(self) -> bool:
         return bool(self._cuts or self._own)
 
-    def add(self, declaration: Declaration, path: Path, inspector: Inspector) -> None:
-        """Note what a declaration at a path says.
+    def add(self, declaration: Declaration, tensors: Iterable[NamedTensor], modules: Iterable[tuple[str, Any]]) -> None:
+        """Note what a declaration says of the tensors in its value; `modules` come with what precedes their names.
 
         Raises `StateError` where a tensor is there that its patterns fit and that was not there when it was made.
         """
-        if declaration.shifts:
-            for prefix, module in _modules(declaration.value, (), inspector):
-                self._modules[id(module)] = module, declaration, prefix
-        for name, tensor, adapter, where in named_tensors(declaration.value, path, inspector):
+        for prefix, module in modules if declaration.shifts else ():
+            self._modules[id(module)] = module, declaration, prefix
+        for name, tensor, adapter, where in tensors:
             cut = declaration.cuts.get(name)
             if cut is not None:
                 refuse_distributed(tensor, adapter, where)
@@ -135,40 +134,3 @@ def _arrays(value: Any, keys: Path) -> Iterator[tuple[Path, Any]]:
             yield from _arrays(item, (*keys, number))
     elif isinstance(value, np.ndarray) or adapter_of_tensor(value) is not None:
         yield keys, value
-
-
-def _modules(value: Any, path: Path, inspector: Inspector) -> Iterator[tuple[str, Any]]:
-    """Yield the modules in a value, each with what comes before the names of its tensors."""
-    from ckptengine.state.kinds import Kind, children
-
-    kind, _ = inspector.kind(value, path)
-    if kind is Kind.MODULE:
-        yield dotted((*path, "")), value
-    elif kind in (Kind.DICT, Kind.SEQUENCE):
-        for key, item in children(value, path):
-            yield from _modules(item, (*path, key), inspector)
-
-
-def named_tensors(value: Any, path: Path, inspector: Inspector) -> Iterator[tuple[str, Any, Adapter | None, Path]]:
-    """Yield name in the value, tensor, adapter and path of the tensors of modules, dicts and lists in a value.
-
-    Names are those that this rank has, paths those that all ranks use. Tensors that say themselves what they are (None
-    for the adapter) are among them.
-    """
-    from ckptengine.state.kinds import Kind, children  # here: the inspector has a `Declared`
-
-    def look(item: Any, here: Path) -> Iterator[tuple[str, Any, Adapter | None, Path]]:
-        kind, adapter = inspector.kind(item, (*path, *here))
-        if kind in (Kind.TENSOR, Kind.WRAPPED):
-            yield dotted(here), item, adapter, (*path, *here)
-        elif kind is Kind.SHARDED:
-            yield dotted(here), item, None, (*path, *here)
-        elif kind is Kind.MODULE and adapter is not None:
-            for entry in inspector.local_entries(item, adapter, (*path, *here)):
-                if adapter.is_tensor(entry.value):
-                    yield dotted((*here, entry.name)), entry.value, adapter, (*path, *here, entry.name)
-        elif kind in (Kind.DICT, Kind.SEQUENCE):
-            for key, inner in children(item, (*path, *here)):
-                yield from look(inner, (*here, key))
-
-    yield from look(value, ())

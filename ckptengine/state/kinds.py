@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, OrderedDict, defaultdict, deque
-from collections.abc import Callable, Iterable, Mapping, ValuesView
+from collections.abc import Callable, Iterable, Iterator, Mapping, ValuesView
 from enum import Enum, auto
 from typing import Any
 
@@ -13,7 +13,7 @@ from ckptengine.frameworks.registry import adapters
 from ckptengine.schema.path import Key, Path, dotted
 from ckptengine.schema.type_name import describe_type
 from ckptengine.state.asked import Asked
-from ckptengine.state.declared import Declared
+from ckptengine.state.declared import Declared, NamedTensor
 from ckptengine.state.forms import path_keys
 from ckptengine.state.per_rank import PerRank
 from ckptengine.state.sharded import ShardedArray
@@ -139,6 +139,33 @@ class Inspector:
         """Return a tensor's view, as `Adapter.view` does, at the place that is declared for it."""
         return self.declared.view(tensor, adapter, path, target=target)
 
+    def named_tensors(self, value: Any, path: Path, inner: Path = ()) -> Iterator[NamedTensor]:
+        """Yield the tensors of modules, dicts and lists in a value at a path, by the names that this rank has."""
+        where = (*path, *inner)
+        if len(where) > MAX_DEPTH:
+            raise StateError(f"{dotted(where[:3])}…: nested more than {MAX_DEPTH} deep (or inside itself); flatten it")
+        kind, adapter = self.kind(value, where)
+        if kind in (Kind.TENSOR, Kind.WRAPPED):
+            yield dotted(inner), value, adapter, where
+        elif kind is Kind.SHARDED:
+            yield dotted(inner), value, None, where
+        elif kind is Kind.MODULE and adapter is not None:
+            for entry in self.local_entries(value, adapter, where):
+                if adapter.is_tensor(entry.value):
+                    yield dotted((*inner, entry.name)), entry.value, adapter, (*where, entry.name)
+        elif kind in (Kind.DICT, Kind.SEQUENCE):
+            for key, item in children(value, where):
+                yield from self.named_tensors(item, path, (*inner, key))
+
+    def _named_modules(self, value: Any, inner: Path) -> Iterator[tuple[str, Any]]:
+        """Yield the modules in a value, each after what comes before the names of its tensors."""
+        kind, _ = self.kind(value, inner)
+        if kind is Kind.MODULE:
+            yield dotted((*inner, "")), value
+        elif kind in (Kind.DICT, Kind.SEQUENCE):
+            for key, item in children(value, inner):
+                yield from self._named_modules(item, (*inner, key))
+
     def declare(self, value: Any, path: Path = ()) -> None:
         """Note what the declarations in a state say; raises `StateError` where they don't fit it.
 
@@ -156,7 +183,7 @@ class Inspector:
             return  # the walk refuses it
         kind, adapter = (Kind.DICT, None) if path == () else self.kind(value, path)
         if kind is Kind.DECLARED:
-            self.declared.add(value, path, self)
+            self.declared.add(value, self.named_tensors(value.value, path), self._named_modules(value.value, ()))
             self._declare(value.value, path, modules)
         elif kind is Kind.MODULE and adapter is not None:
             modules.append((value, adapter, path))

@@ -17,6 +17,8 @@ from ckptengine.state.cut import Cut
 
 __all__ = ["Meeting", "Told", "ToldShard", "meet"]
 
+_UNNAMED = "the tensor"
+
 Run = tuple[int, int, int]
 """Where a stretch of a dimension begins in the global array, where in the local one, and its length."""
 
@@ -114,7 +116,7 @@ class Meeting:
             for other in mine.groups[group]:
                 theirs = self._told[other].lists.get(name)
                 if theirs is not None and self._told[other].groups[theirs[1]] != mine.groups[group]:
-                    raise StateError(f"Sharded: {name}: {self._other_group(mine.groups[group], other)}")
+                    raise StateError(f"Sharded: {name or _UNNAMED}: {self._other_group(mine.groups[group], other)}")
 
     def _check_leaf(
         self, name: str, shape: tuple[int, ...], shards: tuple[ToldShard, ...], level: int, other: int
@@ -122,7 +124,7 @@ class Meeting:
         mine, theirs, shard = self._told[self._rank], self._told[other], shards[level]
         if name not in theirs.leaves:
             raise StateError(
-                f"Sharded: {name}: declared on rank {self._rank}, not on rank {other} of its group "
+                f"Sharded: {name or _UNNAMED}: declared on rank {self._rank}, not on rank {other} of its group "
                 f"({name_ranks(mine.groups[shard.group])}); declare the same on all ranks of a group (a rank that has "
                 "nothing passes a tensor with a length of 0)"
             )
@@ -131,16 +133,17 @@ class Meeting:
             (one.dim, [part for part, _ in one.parts]) for one in shards
         ]:
             raise StateError(
-                f"Sharded: {name}: declared as {_words(shards)} on rank {self._rank}, as {_words(said)} on rank {other}"
+                f"Sharded: {name or _UNNAMED}: declared as {_words(shards)} on rank {self._rank}, "
+                f"as {_words(said)} on rank {other}"
             )
         if theirs.groups[said[level].group] != mine.groups[shard.group]:
-            raise StateError(f"Sharded: {name}: {self._other_group(mine.groups[shard.group], other)}")
+            raise StateError(f"Sharded: {name or _UNNAMED}: {self._other_group(mine.groups[shard.group], other)}")
         if len(there) != len(shape) or any(
             here != length for dim, (here, length) in enumerate(zip(shape, there, strict=True)) if dim != shard.dim
         ):
             raise StateError(
-                f"Sharded: {name}: shape {shape} on rank {self._rank}, {there} on rank {other}; of parts along "
-                f"dimension {shard.dim} the other lengths must be equal"
+                f"Sharded: {name or _UNNAMED}: shape {shape} on rank {self._rank}, {there} on rank {other}; "
+                f"of parts along dimension {shard.dim} the other lengths must be equal"
             )
 
     def _other_group(self, ranks: Iterable[int], other: int) -> str:

@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 import ckptengine as ce
 
@@ -147,13 +148,12 @@ class Experts(nn.Module):
         weights, inner = to_parts(weights, self.group), to_parts(x, self.group)
         result = torch.zeros_like(x)
         first = dist.get_rank(self.group) * self.here
+        if self.stacked:
+            w_in, w_out = (one.to_local() if isinstance(one, DTensor) else one for one in (self.w_in, self.w_out))
         for number in range(self.here):
             token, place = (chosen == first + number).nonzero(as_tuple=True)
             one = inner[token]
-            if self.stacked:
-                one = F.silu(one @ self.w_in[number]) @ self.w_out[number]
-            else:
-                one = self.experts[number](one)
+            one = F.silu(one @ w_in[number]) @ w_out[number] if self.stacked else self.experts[number](one)
             result = result.index_add(0, token, one * weights[token, place].unsqueeze(-1))
         return from_parts(result, self.group).view(shape)
 
@@ -182,18 +182,24 @@ def moe_rules(group: Any, stacked: bool) -> dict[str, Any]:
     return {"**.experts": ce.Renumbered(group)}
 
 
-def whole_parameters(model: nn.Module, stacked: bool | None) -> dict[str, torch.Tensor]:
-    """Return the values, the same on all ranks whatever their number, of a model that is not split, by name."""
+def whole_experts(stacked: bool) -> dict[str, torch.Tensor]:
+    """Return the values of a `MoE` with all experts, by name, the same on all ranks whatever their number."""
     generator = torch.Generator().manual_seed(11)
-    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    if stacked is False:  # a list of all experts
-        shapes = {
-            name.replace(".experts.0.", f".experts.{number}."): shape
-            for name, shape in shapes.items()
-            for number in range(EXPERTS)
-            if ".experts." not in name or ".experts.0." in name
-        }
-    return {name: torch.randn(shape, generator=generator) * 0.2 for name, shape in sorted(shapes.items())}
+    shapes: dict[str, tuple[int, ...]] = {
+        "embedding.weight": (VOCAB, WIDTH), "norm.weight": (WIDTH,), "norm.bias": (WIDTH,), "head.bias": (VOCAB,),
+        "head.weight": (VOCAB, WIDTH),
+    }  # fmt: skip
+    for layer in range(2):
+        shapes[f"layers.{layer}.router.weight"] = (EXPERTS, WIDTH)
+        shapes[f"layers.{layer}.w_in"] = (EXPERTS, WIDTH, HIDDEN)
+        shapes[f"layers.{layer}.w_out"] = (EXPERTS, HIDDEN, WIDTH)
+    values = {name: torch.randn(shape, generator=generator) * 0.2 for name, shape in shapes.items()}
+    if not stacked:
+        for layer in range(2):
+            for place, name in (("0", f"layers.{layer}.w_in"), ("2", f"layers.{layer}.w_out")):
+                for number, one in enumerate(values.pop(name)):
+                    values[f"layers.{layer}.experts.{number}.{place}.weight"] = one.T.contiguous()
+    return values
 
 
 def batch(step: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -202,11 +208,20 @@ def batch(step: int) -> tuple[torch.Tensor, torch.Tensor]:
     return tokens[:, :-1], tokens[:, 1:]
 
 
-def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> float:
-    """Train on one batch, and return the loss."""
+def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, step: int, replicas: Any = None) -> float:
+    """Train on one batch, whose rows the ranks of a group of replicas share, and return the loss."""
     tokens, targets = batch(step)
+    size = 1 if replicas is None else dist.get_world_size(replicas)
+    if size > 1:
+        tokens, targets = (one.chunk(size)[dist.get_rank(replicas)] for one in (tokens, targets))
     loss = F.cross_entropy(model(tokens).flatten(0, 1), targets.flatten())
     optimizer.zero_grad()
     loss.backward()
+    loss = loss.detach()
+    if size > 1:
+        for one in (loss, *(p.grad for p in model.parameters() if p.grad is not None)):
+            local = one.to_local() if isinstance(one, DTensor) else one
+            dist.all_reduce(local, group=replicas)
+            local /= size
     optimizer.step()
     return float(loss)

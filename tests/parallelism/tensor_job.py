@@ -1,4 +1,4 @@
-"""Trains a GPT whose layers are split by hand over 2 ranks, goes on over 4 and over 1, and compares with 1 throughout."""
+"""Trains a GPT that is split by hand over 2 ranks, goes on over 4 and over 1, and compares with 1 throughout."""
 
 from __future__ import annotations
 
@@ -72,10 +72,7 @@ def compare(model: GPT, optimizer: torch.optim.Optimizer, path: Path) -> list[st
     held = {("model", name): tensor for name, tensor in model.state_dict().items()}
     held |= {(key, name): optimizer.state[p][key] for name, p in names.items() for key in ("exp_avg", "exp_avg_sq")}
     for (kind, name), tensor in held.items():
-        if kind == "model":
-            whole = saved["model"][name]
-        else:
-            whole = saved["optimizer"]["state"][f"model.{name}"][kind]
+        whole = saved["model"][name] if kind == "model" else saved["optimizer"]["state"][f"model.{name}"][kind]
         rule = rule_of(name)
         part = whole if rule is None else part_of(whole, *rule, dist.get_rank(), dist.get_world_size())
         if not torch.equal(part, tensor):
