@@ -18,6 +18,7 @@ from ckptengine.torch import module as _module
 from ckptengine.torch import optimizer as _optimizer
 from ckptengine.torch import own_calls as _own_calls
 from ckptengine.torch import random as _random
+from ckptengine.torch import spread as _spread
 from ckptengine.torch import wrapped as _wrapped
 from ckptengine.torch.layouts import TorchLayouts
 from ckptengine.torch.loader import make_loader
@@ -138,7 +139,19 @@ class TorchAdapter(Adapter):
     def optimizer_groups(self, optimizer: Any) -> list[dict[str, Any]]:
         """Return the live groups."""
         groups: list[dict[str, Any]] = getattr(optimizer, "param_groups", [])  # a container of optimizers may have none
-        return groups
+        return _spread.groups_of(groups)
+
+    def bare_optimizer(self, optimizer: Any) -> Any:
+        """Return the optimizer inside of ZeroRedundancyOptimizer."""
+        return _spread.bare_optimizer(optimizer)
+
+    def keeps_state(self, optimizer: Any, parameter: Any) -> bool:
+        """Whether this rank has state of a parameter, if any rank has."""
+        return _spread.keeps_state(optimizer, parameter)
+
+    def finish_states(self, optimizer: Any, groups: Sequence[dict[str, Any]], path: Path) -> None:
+        """Set the states of flat parameters, of those of their parts."""
+        _spread.finish_states(optimizer, groups, path)
 
     def optimizer_state(self, optimizer: Any, parameter: Any) -> dict[str, Any] | None:
         """Return one parameter's live state; creates none."""
