@@ -23,10 +23,12 @@ if TYPE_CHECKING:
     from ckptengine.policy.preemption import Preemption
     from ckptengine.policy.rules import AtSteps, Every, Policy
     from ckptengine.save.handle import SaveHandle, SaveStats
+    from ckptengine.state.declaration import Sharded
     from ckptengine.state.per_rank import PerRank
     from ckptengine.state.report import LoadReport
     from ckptengine.state.rng import RNG
     from ckptengine.state.sharded import ShardedArray
+    from ckptengine.state.shards import Renumbered, Shard
 else:
     # Each name is imported when it is first asked for: all of them take half a second, and `import ckptengine` none.
     _MODULES = {
@@ -47,8 +49,11 @@ else:
         "Policy": "ckptengine.policy.rules",
         "Preemption": "ckptengine.policy.preemption",
         "RNG": "ckptengine.state.rng",
+        "Renumbered": "ckptengine.state.shards",
         "SaveHandle": "ckptengine.save.handle",
         "SaveStats": "ckptengine.save.handle",
+        "Shard": "ckptengine.state.shards",
+        "Sharded": "ckptengine.state.declaration",
         "ShardedArray": "ckptengine.state.sharded",
         "Shards": "ckptengine.data.shards",
         "SingleProcess": "ckptengine.comm.single",
@@ -93,8 +98,11 @@ __all__ = [
     "PerRank",
     "Policy",
     "Preemption",
+    "Renumbered",
     "SaveHandle",
     "SaveStats",
+    "Shard",
+    "Sharded",
     "ShardedArray",
     "Shards",
     "SingleProcess",
