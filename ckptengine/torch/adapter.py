@@ -21,6 +21,7 @@ from ckptengine.torch import own_calls as _own_calls
 from ckptengine.torch import random as _random
 from ckptengine.torch import spread as _spread
 from ckptengine.torch import wrapped as _wrapped
+from ckptengine.torch.deepspeed import is_zero_optimizer
 from ckptengine.torch.dtensor import is_dtensor
 from ckptengine.torch.group import group_ranks
 from ckptengine.torch.layouts import TorchLayouts
@@ -148,7 +149,7 @@ class TorchAdapter(Adapter):
 
     def is_optimizer(self, value: Any) -> bool:
         """Whether a value is an optimizer."""
-        return isinstance(value, torch.optim.Optimizer)
+        return isinstance(value, torch.optim.Optimizer) or is_zero_optimizer(value)
 
     def bare_name(self, name: str) -> str:
         """Return a parameter's name without the prefixes of DDP, `torch.compile`, FSDP and activation checkpointing."""
@@ -156,8 +157,7 @@ class TorchAdapter(Adapter):
 
     def optimizer_groups(self, optimizer: Any) -> list[dict[str, Any]]:
         """Return the live groups."""
-        groups: list[dict[str, Any]] = getattr(optimizer, "param_groups", [])  # a container of optimizers may have none
-        return _spread.groups_of(groups)
+        return _spread.groups_of(optimizer)
 
     def bare_optimizer(self, optimizer: Any) -> Any:
         """Return the optimizer inside of ZeroRedundancyOptimizer."""

@@ -33,6 +33,7 @@ class FlatPart(torch.Tensor):
     whole: bool
     _buffer: Any
     _owner: Any
+    pooled: bool
 
     __torch_function__: Any = torch._C._disabled_torch_function_impl
 
@@ -48,16 +49,18 @@ class FlatPart(torch.Tensor):
         buffer: torch.Tensor | None = None,
         owner: Any = None,
         borrowed: bool = False,
+        pooled: bool = False,
     ) -> FlatPart:
         """Return a run of elements (one dimension, or none for a number) as a part of a tensor of a shape.
 
-        `whole` says that every rank that has the tensor has all of it, `borrowed` that the buffer is kept by others.
+        `whole` says that every rank that has the tensor has all of it, `borrowed` that the buffer is kept by others,
+        `pooled` that an optimizer knows the buffer, with all the parts in it, as one parameter, the `owner`.
         """
         part = torch.Tensor._make_subclass(cls, run.detach(), False)
         part.global_shape, part.start = tuple(shape), start
         part.order = tuple(range(len(part.global_shape))) if order is None else tuple(order)
         part.whole, part._owner = whole, None if owner is None else weakref.ref(owner)
-        buffer = run if buffer is None else buffer
+        part.pooled, buffer = pooled, run if buffer is None else buffer
         part._buffer = weakref.ref(buffer) if borrowed else buffer
         return part
 
@@ -92,7 +95,7 @@ class FlatPart(torch.Tensor):
 
     def like(self, run: torch.Tensor, buffer: torch.Tensor | None = None, *, borrowed: bool = False) -> FlatPart:
         """Return the same part of another tensor of the same shape."""
-        about: Any = {"whole": self.whole, "order": self.order, "owner": self.owner}
+        about: Any = {"whole": self.whole, "order": self.order, "owner": self.owner, "pooled": self.pooled}
         return FlatPart.of(run, self.global_shape, self.start, buffer=buffer, borrowed=borrowed, **about)
 
 

@@ -12,20 +12,15 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-from torch.utils.weak import WeakIdKeyDictionary
 
 from ckptengine.errors import StateError
 from ckptengine.schema.path import Path, dotted
 from ckptengine.torch.flat import FlatPart
+from ckptengine.torch.parts import note, remember
 
-__all__ = ["any_parts", "check_fsdp1", "fsdp1_values", "holds_fsdp1", "is_flattened", "parts_of"]
+__all__ = ["check_fsdp1", "fsdp1_values", "holds_fsdp1", "is_flattened"]
 
 _INSTEAD = "or use `fully_shard` (FSDP2), which takes it"
-
-_known: Any = WeakIdKeyDictionary()
-"""By flat parameter: where its local shard lay, and the parts that were made of it."""
-_parts: Any = WeakIdKeyDictionary()
-"""By parameter that an optimizer may have: its parts; a flat parameter has several."""
 
 
 def holds_fsdp1(module: torch.nn.Module) -> bool:
@@ -37,20 +32,6 @@ def holds_fsdp1(module: torch.nn.Module) -> bool:
 def is_flattened(parameter: Any) -> bool:
     """Whether a parameter is one of FSDP1's: flat, or a view of a flat one."""
     return bool(getattr(parameter, "_fsdp_flattened", False))
-
-
-def parts_of(parameter: Any) -> list[FlatPart] | None:
-    """Return the parts that an optimizer's parameter stands for; None for a usual one.
-
-    A parameter of FSDP1 is known once its module has been asked for its values.
-    """
-    found: list[FlatPart] | None = _parts.get(parameter) if len(_parts) else None
-    return found
-
-
-def any_parts() -> bool:
-    """Whether any parameter of the process is known to be one of FSDP1's."""
-    return len(_parts) > 0
 
 
 def check_fsdp1(module: torch.nn.Module, path: Path) -> None:
@@ -157,23 +138,14 @@ def _local_shard(flat: Any) -> torch.Tensor:
 
 
 def _parts_in(handle: Any) -> list[FlatPart]:
-    """Return the parts of a flat parameter, the same ones for as long as its shard stays where it is."""
+    """Return the parts of a flat parameter, and note by which parameters an optimizer knows them."""
     flat = handle.flat_param
     shard = _local_shard(flat).view(-1)
-    place = shard.data_ptr(), shard.numel(), shard.dtype, shard.device
-    known = _known.get(flat)
-    parts: list[FlatPart]
-    if known is not None and known[0] == place:
-        parts = known[1]
-    else:
-        parts = list(_cut(handle, flat, shard))
-        _known[flat] = (place, parts)
+    parts = remember(flat, lambda: list(_cut(handle, flat, shard)), shard)
     if handle._use_orig_params:
         for part, parameter in zip(parts, flat._params, strict=True):
             part.known_as(parameter)
-            _parts[parameter] = [part]
-    else:
-        _parts[flat] = parts
+            note(parameter, [part])
     return parts
 
 
@@ -182,8 +154,8 @@ def _cut(handle: Any, flat: Any, shard: torch.Tensor) -> Iterator[FlatPart]:
     for (inside, offset, count, start, _), shape, strides, contiguous in rows:
         run = shard[offset : offset + count] if inside else shard[:0]
         order = None if contiguous else sorted(range(len(shape)), key=lambda dim: (-strides[dim], dim))
-        whole = not handle.uses_sharded_strategy
-        yield FlatPart.of(run, shape, start if inside else 0, whole=whole, order=order, buffer=shard, owner=flat)
+        about = {"whole": not handle.uses_sharded_strategy, "owner": flat, "pooled": not handle._use_orig_params}
+        yield FlatPart.of(run, shape, start if inside else 0, order=order, buffer=shard, **about)
 
 
 def _clean(name: str) -> str:

@@ -11,6 +11,7 @@ from torch.optim.swa_utils import AveragedModel
 from ckptengine.errors import StateError
 from ckptengine.frameworks.adapter import ModuleEntry
 from ckptengine.schema.path import Path, dotted
+from ckptengine.torch.deepspeed import check_engine, engine_values, is_engine, refresh_weights
 from ckptengine.torch.dtensor import is_dtensor
 from ckptengine.torch.flat import is_flat
 from ckptengine.torch.fsdp1 import check_fsdp1, fsdp1_values, holds_fsdp1
@@ -36,6 +37,8 @@ def module_values(module: torch.nn.Module) -> Mapping[str, Any]:
 def _own_values(module: torch.nn.Module) -> Mapping[str, Any]:
     if holds_fsdp1(module):
         return fsdp1_values(module)
+    if is_engine(module):
+        return engine_values(module)
     call = type(module).state_dict
     if call is torch.nn.Module.state_dict or takes(call, "keep_vars"):
         values = module.state_dict(keep_vars=True)
@@ -93,6 +96,9 @@ def load_module(module: torch.nn.Module, entries: Mapping[str, Any]) -> list[str
     `entries` are extra state, what its hooks make out of its tensors, and tensors of other shapes than those that are
     here. Returns the keys that it did not take, and under which there is something else than what it was handed.
     """
+    if is_engine(module):
+        refresh_weights(module.optimizer)
+        return []
     counters = {key: entries[key] for key in metric_counters(module) if key in entries}
     entries = {key: value for key, value in entries.items() if key not in counters}
     values = _own_values(module)
@@ -113,6 +119,8 @@ def check_module(module: torch.nn.Module, path: Path) -> None:
     """
     if holds_fsdp1(module):
         check_fsdp1(module, path)
+    if is_engine(module):
+        check_engine(module, path)
     check_metrics(module, path)
     for name, part in module.named_modules():
         if _is_quantized_to_4_bits(part):

@@ -12,10 +12,11 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from ckptengine.errors import StateError
 from ckptengine.schema.path import Path, dotted
+from ckptengine.torch.deepspeed import is_zero_optimizer
 from ckptengine.torch.dtensor import is_dtensor, local_runs, splits_of
 from ckptengine.torch.flat import FlatPart, is_flat
-from ckptengine.torch.fsdp1 import any_parts
 from ckptengine.torch.own_calls import saves_itself
+from ckptengine.torch.parts import any_parts
 from ckptengine.torch.random import is_given
 from ckptengine.torch.spread import bare_optimizer, check_spread, new_part, part_state, set_part_state
 from ckptengine.torch.tensor import torch_dtype
@@ -37,7 +38,7 @@ __all__ = [
 def check_optimizer(optimizer: torch.optim.Optimizer, path: Path) -> None:
     """Raise `StateError` where state belongs to no parameter, is left out, or nobody knows which part a rank holds."""
     check_spread(optimizer, path, saves_itself(optimizer))
-    optimizer = bare_optimizer(optimizer)
+    deepspeed, optimizer = is_zero_optimizer(optimizer), bare_optimizer(optimizer)
     for name, value in vars(optimizer).items():
         if isinstance(value, torch.Generator) and not is_given(value):
             raise StateError(
@@ -53,7 +54,7 @@ def check_optimizer(optimizer: torch.optim.Optimizer, path: Path) -> None:
             f"{dotted(path)}: {type(optimizer).__name__} keeps `hess` on the parameters from step to step, where no "
             "state has it; use `update_each=1`"
         )
-    if saves_itself(optimizer):
+    if saves_itself(optimizer) or deepspeed:
         return  # what it says of itself counts
     parameters = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     parameter: Any

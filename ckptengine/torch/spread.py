@@ -12,8 +12,10 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from ckptengine.errors import LoadMismatchError, StateError
 from ckptengine.schema.path import Path, dotted
+from ckptengine.torch.deepspeed import flats_by_group, is_zero_optimizer, refresh_weights
 from ckptengine.torch.flat import FlatPart, is_flat
-from ckptengine.torch.fsdp1 import is_flattened, parts_of
+from ckptengine.torch.fsdp1 import is_flattened
+from ckptengine.torch.parts import parts_of
 
 __all__ = [
     "bare_optimizer",
@@ -57,9 +59,10 @@ def is_zero(optimizer: Any) -> bool:
 
 def bare_optimizer(optimizer: Any) -> Any:
     """Return the optimizer that has this rank's state and says what it means: of ZeRO's, the one inside."""
-    return (
-        optimizer.optim if is_zero(optimizer) and isinstance(_inside(optimizer), torch.optim.Optimizer) else optimizer
-    )
+    if is_zero_optimizer(optimizer):
+        return optimizer.optimizer
+    inside = _inside(optimizer) if is_zero(optimizer) else None
+    return inside if isinstance(inside, torch.optim.Optimizer) else optimizer
 
 
 def _inside(optimizer: Any) -> Any:
@@ -73,6 +76,9 @@ def check_spread(optimizer: Any, path: Path, saves_itself: bool) -> None:
     """
     if is_zero(optimizer):
         _check_zero(optimizer, path, saves_itself)
+    if is_zero_optimizer(optimizer):
+        _check_deepspeed(optimizer, path, saves_itself)
+        return
     flattened = [p for group in optimizer.param_groups for p in group["params"] if is_flattened(p)]
     if not flattened:
         return
@@ -85,6 +91,15 @@ def check_spread(optimizer: Any, path: Path, saves_itself: bool) -> None:
         raise StateError(
             f"{dotted(path)}: the optimizer of a FullyShardedDataParallel (FSDP1) module, which alone knows what its "
             "flat parameters are made of; put that module into the same state"
+        )
+
+
+def _check_deepspeed(optimizer: Any, path: Path, saves_itself: bool) -> None:
+    if saves_itself or any(parts_of(flat) is None for flats in flats_by_group(optimizer) for flat in flats):
+        raise StateError(
+            f"{dotted(path)}: DeepSpeed's {type(optimizer).__name__}, of which only the engine knows what its flat "
+            "buffers are made of; put the engine into the same state, with an optimizer inside that keeps its state by "
+            "parameter: `ckptengine.integrations.deepspeed.state(engine)` gives one"
         )
 
 
@@ -102,9 +117,11 @@ def _check_zero(optimizer: Any, path: Path, saves_itself: bool) -> None:
         )
 
 
-def groups_of(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def groups_of(optimizer: Any) -> list[dict[str, Any]]:
     """Return groups with the parts of their flat parameters in their place; the live groups where there are none."""
-    expanded = [_expanded(group.get("params", ())) for group in groups]
+    groups: list[dict[str, Any]] = getattr(optimizer, "param_groups", [])  # a container of optimizers may have none
+    flats = flats_by_group(optimizer) if is_zero_optimizer(optimizer) else None
+    expanded = [_expanded(group.get("params", ()) if flats is None else flats[g]) for g, group in enumerate(groups)]
     if all(one is None for one in expanded):
         return groups
     return [group if params is None else _Group(group, params) for group, params in zip(groups, expanded, strict=True)]
@@ -146,27 +163,22 @@ def _part_of(value: Any, part: FlatPart, key: str) -> Any:
 
 
 def _cut(value: torch.Tensor, part: FlatPart, key: str) -> Any:
-    owner = part.buffer if part.owner is None or _is_whole_buffer(part) else part.owner
+    owner = part.buffer if part.owner is None or part.pooled else part.owner
     if value.dim() == 0:
         # Of several parts each has it, as its parameter would without FSDP: no tie between them.
-        return FlatPart.of(value, (), 0, whole=True, borrowed=True) if _is_whole_buffer(part) else value
-    if part.whole and not _is_whole_buffer(part) and tuple(value.shape) == part.global_shape:
+        return FlatPart.of(value, (), 0, whole=True, borrowed=True) if part.pooled else value
+    if part.whole and not part.pooled and tuple(value.shape) == part.global_shape:
         return value  # NO_SHARD keeps parameters' shapes
     if value.numel() == owner.numel() and value.dim() == 1:
-        if not _is_whole_buffer(part):
+        if not part.pooled:
             return part.like(value, value, borrowed=True)
         offset = part.storage_offset() - part.buffer.storage_offset()
         return part.like(value[offset : offset + part.run.numel()], value, borrowed=True)
     raise StateError(
         f"the optimizer's {key!r} of shape {tuple(value.shape)} belongs to a flat parameter of {owner.numel()} "
-        "elements of FullyShardedDataParallel (FSDP1), so it can't be known what it says of each parameter; use "
-        "`fully_shard` (FSDP2)"
+        "elements of FullyShardedDataParallel (FSDP1) or DeepSpeed, so it can't be known what it says of each "
+        "parameter; use `fully_shard` (FSDP2)"
     )
-
-
-def _is_whole_buffer(part: FlatPart) -> bool:
-    """Whether the optimizer knows the flat parameter, not the parameter that the part is of."""
-    return bool(getattr(part.owner, "_is_flat_param", False))
 
 
 def new_part(part: FlatPart, key: str, dtype: torch.dtype, shape: tuple[int, ...], on_device: bool) -> torch.Tensor:
@@ -176,11 +188,11 @@ def new_part(part: FlatPart, key: str, dtype: torch.dtype, shape: tuple[int, ...
     if shape != part.global_shape:
         raise LoadMismatchError(
             f"the optimizer's {key!r} of shape {shape} belongs to a parameter of shape {part.global_shape}, of which "
-            "FullyShardedDataParallel (FSDP1) has a run of elements; load into `fully_shard` (FSDP2)"
+            "a rank has a run of elements here; load into `fully_shard` (FSDP2)"
         )
-    if part.whole and not _is_whole_buffer(part):
+    if part.whole and not part.pooled:
         return torch.zeros(shape, dtype=dtype, device=part.device)
-    if not _is_whole_buffer(part):
+    if not part.pooled:
         return part.like(torch.zeros(part.run.numel(), dtype=dtype, device=part.device))
     buffers = _building.setdefault(part.owner, ({}, {}))[0]
     buffer = buffers.get((key, dtype))
@@ -192,7 +204,7 @@ def new_part(part: FlatPart, key: str, dtype: torch.dtype, shape: tuple[int, ...
 
 def set_part_state(optimizer: Any, part: FlatPart, state: dict[str, Any] | None) -> None:
     """Set the state of one part; that of a flat parameter is set by `finish_states`, when all of it is there."""
-    if _is_whole_buffer(part):
+    if part.pooled:
         _building.setdefault(part.owner, ({}, {}))[1][id(part)] = state
     elif state is None:
         optimizer.state.pop(part.owner, None)
@@ -205,10 +217,11 @@ def finish_states(optimizer: Any, groups: Sequence[dict[str, Any]], path: Path) 
 
     Raises `LoadMismatchError` naming the parameters where some have state and others none, or other numbers.
     """
+    wrapper, optimizer = optimizer, bare_optimizer(optimizer)
     for group in groups:
         parts: dict[int, tuple[Any, list[FlatPart]]] = {}
         for part in group["params"]:
-            if is_flat(part) and _is_whole_buffer(part) and part.held:
+            if is_flat(part) and part.pooled and part.held:
                 parts.setdefault(id(part.owner), (part.owner, []))[1].append(part)
         for flat, held in parts.values():
             told = _building.pop(flat, ({}, {}))[1]
@@ -216,18 +229,20 @@ def finish_states(optimizer: Any, groups: Sequence[dict[str, Any]], path: Path) 
             if all(id(part) not in told for part in held):
                 continue
             _set_flat(optimizer, flat, held, states, path)
+    if is_zero_optimizer(wrapper):
+        refresh_weights(wrapper)
 
 
 def _set_flat(optimizer: Any, flat: Any, parts: list[FlatPart], states: list[Any], path: Path) -> None:
     if all(state is None for state in states):
         optimizer.state.pop(flat, None)
         return
-    names = flat._fqns[0]
     keys = [None if state is None else sorted(state) for state in states]
     if any(one != keys[0] for one in keys):
         raise LoadMismatchError(
-            f"{dotted(path)}: of the parameters that FullyShardedDataParallel (FSDP1) has put into one flat parameter "
-            f"(with {names}), some have state in the checkpoint and others none; wrap with `use_orig_params=True`"
+            f"{dotted(path)}: of the parameters that lie in one flat buffer of FullyShardedDataParallel (FSDP1) "
+            "or DeepSpeed, some have state in the checkpoint and others none; with FSDP1, `use_orig_params=True` takes "
+            "them"
         )
     result: dict[str, Any] = {}
     for key, first in states[0].items():
@@ -243,8 +258,8 @@ def _set_flat(optimizer: Any, flat: Any, parts: list[FlatPart], states: list[Any
         bare = [value.run if is_flat(value) else value for value in values]
         if not all(_equal(value, bare[0]) for value in bare):
             raise LoadMismatchError(
-                f"{dotted(path)}: the parameters that FullyShardedDataParallel (FSDP1) has put into one flat parameter "
-                f"(with {names}) have different {key!r} in the checkpoint; wrap with `use_orig_params=True`"
+                f"{dotted(path)}: the parameters that lie in one flat buffer of FullyShardedDataParallel (FSDP1) "
+                f"or DeepSpeed have different {key!r} in the checkpoint; with FSDP1, `use_orig_params=True` takes them"
             )
         result[key] = first.buffer if is_flat(first) else first
     optimizer.state[flat] = result
