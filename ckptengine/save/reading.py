@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 from ckptengine.schema.leaf import ArrayLeaf, Part
-from ckptengine.schema.path import Path
+from ckptengine.schema.path import Path, dotted
 from ckptengine.state.asked import Asked
 from ckptengine.state.kinds import Inspector
 from ckptengine.state.trace import Trace
 from ckptengine.state.tree import FlatState, flatten_traced
 
 __all__ = ["Reading", "StateReader", "Structure", "structure_of"]
+
+_log = logging.getLogger("ckptengine")
 
 Structure = tuple[tuple[Any, ...], ...]
 """What of a state a plan depends on: everything but addresses and bytes."""
@@ -66,6 +69,20 @@ class StateReader:
         self._trace: Trace | None = None
         self._plain: FlatState | None = None
         self._structure: Structure = ()
+        self._told_empty: set[Path] = set()
+
+    def forget(self) -> None:
+        """Walk the next state from the beginning, as in a forked process."""
+        self._trace, self._plain, self._structure = None, None, ()
+
+    def tell_empty(self, reading: Reading, rank: int) -> None:
+        """Log once, on rank 0, what has nothing to save: who put it into the state may have expected otherwise."""
+        new = {path: kind for path, kind in reading.plain.empty.items() if path not in self._told_empty}
+        self._told_empty.update(new)
+        if new and rank == 0:
+            names = ", ".join(f"{dotted(path)} ({kind})" for path, kind in list(new.items())[:8])
+            more = f" and {len(new) - 8} more" if len(new) > 8 else ""
+            _log.warning("nothing of %s%s is saved: its state_dict() is empty", names, more)
 
     def read(self, state: Mapping[str, Any]) -> Reading:
         """Return a reading; raises `StateError` naming what can't be saved.

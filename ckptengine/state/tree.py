@@ -376,7 +376,9 @@ class _Walk:
         groups = adapter.optimizer_groups(optimizer)
         names = optimizer_names(groups, self._names)
         states: list[Step] = []
-        self._build(path, "optimizer", per_rank, class_name(optimizer), ("state", "param_groups"))
+        self._build(
+            path, "optimizer", per_rank, class_name(adapter.bare_optimizer(optimizer)), ("state", "param_groups")
+        )
         held = [
             n
             for g, ns in zip(groups, names, strict=True)
