@@ -35,9 +35,9 @@ class OptimizerBinder(TensorBinder):
                 self._absent(path, per_rank)
             return
         if self._selection.reaches(path):
-            if self._another_class(optimizer, path, node):
+            if self._another_class(adapter.bare_optimizer(optimizer), path, node):
                 return
-            self.built[path] = optimizer
+            self.built[path] = adapter.bare_optimizer(optimizer)
             self.optimizers.add(path)
             if node.cls is None:
                 self._adopted |= adopt(node, names)
@@ -55,6 +55,9 @@ class OptimizerBinder(TensorBinder):
                     continue
                 if not self._selection.holds(where):
                     continue
+                if not adapter.keeps_state(optimizer, parameter):
+                    self._is_elsewhere(where, child)
+                    continue
                 if child is not None and self._state_differs(parameter, name, where, child, current or {}):
                     continue
                 new: dict[str, Any] | None = None
@@ -62,10 +65,17 @@ class OptimizerBinder(TensorBinder):
                     new = self._bind_parameter_state(adapter, group, parameter, current or {}, where, child)
                 setting = functools.partial(adapter.set_optimizer_state, optimizer, parameter, new)
                 self._act(FRAMEWORK, setting)
+        self._act(FRAMEWORK, functools.partial(adapter.finish_states, optimizer, groups, (*path, "state")))
         self._bind_groups(adapter, groups, names, (*path, "param_groups"), node.child("param_groups"), per_rank)
         if adapter.loads_itself(optimizer):
             call = functools.partial(adapter.hand_over, optimizer)
             self._act(FRAMEWORK, functools.partial(hand_over, optimizer, None, path, call))
+
+    def _is_elsewhere(self, path: Path, node: Node | None) -> None:
+        """Note that other ranks have what the checkpoint has here."""
+        self.elsewhere.append(path)
+        if node is not None:
+            node.use()
 
     def _add_own_states(
         self, groups: list[dict[str, Any]], names: list[list[str]], path: Path, by_name: dict[str, Node]
