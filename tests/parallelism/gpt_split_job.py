@@ -126,9 +126,7 @@ def main() -> None:
     dist.init_process_group("gloo")
     model, optimizer, state = build(mode)
     with ce.Checkpointer(folder / "run", every=EVERY, timeout=60) as ckpt:
-        start = (
-            ckpt.restore(state) if optimizer is not None or not is_plain(folder) else ckpt.restore(state, strict=False)
-        )
+        start = ckpt.restore(state, strict=was_deepspeed(folder, mode) == mode.startswith("deepspeed"))
         for step in range((start or 0) + 1, steps + 1):
             losses = train_step(mode, model, optimizer, state, step)
             everyone: list[Any] = [None] * dist.get_world_size()
@@ -146,11 +144,11 @@ def main() -> None:
     dist.destroy_process_group()
 
 
-def is_plain(folder: Path) -> bool:
-    """Whether the newest step was trained without DeepSpeed, so that there is no progress of its own to restore."""
+def was_deepspeed(folder: Path, mode: str) -> bool:
+    """Whether the newest step was trained with DeepSpeed, which has some progress of its own to restore."""
     path = folder / "losses"
     lines = path.read_text().splitlines() if path.exists() else []
-    return bool(lines) and "deepspeed" not in json.loads(lines[-1])["mode"]
+    return "deepspeed" in (json.loads(lines[-1])["mode"] if lines else mode)
 
 
 if __name__ == "__main__":
