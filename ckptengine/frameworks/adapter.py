@@ -76,11 +76,15 @@ class Adapter:
     """One framework's tensors, modules and optimizers; by default it knows none."""
 
     name: str = ""
-    """The name in tags and in `ArrayLeaf.container`."""
+    """The name in tags and, unless `container_of` says another, in `ArrayLeaf.container`."""
 
     def is_tensor(self, value: Any) -> bool:
         """Whether a value is one of the framework's tensors."""
         return False
+
+    def container_of(self, tensor: Any) -> str:
+        """Return the name of the framework that a tensor is stored as one of."""
+        return self.name
 
     def view(self, tensor: Any, path: Path, *, target: bool) -> TensorView:
         """Return dtype, global shape, and this rank's parts; `target` asks for memory that may be written.

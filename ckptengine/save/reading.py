@@ -100,13 +100,11 @@ class StateReader:
 
     def _read(self, state: Mapping[str, Any], asked: Asked) -> Reading:
         trace, self._trace = self._trace, None  # where it raises, the next reading walks
-        again = None if trace is None else trace.again(state, asked)
-        if again is None:
+        before = self._plain
+        if trace is None or before is None or (again := trace.again(state, asked)) is None:
             return self._walk(state, asked)
-        assert trace is not None
-        assert self._plain is not None
         self._trace = trace
-        plain = replace(self._plain, values=again.values, rank_values=again.rank_values)
+        plain = replace(before, values=again.values, rank_values=again.rank_values)
         return Reading(state, plain, self._structure, None, again.moved, trace, again.tensors, asked)
 
     def _walk(self, state: Mapping[str, Any], asked: Asked) -> Reading:

@@ -326,8 +326,9 @@ class _Walk:
             return
         if buffer and placement is Placement.REPLICATED:
             placement = Placement.WHOLE
+        container = adapter.container_of(tensor)
         by_hand = cut is not None and placement is Placement.SHARDED
-        self._arrays.append(ArrayLeaf(path, view.dtype, shape, placement, parts, adapter.name, by_hand=by_hand))
+        self._arrays.append(ArrayLeaf(path, view.dtype, shape, placement, parts, container, by_hand=by_hand))
 
     def _visit_own_optimizer(self, optimizer: Any, adapter: Adapter, path: Path, per_rank: bool) -> OwnOptimizerStep:
         """An optimizer that says of itself what it needs; its parameters still have their names in that."""
