@@ -246,9 +246,9 @@ def finish_states(optimizer: Any, groups: Sequence[dict[str, Any]], path: Path) 
         refresh_weights(wrapper)
     if is_zero(wrapper):  # its steps make states in the order of its own groups
         own = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        states = {parameter: optimizer.state[parameter] for parameter in own if parameter in optimizer.state}
+        in_order = {parameter: optimizer.state[parameter] for parameter in own if parameter in optimizer.state}
         optimizer.state.clear()
-        optimizer.state.update(states)
+        optimizer.state.update(in_order)
 
 
 def _set_flat(optimizer: Any, flat: Any, parts: list[FlatPart], states: list[Any], path: Path) -> None:
