@@ -42,6 +42,7 @@ class OptimizerBinder(TensorBinder):
             if node.cls is None:
                 self._adopted |= adopt(node, names)
         saved_state = node.child("state") or Node()
+        _order_alike(saved_state)
         by_name = {self._parameter_name(str(key)): child for key, child in saved_state.children.items()}
         self._add_own_states(groups, names, (*path, "state"), by_name)
         for group, group_names in zip(groups, names, strict=True):
@@ -241,6 +242,16 @@ class OptimizerBinder(TensorBinder):
                         "model in the same state, or give the optimizer its parameters in the same order"
                     )
         return None
+
+
+def _order_alike(states: Node) -> None:
+    """Give states whose keys are in no known order, since the rank that told of orders had none of them, in place, the
+    order of another state with the same keys."""
+    known = {frozenset(child.children): list(child.children) for child in states.children.values() if child.ordered}
+    for child in states.children.values():
+        keys = None if child.ordered or not child.children else known.get(frozenset(child.children))
+        if keys is not None:
+            child.children = {key: child.children[key] for key in keys}
 
 
 def _shape_by_state(here: tuple[int, ...], current: Mapping[Any, tuple[int, ...]], node: Node) -> tuple[int, ...]:
