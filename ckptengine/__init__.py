@@ -20,6 +20,7 @@ from ckptengine.policy.interval import Auto
 from ckptengine.policy.preemption import Preemption
 from ckptengine.policy.rules import AtSteps, Every, Policy
 from ckptengine.save.handle import SaveHandle, SaveStats
+from ckptengine.state.merged import Merged
 from ckptengine.state.per_rank import PerRank
 from ckptengine.state.report import LoadReport
 from ckptengine.state.rng import RNG
@@ -40,6 +41,7 @@ __all__ = [
     "KeepLast",
     "KeepSteps",
     "LoadReport",
+    "Merged",
     "PerRank",
     "Policy",
     "Preemption",

@@ -23,6 +23,7 @@ from ckptengine.save.coordinator import Coordinator
 from ckptengine.save.handle import SaveStats
 from ckptengine.save.job import Job, Target
 from ckptengine.save.planner import Plan
+from ckptengine.save.shares import Shares
 from ckptengine.schema.ranks import name_ranks
 from ckptengine.storage.base import join
 
@@ -72,6 +73,7 @@ class Committer:
         self._comm, self._write_archive, self._plan_together, self._tier = comm, write, plan_together, tier
         self._coordinator = Coordinator(comm.world_size) if comm.rank == 0 else None
         self._reported: Plan | None = None  # whose rows rank 0 has
+        self._reported_form: tuple[Shares, str] | None = None  # and what it knows of the form since that exchange
         self._open: _Open | None = None
         self._given_up: set[str] = set()  # attempts whose publication failed; it may have come all the same
         self._places: list[Channel] = []  # rank 0: of failed attempts, of which a rank may not know
@@ -171,7 +173,7 @@ class Committer:
         if outcome.plan_together and not open_.asked:
             self._plan_together()
         if outcome.error:
-            self._reported = None
+            self._reported = self._reported_form = None
             return
         self._copy_manifest(job, open_.channel)
         if job.handle.durable.error is not None:
@@ -198,14 +200,14 @@ class Committer:
             else:
                 receipt, outcome, began = self._coordinate(job, data, channel)
         except BaseException:
-            self._reported = None  # whether rank 0 has the rows is not known
+            self._reported = self._reported_form = None  # whether rank 0 has the rows is not known
             raise
         if self._comm.rank == 0 and self._tells_place:
             self._leave(channel, outcome)
         if outcome.plan_together:
             self._plan_together()
         if outcome.error:
-            self._reported = None
+            self._reported = self._reported_form = None
             raise _KINDS.get(outcome.kind, SaveFailedError)(f"{target.location} was not committed: {outcome.error}")
         return self._stats(job, receipt, began)
 
@@ -291,17 +293,23 @@ class Committer:
         finally:
             job.feed.give_up()
         rows = b"" if self._reported is job.plan else job.plan.rows.encode()
+        stored = job.sealing.stored
+        assert stored is not None
         receipt = Receipt(
             rank=rank,
             archive=record,
-            value_paths=job.values.paths,
+            value_paths=job.plan.shares.compared(job.values.paths),
             digests=job.values.digests,
+            stores=job.plan.shares.stores and bool(stored.document),
+            fresh=stored.fresh,
+            form_digest=stored.form_digest,
+            form=b"" if self._reported_form == (job.plan.shares, stored.form_digest) else stored.form,
             replica_crcs=job.replica_crcs,
             rows=rows,
             alone=job.plan.alone,
             directory=job.target.directory,
         )
-        self._reported = job.plan
+        self._reported, self._reported_form = job.plan, (job.plan.shares, stored.form_digest)
         return receipt
 
     def _coordinate(self, job: Job, data: str, channel: Channel) -> tuple[Receipt, Outcome, float]:
@@ -315,7 +323,8 @@ class Committer:
             receipt, began = self._write(job, data), time.monotonic()
             receipts = collect(channel, receipt, job.deadline)
             early = aside.result()
-            layout, layout_record = self._coordinator.layout(receipts)
+            assert job.plan is not None
+            layout, layout_record, value_ranks = self._coordinator.put_together(receipts, job.plan.shares)
             if early != layout_record:
                 storage.write_bytes(join(data, layout_record.name), layout)
             manifest = Manifest(
@@ -330,6 +339,7 @@ class Committer:
                 metadata=dict(target.metadata),
                 metrics=dict(target.metrics),
                 created=job.created,
+                value_ranks=value_ranks,
             )
             doubtful = True
             site = target.site

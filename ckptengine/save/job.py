@@ -14,6 +14,7 @@ from ckptengine.catalog.manifest import utc_now
 from ckptengine.catalog.site import Site
 from ckptengine.save.handle import Phase, SaveHandle, SaveStats
 from ckptengine.save.planner import Plan
+from ckptengine.save.shares import Stored
 from ckptengine.save.values import StoredValues
 from ckptengine.schema.path import Path
 from ckptengine.snapshot.feed import Feed
@@ -67,6 +68,8 @@ class Sealing:
 
     lock: threading.Lock = field(default_factory=threading.Lock)
     tail: bytes | None = None
+    stored: Stored | None = None
+    """What this rank stores of what ranks share, once the tail is there."""
 
 
 @dataclass(slots=True)
@@ -104,7 +107,8 @@ class Job:
                 assert self.plan is not None
                 assert self.values is not None
                 assert self.checksums is not None
-                entries, crcs = self.values.entries(rank), self.checksums
+                self.sealing.stored = self.plan.shares.stored(self.values)
+                entries, crcs = self.values.entries(rank, self.sealing.stored.document), self.checksums
                 self.sealing.tail = build_tail(self.plan.image, entries, crcs.entries, crcs.blocks)
             return self.sealing.tail
 

@@ -29,7 +29,7 @@ from ckptengine.save.handle import Phase, SaveHandle
 from ckptengine.save.job import Job, Target
 from ckptengine.save.planner import Plan, Planner
 from ckptengine.save.reading import Reading, StateReader
-from ckptengine.save.replicas import ReplicaCheck, replica_crcs
+from ckptengine.save.replicas import ReplicaCheck, replica_crcs, with_aliases
 from ckptengine.save.turn import Turns
 from ckptengine.save.values import StoredValues, stored_values
 from ckptengine.schema.dtypes import DTYPES
@@ -342,7 +342,7 @@ class Saver:
         # A plan that was made alone has not been compared; the coordinator does it with the receipts.
         wanted = check is ReplicaCheck.ALWAYS or (plan.alone and check is ReplicaCheck.FIRST)
         if wanted and not self._planner.compared and self._comm.world_size > 1:
-            job.replica_crcs = replica_crcs(reading.leaves)
+            job.replica_crcs = with_aliases(replica_crcs(reading.leaves), reading.plain.aliases)
         began = time.monotonic()
         if whole:
             self._snapshotter.fill(table, job.checksums, job.feed)

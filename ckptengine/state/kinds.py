@@ -14,6 +14,7 @@ from ckptengine.schema.path import Key, Path, dotted
 from ckptengine.schema.type_name import describe_type
 from ckptengine.state.asked import Asked
 from ckptengine.state.forms import path_keys
+from ckptengine.state.merged import Merged
 from ckptengine.state.per_rank import PerRank
 from ckptengine.state.sharded import ShardedArray
 from ckptengine.state.values import MAX_DEPTH
@@ -71,6 +72,8 @@ class Inspector:
     def _framework_kind(self, value: Any) -> tuple[Kind, Adapter | None] | None:
         if isinstance(value, PerRank):
             return Kind.PER_RANK, None
+        if isinstance(value, Merged):
+            return Kind.MODULE, value.adapter
         if isinstance(value, ShardedArray):
             return Kind.SHARDED, value.adapter
         for adapter in self._adapters:
