@@ -75,7 +75,7 @@ class Coordinator:
             if receipt.form:
                 forms[receipt.form_digest] = decode_form(receipt.form)
             before = shares.forms[shares.form_of_rank[receipt.rank]]
-            if len(shares.forms) > 1 and before.beside([forms[receipt.form_digest]]):
+            if len(shares.forms) > 1 and before.has_more_than(forms[receipt.form_digest]):
                 raise SaveFailedError(_apart(receipt.rank))
         if first:
             kept = {shares.form_of_rank[one.rank]: one.rank for one in reversed(receipts) if not one.form_digest}
@@ -116,7 +116,7 @@ def _compare(receipts: Sequence[Receipt]) -> dict[tuple[Path, ...], Receipt]:
 
 def _apart(rank: int) -> str:
     return (
-        f"the state of rank {rank} has lost dicts, lists or objects since the ranks have last told each other what they "
-        "have, of which others may still have some; the save was not committed. They tell each other at the next one: "
-        "save again"
+        f"the state of rank {rank} has lost dicts, lists or objects since the ranks have last told each other what "
+        "they have, of which others may still have some; the save was not committed. They tell each other at the next "
+        "one: save again"
     )

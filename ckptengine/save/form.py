@@ -40,6 +40,14 @@ class SharedForm:
             }
         ).encode()
 
+    def has_more_than(self, other: SharedForm) -> bool:
+        """Whether there is a container or a further name here that another form does not have at all."""
+        here, there = (
+            {*one.outline.by_path, *one.containers, *((*path, "alias") for path in one.aliases)}
+            for one in (self, other)
+        )
+        return not here <= there
+
     def beside(self, others: Sequence[SharedForm]) -> dict[str, Any]:
         """Return what is stored of this form where that of others is stored elsewhere; empty where that is nothing."""
         containers = other_items(self.containers, [one.containers for one in others])

@@ -11,8 +11,8 @@ from typing import Any
 
 from ckptengine.errors import SaveFailedError
 from ckptengine.save.form import SharedForm, check_forms, decode_form
-from ckptengine.save.values import StoredValues, compare_values, group_name, group_path
-from ckptengine.schema.path import Path, dotted
+from ckptengine.save.values import StoredValues, compare_values, group_name, group_path, said_as
+from ckptengine.schema.path import Path
 from ckptengine.schema.ranks import name_ranks
 from ckptengine.state.union import NAMED
 
@@ -49,10 +49,10 @@ class Shares:
     """What a rank knows, by the last exchange, of what the ranks share.
 
     `elsewhere` are the paths of values that lower ranks store, `names` those of parameters whose groups they store, by
-    the path of the groups, and `lower` the forms that they store. `own` is this rank's form, `paths` its paths, `known` the same as a set. `first_names` leads from each parameter to the one
-    by which ranks compare its group, where that is not the least of its names: groups that have a parameter in common
-    are one. `owners` has the rank that stores each value. `forms` are all ranks' forms, `form_of_rank` the number of
-    each rank's; on rank 0 only.
+    the path of the groups, and `lower` the forms that they store. `own` is this rank's form, `paths` its paths, `known`
+    the same as a set. `first_names` leads from each parameter to the one by which ranks compare its group, where that
+    is not the least of its names: groups that have a parameter in common are one. `owners` has the rank that stores
+    each value. `forms` are all ranks' forms, `form_of_rank` the number of each rank's; on rank 0 only.
     """
 
     rank: int
@@ -216,7 +216,7 @@ def owners_of(shares: Shares, paths_of: Sequence[tuple[int, Sequence[Path], froz
                 continue
             if path not in fresh:
                 raise SaveFailedError(
-                    f"{dotted(path)}: {name_ranks([shares.owners.get(path, 0)])} had it before and stored it, and has "
+                    f"{said_as(path)}: {name_ranks([shares.owners.get(path, 0)])} had it before and stored it, and has "
                     f"it no more; rank {rank} still has it. The save was not committed: save again"
                 )
             found.add(rank)

@@ -17,7 +17,7 @@ from ckptengine.state.tree import FlatState
 from ckptengine.state.union import NAMED
 from ckptengine.state.values import digest, encode
 
-__all__ = ["DIGEST_NBYTES", "StoredValues", "compare_values", "group_name", "group_path", "stored_values"]
+__all__ = ["DIGEST_NBYTES", "StoredValues", "compare_values", "group_name", "group_path", "said_as", "stored_values"]
 
 DIGEST_NBYTES = 8
 _GROUP_OF = "the group of "
@@ -136,6 +136,11 @@ def group_name(path: Path) -> str | None:
     return last.removeprefix(_GROUP_OF) if isinstance(last, str) and last.startswith(_GROUP_OF) else None
 
 
+def said_as(path: Path) -> str:
+    """Return how messages name what is compared under a path."""
+    return dotted(path) if group_name(path) is None else f"{dotted(path[:-1])} ({path[-1]})"
+
+
 def compare_values(said: Sequence[tuple[Sequence[int], Sequence[Path], bytes]]) -> None:
     """Compare what ranks that have it must have the same of, given ranks and their paths and digests.
 
@@ -149,7 +154,7 @@ def compare_values(said: Sequence[tuple[Sequence[int], Sequence[Path], bytes]]) 
             if first.setdefault(path, (min(ranks), part))[1] != part:
                 problems.setdefault(path, []).extend(ranks)
     if problems:
-        lines = [f"{dotted(path)}: not rank {first[path][0]}'s on {name_ranks(r)}" for path, r in problems.items()]
+        lines = [f"{said_as(path)}: not rank {first[path][0]}'s on {name_ranks(r)}" for path, r in problems.items()]
         more = f"; and {len(lines) - 8} more" if len(lines) > 8 else ""
         raise ReplicaMismatchError(
             f"replicated values differ between ranks: {'; '.join(lines[:8])}{more}. Make them equal on all ranks, or "
