@@ -2,6 +2,8 @@
 # PYTHON=/path/to/python3.11 chooses the interpreter that .venv is made from.
 
 PYTHON ?= python3.11
+# Tests start Python some hundred times: without its cache, each start compiles the package anew (0.7 s).
+unexport PYTHONDONTWRITEBYTECODE
 VENV := .venv
 ZOO := .venv-zoo
 INTEGRATIONS := .venv-integrations
@@ -14,13 +16,15 @@ AZURITE := 3.35.0
 
 C_FILES := $(SOURCES) $(wildcard tests/native/*.c tests/native/*.h)
 
-# Registries have bad moments: pip's own retries first, then the whole command twice more.
+# Registries have bad moments: pip's own retries first, then the whole command twice more. Python compiles what is
+# imported; pip would compile all of torch, which takes longer than the rest of the installation.
 pip_install = for try in 1 2 3; do \
-		$(if $(2),$(2),$(BIN))/python -m pip install --disable-pip-version-check --quiet --retries 5 --timeout 60 $(1) && exit 0; \
+		$(if $(2),$(2),$(BIN))/python -m pip install --disable-pip-version-check --quiet --no-compile --retries 5 --timeout 60 $(1) \
+			&& exit 0; \
 		echo "pip failed (try $$try of 3)" >&2; sleep $$((try * 5)); \
 	done; exit 1
 
-.PHONY: setup demo test test-long test-servers test-integrations zoo lint bench sanitize clean
+.PHONY: setup environments demo test test-long test-servers test-integrations zoo lint bench sanitize clean
 
 setup: $(VENV)/engine.stamp
 
@@ -34,6 +38,9 @@ $(VENV)/engine.stamp: $(VENV)/requirements.stamp pyproject.toml $(SOURCES)
 	@echo "building ckptengine"
 	@$(call pip_install,--no-build-isolation --no-deps --editable .)
 	@touch $@
+
+# What all targets install, before anything is built: make -j2 environments.
+environments: $(VENV)/requirements.stamp $(ZOO)/requirements.stamp $(INTEGRATIONS)/requirements.stamp $(SERVERS)/azurite.stamp
 
 demo: setup
 	$(BIN)/python examples/demo.py

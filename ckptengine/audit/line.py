@@ -12,9 +12,10 @@ from ckptengine.catalog import listing
 from ckptengine.catalog.listing import Entry
 from ckptengine.catalog.manifest import Manifest
 from ckptengine.data.cursor import MARKER
+from ckptengine.data.described import order_from
 from ckptengine.data.digest import DIGEST_BITS, parse_digest
 from ckptengine.data.ledger import Ledger, Run
-from ckptengine.data.order import Order, order_from
+from ckptengine.data.order import Order
 from ckptengine.errors import (
     CheckpointDamagedError,
     CheckpointNotFoundError,

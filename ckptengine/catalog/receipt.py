@@ -179,7 +179,14 @@ class StorageStore(KeyValueStore):
                 raise
 
     def _look(self, name: str) -> bytes | None:
-        return self._storage.read_bytes(name, _MAX_FILE_NBYTES) if self._storage.size(name) is not None else None
+        if self._storage.size(name) is None:
+            return None
+        try:
+            return self._storage.read_bytes(name, _MAX_FILE_NBYTES)
+        except StorageError as error:
+            if error.errno != errno.ENOENT:
+                raise
+            return None  # whom it was for has just taken it
 
 
 class Channel:

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ckptengine.data.order import MAX_LENGTH, Order, Shuffled, register_order
+from ckptengine.data.order import MAX_LENGTH, Order, Shuffled
 
-__all__ = ["Lanes", "pack_counts", "unpack_counts"]
+__all__ = ["Lanes", "lanes_from", "pack_counts", "unpack_counts"]
 
 Numbers = NDArray[np.int64]
 
@@ -135,13 +135,9 @@ def unpack_counts(packed: object) -> list[int]:
     return counts
 
 
-def _from_description(
-    length: int, counts: object, names: str, block: int, lanes: int, seed: int, shuffle: bool
-) -> Lanes:
+def lanes_from(length: int, counts: object, names: str, block: int, lanes: int, seed: int, shuffle: bool) -> Lanes:
+    """Return the order that `Lanes.describe` gave these of, as they are in a checkpoint; raises `ValueError`."""
     order = Lanes(unpack_counts(counts), block=block, lanes=lanes, names=names, seed=seed, shuffle=shuffle)
     if order.length != length:
         raise ValueError(f"shards of {order.length} records in all, described as {length}")
     return order
-
-
-register_order("lanes", _from_description)

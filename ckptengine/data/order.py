@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import operator
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -13,7 +12,7 @@ from numpy.typing import NDArray
 
 from ckptengine.data.mix import GOLDEN, mix64
 
-__all__ = ["MAX_LENGTH", "Order", "Sequential", "Shuffled", "order_from", "register_order"]
+__all__ = ["MAX_LENGTH", "Order", "Sequential", "Shuffled"]
 
 MAX_LENGTH = 1 << 62
 """The longest epoch, in samples."""
@@ -43,7 +42,7 @@ class Order(ABC):
     def describe(self) -> dict[str, Any]:
         """Return plain values that identify the order, equal for equal orders; `order_from` makes it anew of them.
 
-        `kind` is the name under which it is registered, `length` the number of samples.
+        `kind` is its name there, `length` the number of samples.
         """
 
 
@@ -163,30 +162,3 @@ class Shuffled(Order):
         left *= right_size
         left += right
         return left
-
-
-_kinds: dict[str, Callable[..., Order]] = {}
-
-
-def register_order(kind: str, make: Callable[..., Order]) -> None:
-    """Have `order_from` make orders of a kind: `make` is called with what else `describe` gave, as keywords."""
-    _kinds[kind] = make
-
-
-def order_from(description: Mapping[str, Any]) -> Order:
-    """Return the order that `describe` described.
-
-    Raises `ValueError` where there is no such kind, or what is described is no order of that kind.
-    """
-    arguments = dict(description)
-    kind = arguments.pop("kind", None)
-    if not isinstance(kind, str) or kind not in _kinds:
-        raise ValueError(f"order of kind {kind!r}: there are {', '.join(sorted(_kinds))}")
-    try:
-        return _kinds[kind](**arguments)
-    except TypeError as error:
-        raise ValueError(f"an order of kind {kind!r} is not made of {arguments!r}: {error}") from None
-
-
-register_order("sequential", Sequential)
-register_order("shuffled", Shuffled)

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from ckptengine.frameworks.random_stream import RandomStream
+from ckptengine.schema.box import Box
 from ckptengine.schema.leaf import Part, Placement
 from ckptengine.schema.path import Path
 
@@ -87,6 +88,18 @@ class Adapter:
         Raises `StateError` naming the path where the tensor can't be saved, or can't be filled in place.
         """
         raise NotImplementedError
+
+    def is_spread(self, tensor: Any) -> bool:
+        """Whether a tensor says itself how it is spread over the ranks."""
+        return False
+
+    def part_of(self, tensor: Any, box: Box) -> Any:
+        """Return a view of a box of a tensor, None where the framework gives none."""
+        return None
+
+    def group_ranks(self, group: Any) -> Sequence[int] | None:
+        """Return the global ranks of one of the framework's groups in its order, None where it is none."""
+        return None
 
     def fingerprints(self, tensors: Sequence[Any]) -> Sequence[Sequence[Any]]:
         """Return what of a tensor can change while it stays the same object: columns, one item for each tensor.
@@ -180,6 +193,10 @@ class Adapter:
         Else the names of the submodules in it whose tensors may change their shapes by that.
         """
         return None
+
+    def state_owners(self, module: Any) -> Iterable[tuple[str, Any, Any]]:
+        """Return, of an optimizer that is a module, what it keeps for its parameters: name, tensor, parameter."""
+        return ()
 
     def load_module(self, module: Any, entries: Mapping[str, Any]) -> Sequence[str]:
         """Have a module's loading code run, and hand over what could not be filled in place, by the module's own keys.

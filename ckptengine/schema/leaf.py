@@ -85,7 +85,8 @@ class ArrayLeaf:
     `path` is its identity. `dtype` is a logical name of `ckptengine.schema.dtypes`. `shape` is the global
     shape. `parts` are this rank's boxes, none empty, none overlapping. `container` says what it was, `torch`,
     `numpy` or `mindspore`, so that objects with `load_state_dict` get the same back. `fenced` tells that nothing but
-    an optimizer's step changes it, so that a copy may go on until the next one.
+    an optimizer's step changes it, so that a copy may go on until the next one. `by_hand` tells that the boxes are what
+    a program says of plain arrays, so that those that several ranks have are compared.
     """
 
     path: Path
@@ -95,3 +96,4 @@ class ArrayLeaf:
     parts: tuple[Part, ...]
     container: str
     fenced: bool = False
+    by_hand: bool = False

@@ -11,10 +11,11 @@ from ckptengine.errors import CheckpointDamagedError, StateError
 from ckptengine.frameworks.adapter import ABOUT, Adapter, TensorKind, TensorView
 from ckptengine.frameworks.registry import adapter_of_loader
 from ckptengine.schema.head import MAX_NDIM
-from ckptengine.schema.leaf import ArrayLeaf, DeviceMemory, Part, Placement
+from ckptengine.schema.leaf import ArrayLeaf, DeviceMemory, Placement
 from ckptengine.schema.path import Key, Path, dotted
 from ckptengine.schema.type_name import describe_type
 from ckptengine.state.asked import Asked
+from ckptengine.state.cut import Cut, cut_view
 from ckptengine.state.forms import Form, container_kind, form_of, rebuild
 from ckptengine.state.kinds import Inspector, Kind, children, optimizer_names
 from ckptengine.state.outline import Container, Outline, class_name, part_order, sorted_keys
@@ -23,6 +24,7 @@ from ckptengine.state.per_rank import PerRank
 from ckptengine.state.sharded import ShardedArray
 from ckptengine.state.steps import (
     AbsentStep,
+    DeclaredStep,
     DictStep,
     ModuleStep,
     ObjectStep,
@@ -102,9 +104,7 @@ def flatten_loaded(
 
 def sharded_parts(array: ShardedArray, path: Path, *, target: bool) -> TensorView:
     """Return a hand-sharded array's view: the local part's memory at its place in the global array."""
-    local = array.adapter.view(array.local, path, target=target)
-    parts = tuple(Part(array.box, part.memory) for part in local.parts)
-    return TensorView(local.dtype, array.global_shape, Placement.SHARDED, parts, None)
+    return replace(cut_view(array.cut, array.adapter, array.local, path, target=target), identity=None)
 
 
 class _Walk:
@@ -121,6 +121,7 @@ class _Walk:
         self._wanted = wanted
         self._inspector.ask(state, wanted=wanted or (lambda value, path: True))
         self._views = views()
+        self._inspector.declare(state)
         self._names = self._inspector.parameter_names(state)
         self._arrays: list[ArrayLeaf] = []
         self._values: tuple[dict[Path, Any], dict[Path, Any]] = ({}, {})
@@ -187,8 +188,10 @@ class _Walk:
                 return PlainStep(path, per_rank)
             case Kind.TENSOR:
                 assert adapter is not None
-                view = self._views.get(id(value)) or adapter.view(value, path, target=False)
-                self._add(value, view, adapter, path, per_rank=per_rank, buffer=buffer)
+                view = self._views.get(id(value)) or self._inspector.view(value, adapter, path, target=False)
+                per_rank = per_rank or self._inspector.declared.is_own(value)
+                cut = self._inspector.declared.cut_of(value)
+                self._add(value, view, adapter, path, per_rank=per_rank, buffer=buffer, cut=cut)
                 if self._wanted is None and not self._in_module:
                     self._note_kind(value, adapter, path, per_rank)
                 return TensorStep(type(value))
@@ -202,8 +205,8 @@ class _Walk:
                 assert adapter is not None
                 if per_rank:
                     raise StateError(f"{dotted(path)}: a ShardedArray inside PerRank; pass its local part instead")
-                view = adapter.view(value.local, path, target=False)
-                self._add(value.local, view, adapter, path, sharded=value)
+                view = sharded_parts(value, path, target=False)
+                self._add(value.local, view, adapter, path, cut=value.cut)
                 return ShardedStep(value)
             case Kind.PER_RANK:
                 if per_rank:
@@ -214,6 +217,11 @@ class _Walk:
                         "find it; put the whole list into a PerRank, or have state_dict() give a dict"
                     )
                 return PerRankStep(type(value), self._visit(value.value, path, per_rank=True))
+            case Kind.DECLARED:
+                if per_rank or self._objects:
+                    inside = "PerRank" if per_rank else "what state_dict() gives"
+                    raise StateError(f"{dotted(path)}: a ce.Sharded in {inside}; put it into the state itself")
+                return DeclaredStep(value, self._visit(value.value, path, per_rank=per_rank))
             case Kind.MODULE:
                 assert adapter is not None
                 steps: dict[Any, Step] = {}
@@ -296,12 +304,9 @@ class _Walk:
         *,
         per_rank: bool = False,
         buffer: bool = False,
-        sharded: ShardedArray | None = None,
+        cut: Cut | None = None,
     ) -> None:
         placement, parts, identity, shape = view.placement, view.parts, view.identity, view.shape
-        if sharded is not None:
-            placement, identity, shape = Placement.SHARDED, None, sharded.global_shape
-            parts = tuple(Part(sharded.box, part.memory) for part in parts)
         if per_rank:
             if placement is Placement.SHARDED:
                 raise StateError(f"{dotted(path)}: a distributed tensor inside PerRank; take the PerRank away")
@@ -316,16 +321,16 @@ class _Walk:
         number = len(self._arrays) if identity is None else self._first.setdefault(identity, len(self._arrays))
         tied = number < len(self._arrays)
         head = head_of(view.dtype, view.shape, view.placement, view.parts) if saves else ()
-        box = None if sharded is None else sharded.box
         on_device = any(isinstance(part.memory, DeviceMemory) for part in parts)
         # The tensors are kept: an `id` says something only while its object lives.
-        self._visited.append(Visited(tensor, adapter, path, number, tied, identity, box, head, on_device))
+        self._visited.append(Visited(tensor, adapter, path, number, tied, identity, cut, head, on_device))
         if tied:
             self._aliases[path] = self._arrays[number].path
             return
         if buffer and placement is Placement.REPLICATED:
             placement = Placement.WHOLE
-        self._arrays.append(ArrayLeaf(path, view.dtype, shape, placement, parts, adapter.name))
+        by_hand = cut is not None and placement is Placement.SHARDED
+        self._arrays.append(ArrayLeaf(path, view.dtype, shape, placement, parts, adapter.name, by_hand=by_hand))
 
     def _visit_own_optimizer(self, optimizer: Any, adapter: Adapter, path: Path, per_rank: bool) -> OwnOptimizerStep:
         """An optimizer that says of itself what it needs; its parameters still have their names in that."""
@@ -340,6 +345,7 @@ class _Walk:
                 self._stepped.add(id(parameter))
                 owners[(*path, STATE, name)] = parameter
                 if parts is not None and parts[0].get(number):
+                    self._inspector.declared.add_state(parameter, parts[0][number], (*path, STATE, name))
                     adapter.check_parameter_state(parameter, parts[0][number], path)
                     self._note_shape(parameter, (*path, STATE, name), per_rank)
         self._build(path, "object", per_rank, class_name(optimizer))
@@ -355,7 +361,7 @@ class _Walk:
     def _note_shape(self, parameter: Any, path: Path, per_rank: bool) -> None:
         """Note the shape of a parameter that is not itself in the state: its own state need not have it."""
         if id(parameter) not in self._names:
-            self._shapes[per_rank][path] = tuple(parameter.shape)
+            self._shapes[per_rank][path] = self._inspector.declared.shape_of(parameter)
 
     def _note_spreads(self, adapter: Adapter, owners: Mapping[Path, Any], first: int, per_rank: bool) -> None:
         """Note how the tensors of parameters' states are spread, given the parameters by the paths of their states."""
@@ -392,7 +398,9 @@ class _Walk:
                 if state is None:
                     states.append(AbsentStep())
                     continue
-                states.append(self._visit_items(state, (*path, "state", name), per_rank))
+                self._inspector.declared.add_state(parameter, state, (*path, "state", name))
+                own = per_rank or self._inspector.declared.is_own(parameter)
+                states.append(self._visit_items(state, (*path, "state", name), own))
                 self._fenced.update(range(before, len(self._arrays)))
                 if state:
                     self._note_shape(parameter, (*path, "state", name), per_rank)

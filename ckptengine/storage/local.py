@@ -81,7 +81,10 @@ class LocalStorage(Storage):
 
     def make_directory(self, name: str) -> None:
         """Make a directory and those above it, each with its parent synced."""
-        self._make_directories(self._path(name))
+        path = self._path(name)
+        if not os.path.isdir(path):  # also one that was made, and that somebody has removed since
+            self._forget(path)
+        self._make_directories(path)
 
     def write_bytes(self, name: str, data: Buffer, *, durable: bool = True) -> None:
         """Write a small file: temporary name, fsync, rename, fsync of the directory; no fsync without `durable`."""
@@ -190,12 +193,16 @@ class LocalStorage(Storage):
     def delete_tree(self, name: str) -> None:
         """Delete a directory and all below it; one that is missing is no error."""
         path = self._own_path("delete", name, last=True)
-        try:
-            self._disk.remove_tree(path)
-        except FileNotFoundError:
-            return
-        except OSError as error:
-            raise failure("delete", path, error) from error
+        while True:
+            try:
+                self._disk.remove_tree(path)
+                break
+            except FileNotFoundError:
+                if not os.path.lexists(path):
+                    return
+                # Somebody else removes in there too: there is less than before.
+            except OSError as error:
+                raise failure("delete", path, error) from error
         self._sync_removal(path)
 
     def remove_directory(self, name: str) -> bool:

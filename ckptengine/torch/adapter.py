@@ -11,6 +11,7 @@ import torch
 from ckptengine.frameworks.adapter import Adapter, Layouts, ModuleEntry, TensorKind, TensorView
 from ckptengine.frameworks.random_stream import RandomStream
 from ckptengine.frameworks.registry import register
+from ckptengine.schema.box import Box
 from ckptengine.schema.path import Path
 from ckptengine.torch import accelerator
 from ckptengine.torch import kind as _kind
@@ -19,6 +20,8 @@ from ckptengine.torch import optimizer as _optimizer
 from ckptengine.torch import own_calls as _own_calls
 from ckptengine.torch import random as _random
 from ckptengine.torch import wrapped as _wrapped
+from ckptengine.torch.dtensor import is_dtensor
+from ckptengine.torch.group import group_ranks
 from ckptengine.torch.layouts import TorchLayouts
 from ckptengine.torch.loader import make_loader
 from ckptengine.torch.own_loading import module_loading
@@ -48,6 +51,21 @@ class TorchAdapter(Adapter):
     def view(self, tensor: Any, path: Path, *, target: bool) -> TensorView:
         """Return dtype, global shape and this rank's parts."""
         return view_tensor(tensor, path, target=target)
+
+    def is_spread(self, tensor: Any) -> bool:
+        """Whether a tensor is a DTensor, or torch's older sharded tensor."""
+        return is_dtensor(tensor) or any(kind.__name__ == "ShardedTensorBase" for kind in type(tensor).__mro__)
+
+    def part_of(self, tensor: Any, box: Box) -> torch.Tensor:
+        """Return a view of a box."""
+        part: torch.Tensor = tensor.detach()
+        for dim, (start, length) in enumerate(zip(box.offset, box.shape, strict=True)):
+            part = part.narrow(dim, start, length)
+        return part
+
+    def group_ranks(self, group: Any) -> Sequence[int] | None:
+        """Return the ranks of a process group, or of a mesh of one dimension."""
+        return group_ranks(group)
 
     def fingerprints(self, tensors: Sequence[Any]) -> Sequence[Sequence[Any]]:
         """Return addresses, shapes, strides and dtypes of what this rank holds."""

@@ -79,6 +79,21 @@ def test_messages_in_the_storage_cost_no_sync(storage):
     assert storage.list("data-x") == []
 
 
+def test_a_message_that_is_taken_while_somebody_looks_at_it_is_gone(storage, monkeypatch):
+    """Rank 0 looks whether an outcome was taken, and cleans up then."""
+    storage.make_directory("data-x")
+    store = StorageStore(storage, "data-x")
+    Channel(store, "attempt-1", 0, 2).announce(Outcome("why"))
+    read = storage.read_bytes
+
+    def taken(name, limit):
+        storage.delete(name)
+        return read(name, limit)
+
+    monkeypatch.setattr(storage, "read_bytes", taken)
+    assert Channel(store, "attempt-1", 0, 2).heard(soon(30))
+
+
 def test_an_error_is_raised_at_once_though_other_ranks_are_missing(store):
     for rank in (3, 5):
         Channel(store, "attempt-1", rank, 6).send(Receipt(rank, None, error="the disk is full"))

@@ -5,8 +5,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from ckptengine.data.described import order_from
 from ckptengine.data.lanes import Lanes, pack_counts, unpack_counts
-from ckptengine.data.order import order_from
 
 COUNTS = st.lists(st.integers(0, 40), min_size=1, max_size=12).filter(any)
 

@@ -7,8 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ckptengine.data.described import order_from
 from ckptengine.data.mix import mix64, mix64_array
-from ckptengine.data.order import MAX_LENGTH, Sequential, Shuffled, order_from
+from ckptengine.data.order import MAX_LENGTH, Sequential, Shuffled
 
 
 def epoch_of(order: Shuffled, epoch: int) -> list[int]:

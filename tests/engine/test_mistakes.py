@@ -191,7 +191,7 @@ import os, sys
 import numpy as np
 import ckptengine as ce
 
-ce.load(sys.argv[1])  # imports what is imported late, from where this other user may not be able to read
+ce.load(sys.argv[1]), ce.Checkpointer  # what is imported late: the other user may not be able to read it
 os.setgid(65534)
 os.setuid(65534)
 state = {"a": np.zeros(3000), "step": 0}

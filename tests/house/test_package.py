@@ -1,5 +1,7 @@
 """The sdist builds, and its wheel works where only numpy, ml_dtypes and numcodecs are installed."""
 
+import ast
+import importlib
 import importlib.metadata
 import json
 import os
@@ -13,11 +15,14 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
+import ckptengine as ce
+
 ROOT = Path(__file__).resolve().parents[2]
 
 PROGRAM = """
 import json, sys
 import ckptengine as ce
+assert all(hasattr(ce, name) for name in ce.__all__)  # each is imported when it is asked for
 loaded = sorted({name.partition(".")[0] for name in sys.modules})
 import numpy as np
 ce.save("checkpoint", {"model": {"w": np.arange(12.0).reshape(3, 4)}, "step": 7})
@@ -145,7 +150,34 @@ def later_python(version: str) -> Path | None:
 
 
 def test_importing_the_package_imports_no_framework_even_where_they_are_installed() -> None:
-    program = "import json, sys, ckptengine; print(json.dumps(sorted(sys.modules)))"
+    program = "import json, sys; from ckptengine import *; print(json.dumps(sorted(sys.modules)))"
     loaded = {name.partition(".")[0] for name in json.loads(run(sys.executable, "-c", program, cwd=ROOT))}
     assert "ckptengine" in loaded
     assert not {"torch", "zarr", "click", "rich", "mindspore", "mpi4py", "fsspec", "tensorstore"} & loaded
+
+
+def test_importing_the_package_imports_none_of_its_names_before_they_are_asked_for() -> None:
+    program = "import json, sys, ckptengine; print(json.dumps(sorted(sys.modules)))"
+    loaded = json.loads(run(sys.executable, "-c", program, cwd=ROOT))
+    own = [name for name in loaded if name.startswith("ckptengine.")]
+    assert own == ["ckptengine.errors", "ckptengine.export", "ckptengine.load", "ckptengine.save"]
+    assert not {"numpy", "asyncio", "ssl", "numcodecs"} & set(loaded)
+
+
+def test_a_name_is_for_type_checkers_what_it_is_when_it_is_asked_for() -> None:
+    told = {}
+    for node in ast.walk(ast.parse((ROOT / "ckptengine" / "__init__.py").read_text())):
+        if isinstance(node, ast.ImportFrom) and str(node.module).startswith("ckptengine."):
+            told |= {name.name: str(node.module) for name in node.names}
+    assert told == ce._MODULES
+    assert sorted([*told, "errors"]) == sorted(ce.__all__)
+    for name, module in told.items():
+        assert getattr(ce, name) is getattr(importlib.import_module(module), name), name
+
+
+def test_the_functions_stay_what_they_are_whatever_is_imported_of_the_folders_of_their_names() -> None:
+    program = (
+        "import ckptengine.export.run, ckptengine.load.loader, ckptengine.save.saver, ckptengine as ce\n"
+        "assert callable(ce.export) and callable(ce.load) and callable(ce.save)\n"
+    )
+    run(sys.executable, "-c", program, cwd=ROOT)

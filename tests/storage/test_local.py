@@ -5,7 +5,9 @@ import os
 import resource
 import subprocess
 import sys
+import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -243,7 +245,22 @@ def test_a_directory_that_was_removed_meanwhile_is_made_again(storage):
         # By another process, so that this storage doesn't know.
         LocalStorage(storage.root).delete_tree("step")
         storage.make_directory("step/data")
+        assert storage.list("step") == ["data"]
         LocalStorage(storage.root).delete_tree("step")
+
+
+def test_a_directory_in_which_others_delete_too_is_deleted_whole(storage):
+    for _ in range(20):
+        storage.make_directory("data")
+        folder = Path(storage.location("data"))
+        for number in range(300):
+            (folder / str(number)).touch()
+        files = list(folder.iterdir())[::-1]
+        other = threading.Thread(target=lambda files=files: [file.unlink(missing_ok=True) for file in files])
+        other.start()
+        storage.delete_tree("data")
+        other.join()
+        assert not folder.exists()
 
 
 def test_temporaries_are_listed_apart(storage):

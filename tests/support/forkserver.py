@@ -33,8 +33,8 @@ ROOT = Path(__file__).parent.parent.parent
 # With what ranks import in their first steps, for seconds: Dynamo by an optimizer, codecs and s3fs by a checkpoint.
 PRELOADED = (
     "numpy.ma", "numpy.random", "numcodecs", "s3fs", "torch._dynamo", "torch.distributed.fsdp",
-    "torch.distributed.tensor", "torch.onnx", "torch.utils.data", "ckptengine.comm.torch", "ckptengine.storage.s3",
-    "ckptengine.torch.adapter",
+    "torch.distributed.tensor", "torch.onnx", "torch.utils.data", "ckptengine.checkpointer", "ckptengine.comm.torch",
+    "ckptengine.data.stream", "ckptengine.storage.s3", "ckptengine.torch.adapter",
 )  # fmt: skip
 _ADDRESS = "CKPTENGINE_TEST_FORKS"
 _server: tuple[subprocess.Popen[bytes], str] | None = None

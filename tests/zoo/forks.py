@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import importlib
 import multiprocessing
 import os
@@ -69,16 +70,17 @@ def _lead(function: Callable[..., None], pipe: Connection, *arguments: Any) -> N
 def import_all() -> None:
     """Import what every child needs, so that it is done once; starts no thread."""
     for name in (
+        "numcodecs",
         "torch._dynamo",
         "torch.distributed.fsdp",
         "torch.distributed.tensor",
-        "ckptengine.load.loader",
-        "ckptengine.save.saver",
+        "ckptengine.api",
         "ckptengine.comm.torch",
         "ckptengine.storage.local",
         "ckptengine.torch.adapter",
     ):
         importlib.import_module(name)
+    gc.freeze()  # a child's first collection would look at all that was imported, and copy it: a second for each child
 
 
 def on_one_process(entries: Sequence[Entry], at_once: int = 2) -> Iterator[tuple[Entry, Outcome]]:

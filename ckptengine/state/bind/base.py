@@ -68,6 +68,8 @@ class BinderBase(ABC):
         self._inspector.ask(
             state, wanted=lambda value, path: selection.touches(path) and adapter_of_loader(value) is None
         )
+        self._inspector.declare(state)
+        self._declared = self._inspector.declared
         self._names = self._inspector.parameter_names(state)
         self._loaded: list[str] = []
         self._missing: list[tuple[str, Hashable | None]] = []

@@ -13,6 +13,7 @@ from ckptengine.state.bind.base import FRAMEWORK
 from ckptengine.state.bind.groups import regroup
 from ckptengine.state.bind.objects import hand_over
 from ckptengine.state.bind.tensors import Maker, TensorBinder, of_kind
+from ckptengine.state.cut import Cut, state_cuts
 from ckptengine.state.kinds import optimizer_names
 from ckptengine.state.outline import in_order
 from ckptengine.state.own_state import GROUPS
@@ -46,10 +47,12 @@ class OptimizerBinder(TensorBinder):
                 return
         saved_state = node.child("state") or Node()
         by_name = {self._parameter_name(str(key)): child for key, child in saved_state.children.items()}
+        self._add_own_states(groups, names, (*path, "state"), by_name)
         for group, group_names in zip(groups, names, strict=True):
             for parameter, name in zip(group["params"], group_names, strict=True):
                 where = (*path, "state", name)
                 current = adapter.optimizer_state(optimizer, parameter)
+                self._declared.add_state(parameter, current, where)
                 child = by_name.get(name)
                 # Older checkpoints do not tell an empty state from none.
                 if child is None and not (current or (current is not None and self._tells_empty)):
@@ -80,16 +83,28 @@ class OptimizerBinder(TensorBinder):
         self._dropped += [((*path, GROUPS, *keys), one) for keys, one in regrouped.dropped]
         return True
 
+    def _add_own_states(
+        self, groups: list[dict[str, Any]], names: list[list[str]], path: Path, by_name: dict[str, Node]
+    ) -> None:
+        """Take what the checkpoint has of the states of parameters of which each rank has its own."""
+        for group, group_names in zip(groups, names, strict=True):
+            for parameter, name in zip(group["params"], group_names, strict=True):
+                if self._declared.is_own(parameter):
+                    own = self._own_of((*path, name), by_name.get(name))
+                    if own is not None:
+                        by_name[name] = own
+
     def _state_differs(self, parameter: Any, name: str, path: Path, node: Node, current: Mapping[Any, Any]) -> bool:
         """Whether the saved state belongs to a parameter of another shape: then none of it is taken.
 
         The checkpoint says the shape of that parameter, whatever the shapes of its state; only old ones may not.
         """
-        here = tuple(parameter.shape)
+        here = self._declared.shape_of(parameter)
         told = self._saved_shapes.get(name)
         if name in self._adopted:  # by number: the model's tensor of that name may be another parameter's
             told = _common_shape(node)
-        saved = node.parameter_shape or told or _shape_by_state(here, current, node)
+        live = {key: self._declared.shape_of(one) for key, one in current.items() if hasattr(one, "shape")}
+        saved = node.parameter_shape or told or _shape_by_state(here, live, node)
         if saved == here:
             return False
         self._mismatch(path, f"state of a parameter of shape {here} here, {saved} in the checkpoint", node)
@@ -104,15 +119,26 @@ class OptimizerBinder(TensorBinder):
         path: Path,
         node: Node,
     ) -> dict[str, Any]:
-        def new(entry: SavedArray, key: str) -> Any:
-            leaf = entry.leaf
-            return adapter.new_state_tensor(group, parameter, key, leaf.dtype, leaf.shape, entry.spread)
+        cuts = self._state_cuts(parameter, path, node)
 
-        def make(entry: SavedArray, where: Path) -> Any:
-            array = new(entry, str(where[-1]))
+        def new(entry: SavedArray, where: Path) -> Any:
+            leaf, cut, key = entry.leaf, cuts.get(where[len(path) :]), str(where[-1])
+            shape = leaf.shape if cut is None else cut.local
+            return adapter.new_state_tensor(group, parameter, key, leaf.dtype, shape, entry.spread)
+
+        def fitting(array: Any, entry: SavedArray, where: Path) -> Any:
             if entry.told and not in_order(adapter.view(array, where, target=False), entry.order):
                 array = adapter.new_like(array, entry.order)
-            self._read(array, adapter, adapter.view(array, where, target=True), entry, where)
+            return array
+
+        def noted(array: Any, where: Path) -> Any:
+            if cut := cuts.get(where[len(path) :]):
+                self._declared.note(array, cut, where)
+            return array
+
+        def make(entry: SavedArray, where: Path) -> Any:
+            array = noted(fitting(new(entry, where), entry, where), where)
+            self._read(array, adapter, self._target_view(array, adapter, where), entry, where)
             return array
 
         state: dict[str, Any] = {}
@@ -127,13 +153,20 @@ class OptimizerBinder(TensorBinder):
             tensor = current.get(str(key))
             if tensor is None or not adapter.is_tensor(tensor) or adapter.is_wrapped(tensor):
                 made = self._made.get((entry.path, entry.rank))
-                tensor = made[0] if made else new(entry, str(key))
-            if entry.told and not in_order(adapter.view(tensor, where, target=False), entry.order):
-                tensor = adapter.new_like(tensor, entry.order)
-            state[str(key)] = tensor = of_kind(tensor, entry, where)
+                tensor = made[0] if made else new(entry, where)
+            tensor = noted(of_kind(fitting(tensor, entry, where), entry, where), where)
+            state[str(key)] = tensor
             self._made.setdefault((entry.path, entry.rank), []).append(tensor)
             self._bind_tensor(tensor, adapter, where, child, per_rank=entry.rank is not None)
         return state
+
+    def _state_cuts(self, parameter: Any, path: Path, node: Node) -> dict[Path, Cut]:
+        """Return how the arrays that the checkpoint has of a parameter's state are cut here, by their keys."""
+        cut = self._declared.cut_of(parameter)
+        if cut is None:
+            return {}
+        shapes = {keys: one.entry.leaf.shape for keys, one in node.leaves() if isinstance(one.entry, SavedArray)}
+        return state_cuts(cut, shapes, path, stored=True)
 
     def _bind_groups(
         self,
@@ -216,7 +249,7 @@ class OptimizerBinder(TensorBinder):
         return None
 
 
-def _shape_by_state(here: tuple[int, ...], current: Mapping[Any, Any], node: Node) -> tuple[int, ...]:
+def _shape_by_state(here: tuple[int, ...], current: Mapping[Any, tuple[int, ...]], node: Node) -> tuple[int, ...]:
     """Return the shape that a parameter seems to have had, from its saved state alone.
 
     Arrays with as many dimensions as the parameter have its shape, or that of something that is kept for rows, blocks
@@ -228,7 +261,7 @@ def _shape_by_state(here: tuple[int, ...], current: Mapping[Any, Any], node: Nod
         for key, child in node.children.items()
         if isinstance(child.entry, SavedArray) and len(child.entry.leaf.shape) == len(here) > 0
     }
-    live = {key: tuple(getattr(current.get(key), "shape", ())) for key in shapes}
+    live = {key: current.get(key, ()) for key in shapes}
     if here in shapes.values() or any(live[key] == shape for key, shape in shapes.items()):
         return here
     odd = [shape for shape in shapes.values() if all(a != 1 for a in shape)]

@@ -122,6 +122,7 @@ class OwnCallsBinder(ObjectBinder, OptimizerBinder, ModuleBinder):
                 where = (*path, STATE, name)
                 key, child = by_name.pop(name, (name, None))
                 here = current.get(number, {})
+                self._declared.add_state(parameter, here, where)
                 if child is None or self._state_differs(parameter, name, where, child, here):
                     continue
                 inner = _spelled_out(child)

@@ -47,6 +47,8 @@ class Binder(OwnCallsBinder):
         kind, adapter = self._inspector.kind(value, path)
         if kind is Kind.PER_RANK:
             self._bind_per_rank(value, path, node)
+        elif kind is Kind.DECLARED:
+            self._bind(value.value, functools.partial(setattr, value, "value"), path, node, per_rank=per_rank)
         elif kind in (Kind.TENSOR, Kind.WRAPPED, Kind.SHARDED):
             assert adapter is not None
             new = adapter.replacement(value) if kind is Kind.TENSOR and put is not None else None

@@ -1,0 +1,38 @@
+"""Eight experts over 4, 2 and 8 ranks, and over two replicas of 4: declared as a stack or as lists, or as DTensors."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+pytest.importorskip("torch")
+from split_jobs import launch
+
+import ckptengine as ce
+
+CHANGES = {"two from four": 2, "wide from two": 8, "replicas from wide": 8, "two from replicas": 2}
+
+
+@pytest.fixture(scope="module", params=["stacked", "dtensor"])
+def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict]]:
+    folder = tmp_path_factory.mktemp("experts")
+    return folder, launch("expert_job.py", 8, folder, request.param)
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_each_rank_gets_its_experts_and_their_moments_to_the_bit(trained, change):
+    assert [trained[1][rank][f"{change} wrong"] for rank in range(CHANGES[change])] == [[]] * CHANGES[change]
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_training_goes_on_with_the_losses_of_the_run_that_did_not_change(trained, change):
+    _, ranks = trained
+    for rank in range(CHANGES[change]):
+        np.testing.assert_allclose(ranks[rank][change], ranks[0]["reference"], rtol=1e-4)
+
+
+def test_the_checkpoint_has_each_expert_once(trained):
+    folder, _ = trained
+    saved = ce.load(folder / "replicas")
+    assert saved["model"]["layers.0.w_in"].shape == (8, 32, 48)
+    assert len(np.unique(saved["model"]["layers.0.w_in"])) > 8 * 32 * 48 * 0.9
