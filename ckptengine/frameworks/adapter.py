@@ -76,11 +76,15 @@ class Adapter:
     """One framework's tensors, modules and optimizers; by default it knows none."""
 
     name: str = ""
-    """The name in tags and in `ArrayLeaf.container`."""
+    """The name in tags and, unless `container_of` says another, in `ArrayLeaf.container`."""
 
     def is_tensor(self, value: Any) -> bool:
         """Whether a value is one of the framework's tensors."""
         return False
+
+    def container_of(self, tensor: Any) -> str:
+        """Return the name of the framework that a tensor is stored as one of."""
+        return self.name
 
     def view(self, tensor: Any, path: Path, *, target: bool) -> TensorView:
         """Return dtype, global shape, and this rank's parts; `target` asks for memory that may be written.
@@ -214,8 +218,26 @@ class Adapter:
         return name
 
     def optimizer_groups(self, optimizer: Any) -> list[dict[str, Any]]:
-        """Return the live groups; each has its parameters under `params`."""
+        """Return the live groups; each has its parameters under `params`, the same objects each time.
+
+        Of a parameter that is several, laid one behind the other, it has these.
+        """
         raise NotImplementedError
+
+    def bare_optimizer(self, optimizer: Any) -> Any:
+        """Return what says by its class what an optimizer's state means: of one that only spreads the state of another
+        over the ranks, that other."""
+        return optimizer
+
+    def keeps_state(self, optimizer: Any, parameter: Any) -> bool:
+        """Whether this rank has state of a parameter, if any rank has; False where it is other ranks' alone."""
+        return True
+
+    def finish_states(self, optimizer: Any, groups: Sequence[dict[str, Any]], path: Path) -> None:
+        """Do what is to be done once the states of all parameters are set; `groups` are those of `optimizer_groups`.
+
+        Raises `LoadMismatchError` naming the path where the states that were set do not fit together.
+        """
 
     def optimizer_state(self, optimizer: Any, parameter: Any) -> dict[str, Any] | None:
         """Return the live state of one parameter, None where it has none; creates nothing."""

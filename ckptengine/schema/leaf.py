@@ -72,10 +72,15 @@ Memory = HostMemory | DeviceMemory
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """One box of a leaf that this rank holds; `memory` has the box's shape."""
+    """One box of a leaf that this rank holds; `memory` has the box's shape.
+
+    `order` is that of the tensor's dimensions in memory, from the outermost to the innermost, where the rank has a run
+    of its elements: the boxes that it is cut into say nothing of that, and it can't lie in another order.
+    """
 
     box: Box
     memory: Memory
+    order: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -329,8 +329,9 @@ class _Walk:
             return
         if buffer and placement is Placement.REPLICATED:
             placement = Placement.WHOLE
+        container = adapter.container_of(tensor)
         by_hand = cut is not None and placement is Placement.SHARDED
-        self._arrays.append(ArrayLeaf(path, view.dtype, shape, placement, parts, adapter.name, by_hand=by_hand))
+        self._arrays.append(ArrayLeaf(path, view.dtype, shape, placement, parts, container, by_hand=by_hand))
 
     def _visit_own_optimizer(self, optimizer: Any, adapter: Adapter, path: Path, per_rank: bool) -> OwnOptimizerStep:
         """An optimizer that says of itself what it needs; its parameters still have their names in that."""
@@ -379,7 +380,9 @@ class _Walk:
         groups = adapter.optimizer_groups(optimizer)
         names = optimizer_names(groups, self._names)
         states: list[Step] = []
-        self._build(path, "optimizer", per_rank, class_name(optimizer), ("state", "param_groups"))
+        self._build(
+            path, "optimizer", per_rank, class_name(adapter.bare_optimizer(optimizer)), ("state", "param_groups")
+        )
         held = [
             n
             for g, ns in zip(groups, names, strict=True)

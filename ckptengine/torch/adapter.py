@@ -19,7 +19,9 @@ from ckptengine.torch import module as _module
 from ckptengine.torch import optimizer as _optimizer
 from ckptengine.torch import own_calls as _own_calls
 from ckptengine.torch import random as _random
+from ckptengine.torch import spread as _spread
 from ckptengine.torch import wrapped as _wrapped
+from ckptengine.torch.deepspeed import is_zero_optimizer
 from ckptengine.torch.dtensor import is_dtensor
 from ckptengine.torch.group import group_ranks
 from ckptengine.torch.layouts import TorchLayouts
@@ -147,7 +149,7 @@ class TorchAdapter(Adapter):
 
     def is_optimizer(self, value: Any) -> bool:
         """Whether a value is an optimizer."""
-        return isinstance(value, torch.optim.Optimizer)
+        return isinstance(value, torch.optim.Optimizer) or is_zero_optimizer(value)
 
     def bare_name(self, name: str) -> str:
         """Return a parameter's name without the prefixes of DDP, `torch.compile`, FSDP and activation checkpointing."""
@@ -155,8 +157,19 @@ class TorchAdapter(Adapter):
 
     def optimizer_groups(self, optimizer: Any) -> list[dict[str, Any]]:
         """Return the live groups."""
-        groups: list[dict[str, Any]] = getattr(optimizer, "param_groups", [])  # a container of optimizers may have none
-        return groups
+        return _spread.groups_of(optimizer)
+
+    def bare_optimizer(self, optimizer: Any) -> Any:
+        """Return the optimizer inside of ZeroRedundancyOptimizer."""
+        return _spread.bare_optimizer(optimizer)
+
+    def keeps_state(self, optimizer: Any, parameter: Any) -> bool:
+        """Whether this rank has state of a parameter, if any rank has."""
+        return _spread.keeps_state(optimizer, parameter)
+
+    def finish_states(self, optimizer: Any, groups: Sequence[dict[str, Any]], path: Path) -> None:
+        """Set the states of flat parameters, of those of their parts."""
+        _spread.finish_states(optimizer, groups, path)
 
     def optimizer_state(self, optimizer: Any, parameter: Any) -> dict[str, Any] | None:
         """Return one parameter's live state; creates none."""

@@ -19,6 +19,7 @@ from ckptengine.schema.path import Path, dotted
 from ckptengine.torch import accelerator
 from ckptengine.torch.dtensor import dtensor_pieces, is_dtensor
 from ckptengine.torch.emptied import refuse_emptied
+from ckptengine.torch.flat import FlatPart, flat_pieces, is_flat
 
 __all__ = ["convert_tensor", "dtype_name", "fingerprints", "new_like", "tensor_of", "torch_dtype", "view_tensor"]
 
@@ -63,7 +64,8 @@ def view_tensor(tensor: torch.Tensor, path: Path, *, target: bool) -> TensorView
     """
     name = _check(tensor, path)
     shape, placement, pieces = _pieces(tensor, path)
-    parts = tuple(Part(box, _memory(piece, path, target=target)) for box, piece in pieces)
+    order = tensor.order if isinstance(tensor, FlatPart) else None
+    parts = tuple(Part(box, _memory(piece, path, target=target), order) for box, piece in pieces)
     return TensorView(name, shape, placement, parts, _identity(tensor, name))
 
 
@@ -89,6 +91,8 @@ def new_like(tensor: torch.Tensor, order: Sequence[int] | None) -> torch.Tensor:
 
     A DTensor gives one on the same mesh with the same placements.
     """
+    if isinstance(tensor, FlatPart):  # elements of a run have one order
+        return tensor.like(torch.empty_like(tensor.run))
     order = tuple(range(tensor.ndim)) if order is None else order
     inverse = [order.index(dim) for dim in range(tensor.ndim)]
     if is_dtensor(tensor):
@@ -165,6 +169,8 @@ def _check(tensor: torch.Tensor, path: Path) -> str:
 
 
 def _pieces(tensor: torch.Tensor, path: Path) -> tuple[tuple[int, ...], Placement, list[tuple[Box, torch.Tensor]]]:
+    if isinstance(tensor, FlatPart):
+        return flat_pieces(tensor)
     if is_dtensor(tensor):
         return dtensor_pieces(tensor, path)
     shape = tuple(tensor.shape)
@@ -173,7 +179,7 @@ def _pieces(tensor: torch.Tensor, path: Path) -> tuple[tuple[int, ...], Placemen
 
 def _identity(tensor: torch.Tensor, name: str) -> Hashable | None:
     """A DTensor's is the object, since ranks with an empty part have no address to compare."""
-    if is_dtensor(tensor):
+    if is_dtensor(tensor) or is_flat(tensor):
         return ("torch", id(tensor))
     if tensor.numel() == 0:
         return None

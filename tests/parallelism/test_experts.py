@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 pytest.importorskip("torch")
-from split_jobs import launch
+from split_jobs import die, launch
 
 import ckptengine as ce
 
@@ -36,3 +36,16 @@ def test_the_checkpoint_has_each_expert_once(trained):
     saved = ce.load(folder / "replicas")
     assert saved["model"]["layers.0.w_in"].shape == (8, 32, 48)
     assert len(np.unique(saved["model"]["layers.0.w_in"])) > 8 * 32 * 48 * 0.9
+
+
+@pytest.mark.parametrize(("kind", "ranks", "shape"), [("stacked", 2, (1, 2)), ("stacked", 8, (2, 4))])
+def test_a_training_that_is_killed_goes_on_with_other_numbers_of_experts_on_a_rank(tmp_path, kind, ranks, shape):
+    (tmp_path / "whole").mkdir()
+    whole = launch("expert_life_job.py", 4, tmp_path / "whole", kind, "1", "4", "8", "0")[0]
+    assert whole["start"] is None
+    die("expert_life_job.py", 4, tmp_path, kind, "1", "4", "8", "5")
+    for rank in launch("expert_life_job.py", ranks, tmp_path, kind, *map(str, shape), "8", "0"):
+        assert rank["start"] == 4
+        assert rank["wrong"] == []
+        losses = [whole["losses"][step] for step in ("5", "6", "7", "8")]
+        np.testing.assert_allclose([rank["losses"][step] for step in ("5", "6", "7", "8")], losses, rtol=1e-4)

@@ -187,7 +187,7 @@ def test_parameters_of_the_first_fsdp_are_refused_without_their_module_too() -> 
     model = torch.nn.Linear(4, 3)
     for parameter in model.parameters():
         _set_fsdp_flattened(parameter)
-    with pytest.raises(StateError, match="weight: a parameter of FullyShardedDataParallel, .*`fully_shard`"):
+    with pytest.raises(StateError, match="weight: a parameter of FullyShardedDataParallel, .*put the Fully"):
         flatten(dict(model.named_parameters()))
 
 

@@ -79,6 +79,8 @@ class BinderBase(ABC):
         self._lacks_arrays = False
         self.refused: list[Path] = []
         """The paths of what does not fit, and of everything inside."""
+        self.elsewhere: list[Path] = []
+        """The paths of what other ranks have, and not this one."""
         self.derived: list[Path] = []
         """The paths of what is made anew from what was saved, by a `resize`."""
         self.built: dict[Path, Any] = {}
@@ -126,7 +128,7 @@ class BinderBase(ABC):
 
     def promise(self) -> Promise:
         """Return what the state must be once everything is read and set."""
-        refused = frozenset(self.refused)
+        refused = frozenset((*self.refused, *self.elsewhere))
         leaves: dict[Path, SavedArray | SavedValue] = {}
         containers: dict[Path, Node] = {}
         empty: set[Path] = set()

@@ -37,15 +37,16 @@ class OptimizerBinder(TensorBinder):
                 self._absent(path, per_rank)
             return
         if self._selection.reaches(path):
-            if self._another_class(optimizer, path, node):
+            if self._another_class(adapter.bare_optimizer(optimizer), path, node):
                 return
-            self.built[path] = optimizer
+            self.built[path] = adapter.bare_optimizer(optimizer)
             self.optimizers.add(path)
             if node.cls is None:
                 self._adopted |= adopt(node, names)
             if not self._regroup(node, path, names):
                 return
         saved_state = node.child("state") or Node()
+        _order_alike(saved_state)
         by_name = {self._parameter_name(str(key)): child for key, child in saved_state.children.items()}
         self._add_own_states(groups, names, (*path, "state"), by_name)
         for group, group_names in zip(groups, names, strict=True):
@@ -59,6 +60,9 @@ class OptimizerBinder(TensorBinder):
                     continue
                 if not self._selection.holds(where):
                     continue
+                if not adapter.keeps_state(optimizer, parameter):
+                    self._is_elsewhere(where, child)
+                    continue
                 if child is not None and self._state_differs(parameter, name, where, child, current or {}):
                     continue
                 new: dict[str, Any] | None = None
@@ -66,6 +70,7 @@ class OptimizerBinder(TensorBinder):
                     new = self._bind_parameter_state(adapter, group, parameter, current or {}, where, child)
                 setting = functools.partial(adapter.set_optimizer_state, optimizer, parameter, new)
                 self._act(FRAMEWORK, setting)
+        self._act(FRAMEWORK, functools.partial(adapter.finish_states, optimizer, groups, (*path, "state")))
         self._bind_groups(adapter, groups, names, (*path, "param_groups"), node.child("param_groups"), per_rank)
         if adapter.loads_itself(optimizer):
             call = functools.partial(adapter.hand_over, optimizer)
@@ -82,6 +87,12 @@ class OptimizerBinder(TensorBinder):
             return False
         self._dropped += [((*path, GROUPS, *keys), one) for keys, one in regrouped.dropped]
         return True
+
+    def _is_elsewhere(self, path: Path, node: Node | None) -> None:
+        """Note that other ranks have what the checkpoint has here."""
+        self.elsewhere.append(path)
+        if node is not None:
+            node.use()
 
     def _add_own_states(
         self, groups: list[dict[str, Any]], names: list[list[str]], path: Path, by_name: dict[str, Node]
@@ -247,6 +258,16 @@ class OptimizerBinder(TensorBinder):
                         "model in the same state, or give the optimizer its parameters in the same order"
                     )
         return None
+
+
+def _order_alike(states: Node) -> None:
+    """Give states whose keys are in no known order, since the rank that told of orders had none of them, in place, the
+    order of another state with the same keys."""
+    known = {frozenset(child.children): list(child.children) for child in states.children.values() if child.ordered}
+    for child in states.children.values():
+        keys = None if child.ordered or not child.children else known.get(frozenset(child.children))
+        if keys is not None:
+            child.children = {key: child.children[key] for key in keys}
 
 
 def _shape_by_state(here: tuple[int, ...], current: Mapping[Any, tuple[int, ...]], node: Node) -> tuple[int, ...]:
