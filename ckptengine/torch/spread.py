@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch.utils.weak import WeakIdKeyDictionary
@@ -29,6 +30,8 @@ __all__ = [
     "set_part_state",
 ]
 
+_owned: WeakKeyDictionary[torch.optim.Optimizer, tuple[int, frozenset[int]]] = WeakKeyDictionary()
+"""By optimizer inside of a ZeroRedundancyOptimizer: how many parameters it has, and their ids."""
 _views: Any = WeakIdKeyDictionary()
 """By tensor of an optimizer's state: its parts, by the `id` of the parameter's part, with where it lay."""
 _building: Any = WeakIdKeyDictionary()
@@ -139,8 +142,18 @@ def keeps_state(optimizer: Any, parameter: Any) -> bool:
     if is_flat(parameter):
         return bool(parameter.held)
     if is_zero(optimizer):
-        return bool(optimizer._param_to_rank[parameter] == optimizer.rank)
+        return id(parameter) in _owned_by(optimizer.optim)
     return True
+
+
+def _owned_by(inside: torch.optim.Optimizer) -> frozenset[int]:
+    """Return the ids of an optimizer's parameters, kept until their number changes."""
+    count = sum(len(group["params"]) for group in inside.param_groups)
+    known = _owned.get(inside)
+    if known is None or known[0] != count:
+        ids = frozenset(id(parameter) for group in inside.param_groups for parameter in group["params"])
+        known = _owned[inside] = (count, ids)
+    return known[1]
 
 
 def part_state(optimizer: Any, part: FlatPart) -> dict[str, Any] | None:
@@ -231,6 +244,11 @@ def finish_states(optimizer: Any, groups: Sequence[dict[str, Any]], path: Path) 
             _set_flat(optimizer, flat, held, states, path)
     if is_zero_optimizer(wrapper):
         refresh_weights(wrapper)
+    if is_zero(wrapper):  # its steps make states in the order of its own groups
+        own = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        in_order = {parameter: optimizer.state[parameter] for parameter in own if parameter in optimizer.state}
+        optimizer.state.clear()
+        optimizer.state.update(in_order)
 
 
 def _set_flat(optimizer: Any, flat: Any, parts: list[FlatPart], states: list[Any], path: Path) -> None:
