@@ -25,7 +25,7 @@ pip_install = for try in 1 2 3; do \
 		echo "pip failed (try $$try of 3)" >&2; sleep $$((try * 5)); \
 	done; exit 1
 
-.PHONY: setup environments demo test test-long test-servers test-integrations zoo lint bench sanitize clean
+.PHONY: setup environments demo gpu test test-long test-servers test-integrations zoo lint bench sanitize clean
 
 setup: $(VENV)/engine.stamp
 
@@ -131,6 +131,11 @@ lint: setup
 # make bench ARGS="peers --runs 3 --only DCP": python -m benchmarks --help names all.
 bench: setup
 	$(BIN)/python -m benchmarks --json benchmarks.json $(ARGS)
+
+# The tests and figures of an accelerator, with the Python that has torch for it: make gpu GPU_PYTHON=python3 (docs/gpu.md).
+GPU_PYTHON ?= python3
+gpu:
+	PYTHON=$(GPU_PYTHON) bash tests/gpu/run.sh $(ARGS)
 
 # The C core under the address, undefined-behaviour and thread sanitizers, on aarch64 and AVX-512 as emulated.
 sanitize: setup

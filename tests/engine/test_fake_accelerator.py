@@ -1,54 +1,14 @@
 """Memory that the CPU can't address, on a pretended accelerator: there is none here. Its copies take their time."""
 
 import threading
-import time
 
 import numpy as np
 import pytest
 import torch
+from pretended import FakeAccelerator
 
 import ckptengine as ce
-from ckptengine.schema.leaf import DeviceMemory
-from ckptengine.torch import tensor as torch_tensor
-
-
-class FakeAccelerator:
-    """Takes every tensor of more than one element for its own; copies in threads, as streams would."""
-
-    def __init__(self, patch):
-        self.hold, self.log = threading.Event(), []
-        self.hold.set()
-        self.pinned = []
-        patch.setattr(torch_tensor, "_memory", self.memory)
-        patch.setattr("ckptengine.torch.accelerator.pin_host_memory", self.pin)
-        self._memory = torch_tensor.__dict__["_copied"]
-
-    def memory(self, piece, path, *, target):
-        real = self._memory(piece, piece, path)
-        return DeviceMemory(real.copy_to_host, real.copy_from_host, piece, lambda *a: self.begin(real, *a))
-
-    def begin(self, real, dst, beside):
-        done = threading.Event()
-        dst[...] = 0  # what is read too early is wrong
-
-        def copy():
-            if beside:
-                assert self.hold.wait(30)
-            time.sleep(0.01)
-            real.copy_to_host(dst)
-            done.set()
-
-        threading.Thread(target=copy).start()
-
-        def wait():
-            assert done.wait(30)
-            self.log.append("beside" if beside else "in order")
-
-        return wait
-
-    def pin(self, address, nbytes):
-        self.pinned.append(nbytes)
-        return lambda: self.pinned.remove(nbytes)
+from ckptengine.errors import SaveFailedError
 
 
 @pytest.fixture
@@ -164,3 +124,26 @@ def test_under_overlap_the_replay_of_a_graph_waits_for_the_copies(tmp_path, acce
             handle.durable.result()
             check(tmp_path / "run", expected)
     assert torch.cuda.CUDAGraph.replay is original, "torch's own is back when the Checkpointer is closed"
+
+
+def test_a_copy_that_can_not_begin_leaves_none_under_way(tmp_path, accelerator, monkeypatch):
+    model, optimizer = make()
+    begin, begun = accelerator.begin, []
+
+    def some(real, dst, beside):
+        if len(begun) == 5:
+            raise torch.OutOfMemoryError("out of memory")
+        ended = threading.Event()
+        begun.append(ended)
+        wait = begin(real, dst, beside)
+        return lambda: (wait(), ended.set())
+
+    monkeypatch.setattr(accelerator, "begin", some)
+    run = ce.Checkpointer(tmp_path / "run")
+    with pytest.raises(SaveFailedError, match="was not saved: OutOfMemoryError"):
+        run.save(1, {"model": model, "optimizer": optimizer})
+    assert len(begun) == 5
+    assert all(ended.is_set() for ended in begun), "the memory is the next save's, or is given back"
+    monkeypatch.undo()
+    run.save(2, {"model": model, "optimizer": optimizer}).durable.result()
+    run.close()
