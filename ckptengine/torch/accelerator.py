@@ -22,7 +22,7 @@ _RELAXED = 2
 
 
 def begin_copy(piece: torch.Tensor, bits: torch.dtype, target: torch.Tensor, beside: bool) -> Callable[[], None]:
-    """Begin to copy a tensor to host memory of the type `bits`; return what waits until it is there.
+    """Begin to copy a tensor to contiguous host memory of the type `bits`; return what waits until it is there.
 
     The copy follows what the device's current stream has been given so far. With `beside` it has a stream of its own,
     so that the device goes on meanwhile: nothing may change the tensor before the copy is there. It is asynchronous
@@ -36,11 +36,8 @@ def begin_copy(piece: torch.Tensor, bits: torch.dtype, target: torch.Tensor, bes
             _sides[piece.device] = torch.Stream(piece.device)
         stream = _sides[piece.device]
         stream.wait_stream(current)
-    # torch brings a strided target its bytes through memory of its own, with a copy on the CPU that waits for nothing:
-    # it would be right only where the device's copy into that memory does not return before it has ended.
-    host = target if target.is_contiguous() else torch.empty_like(target, memory_format=torch.contiguous_format)
     with torch.no_grad(), stream:
-        host.copy_(piece.resolve_conj().resolve_neg().view(bits), non_blocking=True)
+        target.copy_(piece.resolve_conj().resolve_neg().view(bits), non_blocking=True)
     if beside:
         # The allocator must not give the memory to somebody else before the copy is done.
         piece.record_stream(stream)
@@ -49,8 +46,6 @@ def begin_copy(piece: torch.Tensor, bits: torch.dtype, target: torch.Tensor, bes
     def wait() -> None:
         with _beside_captures():
             event.synchronize()
-        if host is not target:
-            target.copy_(host)
 
     return wait
 

@@ -227,14 +227,29 @@ def _copied(piece: torch.Tensor, base: torch.Tensor, path: Path) -> DeviceMemory
     bits = _BITS[piece.element_size()][1]
 
     def copy_to_host(dst: np.ndarray[Any, Any]) -> None:
+        # torch's copies on the CPU expect elements at multiples of their size; small entries of an image are packed.
+        aligned = dst if dst.ctypes.data % dst.itemsize == 0 else np.empty(dst.shape, dst.dtype)
         with torch.no_grad():
-            _bits_of(dst).copy_(piece.resolve_conj().resolve_neg().view(bits))
+            _bits_of(aligned).copy_(piece.resolve_conj().resolve_neg().view(bits))
+        if aligned is not dst:
+            dst[...] = aligned
 
     def begin_copy(dst: np.ndarray[Any, Any], beside: bool) -> Callable[[], None]:
         if piece.device.type == "cpu":
             copy_to_host(dst)
             return lambda: None
-        return accelerator.begin_copy(piece, bits, _bits_of(dst), beside)
+        if dst.flags.c_contiguous:
+            return accelerator.begin_copy(piece, bits, _bits_of(dst), beside)
+        # torch brings a strided target its bytes through memory of its own, and from there by a copy on the CPU that
+        # waits for nothing: right only where the device's copy does not return before it has ended.
+        host = np.empty(dst.shape, dst.dtype)
+        wait = accelerator.begin_copy(piece, bits, _bits_of(host), beside)
+
+        def put() -> None:
+            wait()
+            dst[...] = host
+
+        return put
 
     def copy_from_host(src: np.ndarray[Any, Any]) -> None:
         source = _bits_of(src)
