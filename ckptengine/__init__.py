@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from ckptengine.policy.rules import AtSteps, Every, Policy
     from ckptengine.save.handle import SaveHandle, SaveStats
     from ckptengine.state.declaration import Sharded
+    from ckptengine.state.merged import Merged
     from ckptengine.state.per_rank import PerRank
     from ckptengine.state.report import LoadReport
     from ckptengine.state.rng import RNG
@@ -45,6 +46,7 @@ else:
         "KeepLast": "ckptengine.catalog.keep",
         "KeepSteps": "ckptengine.catalog.keep",
         "LoadReport": "ckptengine.state.report",
+        "Merged": "ckptengine.state.merged",
         "PerRank": "ckptengine.state.per_rank",
         "Policy": "ckptengine.policy.rules",
         "Preemption": "ckptengine.policy.preemption",
@@ -95,6 +97,7 @@ __all__ = [
     "KeepLast",
     "KeepSteps",
     "LoadReport",
+    "Merged",
     "PerRank",
     "Policy",
     "Preemption",

@@ -14,6 +14,7 @@ from ckptengine.catalog.site import Site
 from ckptengine.errors import SaveFailedError
 from ckptengine.save.handle import Phase, SaveHandle, SaveStats
 from ckptengine.save.planner import Plan
+from ckptengine.save.shares import Stored
 from ckptengine.save.values import StoredValues
 from ckptengine.schema.path import Path
 from ckptengine.snapshot.feed import Feed
@@ -98,13 +99,17 @@ class Tail:
         self._work, self._checksums, self._rank = work, checksums, rank
         self._lock = threading.Lock()
         self._made = b""
+        self.stored = Stored({})
+        """What this rank stores of what ranks share; known once the tail is made."""
 
     def bytes(self) -> bytes:
         """Return it."""
         with self._lock:
             if not self._made:
-                entries, crcs = self._work.values.entries(self._rank), self._checksums
-                self._made = build_tail(self._work.plan.image, entries, crcs.entries, crcs.blocks)
+                plan, values, crcs = self._work.plan, self._work.values, self._checksums
+                self.stored = plan.shares.stored(values)
+                entries = values.entries(self._rank, self.stored.document)
+                self._made = build_tail(plan.image, entries, crcs.entries, crcs.blocks)
             return self._made
 
 

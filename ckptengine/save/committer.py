@@ -21,10 +21,11 @@ from ckptengine.comm.base import Communicator
 from ckptengine.errors import CheckpointError, DeadlineError, ReplicaMismatchError, SaveFailedError, StorageError
 from ckptengine.save.archive import Archived, Writer
 from ckptengine.save.aside import Aside
-from ckptengine.save.attempt import Attempt, Committed, Target
+from ckptengine.save.attempt import Attempt, Committed, Target, Work
 from ckptengine.save.coordinator import Coordinator
 from ckptengine.save.handle import SaveStats
 from ckptengine.save.planner import Plan
+from ckptengine.save.shares import Shares
 from ckptengine.schema.ranks import name_ranks
 from ckptengine.storage.base import join
 
@@ -82,6 +83,7 @@ class Committer:
         self._comm, self._write_archive, self._plan_together, self._tier = comm, write, plan_together, tier
         self._coordinator = Coordinator(comm.world_size)  # at work on rank 0
         self._reported: Plan | None = None  # whose rows rank 0 has
+        self._reported_form: tuple[Shares, str] | None = None  # and what it knows of the form since that exchange
         self._open: _Open | None = None
         self._given_up: set[str] = set()  # attempts whose publication failed; it may have come all the same
         self._places: list[Channel] = []  # rank 0: of failed attempts, of which a rank may not know
@@ -181,7 +183,7 @@ class Committer:
         if outcome.plan_together and not open_.asked:
             self._plan_together()
         if outcome.error:
-            self._reported = None
+            self._reported = self._reported_form = None
             return
         self._copy_manifest(attempt, open_.channel)
         if attempt.handle.durable.error is not None:
@@ -215,7 +217,7 @@ class Committer:
                 aside.settle()
                 outcome, manifest = self._follow(attempt, channel, part), None
         except BaseException:
-            self._reported = None  # whether rank 0 has the rows is not known
+            self._reported = self._reported_form = None  # whether rank 0 has the rows is not known
             if part is not None and isinstance(part.archive, Exception):
                 raise part.archive from part.archive.__cause__
             raise
@@ -224,7 +226,7 @@ class Committer:
         if outcome.plan_together:
             self._plan_together()
         if outcome.error:
-            self._reported = None
+            self._reported = self._reported_form = None
             if isinstance(part.archive, Exception):
                 raise part.archive
             raise _KINDS.get(outcome.kind, SaveFailedError)(f"{target.location} was not committed: {outcome.error}")
@@ -289,11 +291,16 @@ class Committer:
                 raise attempt.work
             plan, values = attempt.work.plan, attempt.work.values
             archived = self._write_archive(attempt, plan.image, data)
+            stored = archived.snapshot.tail.stored
             receipt = Receipt(
                 rank=self._comm.rank,
                 archive=archived.record,
-                value_paths=values.paths,
+                value_paths=plan.shares.compared(values.paths),
                 digests=values.digests,
+                stores=plan.shares.stores and bool(stored.document),
+                fresh=stored.fresh,
+                form_digest=stored.form_digest,
+                form=b"" if self._reported_form == (plan.shares, stored.form_digest) else stored.form,
                 replica_crcs=archived.snapshot.replica_crcs,
                 rows=b"" if self._reported is plan else plan.rows.encode(),
                 alone=plan.alone,
@@ -302,7 +309,7 @@ class Committer:
         except Exception as problem:
             receipt = Receipt(self._comm.rank, None, error=f"{problem}" or type(problem).__name__)
             return _Part(receipt, problem, time.monotonic())
-        self._reported = plan
+        self._reported, self._reported_form = plan, (plan.shares, stored.form_digest)
         return _Part(receipt, archived, time.monotonic())
 
     def _coordinate(
@@ -320,7 +327,8 @@ class Committer:
         try:
             receipts = collect(channel, part.receipt, attempt.deadline)
             early = aside.result()
-            layout, layout_record = self._coordinator.layout(receipts)
+            assert isinstance(attempt.work, Work)  # else this rank's receipt has told an error
+            layout, layout_record, value_ranks = self._coordinator.put_together(receipts, attempt.work.plan.shares)
             if early != layout_record:
                 storage.write_bytes(join(data, layout_record.name), layout)
             manifest = Manifest(
@@ -335,6 +343,7 @@ class Committer:
                 metadata=dict(target.metadata),
                 metrics=dict(target.metrics),
                 created=attempt.created,
+                value_ranks=value_ranks,
             )
             doubtful = True
             site = target.site

@@ -15,7 +15,7 @@ from ckptengine.save.attempt import Attempt, ReplicaCrcs, Snapshot, Tail, Work
 from ckptengine.save.collection import collection_later
 from ckptengine.save.handle import SaveHandle
 from ckptengine.save.reading import Reading
-from ckptengine.save.replicas import replica_crcs
+from ckptengine.save.replicas import replica_crcs, with_aliases
 from ckptengine.schema.path import dotted
 from ckptengine.snapshot.pack import Checksums, CopyTable
 from ckptengine.snapshot.shared_arena import SharedArena
@@ -79,7 +79,7 @@ class Copier:
         checksums = Checksums(image)
         whole = self.snapshotter.reserve(image, timeout)
         arena = self.snapshotter.shared
-        crcs = replica_crcs(reading.leaves) if compare else ()
+        crcs = with_aliases(replica_crcs(reading.leaves), reading.plain.aliases) if compare else ()
         begun = _UnderWay(attempt, table, checksums, Tail(work, checksums, self._rank), arena, crcs)
         began = time.monotonic()
         if whole:

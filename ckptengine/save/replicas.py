@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from enum import Enum
 from functools import lru_cache
 from typing import Any
@@ -21,7 +21,15 @@ from ckptengine.schema.path import Path, dotted
 from ckptengine.schema.ranks import name_ranks
 from ckptengine.snapshot.threads import copy_threads
 
-__all__ = ["ReplicaCheck", "compare_replicas", "decode_crcs", "encode_crcs", "replica_check", "replica_crcs"]
+__all__ = [
+    "ReplicaCheck",
+    "compare_replicas",
+    "decode_crcs",
+    "encode_crcs",
+    "replica_check",
+    "replica_crcs",
+    "with_aliases",
+]
 
 Crcs = tuple[tuple[Path, int], ...]
 """Path and CRC32 of each replicated array that a rank holds."""
@@ -97,6 +105,12 @@ def _crc_of(array: np.ndarray[Any, Any]) -> int:
     data = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
     blocks = [_native.crc32(data[start : start + BLOCK_NBYTES]) for start in range(0, data.size, BLOCK_NBYTES)]
     return _native.crc32(np.asarray(blocks, np.uint32))
+
+
+def with_aliases(crcs: Crcs, aliases: Mapping[Path, Path]) -> Crcs:
+    """Return CRCs with those of the further names of tied arrays: on another rank such a name may be an array's own."""
+    of_first = dict(crcs)
+    return (*crcs, *((path, of_first[first]) for path, first in aliases.items() if first in of_first))
 
 
 def encode_crcs(crcs: Crcs) -> bytes:

@@ -192,38 +192,12 @@ class Saver:
                 f"this process was forked from rank {self._comm.rank}: only the rank itself can save with the others"
             )
         called = time.monotonic()
-        self.wait(timeout, target.directory)
-        if not self._planner.together and self._committer.left_out(self._planner.coming_attempt, target.directory):
-            self._planner.together_next()
-        if self._keeper is not None:
-            self._keeper.settle(timeout)
-        self._copier.settle(timeout)
-        self.report()
-        behind = self._cleaner.wait_for_room(timeout / 2)
-        if behind:
-            behind = (
-                "what earlier saves have made superfluous is deleted more slowly than saves come: "
-                f"{behind} takes more than {timeout / 2:g} s"
-            )
+        behind = self._wait_for_earlier(target, timeout)
         started = time.monotonic()
         table = self._copier.take_table()
         read = self._read(target, state, behind)
         done = time.monotonic()
-        # Which save this is: a rank that has left one out is in step again at its next one.
-        self._comm.about = target.location
-        try:
-            generation = self._open(target, read.reading, timeout)
-            with collection_later():
-                plan, error = self._planner.plan(read.reading, read.values, read.error, timeout, check)
-        except BaseException as problem:
-            if not isinstance(problem, Exception):
-                self._planner.together_next()  # whether the ranks have met is not known
-            if read.interrupt is not None:
-                raise read.interrupt from problem
-            raise
-        finally:
-            self._comm.about = ""
-        ready = _ready(read, plan, error)
+        generation, ready = self._agree(target, read, check, timeout)
         attempt = Attempt(
             target=target,
             generation=generation,
@@ -257,6 +231,43 @@ class Saver:
             path = attempt.handle.path
             raise SaveFailedError(f"{path} was not saved: {type(problem).__name__}: {problem}") from problem
         return attempt.handle
+
+    def _wait_for_earlier(self, target: Target, timeout: float) -> str:
+        """Wait until the saves before this one are out of its way; return what of them stays undone too long."""
+        self.wait(timeout, target.directory)
+        if not self._planner.together and self._committer.left_out(self._planner.coming_attempt, target.directory):
+            self._planner.together_next()
+        if self._keeper is not None:
+            self._keeper.settle(timeout)
+        self._copier.settle(timeout)
+        self.report()
+        behind = self._cleaner.wait_for_room(timeout / 2)
+        if not behind:
+            return ""
+        return (
+            "what earlier saves have made superfluous is deleted more slowly than saves come: "
+            f"{behind} takes more than {timeout / 2:g} s"
+        )
+
+    def _agree(
+        self, target: Target, read: _Read, check: ReplicaCheck, timeout: float
+    ) -> tuple[int, _Ready | Exception]:
+        """Return the generation to write under, and what is to be written; ranks meet where they have to."""
+        # Which save this is: a rank that has left one out is in step again at its next one.
+        self._comm.about = target.location
+        try:
+            generation = self._open(target, read.reading, timeout)
+            with collection_later():
+                plan, error = self._planner.plan(read.reading, read.values, read.error, timeout, check)
+        except BaseException as problem:
+            if not isinstance(problem, Exception):
+                self._planner.together_next()  # whether the ranks have met is not known
+            if read.interrupt is not None:
+                raise read.interrupt from problem
+            raise
+        finally:
+            self._comm.about = ""
+        return generation, _ready(read, plan, error)
 
     def _read(self, target: Target, state: Mapping[str, Any], behind: str) -> _Read:
         """Read a state; `behind` is what of earlier saves is still to be deleted, where that is too much."""

@@ -15,6 +15,7 @@ from ckptengine.schema.type_name import describe_type
 from ckptengine.state.asked import Asked
 from ckptengine.state.declared import Declared, NamedTensor
 from ckptengine.state.forms import path_keys
+from ckptengine.state.merged import Merged
 from ckptengine.state.per_rank import PerRank
 from ckptengine.state.sharded import ShardedArray
 from ckptengine.state.shards import Declaration
@@ -76,6 +77,8 @@ class Inspector:
     def _framework_kind(self, value: Any) -> tuple[Kind, Adapter | None] | None:
         if isinstance(value, PerRank):
             return Kind.PER_RANK, None
+        if isinstance(value, Merged):
+            return Kind.MODULE, value.adapter
         if isinstance(value, Declaration):
             return Kind.DECLARED, None
         if isinstance(value, ShardedArray):

@@ -19,7 +19,7 @@ from ckptengine.state.cut import Cut, cut_view
 from ckptengine.state.forms import Form, container_kind, form_of, rebuild
 from ckptengine.state.kinds import Inspector, Kind, children, optimizer_names
 from ckptengine.state.outline import Container, Outline, class_name, part_order, sorted_keys
-from ckptengine.state.own_state import STATE, named_state, numbers_of, parts_of
+from ckptengine.state.own_state import GROUPS, STATE, named_state, numbers_of, parts_of
 from ckptengine.state.per_rank import PerRank
 from ckptengine.state.sharded import ShardedArray
 from ckptengine.state.steps import (
@@ -56,7 +56,7 @@ class FlatState:
     memory to its first path. `containers` has the forms of those that were walked;
     `rank_containers` the same inside `PerRank`. `outline` and `rank_outline` say how the state is built, so that what
     is built from a checkpoint can be built, and checked, in the same way. `empty` has the classes of modules and
-    objects that gave nothing to save.
+    objects that gave nothing to save, `groups` the paths of the optimizers' groups, whose parameters are named.
     """
 
     arrays: tuple[ArrayLeaf, ...]
@@ -68,6 +68,7 @@ class FlatState:
     outline: Outline = field(default_factory=Outline)
     rank_outline: Outline = field(default_factory=Outline)
     empty: dict[Path, str] = field(default_factory=dict)
+    groups: tuple[Path, ...] = ()
 
 
 def flatten(state: Mapping[str, Any]) -> FlatState:
@@ -137,6 +138,7 @@ class _Walk:
         self._sequences = 0  # lists and tuples that the walk is in, within the innermost object
         self._spreads: tuple[dict[Path, str], dict[Path, str]] = ({}, {})
         self._without: list[list[Path] | None] = [None, None]  # empty states of parameters, where there are optimizers
+        self._groups: list[Path] = []  # of optimizers
         self._aliases: dict[Path, Path] = {}
         self._first: dict[Hashable, int] = {}
         self._visited: list[Visited] = []
@@ -154,7 +156,8 @@ class _Walk:
             replace(leaf, fenced=True) if number in self._fenced else leaf for number, leaf in enumerate(self._arrays)
         )
         outlines = self._outline(per_rank=False), self._outline(per_rank=True)
-        return FlatState(arrays, *self._values, self._aliases, *self._containers, *outlines, self._empty)
+        groups = tuple(self._groups)
+        return FlatState(arrays, *self._values, self._aliases, *self._containers, *outlines, self._empty, groups)
 
     def _outline(self, *, per_rank: bool) -> Outline:
         own, empty = per_rank, self._without[per_rank]
@@ -353,6 +356,7 @@ class _Walk:
         self._objects -= 1
         if parts is not None:
             self._note_spreads(adapter, owners, first, per_rank)
+            self._groups += () if per_rank else ((*path, GROUPS),)
         return OwnOptimizerStep(optimizer, adapter, names, inner, path)
 
     def _note_shape(self, parameter: Any, path: Path, per_rank: bool) -> None:
@@ -407,7 +411,8 @@ class _Walk:
                     empty.append((*path, "state", name))
         self._note_spreads(adapter, owners, first, per_rank)
         plain_groups = [{**group, "params": group_names} for group, group_names in zip(groups, names, strict=True)]
-        group_step = self._visit(plain_groups, (*path, "param_groups"), per_rank=per_rank)
+        group_step = self._visit(plain_groups, (*path, GROUPS), per_rank=per_rank)
+        self._groups += () if per_rank else ((*path, GROUPS),)
         return OptimizerStep(optimizer, adapter, names, states, group_step)
 
 

@@ -65,6 +65,10 @@ def test_a_pattern_may_fit_on_some_ranks_only(found):
     assert [one["a_pattern_that_fits_on_one_rank_only"] for one in found] == [["early"]] * 3 + [["late"]]
 
 
+def test_experts_that_are_split_themselves_become_distributed_tensors_of_any_placement_and_back(found):
+    assert [one["a_stack_of_split_experts_and_distributed_tensors"] for one in found] == [[True] * 6] * 4
+
+
 def test_means_over_the_matrices_of_a_stack_come_back(found):
     expected = {"step": [], "row_var": [8, 3, 1], "col_var": [8, 1, 5]}
     assert [one["means_inside_a_stack"] for one in found] == [expected] * 4

@@ -10,11 +10,13 @@ from ckptengine.frameworks.adapter import Adapter
 from ckptengine.schema.path import Path, dotted
 from ckptengine.state.bind.adopt import adopt
 from ckptengine.state.bind.base import FRAMEWORK
+from ckptengine.state.bind.groups import regroup
 from ckptengine.state.bind.objects import hand_over
 from ckptengine.state.bind.tensors import Maker, TensorBinder, of_kind
 from ckptengine.state.cut import Cut, state_cuts
 from ckptengine.state.kinds import optimizer_names
 from ckptengine.state.outline import in_order
+from ckptengine.state.own_state import GROUPS
 from ckptengine.state.saved import Node, SavedArray
 
 __all__ = ["OptimizerBinder"]
@@ -41,6 +43,8 @@ class OptimizerBinder(TensorBinder):
             self.optimizers.add(path)
             if node.cls is None:
                 self._adopted |= adopt(node, names)
+            if not self._regroup(node, path, names):
+                return
         saved_state = node.child("state") or Node()
         _order_alike(saved_state)
         by_name = {self._parameter_name(str(key)): child for key, child in saved_state.children.items()}
@@ -71,6 +75,18 @@ class OptimizerBinder(TensorBinder):
         if adapter.loads_itself(optimizer):
             call = functools.partial(adapter.hand_over, optimizer)
             self._act(FRAMEWORK, functools.partial(hand_over, optimizer, None, path, call))
+
+    def _regroup(self, node: Node, path: Path, names: list[list[str]]) -> bool:
+        """Make of the saved groups those that are here; whether that can be done. Else it is noted."""
+        if not self._selection.holds((*path, GROUPS)):
+            return True
+        apart = self._world_size > 1 or self._saved.world_size > 1
+        regrouped = regroup(node, names, self._parameter_name, apart)
+        if regrouped.reason is not None:
+            self._mismatch((*path, GROUPS), regrouped.reason, node)
+            return False
+        self._dropped += [((*path, GROUPS, *keys), one) for keys, one in regrouped.dropped]
+        return True
 
     def _is_elsewhere(self, path: Path, node: Node | None) -> None:
         """Note that other ranks have what the checkpoint has here."""

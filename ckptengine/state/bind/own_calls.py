@@ -64,6 +64,8 @@ class OwnCallsBinder(ObjectBinder, OptimizerBinder, ModuleBinder):
         self.built[path], self.before[path] = optimizer, current
         self.optimizers.add(path)
         names = optimizer_names(groups, self._names)
+        if not self._regroup(node, path, names):
+            return
         packed = self._own_groups(adapter, groups, names, path, node, per_rank)
         if packed is None:
             return
