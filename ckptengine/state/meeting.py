@@ -5,11 +5,12 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import overload
 
 from ckptengine.comm.agree import on_all
 from ckptengine.comm.base import Communicator
-from ckptengine.comm.distinct import gather_distinct
+from ckptengine.comm.distinct import Distinct, gather_distinct
 from ckptengine.errors import StateError
 from ckptengine.schema.box import Box
 from ckptengine.schema.ranks import name_ranks
@@ -64,8 +65,12 @@ class Told:
             },
             {name: (count, group) for name, (count, group) in lists.items()},
             tuple(fitted),
-            tuple(map(tuple, json.loads(groups))),
+            _groups(groups),
         )
+
+
+def _groups(document: bytes) -> tuple[tuple[int, ...], ...]:
+    return tuple(map(tuple, json.loads(document)))
 
 
 def meet(comm: Communicator, told: Told, timeout: float) -> Meeting:
@@ -74,15 +79,38 @@ def meet(comm: Communicator, told: Told, timeout: float) -> Meeting:
         return Meeting(0, [told])
     document, groups = told.encode()
     _, (all_documents, all_groups) = gather_distinct(comm, b"", [document, groups], timeout)
-    known: dict[tuple[int, int], Told] = {}
-    ranks = []
-    for key in zip(all_documents.of_rank, all_groups.of_rank, strict=True):
-        if key not in known:
-            known[key] = Told.decode(all_documents.documents[key[0]], all_groups.documents[key[1]])
-        ranks.append(known[key])
-    meeting = Meeting(comm.rank, ranks)
+    meeting = Meeting(comm.rank, _Messages(all_documents, all_groups))
     on_all(comm, meeting.check_groups, timeout, "declaring how tensors are split")
     return meeting
+
+
+class _Messages(Sequence[Told]):
+    """What all ranks have told, read when it is asked for: a rank needs what those in its groups say.
+
+    Most ranks say the same of their tensors, and each has groups of its own: what is the same is read once.
+    """
+
+    def __init__(self, documents: Distinct, groups: Distinct) -> None:
+        self._documents, self._groups = documents, groups
+        self.distinct = [Told.decode(one, b"[]") for one in documents.documents]
+        self._known: dict[int, Told] = {}
+
+    def __len__(self) -> int:
+        return len(self._documents.of_rank)
+
+    @overload
+    def __getitem__(self, rank: int) -> Told: ...
+
+    @overload
+    def __getitem__(self, rank: slice) -> Sequence[Told]: ...
+
+    def __getitem__(self, rank: int | slice) -> Told | Sequence[Told]:
+        if isinstance(rank, slice):
+            return [self[one] for one in range(len(self))[rank]]
+        if rank not in self._known:
+            groups = _groups(self._groups.documents[self._groups.of_rank[rank]])
+            self._known[rank] = replace(self.distinct[self._documents.of_rank[rank]], groups=groups)
+        return self._known[rank]
 
 
 class Meeting:
@@ -90,11 +118,12 @@ class Meeting:
 
     def __init__(self, rank: int, told: Sequence[Told]) -> None:
         self._rank, self._told = rank, told
+        self._distinct = told.distinct if isinstance(told, _Messages) else told
         self._known: dict[tuple[str, int, int, int], tuple[int, ...]] = {}
 
     def unfitted(self) -> list[int]:
         """Return the numbers of the patterns that fit nothing on any rank."""
-        fitted = zip(*(one.fitted for one in self._told), strict=True)
+        fitted = zip(*(one.fitted for one in self._distinct), strict=True)
         return [number for number, fits in enumerate(fitted) if not any(fits)]
 
     def shift(self, name: str) -> int:
@@ -106,7 +135,7 @@ class Meeting:
     def check_groups(self) -> None:
         """Raise `StateError` where the ranks of this one's groups don't say the same of their tensors and lists."""
         mine = self._told[self._rank]
-        if len({len(one.fitted) for one in self._told}) > 1:
+        if len({len(one.fitted) for one in self._distinct}) > 1:
             raise StateError("Sharded: ranks have given different numbers of rules; make the same call on all ranks")
         for name, (shape, shards) in mine.leaves.items():
             for level, shard in enumerate(shards):
@@ -156,6 +185,7 @@ class Meeting:
         """Return how this rank's tensor is cut; `check_groups` has found nothing wrong."""
         shape, shards = self._told[self._rank].leaves[name]
         runs: list[list[Run]] = []
+        parts: list[tuple[int, tuple[int, ...]]] = []
         whole = []
         for dim, length in enumerate(shape):
             levels = sum(shard.dim == dim for shard in shards)
@@ -171,6 +201,8 @@ class Meeting:
                     inner = self._sizes(name, dim, level + 1, other)
                     starts = [start + size for start, size in zip(starts, inner, strict=True)]
             whole.append(sum(sizes))
+            if sum(sizes) != length:
+                parts.append((dim, sizes))
             runs.append(_runs(sizes, local, starts))
         pieces = tuple(
             (Box(tuple(run[0] for run in each), lengths := tuple(run[2] for run in each)),
@@ -179,7 +211,7 @@ class Meeting:
         )  # fmt: skip
         groups = self._told[self._rank].groups
         about = "; ".join(f"{_words([shard])} over {name_ranks(groups[shard.group])}" for shard in shards)
-        return Cut(tuple(whole), shape, pieces, frozenset(shard.dim for shard in shards), about)
+        return Cut(tuple(whole), shape, pieces, frozenset(shard.dim for shard in shards), about, tuple(parts))
 
     def _levels(self, name: str, dim: int, rank: int) -> list[ToldShard]:
         return [shard for shard in self._told[rank].leaves[name][1] if shard.dim == dim]

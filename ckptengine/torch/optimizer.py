@@ -12,6 +12,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from ckptengine.errors import StateError
 from ckptengine.schema.path import Path, dotted
+from ckptengine.torch.accelerator import before_graph_replay
 from ckptengine.torch.deepspeed import is_zero_optimizer
 from ckptengine.torch.dtensor import is_dtensor, local_runs, splits_of
 from ckptengine.torch.flat import FlatPart, is_flat
@@ -120,12 +121,19 @@ def optimizer_states(
 
 
 def before_optimizer_step(call: Callable[[], None]) -> Callable[[], None]:
-    """Have something called before any optimizer steps; return what undoes it."""
+    """Have something called before any optimizer steps, and before any graph is replayed; return what undoes it."""
 
     def hook(optimizer: torch.optim.Optimizer, arguments: Any, keywords: Any) -> None:
         call()
 
-    return register_optimizer_step_pre_hook(torch.compiler.disable(hook)).remove  # type: ignore[no-untyped-call]
+    handle: Any = register_optimizer_step_pre_hook(torch.compiler.disable(hook))  # type: ignore[no-untyped-call]
+    graphs = before_graph_replay(call)
+
+    def remove() -> None:
+        handle.remove()
+        graphs()
+
+    return remove
 
 
 def set_optimizer_state(

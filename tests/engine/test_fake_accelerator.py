@@ -128,3 +128,39 @@ def test_a_devices_state_goes_through_less_memory_than_it_has(tmp_path, accelera
                 parameter.zero_()
         handle.durable.result()
     check(tmp_path / "run", expected)
+
+
+class PretendedGraph(torch.cuda.CUDAGraph):
+    """Replays an optimizer's step as a device does: without its hooks, and without autograd's counters."""
+
+    def __new__(cls, replayed):
+        return object.__new__(cls)
+
+    def __init__(self, replayed):
+        self.replayed, self._tracker = replayed, None
+
+    def __del__(self):
+        pass
+
+
+def test_under_overlap_the_replay_of_a_graph_waits_for_the_copies(tmp_path, accelerator, monkeypatch):
+    monkeypatch.setattr(torch.cuda.CUDAGraph, "replay", lambda graph: graph.replayed())
+    original = torch.cuda.CUDAGraph.replay
+    model, optimizer = make()
+
+    def replayed():
+        for parameter in model.parameters():
+            parameter.data.numpy()[...] += 1  # past the version counter
+
+    graph = PretendedGraph(replayed)
+    with ce.Checkpointer(tmp_path / "run", overlap=True) as run:
+        for step in (1, 2):
+            accelerator.hold.clear()
+            expected = values(model, optimizer)
+            handle = run.save(step, {"model": model, "optimizer": optimizer})
+            threading.Timer(0.2, accelerator.hold.set).start()
+            graph.replay()
+            assert handle.staged.done()
+            handle.durable.result()
+            check(tmp_path / "run", expected)
+    assert torch.cuda.CUDAGraph.replay is original, "torch's own is back when the Checkpointer is closed"

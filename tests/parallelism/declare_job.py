@@ -68,6 +68,14 @@ def the_wrong_dimension() -> Any:
 
 
 @case
+def parts_that_were_forgotten() -> Any:
+    ce.save(FOLDER / "fused", {"w": ce.Sharded(rows(4), dim=0, parts=["gate", "up"])})
+    half = {"w": ce.Sharded(rows(8), dim=0, group=pair(), parts={"gate": 3, "up": 3})}
+    ce.load(FOLDER / "fused", into=half)
+    ce.load(FOLDER / "fused", into={"w": ce.Sharded(rows(8), dim=0, group=pair())})
+
+
+@case
 def another_dimension_on_one_rank() -> Any:
     ce.Sharded(rows(2), dim=int(dist.get_rank() == 3), group=pair())
 
@@ -117,6 +125,32 @@ def a_mesh_of_two_dimensions() -> Any:
     made = ce.Sharded(rows(2), dim=0, group=mesh["tp"])
     ce.Sharded(rows(2), dim=0, group=mesh)
     return made.cuts[""].shape
+
+
+@case
+def a_stack_of_split_experts_and_distributed_tensors() -> Any:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("ep", "tp"))
+    whole = torch.arange(4.0 * 3 * 6).view(4, 3, 6)
+
+    def parts() -> Any:
+        mine = whole.chunk(2, 0)[mesh.get_coordinate()[0]].chunk(2, 2)[mesh.get_coordinate()[1]].clone()
+        return ce.Sharded(mine, {"": [ce.Shard(0, mesh["ep"]), ce.Shard(-1, mesh["tp"])]})
+
+    ce.save(FOLDER / "nested", {"w": parts()})
+    found = []
+    for placements in ([Shard(0), Shard(2)], [Shard(1), Replicate()], [Shard(0), Shard(0)]):
+        target = distribute_tensor(torch.zeros_like(whole), mesh, placements)
+        ce.load(FOLDER / "nested", into={"w": target})
+        found.append(torch.equal(target.full_tensor(), whole))
+        ce.save(FOLDER / "spread", {"w": target})
+        back = parts()
+        back.value.zero_()
+        ce.load(FOLDER / "spread", into={"w": back})
+        found.append(torch.equal(back.value, parts().value))
+    return found
 
 
 def adafactor(stacked: bool) -> dict[str, Any]:

@@ -41,6 +41,10 @@ def test_replicas_of_parts_are_stored_once(found):
             r"as split along dimension 1 over ranks \d, \d: check dim",
         ),
         (
+            "parts_that_were_forgotten",
+            r"LoadMismatchError: .*w: parts of the lengths 16 along dimension 0 here, 8,8 in the checkpoint; rank \d",
+        ),
+        (
             "another_dimension_on_one_rank",
             r"StateError: .*the tensor: declared as split along dimension \d on rank [23], as split along",
         ),
@@ -63,6 +67,10 @@ def test_an_error_on_all_ranks_names_what_is_wrong_with(name, message, found):
 
 def test_a_pattern_may_fit_on_some_ranks_only(found):
     assert [one["a_pattern_that_fits_on_one_rank_only"] for one in found] == [["early"]] * 3 + [["late"]]
+
+
+def test_experts_that_are_split_themselves_become_distributed_tensors_of_any_placement_and_back(found):
+    assert [one["a_stack_of_split_experts_and_distributed_tensors"] for one in found] == [[True] * 6] * 4
 
 
 def test_means_over_the_matrices_of_a_stack_come_back(found):
