@@ -191,6 +191,20 @@ class Adapter:
         """Return the tensors that a module has now, without calling anything that its class may have changed."""
         return ()
 
+    def is_without_memory(self, tensor: Any) -> bool:
+        """Whether a tensor has a shape and no memory (torch's meta device)."""
+        return False
+
+    def give_memory(self, tensor: Any, dtype: str, cast: bool) -> None:
+        """Give a tensor without memory some, in place, contents undefined, to be filled with what has a dtype.
+
+        It stays as it is where that can't be done, and, without `cast`, where it has another dtype.
+        """
+
+    def unsaved_without_memory(self, module: Any) -> list[str]:
+        """Return the names of a module's tensors without memory that its state does not have."""
+        return []
+
     def module_loading(self, module: Any) -> frozenset[str] | None:
         """Return None where a module has no loading code of its own, that must run after the fill.
 

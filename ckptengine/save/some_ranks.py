@@ -49,7 +49,8 @@ def on_some_ranks(
     """Return at which level to log that only some ranks have some things, and the text; None where all have all.
 
     Where each rank has something that others lack, as pipeline stages do, that is no more than a note. Where a rank
-    has only less than another one, that may be a mistake.
+    has only less than another one, that may be a mistake; but not where it is parameters' states in optimizers, of
+    which FSDP1 and ZeRO leave each rank those of its own parameters.
     """
     documents_of: dict[Path, list[int]] = {}
     for number, paths in enumerate(paths_of):
@@ -74,13 +75,18 @@ def on_some_ranks(
         for ranks, paths in listed[:_NAMED]
     )
     more = f"; and {len(listed) - _NAMED} more such parts" if len(listed) > _NAMED else ""
-    lacking = _lacking(some, survey.world_size)
+    odd = [ranks for ranks, paths in some.items() if not all(map(_is_parameter_state, paths))]
+    lacking = _lacking(odd, survey.world_size)
     if lacking is None:
         return logging.INFO, f"the ranks have different parts of the state, of which all is saved: {text}{more}"
     return logging.WARNING, (
         f"only some ranks have {text}{more}: it is saved. But {name_ranks([lacking])} has nothing that others lack, as "
         "a pipeline stage would: if it should have the same as they, give it the same state"
     )
+
+
+def _is_parameter_state(path: Path) -> bool:
+    return len(path) > 2 and path[-3] == "state"
 
 
 def _lacking(kinds: Iterable[Sequence[int]], world_size: int) -> int | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ckptengine.errors import StateError
@@ -15,6 +15,7 @@ from ckptengine.schema.path import Path, dotted
 __all__ = ["Cut", "convert_cut", "cut_view", "state_cuts"]
 
 _SCALARS = ((), (1,))
+_BY_HAND = "by hand "
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,7 +23,8 @@ class Cut:
     """The boxes of a global array that a rank's local array has.
 
     `shape` and `local` are the two shapes, `pieces` pairs of a box of the global array and one, of the same shape, of
-    the local one. `dims` are the dimensions that are split. `about` says in words what was declared.
+    the local one. `dims` are the dimensions that are split. `about` says in words what was declared. `parts` has, of
+    the dimensions of which others have something too, the global lengths of the parts, each split by itself.
     """
 
     shape: tuple[int, ...]
@@ -30,12 +32,30 @@ class Cut:
     pieces: tuple[tuple[Box, Box], ...]
     dims: frozenset[int]
     about: str = field(default="", compare=False)
+    parts: tuple[tuple[int, tuple[int, ...]], ...] = field(default=(), compare=False)
 
     @classmethod
     def at(cls, local: tuple[int, ...], shape: tuple[int, ...], offset: tuple[int, ...]) -> Cut:
         """Return the cut of an array that lies at an offset as a whole."""
         dims = frozenset(dim for dim, (here, whole) in enumerate(zip(local, shape, strict=True)) if here != whole)
         return cls(shape, local, ((Box(offset, local), Box.whole(local)),), dims)
+
+    @property
+    def spread(self) -> str | None:
+        """What is stored of the parts, so that a load sees when others are declared: `by hand 0:32,16,16`."""
+        said = (f"{dim}:{','.join(map(str, sizes))}" for dim, sizes in self.parts)
+        return f"{_BY_HAND}{' '.join(said)}" if self.parts else None
+
+    def other_parts(self, stored: str | None) -> str | None:
+        """Return in words which parts a stored `spread` has where this cut has others, None where none differ."""
+        if stored is None or not stored.startswith(_BY_HAND):
+            return None
+        mine = {str(dim): ",".join(map(str, sizes)) for dim, sizes in self.parts}
+        for one in stored.removeprefix(_BY_HAND).split():
+            dim, _, sizes = one.partition(":")
+            if mine.get(dim, sizes) != sizes:
+                return f"parts of the lengths {mine[dim]} along dimension {dim} here, {sizes} in the checkpoint"
+        return None
 
     def like(self, local: tuple[int, ...], shape: tuple[int, ...]) -> Cut:
         """Return the cut of an array with other lengths along the dimensions that are not split."""
@@ -113,7 +133,7 @@ def state_cuts(cut: Cut, shapes: Mapping[Path, tuple[int, ...]], path: Path, *, 
         if keys[-1] == "step" or (shape in _SCALARS and shape != whole):
             continue
         if shape == whole:
-            found[keys] = cut
+            found[keys] = replace(cut, parts=())  # the parameter itself says which parts it has
             continue
         if not _is_factor(shape, whole, split):
             raise StateError(f"{dotted((*path, *keys))}: {_unclear(cut, shape, whole)}")

@@ -185,6 +185,7 @@ class Meeting:
         """Return how this rank's tensor is cut; `check_groups` has found nothing wrong."""
         shape, shards = self._told[self._rank].leaves[name]
         runs: list[list[Run]] = []
+        parts: list[tuple[int, tuple[int, ...]]] = []
         whole = []
         for dim, length in enumerate(shape):
             levels = sum(shard.dim == dim for shard in shards)
@@ -200,6 +201,8 @@ class Meeting:
                     inner = self._sizes(name, dim, level + 1, other)
                     starts = [start + size for start, size in zip(starts, inner, strict=True)]
             whole.append(sum(sizes))
+            if sum(sizes) != length:
+                parts.append((dim, sizes))
             runs.append(_runs(sizes, local, starts))
         pieces = tuple(
             (Box(tuple(run[0] for run in each), lengths := tuple(run[2] for run in each)),
@@ -208,7 +211,7 @@ class Meeting:
         )  # fmt: skip
         groups = self._told[self._rank].groups
         about = "; ".join(f"{_words([shard])} over {name_ranks(groups[shard.group])}" for shard in shards)
-        return Cut(tuple(whole), shape, pieces, frozenset(shard.dim for shard in shards), about)
+        return Cut(tuple(whole), shape, pieces, frozenset(shard.dim for shard in shards), about, tuple(parts))
 
     def _levels(self, name: str, dim: int, rank: int) -> list[ToldShard]:
         return [shard for shard in self._told[rank].leaves[name][1] if shard.dim == dim]

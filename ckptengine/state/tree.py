@@ -192,6 +192,8 @@ class _Walk:
                 per_rank = per_rank or self._inspector.declared.is_own(value)
                 cut = self._inspector.declared.cut_of(value)
                 self._add(value, view, adapter, path, per_rank=per_rank, buffer=buffer, cut=cut)
+                if cut is not None and cut.spread is not None:
+                    self._spreads[per_rank][path] = cut.spread
                 if self._wanted is None and not self._in_module:
                     self._note_kind(value, adapter, path, per_rank)
                 return TensorStep(type(value))

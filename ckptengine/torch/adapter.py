@@ -15,6 +15,7 @@ from ckptengine.schema.box import Box
 from ckptengine.schema.path import Path
 from ckptengine.torch import accelerator
 from ckptengine.torch import kind as _kind
+from ckptengine.torch import meta as _meta
 from ckptengine.torch import module as _module
 from ckptengine.torch import optimizer as _optimizer
 from ckptengine.torch import own_calls as _own_calls
@@ -138,6 +139,18 @@ class TorchAdapter(Adapter):
     def module_tensors(self, module: Any) -> Iterable[Any]:
         """Return parameters and buffers."""
         return (*module.parameters(), *module.buffers())
+
+    def is_without_memory(self, tensor: Any) -> bool:
+        """Whether a tensor lies on the meta device."""
+        return bool(tensor.is_meta)
+
+    def give_memory(self, tensor: Any, dtype: str, cast: bool) -> None:
+        """Give a parameter or buffer memory on torch's default device, as the same object."""
+        _meta.give_memory(tensor, dtype, cast)
+
+    def unsaved_without_memory(self, module: Any) -> list[str]:
+        """Return the names of buffers on the meta device that are not persistent."""
+        return _meta.unsaved_without_memory(module)
 
     def module_loading(self, module: Any) -> frozenset[str] | None:
         """Return which submodules may take tensors of other shapes; None where only torch's own code would load."""

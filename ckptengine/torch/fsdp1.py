@@ -111,10 +111,13 @@ def _settle(owner: Any, handle: Any) -> None:
 
         _lazy_init(owner, owner)
     flat = handle.flat_param
-    if handle.uses_sharded_strategy and not handle.is_sharded(flat):
+    if handle.uses_sharded_strategy and (not handle.is_sharded(flat) or _is_gathered(flat)):
         from torch.distributed.fsdp._runtime_utils import _reshard
 
         _reshard(owner, handle, True)
+        for name in ("_full_param_padded", "_full_prec_full_param_padded"):
+            if (whole := getattr(flat, name, None)) is not None:
+                whole.untyped_storage().resize_(0)
     if not handle._use_orig_params:
         return
     detached = [
@@ -129,6 +132,13 @@ def _settle(owner: Any, handle: Any) -> None:
             with torch.no_grad():
                 shard[offset : offset + count].copy_(parameter.detach().reshape(-1))
         handle._use_sharded_views()
+
+
+def _is_gathered(flat: Any) -> bool:
+    """Whether the whole of a flat parameter is still in memory, as the root's is after a forward pass without a
+    backward one: the next forward pass would compute with that."""
+    whole = [getattr(flat, name, None) for name in ("_full_param_padded", "_full_prec_full_param_padded")]
+    return any(one is not None and one.untyped_storage().nbytes() > 0 for one in whole)
 
 
 def _local_shard(flat: Any) -> torch.Tensor:

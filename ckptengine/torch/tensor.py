@@ -151,8 +151,9 @@ def _check(tensor: torch.Tensor, path: Path) -> str:
         )
     if tensor.is_meta or (tensor.device.type == "cpu" and tensor.untyped_storage().device.type == "meta"):
         raise StateError(
-            f"{where}: tensor on the meta device has no memory; materialize the model first (`to_empty`, then its "
-            "weights), or, where a library has offloaded it (`device_map`), load it without that"
+            f"{where}: tensor on the meta device has no memory; materialize the model first "
+            "(`model.to_empty(device=…)`, then the load, and then give buffers that are not persistent their values), "
+            "or, where a library has offloaded it (`device_map`), load it without that"
         )
     if not is_dtensor(tensor):
         try:

@@ -29,11 +29,10 @@ def test_killed_and_resumed_every_loss_is_equal_bit_for_bit(tmp_path: Path, stag
 def test_from_stage_3_at_3_ranks_over_1_and_2_losses_are_equal_to_the_order_of_sums(tmp_path: Path) -> None:
     alone = live(tmp_path / "alone", [("deepspeed-1", 1, 0)], **CPU)
     lives = [("deepspeed-3", 3, 4), ("deepspeed-1", 2, 7), ("deepspeed-2", 1, 9), ("deepspeed-3", 2, 0)]
-    assert worst(live(tmp_path / "changed", lives, **CPU), alone) < 1e-4
+    assert worst(live(tmp_path / "changed", lives, **CPU), alone) < 1e-5
 
 
 def test_a_plain_model_and_optimizer_go_on_and_an_engine_after_them(tmp_path: Path) -> None:
-    """DeepSpeed's steps are not torch's to the last bits: an undisturbed job drifts as far from a plain one."""
     alone = live(tmp_path / "alone", [("plain", 1, 0)])
     lives = [("deepspeed-2", 2, 4), ("plain", 1, 7), ("deepspeed-3", 2, 0)]
-    assert worst(live(tmp_path / "left", lives, **CPU), alone) < 2e-3
+    assert worst(live(tmp_path / "left", lives, **CPU), alone) < 1e-5

@@ -68,6 +68,14 @@ def the_wrong_dimension() -> Any:
 
 
 @case
+def parts_that_were_forgotten() -> Any:
+    ce.save(FOLDER / "fused", {"w": ce.Sharded(rows(4), dim=0, parts=["gate", "up"])})
+    half = {"w": ce.Sharded(rows(8), dim=0, group=pair(), parts={"gate": 3, "up": 3})}
+    ce.load(FOLDER / "fused", into=half)
+    ce.load(FOLDER / "fused", into={"w": ce.Sharded(rows(8), dim=0, group=pair())})
+
+
+@case
 def another_dimension_on_one_rank() -> Any:
     ce.Sharded(rows(2), dim=int(dist.get_rank() == 3), group=pair())
 

@@ -74,6 +74,7 @@ def build_deepspeed(net: nn.Module, stage: int) -> tuple[nn.Module, Any, dict[st
         "zero_optimization": {"stage": stage},
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
+        "gradient_clipping": 0.0,  # its default clips
     }
     engine, *_ = deepspeed.initialize(
         model=net, optimizer=optimizer, config=config,

@@ -41,6 +41,10 @@ def test_replicas_of_parts_are_stored_once(found):
             r"as split along dimension 1 over ranks \d, \d: check dim",
         ),
         (
+            "parts_that_were_forgotten",
+            r"LoadMismatchError: .*w: parts of the lengths 16 along dimension 0 here, 8,8 in the checkpoint; rank \d",
+        ),
+        (
             "another_dimension_on_one_rank",
             r"StateError: .*the tensor: declared as split along dimension \d on rank [23], as split along",
         ),

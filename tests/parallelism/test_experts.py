@@ -43,7 +43,9 @@ def test_the_checkpoint_has_each_expert_once(trained):
     assert len(np.unique(experts)) > experts.size * 0.9
 
 
-@pytest.mark.parametrize(("kind", "ranks", "shape"), [("stacked", 2, (1, 2)), ("list", 8, (2, 4))])
+@pytest.mark.parametrize(
+    ("kind", "ranks", "shape"), [("stacked", 2, (1, 2)), pytest.param("list", 8, (2, 4), marks=pytest.mark.long)]
+)
 def test_a_training_that_is_killed_goes_on_with_other_numbers_of_experts_on_a_rank(tmp_path, kind, ranks, shape):
     (tmp_path / "whole").mkdir()
     whole = launch("expert_life_job.py", 4, tmp_path / "whole", kind, "1", "4", "8", "0")[0]

@@ -31,7 +31,7 @@ from ckptengine.state.kinds import SCALARS, Kind
 from ckptengine.state.nested import item_of, replace_contents, sorted_like
 from ckptengine.state.outline import in_order
 from ckptengine.state.per_rank import PerRank
-from ckptengine.state.saved import Node, SavedArray, SavedLeaf, SavedValue
+from ckptengine.state.saved import Node, SavedArray, SavedValue
 from ckptengine.state.sharded import ShardedArray
 from ckptengine.state.tree import sharded_parts
 from ckptengine.state.values import digest, encode
@@ -75,7 +75,7 @@ class TensorBinder(BinderBase):
             self._loaded.append(dotted(path))
             if view.dtype != node.entry.leaf.dtype:
                 self._cast.append(path)
-        elif reason := self._differs(view, node.entry.leaf, tensor):
+        elif reason := self._differs(view, node.entry, tensor):
             self._lacks_arrays = True
             self._mismatch(path, reason, node)
         else:
@@ -149,8 +149,8 @@ class TensorBinder(BinderBase):
         self._mismatch(path, f"{ranks}; it is declared as ce.PerRank, which holds for the same number of ranks", own)
         return None
 
-    def _differs(self, view: TensorView, leaf: SavedLeaf, tensor: Any) -> str | None:
-        cut = self._declared.cut_of(tensor)
+    def _differs(self, view: TensorView, entry: SavedArray, tensor: Any) -> str | None:
+        leaf, cut = entry.leaf, self._declared.cut_of(tensor)
         if view.shape != leaf.shape and cut is not None:
             return (
                 f"shape {view.shape} here, {leaf.shape} in the checkpoint; rank {self._rank} has {cut.local}, declared "
@@ -158,6 +158,9 @@ class TensorBinder(BinderBase):
             )
         if view.shape != leaf.shape:
             return f"shape {view.shape} here, {leaf.shape} in the checkpoint"
+        other = None if cut is None else cut.other_parts(entry.spread)
+        if other is not None:
+            return f"{other}; rank {self._rank} declares {cut.about if cut else ''}: check parts of its ce.Shard"
         if view.dtype == leaf.dtype:
             return None
         reason = f"dtype {view.dtype} here, {leaf.dtype} in the checkpoint"
