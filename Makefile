@@ -7,6 +7,7 @@ unexport PYTHONDONTWRITEBYTECODE
 VENV := .venv
 ZOO := .venv-zoo
 INTEGRATIONS := .venv-integrations
+DEEPSPEED := .venv-deepspeed
 BIN := $(VENV)/bin
 
 SOURCES := $(wildcard csrc/*.c csrc/*.h)
@@ -24,7 +25,7 @@ pip_install = for try in 1 2 3; do \
 		echo "pip failed (try $$try of 3)" >&2; sleep $$((try * 5)); \
 	done; exit 1
 
-.PHONY: setup environments demo test test-long test-servers test-integrations zoo lint bench sanitize clean
+.PHONY: setup environments demo gpu test test-long test-servers test-integrations zoo lint bench sanitize clean
 
 setup: $(VENV)/engine.stamp
 
@@ -103,6 +104,24 @@ $(INTEGRATIONS)/engine.stamp: $(INTEGRATIONS)/requirements.stamp pyproject.toml 
 	@$(call pip_install,--no-build-isolation --no-deps --editable .,$(INTEGRATIONS)/bin)
 	@touch $@
 
+# DeepSpeed has an environment of its own: Accelerate and others change what they do where it is there.
+test-deepspeed: $(DEEPSPEED)/engine.stamp
+	CKPTENGINE_TEST_INTEGRATIONS=1 DS_ACCELERATOR=cpu $(DEEPSPEED)/bin/python -m pytest --confcutdir=tests/integrations \
+		tests/integrations/test_deepspeed.py $(ARGS)
+
+$(DEEPSPEED)/requirements.stamp: requirements-dev.txt requirements-deepspeed.txt
+	@test -x $(DEEPSPEED)/bin/python || { echo "making $(DEEPSPEED) with $(PYTHON)"; $(PYTHON) -m venv $(DEEPSPEED); }
+	@echo "installing requirements-dev.txt and requirements-deepspeed.txt into $(DEEPSPEED)"
+	@$(call pip_install,-r requirements-dev.txt,$(DEEPSPEED)/bin)
+	@DS_BUILD_OPS=0 DS_ACCELERATOR=cpu; export DS_BUILD_OPS DS_ACCELERATOR; \
+		$(call pip_install,--no-build-isolation -r requirements-deepspeed.txt,$(DEEPSPEED)/bin)
+	@touch $@
+
+$(DEEPSPEED)/engine.stamp: $(DEEPSPEED)/requirements.stamp pyproject.toml $(SOURCES)
+	@echo "building ckptengine"
+	@$(call pip_install,--no-build-isolation --no-deps --editable .,$(DEEPSPEED)/bin)
+	@touch $@
+
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -113,11 +132,16 @@ lint: setup
 bench: setup
 	$(BIN)/python -m benchmarks --json benchmarks.json $(ARGS)
 
+# The tests and figures of an accelerator, with the Python that has torch for it: make gpu GPU_PYTHON=python3 (docs/gpu.md).
+GPU_PYTHON ?= python3
+gpu:
+	PYTHON=$(GPU_PYTHON) bash tests/gpu/run.sh $(ARGS)
+
 # The C core under the address, undefined-behaviour and thread sanitizers, on aarch64 and AVX-512 as emulated.
 sanitize: setup
 	$(BIN)/python -m pytest tests/native/test_core.py -m sanitize
 
 clean:
-	rm -rf $(VENV) $(ZOO) $(SERVERS) $(INTEGRATIONS) build dist ckptengine.egg-info demo .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(ZOO) $(SERVERS) $(INTEGRATIONS) $(DEEPSPEED) build dist ckptengine.egg-info demo .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	rm -f ckptengine/_native.*.so benchmarks.json
 	find ckptengine tests examples benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +

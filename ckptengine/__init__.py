@@ -23,10 +23,13 @@ if TYPE_CHECKING:
     from ckptengine.policy.preemption import Preemption
     from ckptengine.policy.rules import AtSteps, Every, Policy
     from ckptengine.save.handle import SaveHandle, SaveStats
+    from ckptengine.state.declaration import Sharded
+    from ckptengine.state.merged import Merged
     from ckptengine.state.per_rank import PerRank
     from ckptengine.state.report import LoadReport
     from ckptengine.state.rng import RNG
     from ckptengine.state.sharded import ShardedArray
+    from ckptengine.state.shards import Renumbered, Shard
 else:
     # Each name is imported when it is first asked for: all of them take half a second, and `import ckptengine` none.
     _MODULES = {
@@ -43,12 +46,16 @@ else:
         "KeepLast": "ckptengine.catalog.keep",
         "KeepSteps": "ckptengine.catalog.keep",
         "LoadReport": "ckptengine.state.report",
+        "Merged": "ckptengine.state.merged",
         "PerRank": "ckptengine.state.per_rank",
         "Policy": "ckptengine.policy.rules",
         "Preemption": "ckptengine.policy.preemption",
         "RNG": "ckptengine.state.rng",
+        "Renumbered": "ckptengine.state.shards",
         "SaveHandle": "ckptengine.save.handle",
         "SaveStats": "ckptengine.save.handle",
+        "Shard": "ckptengine.state.shards",
+        "Sharded": "ckptengine.state.declaration",
         "ShardedArray": "ckptengine.state.sharded",
         "Shards": "ckptengine.data.shards",
         "SingleProcess": "ckptengine.comm.single",
@@ -90,11 +97,15 @@ __all__ = [
     "KeepLast",
     "KeepSteps",
     "LoadReport",
+    "Merged",
     "PerRank",
     "Policy",
     "Preemption",
+    "Renumbered",
     "SaveHandle",
     "SaveStats",
+    "Shard",
+    "Sharded",
     "ShardedArray",
     "Shards",
     "SingleProcess",

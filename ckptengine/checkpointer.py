@@ -2,57 +2,41 @@
 
 from __future__ import annotations
 
-import functools
 import logging
 import os
-import threading
 import time
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
 from types import TracebackType
 from typing import Any, Literal, NoReturn
 
 from ckptengine.catalog.keep import Best, checked_best
 from ckptengine.catalog.listing import step_directory
-from ckptengine.catalog.manifest import checked_metadata
 from ckptengine.catalog.metrics import check_names, checked_metrics
 from ckptengine.catalog.naming import open_checkpoint
 from ckptengine.comm.base import Communicator
 from ckptengine.comm.select import current
 from ckptengine.errors import CheckpointError, StateError
 from ckptengine.load.loader import LoadOptions, load_newest, restore_newest, tell_leftovers
-from ckptengine.policy.arguments import (
-    checked_choice,
-    checked_comm,
-    checked_count,
-    checked_location,
-    checked_policy,
-    checked_preemption,
-    checked_seconds,
-    checked_state,
-    checked_step,
-)
-from ckptengine.policy.exporting import Export, exporter_of, hooks_of
+from ckptengine.policy.arguments import checked_state, checked_step
+from ckptengine.policy.exporting import Export
 from ckptengine.policy.failures import Failures
 from ckptengine.policy.hook import Commit
 from ckptengine.policy.interval import Auto
+from ckptengine.policy.line import Line, Standing
 from ckptengine.policy.opening import Opening
 from ckptengine.policy.preemption import Preemption
-from ckptengine.policy.rules import Every, Policy
+from ckptengine.policy.rules import Policy
 from ckptengine.policy.saves import Saves
 from ckptengine.policy.schedule import Schedule
+from ckptengine.policy.settings import Settings, tiers_of
 from ckptengine.policy.watch import Watch
 from ckptengine.save.handle import SaveHandle, SaveStats
-from ckptengine.save.job import Target
-from ckptengine.save.replicas import replica_check
 from ckptengine.save.saver import DEFAULT_TIMEOUT, Saver
 from ckptengine.save.turn import Turn, Turns
-from ckptengine.snapshot.snapshotter import LEAST_ARENA_NBYTES
 from ckptengine.state.rename import Rename
 from ckptengine.state.report import LoadReport
 from ckptengine.state.select import module_names
-from ckptengine.tiers.tiers import Tiers
 
 __all__ = ["Checkpointer"]
 
@@ -131,70 +115,33 @@ class Checkpointer:
         storage_options: Mapping[str, Any] | None = None,
         upload_bytes_per_second: float | None = None,
     ) -> None:
-        self.run = checked_location("run", run)
-        self._policy = checked_policy(policy, every, keep_last, keep_every, keep_best)
-        if memory not in (True, False):
-            checked_location("memory", memory)
-        if local is not None:
-            local = checked_location("local", local)
-        checked_choice("on_error", on_error, ("warn", "raise"))
-        checked_choice("when_busy", when_busy, ("wait", "skip"))
-        max_failures = checked_count("max_failures", max_failures, 1, "how many failed saves in a row raise")
-        if arena_nbytes is not None:
-            arena_nbytes = checked_count("arena_nbytes", arena_nbytes, LEAST_ARENA_NBYTES, "bytes (None: all)")
-        if arena_nbytes is not None and memory:
-            raise ValueError("arena_nbytes bounds the snapshot's memory, memory=True keeps two whole ones: give one")
-        timeout = checked_seconds("timeout", timeout)
-        preemption = checked_preemption(preemption)
-        self._comm = checked_comm(comm) or current(timeout)
-        self._when_busy = when_busy
-        self._check_replicas = replica_check(check_replicas)
-        self._metadata = checked_metadata(metadata)
-        self._timeout = timeout
-        exporter = exporter_of(export_every, export, storage_options, timeout)
-        if exporter is not None:
-            self._policy = replace(self._policy, save=(*self._policy.save_rules, Every(exporter.every)))
-        self._hooks, self._exporting = hooks_of(on_commit, exporter)
-        self._tiers = Tiers(
-            self.run,
-            self._comm,
-            timeout,
-            local=local,
-            memory=memory,
-            keep=self._policy.keep_rules,
-            upload_bytes_per_second=upload_bytes_per_second,
-            storage_options=storage_options,
-            uploaded=self._hooks.uploaded if self._hooks else None,
-            in_use=self._hooks.protected,
-        )
-        images = self._tiers if memory else None
-        self._saver = Saver(self._comm, timeout, overlap=overlap, arena_nbytes=arena_nbytes, memory=images)
-        self._turns = Turns(f"step, save, restore or close of {self.run}")
-        self._failures = Failures(on_error == "raise", max_failures)
-        self._schedule = Schedule(self._policy.save_rules, self._comm, timeout)
-        self._saves = Saves(self._schedule, self._failures, self._comm.rank == 0)
-        self._closed = False
-        self._started = False  # whether a snapshot was ever taken
-        self._parent: tuple[int, int] | None = None
-        self._generation: int | None = None
-        self._life = 0  # how often this process has restored: each time a new life of the run begins
-        self._claimed: dict[int, int] = {}  # on rank 0, the generation of a life
-        self._claiming = threading.Lock()
-        self._highest: int | None = None  # the highest step that this life has begun to save
-        self._unsaved: int | None = None  # the last step, where no save of it was started
-        self._opening = Opening(self.run, self._tiers, self._comm, timeout, chosen=comm is None)
+        settings = Settings.of(
+            run=run, every=every, keep_last=keep_last, local=local, memory=memory, keep_every=keep_every,
+            keep_best=keep_best, policy=policy, preemption=preemption, on_error=on_error, max_failures=max_failures,
+            when_busy=when_busy, check_replicas=check_replicas, overlap=overlap, arena_nbytes=arena_nbytes,
+            metadata=metadata, on_commit=on_commit, export_every=export_every, export=export, timeout=timeout,
+            comm=comm, storage_options=storage_options, upload_bytes_per_second=upload_bytes_per_second,
+        )  # fmt: skip
+        self.run, self._settings = settings.run, settings
+        self._timeout = timeout = settings.timeout
+        self._comm = comm = settings.comm or current(timeout)
+        self._tiers = tiers_of(settings, comm)
+        self._opening = Opening(self.run, self._tiers, comm, timeout, chosen=settings.comm is None)
         weakref.finalize(self, self._tiers.forget).atexit = False
         weakref.finalize(self, self._opening.let_go)
         token = self._opening.open()
+        images = self._tiers.kept_images
+        self._saver = Saver(comm, timeout, overlap=overlap, arena_nbytes=settings.arena_nbytes, memory=images)
+        self._line = Line(self.run, self._tiers, settings.hooks)
+        self._turns = Turns(f"step, save, restore or close of {self.run}")
+        failures = Failures(settings.raises, settings.max_failures)
+        self._saves = Saves(Schedule(settings.policy.save_rules, comm, timeout), failures, comm.rank == 0)
+        self._standing = Standing(self._saves, self._line, self._opening)
+        self._closed = False
         self._watch: Watch | None = None
-        if preemption is not None:
-            stands = weakref.WeakMethod(self._stands)
-
-            def standing() -> int | None:
-                living = stands()
-                return None if living is None else living()
-
-            self._watch = Watch(preemption, self._comm, self._tiers.persistent, token, self.run, timeout, standing)
+        if settings.preemption is not None:
+            persistent = self._tiers.places.persistent
+            self._watch = Watch(settings.preemption, comm, persistent, token, self.run, timeout, self._standing)
             weakref.finalize(self, self._watch.forget).atexit = False
 
     def restore(
@@ -232,36 +179,35 @@ class Checkpointer:
             self._opening.restoring()
             self.wait()
             self._saver.settle(self._timeout)  # what cleans up after a save must not meet what is read
-            again = only is not None and (self._parent is not None or self._saves.any)
+            again = only is not None and (self._line.parent is not None or self._saves.any)
             if again and step is None and not rules:
                 step = self._saves.committed
             options = LoadOptions.of(only, rename, strict, cast, verify)
-            tiers = self._tiers
+            sources, persistent = self._tiers.sources, self._tiers.places.persistent
             loaded = restore_newest(
-                tiers.views(), state, self._comm, self._timeout, options, step, rules[0] if rules else None,
-                tiers.upload_for_all, tiers.persistent.location(),
+                sources.views(), state, self._comm, self._timeout, options, step, rules[0] if rules else None,
+                sources.upload_for_all, persistent.location(),
             )  # fmt: skip
             if loaded is not None:
                 tell_leftovers(loaded, self._comm)
             if again:
                 return None if loaded is None else loaded.step
             # What follows is a new life of the run, also where this process has saved before.
-            self._generation = self._unsaved = self._highest = None
-            self._life += 1
-            self._parent = None if loaded is None or loaded.step is None else (loaded.generation, loaded.step)
-            self._saves.restart(None if self._parent is None else self._parent[1])
-            if loaded is None or self._parent is None:
+            parent = None if loaded is None or loaded.step is None else (loaded.generation, loaded.step)
+            self._line.restart(parent)
+            self._saves.restart(None if parent is None else parent[1])
+            if loaded is None or parent is None:
                 self._opening.tell_foreign()
                 return None
             if self._comm.rank == 0:
                 seconds = time.monotonic() - began
                 _log.info("%s: restored %s in %.3g s", self.run, loaded.location, seconds)
-                if self._exporting is not None:
-                    path = self._tiers.persistent.location(step_directory(self._parent[1]))
-                    self._exporting.restored(self._parent[1], path, loaded.attempt)
-            self._tiers.restored(*self._parent)
+                if self._settings.exporting is not None:
+                    path = persistent.location(step_directory(parent[1]))
+                    self._settings.exporting.restored(parent[1], path, loaded.attempt)
+            self._tiers.restored(*parent)
             self._saver.prepare(state)
-            return self._parent[1]
+            return parent[1]
 
     def warm_start(
         self,
@@ -288,7 +234,7 @@ class Checkpointer:
         with self._turn("warm_start"):
             checked_state(state)
             self._opening.check_place()
-            if self._parent is not None or self._saves.any:
+            if self._line.parent is not None or self._saves.any:
                 raise StateError(
                     f"{self.run}: warm_start would overwrite what this run has trained so far; call it only where "
                     "restore returned None"
@@ -319,14 +265,14 @@ class Checkpointer:
             step = self._enter(step, state)
             handle = None
             self._saves.reap()
-            self._unsaved = step if self._saves.of(step) is None else None
+            self._saves.trained(step)
             if self._watch is not None and self._watch.arrive():
                 self._preempt(self._watch, step, state, metrics)
-            if self._schedule.due(step):
+            if self._saves.schedule.due(step):
                 handle = self._save_due(step, state, metrics)
             else:
                 self._saver.prepare(state)
-            self._failures.raise_due()
+            self._saves.failures.raise_due()
             return handle
 
     def save(self, step: int, state: Mapping[str, Any], metrics: Mapping[str, Any] | None = None) -> SaveHandle:
@@ -343,7 +289,7 @@ class Checkpointer:
             if self._watch is not None and self._watch.arrive():
                 self._preempt(self._watch, step, state, metrics)
             handle = self._save(step, state, metrics)
-            self._failures.raise_due()
+            self._saves.failures.raise_due()
             return handle
 
     def _turn(self, doing: str) -> Turn:
@@ -359,23 +305,18 @@ class Checkpointer:
         """Check what `step` and `save` are given, and begin to write to the run; return the step's number."""
         step = checked_step(step, state)
         checked_state(state)
-        if self._highest is not None and step < self._highest:
-            raise ValueError(
-                f"step {step}: this life of {self.run} has saved step {self._highest} already, which would stay the "
-                "newest. Steps must not go back: count them over all epochs (epoch * steps_per_epoch + n); a training "
-                f"that goes back to an earlier checkpoint begins a new life there with restore(state, step={step})"
-            )
+        self._line.check(step)
         self._opening.begin()
         return step
 
     def _save_due(self, step: int, state: Mapping[str, Any], metrics: Mapping[str, Any] | None) -> SaveHandle | None:
-        if self._when_busy == "skip" and self._is_busy():
+        if self._settings.skips and self._is_busy():
             _log.warning("step %d: not saved, the save before it is still in flight", step)
             return None
         try:
             return self._save(step, state, metrics)
         except CheckpointError as error:
-            if isinstance(error, StateError) and not self._started:
+            if isinstance(error, StateError) and not self._line.started:
                 raise
             self._saves.failed(error, f"step {step} of {self.run}")
             return None
@@ -387,12 +328,11 @@ class Checkpointer:
         the others are in, and if the caller goes on after it, each rank would save another step from then on.
         """
         directory, numbers = step_directory(step), checked_metrics(metrics)
-        hooks, persistent = self._hooks, self._tiers.first is self._tiers.persistent
         self._saver.wait(self._timeout, directory)
         self._saves.reap()
         self._saves.correct()
         if (handle := self._saves.of(step)) is not None:
-            self._unsaved = None
+            self._saves.trained(step)
             if numbers and self._comm.rank == 0:
                 _log.warning(
                     "step %d of %s is saved already, these metrics are not kept: give them to the call that saves it",
@@ -400,46 +340,12 @@ class Checkpointer:
                     self.run,
                 )
             return handle
-        self._schedule.started()
-        target = Target(
-            storage=self._tiers.first,
-            directory=directory,
-            step=step,
-            parent=self._parent,
-            generation=self._generation,
-            claim=functools.partial(self._claim, self._life, self._parent),
-            metadata=self._metadata,
-            metrics=numbers,
-            committed=lambda generation, attempt: self._tiers.committed(generation, attempt, step, directory),
-            told=functools.partial(hooks.saved, numbers, persistent) if hooks else None,
-            site=self._tiers.site,
-            rendezvous=self._tiers.rendezvous,
-        )
-        before, self._highest = self._highest, step
-        try:
-            handle = self._saver.start(target, state, self._check_replicas)
-        except StateError:
-            if not self._started:  # refused on all ranks before anything was written: no step was saved yet
-                self._highest = before
-            raise
-        finally:
-            # Also where this rank's snapshot failed: whether the next save claims one is the same on all ranks.
-            self._generation = self._saver.generation
-        self._started = True
-        self._unsaved = None
+        self._saves.schedule.started()
+        target = self._line.target(step, self._settings.metadata, numbers)
+        with self._line.saving(step, self._saver):
+            handle = self._saver.start(target, state, self._settings.check_replicas)
         self._saves.add(step, handle)
         return handle
-
-    def _claim(self, life: int, parent: tuple[int, int] | None) -> int:
-        """Claim a life's generation, on rank 0, once: also where the ranks have to agree on it again.
-
-        A call that a storage has held for longer than the timeout may come to its end later. The next one waits for
-        that, and takes what it has claimed: a second claim beside it could be the lower one.
-        """
-        with self._claiming:
-            if life not in self._claimed:
-                self._claimed[life] = self._tiers.claim(parent)
-            return self._claimed[life]
 
     def fence(self, timeout: float | None = None) -> None:
         """Wait until the snapshot under way is complete, before a change of the state that is no optimizer's step.
@@ -454,7 +360,7 @@ class Checkpointer:
         Raises `DeadlineError` after `timeout` seconds (None: when the save's own time is over).
         """
         self._saves.wait(timeout)
-        self._failures.raise_due()
+        self._saves.failures.raise_due()
 
     def flush(self, timeout: float | None = None) -> None:
         """Wait until the newest checkpoint is durable and has come to `run` from the local tier; all ranks call it.
@@ -500,10 +406,10 @@ class Checkpointer:
                 if not failed or self._comm.world_size == 1:
                     self.flush()
                 # What could not be made durable may still be in memory, on all ranks.
-                done = not failed and not self._failures.count
-                if not failed and self._failures.count:
+                done = not failed and not self._saves.failures.count
+                if not failed and self._saves.failures.count:
                     self._tiers.tell_kept()
-                for late in [] if failed else self._hooks.settle(self._timeout):
+                for late in [] if failed else self._settings.hooks.settle(self._timeout):
                     _log.warning("%s: %s is still at work after %g s and is left to it", self.run, late, self._timeout)
             finally:
                 try:
@@ -516,9 +422,9 @@ class Checkpointer:
                         self._watch.close()
         self._saves.correct()
         if self._comm.rank == 0:
-            _log.info("%s: closed at step %s, the newest that is committed", self.run, self._stands())
+            _log.info("%s: closed at step %s, the newest that is committed", self.run, self._standing())
         if not failed:
-            self._failures.raise_last(self._stands())
+            self._saves.failures.raise_last(self._standing())
 
     def __enter__(self) -> Checkpointer:
         return self
@@ -528,13 +434,14 @@ class Checkpointer:
     ) -> None:
         if error is None:
             self.close()
-            if self._unsaved is not None and self._policy.save and self._comm.rank == 0:
+            unsaved, policy = self._saves.unsaved, self._settings.policy
+            if unsaved is not None and policy.save and self._comm.rank == 0:
                 _log.warning(
                     "step %d of %s was trained and is not saved (saves are due %s): call ckpt.save(step, state) after "
                     "the loop to keep it",
-                    self._unsaved,
+                    unsaved,
                     self.run,
-                    self._policy.describe(),
+                    policy.describe(),
                 )
             return
         try:
@@ -562,7 +469,7 @@ class Checkpointer:
             else:
                 self._save(step, state, numbers).durable.result()
                 saved = step
-                if self._tiers.first is not self._tiers.persistent:
+                if self._tiers.places.local is not None:
                     # The machine may be what is taken away.
                     self.flush(self._timeout if watch.left is None else max(1.0, min(watch.left, self._timeout)))
         except CheckpointError as error:
@@ -575,13 +482,6 @@ class Checkpointer:
         """Let signals act as they would without us until the next call of `step` or `save`: the training has ended."""
         if self._watch is not None:
             self._watch.pause()
-
-    def _stands(self) -> int | None:
-        """Return the newest committed step that this rank knows of; any thread may ask."""
-        newest = self._saves.newest()
-        if newest is not None:
-            return newest
-        return self._opening.found if self._parent is None else self._parent[1]
 
     def _is_busy(self) -> bool:
         """Return whether rank 0 has a save in flight: one answer for all ranks."""

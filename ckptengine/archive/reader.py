@@ -15,6 +15,7 @@ from ckptengine.archive.tail import checksums_of, document_of
 from ckptengine.archive.zip import walk_entries
 from ckptengine.errors import CheckpointDamagedError
 from ckptengine.native.tables import NOTHING, ScatterPlan
+from ckptengine.storage.archive_read import ArchiveRead
 from ckptengine.storage.base import StorageView
 
 __all__ = ["Archive", "check_size", "open_archive"]
@@ -76,9 +77,8 @@ class Archive:
         return f"{self.location}: bytes {start} to {stop} are not those that were written (CRC32 differs)"
 
     def _load(self, ranges: NDArray[np.int64], plan: ScatterPlan) -> tuple[int, int] | None:
-        block = self.storage.load_archive(
-            self.name, self.fixed_nbytes, BLOCK_NBYTES, self.checksums, ranges, plan.ops, plan.index
-        )
+        read = ArchiveRead(self.fixed_nbytes, BLOCK_NBYTES, self.checksums, ranges, plan)
+        block = self.storage.load_archive(self.name, read)
         if block < 0:
             return None
         start = block * BLOCK_NBYTES

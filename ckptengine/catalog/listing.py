@@ -24,6 +24,7 @@ __all__ = [
     "attempt_of",
     "claim_name",
     "claimed_generations",
+    "claims_of",
     "committed",
     "is_later",
     "lineage",
@@ -153,6 +154,14 @@ def read_manifest(storage: StorageView, entry: Entry) -> Manifest:
             f"{where}: the manifest is that of generation {manifest.generation}, step {manifest.step}"
         )
     return manifest
+
+
+def claims_of(storage: StorageView) -> dict[int, bytes]:
+    """Return the claim files of a storage, by generation; raises `StorageError`."""
+    return {
+        generation: storage.read_bytes(claim_name(generation), MAX_CLAIM_NBYTES)
+        for generation in claimed_generations(storage)
+    }
 
 
 def read_claim(storage: StorageView, generation: int) -> tuple[int, int] | None:

@@ -50,7 +50,8 @@ class Manifest:
     the run was restored from, None for a fresh start. `archives` has one record per rank, in rank order; the
     files lie in `data-<attempt>` beside the manifest. `block_nbytes` is the size of the blocks that the
     archives' checksums cover. `metadata` is the user's, plain JSON. `metrics` are what the training said of itself when
-    this was saved, None for what was not finite.
+    this was saved, None for what was not finite. `value_ranks` are the ranks besides 0 in whose archives a part of the
+    shared plain values lies, ascending.
     `created` is UTC, ISO 8601; `writer` the program and its version.
     """
 
@@ -67,6 +68,7 @@ class Manifest:
     created: str = field(default_factory=lambda: utc_now())
     writer: str = field(default_factory=lambda: writer_version())
     format_version: int = FORMAT_VERSION
+    value_ranks: tuple[int, ...] = ()
 
     @property
     def nbytes(self) -> int:
@@ -97,6 +99,7 @@ class Manifest:
             "layout": _document_of(self.layout),
             "metadata": self.metadata,
             **({"metrics": self.metrics} if self.metrics else {}),
+            **({"value_ranks": list(self.value_ranks)} if self.value_ranks else {}),
             "created": self.created,
             "writer": self.writer,
         }
@@ -148,7 +151,10 @@ class Manifest:
             metrics=get("metrics", _metrics) if "metrics" in document else {},
             created=get("created", _time),
             writer=get("writer", _text),
+            value_ranks=get("value_ranks", _ranks) if "value_ranks" in document else (),
         )
+        if manifest.value_ranks and manifest.value_ranks[-1] >= manifest.world_size:
+            raise CheckpointDamagedError(f"{where}: field 'value_ranks': rank {manifest.value_ranks[-1]} did not save")
         names = {record.name for record in (manifest.layout, *manifest.archives)}
         if len(manifest.archives) != manifest.world_size or len(names) != manifest.world_size + 1:
             raise CheckpointDamagedError(
@@ -304,6 +310,12 @@ def _positive(value: Any) -> int:
     if _natural(value) == 0:
         raise ValueError("an integer from 1 on was expected, 0 found")
     return int(value)
+
+
+def _ranks(value: Any) -> tuple[int, ...]:
+    if type(value) is not list or sorted({_positive(rank) for rank in value}) != value:
+        raise ValueError(f"ranks from 1 on, ascending, were expected, {value!r:.100} found")
+    return tuple(value)
 
 
 def _text(value: Any) -> str:

@@ -36,9 +36,11 @@ class Receipt:
     """One rank's part of a save.
 
     `error` says why there is none; then `archive` is None. `value_paths` and `digests` are those of its
-    replicated plain values (`ckptengine.save.values`), `replica_crcs` of its replicated arrays where they are
-    to be compared, `rows` its encoded `RankRows` where rank 0 doesn't know them, `alone` whether the others
-    don't know its plan, `directory` the checkpoint's, where this rank has written.
+    replicated plain values (`ckptengine.save.values`). `stores` tells whether it stores any of these, without being
+    rank 0, `fresh` which it stores though the others don't know of it, `form_digest` and `form` how its state is built
+    where they don't know that either (`ckptengine.save.shares`). `replica_crcs` are those of its replicated arrays
+    where they are to be compared, `rows` its encoded `RankRows` where rank 0 doesn't know them, `alone` whether the
+    others don't know its plan, `directory` the checkpoint's, where this rank has written.
     """
 
     rank: int
@@ -46,6 +48,10 @@ class Receipt:
     error: str = ""
     value_paths: tuple[tuple[str | int, ...], ...] = ()
     digests: bytes = b""
+    stores: bool = False
+    fresh: tuple[int, ...] = ()
+    form_digest: str = ""
+    form: bytes = b""
     replica_crcs: tuple[tuple[tuple[str | int, ...], int], ...] = ()
     rows: bytes = b""
     alone: bool = False
@@ -63,6 +69,10 @@ class Receipt:
                 "error": self.error,
                 "value_paths": self.value_paths,
                 "digests": base64.b64encode(self.digests).decode(),
+                "stores": self.stores,
+                "fresh": self.fresh,
+                "form_digest": self.form_digest,
+                "form": base64.b64encode(self.form).decode(),
                 "replica_crcs": self.replica_crcs,
                 "rows": base64.b64encode(self.rows).decode(),
                 "alone": self.alone,
@@ -82,6 +92,10 @@ class Receipt:
                 error=_of(str, document["error"]),
                 value_paths=tuple(map(_path, document["value_paths"])),
                 digests=base64.b64decode(document["digests"], validate=True),
+                stores=_of(bool, document["stores"]),
+                fresh=tuple(_of(int, number) for number in document["fresh"]),
+                form_digest=_of(str, document["form_digest"]),
+                form=base64.b64decode(document["form"], validate=True),
                 replica_crcs=tuple((_path(path), _of(int, crc)) for path, crc in document["replica_crcs"]),
                 rows=base64.b64decode(document["rows"], validate=True),
                 alone=_of(bool, document["alone"]),

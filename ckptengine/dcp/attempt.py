@@ -31,6 +31,7 @@ from ckptengine.layout.rank_rows import PackedRows
 from ckptengine.lifecycle import Living
 from ckptengine.save.archive import record_of
 from ckptengine.save.aside import Aside
+from ckptengine.save.attempt import Committed
 from ckptengine.save.planner import rows_of
 from ckptengine.save.single import single_checkpoint
 from ckptengine.save.values import StoredValues
@@ -104,8 +105,7 @@ class Attempt:
         self._storage, self._metadata, self._world_size = storage, dict(metadata), world_size
         self._target = single_checkpoint(storage, metadata)
         storage.create()
-        assert self._target.claim is not None
-        self.generation = self._target.claim()
+        self.generation = self._target.owner.claim()
         self.name = name
         self._directory = attempt_directory("", self.name)
         storage.make_directory(self._directory)
@@ -158,8 +158,7 @@ class Attempt:
             )
         self._committed = True
         self._held.close()
-        if self._target.committed is not None:
-            self._target.committed(self.generation, self.name)
+        self._target.owner.committed(Committed(self._target.directory, self.generation, self.name, manifest))
         return manifest
 
     def give_up(self) -> None:
@@ -241,7 +240,7 @@ def begin_archive(
     image = plan_image(archive_name(place.rank), place.rank, assigned)
     numbers = {leaf.path: number for number, leaf in enumerate(leaves)}
     table = CopyTable(image, leaves, [numbers[one.path] for one in assigned], overlap=False)
-    checksums, feed = Checksums(image), Feed(time.monotonic() + timeout)
+    checksums, feed = Checksums(image), Feed[None](time.monotonic() + timeout)
     name = join(attempt_directory("", place.attempt), image.name)
     with _memory() as snapshotter:
         whole = snapshotter.reserve(image, timeout)
@@ -251,9 +250,9 @@ def begin_archive(
         def copy() -> None:
             try:
                 fill(table, checksums, feed)
-                feed.finish()
+                feed.finish(None)
             except BaseException as problem:
-                feed.finish(problem)
+                feed.fail(problem)
 
         copying = Aside(copy)
         try:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from ckptengine.frameworks.random_stream import RandomStream
+from ckptengine.schema.box import Box
 from ckptengine.schema.leaf import Part, Placement
 from ckptengine.schema.path import Path
 
@@ -75,11 +76,15 @@ class Adapter:
     """One framework's tensors, modules and optimizers; by default it knows none."""
 
     name: str = ""
-    """The name in tags and in `ArrayLeaf.container`."""
+    """The name in tags and, unless `container_of` says another, in `ArrayLeaf.container`."""
 
     def is_tensor(self, value: Any) -> bool:
         """Whether a value is one of the framework's tensors."""
         return False
+
+    def container_of(self, tensor: Any) -> str:
+        """Return the name of the framework that a tensor is stored as one of."""
+        return self.name
 
     def view(self, tensor: Any, path: Path, *, target: bool) -> TensorView:
         """Return dtype, global shape, and this rank's parts; `target` asks for memory that may be written.
@@ -87,6 +92,18 @@ class Adapter:
         Raises `StateError` naming the path where the tensor can't be saved, or can't be filled in place.
         """
         raise NotImplementedError
+
+    def is_spread(self, tensor: Any) -> bool:
+        """Whether a tensor says itself how it is spread over the ranks."""
+        return False
+
+    def part_of(self, tensor: Any, box: Box) -> Any:
+        """Return a view of a box of a tensor, None where the framework gives none."""
+        return None
+
+    def group_ranks(self, group: Any) -> Sequence[int] | None:
+        """Return the global ranks of one of the framework's groups in its order, None where it is none."""
+        return None
 
     def fingerprints(self, tensors: Sequence[Any]) -> Sequence[Sequence[Any]]:
         """Return what of a tensor can change while it stays the same object: columns, one item for each tensor.
@@ -174,12 +191,30 @@ class Adapter:
         """Return the tensors that a module has now, without calling anything that its class may have changed."""
         return ()
 
+    def is_without_memory(self, tensor: Any) -> bool:
+        """Whether a tensor has a shape and no memory (torch's meta device)."""
+        return False
+
+    def give_memory(self, tensor: Any, dtype: str, cast: bool) -> None:
+        """Give a tensor without memory some, in place, contents undefined, to be filled with what has a dtype.
+
+        It stays as it is where that can't be done, and, without `cast`, where it has another dtype.
+        """
+
+    def unsaved_without_memory(self, module: Any) -> list[str]:
+        """Return the names of a module's tensors without memory that its state does not have."""
+        return []
+
     def module_loading(self, module: Any) -> frozenset[str] | None:
         """Return None where a module has no loading code of its own, that must run after the fill.
 
         Else the names of the submodules in it whose tensors may change their shapes by that.
         """
         return None
+
+    def state_owners(self, module: Any) -> Iterable[tuple[str, Any, Any]]:
+        """Return, of an optimizer that is a module, what it keeps for its parameters: name, tensor, parameter."""
+        return ()
 
     def load_module(self, module: Any, entries: Mapping[str, Any]) -> Sequence[str]:
         """Have a module's loading code run, and hand over what could not be filled in place, by the module's own keys.
@@ -197,8 +232,26 @@ class Adapter:
         return name
 
     def optimizer_groups(self, optimizer: Any) -> list[dict[str, Any]]:
-        """Return the live groups; each has its parameters under `params`."""
+        """Return the live groups; each has its parameters under `params`, the same objects each time.
+
+        Of a parameter that is several, laid one behind the other, it has these.
+        """
         raise NotImplementedError
+
+    def bare_optimizer(self, optimizer: Any) -> Any:
+        """Return what says by its class what an optimizer's state means: of one that only spreads the state of another
+        over the ranks, that other."""
+        return optimizer
+
+    def keeps_state(self, optimizer: Any, parameter: Any) -> bool:
+        """Whether this rank has state of a parameter, if any rank has; False where it is other ranks' alone."""
+        return True
+
+    def finish_states(self, optimizer: Any, groups: Sequence[dict[str, Any]], path: Path) -> None:
+        """Do what is to be done once the states of all parameters are set; `groups` are those of `optimizer_groups`.
+
+        Raises `LoadMismatchError` naming the path where the states that were set do not fit together.
+        """
 
     def optimizer_state(self, optimizer: Any, parameter: Any) -> dict[str, Any] | None:
         """Return the live state of one parameter, None where it has none; creates nothing."""

@@ -72,6 +72,10 @@ class NumpyAdapter(Adapter):
         identity = (memory.address, name, array.shape, array.strides) if array.size else None
         return TensorView(name, array.shape, Placement.REPLICATED, parts, identity)
 
+    def part_of(self, tensor: Any, box: Box) -> Any:
+        """Return a view of a box."""
+        return tensor[tuple(slice(start, start + n) for start, n in zip(box.offset, box.shape, strict=True))]
+
     def fingerprints(self, tensors: Sequence[Any]) -> Sequence[Sequence[Any]]:
         """Return addresses, shapes, strides and dtypes."""
         interfaces = [array.__array_interface__ for array in tensors]

@@ -276,7 +276,8 @@ def _check_agreement(heads: Sequence[LeafHead], ranks: Sequence[Int64s]) -> None
         f"{first.name}: {first.placement.value} {first.dtype} of shape {first.shape} on "
         f"{name_ranks(agreeing)}, but {other.placement.value} {other.dtype} of shape {other.shape} on "
         f"{name_ranks(differing)}; all ranks must have the same. Where each rank has a part of a larger "
-        "array, pass ckptengine.ShardedArray or a DTensor; where each has its own, wrap it in ckptengine.PerRank"
+        "array, pass a DTensor, or say how it is split with ckptengine.Sharded; where each has its own, "
+        "wrap it in ckptengine.PerRank"
     )
 
 

@@ -98,10 +98,17 @@ class Checkpoint:
 
     @property
     def shared(self) -> dict[str, Any]:
-        """The replicated values, as stored."""
+        """The replicated values, as rank 0 has stored them: `manifest.value_ranks` have the rest."""
         if self._shared is None:
             self._shared = self.archive(0).attributes(OBJECTS)
         return self._shared
+
+    def shared_of(self, rank: int) -> dict[str, Any]:
+        """Return the part of the replicated values that a rank besides 0 has stored, as stored."""
+        stored = self.own(rank).get("shared", {})
+        if type(stored) is not dict:
+            raise CheckpointDamagedError(f"{self.archive(rank).location}: what it shares is no object")
+        return stored
 
     def own(self, rank: int) -> dict[str, Any]:
         """Return the values of one rank that saved, as stored."""

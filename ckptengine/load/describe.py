@@ -12,7 +12,8 @@ from ckptengine.schema.path import Path, dotted
 from ckptengine.state.forms import Form, is_form
 from ckptengine.state.outline import Outline, decode_outline
 from ckptengine.state.saved import Saved, SavedLeaf
-from ckptengine.state.values import decode
+from ckptengine.state.union import NAMED, join_groups, join_outlines, joined_names
+from ckptengine.state.values import decode, encode
 
 __all__ = ["describe"]
 
@@ -37,22 +38,33 @@ def describe(checkpoint: Opened) -> Saved:
         elif record.rank < world_size:
             own[record.rank][record.path] = leaf
     where = checkpoint.archive(0).location
-    stored = checkpoint.shared
-    values = _values(stored, where)
+    values = _values(checkpoint.shared, where)
+    aliases, containers = _aliases(checkpoint.shared, shared, where), _containers(checkpoint.shared, where)
+    outline = _outline(checkpoint.shared, len(shared) + len(values), where)
+    joined: set[Path] = set()
+    others = [(checkpoint.shared_of(rank), _file(checkpoint, rank)) for rank in checkpoint.manifest.value_ranks]
+    for stored, file in others:
+        values = _added(values, _values(stored, file))
+        aliases = _added(aliases, _aliases(stored, shared, file))
+        containers = _added(containers, _containers(stored, file))
+        joined |= _join_groups(values, stored, file)
+    if outline is not None and others:
+        outline = _joined(outline, others, len(shared) + len(values), where)
     return Saved(
         world_size=world_size,
         leaves=shared,
         values=values,
-        aliases=_aliases(stored, shared, where),
-        containers=_containers(stored, where),
+        aliases={path: first for path, first in aliases.items() if path not in shared},
+        containers=containers,
         rank_leaves=own,
         rank_values=_Lazy(world_size, lambda rank: _values(checkpoint.own(rank), _file(checkpoint, rank))),
         rank_containers=_Lazy(world_size, lambda rank: _containers(checkpoint.own(rank), _file(checkpoint, rank))),
-        outline=_outline(stored, len(shared) + len(values), where),
+        outline=outline,
         rank_outlines=_Lazy(
             world_size,
             lambda rank: _outline(checkpoint.own(rank), len(own[rank]), _file(checkpoint, rank)),
         ),
+        joined_groups=frozenset(joined),
     )
 
 
@@ -116,6 +128,43 @@ def _outline(stored: Mapping[str, Any], leaves: int, where: str) -> Outline | No
         return decode_outline(stored["structure"], leaves + sum(map(len, filter(None, map(stored.get, _TABLES)))))
     except CheckpointDamagedError as error:
         raise CheckpointDamagedError(f"{where}: {error}") from None
+
+
+def _added(known: dict[Path, _T], new: Mapping[Path, _T]) -> dict[Path, _T]:
+    return known | {path: item for path, item in new.items() if path not in known}
+
+
+def _joined(outline: Outline, others: Sequence[tuple[Mapping[str, Any], str]], leaves: int, where: str) -> Outline:
+    """Return an outline with what other ranks have added to it."""
+    found = [outline, *(_outline(stored, leaves, file) for stored, file in others)]
+    try:
+        return join_outlines([one for one in found if one is not None])
+    except CheckpointDamagedError as error:
+        raise CheckpointDamagedError(f"{where}: {error}") from None
+
+
+def _join_groups(values: dict[Path, Any], stored: Mapping[str, Any], where: str) -> set[Path]:
+    """Add an optimizer's groups, or parameters to each of them, to what lower ranks have stored, in place.
+
+    Returns the paths of the lists that groups are in.
+    """
+    found = set()
+    for path, groups in _pairs(stored, "groups", where):
+        try:
+            new = decode(groups)
+            if isinstance(new, dict):
+                known = values.get((*path, "params"), [])
+                mine = {name: values.get((*path, name), []) for name in NAMED if name in new}
+                joined = joined_names(mine, new, frozenset(known))
+                values.update({(*path, name): names for name, names in joined.items()})
+                found.add(path[:-1])
+                continue
+            known = values.get(path, [])
+            values[path] = [decode(g) for g in join_groups([encode(g, path) for g in known], groups)] if known else new
+            found.add(path)
+        except (CheckpointDamagedError, KeyError, TypeError, AttributeError, IndexError) as error:
+            raise CheckpointDamagedError(f"{where}: {dotted(path)}: no groups of an optimizer ({error})") from None
+    return found
 
 
 def _pairs(stored: Mapping[str, Any], name: str, where: str) -> list[tuple[Path, Any]]:

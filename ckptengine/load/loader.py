@@ -29,6 +29,7 @@ from ckptengine.load.checkpoint import Checkpoint, Opened, naming
 from ckptengine.load.choose import TRIES, Chooser, newest_or_foreign
 from ckptengine.load.describe import describe
 from ckptengine.load.fill import Filling, host_memory, plan_filling, read_ranges
+from ckptengine.load.judge import judge, said_of
 from ckptengine.load.node import Offer
 from ckptengine.load.same import brings_the_same
 from ckptengine.load.share import Counts, Together, make_offer, read, together
@@ -38,7 +39,7 @@ from ckptengine.schema.box import Box
 from ckptengine.schema.dtypes import DTYPES
 from ckptengine.schema.leaf import ArrayLeaf, Part
 from ckptengine.schema.path import Path, dotted
-from ckptengine.state.bind import Binding, LoadReport, bind
+from ckptengine.state.bind import Binding, LoadReport, check_fit, match
 from ckptengine.state.outline import ordered_forms, put_in_order
 from ckptengine.state.rename import Rename, renamer
 from ckptengine.state.saved import Saved
@@ -80,7 +81,8 @@ class LoadOptions:
 @dataclass(frozen=True, slots=True)
 class Loaded:
     """What was loaded: the checkpoint's step (None: a single one), generation and place, and the bytes of its archives.
-    `attempt` is that which wrote it, empty for another library's.
+    `attempt` is that which wrote it, empty for another library's. `tells` tells whether this rank is the first of those
+    for which the same does not fit.
 
     Over the ranks of a node, `counts.read` sums up to `counts.node_needed` where they could read together.
     """
@@ -91,6 +93,7 @@ class Loaded:
     report: LoadReport
     counts: Counts
     attempt: str = ""
+    tells: bool = True
 
 
 def load_newest(
@@ -180,9 +183,10 @@ def restore_newest(
 
 
 def tell_leftovers(loaded: Loaded, comm: Communicator) -> None:
-    """Log what did not fit and was left as it is, once for all ranks."""
-    if comm.rank == 0 and not loaded.report.complete:
-        _log.warning("%s: not all of it was loaded: %s", loaded.location, loaded.report)
+    """Log what did not fit and was left as it is, once for all ranks for which it is the same."""
+    if loaded.tells and not loaded.report.complete:
+        who = f" on rank {comm.rank}" if comm.rank else ""
+        _log.warning("%s: not all of it was loaded%s: %s", loaded.location, who, loaded.report)
 
 
 def _tell_gone(comm: Communicator, checkpoint: Opened, error: Exception) -> None:
@@ -308,7 +312,7 @@ def _load(
         with naming(where):
             saved = within(timeout, f"reading {where}", lambda: describe(checkpoint), _native.counters)
             unread = _unread(saved, state, options)
-            binding = bind(
+            binding = match(
                 state,
                 saved,
                 comm.rank,
@@ -319,9 +323,6 @@ def _load(
                 cast=options.cast,
                 same=functools.partial(brings_the_same, checkpoint, timeout),
             )
-            if unread:
-                unexpected = (*binding.report.unexpected, *unread)
-                binding.report = replace(binding.report, unexpected=unexpected)
             index = checkpoint.rows.index
             wanted = [(index[one.path, one.rank], one.target) for one in binding.reads]
             filling = within(timeout, f"reading {where}", lambda: plan_filling(checkpoint, wanted), _native.counters)
@@ -329,10 +330,18 @@ def _load(
     except Exception as problem:
         error = problem
     with offer or contextlib.nullcontext():
-        greetings = gather(comm, offer.greeting if offer else b"", error, timeout, f"matching {where} with the state")
+        word = b"" if offer is None or binding is None else offer.greeting + said_of(binding)
+        words = gather(comm, word, error, timeout, f"matching {where} with the state")
         assert binding is not None
         assert filling is not None
         assert offer is not None
+        size = len(offer.greeting)
+        greetings = [word[:size] for word in words]
+        verdict = judge(binding, [word[size:] for word in words], comm.rank)
+        if unread:
+            binding.report = replace(binding.report, unexpected=(*binding.report.unexpected, *unread))
+        if not verdict.fits if options.strict else not verdict.usable:
+            _refuse(binding, options.strict, comm, timeout, where)
         with together(comm, offer, greetings, timeout, f"preparing to read {where}") as group:
             fill = functools.partial(_fill, filling, group, where, timeout)
             counts = on_all(comm, fill, timeout, f"reading {where}")
@@ -346,7 +355,18 @@ def _load(
         )
         on_all(comm, check, timeout, f"comparing the state with {where}")
     attempt = checkpoint.manifest.attempt if isinstance(checkpoint, Checkpoint) else ""
-    return Loaded(checkpoint.step, checkpoint.generation, where, binding.report, counts, attempt)
+    return Loaded(checkpoint.step, checkpoint.generation, where, binding.report, counts, attempt, verdict.tells)
+
+
+def _refuse(binding: Binding, strict: bool, comm: Communicator, timeout: float, where: str) -> None:
+    """Raise on all ranks what does not fit on any; all of them come here."""
+    error: Exception | None = None
+    try:
+        with naming(where):
+            check_fit(binding, strict)
+    except LoadMismatchError as problem:
+        error = problem
+    gather(comm, b"", error, timeout, f"matching {where} with the state")
 
 
 def _unread(saved: Saved, state: Mapping[str, Any], options: LoadOptions) -> list[str]:

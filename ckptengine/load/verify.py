@@ -186,7 +186,7 @@ def _sharing(found: Sequence[Found], marks: Marks) -> set[int]:
 
 
 def _lies_as_saved(one: Found) -> bool:
-    if not one.leaf.parts:
+    if not one.leaf.parts or one.leaf.parts[0].order is not None:
         return True
     shape, here = one.leaf.parts[0].box.shape, part_order(one.leaf.parts[0])
     natural = range(len(shape))

@@ -11,6 +11,7 @@ from mindspore import Parameter, Tensor
 from ckptengine.frameworks.adapter import Adapter, ModuleEntry, TensorKind, TensorView
 from ckptengine.frameworks.registry import register
 from ckptengine.mindspore import cell as _cell
+from ckptengine.mindspore.group import group_ranks
 from ckptengine.mindspore.tensor import (
     as_tensor,
     convert_tensor,
@@ -87,6 +88,14 @@ class MindSporeAdapter(Adapter):
     def module_tensors(self, module: Any) -> Iterable[Any]:
         """Return a cell's parameters and buffers."""
         return [value for value in _cell.module_values(module).values() if self.is_tensor(value)]
+
+    def state_owners(self, module: Any) -> Iterable[tuple[str, Any, Any]]:
+        """Return what an optimizer keeps for its weights."""
+        return _cell.state_owners(module)
+
+    def group_ranks(self, group: Any) -> Sequence[int] | None:
+        """Return the ranks of a group by its name."""
+        return group_ranks(group) if isinstance(group, str) else None
 
     def load_module(self, module: Any, entries: Mapping[str, Any]) -> Sequence[str]:
         """Set hyperparameters and attributes."""

@@ -15,7 +15,15 @@ from ckptengine.frameworks.adapter import ModuleEntry
 from ckptengine.mindspore.scheduler import is_scheduler, load_scheduler, scheduler_items
 from ckptengine.schema.path import Path, dotted
 
-__all__ = ["is_module", "is_optimizer", "load_module", "module_entries", "module_values", "shared_weights"]
+__all__ = [
+    "is_module",
+    "is_optimizer",
+    "load_module",
+    "module_entries",
+    "module_values",
+    "shared_weights",
+    "state_owners",
+]
 
 _STATISTICS = frozenset({"moving_mean", "moving_variance", "running_mean", "running_var", "num_batches_tracked"})
 _GROUPS = "param_groups"
@@ -60,6 +68,23 @@ def module_entries(module: Any, path: Path) -> list[ModuleEntry]:
 def module_values(module: Any) -> dict[str, Any]:
     """Return the values of `module_entries` by their names."""
     return {name: value for name, value, _, _ in _items(module)}
+
+
+def state_owners(optimizer: Any) -> list[tuple[str, Any, Any]]:
+    """Return name, tensor and weight of what an optimizer keeps for its weights: `moment1.fc.weight` for `fc.weight`.
+
+    The longest of the weights' names that a name ends with is its weight's; nothing for what is no optimizer.
+    """
+    weights = {weight.name: weight for weight in shared_weights(optimizer)} if is_optimizer(optimizer) else {}
+    found = []
+    for name, value, _, _ in _items(optimizer) if weights else ():
+        parts = name.split(".")
+        owner = next(
+            (weights[end] for start in range(1, len(parts)) if (end := ".".join(parts[start:])) in weights), None
+        )
+        if owner is not None and isinstance(value, Tensor):
+            found.append((name, value, owner))
+    return found
 
 
 def load_module(module: Any, entries: Mapping[str, Any]) -> None:

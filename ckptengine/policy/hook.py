@@ -55,15 +55,13 @@ class CommitHook:
         self._thread: threading.Thread | None = None
         _living.add(self)
 
-    def saved(self, metrics: Mapping[str, float | None], persistent: bool, attempt: str, stats: SaveStats) -> None:
+    def saved(self, manifest: Manifest, stats: SaveStats, persistent: bool) -> None:
         """Have the function called for a save that has been committed."""
-        assert stats.step is not None
-        self._offer(Commit(stats.step, stats.path, metrics, persistent, stats, attempt=attempt))
+        self._offer(_commit(manifest, stats.path, persistent, stats))
 
     def uploaded(self, manifest: Manifest, path: str) -> None:
         """Have the function called for a checkpoint that has come to the run's own place."""
-        assert manifest.step is not None
-        self._offer(Commit(manifest.step, path, manifest.metrics, persistent=True, attempt=manifest.attempt))
+        self._offer(_commit(manifest, path, persistent=True))
 
     def restored(self, step: int, path: str, attempt: str) -> None:
         """Have the function called for a checkpoint that was restored from the run's own place."""
@@ -125,6 +123,12 @@ class CommitHook:
                 _log.warning("%s: %s failed, the checkpoint stands: %s", commit.path, self.name, error, exc_info=True)
 
 
+def _commit(manifest: Manifest, path: str, persistent: bool, stats: SaveStats | None = None) -> Commit:
+    if manifest.step is None:
+        raise AssertionError("unreachable: a run's checkpoints have steps")
+    return Commit(manifest.step, path, manifest.metrics, persistent, stats, attempt=manifest.attempt)
+
+
 class CommitHooks:
     """All that is called with each commit; each in a thread of its own, so that none waits for another."""
 
@@ -134,10 +138,10 @@ class CommitHooks:
     def __bool__(self) -> bool:
         return bool(self._hooks)
 
-    def saved(self, metrics: Mapping[str, float | None], persistent: bool, attempt: str, stats: SaveStats) -> None:
+    def saved(self, manifest: Manifest, stats: SaveStats, persistent: bool) -> None:
         """Have all called for a save that has been committed."""
         for hook in self._hooks:
-            hook.saved(metrics, persistent, attempt, stats)
+            hook.saved(manifest, stats, persistent)
 
     def uploaded(self, manifest: Manifest, path: str) -> None:
         """Have all called for a checkpoint that has come to the run's own place."""

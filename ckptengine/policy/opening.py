@@ -33,8 +33,8 @@ class Opening:
 
     def __init__(self, run: str, tiers: Tiers, comm: Communicator, timeout: float, *, chosen: bool) -> None:
         self._run, self._tiers, self._comm, self._timeout, self._chosen = run, tiers, comm, timeout, chosen
-        self._storage = tiers.persistent
-        self._life = Life(tiers.persistent, run)
+        self._storage = tiers.places.persistent
+        self._life = Life(self._storage, run)
         self._begun = False
         self._asked = False  # whether `restore` was called, or the lack of it told
         self._refusal: StorageError | None = None
@@ -51,15 +51,14 @@ class Opening:
         doing = f"opening {self._run}"
 
         def prepare() -> bytes:
-            self._tiers.check_apart()
+            self._tiers.places.check_apart()
             if self._comm.rank != 0:
                 return b""
             within(self._timeout, doing, self._prepare)
             return secrets.token_hex(8).encode()
 
         name = from_all(self._comm, prepare, self._timeout, doing)[0].decode()
-        self._tiers.open(name)
-        self.found = self._tiers.found
+        self.found = self._tiers.open(name, self.found)
         if self._comm.rank == 0:
             newest = "no checkpoint yet" if self.found is None else f"the newest is step {self.found}"
             _log.info("%s: opened by %d rank(s); %s", self._run, self._comm.world_size, newest)
@@ -79,8 +78,8 @@ class Opening:
         else:
             for problem in remove_leftovers(storage):
                 _log.warning("%s: %s", self._run, problem)
-        self._tiers.found = self._tiers.newest()
-        if self._tiers.found is None:
+        self.found = self._tiers.places.newest()
+        if self.found is None:
             self._foreign = foreign_checkpoint(storage)
 
     def _refuse_checkpoint(self, generation: int | None) -> None:

@@ -20,19 +20,25 @@ class Saves:
     """
 
     def __init__(self, schedule: Schedule, failures: Failures, tells: bool) -> None:
-        self._schedule, self._failures, self._tells = schedule, failures, tells
+        self.schedule, self.failures, self._tells = schedule, failures, tells
         self.history: list[SaveStats] = []
         self.committed: int | None = None
         """The step at which this life of the run stands: restored, or committed since."""
         self._pending: list[SaveHandle] = []
         self._last: tuple[int, SaveHandle] | None = None
         self._given_up: tuple[int, SaveHandle] | None = None  # the last one, where it failed
+        self.unsaved: int | None = None
+        """The last step that was trained, where no save of it was started."""
 
     def restart(self, step: int | None) -> None:
         """Begin a new life of the run, at a step that was restored, or at none."""
-        self._last = self._given_up = None
+        self._last = self._given_up = self.unsaved = None
         self.committed = step
-        self._schedule.restart()
+        self.schedule.restart()
+
+    def trained(self, step: int) -> None:
+        """Note a step that has been trained, whether it is saved or not."""
+        self.unsaved = step if self.of(step) is None else None
 
     @property
     def any(self) -> bool:
@@ -45,7 +51,7 @@ class Saves:
 
     def add(self, step: int, handle: SaveHandle) -> None:
         """Note a save that has been started."""
-        self._last = step, handle
+        self._last, self.unsaved = (step, handle), None
         self._pending.append(handle)
 
     def wait(self, timeout: float | None) -> None:
@@ -75,8 +81,8 @@ class Saves:
     def _succeeded(self, stats: SaveStats | None) -> None:
         assert stats is not None
         self.history.append(stats)
-        self._schedule.learn(stats)
-        self._failures.succeeded()
+        self.schedule.learn(stats)
+        self.failures.succeeded()
         self.committed = stats.step
         if self._tells:
             _log.info(
@@ -89,11 +95,11 @@ class Saves:
 
     def failed(self, error: Exception, path: str) -> None:
         """Account for a save that has failed, or could not be started."""
-        self._schedule.failed()
+        self.schedule.failed()
         last, self._last = self._last, None  # the same step may be tried again
         if last is not None and last[1].durable.error is not None:
             self._given_up = last
-        self._failures.note(error, path)
+        self.failures.note(error, path)
 
     def correct(self) -> None:
         """Take a save back that this rank has told as failed, where rank 0 has said since that it is committed.

@@ -6,7 +6,6 @@ import contextlib
 import logging
 import os
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -15,9 +14,10 @@ from typing import NoReturn
 from ckptengine.catalog.lease import is_old
 from ckptengine.catalog.receipt import StorageStore
 from ckptengine.comm.base import Communicator
-from ckptengine.errors import CheckpointError, DeadlineError, Preempted
+from ckptengine.errors import CheckpointError, DeadlineError
 from ckptengine.lifecycle import Living, at_exit
 from ckptengine.policy.agreement import Agreement, Limit, Request, Verdict
+from ckptengine.policy.ending import Ending
 from ckptengine.policy.preemption import Preemption
 from ckptengine.policy.signals import Subscription, ignore, is_shared, subscribe
 from ckptengine.storage.base import Storage
@@ -40,7 +40,6 @@ _DEPART_SECONDS = 10.0
 _END_SECONDS = 10.0
 """How long `close` waits for a thread: one that is still in a call of torch's store when the interpreter ends, on the
 rank that hosts the store, makes C++ abort the process (exit code -6), and torchrun would start a finished job again."""
-_LAST_WORDS_SECONDS = 1.0
 _FOLDER = "preemption-"
 """How the directories are named in which ranks without a store of their own leave their messages."""
 
@@ -52,12 +51,14 @@ class Watch:
 
     Threads wait for a signal, for the file and for other ranks' word; the training's thread calls `arrive` in every
     `step` of the Checkpointer, and that compares two numbers. The calls are counted, not the steps: the ranks make the
-    same calls, whatever numbers the steps have. `stands` returns the newest committed step that this rank knows of.
-    `name` is the run's. `timeout`, in seconds, bounds the wait for the next call where no grace period does.
+    same calls, whatever numbers the steps have. `stands`, `name` and `timeout` are those of `Ending`.
 
     With the first call it begins to act: only who trains has something to save. Until then signals do what they would
     do without it, the file is not obeyed yet, other ranks are answered (the call to come is the first), and the
     process is not ended. So it is again after `pause`.
+
+    It has many attributes, because three threads and the handlers of signals meet in it: those from `_calls` to
+    `_verdict` are what they tell each other under `_changed`, the others are what each has to let go of at the end.
     """
 
     def __init__(
@@ -70,18 +71,13 @@ class Watch:
         timeout: float,
         stands: Callable[[], int | None],
     ) -> None:
-        self._preemption, self._comm, self._stands = preemption, comm, stands
-        self._name, self._timeout = name, timeout
-        self._rank, self._alone = comm.rank, comm.world_size == 1
+        self._preemption, self._comm, self._name = preemption, comm, name
+        self._ending = Ending(preemption, comm.rank, name, timeout, stands)
         self._changed = threading.Condition()
         self._calls = 0
         self._limit: int | None = None
         self._verdict: Verdict | None = None
-        self._reason, self._grace = "", preemption.grace
         self._arrived: dict[int, float] = {}
-        self._end_at: float | None = None
-        self._end_why = "the training did not come to its next step in time"
-        self._awaited = "the training's next call of step or save"
         self._leaving_since: float | None = None
         self._closed = threading.Event()
         self._lost = False  # the store is gone: no agreement is possible any more
@@ -90,16 +86,16 @@ class Watch:
         self._agreement: Agreement | None = None
         self._folder: tuple[Storage, str] | None = None
         self._threads: list[threading.Thread] = []
-        if not self._alone:
+        if comm.world_size > 1:
             store, prefix = comm.store(), f"ckptengine/preemption/{token}"
             if store is None:
                 self._folder = storage, f"{_FOLDER}{token}"
                 store, prefix = _FolderStore(*self._folder), "ask"
-                if self._rank == 0:
+                if comm.rank == 0:
                     _sweep(*self._folder)
             self._agreement = Agreement(store, comm.rank, comm.world_size, prefix, timeout)
-            self._start("agree", self._agree)
-        if preemption.file is not None and self._rank == 0:
+            self._start("agree", self._agree, self._agreement)
+        if preemption.file is not None and comm.rank == 0:
             self._start("file", self._watch_file, local_path(preemption.file, "file"))
         _living.add(self)
 
@@ -124,10 +120,11 @@ class Watch:
             if self._limit is None or self._calls < self._limit:
                 return False
             wait = 1.0 if self._agreement is None else self._agreement.seconds + _WORD_SECONDS
-            if not self._changed.wait_for(lambda: self._verdict is not None, wait):
-                raise DeadlineError(f"rank {self._rank} was told to end and no verdict on the step came in {wait:g} s")
+            self._changed.wait_for(lambda: self._verdict is not None, wait)
             verdict = self._verdict
-            assert verdict is not None
+            if verdict is None:
+                rank = self._comm.rank
+                raise DeadlineError(f"rank {rank} was told to end and no verdict on the step came in {wait:g} s")
         if verdict.kind == "failed":
             self._end_disagreed(verdict)
         return verdict.kind == "stop" and self._calls >= verdict.call
@@ -135,20 +132,21 @@ class Watch:
     @property
     def left(self) -> float | None:
         """Seconds until this process is ended, None where nothing bounds it."""
-        return None if self._end_at is None else self._end_at - time.monotonic()
+        return self._ending.left
 
     def saving(self, step: int) -> None:
         """Note what is being waited for; without a grace period, the save has its own time."""
-        self._awaited, self._end_why = f"step {step} to be durable", f"step {step} was not durable in time"
-        if self._grace is None:
-            self._end_at = None
+        self._ending.saving(step)
 
     def leave(self, step: int | None, problem: str) -> NoReturn:
         """Wait until all ranks are done here, and raise `Preempted`; `step` was saved, or `problem` says why not."""
-        self._awaited, self._end_why = "the process to end", "the process did not end by itself"
+        self._ending.leaving()
         with contextlib.suppress(CheckpointError):
             self._depart()
-        raise self._preempted(step, problem)
+        # Handlers stay until the process has ended: the launcher sends SIGTERM to all as soon as the first has.
+        self._leaving_since = time.monotonic()
+        at_exit(ignore)
+        raise self._ending.preempted(step, problem)
 
     def _depart(self) -> None:
         if self._agreement is None:
@@ -157,31 +155,9 @@ class Watch:
         self._comm.barrier(seconds)
         self._leaving_since = time.monotonic()
         self._agreement.depart(seconds)
-        if self._folder is not None and self._rank == 0:
+        if self._folder is not None and self._comm.rank == 0:
             storage, directory = self._folder
             storage.delete_tree(directory)
-
-    def _preempted(self, step: int | None, problem: str) -> Preempted:
-        # Handlers stay until the process has ended: the launcher sends SIGTERM to all as soon as the first has.
-        self._leaving_since = time.monotonic()
-        at_exit(ignore)
-        code = self._preemption.exit_code
-        stands = self._stands()
-        if step is not None:
-            message = f"{self._reason}: step {step} is saved; exiting with code {code}"
-        else:
-            message = f"{self._reason}: {problem}; {_standing(stands)}; exiting with code {code}"
-        if self._rank == 0:
-            _log.warning("%s", message)
-        if (thread := threading.current_thread()) is not threading.main_thread():
-            _log.warning(
-                "%s: Preempted is raised in the thread %s and ends that thread only: catch it there, and let the main "
-                "thread end the process with code %d",
-                self._name,
-                thread.name,
-                code,
-            )
-        return Preempted(message, code, step)
 
     def close(self, failed: bool = False) -> None:
         """Give the signals back and end the threads, except where the process is on its way out.
@@ -235,6 +211,7 @@ class Watch:
         """Let go in a forked process."""
         # New ones: a thread that is not here may have held the locks of the old.
         self._closed, self._changed = threading.Event(), threading.Condition()
+        self._ending.forked()
         self._closed.set()
         self._limit = None
         _living.discard(self)
@@ -246,19 +223,20 @@ class Watch:
         shared = is_shared(number)
         if self._leaving_since is not None:
             if now - self._leaving_since > _LEAVING and not shared:
-                self._end(f"{name} came again", 128 + number)
+                self._ending.end(f"{name} came again", 128 + number)
             return
         first = self._arrived.setdefault(number, now)
         if first == now:
-            self._ask(f"{name} on rank {self._rank}")
+            self._ask(f"{name} on rank {self._comm.rank}")
         elif now - first > _REPEATED and not shared:
-            self._end(f"{name} came again", 128 + number)
+            self._ending.end(f"{name} came again", 128 + number)
 
     def _ask(self, reason: str) -> None:
         """Have all ranks end: from the watching threads, which must not wait for the store."""
         grace = self._preemption.grace
         self._bound(reason, grace)
-        if self._agreement is None:
+        agreement = self._agreement
+        if agreement is None:
             with self._changed:
                 if self._verdict is not None:
                     return
@@ -266,26 +244,19 @@ class Watch:
                 verdict = Verdict("stop", self._limit)
             self._conclude(verdict)
         else:
-            self._start("ask", self._request, Request(reason, grace))
+            self._start("ask", self._request, agreement, Request(reason, grace))
 
-    def _request(self, request: Request) -> None:
-        assert self._agreement is not None
+    def _request(self, agreement: Agreement, request: Request) -> None:
         try:
             if self._lost:
                 raise CheckpointError("the job's store is gone")
-            self._agreement.request(request)
+            agreement.request(request)
         except CheckpointError as error:
             self._conclude(Verdict("failed", why=str(error)))
 
     def _bound(self, reason: str, grace: float | None) -> None:
-        """Note why the job ends, and until when; the first word counts."""
-        with self._changed:
-            if self._reason:
-                return
-            self._reason, self._grace = reason, grace
-            left = self._timeout if grace is None else grace - self._preemption.margin
-            self._end_at = time.monotonic() + left
-        self._start("deadline", self._watch_deadline)
+        if self._ending.bound(reason, grace):
+            self._start("deadline", self._watch_deadline)
 
     def _watch_deadline(self) -> None:
         """Say what is waited for, and end the process when its time is over."""
@@ -293,25 +264,15 @@ class Watch:
         while (left := self.left) is not None:
             now = time.monotonic()
             if left <= 0 and self._subscription is not None:
-                # Without a grace period nobody has asked for more than what the signal does by itself.
-                own = next(iter(self._arrived), None)
-                self._end(self._end_why, None if self._grace is not None or own is None else 128 + own)
-            if now - told >= _TELL_SECONDS and (self._rank == 0 or self._arrived):
+                self._ending.overdue(next(iter(self._arrived), None))
+            if now - told >= _TELL_SECONDS and (self._comm.rank == 0 or self._arrived):
                 told = now
-                _log.warning(
-                    "%s: waiting for %s since %.0f s; the process is ended in %.0f s",
-                    self._reason,
-                    self._awaited,
-                    now - begun,
-                    max(0.0, left),
-                )
+                self._ending.tell(now - begun, left)
             if self._closed.wait(min(1.0, left) if left > 0 else 1.0):
                 return
 
-    def _agree(self) -> None:
+    def _agree(self, agreement: Agreement) -> None:
         """Wait for the word of any rank, and agree with all others on the step."""
-        agreement = self._agreement
-        assert agreement is not None
         request = None
         try:
             request = agreement.wait()
@@ -322,7 +283,7 @@ class Watch:
                 self._limit = self._calls + 1
                 limit = Limit(self._limit)
             agreement.publish(limit)
-            verdict = agreement.decide() if self._rank == 0 else agreement.hear()
+            verdict = agreement.decide() if self._comm.rank == 0 else agreement.hear()
         except CheckpointError as error:
             self._lost = True
             if request is None and not self._arrived:
@@ -337,12 +298,12 @@ class Watch:
             self._changed.notify_all()
         if verdict.kind == "failed" and self._subscription is not None:
             self._end_disagreed(verdict)
-        if verdict.kind == "stop" and self._rank == 0:
+        if verdict.kind == "stop" and self._comm.rank == 0:
             which = "the next" if calls == 1 else f"the {calls}th from now on"
-            _log.warning("%s: all ranks save the same step, %s of rank 0, and end", self._reason, which)
+            _log.warning("%s: all ranks save the same step, %s of rank 0, and end", self._ending.reason, which)
 
     def _end_disagreed(self, verdict: Verdict) -> NoReturn:
-        self._end(f"the ranks could not agree on a step: {verdict.why}")
+        self._ending.end(f"the ranks could not agree on a step: {verdict.why}")
 
     def _watch_file(self, path: str) -> None:
         """Rank 0: look for the file once a second; a thread of its own, since a file system may hang."""
@@ -356,24 +317,6 @@ class Watch:
             elif found != before and self._subscription is not None:
                 self._ask(f"the file {path}")
                 return
-
-    def _end(self, why: str, code: int | None = None) -> NoReturn:
-        """End the process here and now, from whatever thread: its main thread may be anywhere."""
-        code = self._preemption.exit_code if code is None else code
-        # Another thread may hold the lock of the log or of a stream, for ever: the words get a second.
-        words = threading.Thread(target=self._last_words, args=(why, code), name="ckptengine-end", daemon=True)
-        with contextlib.suppress(RuntimeError):
-            words.start()
-            words.join(_LAST_WORDS_SECONDS)
-        os._exit(code)
-
-    def _last_words(self, why: str, code: int) -> None:
-        if self._rank == 0 or "rank 0" in why or code != self._preemption.exit_code:
-            stands = _standing(self._stands())
-            _log.error("%s: %s; %s; rank %d ends with code %d", self._reason, why, stands, self._rank, code)
-        for stream in (sys.stdout, sys.stderr):
-            with contextlib.suppress(Exception):
-                stream.flush()
 
 
 class _FolderStore(StorageStore):
@@ -401,10 +344,6 @@ def _act(numbers: list[int]) -> None:
     for number in numbers:
         _log.warning("%s came when the job was done: it acts now", signal.Signals(number).name)
         os.kill(os.getpid(), number)
-
-
-def _standing(step: int | None) -> str:
-    return "nothing is committed yet" if step is None else f"step {step} is the last one committed"
 
 
 def _identity(path: str) -> tuple[int, int] | None:

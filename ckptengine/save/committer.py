@@ -7,6 +7,7 @@ import errno
 import logging
 import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 
 from ckptengine.archive.image import BLOCK_NBYTES
@@ -18,11 +19,13 @@ from ckptengine.catalog.manifest import Manifest
 from ckptengine.catalog.receipt import Channel, Outcome, Receipt, StorageStore, collect
 from ckptengine.comm.base import Communicator
 from ckptengine.errors import CheckpointError, DeadlineError, ReplicaMismatchError, SaveFailedError, StorageError
+from ckptengine.save.archive import Archived, Writer
 from ckptengine.save.aside import Aside
+from ckptengine.save.attempt import Attempt, Committed, Target, Work
 from ckptengine.save.coordinator import Coordinator
 from ckptengine.save.handle import SaveStats
-from ckptengine.save.job import Job, Target
 from ckptengine.save.planner import Plan
+from ckptengine.save.shares import Shares
 from ckptengine.schema.ranks import name_ranks
 from ckptengine.storage.base import join
 
@@ -41,13 +44,21 @@ _log = logging.getLogger("ckptengine")
 
 
 @dataclass(frozen=True, slots=True)
+class _Part:
+    """What a rank has done for an attempt: its receipt, the archive or what kept it from one, and when it was ready."""
+
+    receipt: Receipt
+    archive: Archived | Exception
+    ready: float
+
+
+@dataclass(frozen=True, slots=True)
 class _Open:
     """A save whose end another rank may not know: rank 0's word of it, or this rank's doubt."""
 
-    job: Job
+    attempt: Attempt
     channel: Channel
-    receipt: Receipt
-    began: float
+    part: _Part
     outcome: Outcome | None = None
     ranks: tuple[int, ...] = ()
     asked: bool = False
@@ -57,21 +68,22 @@ class _Open:
 class Committer:
     """Has this rank's archives written and, on rank 0, commits everybody's. Works in the thread of one save at a time.
 
-    `write` makes an archive of a job in its attempt's directory, and returns the record. `plan_together` is called
-    where the ranks are to exchange their plans at the next save, which all of them know from the same outcome. `tier`
-    tells this committer's messages from those of another one that commits the same attempt elsewhere.
+    `write` makes an attempt's archive. `plan_together` is called where the ranks are to exchange their plans at the
+    next save, which all of them know from the same outcome. `tier` tells this committer's messages from those of
+    another one that commits the same attempt elsewhere.
     """
 
     def __init__(
         self,
         comm: Communicator,
-        write: Callable[[Job, str], ArchiveRecord],
+        write: Writer,
         plan_together: Callable[[], None],
         tier: str = "",
     ) -> None:
         self._comm, self._write_archive, self._plan_together, self._tier = comm, write, plan_together, tier
-        self._coordinator = Coordinator(comm.world_size) if comm.rank == 0 else None
+        self._coordinator = Coordinator(comm.world_size)  # at work on rank 0
         self._reported: Plan | None = None  # whose rows rank 0 has
+        self._reported_form: tuple[Shares, str] | None = None  # and what it knows of the form since that exchange
         self._open: _Open | None = None
         self._given_up: set[str] = set()  # attempts whose publication failed; it may have come all the same
         self._places: list[Channel] = []  # rank 0: of failed attempts, of which a rank may not know
@@ -141,10 +153,10 @@ class Committer:
                 self._plan_together()  # as the others do, who are at it
                 return
             raise DeadlineError(
-                f"rank 0 has not said within {timeout:g} s how the save before ended, {open_.job.target.location}"
+                f"rank 0 has not said within {timeout:g} s how the save before ended, {open_.attempt.target.location}"
             )
         self._heard(open_, outcome)
-        if outcome.error and directory == outcome.directory != open_.job.target.directory:
+        if outcome.error and directory == outcome.directory != open_.attempt.target.directory:
             raise SaveFailedError(f"rank 0 has left a save out, and this one has failed: {outcome.error}")
 
     @property
@@ -152,7 +164,7 @@ class Committer:
         """Whether this rank knows that the save about which the ranks have to come to one mind is committed."""
         if self._open is None:
             return False
-        durable = self._open.job.handle.durable
+        durable = self._open.attempt.handle.durable
         return durable.done() and durable.error is None
 
     def _ask(self, open_: _Open, timeout: float) -> tuple[Outcome | None, bool]:
@@ -167,47 +179,58 @@ class Committer:
 
     def _heard(self, open_: _Open, outcome: Outcome) -> None:
         """Take the outcome of a save that was in doubt."""
-        job = open_.job
+        attempt = open_.attempt
         if outcome.plan_together and not open_.asked:
             self._plan_together()
         if outcome.error:
-            self._reported = None
+            self._reported = self._reported_form = None
             return
-        self._copy_manifest(job, open_.channel)
-        if job.handle.durable.error is not None:
+        self._copy_manifest(attempt, open_.channel)
+        if attempt.handle.durable.error is not None:
             _log.warning(
                 "%s is committed: rank %d had not heard of that in time, and had told it as failed",
-                job.target.location,
+                attempt.target.location,
                 self._comm.rank,
             )
-            job.error = None
-            job.handle.durable.correct(self._stats(job, open_.receipt, open_.began))
+            attempt.handle.durable.correct(_stats(attempt, open_.part))
 
-    def commit(self, job: Job) -> SaveStats:
-        """Bring a snapshot to the storage and through the commit; returns when the outcome is known."""
-        target = job.target
-        data = attempt_directory(target.directory, job.attempt)
+    def commit(self, attempt: Attempt, held: ExitStack) -> tuple[Committed, SaveStats]:
+        """Bring a snapshot to the storage and through the commit; returns when the outcome is known.
+
+        `held` is closed by the caller, after it has told the outcome: it lets go of the attempt's lease. Raises what
+        has kept this rank from its archive, or what rank 0 says.
+        """
+        target = attempt.target
+        data = attempt_directory(target.directory, attempt.name)
         store = self._comm.store() or StorageStore(*(target.rendezvous or (target.storage, data)))
-        channel = Channel(store, job.attempt + self._tier, self._comm.rank, self._comm.world_size)
+        channel = Channel(store, attempt.name + self._tier, self._comm.rank, self._comm.world_size)
+        part: _Part | None = None
         try:
             if self._tells_place:
                 with contextlib.suppress(CheckpointError):  # only a rank that leaves this out would miss it
                     channel.enter(target.directory)
-            if self._comm.rank != 0:
-                receipt, outcome, began = self._follow(job, data, channel)
+            aside = Aside(lambda: self._begin(attempt, data, held))
+            part = self._write(attempt, data)
+            if self._comm.rank == 0:
+                outcome, manifest = self._coordinate(attempt, data, channel, part, aside, held)
             else:
-                receipt, outcome, began = self._coordinate(job, data, channel)
+                aside.settle()
+                outcome, manifest = self._follow(attempt, channel, part), None
         except BaseException:
-            self._reported = None  # whether rank 0 has the rows is not known
+            self._reported = self._reported_form = None  # whether rank 0 has the rows is not known
+            if part is not None and isinstance(part.archive, Exception):
+                raise part.archive from part.archive.__cause__
             raise
         if self._comm.rank == 0 and self._tells_place:
             self._leave(channel, outcome)
         if outcome.plan_together:
             self._plan_together()
         if outcome.error:
-            self._reported = None
+            self._reported = self._reported_form = None
+            if isinstance(part.archive, Exception):
+                raise part.archive
             raise _KINDS.get(outcome.kind, SaveFailedError)(f"{target.location} was not committed: {outcome.error}")
-        return self._stats(job, receipt, began)
+        return Committed(target.directory, attempt.generation, attempt.name, manifest), _stats(attempt, part)
 
     def _leave(self, channel: Channel, outcome: Outcome) -> None:
         """Rank 0: forget where attempts went, once all ranks have come to a later one, or to the end of this."""
@@ -216,120 +239,111 @@ class Committer:
             while self._places:
                 self._places.pop().leave()
 
-    @staticmethod
-    def _stats(job: Job, receipt: Receipt, began: float) -> SaveStats:
-        assert receipt.archive is not None
-        job.phase("commit", began)
-        target = job.target
-        return SaveStats(
-            step=target.step,
-            path=target.location,
-            nbytes=receipt.archive.nbytes,
-            waited_seconds=job.waited,
-            stall_seconds=job.stall,
-            written_seconds=next(phase.seconds for phase in job.phases if phase.name == "write"),
-            durable_seconds=time.monotonic() - job.started,
-            phases=tuple(sorted(job.phases, key=lambda phase: phase.began)),
-        )
-
-    def _follow(self, job: Job, data: str, channel: Channel) -> tuple[Receipt, Outcome, float]:
-        """Another rank than 0: write, send the receipt, hear how it ended; the first of a node keeps its manifest."""
-        aside = Aside(lambda: self._hold(job, data))
-        receipt, began = self._write(job, data), time.monotonic()
-        aside.settle()
+    def _follow(self, attempt: Attempt, channel: Channel, part: _Part) -> Outcome:
+        """Another rank than 0: send the receipt, hear how it ended; the first of a node keeps its manifest."""
         try:
-            channel.send(receipt)
-            outcome = channel.outcome(job.deadline)
+            channel.send(part.receipt)
+            outcome = channel.outcome(attempt.deadline)
         except CheckpointError:
             # Also a receipt that could not be sent may have come to rank 0. What came of it is asked for before the
             # next save: the ranks must do the same then.
-            self._open = _Open(job, channel, receipt, began)
+            self._open = _Open(attempt, channel, part)
             # Rank 0 may have published and then lost its voice: our own attempt in the manifest means success.
-            if receipt.error or not self._published(job):
+            if part.receipt.error or not self._published(attempt):
                 raise
             outcome = Outcome()
         if not outcome.error:
-            self._copy_manifest(job, channel)
-        return receipt, outcome, began
+            self._copy_manifest(attempt, channel)
+        return outcome
 
-    def _copy_manifest(self, job: Job, channel: Channel) -> None:
+    def _copy_manifest(self, attempt: Attempt, channel: Channel) -> None:
         """Give this node its copy of the manifest, where this rank acts for a node that does not see the storage."""
-        if not job.target.leads:
+        if not attempt.target.leads:
             return
         try:
             manifest = channel.handed()
             if manifest is not None:
-                name = join(job.target.directory, manifest_name(job.generation))
-                job.target.storage.put_if_absent(name, manifest)
+                name = join(attempt.target.directory, manifest_name(attempt.generation))
+                attempt.target.storage.put_if_absent(name, manifest)
         except CheckpointError as problem:
-            _log.warning("%s: this node's copy of the manifest is missing: %s", job.target.location, problem)
+            _log.warning("%s: this node's copy of the manifest is missing: %s", attempt.target.location, problem)
 
-    def _hold(self, job: Job, data: str) -> None:
-        """Show that the attempt is alive, where this rank is the first that sees the storage."""
-        if job.target.leads:
-            job.held.enter_context(Lease(job.target.storage, data))
+    def _begin(self, attempt: Attempt, data: str, held: ExitStack) -> ArchiveRecord | None:
+        """Show that the attempt is alive, where this rank is the first that sees the storage; rank 0 also prepares."""
+        if self._comm.rank == 0:
+            return self._prepare(attempt, data, held)
+        if attempt.target.leads:
+            held.enter_context(Lease(attempt.target.storage, data))
+        return None
 
-    def _published(self, job: Job) -> bool:
-        entry = Entry(step=job.target.step, generation=job.generation, directory=job.target.directory)
+    def _published(self, attempt: Attempt) -> bool:
+        target = attempt.target
+        entry = Entry(step=target.step, generation=attempt.generation, directory=target.directory)
         try:
-            return read_manifest(job.target.storage, entry).attempt == job.attempt
+            return read_manifest(target.storage, entry).attempt == attempt.name
         except CheckpointError:
             return False
 
-    def _write(self, job: Job, data: str) -> Receipt:
-        """Write this rank's archive; what goes wrong is in the receipt, and in `job.error`."""
-        rank = self._comm.rank
+    def _write(self, attempt: Attempt, data: str) -> _Part:
+        """Write this rank's archive; what goes wrong is in what is returned."""
         try:
-            if job.error is not None:
-                raise job.error
-            assert job.plan is not None
-            assert job.values is not None
-            record = self._write_archive(job, data)
+            if isinstance(attempt.work, Exception):
+                raise attempt.work
+            plan, values = attempt.work.plan, attempt.work.values
+            archived = self._write_archive(attempt, plan.image, data)
+            stored = archived.snapshot.tail.stored
+            receipt = Receipt(
+                rank=self._comm.rank,
+                archive=archived.record,
+                value_paths=plan.shares.compared(values.paths),
+                digests=values.digests,
+                stores=plan.shares.stores and bool(stored.document),
+                fresh=stored.fresh,
+                form_digest=stored.form_digest,
+                form=b"" if self._reported_form == (plan.shares, stored.form_digest) else stored.form,
+                replica_crcs=archived.snapshot.replica_crcs,
+                rows=b"" if self._reported is plan else plan.rows.encode(),
+                alone=plan.alone,
+                directory=attempt.target.directory,
+            )
         except Exception as problem:
-            job.error = problem
-            return Receipt(rank, None, error=f"{problem}" or type(problem).__name__)
-        finally:
-            job.feed.give_up()
-        rows = b"" if self._reported is job.plan else job.plan.rows.encode()
-        receipt = Receipt(
-            rank=rank,
-            archive=record,
-            value_paths=job.values.paths,
-            digests=job.values.digests,
-            replica_crcs=job.replica_crcs,
-            rows=rows,
-            alone=job.plan.alone,
-            directory=job.target.directory,
-        )
-        self._reported = job.plan
-        return receipt
+            receipt = Receipt(self._comm.rank, None, error=f"{problem}" or type(problem).__name__)
+            return _Part(receipt, problem, time.monotonic())
+        self._reported, self._reported_form = plan, (plan.shares, stored.form_digest)
+        return _Part(receipt, archived, time.monotonic())
 
-    def _coordinate(self, job: Job, data: str, channel: Channel) -> tuple[Receipt, Outcome, float]:
-        """Rank 0: write, collect, compare, publish; whatever happens, all ranks hear of it."""
-        target, storage = job.target, job.target.storage
-        receipt, began = Receipt(0, None, error="it did not come to write"), time.monotonic()
-        doubtful = False
-        aside = Aside(lambda: self._prepare(job, data))
+    def _coordinate(
+        self,
+        attempt: Attempt,
+        data: str,
+        channel: Channel,
+        part: _Part,
+        aside: Aside[ArchiveRecord | None],
+        held: ExitStack,
+    ) -> tuple[Outcome, Manifest | None]:
+        """Rank 0: collect, compare, publish; whatever happens, all ranks hear of it. Return what was published."""
+        target, storage = attempt.target, attempt.target.storage
+        doubtful, manifest = False, None
         try:
-            assert self._coordinator is not None
-            receipt, began = self._write(job, data), time.monotonic()
-            receipts = collect(channel, receipt, job.deadline)
+            receipts = collect(channel, part.receipt, attempt.deadline)
             early = aside.result()
-            layout, layout_record = self._coordinator.layout(receipts)
+            assert isinstance(attempt.work, Work)  # else this rank's receipt has told an error
+            layout, layout_record, value_ranks = self._coordinator.put_together(receipts, attempt.work.plan.shares)
             if early != layout_record:
                 storage.write_bytes(join(data, layout_record.name), layout)
             manifest = Manifest(
                 step=target.step,
-                generation=job.generation,
+                generation=attempt.generation,
                 parent=target.parent,
-                attempt=job.attempt,
+                attempt=attempt.name,
                 world_size=self._comm.world_size,
                 block_nbytes=BLOCK_NBYTES,
                 archives=tuple(item.archive for item in receipts if item.archive is not None),
                 layout=layout_record,
                 metadata=dict(target.metadata),
                 metrics=dict(target.metrics),
-                created=job.created,
+                created=attempt.created,
+                value_ranks=value_ranks,
             )
             doubtful = True
             site = target.site
@@ -343,7 +357,7 @@ class Committer:
             kind = type(problem).__name__
             code = problem.errno if doubtful and isinstance(problem, StorageError) else None
             if code is not None:
-                self._given_up.add(job.attempt)
+                self._given_up.add(attempt.name)
             # A store that did not answer may still carry it out: then the data must be there. Swept later if not.
             doubtful = code == errno.ETIMEDOUT
             outcome = Outcome(f"{problem}" or kind, plan_together=True, kind=kind, directory=target.directory)
@@ -352,12 +366,12 @@ class Committer:
             # What is published is durable, whoever hears of it. They are told once more before the next save.
             why = next(iter(untold.values()))
             _log.warning("%s: %s could not be told how the save ended: %s", target.location, name_ranks(untold), why)
-            self._open = _Open(job, channel, receipt, began, outcome, tuple(untold))
+            self._open = _Open(attempt, channel, part, outcome, tuple(untold))
         if outcome.error:
-            job.held.close()
+            held.close()
             if not doubtful:
-                self._discard(job, data, channel)
-        return receipt, outcome, began
+                self._discard(attempt, data, channel)
+        return outcome, manifest
 
     def _hand_out(self, target: Target, manifest: Manifest, channel: Channel, leaders: Sequence[int]) -> None:
         try:
@@ -366,34 +380,51 @@ class Committer:
             # What is published is durable, whoever has a copy.
             _log.warning("%s: other nodes got no copy of the manifest: %s", target.location, problem)
 
-    def _prepare(self, job: Job, data: str) -> ArchiveRecord | None:
+    def _prepare(self, attempt: Attempt, data: str, held: ExitStack) -> ArchiveRecord | None:
         """Take the lease, and write the layout that this save will have unless the receipts bring other rows.
 
         Returns the record of that layout. All of it goes on while the state is copied and the archive written.
         """
-        storage = job.target.storage
+        storage = attempt.target.storage
         storage.make_directory(data)
-        job.held.enter_context(Lease(storage, data))
-        assert self._coordinator is not None
+        held.enter_context(Lease(storage, data))
         expected = self._coordinator.expected()
         if expected is None:
             return None
         storage.write_bytes(join(data, expected[1].name), expected[0])
         return expected[1]
 
-    def _discard(self, job: Job, data: str, channel: Channel) -> None:
+    def _discard(self, attempt: Attempt, data: str, channel: Channel) -> None:
         """Give back the room that a failed attempt takes, once no rank writes into it: the next one may need it."""
-        target, storage = job.target, job.target.storage
-        deadline = min(job.deadline, time.monotonic() + _DRAIN_SECONDS)
+        target, storage = attempt.target, attempt.target.storage
+        deadline = min(attempt.deadline, time.monotonic() + _DRAIN_SECONDS)
         try:
             if not channel.drain(deadline):
                 return  # a rank may still be writing, or is dead: swept as a leftover
             if self._comm.store() is None and not channel.heard(deadline):
                 return  # the outcome lies in there
             # A publication whose own sync failed may have come all the same.
-            if not storage.exists(join(target.directory, manifest_name(job.generation))):
+            if not storage.exists(join(target.directory, manifest_name(attempt.generation))):
                 storage.delete_tree(data)
                 if target.directory:
                     storage.remove_directory(target.directory)
         except CheckpointError as problem:
             _log.warning("%s: what the failed save left is swept later: %s", target.location, problem)
+
+
+def _stats(attempt: Attempt, part: _Part) -> SaveStats:
+    """Return what this rank has seen of a save that is committed, now; raises what kept it from its archive."""
+    if isinstance(part.archive, Exception):
+        raise part.archive
+    commit, snapshot = attempt.phase("commit", part.ready), part.archive.snapshot
+    phases = (*attempt.phases, snapshot.copied, part.archive.written, commit)
+    return SaveStats(
+        step=attempt.target.step,
+        path=attempt.target.location,
+        nbytes=part.archive.record.nbytes,
+        waited_seconds=attempt.waited,
+        stall_seconds=snapshot.stall,
+        written_seconds=part.archive.written.seconds,
+        durable_seconds=time.monotonic() - attempt.started,
+        phases=tuple(sorted(phases, key=lambda phase: phase.began)),
+    )

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
+import logging
 import secrets
-import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -20,20 +19,29 @@ from ckptengine.layout.holdings import Holding, holdings_of
 from ckptengine.layout.rank_rows import RankRows
 from ckptengine.layout.survey import Boxes, Table, by_path, decode_boxes, encode_boxes, survey_of, table_of
 from ckptengine.save.reading import Reading, Structure
-from ckptengine.save.replicas import ReplicaCheck, compare_replicas, decode_crcs, encode_crcs, replica_crcs
-from ckptengine.save.values import StoredValues, compare_values
-from ckptengine.schema.path import Path
+from ckptengine.save.replicas import (
+    ReplicaCheck,
+    compare_replicas,
+    decode_crcs,
+    encode_crcs,
+    replica_crcs,
+    with_aliases,
+)
+from ckptengine.save.shares import Shares, decode_said, encode_said, share_out
+from ckptengine.save.some_ranks import check_nesting, on_some_ranks
+from ckptengine.save.values import StoredValues
 
 __all__ = ["Plan", "Planner"]
 
-_PATHS_NBYTES = struct.Struct("<Q")
+_log = logging.getLogger("ckptengine")
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
     """What one rank writes of a state of one structure.
 
-    `image` is its archive, `rows` say where in it each box lies. `alone` says that the other ranks don't know it.
+    `image` is its archive, `rows` say where in it each box lies, `shares` which shared values it stores. `alone` says
+    that the other ranks don't know it.
     """
 
     structure: Structure
@@ -41,6 +49,7 @@ class Plan:
     assigned: tuple[Assigned, ...]
     image: Image
     rows: RankRows
+    shares: Shares
     alone: bool
 
 
@@ -51,6 +60,8 @@ class Planner:
         self._comm = comm
         self._plan: Plan | None = None
         self._together = True
+        self._shares: Shares | None = None
+        self._told: str = ""
         self._session = ""
         self._attempts = 0
         self.compared = False
@@ -134,18 +145,24 @@ class Planner:
             try:
                 mine = tuple(by_path(holdings_of(reading.leaves), rank))
                 check_own(mine, rank)
-                crcs = encode_crcs(replica_crcs(reading.leaves)) if compare else b""
-                said = [_packed_values(values), table_of(mine, rank, world_size).encode(), crcs]
+                crcs = b""
+                if compare:
+                    crcs = encode_crcs(with_aliases(replica_crcs(reading.leaves), reading.plain.aliases))
+                said = [encode_said(values), table_of(mine, rank, world_size).encode(), crcs]
             except Exception as problem:
                 error = problem
         agree(self._comm, error, timeout, "taking the state apart")
         token = secrets.token_hex(6).encode() if rank == 0 else b""
-        tokens, (distinct_values, tables, replicas) = gather_distinct(self._comm, token, said, timeout)
+        tokens, (words, tables, replicas) = gather_distinct(self._comm, token, said, timeout)
         self._session, self._attempts = tokens[0].decode(), 0
-        if len(distinct_values.documents) > 1:
-            unpacked = [_unpacked_values(document) for document in distinct_values.documents]
-            compare_values([unpacked[number] for number in distinct_values.of_rank])
+        assert values is not None
+        said_of = [decode_said(document) for document in words.documents] if len(words.documents) > 1 else []
+        self._shares = share_out(rank, values, said_of, words.of_rank)
         survey = survey_of([Table.decode(table) for table in tables.documents], np.asarray(tables.of_rank, np.int64))
+        if said_of or any(group.holders.size < world_size for group in survey.groups):
+            paths_of = [one.paths for one in said_of] or [values.paths]
+            check_nesting({head.path for head, _ in survey.leaves}, paths_of)
+            self._tell(on_some_ranks(survey, paths_of, words.of_rank) if rank == 0 else None)
         boxes: Mapping[int, Boxes] = {}
         if survey.told:
             boxes = decode_boxes(survey, self._comm.all_gather(encode_boxes(survey, mine), timeout))
@@ -160,7 +177,14 @@ class Planner:
     ) -> Plan:
         rank = self._comm.rank
         image = plan_image(archive_name(rank), rank, assigned)
-        return Plan(structure, holdings, tuple(assigned), image, rows_of(image, assigned, rank), alone)
+        assert self._shares is not None
+        return Plan(structure, holdings, tuple(assigned), image, rows_of(image, assigned, rank), self._shares, alone)
+
+    def _tell(self, found: tuple[int, str] | None) -> None:
+        """Log once what only some ranks have."""
+        if found is not None and found[1] != self._told:
+            self._told = found[1]
+            _log.log(*found)
 
 
 def rows_of(image: Image, assigned: list[Assigned], rank: int) -> RankRows:
@@ -169,14 +193,3 @@ def rows_of(image: Image, assigned: list[Assigned], rank: int) -> RankRows:
     for chunk in image.chunks:
         position[chunk.order] = chunk.position
     return RankRows.of(rank, assigned, position)
-
-
-def _packed_values(values: StoredValues) -> bytes:
-    """Return the paths of the plain values and their digests as one document."""
-    paths = json.dumps([list(path) for path in values.paths]).encode()
-    return _PATHS_NBYTES.pack(len(paths)) + paths + values.digests
-
-
-def _unpacked_values(document: bytes) -> tuple[tuple[Path, ...], bytes]:
-    end = _PATHS_NBYTES.size + _PATHS_NBYTES.unpack_from(document)[0]
-    return tuple(tuple(path) for path in json.loads(document[_PATHS_NBYTES.size : end])), document[end:]

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 from ckptengine.schema.leaf import ArrayLeaf, Part
-from ckptengine.schema.path import Path
+from ckptengine.schema.path import Path, dotted
 from ckptengine.state.asked import Asked
 from ckptengine.state.kinds import Inspector
 from ckptengine.state.trace import Trace
 from ckptengine.state.tree import FlatState, flatten_traced
 
 __all__ = ["Reading", "StateReader", "Structure", "structure_of"]
+
+_log = logging.getLogger("ckptengine")
 
 Structure = tuple[tuple[Any, ...], ...]
 """What of a state a plan depends on: everything but addresses and bytes."""
@@ -66,6 +69,20 @@ class StateReader:
         self._trace: Trace | None = None
         self._plain: FlatState | None = None
         self._structure: Structure = ()
+        self._told_empty: set[Path] = set()
+
+    def forget(self) -> None:
+        """Walk the next state from the beginning, as in a forked process."""
+        self._trace, self._plain, self._structure = None, None, ()
+
+    def tell_empty(self, reading: Reading, rank: int) -> None:
+        """Log once, on rank 0, what has nothing to save: who put it into the state may have expected otherwise."""
+        new = {path: kind for path, kind in reading.plain.empty.items() if path not in self._told_empty}
+        self._told_empty.update(new)
+        if new and rank == 0:
+            names = ", ".join(f"{dotted(path)} ({kind})" for path, kind in list(new.items())[:8])
+            more = f" and {len(new) - 8} more" if len(new) > 8 else ""
+            _log.warning("nothing of %s%s is saved: its state_dict() is empty", names, more)
 
     def read(self, state: Mapping[str, Any]) -> Reading:
         """Return a reading; raises `StateError` naming what can't be saved.
@@ -83,13 +100,11 @@ class StateReader:
 
     def _read(self, state: Mapping[str, Any], asked: Asked) -> Reading:
         trace, self._trace = self._trace, None  # where it raises, the next reading walks
-        again = None if trace is None else trace.again(state, asked)
-        if again is None:
+        before = self._plain
+        if trace is None or before is None or (again := trace.again(state, asked)) is None:
             return self._walk(state, asked)
-        assert trace is not None
-        assert self._plain is not None
         self._trace = trace
-        plain = replace(self._plain, values=again.values, rank_values=again.rank_values)
+        plain = replace(before, values=again.values, rank_values=again.rank_values)
         return Reading(state, plain, self._structure, None, again.moved, trace, again.tensors, asked)
 
     def _walk(self, state: Mapping[str, Any], asked: Asked) -> Reading:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from enum import Enum
 from functools import lru_cache
 from typing import Any
@@ -16,12 +16,20 @@ from ckptengine.archive.image import BLOCK_NBYTES
 from ckptengine.errors import ReplicaMismatchError, SaveFailedError
 from ckptengine.native.tables import CopyPlan, copy_row
 from ckptengine.schema.dtypes import DTYPES
-from ckptengine.schema.leaf import ArrayLeaf, HostMemory, Placement
+from ckptengine.schema.leaf import ArrayLeaf, HostMemory, Part, Placement
 from ckptengine.schema.path import Path, dotted
 from ckptengine.schema.ranks import name_ranks
 from ckptengine.snapshot.threads import copy_threads
 
-__all__ = ["ReplicaCheck", "compare_replicas", "decode_crcs", "encode_crcs", "replica_check", "replica_crcs"]
+__all__ = [
+    "ReplicaCheck",
+    "compare_replicas",
+    "decode_crcs",
+    "encode_crcs",
+    "replica_check",
+    "replica_crcs",
+    "with_aliases",
+]
 
 Crcs = tuple[tuple[Path, int], ...]
 """Path and CRC32 of each replicated array that a rank holds."""
@@ -52,6 +60,8 @@ def replica_check(value: str | bool) -> ReplicaCheck:
 def replica_crcs(leaves: Iterable[ArrayLeaf]) -> Crcs:
     """Return path and a CRC32 of each replicated array, of its bytes in C order; reads every byte of them.
 
+    So too of each box of an array that is split by hand, with the box as a last key: ranks may have the same ones.
+
     It is the CRC32 of the CRC32s of the array's blocks. What lies in host memory is read in one call of the C core, by
     its threads.
     """
@@ -59,10 +69,7 @@ def replica_crcs(leaves: Iterable[ArrayLeaf]) -> Crcs:
     rows = []
     blocks = [0]
     in_host: list[Path] = []
-    for leaf in leaves:
-        if leaf.placement is not Placement.REPLICATED or not leaf.parts:
-            continue
-        (part,) = leaf.parts
+    for path, leaf, part in _compared(leaves):
         memory, dtype, shape = part.memory, DTYPES[leaf.dtype], part.box.shape
         if isinstance(memory, HostMemory):
             nbytes, first = part.box.volume * dtype.itemsize, blocks[-1]
@@ -70,11 +77,11 @@ def replica_crcs(leaves: Iterable[ArrayLeaf]) -> Crcs:
             place = (first * BLOCK_NBYTES, nbytes, first)
             rows.append(copy_row(*place, dtype.itemsize, source, shape, shape, memory.strides))
             blocks.append(first - (-nbytes // BLOCK_NBYTES))
-            in_host.append(leaf.path)
+            in_host.append(path)
         else:
             host = np.empty(shape, dtype.numpy)
             memory.copy_to_host(host)
-            found[leaf.path] = _crc_of(host)
+            found[path] = _crc_of(host)
     crcs = np.zeros(blocks[-1], np.uint32)
     plan = CopyPlan.of(rows)
     _native.pack(0, blocks[-1] * BLOCK_NBYTES, plan.ops, plan.index, BLOCK_NBYTES, crcs, copy_threads())
@@ -83,11 +90,27 @@ def replica_crcs(leaves: Iterable[ArrayLeaf]) -> Crcs:
     return tuple(found.items())
 
 
+def _compared(leaves: Iterable[ArrayLeaf]) -> Iterator[tuple[Path, ArrayLeaf, Part]]:
+    for leaf in leaves:
+        if leaf.placement is Placement.REPLICATED and leaf.parts:
+            yield leaf.path, leaf, leaf.parts[0]
+        elif leaf.by_hand:
+            for part in leaf.parts:
+                ends = zip(part.box.offset, part.box.shape, strict=True)
+                yield (*leaf.path, f"[{', '.join(f'{start}:{start + length}' for start, length in ends)}]"), leaf, part
+
+
 def _crc_of(array: np.ndarray[Any, Any]) -> int:
     """Return what `replica_crcs` says of an array, so that a rank may hold its replica in another memory."""
     data = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
     blocks = [_native.crc32(data[start : start + BLOCK_NBYTES]) for start in range(0, data.size, BLOCK_NBYTES)]
     return _native.crc32(np.asarray(blocks, np.uint32))
+
+
+def with_aliases(crcs: Crcs, aliases: Mapping[Path, Path]) -> Crcs:
+    """Return CRCs with those of the further names of tied arrays: on another rank such a name may be an array's own."""
+    of_first = dict(crcs)
+    return (*crcs, *((path, of_first[first]) for path, first in aliases.items() if first in of_first))
 
 
 def encode_crcs(crcs: Crcs) -> bytes:
@@ -137,8 +160,9 @@ def compare_replicas(said: Sequence[tuple[Sequence[int], Crcs]]) -> None:
     more = f"; and {len(differing) - _NAMED} more leaves" if len(differing) > _NAMED else ""
     raise ReplicaMismatchError(
         f"{'; '.join(lines)}{more}. A plain tensor or array that ranks have under one name counts as copies of one, "
-        "of which one is stored. Where each rank has a part of a larger array, pass ckptengine.ShardedArray(local, "
-        "global_shape, offset) or a DTensor; where each has its own, wrap it, or the module and its optimizer, in "
-        "ckptengine.PerRank; where they should be equal, find out why they drifted apart "
+        "of which one is stored. Where each rank has a part of a larger array, say how it is split with "
+        "ckptengine.Sharded(model, {names: ckptengine.Shard(dim, group)}), or pass a DTensor or "
+        "ckptengine.ShardedArray(local, global_shape, offset); where each has its own, wrap it, or the module "
+        "and its optimizer, in ckptengine.PerRank; where they should be equal, find out why they drifted apart "
         "(check_replicas='never' stores one of them unseen)"
     )

@@ -5,12 +5,14 @@ from __future__ import annotations
 import errno
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from ckptengine.catalog.listing import committed, next_generation, read_manifest
 from ckptengine.catalog.retention import remove_leftovers, replace_older
 from ckptengine.errors import CheckpointDamagedError, StorageError
-from ckptengine.save.job import Target
+from ckptengine.save.attempt import Committed, Target
+from ckptengine.save.handle import SaveStats
 from ckptengine.storage.base import Storage
 
 __all__ = ["single_checkpoint"]
@@ -26,27 +28,38 @@ def single_checkpoint(
     `afterwards` is called after that, in the background, and returns what it could not do. A root that holds a run is
     refused by the save, with `StorageError` (EEXIST).
     """
-
-    def claim() -> int:
-        _refuse_run(storage)
-        storage.check_writable()
-        return next_generation(storage)
-
-    def clean_up(generation: int, attempt: str) -> None:
-        problems = [*replace_older(storage, generation), *remove_leftovers(storage)]
-        for problem in (*problems, *(afterwards() if afterwards is not None else ())):
-            _log.warning("%s: %s", storage.location(), problem)
-
     return Target(
         storage=storage,
         directory="",
         step=None,
         parent=None,
         generation=None,
-        claim=claim,
+        owner=_Single(storage, afterwards),
         metadata=dict(metadata or {}),
-        committed=clean_up,
     )
+
+
+@dataclass(frozen=True, slots=True)
+class _Single:
+    """The owner of the one checkpoint at a storage's root."""
+
+    storage: Storage
+    afterwards: Callable[[], Sequence[str]] | None
+
+    def claim(self) -> int:
+        """Return the next generation; raises where a run lies there, or nobody may write."""
+        _refuse_run(self.storage)
+        self.storage.check_writable()
+        return next_generation(self.storage)
+
+    def told(self, done: Committed, stats: SaveStats) -> None:
+        """Do nothing: who saves has the handle."""
+
+    def committed(self, done: Committed) -> None:
+        """Delete what the checkpoint replaces, and what earlier attempts have left."""
+        problems = [*replace_older(self.storage, done.generation), *remove_leftovers(self.storage)]
+        for problem in (*problems, *(self.afterwards() if self.afterwards is not None else ())):
+            _log.warning("%s: %s", self.storage.location(), problem)
 
 
 def _refuse_run(storage: Storage) -> None:

@@ -2,38 +2,51 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from ckptengine.archive.image import group_metadata
 from ckptengine.archive.names import OBJECTS, rank_node
 from ckptengine.errors import ReplicaMismatchError
-from ckptengine.schema.path import Key, Path, dotted, path_order
+from ckptengine.save.form import SharedForm
+from ckptengine.schema.path import Path, dotted, path_order
 from ckptengine.schema.ranks import name_ranks
+from ckptengine.state.outline import Outline
 from ckptengine.state.tree import FlatState
+from ckptengine.state.union import NAMED
 from ckptengine.state.values import digest, encode
 
-__all__ = ["DIGEST_NBYTES", "StoredValues", "compare_values", "stored_values"]
+__all__ = ["DIGEST_NBYTES", "StoredValues", "compare_values", "group_name", "group_path", "said_as", "stored_values"]
 
 DIGEST_NBYTES = 8
+_GROUP_OF = "the group of "
 
 
 @dataclass(frozen=True, slots=True)
 class StoredValues:
     """Typed JSON of one rank: `shared` for the group `objects`, `own` for the rank's group.
 
-    `paths` are the replicated values' paths in order, `digests` their digests of 8 bytes each, concatenated.
+    `paths` are those of what ranks that have it must have the same of, in order: the replicated values, and the
+    hyperparameters of each group of an optimizer (`group_path`); `digests` are 8 bytes for each. `named` are the groups
+    themselves, by the path of their list; or, by the path of each, those that hold tensors, with nothing but the names
+    of their parameters. `form` is how what is shared is built.
     """
 
     shared: dict[str, Any]
     own: dict[str, Any]
     paths: tuple[Path, ...]
     digests: bytes
+    named: Mapping[Path, Any] = field(default_factory=dict)
+    form: SharedForm = field(default_factory=lambda: SharedForm({}, {}, Outline(), {}))
 
-    def entries(self, rank: int) -> list[tuple[str, bytes]]:
-        """Return the archive entries in which this rank stores them: `shared` is written by rank 0."""
-        entries = [(f"{rank_node(rank)}/zarr.json", group_metadata({"ckptengine": self.own}))]
+    def entries(self, rank: int, shared: Mapping[str, Any] | None = None) -> list[tuple[str, bytes]]:
+        """Return the archive entries in which this rank stores them.
+
+        What all ranks share is written by rank 0; `shared` is what another one stores of it, empty: nothing.
+        """
+        own = {**self.own, "shared": shared} if shared else self.own
+        entries = [(f"{rank_node(rank)}/zarr.json", group_metadata({"ckptengine": own}))]
         if rank == 0:
             entries.insert(0, (f"{OBJECTS}/zarr.json", group_metadata({"ckptengine": self.shared})))
         return entries
@@ -48,6 +61,21 @@ def stored_values(flat: FlatState) -> StoredValues:
         (path, encode(value, path)) for path, value in sorted(flat.values.items(), key=lambda item: path_order(item[0]))
     ]
     own = [(path, encode(value, path)) for path, value in flat.rank_values.items()]
+    named = _named(flat, dict(shared)) if flat.groups else {}
+    left_out = {(*path, name) for path, group in named.items() if isinstance(group, dict) for name in group}
+    said: list[tuple[Path, list[Any]]] = []
+    for path, value in shared:
+        where = list(path)
+        if path in named:
+            said += [
+                (group_path(path, n, group["params"]), [where, _others(group)]) for n, group in enumerate(named[path])
+            ]
+        elif path not in left_out:
+            said.append((path, [where, value]))
+    names = {
+        path: [group["params"] for group in ([groups] if isinstance(groups, dict) else groups)]
+        for path, groups in named.items()
+    }
     return StoredValues(
         shared={
             "values": [[list(path), value] for path, value in shared],
@@ -60,38 +88,75 @@ def stored_values(flat: FlatState) -> StoredValues:
             "containers": [[list(path), kind] for path, kind in flat.rank_containers.items()],
             "structure": flat.rank_outline.encoded,
         },
-        paths=tuple(path for path, _ in shared),
-        digests=b"".join(digest([list(path), value])[:DIGEST_NBYTES] for path, value in shared),
+        paths=tuple(path for path, _ in said),
+        digests=b"".join(digest(what)[:DIGEST_NBYTES] for _, what in said),
+        named=named,
+        form=SharedForm(flat.containers, flat.aliases, flat.outline, names),
     )
 
 
-def compare_values(said: Sequence[tuple[Sequence[Path], bytes]]) -> None:
-    """Compare the replicated values of all ranks, given each rank's paths and digests.
-
-    Raises `ReplicaMismatchError` naming keys and ranks.
-    """
-    paths, digests = said[0]
-    keys = {tuple(map(_typed, path)) for path in paths}
-    problems: dict[str, list[int]] = {}
-    for rank, (own_paths, own) in enumerate(said):
-        odd = keys ^ {tuple(map(_typed, path)) for path in own_paths}
-        for typed in odd:
-            name = dotted(tuple(key for _, key in typed))
-            problems.setdefault(f"{name}: not on all of rank 0 and", []).append(rank)
-        if odd or own == digests:
+def _named(flat: FlatState, shared: Mapping[Path, Any]) -> dict[Path, Any]:
+    """Return the optimizers' groups, where all parameters in them have names: see `StoredValues.named`."""
+    found: dict[Path, Any] = {}
+    for path in flat.groups:
+        groups = shared.get(path)
+        if isinstance(groups, list):
+            found[path] = groups
             continue
+        number = 0
+        while "params" in (group := {n: shared[*path, number, n] for n in NAMED if (*path, number, n) in shared}):
+            found[*path, number] = group
+            number += 1
+    return {path: groups for path, groups in found.items() if _all_named([groups] if type(groups) is dict else groups)}
+
+
+def _all_named(groups: Iterable[Any]) -> bool:
+    return all(
+        type(group) is dict
+        and type(group.get("params")) is list
+        and all(type(name) is str for name in group["params"])
+        and len(group.get("param_names") or group["params"]) == len(group["params"])
+        for group in groups
+    )
+
+
+def _others(group: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in group.items() if name not in NAMED}
+
+
+def group_path(path: Path, number: int, names: Sequence[str]) -> Path:
+    """Return under what the hyperparameters of a group are compared, given the path of the groups, and the names of
+    its parameters: ranks have the same group where they have the same parameters in it."""
+    return (*path, f"{_GROUP_OF}{min(names)}" if names else f"group {number}, without parameters")
+
+
+def group_name(path: Path) -> str | None:
+    """Return the name of the parameter from which `group_path` has made a path, None for other paths."""
+    last = path[-1]
+    return last.removeprefix(_GROUP_OF) if isinstance(last, str) and last.startswith(_GROUP_OF) else None
+
+
+def said_as(path: Path) -> str:
+    """Return how messages name what is compared under a path."""
+    return dotted(path) if group_name(path) is None else f"{dotted(path[:-1])} ({path[-1]})"
+
+
+def compare_values(said: Sequence[tuple[Sequence[int], Sequence[Path], bytes]]) -> None:
+    """Compare what ranks that have it must have the same of, given ranks and their paths and digests.
+
+    Not all need to have everything. Raises `ReplicaMismatchError` naming keys and ranks.
+    """
+    first: dict[Path, tuple[int, bytes]] = {}
+    problems: dict[Path, list[int]] = {}
+    for ranks, paths, digests in sorted(said, key=lambda one: min(one[0])):
         for number, path in enumerate(paths):
-            part = slice(number * DIGEST_NBYTES, (number + 1) * DIGEST_NBYTES)
-            if own[part] != digests[part]:
-                problems.setdefault(f"{dotted(tuple(path))}: not rank 0's on", []).append(rank)
+            part = digests[number * DIGEST_NBYTES : (number + 1) * DIGEST_NBYTES]
+            if first.setdefault(path, (min(ranks), part))[1] != part:
+                problems.setdefault(path, []).extend(ranks)
     if problems:
-        lines = [f"{what} {name_ranks(ranks)}" for what, ranks in problems.items()]
+        lines = [f"{said_as(path)}: not rank {first[path][0]}'s on {name_ranks(r)}" for path, r in problems.items()]
         more = f"; and {len(lines) - 8} more" if len(lines) > 8 else ""
         raise ReplicaMismatchError(
             f"replicated values differ between ranks: {'; '.join(lines[:8])}{more}. Make them equal on all ranks, or "
             "wrap what differs by rank in ckptengine.PerRank"
         )
-
-
-def _typed(key: Key) -> tuple[str, Key]:
-    return type(key).__name__, key

@@ -72,10 +72,15 @@ Memory = HostMemory | DeviceMemory
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """One box of a leaf that this rank holds; `memory` has the box's shape."""
+    """One box of a leaf that this rank holds; `memory` has the box's shape.
+
+    `order` is that of the tensor's dimensions in memory, from the outermost to the innermost, where the rank has a run
+    of its elements: the boxes that it is cut into say nothing of that, and it can't lie in another order.
+    """
 
     box: Box
     memory: Memory
+    order: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +90,8 @@ class ArrayLeaf:
     `path` is its identity. `dtype` is a logical name of `ckptengine.schema.dtypes`. `shape` is the global
     shape. `parts` are this rank's boxes, none empty, none overlapping. `container` says what it was, `torch`,
     `numpy` or `mindspore`, so that objects with `load_state_dict` get the same back. `fenced` tells that nothing but
-    an optimizer's step changes it, so that a copy may go on until the next one.
+    an optimizer's step changes it, so that a copy may go on until the next one. `by_hand` tells that the boxes are what
+    a program says of plain arrays, so that those that several ranks have are compared.
     """
 
     path: Path
@@ -95,3 +101,4 @@ class ArrayLeaf:
     parts: tuple[Part, ...]
     container: str
     fenced: bool = False
+    by_hand: bool = False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -185,18 +186,31 @@ class CopyTable:
         It goes to its place, where `_native.pack` only checksums it.
         """
         waits: tuple[list[Callable[[], None]], list[Callable[[], None]]] = ([], [])
-        for place, device in self._devices.items():
-            chunk, fenced = self.image.chunks[place], place in self._operations[True].of_chunk
-            self._operations[fenced].set_source(place, 0, 0)
-            waits[fenced].append(device.begin(_dense(address + chunk.position, chunk, device), beside=fenced))
-        for wait in waits[False]:
-            wait()
+        try:
+            for place, device in self._devices.items():
+                chunk, fenced = self.image.chunks[place], place in self._operations[True].of_chunk
+                self._operations[fenced].set_source(place, 0, 0)
+                waits[fenced].append(device.begin(_dense(address + chunk.position, chunk, device), beside=fenced))
+            for wait in waits[False]:
+                wait()
+        except BaseException:
+            # The others still write into this memory, which the failed save gives to the next one, or back.
+            for wait in (*waits[False], *waits[True]):
+                with contextlib.suppress(Exception):
+                    wait()
+            raise
         self._waits = waits[True]
 
     def _wait(self) -> None:
         waits, self._waits = self._waits, []
-        for wait in waits:
-            wait()
+        failure: Exception | None = None
+        for wait in waits:  # all of them: see `_begin_devices`
+            try:
+                wait()
+            except Exception as error:
+                failure = failure or error
+        if failure is not None:
+            raise failure
 
     def _stage_devices(self, begin: int, end: int) -> None:
         """Bring over what the CPU can't address of a window, to memory of its own for as long as windows need it."""

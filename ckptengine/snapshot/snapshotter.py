@@ -8,7 +8,7 @@ import logging
 import threading
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 from ckptengine.archive.image import BLOCK_NBYTES, Image
 from ckptengine.errors import StorageError
@@ -124,7 +124,7 @@ class Snapshotter:
             return None
         return self._limit // 2 // BLOCK_NBYTES * BLOCK_NBYTES
 
-    def fill(self, table: CopyTable, checksums: Checksums, feed: Feed) -> None:
+    def fill(self, table: CopyTable, checksums: Checksums, feed: Feed[Any]) -> None:
         """Fill the reserved memory with an image, and feed its windows to the writer; all but what is fenced.
 
         Where anything is, `fill_fenced` must follow, and feeds them.
@@ -142,17 +142,17 @@ class Snapshotter:
             return
         self._complete(table, checksums, feed)
 
-    def fill_fenced(self, table: CopyTable, checksums: Checksums, feed: Feed) -> None:
+    def fill_fenced(self, table: CopyTable, checksums: Checksums, feed: Feed[Any]) -> None:
         """Fill in what only an optimizer's step changes, and feed the windows; the step waits until this is done."""
         self._complete(table, checksums, feed, fenced=True)
 
-    def _complete(self, table: CopyTable, checksums: Checksums, feed: Feed, fenced: bool = False) -> None:
+    def _complete(self, table: CopyTable, checksums: Checksums, feed: Feed[Any], fenced: bool = False) -> None:
         address = self._arena.address
         table.fill(address, checksums, fenced=fenced)
         table.seal(address, checksums)
         feed.put(Window(0, table.image.fixed_nbytes, address))
 
-    def stream(self, table: CopyTable, checksums: Checksums, feed: Feed) -> None:
+    def stream(self, table: CopyTable, checksums: Checksums, feed: Feed[Any]) -> None:
         """Bring an image through memory that is smaller: one half of that is filled while the other is written.
 
         Returns when all is copied, which takes about as long as the storage takes.

@@ -15,7 +15,7 @@ from ckptengine.state.extents import Extent, extents
 from ckptengine.state.report import LoadReport
 from ckptengine.state.saved import Node, SavedArray, SavedValue
 
-__all__ = ["Action", "Binding", "Promise", "Read"]
+__all__ = ["Action", "Binding", "Left", "Promise", "Read"]
 
 Action = tuple[int, Callable[[], object]]
 """A phase, lower ones first, and what is to be done in it."""
@@ -70,6 +70,19 @@ class Promise:
     empty: frozenset[Path]
 
 
+@dataclass(frozen=True, slots=True)
+class Left:
+    """What of a checkpoint a rank's state did not take, though it was asked for.
+
+    `others` are names by number, out of `count`: the same leaf has the same number on all ranks, and what any rank has
+    taken is not unexpected. `own` are names of what is this rank's alone.
+    """
+
+    count: int
+    others: Mapping[int, str]
+    own: tuple[str, ...]
+
+
 class Binding:
     """A state and a checkpoint that fit; nothing has been changed yet.
 
@@ -78,11 +91,17 @@ class Binding:
     """
 
     def __init__(
-        self, reads: list[Read], report: LoadReport, actions: list[Action], promise: Promise | None = None
+        self,
+        reads: list[Read],
+        report: LoadReport,
+        actions: list[Action],
+        promise: Promise | None = None,
+        left: Left | None = None,
     ) -> None:
         self.reads = reads
         self.report = report
         self.promise = promise
+        self.left = Left(0, {}, ()) if left is None else left
         self._actions: list[Action] | None = actions
 
     def finish(self) -> None:

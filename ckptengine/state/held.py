@@ -56,6 +56,8 @@ class _Look:
             kind, adapter = self._inspector.kind(value, path)
             if kind is Kind.PER_RANK:
                 yield from self._value(value.value, (*path, ""), True)
+            elif kind is Kind.DECLARED:
+                yield from self._value(value.value, path, per_rank)
             elif kind is Kind.TENSOR:
                 assert adapter is not None
                 yield from self._array(value, adapter, path, per_rank)

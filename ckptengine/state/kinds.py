@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 from collections import Counter, OrderedDict, defaultdict, deque
-from collections.abc import Callable, Iterable, Mapping, ValuesView
+from collections.abc import Callable, Iterable, Iterator, Mapping, ValuesView
 from enum import Enum, auto
 from typing import Any
 
 from ckptengine.errors import CheckpointError, StateError
-from ckptengine.frameworks.adapter import Adapter, ModuleEntry
+from ckptengine.frameworks.adapter import Adapter, ModuleEntry, TensorView
 from ckptengine.frameworks.registry import adapters
 from ckptengine.schema.path import Key, Path, dotted
 from ckptengine.schema.type_name import describe_type
 from ckptengine.state.asked import Asked
+from ckptengine.state.declared import Declared, NamedTensor
 from ckptengine.state.forms import path_keys
+from ckptengine.state.merged import Merged
 from ckptengine.state.per_rank import PerRank
 from ckptengine.state.sharded import ShardedArray
+from ckptengine.state.shards import Declaration
 from ckptengine.state.values import MAX_DEPTH
 
 __all__ = ["SCALARS", "Inspector", "Kind", "children", "optimizer_names"]
@@ -25,6 +28,8 @@ class Kind(Enum):
     """How the engine treats a value."""
 
     PER_RANK = auto()
+    DECLARED = auto()
+    """A value of which is said what its tensors are parts of."""
     SHARDED = auto()
     TENSOR = auto()
     WRAPPED = auto()
@@ -50,6 +55,7 @@ class Inspector:
     def __init__(self, asked: Asked | None = None) -> None:
         self._adapters = list(adapters())
         self.asked = Asked() if asked is None else asked
+        self.declared = Declared()
 
     def kind(self, value: Any, path: Path) -> tuple[Kind, Adapter | None]:
         """Return a value's kind, and its adapter where it is a framework's.
@@ -71,6 +77,10 @@ class Inspector:
     def _framework_kind(self, value: Any) -> tuple[Kind, Adapter | None] | None:
         if isinstance(value, PerRank):
             return Kind.PER_RANK, None
+        if isinstance(value, Merged):
+            return Kind.MODULE, value.adapter
+        if isinstance(value, Declaration):
+            return Kind.DECLARED, None
         if isinstance(value, ShardedArray):
             return Kind.SHARDED, value.adapter
         for adapter in self._adapters:
@@ -122,7 +132,68 @@ class Inspector:
 
     def entries(self, module: Any, adapter: Adapter, path: Path) -> list[ModuleEntry]:
         """Return a module's entries, the same ones each time that this walk asks."""
+        return self.declared.renamed(module, self.local_entries(module, adapter, path))
+
+    def local_entries(self, module: Any, adapter: Adapter, path: Path) -> list[ModuleEntry]:
+        """Return a module's entries by the names that they have on this rank."""
         return self.asked.entries_of(module, adapter, path)
+
+    def view(self, tensor: Any, adapter: Adapter, path: Path, *, target: bool) -> TensorView:
+        """Return a tensor's view, as `Adapter.view` does, at the place that is declared for it."""
+        return self.declared.view(tensor, adapter, path, target=target)
+
+    def named_tensors(self, value: Any, path: Path, inner: Path = ()) -> Iterator[NamedTensor]:
+        """Yield the tensors of modules, dicts and lists in a value at a path, by the names that this rank has."""
+        where = (*path, *inner)
+        if len(where) > MAX_DEPTH:
+            raise StateError(f"{dotted(where[:3])}…: nested more than {MAX_DEPTH} deep (or inside itself); flatten it")
+        kind, adapter = self.kind(value, where)
+        if kind in (Kind.TENSOR, Kind.WRAPPED):
+            yield dotted(inner), value, adapter, where
+        elif kind is Kind.SHARDED:
+            yield dotted(inner), value, None, where
+        elif kind is Kind.MODULE and adapter is not None:
+            for entry in self.local_entries(value, adapter, where):
+                if adapter.is_tensor(entry.value):
+                    yield dotted((*inner, entry.name)), entry.value, adapter, (*where, entry.name)
+        elif kind in (Kind.DICT, Kind.SEQUENCE):
+            for key, item in children(value, where):
+                yield from self.named_tensors(item, path, (*inner, key))
+
+    def _named_modules(self, value: Any, inner: Path) -> Iterator[tuple[str, Any]]:
+        """Yield the modules in a value, each after what comes before the names of its tensors."""
+        kind, _ = self.kind(value, inner)
+        if kind is Kind.MODULE:
+            yield dotted((*inner, "")), value
+        elif kind in (Kind.DICT, Kind.SEQUENCE):
+            for key, item in children(value, inner):
+                yield from self._named_modules(item, (*inner, key))
+
+    def declare(self, value: Any, path: Path = ()) -> None:
+        """Note what the declarations in a state say; raises `StateError` where they don't fit it.
+
+        Everything in it has been asked for its state.
+        """
+        modules: list[tuple[Any, Adapter, Path]] = []
+        self._declare(value, path, modules)
+        if self.declared:
+            for module, adapter, where in modules:
+                for name, tensor, parameter in adapter.state_owners(module):
+                    self.declared.add_state(parameter, {name: tensor}, where)
+
+    def _declare(self, value: Any, path: Path, modules: list[tuple[Any, Adapter, Path]]) -> None:
+        if len(path) > MAX_DEPTH:
+            return  # the walk refuses it
+        kind, adapter = (Kind.DICT, None) if path == () else self.kind(value, path)
+        if kind is Kind.DECLARED:
+            self.declared.add(value, self.named_tensors(value.value, path), self._named_modules(value.value, ()))
+            self._declare(value.value, path, modules)
+        elif kind is Kind.MODULE and adapter is not None:
+            modules.append((value, adapter, path))
+        elif kind in (Kind.DICT, Kind.SEQUENCE):
+            for key, item in children(value, path):
+                if type(item) not in SCALARS:
+                    self._declare(item, (*path, key), modules)
 
     def ask(
         self,
@@ -140,7 +211,7 @@ class Inspector:
             return  # the walk refuses it
         try:
             kind, adapter = (Kind.DICT, None) if path == () else self.kind(value, path)
-            if kind is Kind.PER_RANK:
+            if kind in (Kind.PER_RANK, Kind.DECLARED):
                 self.ask(value.value, path, wanted, depth + 1)
             elif kind is Kind.MODULE:
                 assert adapter is not None
@@ -174,7 +245,7 @@ class Inspector:
         if len(path) > MAX_DEPTH:
             raise StateError(f"{dotted(path[:3])}…: nested more than {MAX_DEPTH} deep (or inside itself); flatten it")
         kind, adapter = (Kind.DICT, None) if path == () else self.kind(value, path)
-        if kind is Kind.PER_RANK:
+        if kind in (Kind.PER_RANK, Kind.DECLARED):
             self._collect(value.value, path, names)
         elif kind is Kind.MODULE:
             assert adapter is not None

@@ -236,6 +236,8 @@ def memory_order(shape: Sequence[int], strides: Iterable[int]) -> tuple[int, ...
 def part_order(part: Part) -> tuple[int, ...] | None:
     """Return the `memory_order` of one box of a leaf; None also where its framework does not tell."""
     memory = part.memory
+    if part.order is not None:
+        return None if list(part.order) == sorted(part.order) else part.order
     if isinstance(memory, HostMemory):
         return memory_order(part.box.shape, memory.strides)
     stride = getattr(memory.owner, "stride", None)
@@ -244,7 +246,7 @@ def part_order(part: Part) -> tuple[int, ...] | None:
 
 def in_order(view: TensorView, order: Sequence[int] | None) -> bool:
     """Whether what this rank has of a tensor lies in memory in an order (None: C); a length of 1 says nothing."""
-    if not view.parts:
+    if not view.parts or view.parts[0].order is not None:  # it can't lie otherwise
         return True
     shape, here = view.parts[0].box.shape, part_order(view.parts[0])
     natural = range(len(shape))

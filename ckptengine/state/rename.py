@@ -172,6 +172,8 @@ class _Places:
         if not text:
             return (), False
         kind, items = self._look(value, path)
+        if kind is Kind.DECLARED:
+            return self._resolve(text, value.value, path, whole)
         if kind is Kind.PER_RANK:
             return self._resolve(text, value.value, (*path, ""), whole)
         if kind is Kind.MODULE:

@@ -37,7 +37,8 @@ class Saved:
     They may be lazy: at an equal world size only this rank's items are looked at, at another one only rank
     0's, and all of them where a `PerRank` has `resize`. With `flat` each path is one text with dots, as other libraries
     name tensors: which of its parts are keys is for the state to say. `unread` says what lies at some paths of another
-    library's checkpoint that is neither an array nor a plain value.
+    library's checkpoint that is neither an array nor a plain value. `joined_groups` are the paths of optimizers' groups
+    that several ranks had parts of.
     """
 
     world_size: int
@@ -52,6 +53,7 @@ class Saved:
     rank_outlines: Sequence[Outline | None] = ()
     flat: bool = False
     unread: Mapping[Path, str] = field(default_factory=dict)
+    joined_groups: frozenset[Path] = frozenset()
 
     def unread_of(self, selection: Selection, rename: Callable[[Path], Path]) -> dict[str, str]:
         """Return what is not read of a selection, by its name there."""
@@ -92,7 +94,8 @@ class Node:
     `cls` is the class of the optimizer or object that was here. `ordered` tells that the children are in the order that
     the state had them in, `kind` what held them; None where the checkpoint does not say. `parameter_shape` is that of
     the parameter whose state lies here, `metadata` the `_metadata` of an `OrderedDict`, None where there is none.
-    `tells_metadata` tells that the checkpoint knows of it.
+    `tells_metadata` tells that the checkpoint knows of it. `number` is that of an entry, the same on all ranks that
+    read the checkpoint; `joined` tells that several ranks had parts of the groups that are here.
     """
 
     __slots__ = (
@@ -100,8 +103,10 @@ class Node:
         "cls",
         "container",
         "entry",
+        "joined",
         "kind",
         "metadata",
+        "number",
         "ordered",
         "parameter_shape",
         "tells_metadata",
@@ -118,6 +123,8 @@ class Node:
         self.parameter_shape: tuple[int, ...] | None = None
         self.metadata: Any = None
         self.tells_metadata = False
+        self.number = -1
+        self.joined = False
         self.used = False
 
     def child(self, key: Key) -> Node | None:
@@ -189,6 +196,10 @@ def shared_tree(saved: Saved, rename: Callable[[Path], Path]) -> Node:
     _insert(root, arrays, saved.values, saved.containers, rename)
     _add_empty(root, outline, rename)
     _apply(root, outline, rename)
+    for path in saved.joined_groups:
+        groups = root.find(rename(path))
+        if groups is not None:
+            groups.joined = True
     return root
 
 
@@ -305,7 +316,7 @@ def _insert(
 ) -> None:
     entries: list[tuple[Path, SavedArray | SavedValue]] = [*arrays.items()]
     entries += [(path, SavedValue(value)) for path, value in values.items()]
-    for path, entry in entries:
+    for number, (path, entry) in enumerate(entries):
         if not 0 < len(path) <= MAX_DEPTH:
             raise CheckpointDamagedError(f"a leaf's path has {len(path)} keys; from 1 to {MAX_DEPTH} are possible")
         renamed = rename(path)
@@ -315,7 +326,7 @@ def _insert(
                 f"two leaves of the checkpoint are called {dotted(renamed)!r} (one is {dotted(path)!r}); "
                 "change `rename`"
             )
-        node.entry = entry
+        node.entry, node.number = entry, number
     for path, node in root.leaves():
         if node.children:
             raise LoadMismatchError(f"the leaf {dotted(path)!r} of the checkpoint has other leaves inside it")

@@ -68,7 +68,7 @@ def module_names(state: Mapping[str, Any]) -> tuple[str, ...]:
         kind, _ = (Kind.DICT, None) if path == () else inspector.kind(value, path)
         if kind is Kind.MODULE:
             names.append(dotted(path))
-        elif kind is Kind.PER_RANK:
+        elif kind in (Kind.PER_RANK, Kind.DECLARED):
             look(value.value, path)
         elif kind in (Kind.DICT, Kind.SEQUENCE):
             for key, item in children(value, path):

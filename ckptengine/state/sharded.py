@@ -12,6 +12,7 @@ from ckptengine.frameworks.registry import adapter_of_tensor
 from ckptengine.schema.box import Box
 from ckptengine.schema.leaf import Placement
 from ckptengine.schema.type_name import describe_type
+from ckptengine.state.cut import Cut
 
 __all__ = ["ShardedArray"]
 
@@ -54,6 +55,11 @@ class ShardedArray:
     def box(self) -> Box:
         """The elements that this rank holds."""
         return Box(self.offset, tuple(self.local.shape))
+
+    @property
+    def cut(self) -> Cut:
+        """The place of the local part."""
+        return Cut.at(tuple(self.local.shape), self.global_shape, self.offset)
 
     @property
     def adapter(self) -> Adapter:

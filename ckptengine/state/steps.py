@@ -15,10 +15,12 @@ from ckptengine.state.asked import Asked
 from ckptengine.state.kinds import SCALARS, Inspector, Kind
 from ckptengine.state.own_state import named_state
 from ckptengine.state.sharded import ShardedArray
+from ckptengine.state.shards import Declaration
 
 __all__ = [
     "AbsentStep",
     "Changed",
+    "DeclaredStep",
     "DictStep",
     "Met",
     "ModuleStep",
@@ -150,6 +152,21 @@ class PerRankStep(Step):
     def again(self, value: Any, met: Met) -> None:
         """Look at what is in it now."""
         if type(value) is not self.kind:
+            raise Changed
+        self.inner.again(value.value, met)
+
+
+class DeclaredStep(Step):
+    """A declaration: the same one, around the same kind of thing."""
+
+    __slots__ = ("declaration", "inner")
+
+    def __init__(self, declaration: Declaration, inner: Step) -> None:
+        self.declaration, self.inner = weakref.ref(declaration), inner
+
+    def again(self, value: Any, met: Met) -> None:
+        """Look at what it says something of."""
+        if not isinstance(value, Declaration) or self.declaration() is not value:
             raise Changed
         self.inner.again(value.value, met)
 

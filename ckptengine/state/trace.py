@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from ckptengine.frameworks.adapter import Adapter
-from ckptengine.schema.box import Box
 from ckptengine.schema.leaf import Part, Placement
 from ckptengine.schema.path import Path
 from ckptengine.state.asked import Asked
+from ckptengine.state.cut import Cut, cut_view
 from ckptengine.state.outline import part_order
 from ckptengine.state.steps import Changed, Met, Step, same_objects
 
@@ -26,7 +26,8 @@ __all__ = ["Again", "Trace", "Visited", "head_of"]
 class Visited:
     """One tensor as a walk met it: its parts and identity, and the number of the leaf that it is or was tied to.
 
-    `sharded` is the box that a `ShardedArray` gives it, else None; `head` what of its view must stay the same.
+    `cut` is its place in a larger array, where a `ShardedArray` or a declaration says one; `head` what of its view must
+    stay the same.
     """
 
     tensor: Any
@@ -35,7 +36,7 @@ class Visited:
     leaf: int
     tied: bool
     identity: Hashable | None
-    sharded: Box | None
+    cut: Cut | None
     head: tuple[Any, ...]
     on_device: bool
 
@@ -158,21 +159,23 @@ class Trace:
 class _Row:
     """What stays of a visited tensor."""
 
-    __slots__ = ("adapter", "head", "leaf", "path", "sharded", "tied")
+    __slots__ = ("adapter", "cut", "head", "leaf", "path", "tied")
 
     def __init__(self, one: Visited) -> None:
         self.adapter, self.path, self.leaf, self.tied = one.adapter, one.path, one.leaf, one.tied
-        self.sharded, self.head = one.sharded, one.head
+        self.cut, self.head = one.cut, one.head
 
     def view(self, tensor: Any) -> tuple[tuple[Part, ...], Hashable | None]:
         """Return a tensor's parts and identity; raises `Changed` where it has no place in the plan."""
-        view = self.adapter.view(tensor, self.path, target=False)
-        parts, head = view.parts, head_of(view.dtype, view.shape, view.placement, view.parts)
-        if self.sharded is not None:
-            parts = tuple(Part(self.sharded, part.memory) for part in parts)
-        if head != self.head:
+        if self.cut is None:
+            view = self.adapter.view(tensor, self.path, target=False)
+        elif tuple(tensor.shape) == self.cut.local:
+            view = cut_view(self.cut, self.adapter, tensor, self.path, target=False)
+        else:
+            raise Changed  # the walk that follows says what is wrong with it
+        if head_of(view.dtype, view.shape, view.placement, view.parts) != self.head:
             raise Changed
-        return parts, view.identity
+        return view.parts, view.identity
 
 
 def _pick(items: list[Any], numbers: list[int]) -> list[Any]:

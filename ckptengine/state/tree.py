@@ -11,18 +11,20 @@ from ckptengine.errors import CheckpointDamagedError, StateError
 from ckptengine.frameworks.adapter import ABOUT, Adapter, TensorKind, TensorView
 from ckptengine.frameworks.registry import adapter_of_loader
 from ckptengine.schema.head import MAX_NDIM
-from ckptengine.schema.leaf import ArrayLeaf, DeviceMemory, Part, Placement
+from ckptengine.schema.leaf import ArrayLeaf, DeviceMemory, Placement
 from ckptengine.schema.path import Key, Path, dotted
 from ckptengine.schema.type_name import describe_type
 from ckptengine.state.asked import Asked
+from ckptengine.state.cut import Cut, cut_view
 from ckptengine.state.forms import Form, container_kind, form_of, rebuild
 from ckptengine.state.kinds import Inspector, Kind, children, optimizer_names
 from ckptengine.state.outline import Container, Outline, class_name, part_order, sorted_keys
-from ckptengine.state.own_state import STATE, named_state, numbers_of, parts_of
+from ckptengine.state.own_state import GROUPS, STATE, named_state, numbers_of, parts_of
 from ckptengine.state.per_rank import PerRank
 from ckptengine.state.sharded import ShardedArray
 from ckptengine.state.steps import (
     AbsentStep,
+    DeclaredStep,
     DictStep,
     ModuleStep,
     ObjectStep,
@@ -54,7 +56,7 @@ class FlatState:
     memory to its first path. `containers` has the forms of those that were walked;
     `rank_containers` the same inside `PerRank`. `outline` and `rank_outline` say how the state is built, so that what
     is built from a checkpoint can be built, and checked, in the same way. `empty` has the classes of modules and
-    objects that gave nothing to save.
+    objects that gave nothing to save, `groups` the paths of the optimizers' groups, whose parameters are named.
     """
 
     arrays: tuple[ArrayLeaf, ...]
@@ -66,6 +68,7 @@ class FlatState:
     outline: Outline = field(default_factory=Outline)
     rank_outline: Outline = field(default_factory=Outline)
     empty: dict[Path, str] = field(default_factory=dict)
+    groups: tuple[Path, ...] = ()
 
 
 def flatten(state: Mapping[str, Any]) -> FlatState:
@@ -101,9 +104,7 @@ def flatten_loaded(
 
 def sharded_parts(array: ShardedArray, path: Path, *, target: bool) -> TensorView:
     """Return a hand-sharded array's view: the local part's memory at its place in the global array."""
-    local = array.adapter.view(array.local, path, target=target)
-    parts = tuple(Part(array.box, part.memory) for part in local.parts)
-    return TensorView(local.dtype, array.global_shape, Placement.SHARDED, parts, None)
+    return replace(cut_view(array.cut, array.adapter, array.local, path, target=target), identity=None)
 
 
 class _Walk:
@@ -120,6 +121,7 @@ class _Walk:
         self._wanted = wanted
         self._inspector.ask(state, wanted=wanted or (lambda value, path: True))
         self._views = views()
+        self._inspector.declare(state)
         self._names = self._inspector.parameter_names(state)
         self._arrays: list[ArrayLeaf] = []
         self._values: tuple[dict[Path, Any], dict[Path, Any]] = ({}, {})
@@ -136,6 +138,7 @@ class _Walk:
         self._sequences = 0  # lists and tuples that the walk is in, within the innermost object
         self._spreads: tuple[dict[Path, str], dict[Path, str]] = ({}, {})
         self._without: list[list[Path] | None] = [None, None]  # empty states of parameters, where there are optimizers
+        self._groups: list[Path] = []  # of optimizers
         self._aliases: dict[Path, Path] = {}
         self._first: dict[Hashable, int] = {}
         self._visited: list[Visited] = []
@@ -153,7 +156,8 @@ class _Walk:
             replace(leaf, fenced=True) if number in self._fenced else leaf for number, leaf in enumerate(self._arrays)
         )
         outlines = self._outline(per_rank=False), self._outline(per_rank=True)
-        return FlatState(arrays, *self._values, self._aliases, *self._containers, *outlines, self._empty)
+        groups = tuple(self._groups)
+        return FlatState(arrays, *self._values, self._aliases, *self._containers, *outlines, self._empty, groups)
 
     def _outline(self, *, per_rank: bool) -> Outline:
         own, empty = per_rank, self._without[per_rank]
@@ -184,8 +188,12 @@ class _Walk:
                 return PlainStep(path, per_rank)
             case Kind.TENSOR:
                 assert adapter is not None
-                view = self._views.get(id(value)) or adapter.view(value, path, target=False)
-                self._add(value, view, adapter, path, per_rank=per_rank, buffer=buffer)
+                view = self._views.get(id(value)) or self._inspector.view(value, adapter, path, target=False)
+                per_rank = per_rank or self._inspector.declared.is_own(value)
+                cut = self._inspector.declared.cut_of(value)
+                self._add(value, view, adapter, path, per_rank=per_rank, buffer=buffer, cut=cut)
+                if cut is not None and cut.spread is not None:
+                    self._spreads[per_rank][path] = cut.spread
                 if self._wanted is None and not self._in_module:
                     self._note_kind(value, adapter, path, per_rank)
                 return TensorStep(type(value))
@@ -199,8 +207,8 @@ class _Walk:
                 assert adapter is not None
                 if per_rank:
                     raise StateError(f"{dotted(path)}: a ShardedArray inside PerRank; pass its local part instead")
-                view = adapter.view(value.local, path, target=False)
-                self._add(value.local, view, adapter, path, sharded=value)
+                view = sharded_parts(value, path, target=False)
+                self._add(value.local, view, adapter, path, cut=value.cut)
                 return ShardedStep(value)
             case Kind.PER_RANK:
                 if per_rank:
@@ -211,6 +219,11 @@ class _Walk:
                         "find it; put the whole list into a PerRank, or have state_dict() give a dict"
                     )
                 return PerRankStep(type(value), self._visit(value.value, path, per_rank=True))
+            case Kind.DECLARED:
+                if per_rank or self._objects:
+                    inside = "PerRank" if per_rank else "what state_dict() gives"
+                    raise StateError(f"{dotted(path)}: a ce.Sharded in {inside}; put it into the state itself")
+                return DeclaredStep(value, self._visit(value.value, path, per_rank=per_rank))
             case Kind.MODULE:
                 assert adapter is not None
                 steps: dict[Any, Step] = {}
@@ -293,12 +306,9 @@ class _Walk:
         *,
         per_rank: bool = False,
         buffer: bool = False,
-        sharded: ShardedArray | None = None,
+        cut: Cut | None = None,
     ) -> None:
         placement, parts, identity, shape = view.placement, view.parts, view.identity, view.shape
-        if sharded is not None:
-            placement, identity, shape = Placement.SHARDED, None, sharded.global_shape
-            parts = tuple(Part(sharded.box, part.memory) for part in parts)
         if per_rank:
             if placement is Placement.SHARDED:
                 raise StateError(f"{dotted(path)}: a distributed tensor inside PerRank; take the PerRank away")
@@ -313,16 +323,17 @@ class _Walk:
         number = len(self._arrays) if identity is None else self._first.setdefault(identity, len(self._arrays))
         tied = number < len(self._arrays)
         head = head_of(view.dtype, view.shape, view.placement, view.parts) if saves else ()
-        box = None if sharded is None else sharded.box
         on_device = any(isinstance(part.memory, DeviceMemory) for part in parts)
         # The tensors are kept: an `id` says something only while its object lives.
-        self._visited.append(Visited(tensor, adapter, path, number, tied, identity, box, head, on_device))
+        self._visited.append(Visited(tensor, adapter, path, number, tied, identity, cut, head, on_device))
         if tied:
             self._aliases[path] = self._arrays[number].path
             return
         if buffer and placement is Placement.REPLICATED:
             placement = Placement.WHOLE
-        self._arrays.append(ArrayLeaf(path, view.dtype, shape, placement, parts, adapter.name))
+        container = adapter.container_of(tensor)
+        by_hand = cut is not None and placement is Placement.SHARDED
+        self._arrays.append(ArrayLeaf(path, view.dtype, shape, placement, parts, container, by_hand=by_hand))
 
     def _visit_own_optimizer(self, optimizer: Any, adapter: Adapter, path: Path, per_rank: bool) -> OwnOptimizerStep:
         """An optimizer that says of itself what it needs; its parameters still have their names in that."""
@@ -337,6 +348,7 @@ class _Walk:
                 self._stepped.add(id(parameter))
                 owners[(*path, STATE, name)] = parameter
                 if parts is not None and parts[0].get(number):
+                    self._inspector.declared.add_state(parameter, parts[0][number], (*path, STATE, name))
                     adapter.check_parameter_state(parameter, parts[0][number], path)
                     self._note_shape(parameter, (*path, STATE, name), per_rank)
         self._build(path, "object", per_rank, class_name(optimizer))
@@ -346,12 +358,13 @@ class _Walk:
         self._objects -= 1
         if parts is not None:
             self._note_spreads(adapter, owners, first, per_rank)
+            self._groups += () if per_rank else ((*path, GROUPS),)
         return OwnOptimizerStep(optimizer, adapter, names, inner, path)
 
     def _note_shape(self, parameter: Any, path: Path, per_rank: bool) -> None:
         """Note the shape of a parameter that is not itself in the state: its own state need not have it."""
         if id(parameter) not in self._names:
-            self._shapes[per_rank][path] = tuple(parameter.shape)
+            self._shapes[per_rank][path] = self._inspector.declared.shape_of(parameter)
 
     def _note_spreads(self, adapter: Adapter, owners: Mapping[Path, Any], first: int, per_rank: bool) -> None:
         """Note how the tensors of parameters' states are spread, given the parameters by the paths of their states."""
@@ -369,7 +382,9 @@ class _Walk:
         groups = adapter.optimizer_groups(optimizer)
         names = optimizer_names(groups, self._names)
         states: list[Step] = []
-        self._build(path, "optimizer", per_rank, class_name(optimizer), ("state", "param_groups"))
+        self._build(
+            path, "optimizer", per_rank, class_name(adapter.bare_optimizer(optimizer)), ("state", "param_groups")
+        )
         held = [
             n
             for g, ns in zip(groups, names, strict=True)
@@ -388,7 +403,9 @@ class _Walk:
                 if state is None:
                     states.append(AbsentStep())
                     continue
-                states.append(self._visit_items(state, (*path, "state", name), per_rank))
+                self._inspector.declared.add_state(parameter, state, (*path, "state", name))
+                own = per_rank or self._inspector.declared.is_own(parameter)
+                states.append(self._visit_items(state, (*path, "state", name), own))
                 self._fenced.update(range(before, len(self._arrays)))
                 if state:
                     self._note_shape(parameter, (*path, "state", name), per_rank)
@@ -396,7 +413,8 @@ class _Walk:
                     empty.append((*path, "state", name))
         self._note_spreads(adapter, owners, first, per_rank)
         plain_groups = [{**group, "params": group_names} for group, group_names in zip(groups, names, strict=True)]
-        group_step = self._visit(plain_groups, (*path, "param_groups"), per_rank=per_rank)
+        group_step = self._visit(plain_groups, (*path, GROUPS), per_rank=per_rank)
+        self._groups += () if per_rank else ((*path, GROUPS),)
         return OptimizerStep(optimizer, adapter, names, states, group_step)
 
 

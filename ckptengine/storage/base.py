@@ -8,6 +8,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
 from ckptengine.errors import StorageError
+from ckptengine.storage.archive_read import ArchiveRead
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -81,20 +82,11 @@ class StorageView(ABC):
     """
 
     @abstractmethod
-    def load_archive(
-        self,
-        name: str,
-        fixed_nbytes: int,
-        block_nbytes: int,
-        block_crcs: Buffer | None,
-        ranges: Buffer,
-        ops: Buffer,
-        index: Buffer,
-    ) -> int:
+    def load_archive(self, name: str, read: ArchiveRead) -> int:
         """Read ranges of an archive's fixed region, verify them block by block, and scatter them to memory.
 
-        The tables are those of `_native.load`; without `block_crcs` nothing is verified. Returns the number of the
-        first damaged block, or -1. Raises `CheckpointDamagedError` where the file is shorter than its fixed region.
+        Returns the number of the first damaged block, or -1. Raises `CheckpointDamagedError` where the file is shorter
+        than its fixed region.
         """
 
     @abstractmethod

@@ -6,17 +6,17 @@ import contextlib
 import errno
 import logging
 import os
-import re
-import secrets
 import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from ckptengine.errors import CheckpointDamagedError, StorageError
+from ckptengine.storage.archive_read import ArchiveRead
 from ckptengine.storage.base import ArchiveWriter, Storage, check_name
 from ckptengine.storage.direct import directly, reserve
 from ckptengine.storage.disk import REQUEST_NBYTES, Disk
+from ckptengine.storage.durable import DurableWrites, is_temporary, removed_on_failure, temporary_of
 from ckptengine.storage.failure import NO_ROOM, checked, failure
 
 if TYPE_CHECKING:
@@ -30,8 +30,6 @@ LOAD_THREADS = 8
 """Read requests in flight at most, whatever the number of cores: while a thread verifies and scatters what it has read,
 the others keep the device busy. Their buffers, of `REQUEST_NBYTES` each, are all the memory that a load needs."""
 
-_TEMPORARY = ".tmp-"
-_OUR_TEMPORARY = re.compile(r"\.tmp-.+\.[0-9a-f]{12}")  # other names of this kind are somebody else's
 _log = logging.getLogger("ckptengine")
 _T = TypeVar("_T")
 _Names = list[str]
@@ -48,15 +46,14 @@ class LocalStorage(Storage):
     def __init__(self, root: str | os.PathLike[str], disk: Disk | None = None) -> None:
         self.root = Path(os.path.abspath(root))
         self.direct_writes = self.buffered_writes = self.direct_reads = self.buffered_reads = 0
-        self._disk = disk or Disk()
-        self._synced: set[str] = set()
+        self._writes = DurableWrites(str(self.root), disk or Disk())
 
     def create(self) -> None:
         """Make the root where it is missing, and check that it can be written to.
 
         Where there is no room, a root that holds something is still opened, to be read and to be cleaned up.
         """
-        self._make_directories(str(self.root))
+        self._writes.make_directories(str(self.root))
         try:
             self._time_of_new_file()
         except StorageError as error:
@@ -81,27 +78,24 @@ class LocalStorage(Storage):
 
     def make_directory(self, name: str) -> None:
         """Make a directory and those above it, each with its parent synced."""
-        path = self._path(name)
-        if not os.path.isdir(path):  # also one that was made, and that somebody has removed since
-            self._forget(path)
-        self._make_directories(path)
+        self._writes.make_directory(self._path(name))
 
     def write_bytes(self, name: str, data: Buffer, *, durable: bool = True) -> None:
         """Write a small file: temporary name, fsync, rename, fsync of the directory; no fsync without `durable`."""
         target = self._path(name)
-        temporary = self._write_temporary(target, data, durable)
-        with self._removed_on_failure(temporary):
-            checked("rename the finished file to", target, lambda: self._disk.rename(temporary, target))
+        temporary = self._writes.write_temporary(target, data, durable)
+        with removed_on_failure(temporary):
+            checked("rename the finished file to", target, lambda: self._writes.disk.rename(temporary, target))
         if durable:
-            self._sync_directory(os.path.dirname(target))
+            self._writes.sync_directory(os.path.dirname(target))
 
     def put_if_absent(self, name: str, data: Buffer) -> bool:
         """Write a small file unless the name is taken: by `link`, which never replaces."""
         target = self._path(name)
-        temporary = self._write_temporary(target, data)
-        with self._removed_on_failure(temporary):
-            won = checked("publish", target, lambda: self._disk.publish(temporary, target))
-        self._sync_directory(os.path.dirname(target))
+        temporary = self._writes.write_temporary(target, data)
+        with removed_on_failure(temporary):
+            won = checked("publish", target, lambda: self._writes.disk.publish(temporary, target))
+        self._writes.sync_directory(os.path.dirname(target))
         return won
 
     def create_archive(self, name: str, nbytes: int, *, write_nbytes: int | None = None) -> LocalArchiveWriter:
@@ -109,34 +103,17 @@ class LocalStorage(Storage):
 
         The space is reserved first, so that a full disk shows before anything is written.
         """
-        return LocalArchiveWriter(self, self._path(name), nbytes)
+        return LocalArchiveWriter(self, self._writes, self._path(name), nbytes)
 
-    def load_archive(
-        self,
-        name: str,
-        fixed_nbytes: int,
-        block_nbytes: int,
-        block_crcs: Buffer | None,
-        ranges: Buffer,
-        ops: Buffer,
-        index: Buffer,
-    ) -> int:
+    def load_archive(self, name: str, read: ArchiveRead) -> int:
         """Read, verify and scatter with `O_DIRECT`, buffered where the file system refuses that."""
-        import ckptengine._native as _native
-
         path = self._path(name)
         with self._opened(path) as fd:
             found = checked("look up", path, lambda: os.fstat(fd)).st_size
-            if found < fixed_nbytes:
-                raise CheckpointDamagedError(f"{path}: {found} bytes long, at least {fixed_nbytes} expected")
-
-            def load() -> int:
-                return _native.load(
-                    fd, fixed_nbytes, block_nbytes, block_crcs, ranges, ops, index, REQUEST_NBYTES, LOAD_THREADS
-                )
-
+            if found < read.fixed_nbytes:
+                raise CheckpointDamagedError(f"{path}: {found} bytes long, at least {read.fixed_nbytes} expected")
             # A part that was scattered before a refusal is simply scattered again.
-            damaged, direct = directly(fd, "read", path, load)
+            damaged, direct = directly(fd, "read", path, lambda: read.from_file(fd, REQUEST_NBYTES, LOAD_THREADS))
         if direct:
             self.direct_reads += 1
         else:
@@ -172,30 +149,30 @@ class LocalStorage(Storage):
 
     def list(self, directory: str = "") -> _Names:
         """Return the sorted names right below a directory, without temporaries; [] where there is none."""
-        return [name for name in self._names(directory) if not _OUR_TEMPORARY.fullmatch(name)]
+        return [name for name in self._names(directory) if not is_temporary(name)]
 
     def temporaries(self, directory: str = "") -> _Names:
         """Return the sorted names of the temporary files right below a directory."""
-        return [name for name in self._names(directory) if _OUR_TEMPORARY.fullmatch(name)]
+        return [name for name in self._names(directory) if is_temporary(name)]
 
     def delete(self, name: str, *, durable: bool = True) -> None:
         """Delete a file and sync its directory (not without `durable`); one that is missing is no error."""
         path = self._own_path("delete", name)
         try:
-            self._disk.unlink(path)
+            self._writes.disk.unlink(path)
         except FileNotFoundError:
             return
         except OSError as error:
             raise failure("delete", path, error) from error
         if durable:
-            self._sync_removal(path)
+            self._writes.sync_removal(path)
 
     def delete_tree(self, name: str) -> None:
         """Delete a directory and all below it; one that is missing is no error."""
         path = self._own_path("delete", name, last=True)
         while True:
             try:
-                self._disk.remove_tree(path)
+                self._writes.disk.remove_tree(path)
                 break
             except FileNotFoundError:
                 if not os.path.lexists(path):
@@ -203,20 +180,20 @@ class LocalStorage(Storage):
                 # Somebody else removes in there too: there is less than before.
             except OSError as error:
                 raise failure("delete", path, error) from error
-        self._sync_removal(path)
+        self._writes.sync_removal(path)
 
     def remove_directory(self, name: str) -> bool:
         """Remove a directory if it is empty; return whether it is gone."""
         path = self._own_path("remove the directory", name, last=True)
         try:
-            self._disk.remove_directory(path)
+            self._writes.disk.remove_directory(path)
         except FileNotFoundError:
             return True
         except OSError as error:
             if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
                 return False
             raise failure("remove the directory", path, error) from error
-        self._sync_removal(path)
+        self._writes.sync_removal(path)
         return True
 
     def touch(self, name: str) -> None:
@@ -245,12 +222,12 @@ class LocalStorage(Storage):
 
     def _time_of_new_file(self) -> float:
         """Write a file, which is removed again, and return when it was modified."""
-        path = self._temporary(str(self.root / "clock"))
-        fd = self._create(path, str(self.root))
+        path = temporary_of(str(self.root / "clock"))
+        fd = self._writes.create(path, str(self.root))
         try:
             # A byte, because a network server stamps a write with its own clock.
             checked("write", path, lambda: os.write(fd, b"."))
-            checked("sync", path, lambda: self._disk.sync(fd))
+            checked("sync", path, lambda: self._writes.disk.sync(fd))
             return checked("look up", path, lambda: os.fstat(fd).st_mtime)
         finally:
             with contextlib.suppress(OSError):
@@ -264,7 +241,7 @@ class LocalStorage(Storage):
 
     def beside(self) -> tuple[LocalStorage, str] | None:
         """Return the directory that the root lies in and the root's name there."""
-        return (LocalStorage(self.root.parent, self._disk), self.root.name) if self.root.name else None
+        return (LocalStorage(self.root.parent, self._writes.disk), self.root.name) if self.root.name else None
 
     def location(self, name: str = "") -> str:
         """Return the full path of a name."""
@@ -302,106 +279,6 @@ class LocalStorage(Storage):
             if stat.S_ISLNK(found.st_mode):
                 return path
         return None
-
-    @staticmethod
-    def _temporary(target: str) -> str:
-        directory, name = os.path.split(target)
-        return f"{directory}/{_TEMPORARY}{name}.{secrets.token_hex(6)}"
-
-    @contextlib.contextmanager
-    def _removed_on_failure(self, temporary: str) -> Iterator[None]:
-        try:
-            yield
-        except BaseException:
-            with contextlib.suppress(OSError):
-                os.unlink(temporary)
-            raise
-
-    def _sync_removal(self, path: str) -> None:
-        """Make it durable that a name is gone; who has removed the directory meanwhile sees to that."""
-        try:
-            self._sync_directory(os.path.dirname(path))
-        except StorageError as error:
-            if error.errno != errno.ENOENT:
-                raise
-
-    def _sync_directory(self, path: str) -> None:
-        checked("sync the directory", path, lambda: self._disk.sync_directory(path))
-
-    def _make_directories(self, path: str) -> None:
-        """Make a directory and those above it.
-
-        From the root down each one's parent is synced once, whoever made it: another rank may have made it a
-        moment ago and not have come to its own sync.
-        """
-        for last in (False, True):
-            try:
-                for directory in self._to_make(path):
-                    self._make_directory(directory)
-                return
-            except StorageError as error:
-                # Someone has removed one of them since it was made: all are made once more.
-                if last or error.errno != errno.ENOENT:
-                    raise
-                self._forget(path)
-
-    def _to_make(self, path: str) -> _Names:
-        """Return the directories, outermost first, that may be missing or whose parents may not be synced."""
-        root, chain = str(self.root), []
-        while path not in self._synced and (len(path) >= len(root) or not os.path.isdir(path)):
-            chain.append(path)
-            if path == "/":
-                break
-            path = os.path.dirname(path)
-        return chain[::-1]
-
-    def _make_directory(self, path: str) -> None:
-        made = checked("make the directory", path, lambda: self._disk.make_directory(path))
-        try:
-            self._sync_directory(os.path.dirname(path))
-        except StorageError as error:
-            # The parent of a root that the user made may well be closed to us.
-            if made or path != str(self.root) or error.errno != errno.EACCES:
-                raise
-        self._synced.add(path)
-
-    def _write_temporary(self, target: str, data: Buffer, durable: bool = True) -> str:
-        """Write a small file under a temporary name beside its target, synced if `durable`; return that name."""
-        temporary = self._temporary(target)
-        with self._removed_on_failure(temporary):
-            fd = self._create(temporary, target)
-            try:
-                checked("write", target, lambda: self._disk.write(fd, memoryview(data).cast("B")))
-                if durable:
-                    checked("sync", target, lambda: self._disk.sync(fd))
-            except BaseException:
-                with contextlib.suppress(OSError):  # the error that led here says more
-                    os.close(fd)
-                raise
-            checked("close", target, lambda: os.close(fd))
-        return temporary
-
-    def _create(self, temporary: str, target: str) -> int:
-        """Create a temporary file; its directory is made where it is missing."""
-        directory = os.path.dirname(temporary)
-        for last in (False, True):
-            self._make_directories(directory)
-            try:
-                return self._disk.create(temporary)
-            except FileNotFoundError as error:
-                # Someone has removed the directory since: it is made once more.
-                self._forget(directory)
-                if last:
-                    raise failure("create", target, error) from error
-            except OSError as error:
-                raise failure("create", target, error) from error
-        raise AssertionError("unreachable")
-
-    def _forget(self, directory: str) -> None:
-        """Look again at a directory and those above it, down from the root, when they are made next."""
-        parts = os.path.relpath(directory, self.root).split("/")
-        for count in range(len(parts) + 1):
-            self._synced.discard(os.path.normpath(os.path.join(self.root, *parts[:count])))
 
     @contextlib.contextmanager
     def _opened(self, path: str) -> Iterator[int]:
@@ -455,12 +332,12 @@ class LocalStorage(Storage):
 class LocalArchiveWriter(ArchiveWriter):
     """A file under a temporary name until it is finished."""
 
-    def __init__(self, storage: LocalStorage, target: str, nbytes: int) -> None:
-        self._storage, self._target = storage, target
+    def __init__(self, storage: LocalStorage, writes: DurableWrites, target: str, nbytes: int) -> None:
+        self._storage, self._writes, self._target = storage, writes, target
         self.where = target
-        self._temporary = storage._temporary(target)
+        self._temporary = temporary_of(target)
         self._direct = self._sealed = True
-        self._fd = storage._create(self._temporary, target)
+        self._fd = self._writes.create(self._temporary, target)
         try:
             reserve(self._fd, nbytes, target)
         except BaseException:
@@ -474,7 +351,7 @@ class LocalArchiveWriter(ArchiveWriter):
                 f"{self._target}: address {address:#x}, length {nbytes} and position {position} must be multiples of "
                 f"{ALIGNMENT}"
             )
-        disk = self._storage._disk
+        disk = self._writes.disk
         _, direct = directly(
             self._fd, "write", self._target, lambda: disk.write_memory(self._fd, address, nbytes, position)
         )
@@ -498,13 +375,13 @@ class LocalArchiveWriter(ArchiveWriter):
         with contextlib.suppress(OSError):  # not all file systems have permissions
             if self._sealed:
                 os.fchmod(self._fd, os.fstat(self._fd).st_mode & 0o7777 & ~0o222)
-        checked("sync", target, lambda: storage._disk.sync(self._fd))
+        checked("sync", target, lambda: self._writes.disk.sync(self._fd))
         fd, self._fd = self._fd, -1
         # Network file systems report write errors at close.
         checked("close", target, lambda: os.close(fd))
-        checked("rename the finished file to", target, lambda: storage._disk.rename(self._temporary, target))
+        checked("rename the finished file to", target, lambda: self._writes.disk.rename(self._temporary, target))
         self._temporary = ""
-        storage._sync_directory(os.path.dirname(target))
+        self._writes.sync_directory(os.path.dirname(target))
         if self._direct:
             storage.direct_writes += 1
         else:

@@ -11,9 +11,9 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
-from numpy.typing import NDArray
 
 from ckptengine.errors import CheckpointDamagedError, StorageError
+from ckptengine.storage.archive_read import ArchiveRead
 from ckptengine.storage.base import Storage, check_name, join
 from ckptengine.storage.connect import connect
 from ckptengine.storage.objects import Objects, Stat, Unfinished
@@ -174,48 +174,18 @@ class RemoteStorage(Storage):
         part = part_nbytes_for(nbytes, self._budget, objects, write_nbytes)
         return RemoteArchiveWriter(objects, key, self.location(name), part, self._budget, self._patience)
 
-    def load_archive(
-        self,
-        name: str,
-        fixed_nbytes: int,
-        block_nbytes: int,
-        block_crcs: Buffer | None,
-        ranges: Buffer,
-        ops: Buffer,
-        index: Buffer,
-    ) -> int:
+    def load_archive(self, name: str, read: ArchiveRead) -> int:
         """Read ranges in requests of bounded size, several in flight; each is verified and scattered as it comes."""
-        import ckptengine._native as _native
-
-        key = check_name(name)
-        rows = np.frombuffer(ranges, np.int64).reshape(-1, 2)
-        values, starts = np.frombuffer(ops, np.int64), np.frombuffer(index, np.int64)
-        begins = values[starts[:-1]]
-        # The highest end of the operations so far: those before the first that reaches into a range are left out.
-        reach = np.maximum.accumulate(begins + values[starts[:-1] + 1]) if begins.size else begins
+        key, scatter = check_name(name), read.from_memory()
         damaged: list[int] = []
-
-        def scatter(data: NDArray[np.uint8], start: int, position: int, nbytes: int) -> int:
-            first = int(np.searchsorted(reach, position, side="right"))
-            last = max(first, int(np.searchsorted(begins, position + nbytes)))
-            return _native.scatter(
-                data.ctypes.data + position - start,
-                position,
-                nbytes,
-                fixed_nbytes,
-                block_nbytes,
-                block_crcs,
-                ops,
-                np.ascontiguousarray(starts[first : last + 1]),
-                1,
-            )
 
         def fetch(spans: list[tuple[int, int]]) -> None:
             start, stop = spans[0][0], sum(spans[-1])
             data = self._get(key, start, stop - start)
             if len(data) < stop - start:
                 raise CheckpointDamagedError(
-                    f"{self.location(name)}: ends at byte {start + len(data)}, at least {fixed_nbytes} bytes expected"
+                    f"{self.location(name)}: ends at byte {start + len(data)}, at least {read.fixed_nbytes} bytes "
+                    "expected"
                 )
             array = np.frombuffer(data, np.uint8)
             for position, nbytes in spans:
@@ -223,8 +193,8 @@ class RemoteStorage(Storage):
                 if block >= 0:
                     damaged.append(block)
 
-        most = max(block_nbytes, self._budget.read_nbytes // block_nbytes * block_nbytes)
-        requests = _requests(rows.tolist(), most, self._budget.gap_nbytes)
+        most = max(read.block_nbytes, self._budget.read_nbytes // read.block_nbytes * read.block_nbytes)
+        requests = _requests(read.ranges.tolist(), most, self._budget.gap_nbytes)
         in_parallel(fetch, requests, min(self._budget.requests, len(requests)))
         return min(damaged, default=-1)
 

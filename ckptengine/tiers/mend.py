@@ -8,10 +8,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from ckptengine.catalog.listing import claim_name as name_of
-from ckptengine.catalog.listing import committed, read_claim, read_manifest
+from ckptengine.catalog.listing import claims_of, committed, read_claim, read_manifest
 from ckptengine.errors import StorageError
 from ckptengine.storage.base import Storage
-from ckptengine.tiers.claims import claims_of
 
 __all__ = ["is_split", "mend"]
 

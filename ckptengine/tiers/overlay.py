@@ -6,13 +6,11 @@ import errno
 import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
 from ckptengine.errors import StorageError
+from ckptengine.storage.archive_read import ArchiveRead
 from ckptengine.storage.base import StorageView, check_name
-
-if TYPE_CHECKING:
-    from typing_extensions import Buffer
 
 __all__ = ["Overlay", "Reported"]
 
@@ -31,18 +29,9 @@ class Overlay(StorageView):
         self._where: dict[str, StorageView] = {}
         self._lock = threading.Lock()
 
-    def load_archive(
-        self,
-        name: str,
-        fixed_nbytes: int,
-        block_nbytes: int,
-        block_crcs: Buffer | None,
-        ranges: Buffer,
-        ops: Buffer,
-        index: Buffer,
-    ) -> int:
+    def load_archive(self, name: str, read: ArchiveRead) -> int:
         """Read, verify and scatter from the fastest storage that has the archive."""
-        return self._holder(name).load_archive(name, fixed_nbytes, block_nbytes, block_crcs, ranges, ops, index)
+        return self._holder(name).load_archive(name, read)
 
     def read_bytes(self, name: str, limit: int) -> bytes:
         """Return a small file from the fastest storage that has it."""
@@ -111,16 +100,7 @@ class Reported(StorageView):
     def __init__(self, files: Mapping[str, tuple[int, bytes | None]], where: str) -> None:
         self._files, self._where = dict(files), where
 
-    def load_archive(
-        self,
-        name: str,
-        fixed_nbytes: int,
-        block_nbytes: int,
-        block_crcs: Buffer | None,
-        ranges: Buffer,
-        ops: Buffer,
-        index: Buffer,
-    ) -> int:
+    def load_archive(self, name: str, read: ArchiveRead) -> int:
         """Raise: the bytes are not here."""
         raise self._absent(name)
 

@@ -110,6 +110,8 @@ class Uploader:
     there, with the upload, and `own` returns the newest generation that this job has claimed, or found when it began,
     of a life that is over: one above is another job's. An upload that fails is told, and tried again until something
     newer is there: training never waits for it.
+
+    It has many attributes: beside what it works with, they are what its thread and its callers tell each other.
     """
 
     def __init__(
@@ -216,12 +218,12 @@ class Uploader:
         pause = _RETRY_SECONDS[0]
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._next is not None or self._stopped)
-                if self._stopped:
+                while self._next is None and not self._stopped:
+                    self._changed.wait()
+                if self._stopped or self._next is None:
                     return
                 upload, self._next = self._next, None
                 self._current = upload
-            assert upload is not None
             try:
                 self._upload(upload)
                 problem = ""

@@ -11,14 +11,20 @@ import torch
 from ckptengine.frameworks.adapter import Adapter, Layouts, ModuleEntry, TensorKind, TensorView
 from ckptengine.frameworks.random_stream import RandomStream
 from ckptengine.frameworks.registry import register
+from ckptengine.schema.box import Box
 from ckptengine.schema.path import Path
 from ckptengine.torch import accelerator
 from ckptengine.torch import kind as _kind
+from ckptengine.torch import meta as _meta
 from ckptengine.torch import module as _module
 from ckptengine.torch import optimizer as _optimizer
 from ckptengine.torch import own_calls as _own_calls
 from ckptengine.torch import random as _random
+from ckptengine.torch import spread as _spread
 from ckptengine.torch import wrapped as _wrapped
+from ckptengine.torch.deepspeed import is_zero_optimizer
+from ckptengine.torch.dtensor import is_dtensor
+from ckptengine.torch.group import group_ranks
 from ckptengine.torch.layouts import TorchLayouts
 from ckptengine.torch.loader import make_loader
 from ckptengine.torch.own_loading import module_loading
@@ -48,6 +54,21 @@ class TorchAdapter(Adapter):
     def view(self, tensor: Any, path: Path, *, target: bool) -> TensorView:
         """Return dtype, global shape and this rank's parts."""
         return view_tensor(tensor, path, target=target)
+
+    def is_spread(self, tensor: Any) -> bool:
+        """Whether a tensor is a DTensor, or torch's older sharded tensor."""
+        return is_dtensor(tensor) or any(kind.__name__ == "ShardedTensorBase" for kind in type(tensor).__mro__)
+
+    def part_of(self, tensor: Any, box: Box) -> torch.Tensor:
+        """Return a view of a box."""
+        part: torch.Tensor = tensor.detach()
+        for dim, (start, length) in enumerate(zip(box.offset, box.shape, strict=True)):
+            part = part.narrow(dim, start, length)
+        return part
+
+    def group_ranks(self, group: Any) -> Sequence[int] | None:
+        """Return the ranks of a process group, or of a mesh of one dimension."""
+        return group_ranks(group)
 
     def fingerprints(self, tensors: Sequence[Any]) -> Sequence[Sequence[Any]]:
         """Return addresses, shapes, strides and dtypes of what this rank holds."""
@@ -119,6 +140,18 @@ class TorchAdapter(Adapter):
         """Return parameters and buffers."""
         return (*module.parameters(), *module.buffers())
 
+    def is_without_memory(self, tensor: Any) -> bool:
+        """Whether a tensor lies on the meta device."""
+        return bool(tensor.is_meta)
+
+    def give_memory(self, tensor: Any, dtype: str, cast: bool) -> None:
+        """Give a parameter or buffer memory on torch's default device, as the same object."""
+        _meta.give_memory(tensor, dtype, cast)
+
+    def unsaved_without_memory(self, module: Any) -> list[str]:
+        """Return the names of buffers on the meta device that are not persistent."""
+        return _meta.unsaved_without_memory(module)
+
     def module_loading(self, module: Any) -> frozenset[str] | None:
         """Return which submodules may take tensors of other shapes; None where only torch's own code would load."""
         return module_loading(module)
@@ -129,7 +162,7 @@ class TorchAdapter(Adapter):
 
     def is_optimizer(self, value: Any) -> bool:
         """Whether a value is an optimizer."""
-        return isinstance(value, torch.optim.Optimizer)
+        return isinstance(value, torch.optim.Optimizer) or is_zero_optimizer(value)
 
     def bare_name(self, name: str) -> str:
         """Return a parameter's name without the prefixes of DDP, `torch.compile`, FSDP and activation checkpointing."""
@@ -137,8 +170,19 @@ class TorchAdapter(Adapter):
 
     def optimizer_groups(self, optimizer: Any) -> list[dict[str, Any]]:
         """Return the live groups."""
-        groups: list[dict[str, Any]] = getattr(optimizer, "param_groups", [])  # a container of optimizers may have none
-        return groups
+        return _spread.groups_of(optimizer)
+
+    def bare_optimizer(self, optimizer: Any) -> Any:
+        """Return the optimizer inside of ZeroRedundancyOptimizer."""
+        return _spread.bare_optimizer(optimizer)
+
+    def keeps_state(self, optimizer: Any, parameter: Any) -> bool:
+        """Whether this rank has state of a parameter, if any rank has."""
+        return _spread.keeps_state(optimizer, parameter)
+
+    def finish_states(self, optimizer: Any, groups: Sequence[dict[str, Any]], path: Path) -> None:
+        """Set the states of flat parameters, of those of their parts."""
+        _spread.finish_states(optimizer, groups, path)
 
     def optimizer_state(self, optimizer: Any, parameter: Any) -> dict[str, Any] | None:
         """Return one parameter's live state; creates none."""

@@ -11,18 +11,29 @@ __all__ = ["refuse_emptied"]
 
 _FSDP2 = "use `fully_shard` (FSDP2) with a plain optimizer instead"
 
-# What each runtime puts on the parameters that it manages, and what is to be done. Names as of DeepSpeed 0.18
+# What each runtime puts on the parameters that it manages, and what is to be done. Names as of DeepSpeed 0.19
 # (`runtime/zero/partition_parameters.py`), torch 2.13 (`distributed/fsdp/_common_utils.py`), FairScale 0.4
 # (`nn/data_parallel/fully_sharded_data_parallel.py`).
 _RUNTIMES: tuple[tuple[str, tuple[str, ...], str], ...] = (
     (
         "DeepSpeed ZeRO-3",
         ("ds_id", "ds_shape", "ds_status"),
-        "save with the engine's own `save_checkpoint`; or for the weights alone, put clones into the state that are "
+        "put the DeepSpeed engine into the state (`ckptengine.integrations.deepspeed.state(engine)`); or for the "
+        "weights alone, put clones into the state that are "
         "made inside of `deepspeed.zero.GatheredParameters(list(model.parameters()))`, and after the restore copy them "
         f"back inside of it with `modifier_rank=0`; or {_FSDP2}",
     ),
-    ("FullyShardedDataParallel", ("_fsdp_flattened",), _FSDP2),
+    (
+        "DeepSpeed ZeRO",
+        ("_hp_mapping",),
+        "put the DeepSpeed engine into the state (`ckptengine.integrations.deepspeed.state(engine)`): its next step "
+        "would write its master weights over what was filled in here",
+    ),
+    (
+        "FullyShardedDataParallel",
+        ("_fsdp_flattened",),
+        "put the FullyShardedDataParallel module itself into the state, not parameters or a part of it",
+    ),
     ("FairScale's FullyShardedDataParallel", ("_is_sharded", "_orig_size"), _FSDP2),
 )
 

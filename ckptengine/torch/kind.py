@@ -9,6 +9,7 @@ from ckptengine.frameworks.adapter import TensorKind
 from ckptengine.schema.path import Path, dotted
 from ckptengine.schema.type_name import find_class, full_name
 from ckptengine.torch.dtensor import is_dtensor
+from ckptengine.torch.flat import FlatPart
 
 __all__ = ["as_kind", "tensor_kind"]
 
@@ -19,7 +20,7 @@ def tensor_kind(tensor: torch.Tensor) -> TensorKind:
     What another tensor was computed from is no part of a state: the result of a graph is a plain tensor.
     """
     grad = tensor.requires_grad and tensor.is_leaf
-    if type(tensor) in (torch.Tensor, torch.nn.Parameter) or is_dtensor(tensor):
+    if type(tensor) in (torch.Tensor, torch.nn.Parameter, FlatPart) or is_dtensor(tensor):
         if isinstance(tensor, torch.nn.Parameter):
             return grad
         return {"grad": True} if grad else None

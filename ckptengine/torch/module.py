@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,15 +11,18 @@ from torch.optim.swa_utils import AveragedModel
 from ckptengine.errors import StateError
 from ckptengine.frameworks.adapter import ModuleEntry
 from ckptengine.schema.path import Path, dotted
+from ckptengine.torch.deepspeed import check_engine, engine_values, is_engine, refresh_weights
 from ckptengine.torch.dtensor import is_dtensor
+from ckptengine.torch.flat import is_flat
+from ckptengine.torch.fsdp1 import check_fsdp1, fsdp1_values, holds_fsdp1
 from ckptengine.torch.metrics import check_metrics, metric_counters, metric_values, set_metric_counters
 from ckptengine.torch.own_loading import hand_to_module, same_value, takes
 
 __all__ = ["bare_name", "check_module", "load_module", "module_entries", "module_values"]
 
-# `torch.compile` and activation checkpointing; these names are nobody else's.
-_PREFIXES = frozenset({"_orig_mod", "_checkpoint_wrapped_module"})
-_WRAPPERS = _PREFIXES | {"module", "_fsdp_wrapped_module"}
+# `torch.compile`, activation checkpointing and FSDP1; these names are nobody else's.
+_PREFIXES = frozenset({"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"})
+_WRAPPERS = _PREFIXES | {"module"}
 
 
 def module_values(module: torch.nn.Module) -> Mapping[str, Any]:
@@ -33,6 +35,10 @@ def module_values(module: torch.nn.Module) -> Mapping[str, Any]:
 
 
 def _own_values(module: torch.nn.Module) -> Mapping[str, Any]:
+    if holds_fsdp1(module):
+        return fsdp1_values(module)
+    if is_engine(module):
+        return engine_values(module)
     call = type(module).state_dict
     if call is torch.nn.Module.state_dict or takes(call, "keep_vars"):
         values = module.state_dict(keep_vars=True)
@@ -78,8 +84,8 @@ def module_entries(module: torch.nn.Module, path: Path, state: Mapping[str, Any]
                 f"{dotted(path)}: both {entries[name].key!r} and {key!r} are called {name!r} without their "
                 "wrappers; rename one of the submodules"
             )
-        live = id(value) in parameters or id(value) in buffers
-        buffer = id(value) not in parameters and key not in of_metrics
+        live = id(value) in parameters or id(value) in buffers or is_flat(value)
+        buffer = id(value) not in parameters and key not in of_metrics and not is_flat(value)
         entries[name] = ModuleEntry(name, key, value, buffer, live, added=key in counters)
     return list(entries.values())
 
@@ -90,6 +96,9 @@ def load_module(module: torch.nn.Module, entries: Mapping[str, Any]) -> list[str
     `entries` are extra state, what its hooks make out of its tensors, and tensors of other shapes than those that are
     here. Returns the keys that it did not take, and under which there is something else than what it was handed.
     """
+    if is_engine(module):
+        refresh_weights(module.optimizer)
+        return []
     counters = {key: entries[key] for key in metric_counters(module) if key in entries}
     entries = {key: value for key, value in entries.items() if key not in counters}
     values = _own_values(module)
@@ -104,14 +113,14 @@ def load_module(module: torch.nn.Module, entries: Mapping[str, Any]) -> list[str
 def check_module(module: torch.nn.Module, path: Path) -> None:
     """Raise `StateError` where a module's `state_dict` is not its state.
 
-    That is FullyShardedDataParallel (version 1), which gathers the parameters, metrics of torchmetrics, which leave
-    out their values unless they are told to keep them, and weights that bitsandbytes has quantized to 4 bits.
+    That is FullyShardedDataParallel (version 1) around modules with loading code of their own, metrics of torchmetrics,
+    which leave out their values unless they are told to keep them, and weights that bitsandbytes has quantized to 4
+    bits.
     """
-    fsdp = sys.modules.get("torch.distributed.fsdp")
-    if fsdp is not None and any(isinstance(m, fsdp.FullyShardedDataParallel) for m in module.modules()):
-        raise StateError(
-            f"{dotted(path)}: FullyShardedDataParallel hides its parameters; use `fully_shard` (FSDP2) instead"
-        )
+    if holds_fsdp1(module):
+        check_fsdp1(module, path)
+    if is_engine(module):
+        check_engine(module, path)
     check_metrics(module, path)
     for name, part in module.named_modules():
         if _is_quantized_to_4_bits(part):

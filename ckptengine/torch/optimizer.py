@@ -12,9 +12,14 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from ckptengine.errors import StateError
 from ckptengine.schema.path import Path, dotted
+from ckptengine.torch.accelerator import before_graph_replay
+from ckptengine.torch.deepspeed import is_zero_optimizer
 from ckptengine.torch.dtensor import is_dtensor, local_runs, splits_of
+from ckptengine.torch.flat import FlatPart, is_flat
 from ckptengine.torch.own_calls import saves_itself
+from ckptengine.torch.parts import any_parts
 from ckptengine.torch.random import is_given
+from ckptengine.torch.spread import bare_optimizer, check_spread, new_part, part_state, set_part_state
 from ckptengine.torch.tensor import torch_dtype
 from ckptengine.torch.wrapped import is_wrapped
 
@@ -33,11 +38,8 @@ __all__ = [
 
 def check_optimizer(optimizer: torch.optim.Optimizer, path: Path) -> None:
     """Raise `StateError` where state belongs to no parameter, is left out, or nobody knows which part a rank holds."""
-    if any(kind.__name__ == "ZeroRedundancyOptimizer" for kind in type(optimizer).__mro__):
-        raise StateError(
-            f"{dotted(path)}: ZeroRedundancyOptimizer keeps whole parameters' state on single ranks; use "
-            "`fully_shard` (FSDP2) with a plain optimizer instead"
-        )
+    check_spread(optimizer, path, saves_itself(optimizer))
+    deepspeed, optimizer = is_zero_optimizer(optimizer), bare_optimizer(optimizer)
     for name, value in vars(optimizer).items():
         if isinstance(value, torch.Generator) and not is_given(value):
             raise StateError(
@@ -53,7 +55,7 @@ def check_optimizer(optimizer: torch.optim.Optimizer, path: Path) -> None:
             f"{dotted(path)}: {type(optimizer).__name__} keeps `hess` on the parameters from step to step, where no "
             "state has it; use `update_each=1`"
         )
-    if saves_itself(optimizer):
+    if saves_itself(optimizer) or deepspeed:
         return  # what it says of itself counts
     parameters = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     parameter: Any
@@ -98,7 +100,9 @@ def _local_arrays(value: Any, keys: Path) -> Iterator[tuple[Path, Any]]:
 
 def optimizer_state(optimizer: torch.optim.Optimizer, parameter: torch.Tensor) -> dict[str, Any] | None:
     """Return a parameter's state, None where it has none; `optimizer.state[p]` would add an empty one."""
-    state: dict[str, Any] | None = getattr(optimizer, "state", {}).get(parameter)
+    if is_flat(parameter):
+        return part_state(optimizer, parameter)  # type: ignore[arg-type]
+    state: dict[str, Any] | None = getattr(bare_optimizer(optimizer), "state", {}).get(parameter)
     return state
 
 
@@ -106,24 +110,40 @@ def optimizer_states(
     optimizer: torch.optim.Optimizer, parameters: Sequence[torch.Tensor]
 ) -> list[dict[str, Any] | None] | None:
     """Return the states of parameters, None for each that has none; None where there is state for anything else."""
+    optimizer = bare_optimizer(optimizer)
+    if any_parts():
+        owners = {id(p): p for p in (p.owner if isinstance(p, FlatPart) else p for p in parameters)}
+        if sum(bool(optimizer.state.get(p)) for p in owners.values()) != sum(map(bool, optimizer.state.values())):
+            return None
+        return [optimizer_state(optimizer, parameter) for parameter in parameters]
     states: list[dict[str, Any] | None] = list(map(optimizer.state.get, parameters))
     return states if sum(map(bool, states)) == sum(map(bool, optimizer.state.values())) else None
 
 
 def before_optimizer_step(call: Callable[[], None]) -> Callable[[], None]:
-    """Have something called before any optimizer steps; return what undoes it."""
+    """Have something called before any optimizer steps, and before any graph is replayed; return what undoes it."""
 
     def hook(optimizer: torch.optim.Optimizer, arguments: Any, keywords: Any) -> None:
         call()
 
-    return register_optimizer_step_pre_hook(torch.compiler.disable(hook)).remove  # type: ignore[no-untyped-call]
+    handle: Any = register_optimizer_step_pre_hook(torch.compiler.disable(hook))  # type: ignore[no-untyped-call]
+    graphs = before_graph_replay(call)
+
+    def remove() -> None:
+        handle.remove()
+        graphs()
+
+    return remove
 
 
 def set_optimizer_state(
     optimizer: torch.optim.Optimizer, parameter: torch.Tensor, state: dict[str, Any] | None
 ) -> None:
     """Replace the state of one parameter; None removes it."""
-    if state is None:
+    optimizer = bare_optimizer(optimizer)
+    if isinstance(parameter, FlatPart):
+        set_part_state(optimizer, parameter, state)
+    elif state is None:
         optimizer.state.pop(parameter, None)
     else:
         optimizer.state[parameter] = state
@@ -161,6 +181,8 @@ def new_state_tensor(
     said of one that was made otherwise.
     """
     kind = torch_dtype(dtype)
+    if isinstance(parameter, FlatPart):
+        return new_part(parameter, key, kind, shape, bool(group.get("capturable") or group.get("fused")))
     if spread is not None and is_dtensor(parameter):
         told = _zeros_spread(parameter, kind, shape, spread)
         if told is not None:

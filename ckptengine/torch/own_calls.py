@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
+from ckptengine.torch.spread import bare_optimizer
+
 __all__ = ["hand_over", "loads_itself", "saves_itself"]
 
 _DEPTH = 4
@@ -16,7 +18,11 @@ _DEPTH = 4
 
 def saves_itself(optimizer: Any) -> bool:
     """Whether an optimizer's `state_dict` may hold other things than its parameters' state and its groups: its class,
-    or a hook, has changed it, or there is state under names of its own."""
+    or a hook, has changed it, or there is state under names of its own.
+
+    Of a ZeroRedundancyOptimizer the one inside counts.
+    """
+    optimizer = bare_optimizer(optimizer)
     return (
         type(optimizer).state_dict is not Optimizer.state_dict
         or "state_dict" in vars(optimizer)
@@ -27,6 +33,7 @@ def saves_itself(optimizer: Any) -> bool:
 
 def loads_itself(optimizer: Any) -> bool:
     """Whether an optimizer's `load_state_dict` may do other things than to set its state and its groups."""
+    optimizer = bare_optimizer(optimizer)
     return (
         saves_itself(optimizer)
         or type(optimizer).load_state_dict is not Optimizer.load_state_dict

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from ckptengine.torch.deepspeed import is_engine
 from ckptengine.torch.dtensor import is_dtensor
 
 __all__ = ["hand_to_module", "module_loading", "same_value", "takes"]
@@ -26,6 +27,8 @@ def module_loading(module: torch.nn.Module) -> frozenset[str] | None:
     Else the names of the submodules that override `_load_from_state_dict`: these may take tensors of other shapes than
     those they have. Hooks, and a `load_state_dict` of the module's class, count as code that must run.
     """
+    if is_engine(module):
+        return frozenset()  # its weights are made of its master weights
     adapting, own = set(), not _is_torchs(type(module).load_state_dict)
     for name, part in module.named_modules(remove_duplicate=False):
         if not _is_torchs(type(part)._load_from_state_dict):

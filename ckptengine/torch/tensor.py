@@ -19,6 +19,7 @@ from ckptengine.schema.path import Path, dotted
 from ckptengine.torch import accelerator
 from ckptengine.torch.dtensor import dtensor_pieces, is_dtensor
 from ckptengine.torch.emptied import refuse_emptied
+from ckptengine.torch.flat import FlatPart, flat_pieces, is_flat
 
 __all__ = ["convert_tensor", "dtype_name", "fingerprints", "new_like", "tensor_of", "torch_dtype", "view_tensor"]
 
@@ -63,7 +64,8 @@ def view_tensor(tensor: torch.Tensor, path: Path, *, target: bool) -> TensorView
     """
     name = _check(tensor, path)
     shape, placement, pieces = _pieces(tensor, path)
-    parts = tuple(Part(box, _memory(piece, path, target=target)) for box, piece in pieces)
+    order = tensor.order if isinstance(tensor, FlatPart) else None
+    parts = tuple(Part(box, _memory(piece, path, target=target), order) for box, piece in pieces)
     return TensorView(name, shape, placement, parts, _identity(tensor, name))
 
 
@@ -89,6 +91,8 @@ def new_like(tensor: torch.Tensor, order: Sequence[int] | None) -> torch.Tensor:
 
     A DTensor gives one on the same mesh with the same placements.
     """
+    if isinstance(tensor, FlatPart):  # elements of a run have one order
+        return tensor.like(torch.empty_like(tensor.run))
     order = tuple(range(tensor.ndim)) if order is None else order
     inverse = [order.index(dim) for dim in range(tensor.ndim)]
     if is_dtensor(tensor):
@@ -147,8 +151,9 @@ def _check(tensor: torch.Tensor, path: Path) -> str:
         )
     if tensor.is_meta or (tensor.device.type == "cpu" and tensor.untyped_storage().device.type == "meta"):
         raise StateError(
-            f"{where}: tensor on the meta device has no memory; materialize the model first (`to_empty`, then its "
-            "weights), or, where a library has offloaded it (`device_map`), load it without that"
+            f"{where}: tensor on the meta device has no memory; materialize the model first "
+            "(`model.to_empty(device=…)`, then the load, and then give buffers that are not persistent their values), "
+            "or, where a library has offloaded it (`device_map`), load it without that"
         )
     if not is_dtensor(tensor):
         try:
@@ -165,6 +170,8 @@ def _check(tensor: torch.Tensor, path: Path) -> str:
 
 
 def _pieces(tensor: torch.Tensor, path: Path) -> tuple[tuple[int, ...], Placement, list[tuple[Box, torch.Tensor]]]:
+    if isinstance(tensor, FlatPart):
+        return flat_pieces(tensor)
     if is_dtensor(tensor):
         return dtensor_pieces(tensor, path)
     shape = tuple(tensor.shape)
@@ -173,7 +180,7 @@ def _pieces(tensor: torch.Tensor, path: Path) -> tuple[tuple[int, ...], Placemen
 
 def _identity(tensor: torch.Tensor, name: str) -> Hashable | None:
     """A DTensor's is the object, since ranks with an empty part have no address to compare."""
-    if is_dtensor(tensor):
+    if is_dtensor(tensor) or is_flat(tensor):
         return ("torch", id(tensor))
     if tensor.numel() == 0:
         return None
@@ -221,14 +228,29 @@ def _copied(piece: torch.Tensor, base: torch.Tensor, path: Path) -> DeviceMemory
     bits = _BITS[piece.element_size()][1]
 
     def copy_to_host(dst: np.ndarray[Any, Any]) -> None:
+        # torch's copies on the CPU expect elements at multiples of their size; small entries of an image are packed.
+        aligned = dst if dst.ctypes.data % dst.itemsize == 0 else np.empty(dst.shape, dst.dtype)
         with torch.no_grad():
-            _bits_of(dst).copy_(piece.resolve_conj().resolve_neg().view(bits))
+            _bits_of(aligned).copy_(piece.resolve_conj().resolve_neg().view(bits))
+        if aligned is not dst:
+            dst[...] = aligned
 
     def begin_copy(dst: np.ndarray[Any, Any], beside: bool) -> Callable[[], None]:
         if piece.device.type == "cpu":
             copy_to_host(dst)
             return lambda: None
-        return accelerator.begin_copy(piece, bits, _bits_of(dst), beside)
+        if dst.flags.c_contiguous:
+            return accelerator.begin_copy(piece, bits, _bits_of(dst), beside)
+        # torch brings a strided target its bytes through memory of its own, and from there by a copy on the CPU that
+        # waits for nothing: right only where the device's copy does not return before it has ended.
+        host = np.empty(dst.shape, dst.dtype)
+        wait = accelerator.begin_copy(piece, bits, _bits_of(host), beside)
+
+        def put() -> None:
+            wait()
+            dst[...] = host
+
+        return put
 
     def copy_from_host(src: np.ndarray[Any, Any]) -> None:
         source = _bits_of(src)

@@ -26,11 +26,12 @@ from ckptengine.schema.path import Path, dotted
 from ckptengine.schema.type_name import describe_type
 from ckptengine.state.sharded import ShardedArray
 from ckptengine.torch.dtensor import is_dtensor, row_runs
+from ckptengine.torch.flat import FlatPart
 
 __all__ = ["is_wrapped", "new_wrapped", "unwrap"]
 
 _SHAPE = "the tensor's shape"
-_PLAIN = (torch.Tensor, torch.nn.Parameter)
+_PLAIN = (torch.Tensor, torch.nn.Parameter, FlatPart)
 
 
 def is_wrapped(tensor: Any) -> bool:

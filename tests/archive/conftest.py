@@ -30,10 +30,10 @@ def archive_of(tmp_path):
         image = plan_image(archive_name(0), 0, assigned)
         numbers = {leaf.path: number for number, leaf in enumerate(flat.arrays)}
         table = CopyTable(image, flat.arrays, [numbers[item.path] for item in assigned], overlap=False)
-        snapshotter, checksums, feed = Snapshotter(), Checksums(image), Feed(time.monotonic() + 60)
+        snapshotter, checksums, feed = Snapshotter(), Checksums(image), Feed[None](time.monotonic() + 60)
         assert snapshotter.reserve(image, 60)
         snapshotter.fill(table, checksums, feed)
-        feed.finish()
+        feed.finish(None)
         fixed = b"".join(ctypes.string_at(window.address, window.end - window.begin) for window in feed)
         tail = build_tail(image, stored_values(flat).entries(0), checksums.entries, checksums.blocks)
         path = tmp_path / image.name

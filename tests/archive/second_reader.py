@@ -47,9 +47,29 @@ def read(path: str) -> tuple[dict[tuple, np.ndarray], dict[tuple, object]]:
             arrays[(rank, *about["path"])] = read_array(entries, node, document)
         elif "dtype" in about:
             arrays[(rank, *about["path"])] = read_fragments(entries, node, about["shape"])
-    for alias, path in json.loads(entries["objects/zarr.json"])["attributes"]["ckptengine"]["aliases"]:
-        arrays[(None, *alias)] = arrays[(None, *path)]
+    aliases = json.loads(entries["objects/zarr.json"])["attributes"]["ckptengine"]["aliases"]
+    for number in manifest.get("value_ranks", []):
+        shared = json.loads(entries[f"ranks/{number:05}/zarr.json"])["attributes"]["ckptengine"].get("shared", {})
+        values = {(None, *path): value for path, value in shared.get("values", [])} | values
+        aliases += shared.get("aliases", [])
+        for path, groups in shared.get("groups", []):
+            values[(None, *path)] = join(values.get((None, *path), []), groups)
+    for alias, path in aliases:
+        arrays.setdefault((None, *alias), arrays[(None, *path)])
     return arrays, values
+
+
+def join(groups: list[dict], others: list[dict]) -> list[dict]:
+    """Return the parameter groups of two ranks as one list; those that hold tensors are not read here."""
+    result, free = [dict(group) for group in groups], [dict(group) for group in groups]
+    for group in others:
+        number = next((n for n, one in enumerate(free) if one and {**one, "params": 0} == {**group, "params": 0}), None)
+        if number is None:
+            result.append(group)
+        else:
+            new = [name for name in group["params"] if all(name not in one["params"] for one in groups)]
+            result[number], free[number] = {**group, "params": [*result[number]["params"], *new]}, {}
+    return result
 
 
 def read_array(entries: dict[str, bytes], node: str, document: dict) -> np.ndarray:

@@ -4,21 +4,16 @@ import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from cli_run import Call
+from committed_steps import state_of, steps_in
 
 import ckptengine as ce
-from ckptengine.catalog.listing import committed
 from ckptengine.errors import CheckpointDamagedError, CheckpointNotFoundError, StorageError
 from ckptengine.storage.local import LocalStorage
 
 LOSSES = {1: 0.9, 2: 0.4, 3: 0.7, 4: 0.4, 5: float("nan"), 6: 0.8}
-
-
-def state_of(step: int) -> dict[str, object]:
-    return {"w": np.full(10, float(step)), "step": step}
 
 
 def train(run: Path, **options: object) -> None:
@@ -29,23 +24,19 @@ def train(run: Path, **options: object) -> None:
                 checkpointer.flush()  # none is overtaken on its way
 
 
-def steps(run: Path) -> list[int | None]:
-    return [entry.step for entry in committed(LocalStorage(run))]
-
-
 def test_the_best_by_a_metric_is_kept_beside_the_newest_and_of_equal_ones_the_newer(tmp_path: Path) -> None:
     train(tmp_path, keep_last=1, keep_best="loss")
-    assert steps(tmp_path) == [4, 6]
+    assert steps_in(tmp_path) == [4, 6]
 
 
 def test_several_metrics_have_rules_of_their_own(tmp_path: Path) -> None:
     train(tmp_path, keep_last=1, keep_best=["loss", ce.Best("loss", mode="max"), ce.Best("accuracy", 2, "max")])
-    assert steps(tmp_path) == [1, 2, 4, 6]
+    assert steps_in(tmp_path) == [1, 2, 4, 6]
 
 
 def test_without_keep_last_a_best_deletes_nothing(tmp_path: Path) -> None:
     train(tmp_path, keep_best="loss")
-    assert steps(tmp_path) == list(LOSSES)
+    assert steps_in(tmp_path) == list(LOSSES)
 
 
 def test_the_best_is_restored_and_what_came_after_it_is_a_branch_that_was_given_up(tmp_path: Path) -> None:
@@ -86,7 +77,7 @@ def test_the_command_shows_metrics_and_keeps_the_best(tmp_path: Path, call: Call
     assert "0.7" in call("ls", tmp_path).stdout
     assert "metrics.accuracy" in call("show", f"{tmp_path}/step-3").stdout
     assert call("gc", tmp_path, "--keep-last", "1", "--keep-best", "loss", "--keep-step", "2").exit_code == 0
-    assert steps(tmp_path) == [2, 4, 6]
+    assert steps_in(tmp_path) == [2, 4, 6]
 
 
 def test_a_manifest_that_can_not_be_read_now_is_not_taken_for_one_that_is_not_the_best(

@@ -241,7 +241,7 @@ def test_a_life_never_deletes_what_it_has_just_committed_also_where_another_bran
         # Another job has taken the run over meanwhile, and its line does not lead through what this one has saved.
         assert claim_generation(run, None) == 2
         write_checkpoint(run, 30, 2, (1, 10))
-        ckpt._tiers._retain(run, [KeepLast(1)])
+        ckpt._tiers.cleaning.clean(run, [KeepLast(1)])
         assert orders(run) == [(1, 20), (2, 30)]
 
 

@@ -1,54 +1,14 @@
 """Memory that the CPU can't address, on a pretended accelerator: there is none here. Its copies take their time."""
 
 import threading
-import time
 
 import numpy as np
 import pytest
 import torch
+from pretended import FakeAccelerator
 
 import ckptengine as ce
-from ckptengine.schema.leaf import DeviceMemory
-from ckptengine.torch import tensor as torch_tensor
-
-
-class FakeAccelerator:
-    """Takes every tensor of more than one element for its own; copies in threads, as streams would."""
-
-    def __init__(self, patch):
-        self.hold, self.log = threading.Event(), []
-        self.hold.set()
-        self.pinned = []
-        patch.setattr(torch_tensor, "_memory", self.memory)
-        patch.setattr("ckptengine.torch.accelerator.pin_host_memory", self.pin)
-        self._memory = torch_tensor.__dict__["_copied"]
-
-    def memory(self, piece, path, *, target):
-        real = self._memory(piece, piece, path)
-        return DeviceMemory(real.copy_to_host, real.copy_from_host, piece, lambda *a: self.begin(real, *a))
-
-    def begin(self, real, dst, beside):
-        done = threading.Event()
-        dst[...] = 0  # what is read too early is wrong
-
-        def copy():
-            if beside:
-                assert self.hold.wait(30)
-            time.sleep(0.01)
-            real.copy_to_host(dst)
-            done.set()
-
-        threading.Thread(target=copy).start()
-
-        def wait():
-            assert done.wait(30)
-            self.log.append("beside" if beside else "in order")
-
-        return wait
-
-    def pin(self, address, nbytes):
-        self.pinned.append(nbytes)
-        return lambda: self.pinned.remove(nbytes)
+from ckptengine.errors import SaveFailedError
 
 
 @pytest.fixture
@@ -128,3 +88,62 @@ def test_a_devices_state_goes_through_less_memory_than_it_has(tmp_path, accelera
                 parameter.zero_()
         handle.durable.result()
     check(tmp_path / "run", expected)
+
+
+class PretendedGraph(torch.cuda.CUDAGraph):
+    """Replays an optimizer's step as a device does: without its hooks, and without autograd's counters."""
+
+    def __new__(cls, replayed):
+        return object.__new__(cls)
+
+    def __init__(self, replayed):
+        self.replayed, self._tracker = replayed, None
+
+    def __del__(self):
+        pass
+
+
+def test_under_overlap_the_replay_of_a_graph_waits_for_the_copies(tmp_path, accelerator, monkeypatch):
+    monkeypatch.setattr(torch.cuda.CUDAGraph, "replay", lambda graph: graph.replayed())
+    original = torch.cuda.CUDAGraph.replay
+    model, optimizer = make()
+
+    def replayed():
+        for parameter in model.parameters():
+            parameter.data.numpy()[...] += 1  # past the version counter
+
+    graph = PretendedGraph(replayed)
+    with ce.Checkpointer(tmp_path / "run", overlap=True) as run:
+        for step in (1, 2):
+            accelerator.hold.clear()
+            expected = values(model, optimizer)
+            handle = run.save(step, {"model": model, "optimizer": optimizer})
+            threading.Timer(0.2, accelerator.hold.set).start()
+            graph.replay()
+            assert handle.staged.done()
+            handle.durable.result()
+            check(tmp_path / "run", expected)
+    assert torch.cuda.CUDAGraph.replay is original, "torch's own is back when the Checkpointer is closed"
+
+
+def test_a_copy_that_can_not_begin_leaves_none_under_way(tmp_path, accelerator, monkeypatch):
+    model, optimizer = make()
+    begin, begun = accelerator.begin, []
+
+    def some(real, dst, beside):
+        if len(begun) == 5:
+            raise torch.OutOfMemoryError("out of memory")
+        ended = threading.Event()
+        begun.append(ended)
+        wait = begin(real, dst, beside)
+        return lambda: (wait(), ended.set())
+
+    monkeypatch.setattr(accelerator, "begin", some)
+    run = ce.Checkpointer(tmp_path / "run")
+    with pytest.raises(SaveFailedError, match="was not saved: OutOfMemoryError"):
+        run.save(1, {"model": model, "optimizer": optimizer})
+    assert len(begun) == 5
+    assert all(ended.is_set() for ended in begun), "the memory is the next save's, or is given back"
+    monkeypatch.undo()
+    run.save(2, {"model": model, "optimizer": optimizer}).durable.result()
+    run.close()

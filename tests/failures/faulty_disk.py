@@ -61,6 +61,6 @@ for _name in OPERATIONS:
 def install(patch: pytest.MonkeyPatch) -> FaultyDisk:
     """Have all saves and Checkpointers that begin from now on use a faulty disk."""
     disk = FaultyDisk()
-    for module in ("ckptengine.api", "ckptengine.tiers.tiers"):
+    for module in ("ckptengine.api", "ckptengine.tiers.places"):
         patch.setattr(f"{module}.open_storage", lambda path, options=None, timeout=None: LocalStorage(Path(path), disk))
     return disk

@@ -23,6 +23,7 @@ from hypothesis import strategies as st
 import ckptengine as ce
 from ckptengine.errors import CheckpointDamagedError, CheckpointError, ForeignFormatError, LoadMismatchError
 from ckptengine.foreign.checkpoint import ForeignCheckpoint
+from ckptengine.storage.archive_read import ArchiveRead
 from ckptengine.storage.local import LocalStorage
 
 DTYPES = [
@@ -127,9 +128,9 @@ def test_only_the_ranges_of_what_is_wanted_are_read(tmp_path: Path, monkeypatch:
     read = []
     load = LocalStorage.load_archive
 
-    def counted(self: LocalStorage, name: str, fixed: int, block: int, crcs: Any, ranges: Any, *rest: Any) -> int:
-        read.append(int(np.asarray(ranges)[:, 1].sum()))
-        return load(self, name, fixed, block, crcs, ranges, *rest)
+    def counted(self: LocalStorage, name: str, asked: ArchiveRead) -> int:
+        read.append(int(asked.ranges[:, 1].sum()))
+        return load(self, name, asked)
 
     monkeypatch.setattr(LocalStorage, "load_archive", counted)
     part = torch.zeros(1000)

@@ -5,14 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import signal
 import sys
-import time
 import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
+from dying import die
 from lightning.fabric import Fabric
 from lightning.fabric.strategies import DDPStrategy
 from torch.utils.data import DataLoader
@@ -47,7 +46,7 @@ def main() -> None:
         while sampler.epoch < 2:
             for batch in sampler.batches(loader):
                 if sampler.global_batches == OPTIONS.get("kill") and not Path(OPTIONS["killed"]).exists():
-                    die()
+                    die(OPTIONS)
                 loss = model(batch).pow(2).mean()
                 optimizer.zero_grad()
                 fabric.backward(loss)
@@ -81,18 +80,6 @@ def check_own_calls(fabric: Fabric, bare: torch.nn.Module, model: Any, optimizer
     assert all(torch.equal(value, before[name]) for name, value in bare.state_dict().items())
     after = [value for one in optimizer.state.values() for value in one.values()]
     assert all(torch.equal(one, other) for one, other in zip(after, moments, strict=True))
-
-
-def die() -> None:
-    """End like a machine that fails, once a checkpoint is committed."""
-    deadline = time.monotonic() + 60
-    while not list(Path(OPTIONS["run"]).glob(f"step-*{OPTIONS['committed']}/manifest-*.json")):
-        assert time.monotonic() < deadline, "nothing was committed"
-        time.sleep(0.02)
-    if torch.distributed.is_initialized():
-        torch.distributed.barrier()
-    Path(OPTIONS["killed"]).touch()
-    os.kill(os.getpid(), signal.SIGKILL)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ import os
 import random
 import signal
 import sys
-import time
 import warnings
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ import lightning.pytorch as pl
 import numpy as np
 import torch
 import torchmetrics
+from dying import die
 from lightning.pytorch.callbacks import EarlyStopping, EMAWeightAveraging, ModelCheckpoint
 from lightning.pytorch.utilities import CombinedLoader
 from torch.utils.data import DataLoader, Dataset, IterableDataset, WeightedRandomSampler
@@ -72,7 +72,7 @@ class Model(pl.LightningModule):
         x, y, indices = batch
         total = self.trainer.fit_loop.epoch_loop.batch_progress.total.ready
         if total == OPTIONS.get("kill") and not Path(OPTIONS["killed"]).exists():
-            die()
+            die(OPTIONS)
         if total == OPTIONS.get("tell") and RANK == 1 and not Path(OPTIONS["killed"]).exists():
             Path(OPTIONS["killed"]).touch()
             os.kill(os.getpid(), signal.SIGTERM)
@@ -155,18 +155,6 @@ class Endless(IterableDataset[torch.Tensor]):
 
     def __iter__(self) -> Any:
         return iter(Samples()[number] for number in range(40))
-
-
-def die() -> None:
-    """End like a machine that fails, once a checkpoint is committed and all ranks are here."""
-    deadline = time.monotonic() + 60
-    while not list(Path(OPTIONS["run"]).glob(f"step-*{OPTIONS['committed']}/manifest-*.json")):
-        assert time.monotonic() < deadline, "nothing was committed"
-        time.sleep(0.02)
-    if torch.distributed.is_initialized():
-        torch.distributed.barrier()
-    Path(OPTIONS["killed"]).touch()
-    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def train_loader(workers: int) -> Any:

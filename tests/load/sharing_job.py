@@ -22,6 +22,7 @@ import ckptengine as ce
 from ckptengine.archive.reader import Archive
 from ckptengine.comm.exchange import StoreCommunicator
 from ckptengine.load import loader, node, share, window
+from ckptengine.storage.archive_read import ArchiveRead
 from ckptengine.storage.local import LocalStorage
 from ckptengine.storage.open import open_storage
 
@@ -144,10 +145,10 @@ def main() -> None:
     asked: list[int] = []
     load = LocalStorage.load_archive
 
-    def counted(self: LocalStorage, name: str, *arguments: Any) -> int:
+    def counted(self: LocalStorage, name: str, read: ArchiveRead) -> int:
         if "rank-" in name:
-            asked.append(int(np.asarray(arguments[3])[:, 1].sum()))  # several threads read; `+=` would lose some
-        return load(self, name, *arguments)
+            asked.append(int(read.ranges[:, 1].sum()))  # several threads read; `+=` would lose some
+        return load(self, name, read)
 
     LocalStorage.load_archive = counted  # type: ignore[assignment,method-assign]
     needs: list[list[int]] = []

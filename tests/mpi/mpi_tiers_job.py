@@ -63,7 +63,7 @@ def main() -> None:
             handle = ckpt.step(step, state_of(step))
             assert handle is not None
             if step == options.get("dies_at"):
-                tier = ckpt._tiers.memory
+                tier = ckpt._tiers.places.memory
                 assert tier is not None
                 while (found := newest(tier.storage)) is None or found.step != step:
                     time.sleep(0.01)

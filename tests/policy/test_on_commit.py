@@ -57,7 +57,7 @@ def test_a_checkpoint_is_not_deleted_while_it_is_read(tmp_path: Path) -> None:
             ckpt.wait()
         ckpt._saver.settle(60)  # what deletes old checkpoints has been done
         goes_on.set()
-        assert not ckpt._hooks.settle(60)
+        assert not ckpt._settings.hooks.settle(60)
         assert loaded == [(step, STATE["w"].sum()) for step in (1, 2, 3)]
         ckpt.save(4, STATE)
     assert [path.name for path in (tmp_path / "run").glob("step-*")] == ["step-00000004"]

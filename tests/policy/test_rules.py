@@ -2,22 +2,12 @@
 
 from pathlib import Path
 
-import numpy as np
 import pytest
+from committed_steps import state_of, steps_in
 
 import ckptengine as ce
-from ckptengine.catalog.listing import committed
 from ckptengine.comm.single import SingleProcess
 from ckptengine.policy.schedule import Schedule
-from ckptengine.storage.local import LocalStorage
-
-
-def state_of(step: int) -> dict[str, object]:
-    return {"w": np.full(10, float(step)), "step": step}
-
-
-def steps_in(folder: Path) -> list[int | None]:
-    return [entry.step for entry in committed(LocalStorage(folder))]
 
 
 def train(run: Path, until: int, policy: ce.Policy, **options: object) -> list[int]:

@@ -159,7 +159,7 @@ def test_credentials_and_the_stores_words_appear_nowhere(bucket, disturbed, prox
     url, options = f"{disturbed.url}/run", disturbed.options
     texts = []
     with ce.Checkpointer(url, every=1, storage_options=options) as ckpt:
-        texts += [repr(ckpt), repr(vars(ckpt)), repr(ckpt._tiers.persistent)]
+        texts += [repr(ckpt), repr(vars(ckpt)), repr(ckpt._tiers.places.persistent)]
         ckpt.step(1, state())
     for kind, pattern in (
         ("403 AccessDenied", "PUT"),

@@ -141,8 +141,8 @@ class Runs(RuleBasedStateMachine):
 
         self.checkpointers = self.job.run(open_run)
         for one in self.checkpointers:
-            assert isinstance(one._tiers.persistent, LocalStorage)
-            one._tiers.persistent._disk = self.disk
+            assert isinstance(one._tiers.places.persistent, LocalStorage)
+            one._tiers.places.persistent._writes.disk = self.disk
         states = [state_of(0, rank, world_size) for rank in range(world_size)]
         there = self.there()
         line = self.line(there[-1] if there else None)

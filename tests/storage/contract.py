@@ -1,7 +1,8 @@
 """What every storage promises: one list of properties, for each storage that a test file names.
 
 A test file makes a subclass `TestContract` and a fixture `storage`. `second` is another storage of the same place, as
-another process has it.
+another process has it. What can only be read keeps the `ReadingContract`: its fixture `view` is what reads the files
+that were written to `storage`.
 """
 
 from __future__ import annotations
@@ -12,15 +13,18 @@ import mmap
 import threading
 import time
 import zlib
+from collections.abc import Callable
 
 import numpy as np
 import pytest
 
 from ckptengine.catalog.lease import Lease
 from ckptengine.errors import CheckpointDamagedError, StorageError
-from ckptengine.storage.base import Storage
+from ckptengine.native.tables import ScatterPlan
+from ckptengine.storage.archive_read import ArchiveRead
+from ckptengine.storage.base import Storage, StorageView
 
-__all__ = ["BLOCK", "StorageContract", "aligned", "load", "write_archive"]
+__all__ = ["BLOCK", "ReadingContract", "StorageContract", "aligned", "load", "write_archive"]
 
 BLOCK = 65536
 
@@ -42,72 +46,120 @@ def write_archive(storage: Storage, name: str, data: np.ndarray, windows: int = 
         archive.finish()
 
 
-def load(storage: Storage, name: str, data: np.ndarray, target: np.ndarray) -> int:
+def load(storage: StorageView, name: str, data: np.ndarray, target: np.ndarray) -> int:
     """Read all of an archive whose bytes were `data` into `target`; return the first damaged block, or -1."""
     crcs = np.array([zlib.crc32(data[start : start + BLOCK]) for start in range(0, data.size, BLOCK)], np.uint32)
-    ranges = np.array([0, data.size], np.int64)
-    # One operation: all bytes, as one row of a box of one dimension.
-    ops = [0, data.size, 1, 1, target.ctypes.data, target.ctypes.data, target.size]
-    ops += [data.size, 0, data.size, 1]
-    index = np.array([0, len(ops)], np.int64)
-    return storage.load_archive(name, data.size, BLOCK, crcs, ranges, np.array(ops, np.int64), index)
+    ranges = np.array([[0, data.size]], np.int64)
+    whole = (np.array([number], np.int64) for number in (0, data.size, target.ctypes.data))
+    read = ArchiveRead(data.size, BLOCK, crcs, ranges, ScatterPlan.of_bytes(*whole))
+    return storage.load_archive(name, read)
 
 
-class StorageContract:
+def refused(*calls: Callable[[], object]) -> None:
+    """Check that each call refuses the name that it was given."""
+    for call in calls:
+        with pytest.raises(StorageError) as caught:
+            call()
+        assert caught.value.errno == errno.EINVAL
+
+
+LEADING_OUT = ["", "/etc/passwd", "../x", "a/../../x", "a//b", "./a", "a/", "a\0b", "a\\b", ".."]
+
+
+class ReadingContract:
+    """What reads files that lie in `storage` promises."""
+
+    @pytest.fixture
+    def view(self, storage: Storage) -> StorageView:
+        return storage
+
+    def test_small_files_are_read_and_listed(self, storage, view):
+        storage.create()
+        storage.write_bytes("a/b/x", b"12345")
+        storage.write_bytes("a/y", b"")
+        assert (view.read_bytes("a/b/x", 5), view.read_bytes("a/y", 5)) == (b"12345", b"")
+        assert (view.size("a/b/x"), view.size("a/b"), view.size("a/z")) == (5, None, None)
+        assert (view.list(), view.list("a"), view.list("nowhere")) == (["a"], ["b", "y"], [])
+        assert view.exists("a/b")
+        assert not view.exists("a/c")
+        assert view.read_range("a/b/x", 1, 3) == b"234"
+        assert view.location("a/b/x") == storage.location("a/b/x")
+
+    def test_what_is_missing_too_long_or_short_is_told_as_that(self, storage, view):
+        storage.write_bytes("x", b"12345")
+        assert view.list("step") == []
+        assert view.size("y") is None
+        assert not view.exists("y")
+        with pytest.raises(CheckpointDamagedError):
+            view.read_range("x", 3, 4)
+        for name, limit, number in (("x", 4, errno.EFBIG), ("y", 9, errno.ENOENT), ("d/y", 9, errno.ENOENT)):
+            with pytest.raises(StorageError, match=name) as caught:
+                view.read_bytes(name, limit)
+            assert caught.value.errno == number
+
+    @pytest.mark.parametrize("name", LEADING_OUT)
+    def test_names_that_lead_out_of_the_storage_are_not_read(self, view, name):
+        refused(lambda: view.read_bytes(name, 10), lambda: view.read_range(name, 0, 1), lambda: view.size(name))
+
+    @pytest.mark.parametrize(("nbytes", "windows"), [(4096, 1), (12 << 20, 1), ((11 << 20) + 4096, 3), (10 << 20, 5)])
+    def test_an_archive_is_read_as_it_lay_in_memory(self, storage, view, nbytes, windows):
+        data = aligned(nbytes)
+        write_archive(storage, "step/data/archive", data, windows)
+        assert view.size("step/data/archive") == nbytes
+        assert view.read_range("step/data/archive", 0, nbytes) == data.tobytes()
+        assert storage.unfinished() == []
+        assert storage.temporaries("step/data") == []
+
+    def test_an_archive_comes_back_verified(self, storage, view):
+        data = aligned(BLOCK * 50 + 4096)
+        write_archive(storage, "archive", data)
+        target = np.zeros_like(data)
+        assert load(view, "archive", data, target) == -1
+        assert np.array_equal(target, data)
+        bad = aligned(data.size)
+        bad[BLOCK * 3 + 17] ^= 1
+        write_archive(storage, "archive", bad)
+        assert load(view, "archive", data, target) == 3
+        write_archive(storage, "archive", data[: BLOCK * 2])
+        with pytest.raises(CheckpointDamagedError, match="archive"):
+            load(view, "archive", data, target)
+
+
+class StorageContract(ReadingContract):
+    """What a storage promises beyond being read."""
+
     @pytest.fixture
     def second(self, storage: Storage) -> Storage:
         return storage
 
-    def test_small_files_are_written_read_listed_and_deleted(self, storage):
+    def test_small_files_are_replaced_and_deleted(self, storage):
         storage.create()
         storage.write_bytes("a/b/x", b"12345")
         storage.write_bytes("a/y", b"")
-        assert (storage.read_bytes("a/b/x", 5), storage.read_bytes("a/y", 5)) == (b"12345", b"")
-        assert (storage.size("a/b/x"), storage.size("a/b"), storage.size("a/z")) == (5, None, None)
-        assert (storage.list(), storage.list("a"), storage.list("nowhere")) == (["a"], ["b", "y"], [])
-        assert storage.exists("a/b")
-        assert not storage.exists("a/c")
-        assert storage.read_range("a/b/x", 1, 3) == b"234"
         storage.write_bytes("a/b/x", b"6")
         assert storage.read_bytes("a/b/x", 5) == b"6"
         storage.delete("a/y")
         storage.delete("a/y")
         assert storage.list("a") == ["b"]
 
-    def test_what_is_missing_too_long_or_short_is_told_as_that(self, storage):
+    def test_what_is_missing_needs_no_deletion(self, storage):
         storage.write_bytes("x", b"12345")
-        assert storage.list("step") == storage.temporaries() == []
-        assert storage.size("y") is None
+        assert storage.temporaries() == []
         assert storage.modified("y") is None
-        assert not storage.exists("y")
         storage.delete("y")
         storage.delete_tree("y")
         assert storage.remove_directory("y")
-        with pytest.raises(CheckpointDamagedError):
-            storage.read_range("x", 3, 4)
-        for name, limit, number in (("x", 4, errno.EFBIG), ("y", 9, errno.ENOENT), ("d/y", 9, errno.ENOENT)):
-            with pytest.raises(StorageError, match=name) as caught:
-                storage.read_bytes(name, limit)
-            assert caught.value.errno == number
 
-    @pytest.mark.parametrize(
-        "name", ["", "/etc/passwd", "../x", "a/../../x", "a//b", "./a", "a/", "a\0b", "a\\b", ".."]
-    )
+    @pytest.mark.parametrize("name", LEADING_OUT)
     def test_names_that_lead_out_of_the_storage_are_refused(self, storage, name):
-        for call in (
-            lambda: storage.read_bytes(name, 10),
-            lambda: storage.read_range(name, 0, 1),
-            lambda: storage.size(name),
+        refused(
             lambda: storage.write_bytes(name, b""),
             lambda: storage.put_if_absent(name, b""),
             lambda: storage.create_archive(name, 4096),
             lambda: storage.delete(name),
             lambda: storage.delete_tree(name),
             lambda: storage.touch(name),
-        ):
-            with pytest.raises(StorageError) as caught:
-                call()
-            assert caught.value.errno == errno.EINVAL
+        )
 
     def test_times_are_the_storages(self, storage):
         storage.write_bytes("a/x", b"1")
@@ -126,15 +178,6 @@ class StorageContract:
         assert storage.list("d") == ["m"]
         assert storage.temporaries("d") == []
 
-    @pytest.mark.parametrize(("nbytes", "windows"), [(4096, 1), (12 << 20, 1), ((11 << 20) + 4096, 3), (10 << 20, 5)])
-    def test_an_archive_arrives_as_it_lies_in_memory(self, storage, nbytes, windows):
-        data = aligned(nbytes)
-        write_archive(storage, "step/data/archive", data, windows)
-        assert storage.size("step/data/archive") == nbytes
-        assert storage.read_range("step/data/archive", 0, nbytes) == data.tobytes()
-        assert storage.unfinished() == []
-        assert storage.temporaries("step/data") == []
-
     def test_an_archive_replaces_one_of_the_same_name(self, storage):
         first, second = aligned(8192, 1), aligned(4096, 2)
         write_archive(storage, "d/archive", first)
@@ -149,20 +192,6 @@ class StorageContract:
         assert storage.unfinished() == []
         assert storage.size("d/archive") is None
         assert storage.list("d") == storage.temporaries("d") == []
-
-    def test_an_archive_comes_back_verified(self, storage):
-        data = aligned(BLOCK * 50 + 4096)
-        write_archive(storage, "archive", data)
-        target = np.zeros_like(data)
-        assert load(storage, "archive", data, target) == -1
-        assert np.array_equal(target, data)
-        bad = aligned(data.size)
-        bad[BLOCK * 3 + 17] ^= 1
-        write_archive(storage, "archive", bad)
-        assert load(storage, "archive", data, target) == 3
-        write_archive(storage, "archive", data[: BLOCK * 2])
-        with pytest.raises(CheckpointDamagedError, match="archive"):
-            load(storage, "archive", data, target)
 
     def test_a_directory_is_deleted_with_all_below_it(self, storage, second):
         for name in ("step/data/x", "step/data/y", "step/data/deep/z", "step/m", "other/x"):

@@ -14,7 +14,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tiered import Running, finish, steps
+from committed_steps import steps_in as steps
+from tiered import Running, finish
 
 import ckptengine as ce
 from ckptengine.errors import DeadlineError, SaveFailedError, StorageError
@@ -321,7 +322,7 @@ def test_a_run_that_goes_on_from_memory_before_its_checkpoint_came_home_is_not_t
         patch.setattr(Uploader, "offer", lambda self, load: offered.append(load))
         again = ce.Checkpointer(run, memory=memory, preemption=None)
         assert again.restore(state_of(0)) == 2
-        assert again._tiers.claim((1, 2)) == 2
+        assert again._tiers.claims.claim((1, 2)) == 2
     again._tiers._uploader.offer(*offered)
     again.close()
     assert "taken over" not in caplog.text
@@ -352,8 +353,8 @@ def test_a_close_that_fails_ends_the_threads_and_leaves_the_memory_that_a_save_s
     assert "ckptengine-uploader" not in {thread.name for thread in threading.enumerate()}
     going.set()
     handle.durable.wait()
-    assert ckpt._saver._job is not None
-    ckpt._saver._job.thread.join(60)
+    assert ckpt._saver._flight is not None
+    ckpt._saver._flight.thread.join(60)
     if handle.durable.error is None:  # it came in time after all: then it is what was saved
         assert ce.load(run)["w"][-1] == 1
     ckpt.close()

@@ -7,7 +7,8 @@ import time
 from pathlib import Path
 
 import pytest
-from tiered import Running, finish, steps
+from committed_steps import steps_in as steps
+from tiered import Running, finish
 
 from ckptengine.tiers.memory import memory_root
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import shutil
 import subprocess
 import sys
@@ -10,14 +11,14 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 from buckets import QUICK
+from committed_steps import state_of as of_size
+from committed_steps import steps_in as steps
 from launch import environment
 from tiered import Running, finish
 
 import ckptengine as ce
-from ckptengine.catalog.listing import committed
 from ckptengine.storage.local import LocalStorage
 from ckptengine.tiers.memory import memory_root
 
@@ -26,12 +27,7 @@ PARTS = 1_500_000
 """So many elements go to the bucket in three parts."""
 
 
-def state_of(step: int, size: int = SIZE) -> dict:
-    return {"w": np.full(size, float(step)), "step": step}
-
-
-def steps(storage) -> list[int | None]:
-    return [entry.step for entry in committed(storage)]
+state_of = functools.partial(of_size, size=SIZE)
 
 
 def eventually(what, seconds: float = 60) -> None:
@@ -78,11 +74,11 @@ def test_a_bucket_that_fails_never_stops_training_and_catches_up_with_the_newest
         storage_options=disturbed.options,
         preemption=None,
     ) as ckpt:
-        ckpt.save(1, state_of(1, PARTS)).durable.result()
+        ckpt.save(1, of_size(1, PARTS)).durable.result()
         ckpt.flush()
         down = proxy.fault("503", "(PUT|POST) .*step-", times=10_000)
         for step in range(2, 7):
-            stats = ckpt.save(step, state_of(step, PARTS)).durable.result()
+            stats = ckpt.save(step, of_size(step, PARTS)).durable.result()
             assert stats is not None
             assert stats.path == str(tmp_path / "ckpt" / f"step-{step:08d}")
         eventually(lambda: "training goes on and it is tried again" in caplog.text)
@@ -95,16 +91,26 @@ def test_a_bucket_that_fails_never_stops_training_and_catches_up_with_the_newest
     assert "SECRET" not in caplog.text
 
 
-def test_where_the_bucket_stays_down_the_end_says_where_the_checkpoint_is_and_the_next_start_brings_it(
-    bucket, disturbed, proxy, tmp_path, quick, monkeypatch
-):
+@pytest.fixture
+def impatient(monkeypatch):
     monkeypatch.setattr("ckptengine.tiers.uploader._RETRY_SECONDS", (0.2, 0.5))
-    places = {"run": f"{bucket.url}/run", "local": tmp_path / "ckpt", "preemption": None}
+
+
+def saved_while_refused(pattern: str, places: dict, disturbed, proxy) -> ce.Checkpointer:
+    """Upload step 1, and save step 2 while the bucket refuses requests of a pattern for good."""
     ckpt = ce.Checkpointer(**places, storage_options=disturbed.options, timeout=12)
     ckpt.save(1, state_of(1)).durable.result()
     ckpt.flush()
-    proxy.fault("403", "(PUT|POST) .*step-", times=10_000)
+    proxy.fault("403", pattern, times=10_000)
     ckpt.save(2, state_of(2)).durable.result()
+    return ckpt
+
+
+def test_where_the_bucket_stays_down_the_end_says_where_the_checkpoint_is_and_the_next_start_brings_it(
+    bucket, disturbed, proxy, tmp_path, quick, impatient
+):
+    places = {"run": f"{bucket.url}/run", "local": tmp_path / "ckpt", "preemption": None}
+    ckpt = saved_while_refused("(PUT|POST) .*step-", places, disturbed, proxy)
     with pytest.raises(ce.errors.SaveFailedError, match=r"step 2 is durable in .*ckpt, but is not in s3://.*permit"):
         ckpt.close()
     with ce.Checkpointer(**places, storage_options=bucket.options) as again:
@@ -113,15 +119,10 @@ def test_where_the_bucket_stays_down_the_end_says_where_the_checkpoint_is_and_th
 
 
 def test_a_bucket_that_takes_the_data_and_never_the_manifest_does_not_hold_the_end_for_ever(
-    bucket, disturbed, proxy, tmp_path, quick, monkeypatch
+    bucket, disturbed, proxy, tmp_path, quick, impatient
 ):
-    monkeypatch.setattr("ckptengine.tiers.uploader._RETRY_SECONDS", (0.2, 0.5))
     places = {"run": f"{bucket.url}/run", "local": tmp_path / "ckpt", "preemption": None}
-    ckpt = ce.Checkpointer(**places, storage_options=disturbed.options, timeout=12)
-    ckpt.save(1, state_of(1)).durable.result()
-    ckpt.flush()
-    proxy.fault("403", "PUT .*manifest", times=10_000)
-    ckpt.save(2, state_of(2)).durable.result()
+    ckpt = saved_while_refused("PUT .*manifest", places, disturbed, proxy)
     with pytest.raises(ce.errors.SaveFailedError, match=r"step 2 is durable in .*ckpt, but is not in s3://.*manifest"):
         ckpt.close()
 

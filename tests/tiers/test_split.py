@@ -9,23 +9,15 @@ import re
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
 from cli_run import Call
+from committed_steps import state_of
+from committed_steps import steps_in as steps
 
 import ckptengine as ce
-from ckptengine.catalog.listing import committed
 from ckptengine.storage.disk import Disk
 from ckptengine.storage.local import LocalStorage
 from ckptengine.tiers.memory import memory_root
-
-
-def state_of(step: int) -> dict:
-    return {"w": np.full(1000, float(step)), "step": step}
-
-
-def steps(folder: Path | str) -> list[int | None]:
-    return [entry.step for entry in committed(LocalStorage(folder))]
 
 
 def test_a_directory_sync_that_fails_just_after_the_claim_does_not_split_the_run(tmp_path, monkeypatch, caplog):
@@ -143,7 +135,7 @@ def test_a_restored_checkpoint_is_uploaded_after_a_life_that_claimed_and_died(tm
     for path in (tmp_path / "run").glob("step-*/manifest-*"):
         path.unlink()  # as if it had never come there
     died = ce.Checkpointer(**places)
-    assert died._tiers.claim((1, 1)) == 2
+    assert died._tiers.claims.claim((1, 1)) == 2
     died._tiers.stop()
     with ce.Checkpointer(**places, timeout=30) as again:
         assert again.restore(state_of(0)) == 1

@@ -10,20 +10,12 @@ from typing import Any
 from launch import launch
 from ranks import Job
 
-from ckptengine.catalog.listing import committed
-from ckptengine.storage.local import LocalStorage
-
 JOB = str(Path(__file__).parent / "tiers_job.py")
 
 
 def finish(ranks: int, folder: Path, **options: Any) -> list[dict[str, Any]]:
     """Run a job to its end and return the ranks' reports."""
     return launch(JOB, ranks, folder, json.dumps(options))
-
-
-def steps(folder: Path | str) -> list[int | None]:
-    """Return the committed steps in a directory."""
-    return [entry.step for entry in committed(LocalStorage(folder))]
 
 
 class Running:

@@ -111,7 +111,7 @@ def main() -> None:
             handle = ckpt.step(step, state)
             assert handle is not None
             if step == options.get("stuck"):
-                memory_tier = ckpt._tiers.memory
+                memory_tier = ckpt._tiers.places.memory
                 assert memory_tier is not None
                 while (found := newest(memory_tier.storage)) is None or found.step != step:
                     time.sleep(0.01)

@@ -23,7 +23,8 @@ WORKER = HERE / "dtensor_worker.py"
 
 def case_names() -> list[str]:
     tree = ast.parse(WORKER.read_text())
-    functions = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.decorator_list]
+    nodes = [*tree.body, *ast.parse((HERE / "dtensor_optimizers.py").read_text()).body]
+    functions = [node for node in nodes if isinstance(node, ast.FunctionDef) and node.decorator_list]
     layouts = next(node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == "plain_layouts")
     (returned,) = (node.value for node in layouts.body if isinstance(node, ast.Return))
     assert isinstance(returned, ast.Dict)

@@ -181,13 +181,22 @@ def test_parameters_that_a_runtime_has_emptied_are_refused_with_the_way_that_wor
         load(stored, {"model": model}, strict=False)
 
 
+def test_parameters_of_deepspeed_zero_1_and_2_are_refused_without_their_engine() -> None:
+    """They are whole, but the next step makes them of master weights that such a restore would not have filled."""
+    model = torch.nn.Linear(4, 3)
+    for parameter in model.parameters():
+        parameter._hp_mapping = None
+    with pytest.raises(StateError, match=r"model.weight: a parameter of DeepSpeed ZeRO, .*put the DeepSpeed engine"):
+        load(save({"model": torch.nn.Linear(4, 3)}), {"model": model})
+
+
 def test_parameters_of_the_first_fsdp_are_refused_without_their_module_too() -> None:
     from torch.distributed.fsdp._common_utils import _set_fsdp_flattened
 
     model = torch.nn.Linear(4, 3)
     for parameter in model.parameters():
         _set_fsdp_flattened(parameter)
-    with pytest.raises(StateError, match="weight: a parameter of FullyShardedDataParallel, .*`fully_shard`"):
+    with pytest.raises(StateError, match="weight: a parameter of FullyShardedDataParallel, .*put the Fully"):
         flatten(dict(model.named_parameters()))
 
 

@@ -4,7 +4,6 @@ import pickle
 import shutil
 import zipfile
 from pathlib import Path
-from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -18,6 +17,7 @@ import ckptengine.zarr
 from ckptengine.archive.image import BLOCK_NBYTES
 from ckptengine.errors import CheckpointDamagedError, CheckpointNotFoundError
 from ckptengine.load.choose import newest_checkpoint
+from ckptengine.storage.archive_read import ArchiveRead
 from ckptengine.storage.local import LocalStorage
 from ckptengine.zarr import CheckpointStore
 
@@ -31,11 +31,11 @@ class CountingStorage(LocalStorage):
         super().__init__(root)
         self.blocks: set[tuple[str, int]] = set()
 
-    def load_archive(self, name: str, fixed: int, block: int, crcs: Any, ranges: Any, ops: Any, index: Any) -> int:
-        for start, nbytes in ranges.tolist():
-            last = -(-(start + nbytes) // block)
-            self.blocks |= {(Path(name).name, number) for number in range(start // block, last)}
-        return super().load_archive(name, fixed, block, crcs, ranges, ops, index)
+    def load_archive(self, name: str, read: ArchiveRead) -> int:
+        for start, nbytes in read.ranges.tolist():
+            last = -(-(start + nbytes) // read.block_nbytes)
+            self.blocks |= {(Path(name).name, number) for number in range(start // read.block_nbytes, last)}
+        return super().load_archive(name, read)
 
     def read_range(self, name: str, position: int, nbytes: int) -> bytes:
         last = -(-(position + nbytes) // BLOCK_NBYTES)

@@ -174,7 +174,9 @@ def look_at(job: Job) -> Record:
 
 
 def look_at_states(job: Job) -> Record:
-    states = {name: value.state_dict() for name, value in job.state.items() if hasattr(value, "state_dict")}
+    has = {name: value for name, value in job.state.items() if hasattr(value, "state_dict")}
+    # ZeroRedundancyOptimizer's would be that of a rank which has gathered all of them.
+    states = {n: (v.optim if hasattr(v, "consolidate_state_dict") else v).state_dict() for n, v in has.items()}
     return capture({f"{name}.state_dict()": state for name, state in states.items()}, parameter_names(job))
 
 

@@ -15,7 +15,7 @@ from ckptengine.state.report import LoadReport
 from ckptengine.state.saved import Saved, SavedLeaf
 from ckptengine.state.select import Selection
 
-__all__ = ["Binding", "LoadReport", "Read", "Saved", "SavedLeaf", "bind"]
+__all__ = ["Binding", "LoadReport", "Read", "Saved", "SavedLeaf", "bind", "check_fit", "match", "nothing_fits"]
 
 
 def bind(
@@ -39,12 +39,42 @@ def bind(
     Raises `LoadMismatchError` saying which leaves do not fit (its `report` has all); with `strict=False` these are left
     as they are and reported, but that nothing fits is an error. Raises `StateError` where the state can't be filled.
     """
+    binding = match(state, saved, rank, world_size, only=only, rename=rename, strict=strict, cast=cast, same=same)
+    check_fit(binding, strict)
+    return binding
+
+
+def match(
+    state: Mapping[str, Any],
+    saved: Saved,
+    rank: int,
+    world_size: int,
+    *,
+    only: Iterable[str] | None,
+    rename: Rename | None,
+    strict: bool,
+    cast: bool,
+    same: Same | None,
+) -> Binding:
+    """Return what `bind` does, whatever does not fit: its `report` says it, in which `unexpected` is what this rank did
+    not take; other ranks may have."""
     if not isinstance(state, Mapping):
         raise StateError(f"the state is {describe_type(state)}; pass a dict such as {{'model': model}}")
     binder = Binder(state, saved, rank, world_size, Selection(only), rename, cast, strict)
     binder.walk(state)
     binder.separate(same or (lambda reads, tied: False))
-    report = binder.report()
+    return Binding(binder.reads, binder.report(), binder.actions, binder.promise(), binder.left())
+
+
+def nothing_fits(binding: Binding) -> bool:
+    """Whether nothing, or no array of those that there are, would be loaded."""
+    report = binding.report
+    return not (report.loaded and (binding.reads or not report.lacks_arrays))
+
+
+def check_fit(binding: Binding, strict: bool) -> None:
+    """Raise `LoadMismatchError` where a checkpoint and a state don't fit; without `strict` where nothing does."""
+    report = binding.report
     if strict and not report.complete:
         raise LoadMismatchError(
             "the checkpoint and the state don't fit\n"
@@ -52,11 +82,10 @@ def bind(
             + "\n(`strict=False` loads what fits; `rename` maps names, `cast=True` allows other dtypes)",
             report,
         )
-    if not report.complete and not (report.loaded and (binder.reads or not report.lacks_arrays)):
+    if not report.complete and nothing_fits(binding):
         raise LoadMismatchError(
             "nothing of the checkpoint fits the state\n"
             + "\n".join(report.problem_lines())
             + "\n(is it the checkpoint of another model? `rename` maps names, `only` says what to load)",
             report,
         )
-    return Binding(binder.reads, report, binder.actions, binder.promise())

@@ -10,7 +10,7 @@ from ckptengine.frameworks.adapter import Layouts
 from ckptengine.frameworks.registry import adapter_of_loader
 from ckptengine.schema.leaf import ArrayLeaf, Placement
 from ckptengine.schema.path import Path, dotted, is_inside
-from ckptengine.state.binding import Action, Promise, Read
+from ckptengine.state.binding import Action, Left, Promise, Read
 from ckptengine.state.extents import Extent, Taken, extents, overlap, sharing
 from ckptengine.state.kinds import Inspector
 from ckptengine.state.outline import class_name, is_of_class
@@ -57,6 +57,8 @@ class BinderBase(ABC):
         self._shared = shared_tree(saved, self._rename)
         self._own = own_tree(saved, 0 if self._resized else rank, self._rename)
         self._tells_empty = saved.outline is not None and saved.outline.empty is not None
+        self._count, self._own_count = (sum(1 for _ in tree.leaves()) for tree in (self._shared, self._own))
+        self._dropped: list[tuple[Path, Node]] = []
         self._saved_shapes: dict[str, tuple[int, ...] | None] = {}
         for path, node in self._shared.leaves():
             if isinstance(node.entry, SavedArray):
@@ -66,6 +68,8 @@ class BinderBase(ABC):
         self._inspector.ask(
             state, wanted=lambda value, path: selection.touches(path) and adapter_of_loader(value) is None
         )
+        self._inspector.declare(state)
+        self._declared = self._inspector.declared
         self._names = self._inspector.parameter_names(state)
         self._loaded: list[str] = []
         self._missing: list[tuple[str, Hashable | None]] = []
@@ -75,6 +79,8 @@ class BinderBase(ABC):
         self._lacks_arrays = False
         self.refused: list[Path] = []
         """The paths of what does not fit, and of everything inside."""
+        self.elsewhere: list[Path] = []
+        """The paths of what other ranks have, and not this one."""
         self.derived: list[Path] = []
         """The paths of what is made anew from what was saved, by a `resize`."""
         self.built: dict[Path, Any] = {}
@@ -93,20 +99,27 @@ class BinderBase(ABC):
         """What was built of each array of the checkpoint in the object that is being built: its names stay tied."""
         self._late: list[Callable[[], None]] = []
 
+    def left(self) -> Left:
+        """Return what this rank's state did not take."""
+        found = [
+            [(node.number, dotted(path)) for path, node in leaves if not node.used and self._selection.holds(path)]
+            for leaves in ([*self._shared.leaves(), *self._dropped], self._own.leaves())
+        ]
+        others = dict(found[0])
+        if self._resized:  # all ranks look at what rank 0 had of its own
+            others |= {self._count + number: name for number, name in found[1]}
+            return Left(self._count + self._own_count, others, ())
+        return Left(self._count, others, tuple(name for _, name in found[1]))
+
     def report(self) -> LoadReport:
         """Return what fits and what doesn't."""
-        unexpected = [
-            dotted(path)
-            for root in (self._shared, self._own)
-            for path, node in root.leaves()
-            if not node.used and self._selection.holds(path)
-        ]
+        left = self.left()
         # A tied tensor that is missing under its first name is none once another of its names has filled it.
         missing = tuple(name for name, identity in self._missing if identity is None or identity not in self._filled)
         return LoadReport(
             loaded=tuple(self._loaded),
             missing=missing,
-            unexpected=tuple(unexpected),
+            unexpected=(*left.others.values(), *left.own),
             mismatched=tuple(self._mismatched),
             cast=tuple(map(dotted, self._cast)),
             other_class=tuple(self._other_class),
@@ -115,7 +128,7 @@ class BinderBase(ABC):
 
     def promise(self) -> Promise:
         """Return what the state must be once everything is read and set."""
-        refused = frozenset(self.refused)
+        refused = frozenset((*self.refused, *self.elsewhere))
         leaves: dict[Path, SavedArray | SavedValue] = {}
         containers: dict[Path, Node] = {}
         empty: set[Path] = set()

@@ -38,7 +38,7 @@ def _look(value: Any, path: Path, inspector: Inspector, seen: set[int]) -> Itera
         for number, group in enumerate(adapter.optimizer_groups(value)):
             for index, parameter in enumerate(group["params"]):
                 yield (*path, number, index), parameter
-    elif kind is Kind.PER_RANK:
+    elif kind in (Kind.PER_RANK, Kind.DECLARED):
         yield from _look(value.value, path, inspector, seen)
     elif kind is Kind.DICT:
         for key, item in value.items():

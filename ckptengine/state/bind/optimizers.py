@@ -10,10 +10,13 @@ from ckptengine.frameworks.adapter import Adapter
 from ckptengine.schema.path import Path, dotted
 from ckptengine.state.bind.adopt import adopt
 from ckptengine.state.bind.base import FRAMEWORK
+from ckptengine.state.bind.groups import regroup
 from ckptengine.state.bind.objects import hand_over
 from ckptengine.state.bind.tensors import Maker, TensorBinder, of_kind
+from ckptengine.state.cut import Cut, state_cuts
 from ckptengine.state.kinds import optimizer_names
 from ckptengine.state.outline import in_order
+from ckptengine.state.own_state import GROUPS
 from ckptengine.state.saved import Node, SavedArray
 
 __all__ = ["OptimizerBinder"]
@@ -34,23 +37,31 @@ class OptimizerBinder(TensorBinder):
                 self._absent(path, per_rank)
             return
         if self._selection.reaches(path):
-            if self._another_class(optimizer, path, node):
+            if self._another_class(adapter.bare_optimizer(optimizer), path, node):
                 return
-            self.built[path] = optimizer
+            self.built[path] = adapter.bare_optimizer(optimizer)
             self.optimizers.add(path)
             if node.cls is None:
                 self._adopted |= adopt(node, names)
+            if not self._regroup(node, path, names):
+                return
         saved_state = node.child("state") or Node()
+        _order_alike(saved_state)
         by_name = {self._parameter_name(str(key)): child for key, child in saved_state.children.items()}
+        self._add_own_states(groups, names, (*path, "state"), by_name)
         for group, group_names in zip(groups, names, strict=True):
             for parameter, name in zip(group["params"], group_names, strict=True):
                 where = (*path, "state", name)
                 current = adapter.optimizer_state(optimizer, parameter)
+                self._declared.add_state(parameter, current, where)
                 child = by_name.get(name)
                 # Older checkpoints do not tell an empty state from none.
                 if child is None and not (current or (current is not None and self._tells_empty)):
                     continue
                 if not self._selection.holds(where):
+                    continue
+                if not adapter.keeps_state(optimizer, parameter):
+                    self._is_elsewhere(where, child)
                     continue
                 if child is not None and self._state_differs(parameter, name, where, child, current or {}):
                     continue
@@ -59,21 +70,52 @@ class OptimizerBinder(TensorBinder):
                     new = self._bind_parameter_state(adapter, group, parameter, current or {}, where, child)
                 setting = functools.partial(adapter.set_optimizer_state, optimizer, parameter, new)
                 self._act(FRAMEWORK, setting)
+        self._act(FRAMEWORK, functools.partial(adapter.finish_states, optimizer, groups, (*path, "state")))
         self._bind_groups(adapter, groups, names, (*path, "param_groups"), node.child("param_groups"), per_rank)
         if adapter.loads_itself(optimizer):
             call = functools.partial(adapter.hand_over, optimizer)
             self._act(FRAMEWORK, functools.partial(hand_over, optimizer, None, path, call))
+
+    def _regroup(self, node: Node, path: Path, names: list[list[str]]) -> bool:
+        """Make of the saved groups those that are here; whether that can be done. Else it is noted."""
+        if not self._selection.holds((*path, GROUPS)):
+            return True
+        apart = self._world_size > 1 or self._saved.world_size > 1
+        regrouped = regroup(node, names, self._parameter_name, apart)
+        if regrouped.reason is not None:
+            self._mismatch((*path, GROUPS), regrouped.reason, node)
+            return False
+        self._dropped += [((*path, GROUPS, *keys), one) for keys, one in regrouped.dropped]
+        return True
+
+    def _is_elsewhere(self, path: Path, node: Node | None) -> None:
+        """Note that other ranks have what the checkpoint has here."""
+        self.elsewhere.append(path)
+        if node is not None:
+            node.use()
+
+    def _add_own_states(
+        self, groups: list[dict[str, Any]], names: list[list[str]], path: Path, by_name: dict[str, Node]
+    ) -> None:
+        """Take what the checkpoint has of the states of parameters of which each rank has its own."""
+        for group, group_names in zip(groups, names, strict=True):
+            for parameter, name in zip(group["params"], group_names, strict=True):
+                if self._declared.is_own(parameter):
+                    own = self._own_of((*path, name), by_name.get(name))
+                    if own is not None:
+                        by_name[name] = own
 
     def _state_differs(self, parameter: Any, name: str, path: Path, node: Node, current: Mapping[Any, Any]) -> bool:
         """Whether the saved state belongs to a parameter of another shape: then none of it is taken.
 
         The checkpoint says the shape of that parameter, whatever the shapes of its state; only old ones may not.
         """
-        here = tuple(parameter.shape)
+        here = self._declared.shape_of(parameter)
         told = self._saved_shapes.get(name)
         if name in self._adopted:  # by number: the model's tensor of that name may be another parameter's
             told = _common_shape(node)
-        saved = node.parameter_shape or told or _shape_by_state(here, current, node)
+        live = {key: self._declared.shape_of(one) for key, one in current.items() if hasattr(one, "shape")}
+        saved = node.parameter_shape or told or _shape_by_state(here, live, node)
         if saved == here:
             return False
         self._mismatch(path, f"state of a parameter of shape {here} here, {saved} in the checkpoint", node)
@@ -88,15 +130,26 @@ class OptimizerBinder(TensorBinder):
         path: Path,
         node: Node,
     ) -> dict[str, Any]:
-        def new(entry: SavedArray, key: str) -> Any:
-            leaf = entry.leaf
-            return adapter.new_state_tensor(group, parameter, key, leaf.dtype, leaf.shape, entry.spread)
+        cuts = self._state_cuts(parameter, path, node)
 
-        def make(entry: SavedArray, where: Path) -> Any:
-            array = new(entry, str(where[-1]))
+        def new(entry: SavedArray, where: Path) -> Any:
+            leaf, cut, key = entry.leaf, cuts.get(where[len(path) :]), str(where[-1])
+            shape = leaf.shape if cut is None else cut.local
+            return adapter.new_state_tensor(group, parameter, key, leaf.dtype, shape, entry.spread)
+
+        def fitting(array: Any, entry: SavedArray, where: Path) -> Any:
             if entry.told and not in_order(adapter.view(array, where, target=False), entry.order):
                 array = adapter.new_like(array, entry.order)
-            self._read(array, adapter, adapter.view(array, where, target=True), entry, where)
+            return array
+
+        def noted(array: Any, where: Path) -> Any:
+            if cut := cuts.get(where[len(path) :]):
+                self._declared.note(array, cut, where)
+            return array
+
+        def make(entry: SavedArray, where: Path) -> Any:
+            array = noted(fitting(new(entry, where), entry, where), where)
+            self._read(array, adapter, self._target_view(array, adapter, where), entry, where)
             return array
 
         state: dict[str, Any] = {}
@@ -111,13 +164,20 @@ class OptimizerBinder(TensorBinder):
             tensor = current.get(str(key))
             if tensor is None or not adapter.is_tensor(tensor) or adapter.is_wrapped(tensor):
                 made = self._made.get((entry.path, entry.rank))
-                tensor = made[0] if made else new(entry, str(key))
-            if entry.told and not in_order(adapter.view(tensor, where, target=False), entry.order):
-                tensor = adapter.new_like(tensor, entry.order)
-            state[str(key)] = tensor = of_kind(tensor, entry, where)
+                tensor = made[0] if made else new(entry, where)
+            tensor = noted(of_kind(fitting(tensor, entry, where), entry, where), where)
+            state[str(key)] = tensor
             self._made.setdefault((entry.path, entry.rank), []).append(tensor)
             self._bind_tensor(tensor, adapter, where, child, per_rank=entry.rank is not None)
         return state
+
+    def _state_cuts(self, parameter: Any, path: Path, node: Node) -> dict[Path, Cut]:
+        """Return how the arrays that the checkpoint has of a parameter's state are cut here, by their keys."""
+        cut = self._declared.cut_of(parameter)
+        if cut is None:
+            return {}
+        shapes = {keys: one.entry.leaf.shape for keys, one in node.leaves() if isinstance(one.entry, SavedArray)}
+        return state_cuts(cut, shapes, path, stored=True)
 
     def _bind_groups(
         self,
@@ -200,7 +260,17 @@ class OptimizerBinder(TensorBinder):
         return None
 
 
-def _shape_by_state(here: tuple[int, ...], current: Mapping[Any, Any], node: Node) -> tuple[int, ...]:
+def _order_alike(states: Node) -> None:
+    """Give states whose keys are in no known order, since the rank that told of orders had none of them, in place, the
+    order of another state with the same keys."""
+    known = {frozenset(child.children): list(child.children) for child in states.children.values() if child.ordered}
+    for child in states.children.values():
+        keys = None if child.ordered or not child.children else known.get(frozenset(child.children))
+        if keys is not None:
+            child.children = {key: child.children[key] for key in keys}
+
+
+def _shape_by_state(here: tuple[int, ...], current: Mapping[Any, tuple[int, ...]], node: Node) -> tuple[int, ...]:
     """Return the shape that a parameter seems to have had, from its saved state alone.
 
     Arrays with as many dimensions as the parameter have its shape, or that of something that is kept for rows, blocks
@@ -212,7 +282,7 @@ def _shape_by_state(here: tuple[int, ...], current: Mapping[Any, Any], node: Nod
         for key, child in node.children.items()
         if isinstance(child.entry, SavedArray) and len(child.entry.leaf.shape) == len(here) > 0
     }
-    live = {key: tuple(getattr(current.get(key), "shape", ())) for key in shapes}
+    live = {key: current.get(key, ()) for key in shapes}
     if here in shapes.values() or any(live[key] == shape for key, shape in shapes.items()):
         return here
     odd = [shape for shape in shapes.values() if all(a != 1 for a in shape)]

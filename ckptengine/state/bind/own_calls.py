@@ -64,6 +64,8 @@ class OwnCallsBinder(ObjectBinder, OptimizerBinder, ModuleBinder):
         self.built[path], self.before[path] = optimizer, current
         self.optimizers.add(path)
         names = optimizer_names(groups, self._names)
+        if not self._regroup(node, path, names):
+            return
         packed = self._own_groups(adapter, groups, names, path, node, per_rank)
         if packed is None:
             return
@@ -120,6 +122,7 @@ class OwnCallsBinder(ObjectBinder, OptimizerBinder, ModuleBinder):
                 where = (*path, STATE, name)
                 key, child = by_name.pop(name, (name, None))
                 here = current.get(number, {})
+                self._declared.add_state(parameter, here, where)
                 if child is None or self._state_differs(parameter, name, where, child, here):
                     continue
                 inner = _spelled_out(child)

@@ -24,13 +24,14 @@ from ckptengine.state.bind.base import CONVERT, SET, BinderBase, Put
 from ckptengine.state.bind.live import is_optimizer_state, live_tensors
 from ckptengine.state.binding import Read
 from ckptengine.state.classes import unknown_member
+from ckptengine.state.cut import convert_cut
 from ckptengine.state.extents import extents
 from ckptengine.state.forms import rebuild
 from ckptengine.state.kinds import SCALARS, Kind
 from ckptengine.state.nested import item_of, replace_contents, sorted_like
 from ckptengine.state.outline import in_order
 from ckptengine.state.per_rank import PerRank
-from ckptengine.state.saved import Node, SavedArray, SavedLeaf, SavedValue
+from ckptengine.state.saved import Node, SavedArray, SavedValue
 from ckptengine.state.sharded import ShardedArray
 from ckptengine.state.tree import sharded_parts
 from ckptengine.state.values import digest, encode
@@ -59,7 +60,11 @@ class TensorBinder(BinderBase):
         if adapter.is_wrapped(tensor):
             self._bind_wrapped(tensor, adapter, path, node, per_rank)
             return
-        view = _target_view(tensor, adapter, path)
+        if self._declared.is_own(tensor) and not per_rank:
+            node, per_rank = self._own_of(path, node), True
+            if node is None and self._own.find(path) is not None:
+                return
+        view = self._target_view(tensor, adapter, path)
         if node is None:
             self._lacks_arrays = True
             self._absent(path, per_rank, view.identity)
@@ -70,7 +75,7 @@ class TensorBinder(BinderBase):
             self._loaded.append(dotted(path))
             if view.dtype != node.entry.leaf.dtype:
                 self._cast.append(path)
-        elif reason := self._differs(view, node.entry.leaf):
+        elif reason := self._differs(view, node.entry, tensor):
             self._lacks_arrays = True
             self._mismatch(path, reason, node)
         else:
@@ -135,9 +140,27 @@ class TensorBinder(BinderBase):
         layouts = self._layouts_of(adapter)
         return None if layouts is None else layouts.pattern(path, tuple(about["shape"]))
 
-    def _differs(self, view: TensorView, leaf: SavedLeaf) -> str | None:
+    def _own_of(self, path: Path, shared: Node | None) -> Node | None:
+        """Return what the checkpoint has for a tensor that each rank has its own of, None where that does not fit."""
+        own = self._own.find(path)
+        if own is None or not self._resized:
+            return shared if own is None else own
+        ranks = f"saved per rank by {self._saved.world_size} ranks, loaded by {self._world_size}"
+        self._mismatch(path, f"{ranks}; it is declared as ce.PerRank, which holds for the same number of ranks", own)
+        return None
+
+    def _differs(self, view: TensorView, entry: SavedArray, tensor: Any) -> str | None:
+        leaf, cut = entry.leaf, self._declared.cut_of(tensor)
+        if view.shape != leaf.shape and cut is not None:
+            return (
+                f"shape {view.shape} here, {leaf.shape} in the checkpoint; rank {self._rank} has {cut.local}, declared "
+                f"as {cut.about}: check dim, group and parts of its ce.Shard"
+            )
         if view.shape != leaf.shape:
             return f"shape {view.shape} here, {leaf.shape} in the checkpoint"
+        other = None if cut is None else cut.other_parts(entry.spread)
+        if other is not None:
+            return f"{other}; rank {self._rank} declares {cut.about if cut else ''}: check parts of its ce.Shard"
         if view.dtype == leaf.dtype:
             return None
         reason = f"dtype {view.dtype} here, {leaf.dtype} in the checkpoint"
@@ -155,7 +178,10 @@ class TensorBinder(BinderBase):
             memories = [_host_parts(buffer, path)[0].memory for buffer in buffers]
             parts = tuple(Part(part.box, memory) for part, memory in zip(parts, memories, strict=True))
             target = tensor.local if isinstance(tensor, ShardedArray) else tensor
-            self._act(CONVERT, functools.partial(adapter.convert, target, buffers, entry.leaf.dtype))
+            cut, convert = self._declared.cut_of(tensor), adapter.convert
+            if cut is not None:
+                convert = functools.partial(convert_cut, cut, adapter, path)
+            self._act(CONVERT, functools.partial(convert, target, buffers, entry.leaf.dtype))
             memory = ArrayLeaf(path, view.dtype, view.shape, view.placement, view.parts, adapter.name)
             self._converted[len(self.reads)] = memory, self.actions[-1]
         leaf = ArrayLeaf(path, entry.leaf.dtype, view.shape, view.placement, parts, adapter.name)
@@ -187,7 +213,7 @@ class TensorBinder(BinderBase):
         if entry.told and not in_order(adapter.view(array, path, target=False), entry.order):
             array = adapter.new_like(array, entry.order)
         array = of_kind(array, entry, path)  # before it is read into: some frameworks copy for that
-        self._read(array, adapter, adapter.view(array, path, target=True), entry, path)
+        self._read(array, adapter, self._target_view(array, adapter, path), entry, path)
         return array
 
     def _spread(self, adapter: Adapter, path: Path, dtype: str, shape: tuple[int, ...]) -> Any:
@@ -315,14 +341,26 @@ class TensorBinder(BinderBase):
         foreign = adapter is not None and entry.leaf.container in {one.name for one in adapters()} - {adapter.name}
         if adapter is not None and kind in (Kind.TENSOR, Kind.SHARDED) and not foreign:
             try:
-                view = _target_view(like, adapter, path)
+                view = self._target_view(like, adapter, path)
             except StateError:  # it can be saved, but not filled: a read-only or expanded tensor
                 return make.array(entry, path)
             if (view.shape, view.dtype) == (entry.leaf.shape, entry.leaf.dtype):
-                other = of_kind(like, entry, path)
-                view = view if other is like else _target_view(other, adapter, path)
+                other = self._as_cut(of_kind(like, entry, path), like, path)
+                view = view if other is like else self._target_view(other, adapter, path)
                 return self._rebuild_like(other, adapter, view, entry, path)
         return make.array(entry, path)
+
+    def _target_view(self, tensor: Any, adapter: Adapter, path: Path) -> TensorView:
+        if isinstance(tensor, ShardedArray):
+            return sharded_parts(tensor, path, target=True)
+        return self._inspector.view(tensor, adapter, path, target=True)
+
+    def _as_cut(self, new: Any, like: Any, path: Path) -> Any:
+        """Return a tensor that takes another's place, and is cut as that is."""
+        cut = self._declared.cut_of(like)
+        if cut is not None and new is not like:
+            self._declared.note(new, cut, path)
+        return new
 
     def _rebuild_like(self, like: Any, adapter: Adapter, view: TensorView, entry: SavedArray, path: Path) -> Any:
         """Return a fitting array itself, to be filled; one like it where it lies in memory in another way.
@@ -333,8 +371,8 @@ class TensorBinder(BinderBase):
         if entry.leaf.placement is Placement.SHARDED and view.placement is not Placement.SHARDED:
             self.given.add(path)
         if entry.told and not in_order(view, entry.order):
-            like = of_kind(_new_like(like, adapter, entry.order), entry, path)
-            view = _target_view(like, adapter, path)
+            like = self._as_cut(of_kind(_new_like(like, adapter, entry.order), entry, path), like, path)
+            view = self._target_view(like, adapter, path)
         if self._taken is None:
             self._read(like, adapter, view, entry, path)
             return like
@@ -344,8 +382,8 @@ class TensorBinder(BinderBase):
             read = self.reads[number]
             if (read.path, read.rank) == (entry.path, entry.rank) and list(read.places) == found:
                 return like
-            like = of_kind(_new_like(like, adapter, entry.order), entry, path)
-            view = _target_view(like, adapter, path)
+            like = self._as_cut(of_kind(_new_like(like, adapter, entry.order), entry, path), like, path)
+            view = self._target_view(like, adapter, path)
             found = extents(ArrayLeaf(path, view.dtype, view.shape, view.placement, view.parts, adapter.name))
             break
         self._taken.add(len(self.reads), found)
@@ -383,12 +421,6 @@ def _new_like(array: Any, adapter: Adapter, order: tuple[int, ...] | None) -> An
     if isinstance(array, ShardedArray):
         return ShardedArray(adapter.new_like(array.local, order), array.global_shape, array.box.offset)
     return adapter.new_like(array, order)
-
-
-def _target_view(tensor: Any, adapter: Adapter, path: Path) -> TensorView:
-    if isinstance(tensor, ShardedArray):
-        return sharded_parts(tensor, path, target=True)
-    return adapter.view(tensor, path, target=True)
 
 
 def _host_parts(buffer: np.ndarray[Any, Any], path: Path) -> tuple[Part, ...]:

@@ -15,6 +15,7 @@ from ckptengine.schema.path import Path, dotted
 from ckptengine.schema.type_name import describe_type
 from ckptengine.state.bind.base import SET, Put
 from ckptengine.state.bind.live import is_optimizer_state
+from ckptengine.state.bind.meta import materialize
 from ckptengine.state.bind.own_calls import OwnCallsBinder, has_own_names
 from ckptengine.state.extents import Taken, extents
 from ckptengine.state.forms import own_keys
@@ -31,6 +32,7 @@ class Binder(OwnCallsBinder):
 
     def walk(self, state: Mapping[str, Any]) -> None:
         """Bind everything in a state; raises where `only` names nothing in it."""
+        materialize(state, self._inspector, self._selection, self._shared, self._may_cast)
         self._bind_items(state, (), self._shared, per_rank=False)
         # Objects come last: what they are handed must not be read into memory that something else is read into.
         self._taken = Taken()
@@ -47,6 +49,8 @@ class Binder(OwnCallsBinder):
         kind, adapter = self._inspector.kind(value, path)
         if kind is Kind.PER_RANK:
             self._bind_per_rank(value, path, node)
+        elif kind is Kind.DECLARED:
+            self._bind(value.value, functools.partial(setattr, value, "value"), path, node, per_rank=per_rank)
         elif kind in (Kind.TENSOR, Kind.WRAPPED, Kind.SHARDED):
             assert adapter is not None
             new = adapter.replacement(value) if kind is Kind.TENSOR and put is not None else None

@@ -1,0 +1,122 @@
+"""Several modules that are parts of one: the chunks of a pipeline that one rank has."""
+
+from __future__ import annotations
+
+import functools
+import weakref
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from ckptengine.errors import StateError
+from ckptengine.frameworks.adapter import Adapter, ModuleEntry
+from ckptengine.frameworks.registry import adapters
+from ckptengine.schema.path import Path, dotted
+from ckptengine.schema.type_name import describe_type
+
+__all__ = ["Merged"]
+
+
+class Merged:
+    """Modules that are parts of one model, under one name: `{"model": ce.Merged([chunk0, chunk1])}`.
+
+    For a rank that has several chunks of a pipeline whose parameters have the names that they have in the whole model,
+    as those of `torch.distributed.pipelining.pipeline()` and torchtitan have. They are saved and loaded as one module
+    with the parameters and buffers of all; an optimizer of any of them has its state under the same names. Make it
+    once, and put the same one into the state of every save.
+
+    Takes modules of one framework; raises `StateError` for anything else, and when the state is read for two that have
+    something of one name.
+    """
+
+    __slots__ = ("__weakref__", "adapter", "modules")
+
+    def __init__(self, modules: Iterable[Any]) -> None:
+        self.modules = tuple(modules)
+        found = [next((one for one in adapters() if one.is_module(module)), None) for module in self.modules]
+        kinds = {id(one) for one in found}
+        if None in found or len(kinds) != 1:
+            odd = next((m for m, one in zip(self.modules, found, strict=True) if one is None), None)
+            what = "no modules" if not found else describe_type(odd) if odd is not None else "several frameworks'"
+            raise StateError(f"Merged: takes one or more modules of one framework, not {what}")
+        assert found[0] is not None
+        self.adapter: Adapter = _merging(type(found[0]))()  # type: ignore[arg-type]
+
+    def __repr__(self) -> str:
+        return f"Merged([{', '.join(describe_type(module) for module in self.modules)}])"
+
+
+class _Values(dict[str, Any]):
+    """The values of all modules by their keys; `parts` are those of each."""
+
+    parts: Sequence[Mapping[str, Any]]
+
+
+@functools.cache
+def _merging(kind: type[Adapter]) -> type[Adapter]:
+    """Return a framework's adapter for which `Merged` is a module."""
+
+    class Merging(kind):  # type: ignore[valid-type, misc]
+        def __init__(self) -> None:
+            super().__init__()
+            self._keys: weakref.WeakKeyDictionary[Merged, list[frozenset[str]]] = weakref.WeakKeyDictionary()
+
+        def check_module(self, module: Merged, path: Path) -> None:
+            for part in module.modules:
+                super().check_module(part, path)
+
+        def module_values(self, module: Merged) -> Mapping[str, Any]:
+            values = _Values()
+            values.parts = [super(Merging, self).module_values(part) for part in module.modules]
+            for part in values.parts:
+                twice = sorted(values.keys() & part.keys())
+                if twice:
+                    raise StateError(_twice(twice))
+                values.update(part)
+            self._keys[module] = [frozenset(part) for part in values.parts]
+            return values
+
+        def module_entries(self, module: Merged, path: Path, values: Mapping[str, Any]) -> list[ModuleEntry]:
+            assert isinstance(values, _Values)
+            found: dict[str, ModuleEntry] = {}
+            for part, own in zip(module.modules, values.parts, strict=True):
+                entries = super().module_entries(part, path, own)
+                twice = [entry.name for entry in entries if entry.name in found]
+                if twice:
+                    raise StateError(f"{dotted(path)}: {_twice(twice)}")
+                found.update((entry.name, entry) for entry in entries)
+            return list(found.values())
+
+        def module_tensors(self, module: Merged) -> Iterable[Any]:
+            return [tensor for part in module.modules for tensor in super(Merging, self).module_tensors(part)]
+
+        def module_loading(self, module: Merged) -> frozenset[str] | None:
+            found = [super(Merging, self).module_loading(part) for part in module.modules]
+            own = [names for names in found if names is not None]
+            return frozenset().union(*own) if own else None
+
+        def load_module(self, module: Merged, entries: Mapping[str, Any]) -> Sequence[str]:
+            refused: list[str] = []
+            keys = self._keys[module]
+            last = len(keys) - 1
+            of_part: list[dict[str, Any]] = [{} for _ in keys]
+            for key, item in entries.items():
+                # What a module's own code makes only when it is loaded goes to the part that has its owner.
+                owner = key.rpartition(".")[0]
+                place = next((n for n, own in enumerate(keys) if key in own), None)
+                if place is None:
+                    place = next((n for n, own in enumerate(keys) if any(k.startswith(f"{owner}.") for k in own)), last)
+                of_part[place][key] = item
+            for part, own in zip(module.modules, of_part, strict=True):
+                if own or super().module_loading(part) is not None:
+                    refused += super().load_module(part, own)
+            return refused
+
+    return Merging
+
+
+def _twice(names: Sequence[str]) -> str:
+    more = f" and {len(names) - 4} more" if len(names) > 4 else ""
+    return (
+        f"two of the merged modules have {', '.join(names[:4])}{more}: parts of one model have names of their own, "
+        "those that they have in the whole model; put modules that are numbered from 0 each under a key of its own"
+    )

@@ -1,0 +1,102 @@
+"""Jobs that tests of this folder start: a training that is killed, FSDP2 on one device, a context that dies."""
+
+import hashlib
+import os
+import signal
+import sys
+from pathlib import Path
+
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+import torch
+import torch.distributed as dist
+
+import ckptengine as ce
+from ckptengine.errors import CheckpointError
+
+NAME = torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu"
+
+
+def digest(model, optimizer):
+    found = hashlib.sha256()
+    for tensor in model.state_dict().values():
+        found.update(tensor.cpu().numpy().tobytes())
+    for parameter in model.parameters():
+        for value in optimizer.state[parameter].values():
+            found.update(value.cpu().numpy().tobytes())
+    return found.hexdigest()
+
+
+def train(folder, steps, kill, overlap):
+    torch.use_deterministic_algorithms(True)
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(256, 512), torch.nn.Dropout(), torch.nn.Linear(512, 256)).to(NAME)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    state = {"model": model, "optimizer": optimizer, "rng": ce.RNG()}
+    with ce.Checkpointer(folder, every=2, overlap=overlap == "overlapped") as run:
+        start = run.restore(state) or 0
+        for step in range(start + 1, int(steps) + 1):
+            model(torch.randn(64, 256, device=NAME)).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            if str(step) == kill:
+                os.kill(os.getpid(), signal.SIGKILL)
+            run.step(step, state)
+    Path(folder, "digest").write_text(digest(model, optimizer))
+
+
+def fsdp2(folder, backend):
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    ranks = int(os.environ["WORLD_SIZE"])
+    # On one device a process group of gloo's carries the device's tensors too, by way of the CPU.
+    dist.init_process_group(
+        backend, init_method=f"file://{os.environ['STORE']}", rank=int(os.environ["RANK"]), world_size=ranks
+    )
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(65, 129), torch.nn.Linear(129, 65)).to(NAME)
+    mesh = init_device_mesh(NAME, (ranks,))
+    for layer in model:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    state = {"model": model, "optimizer": optimizer}
+
+    def step():
+        model(torch.randn(8, 65, device=NAME)).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    def local():
+        tensors = [p.to_local() for p in model.parameters()]
+        tensors += [optimizer.state[p]["exp_avg"].to_local() for p in model.parameters()]
+        return [tensor.detach().cpu().clone() for tensor in tensors]
+
+    step()
+    with ce.Checkpointer(folder, overlap=True, timeout=60) as run:
+        expected = local()
+        handle = run.save(1, state)
+        step()
+        handle.durable.result()
+        assert any(not torch.equal(now, then) for now, then in zip(local(), expected, strict=True))
+        assert run.restore(state) == 1
+        assert all(torch.equal(now, then) for now, then in zip(local(), expected, strict=True))
+    dist.destroy_process_group()
+
+
+def dead(folder):
+    weight = torch.ones(1000, 1000, device=NAME)
+    run = ce.Checkpointer(folder)
+    run.save(1, {"weight": weight}).durable.result()
+    torch.zeros(2, device=NAME)[torch.tensor([7], device=NAME)]  # an assertion on the device fails
+    try:
+        run.save(2, {"weight": weight}).durable.result()
+    except CheckpointError as error:
+        print(f"as it must be: {error}", flush=True)
+        os._exit(0)  # nothing of CUDA works from here on, its own end included
+    os._exit(1)
+
+
+if __name__ == "__main__":
+    {"train": train, "fsdp2": fsdp2, "dead": dead}[sys.argv[1]](*sys.argv[2:])

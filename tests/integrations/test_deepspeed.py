@@ -1,0 +1,38 @@
+"""DeepSpeed's ZeRO stages: killed under one, resumed under another, at another number of ranks, and without DeepSpeed.
+
+`make test-deepspeed` has an environment of its own for it: Accelerate and others change what they do where it is there.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("deepspeed")
+sys.path.insert(0, str(Path(__file__).parents[1] / "parallelism"))
+
+from split_lives import live, worst
+
+CPU = {"DS_ACCELERATOR": "cpu", "DS_LOG_LEVEL": "error"}
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_killed_and_resumed_every_loss_is_equal_bit_for_bit(tmp_path: Path, stage: int) -> None:
+    mode = f"deepspeed-{stage}"
+    alone = live(tmp_path / "alone", [(mode, 2, 0)], **CPU)
+    killed = live(tmp_path / "killed", [(mode, 2, 5), (mode, 2, 0)], **CPU)
+    assert all(times == alone[step] * len(times) for step, times in killed.items())
+
+
+def test_from_stage_3_at_3_ranks_over_1_and_2_losses_are_equal_to_the_order_of_sums(tmp_path: Path) -> None:
+    alone = live(tmp_path / "alone", [("deepspeed-1", 1, 0)], **CPU)
+    lives = [("deepspeed-3", 3, 4), ("deepspeed-1", 2, 7), ("deepspeed-2", 1, 9), ("deepspeed-3", 2, 0)]
+    assert worst(live(tmp_path / "changed", lives, **CPU), alone) < 1e-5
+
+
+def test_a_plain_model_and_optimizer_go_on_and_an_engine_after_them(tmp_path: Path) -> None:
+    alone = live(tmp_path / "alone", [("plain", 1, 0)])
+    lives = [("deepspeed-2", 2, 4), ("plain", 1, 7), ("deepspeed-3", 2, 0)]
+    assert worst(live(tmp_path / "left", lives, **CPU), alone) < 1e-5

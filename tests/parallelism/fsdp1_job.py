@@ -1,0 +1,103 @@
+"""Restores into FSDP1 models that have evaluated before, and more moments of theirs: `fsdp1_job.py FOLDER`, 4 ranks."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecision, ShardingStrategy
+
+import ckptengine as ce
+from ckptengine.errors import StateError
+
+BFLOAT16 = MixedPrecision(param_dtype=torch.bfloat16, buffer_dtype=torch.bfloat16)
+KINDS: dict[str, dict[str, Any]] = {
+    "flat": {},
+    "original": {"use_orig_params": True},
+    "mixed": {"mixed_precision": BFLOAT16},
+    "grad-op": {"sharding_strategy": ShardingStrategy.SHARD_GRAD_OP, "use_orig_params": True},
+    "hybrid": {"sharding_strategy": ShardingStrategy.HYBRID_SHARD},
+}
+INPUT = torch.ones(4, 7) * torch.arange(4.0)[:, None]
+
+
+class Net(nn.Module):
+    def __init__(self, **options: Any) -> None:
+        super().__init__()
+        self.up, self.norm, down = nn.Linear(7, 13), nn.BatchNorm1d(13), nn.Linear(13, 5)
+        self.down = FullyShardedDataParallel(down, device_id=torch.device("cpu"), **options)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down(torch.relu(self.norm(self.up(x))))
+
+
+def build(seed: int, kind: str) -> tuple[nn.Module, torch.optim.Optimizer]:
+    torch.manual_seed(seed)
+    options = KINDS[kind]
+    if kind == "hybrid":
+        options = options | {"device_mesh": init_device_mesh("cpu", (2, 2))}
+    model = FullyShardedDataParallel(Net(**options), device_id=torch.device("cpu"), **options)
+    return model, torch.optim.AdamW(model.parameters(), lr=0.01)
+
+
+def step(model: nn.Module, optimizer: torch.optim.Optimizer) -> float:
+    loss = model(INPUT).float().square().mean()
+    loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    return float(loss.detach())
+
+
+def losses_after(folder: Path, kind: str) -> dict[str, list[float]]:
+    """Return the losses of steps after a save, and after its restore into a model that has evaluated."""
+    model, optimizer = build(0, kind)
+    step(model, optimizer)
+    ce.save(folder / kind, {"model": model, "optimizer": optimizer}, timeout=60)
+    expected = [step(model, optimizer) for _ in range(2)]
+    other, its = build(1, kind)
+    other.eval()
+    with torch.no_grad():
+        other(INPUT)
+    other.train()
+    ce.load(folder / kind, into={"model": other, "optimizer": its}, timeout=60)
+    return {"expected": expected, "found": [step(other, its) for _ in range(2)]}
+
+
+def said(folder: Path, state: dict[str, Any]) -> str:
+    try:
+        ce.save(folder, state, timeout=60)
+    except StateError as error:
+        return str(error)
+    return "saved"
+
+
+def main() -> None:
+    folder = Path(sys.argv[1])
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    found: dict[str, Any] = {kind: losses_after(folder, kind) for kind in KINDS}
+    model, optimizer = build(0, "original")
+    step(model, optimizer)
+    found["without the module"] = said(folder / "alone", {"optimizer": optimizer})
+    with FullyShardedDataParallel.summon_full_params(model):
+        found["summoned"] = said(folder / "summoned", {"model": model})
+    for parameter in model.parameters():
+        parameter.data = parameter.data * 2  # the next forward pass takes this over, so a save must have it
+    ce.save(folder / "replaced", {"model": model}, timeout=60)
+    stored = ce.load(folder / "replaced")["model"]
+    with FullyShardedDataParallel.summon_full_params(model):
+        named = {name.replace("_fsdp_wrapped_module.", ""): value for name, value in model.named_parameters()}
+        found["replaced"] = all(torch.equal(torch.as_tensor(stored[name]), value) for name, value in named.items())
+    (folder / f"rank-{dist.get_rank()}.json").write_text(json.dumps(found))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

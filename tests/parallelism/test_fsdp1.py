@@ -1,0 +1,39 @@
+"""FSDP1's moments: gathered parameters, replaced ones, optimizers alone."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ranks import run_ranks
+
+pytest.importorskip("torch")
+
+JOB = Path(__file__).parent / "fsdp1_job.py"
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    folder = tmp_path_factory.mktemp("fsdp1")
+    job = run_ranks(4, JOB, folder)
+    assert job.returncode == 0, job.stdout[-6000:]
+    told: dict[str, Any] = json.loads((folder / "rank-0.json").read_text())
+    return told
+
+
+@pytest.mark.parametrize("kind", ["flat", "original", "mixed", "grad-op", "hybrid"])
+def test_a_model_that_has_evaluated_computes_with_what_was_restored(kind: str, found: dict[str, Any]) -> None:
+    """After a forward pass alone FSDP1 keeps the root's gathered weights, and would go on with them."""
+    assert found[kind]["found"] == found[kind]["expected"]
+
+
+def test_an_optimizer_without_its_module_is_refused(found: dict[str, Any]) -> None:
+    assert "put that module into the same state" in found["without the module"]
+
+
+def test_a_save_inside_of_summon_full_params_is_refused(found: dict[str, Any]) -> None:
+    assert "save and restore between two steps" in found["summoned"]
+
+
+def test_data_that_was_put_in_the_place_of_parameters_is_saved(found: dict[str, Any]) -> None:
+    assert found["replaced"]
