@@ -22,17 +22,16 @@ _FITS = bytes(_DIGEST_NBYTES)
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """`fits` tells whether the state of every rank, and all together, fits the checkpoint; `usable` whether each has at
-    least something that does. `tells` tells whether this rank is the first with its problems."""
+    """`refused` tells whether any rank is to raise, since what it asked for does not fit; `tells` whether this rank is
+    the first with its problems."""
 
-    fits: bool
-    usable: bool
+    refused: bool
     tells: bool
 
 
-def said_of(binding: Binding) -> bytes:
-    """Return what a rank says: whether nothing fits, its problems as a digest, and a bit for each leaf that it did not
-    take, compressed; no bits where it took all."""
+def said_of(binding: Binding, strict: bool) -> bytes:
+    """Return what a rank says: whether misfits are errors to it (with `strict`, or where nothing fits), its problems as
+    a digest, and a bit for each leaf that it did not take, compressed; no bits where it took all."""
     report = binding.report
     own = (report.missing, report.mismatched, report.other_class, binding.left.own)
     digest = _FITS
@@ -43,7 +42,7 @@ def said_of(binding: Binding) -> bytes:
         left = np.zeros(binding.left.count, np.bool_)
         left[list(binding.left.others)] = True
         bits = zlib.compress(np.packbits(left).tobytes())
-    return bytes([nothing_fits(binding)]) + digest + bits
+    return bytes([strict or nothing_fits(binding)]) + digest + bits
 
 
 def judge(binding: Binding, said: Sequence[bytes], rank: int) -> Verdict:
@@ -59,7 +58,6 @@ def judge(binding: Binding, said: Sequence[bytes], rank: int) -> Verdict:
     unexpected = tuple(left.others[number] for number in common)
     binding.report = replace(report, unexpected=(*unexpected, *left.own))
     problems = [message[1 : 1 + _DIGEST_NBYTES] for message in said]
-    nothing = any(message[0] and (common or problem != _FITS) for message, problem in zip(said, problems, strict=True))
-    fits = not common and all(problem == _FITS for problem in problems)
+    refused = any(message[0] and (common or problem != _FITS) for message, problem in zip(said, problems, strict=True))
     tells = rank == 0 or (problems[rank] != _FITS and problems.index(problems[rank]) == rank)
-    return Verdict(fits, not nothing, tells)
+    return Verdict(refused, tells)

@@ -330,7 +330,7 @@ def _load(
     except Exception as problem:
         error = problem
     with offer or contextlib.nullcontext():
-        word = b"" if offer is None or binding is None else offer.greeting + said_of(binding)
+        word = b"" if offer is None or binding is None else offer.greeting + said_of(binding, options.strict)
         words = gather(comm, word, error, timeout, f"matching {where} with the state")
         assert binding is not None
         assert filling is not None
@@ -340,7 +340,7 @@ def _load(
         verdict = judge(binding, [word[size:] for word in words], comm.rank)
         if unread:
             binding.report = replace(binding.report, unexpected=(*binding.report.unexpected, *unread))
-        if not verdict.fits if options.strict else not verdict.usable:
+        if verdict.refused:
             _refuse(binding, options.strict, comm, timeout, where)
         with together(comm, offer, greetings, timeout, f"preparing to read {where}") as group:
             fill = functools.partial(_fill, filling, group, where, timeout)

@@ -110,9 +110,10 @@ class _Look:
                 f"Sharded: {describe_type(value)} is no module and no tensor, and no dict or list of these"
             )
         numbers: dict[str, tuple[set[int], int]] = {}
+        modules = [prefix for prefix, _ in inspector.named_modules(value, ())]
         for name, tensor, adapter, where in inspector.named_tensors(value, ()):
             self.names.append(name)
-            self._number(name, numbers)
+            self._number(name, numbers, modules)
             self._leaf(name, tensor, adapter, where)
         for name, (found, group) in numbers.items():
             if found != set(range(len(found))):
@@ -164,7 +165,7 @@ class _Look:
         ranks = group_ranks(shard.group, self._rank, self._world_size)
         return ToldShard(dim, tuple(zip(names, lengths, strict=True)), self._groups[ranks])
 
-    def _number(self, name: str, numbers: dict[str, tuple[set[int], int]]) -> None:
+    def _number(self, name: str, numbers: dict[str, tuple[set[int], int]], modules: list[str]) -> None:
         for place, rule in enumerate(self._rules):
             fits = None if rule.numbered is None else rule.pattern.match(name)
             if fits is None or rule.numbered is None:
@@ -174,6 +175,13 @@ class _Look:
                 raise StateError(
                     f"Sharded: {rule.pattern.text!r} fits {name}, where no number follows; ce.Renumbered is for the "
                     "name of a list of modules, such as '**.experts'"
+                )
+            # Only a module's own names are changed, so the number must be in these: what precedes them is shorter.
+            if not any(name.startswith(prefix) and len(prefix) <= fits.end() + 1 for prefix in modules):
+                raise StateError(
+                    f"Sharded: {rule.pattern.text!r} fits {name}, which is numbered by a dict or a list, not by a "
+                    f"module (rank {self._rank}); pass the module itself, not its state_dict(), and put modules of a "
+                    "list into one, such as torch.nn.ModuleList"
                 )
             self._fitted[place] = True
             ranks = group_ranks(rule.numbered.group, self._rank, self._world_size)

@@ -160,14 +160,14 @@ class Inspector:
             for key, item in children(value, where):
                 yield from self.named_tensors(item, path, (*inner, key))
 
-    def _named_modules(self, value: Any, inner: Path) -> Iterator[tuple[str, Any]]:
+    def named_modules(self, value: Any, inner: Path) -> Iterator[tuple[str, Any]]:
         """Yield the modules in a value, each after what comes before the names of its tensors."""
         kind, _ = self.kind(value, inner)
         if kind is Kind.MODULE:
             yield dotted((*inner, "")), value
         elif kind in (Kind.DICT, Kind.SEQUENCE):
             for key, item in children(value, inner):
-                yield from self._named_modules(item, (*inner, key))
+                yield from self.named_modules(item, (*inner, key))
 
     def declare(self, value: Any, path: Path = ()) -> None:
         """Note what the declarations in a state say; raises `StateError` where they don't fit it.
@@ -186,7 +186,7 @@ class Inspector:
             return  # the walk refuses it
         kind, adapter = (Kind.DICT, None) if path == () else self.kind(value, path)
         if kind is Kind.DECLARED:
-            self.declared.add(value, self.named_tensors(value.value, path), self._named_modules(value.value, ()))
+            self.declared.add(value, self.named_tensors(value.value, path), self.named_modules(value.value, ()))
             self._declare(value.value, path, modules)
         elif kind is Kind.MODULE and adapter is not None:
             modules.append((value, adapter, path))

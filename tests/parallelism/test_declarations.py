@@ -53,6 +53,29 @@ def test_a_list_that_is_no_list_of_modules_can_t_be_renumbered() -> None:
         ce.Sharded(model(), {"mean": ce.Renumbered()})
 
 
+@pytest.mark.parametrize(
+    "value",
+    [
+        {"experts": [torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)]},
+        {"experts": [{"weight": torch.zeros(2)}]},
+        {"experts": {"0": torch.nn.Linear(2, 2)}},
+        {"experts.0.weight": torch.zeros(2)},
+        [{"experts.0.weight": torch.zeros(2), "other": torch.nn.Linear(2, 2)}],
+    ],
+    ids=["list", "dicts", "dict", "state dict", "beside a module"],
+)
+def test_experts_that_no_module_numbers_are_refused_instead_of_saved_as_replicas(value: object) -> None:
+    with pytest.raises(StateError, match=r"fits .*experts\.0\.weight, which is numbered by a dict or a list"):
+        ce.Sharded(value, {"**.experts": ce.Renumbered()})
+
+
+def test_experts_in_a_module_that_lies_in_a_dict_are_renumbered() -> None:
+    declared = ce.Sharded(
+        {"block": {"experts": torch.nn.ModuleList([torch.nn.Linear(2, 2)])}}, {"**.experts": ce.Renumbered()}
+    )
+    assert declared.shifts == {"block.experts": 0}
+
+
 @pytest.mark.parametrize("rules", [{}, {"a": 1}, {"a": []}, {3: ce.Shard(0)}, {"a": ce.PerRank(1)}])
 def test_rules_that_say_nothing_are_a_type_error(rules: object) -> None:
     with pytest.raises(TypeError, match="Sharded"):

@@ -229,6 +229,26 @@ def test_what_one_rank_misses_is_an_error_on_all(saved):
     assert found[0]["all"] == 0, "nothing was set"
 
 
+def test_a_rank_that_loads_what_fits_hears_of_the_strict_ones_in_time(tmp_path):
+    """As where `strict` is read from an argument that not all ranks were given."""
+    with StageJob(tmp_path / "run", 2) as job:
+        job.save([{"a": np.ones(2)}] * 2)
+        found = [{"a": np.zeros(2), "nowhere": np.zeros(1)}, {"a": np.zeros(2)}]
+
+        def load(rank, strict):
+            return ce.load(tmp_path / "run", into=found[rank], comm=job.comm(rank), timeout=20, strict=strict)
+
+        reports = job.each(lambda rank: load(rank, strict=rank == 1))
+        assert (reports[0].missing, reports[1].missing) == (("nowhere",), ())
+        assert [state["a"].tolist() for state in found] == [[1, 1], [1, 1]]
+
+        def refused(rank):
+            with pytest.raises(LoadMismatchError, match="nowhere"):
+                load(rank, strict=rank == 0)
+
+        job.each(refused)
+
+
 # What is said.
 
 
