@@ -267,7 +267,7 @@ def _even_holders(group: Group, words: Int64s, speaking: int) -> Int64s:
     of_holders = words[holders]
     if np.count_nonzero(of_holders) != speaking:
         raise ValueError("it tells boxes of a leaf that its rank does not have")
-    said = holders[of_holders == _AS_EVEN]
+    said: Int64s = holders[of_holders == _AS_EVEN]
     if said.size and (head.placement is not Placement.SHARDED or not head.shape or is_zero_sized(head.shape)):
         raise ValueError("it says of a leaf that is not cut how it is cut")
     return said
