@@ -16,7 +16,7 @@ from ckptengine.save.shares import Shares, owners_of
 from ckptengine.save.some_ranks import check_nesting
 from ckptengine.save.values import compare_values
 from ckptengine.schema.leaf import Placement
-from ckptengine.schema.path import Path
+from ckptengine.schema.path import Path, dotted
 from ckptengine.schema.ranks import name_ranks
 
 __all__ = ["Coordinator"]
@@ -62,25 +62,29 @@ class Coordinator:
     def _new_forms(self, receipts: Sequence[Receipt], shares: Shares) -> set[int]:
         """Return the ranks besides 0 that store a form of which the exchange has not told, the lowest of each.
 
-        Raises `SaveFailedError` where what a rank has stored may be missing now, so that the ranks are to tell each
-        other at the next save; `ReplicaMismatchError` where forms don't fit each other.
+        Raises `SaveFailedError` where what a rank has stored, and another one has, may be missing now, so that the
+        ranks are to tell each other at the next save; `ReplicaMismatchError` where forms don't fit each other.
         """
         if self._forms[0] is not shares:
             self._forms = shares, {}
         forms = self._forms[1]
         first: dict[str, int] = {}
+        changed: dict[tuple[int, str], int] = {}  # the lowest rank that had one form then and has another one now
         for receipt in receipts:
-            if not receipt.form_digest or first.setdefault(receipt.form_digest, receipt.rank) != receipt.rank:
-                continue
-            if receipt.form:
-                forms[receipt.form_digest] = decode_form(receipt.form)
-            before = shares.forms[shares.form_of_rank[receipt.rank]]
-            if len(shares.forms) > 1 and before.has_more_than(forms[receipt.form_digest]):
-                raise SaveFailedError(_apart(receipt.rank))
+            if receipt.form_digest:
+                first.setdefault(receipt.form_digest, receipt.rank)
+                changed.setdefault((shares.form_of_rank[receipt.rank], receipt.form_digest), receipt.rank)
+                if receipt.form and receipt.form_digest not in forms:
+                    forms[receipt.form_digest] = decode_form(receipt.form)
         if first:
             kept = {shares.form_of_rank[one.rank]: one.rank for one in reversed(receipts) if not one.form_digest}
             now = [(rank, shares.forms[number]) for number, rank in kept.items()]
-            check_forms(sorted([*now, *((rank, forms[d]) for d, rank in first.items())], key=lambda one: one[0]))
+            now += [(rank, forms[digest]) for digest, rank in first.items()]
+            check_forms(sorted(now, key=lambda one: one[0]))
+            for (number, digest), rank in changed.items():
+                lost = shares.forms[number].things() - forms[digest].things()
+                if lost and any(not lost.isdisjoint(form.things()) for _, form in now):
+                    raise SaveFailedError(_apart(rank, min(lost, key=str)[1]))
         return {rank for rank in first.values() if rank != 0}
 
     def _check_nesting(self, paths_of: set[tuple[Path, ...]]) -> None:
@@ -114,9 +118,9 @@ def _compare(receipts: Sequence[Receipt]) -> dict[tuple[Path, ...], Receipt]:
     return paths_of
 
 
-def _apart(rank: int) -> str:
+def _apart(rank: int, path: Path) -> str:
     return (
-        f"the state of rank {rank} has lost dicts, lists or objects since the ranks have last told each other what "
-        "they have, of which others may still have some; the save was not committed. They tell each other at the next "
-        "one: save again"
+        f"{dotted(path)}: rank {rank} had it when the ranks last told each other what they have, and does not have it, "
+        "or not in the same way, any more; others still do. The save was not committed. They tell each other at the "
+        "next one: save again"
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,13 +40,15 @@ class SharedForm:
             }
         ).encode()
 
-    def has_more_than(self, other: SharedForm) -> bool:
-        """Whether there is a container or a further name here that another form does not have at all."""
-        here, there = (
-            {*one.outline.by_path, *one.containers, *((*path, "alias") for path in one.aliases)}
-            for one in (self, other)
-        )
-        return not here <= there
+    def things(self) -> set[tuple[str, Path]]:
+        """Return what of it a rank stores that is the first to have it: containers, further names of tensors, and what
+        is said of arrays beside their contents, each by what it is and its path."""
+        outline = self.outline
+        tables: dict[str, Iterable[Path]] = {
+            "container": outline.by_path, "form": self.containers, "alias": self.aliases, "order": outline.orders,
+            "shape": outline.shapes, "metadata": outline.metadata, "spread": outline.spreads, "kind": outline.kinds,
+        }  # fmt: skip
+        return {(what, path) for what, paths in tables.items() for path in paths}
 
     def beside(self, others: Sequence[SharedForm]) -> dict[str, Any]:
         """Return what is stored of this form where that of others is stored elsewhere; empty where that is nothing."""

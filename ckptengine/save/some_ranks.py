@@ -10,7 +10,7 @@ import numpy as np
 
 from ckptengine.errors import ReplicaMismatchError
 from ckptengine.layout.survey import Survey
-from ckptengine.save.values import group_name
+from ckptengine.save.values import stored_path
 from ckptengine.schema.path import Path, dotted, path_order
 from ckptengine.schema.ranks import name_ranks
 
@@ -24,7 +24,7 @@ _KINDS_OF_RANKS = 64
 def check_nesting(arrays: Set[Path], paths_of: Iterable[Sequence[Path]]) -> None:
     """Raise `ReplicaMismatchError` where one rank has a leaf at a path at which another has a container, or where one
     has an array and another a plain value; `arrays` are the paths of all arrays, `paths_of` those of plain values."""
-    values = {path if group_name(path) is None else path[:-1] for paths in paths_of for path in paths}
+    values = {stored_path(path) for paths in paths_of for path in paths}
     both = sorted(arrays & values, key=path_order)
     if both:
         raise ReplicaMismatchError(_different(both[0], "an array on one rank, a plain value on another"))
@@ -54,7 +54,7 @@ def on_some_ranks(
     """
     documents_of: dict[Path, list[int]] = {}
     for number, paths in enumerate(paths_of):
-        for path in {path if group_name(path) is None else path[:-1] for path in paths}:
+        for path in {stored_path(path) for path in paths}:
             documents_of.setdefault(path, []).append(number)
     some: dict[tuple[int, ...], list[Path]] = {}
     having: dict[tuple[int, ...], tuple[int, ...]] = {}

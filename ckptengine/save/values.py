@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,10 +18,20 @@ from ckptengine.state.tree import FlatState
 from ckptengine.state.union import NAMED
 from ckptengine.state.values import digest, encode
 
-__all__ = ["DIGEST_NBYTES", "StoredValues", "compare_values", "group_name", "group_path", "said_as", "stored_values"]
+__all__ = [
+    "DIGEST_NBYTES",
+    "StoredValues",
+    "compare_values",
+    "group_name",
+    "group_path",
+    "said_as",
+    "stored_path",
+    "stored_values",
+]
 
 DIGEST_NBYTES = 8
 _GROUP_OF = "the group of "
+_EMPTY_GROUP = re.compile(r"group \d+, without parameters")
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,9 +147,17 @@ def group_name(path: Path) -> str | None:
     return last.removeprefix(_GROUP_OF) if isinstance(last, str) and last.startswith(_GROUP_OF) else None
 
 
+def stored_path(path: Path) -> Path:
+    """Return where what is compared under a path is stored: a group lies in the list of the optimizer's groups."""
+    last = path[-1]
+    is_group = isinstance(last, str) and (last.startswith(_GROUP_OF) or _EMPTY_GROUP.fullmatch(last))
+    return path[:-1] if is_group else path
+
+
 def said_as(path: Path) -> str:
     """Return how messages name what is compared under a path."""
-    return dotted(path) if group_name(path) is None else f"{dotted(path[:-1])} ({path[-1]})"
+    where = stored_path(path)
+    return dotted(path) if where == path else f"{dotted(where)} ({path[-1]})"
 
 
 def compare_values(said: Sequence[tuple[Sequence[int], Sequence[Path], bytes]]) -> None:

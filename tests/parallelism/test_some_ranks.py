@@ -182,6 +182,37 @@ def test_what_the_rank_that_stored_it_has_no_more_is_told_and_the_next_save_has_
     assert ce.load(tmp_path / "run") == {"a": 3, "x": 0, "b": 3}
 
 
+def test_what_the_rank_that_stored_a_container_has_no_more_of_is_told_and_not_lost(tmp_path):
+    def with_list(has):
+        return {"x": 1, "a": torch.arange(4.0), **({"z": [torch.arange(4.0)]} if has else {})}
+
+    with StageJob(tmp_path / "run", 2) as job:
+        job.save([with_list(True)] * 2)
+        with pytest.raises(SaveFailedError, match="z: rank 0 had it when the ranks last told each other.*save again"):
+            job.save([with_list(False), with_list(True)])
+        job.save([with_list(False), with_list(True)])
+        assert type(ce.load(tmp_path / "run")["z"]) is list
+        job.save([with_list(False)] * 2)  # what all have no more is no failure
+
+
+def test_what_is_said_of_a_tensor_outlives_the_rank_that_said_it(tmp_path):
+    def with_weight(rank, has):
+        weight = {"weight": nn.Parameter(torch.arange(16.0).reshape(4, 4).t(), requires_grad=False)} if has else {}
+        return {"x": 1, **({"first": torch.ones(8)} if rank == 0 else {}), **weight,
+                **({"large": torch.ones(4096)} if rank == 1 else {})}  # fmt: skip
+
+    with StageJob(tmp_path / "run", 3) as job:
+        job.save([with_weight(0, False), with_weight(1, True), with_weight(2, True)])
+        later = [with_weight(0, False), with_weight(1, False), with_weight(2, True)]
+        with pytest.raises(SaveFailedError, match="weight: rank 1 had it"):
+            job.save(later)
+        job.save(later)
+    found = {"weight": None}
+    ce.load(tmp_path / "run", into=found, only=["weight"])
+    assert isinstance(found["weight"], nn.Parameter)
+    assert found["weight"].stride() == (1, 4)
+
+
 def test_later_saves_exchange_nothing_more_than_before(tmp_path):
     counts = []
     with StageJob(tmp_path / "run", 2) as job:

@@ -124,6 +124,26 @@ def test_groups_that_hold_tensors_follow_their_parameters(tmp_path):
         assert all(isinstance(group["lr"], torch.Tensor) for stage in found for group in stage.optimizer.param_groups)
 
 
+def test_a_stage_without_a_parameter_for_a_group_has_an_empty_one(tmp_path):
+    def stage(rank, seed):
+        torch.manual_seed(seed)
+        model = nn.ModuleDict({f"layer{rank}": nn.Linear(2, 2, bias=rank == 1)})
+        biases = [layer.bias for layer in model.values() if layer.bias is not None]
+        weights = {"params": [layer.weight for layer in model.values()]}
+        optimizer = torch.optim.AdamW([weights, {"params": biases, "weight_decay": 0.0}], lr=0.1 + seed)
+        return {"model": model, "optimizer": optimizer}
+
+    before, after = ([stage(rank, seed) for rank in range(2)] for seed in range(2))
+    with StageJob(tmp_path / "run", 2) as job:
+        job.save(before)
+        before[0]["optimizer"].param_groups[1]["lr"] = before[1]["optimizer"].param_groups[1]["lr"] = 0.3
+        job.save(before)
+        job.load(after)
+    for one in after:
+        groups = one["optimizer"].param_groups
+        assert [(group["lr"], group["weight_decay"]) for group in groups] == [(0.1, 0.01), (0.3, 0.0)]
+
+
 def test_an_optimizer_that_saves_itself_goes_to_another_number_of_stages(tmp_path):
     class Named(torch.optim.AdamW):
         def state_dict(self):
