@@ -8,6 +8,7 @@ VENV := .venv
 ZOO := .venv-zoo
 INTEGRATIONS := .venv-integrations
 DEEPSPEED := .venv-deepspeed
+DEEPSPEED_VERSION := 0.19.8
 BIN := $(VENV)/bin
 
 SOURCES := $(wildcard csrc/*.c csrc/*.h)
@@ -41,7 +42,8 @@ $(VENV)/engine.stamp: $(VENV)/requirements.stamp pyproject.toml $(SOURCES)
 	@touch $@
 
 # What all targets install, before anything is built: make -j2 environments.
-environments: $(VENV)/requirements.stamp $(ZOO)/requirements.stamp $(INTEGRATIONS)/requirements.stamp $(SERVERS)/azurite.stamp
+environments: $(VENV)/requirements.stamp $(ZOO)/requirements.stamp $(INTEGRATIONS)/requirements.stamp \
+	$(DEEPSPEED)/requirements.stamp $(SERVERS)/azurite.stamp
 
 demo: setup
 	$(BIN)/python examples/demo.py
@@ -109,12 +111,12 @@ test-deepspeed: $(DEEPSPEED)/engine.stamp
 	CKPTENGINE_TEST_INTEGRATIONS=1 DS_ACCELERATOR=cpu $(DEEPSPEED)/bin/python -m pytest --confcutdir=tests/integrations \
 		tests/integrations/test_deepspeed.py $(ARGS)
 
-$(DEEPSPEED)/requirements.stamp: requirements-dev.txt requirements-deepspeed.txt
+$(DEEPSPEED)/requirements.stamp: requirements-deepspeed.txt
 	@test -x $(DEEPSPEED)/bin/python || { echo "making $(DEEPSPEED) with $(PYTHON)"; $(PYTHON) -m venv $(DEEPSPEED); }
-	@echo "installing requirements-dev.txt and requirements-deepspeed.txt into $(DEEPSPEED)"
-	@$(call pip_install,-r requirements-dev.txt,$(DEEPSPEED)/bin)
+	@echo "installing requirements-deepspeed.txt and DeepSpeed $(DEEPSPEED_VERSION) into $(DEEPSPEED)"
+	@$(call pip_install,-r requirements-deepspeed.txt,$(DEEPSPEED)/bin)
 	@DS_BUILD_OPS=0 DS_ACCELERATOR=cpu; export DS_BUILD_OPS DS_ACCELERATOR; \
-		$(call pip_install,--no-build-isolation -r requirements-deepspeed.txt,$(DEEPSPEED)/bin)
+		$(call pip_install,--no-build-isolation --no-deps deepspeed==$(DEEPSPEED_VERSION),$(DEEPSPEED)/bin)
 	@touch $@
 
 $(DEEPSPEED)/engine.stamp: $(DEEPSPEED)/requirements.stamp pyproject.toml $(SOURCES)

@@ -50,7 +50,9 @@ def pytest_configure(config: pytest.Config) -> None:
 
 # Files that take a minute or more, the longest first: begun last, they would keep one process when the others are done.
 LONG = (
-    "tests/tiers/test_persistent.py", "tests/mindspore/test_resume.py", "tests/mindspore/test_schedulers.py",
+    "tests/tiers/test_persistent.py", "tests/parallelism/test_spread.py",
+    "tests/parallelism/test_splits_in_training.py", "tests/gpu/test_fence.py",
+    "tests/mindspore/test_resume.py", "tests/mindspore/test_schedulers.py",
     "tests/mindspore/test_rules_of_resume.py", "tests/load/test_any_state.py", "tests/mpi/test_mindspore.py",
     "tests/tiers/test_cloud_job.py", "tests/remote/test_faults.py", "tests/remote/test_ranges.py",
     "tests/policy/test_ranks.py", "tests/engine/test_matrix.py", "tests/resume/test_exact.py",

@@ -90,7 +90,7 @@ def assign(survey: Survey, boxes: Mapping[int, Boxes], rank: int, held: Sequence
     result = [_own(rank, holding) for holding in held if holding.placement is Placement.PER_RANK]
     for (head, number), of_leaf in zip(survey.leaves, writers, strict=True):
         if head.path in mine:
-            result.append(_handed_out(head, survey.groups[number], plans[number], of_leaf, rank, survey.world_size))
+            result.append(_handed_out(head, survey.groups[number], plans[number], of_leaf, rank))
     return sorted(result, key=lambda leaf: path_order(leaf.path))
 
 
@@ -265,10 +265,10 @@ def _settled(survey: Survey, plans: Sequence[_Plan]) -> Int64s:
     for group, plan in zip(survey.groups, plans, strict=True):
         head = group.head
         if group.kind is Kind.EVEN:
-            step = -(-head.shape[0] // survey.world_size)
-            starts = np.arange(survey.world_size, dtype=np.int64) * step
+            step = -(-head.shape[0] // group.holders.size)
+            starts = np.arange(group.holders.size, dtype=np.int64) * step
             rows = np.clip(head.shape[0] - starts, 0, step)
-            load += rows * (math.prod(head.shape[1:]) * head.itemsize * group.count)
+            load[group.holders] += rows * (math.prod(head.shape[1:]) * head.itemsize * group.count)
         else:
             settled = plan.writers >= 0
             nbytes = plan.lengths[settled].prod(axis=1) * (head.itemsize * group.count)
@@ -276,10 +276,11 @@ def _settled(survey: Survey, plans: Sequence[_Plan]) -> Int64s:
     return load
 
 
-def _handed_out(head: LeafHead, group: Group, plan: _Plan, writers: Int64s, rank: int, world_size: int) -> Assigned:
+def _handed_out(head: LeafHead, group: Group, plan: _Plan, writers: Int64s, rank: int) -> Assigned:
     """Return a holder's part of one leaf."""
     if group.kind is Kind.EVEN:
-        start, length = even_part(head.shape[0], rank, world_size)
+        place = int(np.searchsorted(group.holders, rank))
+        start, length = even_part(head.shape[0], place, group.holders.size)
         shape, rest = (int(length > 0), len(head.shape)), head.shape[1:]
         offsets = np.asarray([start, *(0 for _ in rest)] if length else [], np.int64).reshape(shape)
         lengths = np.asarray([length, *rest] if length else [], np.int64).reshape(shape)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import IntEnum
 from functools import lru_cache
 
@@ -44,12 +44,18 @@ class Kind(IntEnum):
     """How a leaf is spread."""
 
     EVEN = 0
-    """Dimension 0 is cut by ceil-division into as many parts as there are ranks, in their order: `fully_shard`."""
+    """Dimension 0 is cut by ceil-division into as many parts as there are ranks, in their order: `fully_shard`.
+
+    In a table over all ranks, in a group over those that hold its leaves, such as those of a pipeline's stage."""
     WHOLE = 1
     """Every rank that has the leaf holds the whole of it."""
     BOXES = 2
     """In any other way: the ranks must tell their boxes. In a table, this and greater numbers: leaves of one shape
     of which the rank has the same boxes have the same number."""
+
+
+_AS_EVEN = -1
+"""In place of a number of boxes: the rank has its even part among the holders."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,23 +189,36 @@ def survey_of(tables: Sequence[Table], table_of_rank: Int64s) -> Survey:
     return Survey(int(table_of_rank.size), tuple(leaves), tuple(counted))
 
 
-def encode_boxes(survey: Survey, holdings: Sequence[Holding]) -> bytes:
-    """Return what a rank tells of its boxes: those of one leaf of each group that must be told."""
+def encode_boxes(survey: Survey, holdings: Sequence[Holding], rank: int) -> bytes:
+    """Return what a rank tells of its boxes: those of one leaf of each group that must be told.
+
+    Where they are its even part among the group's holders, -1 in place of their number says so.
+    """
     mine = {holding.path: holding for holding in holdings}
-    held = [mine.get(survey.groups[number].head.path) for number in survey.told]
-    counts = [0 if holding is None else holding.offsets.shape[0] for holding in held]
+    counts, told = [], []
+    for number in survey.told:
+        holders = survey.groups[number].holders
+        holding = mine.get(survey.groups[number].head.path)
+        if holding is None:
+            counts.append(0)
+        elif _is_even(holding, int(np.searchsorted(holders, rank)), holders.size):
+            counts.append(_AS_EVEN)
+        else:
+            counts.append(holding.offsets.shape[0])
+            told.append(holding)
     parts = [np.asarray(counts, np.int64)]
     for name in ("offsets", "lengths"):
-        parts += [getattr(holding, name).reshape(-1) for holding in held if holding is not None]
+        parts += [getattr(holding, name).reshape(-1) for holding in told]
     numbers = np.concatenate(parts)
     width = 4 if not numbers.size or -(1 << 31) <= int(numbers.min()) <= int(numbers.max()) < 1 << 31 else 8
     return bytes([width]) + numbers.astype(f"<i{width}").tobytes()
 
 
-def decode_boxes(survey: Survey, messages: Sequence[bytes]) -> Mapping[int, Boxes]:
-    """Return the boxes of each group that must be told, from each rank's message, in the order of the ranks.
+def decode_boxes(survey: Survey, messages: Sequence[bytes]) -> tuple[Survey, Mapping[int, Boxes]]:
+    """Return what all ranks hold and the boxes of each group that told them, from each rank's message, in their order.
 
-    Raises SaveFailedError where a message is damaged. Whether the boxes make sense is for `assign`.
+    A group of which all holders have their even part is `EVEN` then, and has no boxes. Raises SaveFailedError where a
+    message is damaged. Whether the boxes make sense is for `assign`.
     """
     told = survey.told
     ndims = np.asarray([len(survey.groups[number].head.shape) for number in told], np.int64)
@@ -208,25 +227,69 @@ def decode_boxes(survey: Survey, messages: Sequence[bytes]) -> Mapping[int, Boxe
         sizes = np.asarray([rank_numbers.size for rank_numbers in numbers], np.int64)
         if (sizes < len(told)).any():
             raise ValueError("it is cut short")
-        counts = np.stack([rank_numbers[: len(told)] for rank_numbers in numbers]).astype(np.int64)
-        if (counts < 0).any() or (counts > sizes[:, None]).any():
+        words = np.stack([rank_numbers[: len(told)] for rank_numbers in numbers]).astype(np.int64)
+        if (words < _AS_EVEN).any() or (words > sizes[:, None]).any():
             raise ValueError("its counts don't fit its boxes")
+        counts = np.maximum(words, 0)
         if (counts[:, ndims == 0] > 1).any() or (len(told) + 2 * counts @ ndims != sizes).any():
             raise ValueError("its counts don't fit its boxes")
+        speaking = np.count_nonzero(words, axis=0).tolist()
+        even = [_even_holders(survey.groups[n], words[:, place], speaking[place]) for place, n in enumerate(told)]
     except ValueError as error:
         raise _damaged(error) from error
     flat = np.concatenate(numbers).astype(np.int64, copy=False)
     taken = counts * ndims
     offsets_at = (np.cumsum(sizes) - sizes + len(told))[:, None] + np.cumsum(taken, axis=1) - taken
-    lengths_at = offsets_at + taken.sum(axis=1, keepdims=True)
-    result = {}
+    all_taken = taken.sum(axis=1)
+    groups, result = list(survey.groups), {}
     for place, number in enumerate(told):
-        shape = (-1, int(ndims[place])) if ndims[place] else (int(counts[:, place].sum()), 0)
-        offsets, lengths = (
-            flat[_stretches(at[:, place], taken[:, place])].reshape(shape) for at in (offsets_at, lengths_at)
-        )
-        result[number] = Boxes(offsets, lengths, np.repeat(np.arange(len(messages)), counts[:, place]))
-    return result
+        group = groups[number]
+        holders = group.holders
+        if even[place].size == holders.size:
+            groups[number] = replace(group, kind=Kind.EVEN)
+            continue
+        count = counts[holders, place]
+        shape = (-1, int(ndims[place])) if ndims[place] else (int(count.sum()), 0)
+        at, size = offsets_at[holders, place], taken[holders, place]
+        offsets = flat[_stretches(at, size)].reshape(shape)
+        lengths = flat[_stretches(at + all_taken[holders], size)].reshape(shape)
+        boxes = Boxes(offsets, lengths, np.repeat(holders, count))
+        result[number] = _with_even(boxes, group, even[place]) if even[place].size else boxes
+    return replace(survey, groups=tuple(groups)), result
+
+
+def _even_holders(group: Group, words: Int64s, speaking: int) -> Int64s:
+    """Return the ranks that have said that they have their even part, of `speaking` that have said anything.
+
+    Raises where one can't have said that.
+    """
+    head, holders = group.head, group.holders
+    of_holders = words[holders]
+    if np.count_nonzero(of_holders) != speaking:
+        raise ValueError("it tells boxes of a leaf that its rank does not have")
+    said: Int64s = holders[of_holders == _AS_EVEN]
+    if said.size and (head.placement is not Placement.SHARDED or not head.shape or is_zero_sized(head.shape)):
+        raise ValueError("it says of a leaf that is not cut how it is cut")
+    return said
+
+
+def _with_even(boxes: Boxes, group: Group, ranks: Int64s) -> Boxes:
+    """Return boxes with those of the ranks that have their even part, where others have something else."""
+    length, rest = group.head.shape[0], group.head.shape[1:]
+    places = np.searchsorted(group.holders, ranks).tolist()
+    parts = [even_part(length, place, group.holders.size) for place in places]
+    some = [number for number, (_, rows) in enumerate(parts) if rows]
+    offsets = np.zeros((len(some), 1 + len(rest)), np.int64)
+    lengths = np.zeros_like(offsets)
+    lengths[:, 1:] = rest
+    for row, number in enumerate(some):
+        offsets[row, 0], lengths[row, 0] = parts[number]
+    order = np.argsort(np.concatenate([boxes.ranks, ranks[some]]), kind="stable")
+    return Boxes(
+        np.concatenate([boxes.offsets, offsets])[order],
+        np.concatenate([boxes.lengths, lengths])[order],
+        np.concatenate([boxes.ranks, ranks[some]])[order],
+    )
 
 
 def _is_even(holding: Holding, rank: int, world_size: int) -> bool:

@@ -165,7 +165,7 @@ class Planner:
             self._tell(on_some_ranks(survey, paths_of, words.of_rank) if rank == 0 else None)
         boxes: Mapping[int, Boxes] = {}
         if survey.told:
-            boxes = decode_boxes(survey, self._comm.all_gather(encode_boxes(survey, mine), timeout))
+            survey, boxes = decode_boxes(survey, self._comm.all_gather(encode_boxes(survey, mine, rank), timeout))
         if len(replicas.documents) > 1:
             ranks_of = [np.flatnonzero(np.asarray(replicas.of_rank) == n) for n in range(len(replicas.documents))]
             crcs_of = map(decode_crcs, replicas.documents)

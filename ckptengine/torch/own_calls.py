@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, MutableMapping
+from collections.abc import Mapping, MutableMapping
 from typing import Any
 
 import torch
 from torch.optim import Optimizer
 
+from ckptengine.torch.inner import optimizers_within
 from ckptengine.torch.spread import bare_optimizer
 
 __all__ = ["hand_over", "loads_itself", "saves_itself"]
-
-_DEPTH = 4
-"""How deep optimizers are looked for inside of optimizers."""
 
 
 def saves_itself(optimizer: Any) -> bool:
@@ -50,7 +48,9 @@ def hand_over(optimizer: Any, state: Any | None) -> None:
     So afterwards the old objects are there again, with the new contents; and state that was only cast has the dtype
     and the bits that were handed over.
     """
-    before = [(holder, vars(holder).get("state"), vars(holder).get("param_groups")) for holder in _within(optimizer)]
+    before = [
+        (holder, vars(holder).get("state"), vars(holder).get("param_groups")) for holder in optimizers_within(optimizer)
+    ]
     exact = {id(old): _copied(old) for _, old, _ in before if old is not None} if state is None else None
     handed = {} if exact is not None else _handed(optimizer, state)
     optimizer.load_state_dict(optimizer.state_dict() if state is None else state)
@@ -67,33 +67,6 @@ def hand_over(optimizer: Any, state: Any | None) -> None:
                 else:
                     _refill_groups(old, new)
             vars(holder)[name] = settled[id(new)][0]
-
-
-def _within(optimizer: Any, depth: int = 0) -> Iterator[Any]:
-    """Yield an optimizer and those in its attributes, the inner ones first."""
-    found: list[Any] = []
-    _look(optimizer, found, depth)
-    yield from found
-
-
-def _look(value: Any, found: list[Any], depth: int) -> None:
-    if depth > _DEPTH:
-        return
-    if isinstance(value, Optimizer):
-        if any(one is value for one in found):
-            return
-        for item in vars(value).values():
-            if isinstance(item, (Optimizer, list, tuple)) or (isinstance(item, dict) and item):
-                _look(item, found, depth + 1)
-        found.append(value)
-    elif isinstance(value, (list, tuple)):
-        for item in value:
-            if isinstance(item, Optimizer):
-                _look(item, found, depth + 1)
-    elif isinstance(value, dict):
-        for item in value.values():
-            if isinstance(item, Optimizer):
-                _look(item, found, depth + 1)
 
 
 def _copied(state: Mapping[Any, Any]) -> dict[Any, Any]:

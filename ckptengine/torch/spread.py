@@ -16,6 +16,7 @@ from ckptengine.schema.path import Path, dotted
 from ckptengine.torch.deepspeed import flats_by_group, is_zero_optimizer, refresh_weights
 from ckptengine.torch.flat import FlatPart, is_flat
 from ckptengine.torch.fsdp1 import is_flattened
+from ckptengine.torch.inner import optimizers_within
 from ckptengine.torch.parts import parts_of
 
 __all__ = [
@@ -82,7 +83,10 @@ def check_spread(optimizer: Any, path: Path, saves_itself: bool) -> None:
     if is_zero_optimizer(optimizer):
         _check_deepspeed(optimizer, path, saves_itself)
         return
-    flattened = [p for group in optimizer.param_groups for p in group["params"] if is_flattened(p)]
+    # One that says itself what its state is may be a container of others, without groups.
+    inside = optimizers_within(optimizer) if saves_itself else [optimizer]
+    groups = [group for one in inside for group in getattr(one, "param_groups", ())]
+    flattened = [p for group in groups for p in group["params"] if is_flattened(p)]
     if not flattened:
         return
     if saves_itself or is_zero(optimizer):

@@ -42,7 +42,7 @@ fi
 
 failed=0
 if "$python" -c 'import pytest' 2> /dev/null; then
-  timeout -s INT -k 15 "${CKPTENGINE_GPU_TEST_SECONDS:-210}" "$python" -m pytest -q -rfEs -p no:cacheprovider --confcutdir=tests/gpu \
+  timeout -s INT -k 15 "${CKPTENGINE_GPU_TEST_SECONDS:-210}" "$python" -m pytest -m "not sanitize" -q -rfEs -p no:cacheprovider --confcutdir=tests/gpu \
     -W ignore::pytest.PytestConfigWarning --junitxml "$out/tests.xml" tests/gpu > "$out/tests.log" 2>&1
   status=$?
   [ $status = 124 ] && say "the tests did not end in time: what they had done is in $out/tests.log"

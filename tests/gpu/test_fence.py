@@ -178,6 +178,7 @@ def launch(arguments, folder, ranks=1):
             process.kill()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("overlap", ["eager", "overlapped"])
 def test_a_job_that_was_killed_ends_with_the_same_bits(tmp_path, device, overlap):
     assert launch(["train", str(tmp_path / "a"), "12", "never", overlap], tmp_path) == [0]
@@ -186,6 +187,7 @@ def test_a_job_that_was_killed_ends_with_the_same_bits(tmp_path, device, overlap
     assert (tmp_path / "a" / "digest").read_text() == (tmp_path / "b" / "digest").read_text()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("backend", "ranks"), [("nccl", 1), ("gloo", 2)])
 def test_fsdp2_is_saved_and_restored_on_one_device(tmp_path, device, backend, ranks):
     if backend == "nccl":

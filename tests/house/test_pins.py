@@ -27,9 +27,12 @@ def test_every_requirement_is_an_exact_pin() -> None:
     assert len(pins("requirements-servers.txt")) > 20
     assert len(pins("requirements-zoo.txt")) > 20
     assert len(pins("requirements-integrations.txt")) > 20
+    assert len(pins("requirements-deepspeed.txt")) > 20
 
 
-@pytest.mark.parametrize("file", ["requirements-zoo.txt", "requirements-integrations.txt"])
+@pytest.mark.parametrize(
+    "file", ["requirements-zoo.txt", "requirements-integrations.txt", "requirements-deepspeed.txt"]
+)
 def test_every_environment_has_the_same_torch_and_numpy(file: str) -> None:
     for name in ("torch", "numpy", "ml-dtypes", "numcodecs", "setuptools"):
         assert pins(file)[name] == pins()[name]

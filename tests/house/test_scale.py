@@ -1,5 +1,6 @@
 """The simulation of a large job, at a size that tests can afford."""
 
+from benchmarks import split
 from benchmarks.scale import run, table
 
 
@@ -10,3 +11,11 @@ def test_the_simulation_runs_and_its_counts_meet_their_targets() -> None:
     assert result["first_plan_bytes"] <= 100 * 64
     assert result["packed_bytes"] <= 64 * 600
     assert "64 ranks × 30 leaves, 1,920 chunks" in table(result)
+
+
+def test_ranks_of_four_kinds_of_splits_plan_together_and_tell_few_boxes() -> None:
+    result = split.run(split.Mesh(stages=4, data=4, tensor=2), leaves=80)
+    assert result["ranks"] == 32
+    few = split.run(split.Mesh(stages=4, data=4, tensor=2), leaves=40)
+    # What a rank hears grows with the leaves in the tables of the four stages, not with what each rank tells.
+    assert result["first_plan_bytes"] < 2 * few["first_plan_bytes"]

@@ -115,7 +115,7 @@ def assign_all(held: Sequence[Sequence[Holding]]) -> list[list[Assigned]]:
     distinct = list(dict.fromkeys(said))
     tables = [Table.decode(table) for table in distinct]
     survey = survey_of(tables, np.asarray([distinct.index(table) for table in said]))
-    boxes = decode_boxes(survey, [encode_boxes(survey, of_rank) for of_rank in mine])
+    survey, boxes = decode_boxes(survey, [encode_boxes(survey, of_rank, rank) for rank, of_rank in enumerate(mine)])
     return [assign(survey, boxes, rank, of_rank) for rank, of_rank in enumerate(mine)]
 
 

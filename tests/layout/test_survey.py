@@ -44,6 +44,11 @@ def surveyed(mine: list[list[Holding]]) -> tuple[Survey, list[bytes]]:
     return survey_of([Table.decode(table) for table in distinct], numbers), distinct
 
 
+def all_told(survey: Survey, mine: list[list[Holding]]) -> list[bytes]:
+    """What each rank tells of its boxes."""
+    return [encode_boxes(survey, of_rank, rank) for rank, of_rank in enumerate(mine)]
+
+
 def model(kind: str) -> list[list[Holding]]:
     """Leaves of four shapes, many of each, all spread in the same way."""
     sizes = [(WORLD * 4, 8), (WORLD * 3 - 1, 4), (5, 5), (WORLD,)]
@@ -75,7 +80,7 @@ def test_the_boxes_that_a_rank_tells_do_not_grow_with_the_leaves() -> None:
     mine = model("mesh")
     survey, _ = surveyed(mine)
     numbers = 1 + 2 * 2
-    assert max(len(encode_boxes(survey, of_rank)) for of_rank in mine) <= 1 + 4 * numbers * len(survey.told)
+    assert max(len(told) for told in all_told(survey, mine)) <= 1 + 4 * numbers * len(survey.told)
 
 
 def test_nothing_is_told_of_even_cuts_and_of_whole_replicas() -> None:
@@ -106,14 +111,51 @@ def test_nothing_is_told_of_even_cuts_and_of_whole_replicas() -> None:
     assert len(distinct) == 1
 
 
-def test_an_even_cut_over_some_of_the_ranks_is_told() -> None:
-    shape = (6, 3)
+@pytest.mark.parametrize("first", [0, WORLD // 2])
+def test_of_an_even_cut_over_some_of_the_ranks_they_tell_a_word_and_no_boxes(first: int) -> None:
+    shape = (WORLD // 2 * 3 - 1, 3)
     half = spread("dim0", shape, WORLD // 2, random.Random(0))
-    mine = [[holding(("w",), shape, boxes)] for boxes in half] + [[] for _ in range(WORLD // 2)]
+    mine: list[list[Holding]] = [[] for _ in range(WORLD)]
+    for rank, boxes in enumerate(half, first):
+        mine[rank] = [holding(("w",), shape, boxes)]
     survey, distinct = surveyed(mine)
     assert [group.kind for group in survey.groups] == [Kind.BOXES]
-    assert survey.groups[0].holders.tolist() == list(range(WORLD // 2))
+    assert survey.groups[0].holders.tolist() == list(range(first, first + WORLD // 2))
     assert len(distinct) == 2
+    told = all_told(survey, mine)
+    assert max(map(len, told)) == 1 + 4
+    survey, boxes = decode_boxes(survey, told)
+    assert [group.kind for group in survey.groups] == [Kind.EVEN]
+    assert boxes == {}
+    assigned = [leaf for of_rank in assign_all(mine) for leaf in of_rank]
+    assert [leaf.offsets.tolist() for leaf in assigned] == [[list(box.offset) for box in boxes] for boxes in half]
+    assert {leaf.chunk_shape for leaf in assigned} == {(3, 3)}
+
+
+def test_an_even_part_beside_others_is_a_box_like_theirs() -> None:
+    shape = (7, 3)
+    cuts = [
+        [Box((0, 0), (2, 3))],
+        [Box((2, 0), (1, 3)), Box((3, 0), (1, 3))],
+        [Box((4, 0), (2, 3))],
+        [Box((6, 0), (1, 3))],
+    ]
+    mine = [[holding(("w",), shape, boxes)] for boxes in cuts] + [[]]  # a fifth rank without the leaf
+    survey, _ = surveyed(mine)
+    after, boxes = decode_boxes(survey, all_told(survey, mine))
+    assert [group.kind for group in after.groups] == [Kind.BOXES]
+    assert boxes[0].ranks.tolist() == [0, 1, 1, 2, 3]
+    assert boxes[0].offsets[:, 0].tolist() == [0, 2, 3, 4, 6]
+    assert boxes[0].lengths.tolist() == [[2, 3], [1, 3], [1, 3], [2, 3], [1, 3]]
+
+
+def test_a_rank_that_says_how_a_leaf_is_cut_that_it_does_not_have_is_refused() -> None:
+    mine = [[holding(("w",), (4,), [Box((0,), (3,))])], [holding(("w",), (4,), [Box((3,), (1,))])], []]
+    survey, _ = surveyed(mine)
+    told = all_told(survey, mine)
+    told[2] = bytes([4]) + np.asarray([-1], "<i4").tobytes()
+    with pytest.raises(SaveFailedError, match="does not have"):
+        decode_boxes(survey, told)
 
 
 def test_two_orders_of_one_mesh_are_two_groups() -> None:
@@ -134,8 +176,9 @@ def test_boxes_come_back_from_what_ranks_tell(data: st.DataObject, shape: tuple[
     sharding = data.draw(shardings(shape))
     mine = [[holding(("a",), shape, boxes), holding(("z", 1), shape, boxes[::-1])] for boxes in sharding]
     survey, _ = surveyed(mine)
-    boxes = decode_boxes(survey, [encode_boxes(survey, of_rank) for of_rank in mine])
-    for number in survey.told:
+    after, boxes = decode_boxes(survey, all_told(survey, mine))
+    assert set(boxes) == set(after.told)
+    for number in after.told:
         place = 0 if survey.groups[number].head.path == ("a",) else 1
         assert boxes[number].ranks.tolist() == [rank for rank, told in enumerate(sharding) for _ in told]
         assert np.array_equal(boxes[number].offsets, np.concatenate([of_rank[place].offsets for of_rank in mine]))
@@ -146,7 +189,7 @@ def test_numbers_that_need_more_than_32_bits_are_told() -> None:
     far = 1 << 40
     mine = [[holding(("w",), (far + 2,), [Box((far * rank,), (far - far * rank + 2 * rank,))])] for rank in range(2)]
     survey, _ = surveyed(mine)
-    boxes = decode_boxes(survey, [encode_boxes(survey, of_rank) for of_rank in mine])[0]
+    boxes = decode_boxes(survey, all_told(survey, mine))[1][0]
     assert boxes.offsets.tolist() == [[0], [far]]
     assert boxes.lengths.tolist() == [[far], [2]]
 
@@ -156,7 +199,7 @@ def test_damaged_messages_raise_only_errors_of_ours(data: st.DataObject) -> None
     shape = data.draw(shapes)
     mine = [[holding(("w",), shape, boxes)] for boxes in data.draw(shardings(shape))]
     survey, tables = surveyed(mine)
-    messages = [bytearray(message) for message in (*tables, *(encode_boxes(survey, of_rank) for of_rank in mine))]
+    messages = [bytearray(message) for message in (*tables, *all_told(survey, mine))]
     damaged = data.draw(st.sampled_from(messages))
     for _ in range(data.draw(st.integers(1, 4))):
         place = data.draw(st.integers(0, max(0, len(damaged) - 1)))

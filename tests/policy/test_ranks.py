@@ -32,6 +32,7 @@ def check_stopped(job: Job, life: int) -> int:
     return step
 
 
+@pytest.mark.long
 @pytest.mark.timeout(600)  # three starts of torchrun's ranks, which a busy machine makes long
 def test_torchrun_starts_a_preempted_job_again_and_it_goes_on_from_the_agreed_step(tmp_path: Path) -> None:
     file = tmp_path / "stop"
@@ -96,6 +97,7 @@ def test_where_a_rank_is_dead_the_others_do_not_wait_for_it(tmp_path: Path) -> N
         assert "the ranks could not agree on a step: rank 1 ended without a word; nothing" in job.printed()
 
 
+@pytest.mark.long
 def test_a_job_with_epochs_that_loses_a_node_ends_after_the_planned_epochs(tmp_path: Path) -> None:
     epochs, batches = 3, 12
     with Job(tmp_path, 1, epochs, restarts=3, nodes=2, script="epochs_job.py", pace=0.1) as job:

@@ -167,13 +167,6 @@ def test_parts_of_a_module_are_chosen_and_renamed() -> None:
     assert torch.equal(target.body[0].weight, source[0].weight)
 
 
-def test_a_meta_module_is_to_be_materialized_first() -> None:
-    with torch.device("meta"):
-        model = nn.Linear(2, 2)
-    with pytest.raises(StateError, match=r"model\.weight: .*to_empty"):
-        load(save({"model": nn.Linear(2, 2)}), {"model": model})
-
-
 class Best:
     """Keeps a copy of the best weights, as early stopping does."""
 
