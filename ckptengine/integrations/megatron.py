@@ -28,10 +28,13 @@ from megatron.core.dist_checkpointing.state_dict_utils import load_preprocess
 from megatron.core.dist_checkpointing.utils import extract_nonpersistent, extract_sharded_base
 
 import ckptengine as ce
+from ckptengine.comm.agree import agree
+from ckptengine.comm.select import current
 from ckptengine.errors import LoadMismatchError, StateError
 from ckptengine.frameworks.parts import ShardedParts
 from ckptengine.frameworks.registry import framework
 from ckptengine.inspect import describe
+from ckptengine.save.saver import DEFAULT_TIMEOUT
 from ckptengine.state.values import decode, encode
 
 __all__ = ["async_save", "load", "save", "state_of"]
@@ -94,9 +97,12 @@ def load(
     }
     into = {name: held for name, held in into.items() if held != {}}
     report = ce.load(path, into=into, step=step, strict=False, **options)
-    wrong = [*(f"missing: {name}" for name in report.missing), *(f"mismatched: {line}" for line in report.mismatched)]
-    if wrong:
-        raise LoadMismatchError(f"{path}: the checkpoint and the sharded state dict don't fit\n" + "\n".join(wrong))
+    missing = [name for name in report.missing if name != COMMON]  # it is not stored where there was nothing in it
+    wrong = [*(f"missing: {name}" for name in missing), *(f"mismatched: {line}" for line in report.mismatched)]
+    error = LoadMismatchError(f"{path}: the checkpoint and the sharded state dict don't fit\n" + "\n".join(wrong))
+    timeout = options.get("timeout", DEFAULT_TIMEOUT)
+    comm = options.get("comm") or current(timeout)
+    agree(comm, error if wrong else None, timeout, f"matching {os.fspath(path)} with the sharded state dict")
     result: dict[str, Any] = into[COMMON] or {}
     merge(result, local)
     dict_list_map_inplace(lambda one: _unsharded(one, into.get(OBJECTS, {})), sharded)

@@ -215,8 +215,11 @@ def checked_arguments(trainer: Any) -> None:
             getattr(args, "enable_jit_checkpoint", False),
             "SIGTERM saves here too (docs/preemption.md); leave it out",
         ),
-        "deepspeed": (trainer.is_deepspeed_enabled, "it keeps its state in an engine of its own"),
-        "fsdp": (trainer.is_fsdp_enabled, "it is not supported yet; FSDP2 is with a loop of your own"),
+        "deepspeed": (
+            trainer.is_deepspeed_enabled,
+            "it is not supported yet; it is in a loop of your own (docs/parallelism.md)",
+        ),
+        "fsdp": (trainer.is_fsdp_enabled, "it is not supported yet; FSDP1 and FSDP2 are, in a loop of your own"),
     }
     found = [f"{name}: {why}" for name, (is_set, why) in wrong.items() if is_set]
     if found:

@@ -63,6 +63,14 @@ class Declared:
                 "declare the same under all names of a tensor"
             )
 
+    def replace(self, tensor: Any, new: Any, path: Path) -> None:
+        """Note that another tensor, which takes the place of one, is cut as that is, or each rank's own as that is."""
+        cut = self.cut_of(tensor)
+        if cut is not None:
+            self.note(new, cut, path)
+        elif self.is_own(tensor):
+            self._own[id(new)] = new
+
     def renamed(self, module: Any, entries: list[ModuleEntry]) -> list[ModuleEntry]:
         """Return a module's entries with the names that they have over all ranks."""
         if id(module) not in self._modules:

@@ -24,9 +24,23 @@ _INSTEAD = "or use `fully_shard` (FSDP2), which takes it"
 
 
 def holds_fsdp1(module: torch.nn.Module) -> bool:
-    """Whether a module is FullyShardedDataParallel, or has one inside."""
+    """Whether a module is FullyShardedDataParallel, or has one inside.
+
+    Each save asks: `module.modules()`, which builds a name for each submodule, would take several times as long.
+    """
     fsdp = sys.modules.get("torch.distributed.fsdp")
-    return fsdp is not None and any(isinstance(one, fsdp.FullyShardedDataParallel) for one in module.modules())
+    if fsdp is None:
+        return False
+    kind, seen, waiting = fsdp.FullyShardedDataParallel, {id(module)}, [module]
+    while waiting:
+        one = waiting.pop()
+        if isinstance(one, kind):
+            return True
+        for part in one._modules.values():
+            if part is not None and id(part) not in seen:
+                seen.add(id(part))
+                waiting.append(part)
+    return False
 
 
 def is_flattened(parameter: Any) -> bool:
@@ -125,7 +139,7 @@ def _settle(owner: Any, handle: Any) -> None:
         for number, parameter in enumerate(flat._params)
         if parameter.numel() and parameter.untyped_storage().data_ptr() != flat.untyped_storage().data_ptr()
     ]
-    if handle.uses_sharded_strategy and detached:  # `parameter.data = …`: the next forward pass writes it back, too
+    if detached:  # `parameter.data = …`: the next forward pass writes it back, too
         shard = _local_shard(flat)
         for number, parameter in detached:
             _, offset, count, _, _ = flat._shard_param_infos[number]

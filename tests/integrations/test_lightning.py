@@ -175,7 +175,7 @@ def test_each_kind_of_training_goes_on_exactly(tmp_path: Path, kind: str) -> Non
         ("cycle", "training loaders of different lengths are cycled within an epoch"),
         ("twice", "the trainer has several Resume callbacks"),
         ("name", "Resume(state=…): the names model are taken"),
-        ("fsdp1", "Resume does not work with FSDPStrategy: it hides the parameters (FSDP1)"),
+        ("fsdp1", "Resume does not work with FSDPStrategy: it is not supported yet; use ModelParallelStrategy"),
     ],
 )
 def test_what_could_not_be_restored_is_refused_by_name(tmp_path: Path, bad: str, message: str) -> None:

@@ -22,6 +22,11 @@ KINDS: dict[str, dict[str, Any]] = {
     "original": {"use_orig_params": True},
     "mixed": {"mixed_precision": BFLOAT16},
     "grad-op": {"sharding_strategy": ShardingStrategy.SHARD_GRAD_OP, "use_orig_params": True},
+    "whole": {
+        "sharding_strategy": ShardingStrategy.NO_SHARD,
+        "use_orig_params": True,
+        "mixed_precision": BFLOAT16,
+    },
     "hybrid": {"sharding_strategy": ShardingStrategy.HYBRID_SHARD},
 }
 INPUT = torch.ones(4, 7) * torch.arange(4.0)[:, None]
@@ -77,6 +82,20 @@ def said(folder: Path, state: dict[str, Any]) -> str:
     return "saved"
 
 
+def saves_replaced(folder: Path, kind: str) -> bool:
+    """Return whether a save has what was put in the place of parameters, which the next forward pass computes with."""
+    model, optimizer = build(0, kind)
+    step(model, optimizer)
+    for parameter in model.parameters():
+        parameter.data = parameter.data * 2
+    ce.save(folder / f"replaced-{kind}", {"model": model}, timeout=60)
+    stored = ce.load(folder / f"replaced-{kind}")["model"]
+    step(model, torch.optim.SGD(model.parameters(), lr=0.0))
+    with FullyShardedDataParallel.summon_full_params(model):
+        named = {name.replace("_fsdp_wrapped_module.", ""): value for name, value in model.named_parameters()}
+        return all(torch.equal(torch.as_tensor(stored[name]), value) for name, value in named.items())
+
+
 def main() -> None:
     folder = Path(sys.argv[1])
     torch.set_num_threads(1)
@@ -87,13 +106,7 @@ def main() -> None:
     found["without the module"] = said(folder / "alone", {"optimizer": optimizer})
     with FullyShardedDataParallel.summon_full_params(model):
         found["summoned"] = said(folder / "summoned", {"model": model})
-    for parameter in model.parameters():
-        parameter.data = parameter.data * 2  # the next forward pass takes this over, so a save must have it
-    ce.save(folder / "replaced", {"model": model}, timeout=60)
-    stored = ce.load(folder / "replaced")["model"]
-    with FullyShardedDataParallel.summon_full_params(model):
-        named = {name.replace("_fsdp_wrapped_module.", ""): value for name, value in model.named_parameters()}
-        found["replaced"] = all(torch.equal(torch.as_tensor(stored[name]), value) for name, value in named.items())
+    found["replaced"] = {kind: saves_replaced(folder, kind) for kind in ("original", "whole")}
     (folder / f"rank-{dist.get_rank()}.json").write_text(json.dumps(found))
     dist.barrier()
     dist.destroy_process_group()

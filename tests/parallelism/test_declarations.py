@@ -130,6 +130,19 @@ def test_numpy_arrays_are_declared_in_the_same_way(tmp_path: Path) -> None:
     assert np.array_equal(empty["tables"].value["a"], np.arange(12.0).reshape(3, 4))
 
 
+def test_read_only_arrays_are_replaced_by_arrays_that_are_declared_alike(tmp_path: Path) -> None:
+    def state(value: float) -> dict[str, ce.Sharded]:
+        arrays = {"part": np.full(2, value), "own": np.full(3, value)}
+        for array in arrays.values():
+            array.flags.writeable = False
+        return {"v": ce.Sharded(arrays, {"part": ce.Shard(0), "own": ce.PerRank})}
+
+    ce.save(tmp_path, state(5.0))
+    found = state(0.0)
+    ce.load(tmp_path, into=found)
+    assert {name: array.tolist() for name, array in found["v"].value.items()} == {"part": [5, 5], "own": [5, 5, 5]}
+
+
 def test_a_tensor_alone_is_declared_without_a_name(tmp_path: Path) -> None:
     ce.save(tmp_path / "one", {"weight": ce.Sharded(torch.arange(6.0), dim=0)})
     assert ce.load(tmp_path / "one")["weight"].tolist() == list(range(6))

@@ -21,7 +21,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return told
 
 
-@pytest.mark.parametrize("kind", ["flat", "original", "mixed", "grad-op", "hybrid"])
+@pytest.mark.parametrize("kind", ["flat", "original", "mixed", "grad-op", "whole", "hybrid"])
 def test_a_model_that_has_evaluated_computes_with_what_was_restored(kind: str, found: dict[str, Any]) -> None:
     """After a forward pass alone FSDP1 keeps the root's gathered weights, and would go on with them."""
     assert found[kind]["found"] == found[kind]["expected"]
@@ -35,5 +35,6 @@ def test_a_save_inside_of_summon_full_params_is_refused(found: dict[str, Any]) -
     assert "save and restore between two steps" in found["summoned"]
 
 
-def test_data_that_was_put_in_the_place_of_parameters_is_saved(found: dict[str, Any]) -> None:
-    assert found["replaced"]
+@pytest.mark.parametrize("kind", ["original", "whole"])
+def test_data_that_was_put_in_the_place_of_parameters_is_saved(kind: str, found: dict[str, Any]) -> None:
+    assert found["replaced"][kind]

@@ -28,8 +28,9 @@ __all__ = ["Session"]
 
 _log = logging.getLogger("ckptengine")
 _REFUSED = {
-    "FSDPStrategy": "it hides the parameters (FSDP1); use ModelParallelStrategy with `fully_shard` (FSDP2)",
-    "DeepSpeedStrategy": "DeepSpeed keeps weights and moments in forms of its own; its own checkpoints hold them",
+    "FSDPStrategy": "it is not supported yet; use ModelParallelStrategy with `fully_shard` (FSDP2), or FSDP1 in a "
+    "loop of your own",
+    "DeepSpeedStrategy": "it is not supported yet; `ckptengine.integrations.deepspeed` is, in a loop of your own",
     "XLAStrategy": "it has not been tried",
     "XLAFSDPStrategy": "it has not been tried",
 }

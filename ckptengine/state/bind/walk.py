@@ -54,6 +54,8 @@ class Binder(OwnCallsBinder):
         elif kind in (Kind.TENSOR, Kind.WRAPPED, Kind.SHARDED):
             assert adapter is not None
             new = adapter.replacement(value) if kind is Kind.TENSOR and put is not None else None
+            if new is not None:
+                self._declared.replace(value, new, path)
             reads = len(self.reads)
             self._bind_tensor(value if new is None else new, adapter, path, node, per_rank)
             if new is not None and put is not None and len(self.reads) > reads:
