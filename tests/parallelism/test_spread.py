@@ -13,7 +13,8 @@ JOB = Path(__file__).parent / "spread_job.py"
 
 
 def problems_of(folder: Path, nth: int) -> dict[str, str]:
-    job = run_ranks(4, JOB, folder, nth)
+    """Try every `nth` pair of each layout."""
+    job = run_ranks(4, JOB, folder, nth, timeout=600)
     assert job.returncode == 0, job.stdout[-6000:]
     return {
         f"{what} on rank {rank}": problem
@@ -41,6 +42,6 @@ def test_each_rank_gets_its_parts_of_what_others_have_saved(layout: str, problem
 
 
 @pytest.mark.long
-@pytest.mark.timeout(600)
-def test_each_rank_gets_its_parts_of_all_that_others_have_saved(tmp_path: Path) -> None:
-    assert not problems_of(tmp_path, 1)
+@pytest.mark.timeout(650)
+def test_each_rank_gets_its_parts_of_a_third_of_what_others_have_saved(tmp_path: Path) -> None:
+    assert not problems_of(tmp_path, 3)
