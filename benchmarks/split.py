@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from ckptengine.comm.base import Communicator, KeyValueStore
+from benchmarks.scale import Crowd
 from ckptengine.layout.holdings import holdings_of
 from ckptengine.layout.survey import by_path, encode_boxes, survey_of, table_of
 from ckptengine.save.planner import Planner
@@ -124,27 +124,17 @@ class Party:
         self._barrier.abort()
 
 
-class Member(Communicator):
-    """The first rank of a stage."""
+class Member(Crowd):
+    """The first rank of a stage: the ranks of other stages say something else."""
 
     def __init__(self, party: Party, stage: int) -> None:
-        self.rank, self.world_size = stage * party.mesh.per_stage, party.mesh.ranks
+        super().__init__(stage * party.mesh.per_stage, party.mesh.ranks)
         self._party, self._stage = party, stage
-        self.received = 0
 
     def all_gather(self, value: bytes, timeout: float) -> list[bytes]:
         heard = self._party.exchange(self._stage, value)
         self.received += sum(map(len, heard))
         return heard
-
-    def broadcast(self, value: bytes | None, timeout: float, root: int = 0) -> bytes:
-        raise NotImplementedError
-
-    def barrier(self, timeout: float) -> None:
-        raise NotImplementedError
-
-    def store(self) -> KeyValueStore | None:
-        return None
 
 
 def reading_of(mesh: Mesh, stage: int, leaves: int) -> Reading:
