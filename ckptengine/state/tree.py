@@ -148,7 +148,8 @@ class _Walk:
         self._fenced |= {one.leaf for one in self._visited if id(one.tensor) in self._stepped}
         # Scalars, such as the step that Adam keeps on the CPU, are copied at once: waiting for them would cost more.
         # Nothing is saved of a state that was loaded: nothing waits for its copy.
-        self._fenced = {number for number in self._fenced if self._arrays[number].shape and wanted is None}
+        on_device = {one.leaf for one in self._visited if one.on_device}
+        self._fenced = {n for n in self._fenced if wanted is None and (self._arrays[n].shape or n in on_device)}
 
     def result(self) -> FlatState:
         """Return what was found."""
@@ -325,7 +326,7 @@ class _Walk:
         head = head_of(view.dtype, view.shape, view.placement, view.parts) if saves else ()
         on_device = any(isinstance(part.memory, DeviceMemory) for part in parts)
         # The tensors are kept: an `id` says something only while its object lives.
-        self._visited.append(Visited(tensor, adapter, path, number, tied, identity, cut, head, on_device))
+        self._visited.append(Visited(tensor, adapter, path, number, tied, identity, cut, head, parts, on_device))
         if tied:
             self._aliases[path] = self._arrays[number].path
             return
