@@ -95,7 +95,7 @@ def test_a_bucket_that_is_not_there_or_out_of_reach_is_an_error(in_environment, 
 def test_wrong_usage_is_told(run, tmp_path, call):
     result = call("prefetch", run, "s3://bucket/run")
     assert result.exit_code == 2
-    assert "s3://bucket/run is no local directory" in result.stderr
+    assert "s3://bucket/run is not a local directory" in result.stderr
     assert call("prefetch", run).exit_code == 2
     assert call("prefetch", run, tmp_path / "ckpt", "--step", -1).exit_code == 2
 
