@@ -74,7 +74,7 @@ def save(
     stats = handle.durable.result()
     saver.settle(timeout)
     if stats is None:
-        raise SaveFailedError(f"{handle.path}: the save ended without figures")
+        raise SaveFailedError(f"{handle.path}: the save ended without statistics")
     return stats
 
 
@@ -196,7 +196,7 @@ def load(
     if into is None:
         return load_arrays(storage, options, rank, timeout, framework("torch").tensor_of if as_torch else None)
     if as_torch or rank is not None:
-        raise ValueError("as_torch and rank are for loading without `into`, which fills what the state holds")
+        raise ValueError("as_torch and rank are for loading without `into`; with it the state decides")
     comm = comm or current(timeout)
     storage.check_shared(comm.world_size)
     loaded = load_newest(storage, into, comm, timeout, options)

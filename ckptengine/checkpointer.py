@@ -175,7 +175,7 @@ class Checkpointer:
             checked_state(state)
             rules = checked_best("best", best)
             if len(rules) > 1 or (rules and step is not None):
-                raise ValueError(f"restore(step={step!r}, best={best!r}): give one of them, and one metric")
+                raise ValueError(f"restore(step={step!r}, best={best!r}): give either a step or one metric")
             self._opening.restoring()
             self.wait()
             self._saver.settle(self._timeout)  # what cleans up after a save must not meet what is read
@@ -241,7 +241,7 @@ class Checkpointer:
                 )
             options = LoadOptions.of(module_names(state) if only is None else only, rename, strict, cast, verify)
             if not options.only:
-                raise StateError("the state has no modules: say with `only` what warm_start is to load")
+                raise StateError("the state has no modules: name with `only=` what warm_start should load")
             storage = open_checkpoint(path, storage_options, timeout=self._timeout)
             loaded = load_newest(storage, state, self._comm, self._timeout, options)
             if self._comm.rank == 0:
@@ -311,7 +311,7 @@ class Checkpointer:
 
     def _save_due(self, step: int, state: Mapping[str, Any], metrics: Mapping[str, Any] | None) -> SaveHandle | None:
         if self._settings.skips and self._is_busy():
-            _log.warning("step %d: not saved, the save before it is still in flight", step)
+            _log.warning('step %d: not saved, because the previous save is still in flight (when_busy="skip")', step)
             return None
         try:
             return self._save(step, state, metrics)
@@ -335,7 +335,8 @@ class Checkpointer:
             self._saves.trained(step)
             if numbers and self._comm.rank == 0:
                 _log.warning(
-                    "step %d of %s is saved already, these metrics are not kept: give them to the call that saves it",
+                    "step %d of %s is saved already, so these metrics are not stored: pass them to the call that "
+                    "saves the step",
                     step,
                     self.run,
                 )
@@ -410,7 +411,9 @@ class Checkpointer:
                 if not failed and self._saves.failures.count:
                     self._tiers.tell_kept()
                 for late in [] if failed else self._settings.hooks.settle(self._timeout):
-                    _log.warning("%s: %s is still at work after %g s and is left to it", self.run, late, self._timeout)
+                    _log.warning(
+                        "%s: %s still runs after %g s; close() no longer waits for it", self.run, late, self._timeout
+                    )
             finally:
                 try:
                     self._saver.close()
@@ -422,7 +425,7 @@ class Checkpointer:
                         self._watch.close()
         self._saves.correct()
         if self._comm.rank == 0:
-            _log.info("%s: closed at step %s, the newest that is committed", self.run, self._standing())
+            _log.info("%s: closed; the newest committed step is %s", self.run, self._standing())
         if not failed:
             self._saves.failures.raise_last(self._standing())
 
@@ -437,8 +440,8 @@ class Checkpointer:
             unsaved, policy = self._saves.unsaved, self._settings.policy
             if unsaved is not None and policy.save and self._comm.rank == 0:
                 _log.warning(
-                    "step %d of %s was trained and is not saved (saves are due %s): call ckpt.save(step, state) after "
-                    "the loop to keep it",
+                    "step %d of %s was trained but not saved (saves are due %s): call ckpt.save(step, state) after "
+                    "the loop to save it",
                     unsaved,
                     self.run,
                     policy.describe(),
@@ -447,7 +450,7 @@ class Checkpointer:
         try:
             self._close(failed=True)
         except CheckpointError as problem:
-            _log.warning("%s: while the training error below was on its way: %s", self.run, problem)
+            _log.warning("%s: closing after the training error below failed, too: %s", self.run, problem)
 
     def _preempt(
         self, watch: Watch, step: int, state: Mapping[str, Any], metrics: Mapping[str, Any] | None

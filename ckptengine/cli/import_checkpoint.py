@@ -36,7 +36,7 @@ def import_checkpoint(
     with failures():
         storage = open_storage(target)
         if storage.list():
-            raise StorageError(errno.EEXIST, f"{storage.location()} is there already: import to a new place")
+            raise StorageError(errno.EEXIST, f"{storage.location()} exists already: import to a new place")
         rules = dict(rule_of(rule) for rule in rename) or None
         state = load(source, only=only or None, rename=rules, as_torch=_has_torch())
         done = save(target, {under: state} if under else state)

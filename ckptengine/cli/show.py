@@ -70,7 +70,7 @@ def _filtered(description: CheckpointDescription, only: tuple[str, ...]) -> Chec
         unread=of(description.unread),
     )
     if not (found.leaves or found.values or any(found.rank_values.values()) or found.unread):
-        raise click.UsageError(f"{description.path}: nothing has a name like {' or '.join(only)}")
+        raise click.UsageError(f"{description.path}: no leaf has a name like {' or '.join(only)}")
     return found
 
 

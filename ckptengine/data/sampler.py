@@ -103,7 +103,7 @@ class ElasticSampler(Handing):
             )
         if getattr(loader, "num_workers", 0) and not getattr(loader, "in_order", True):
             raise ValueError(
-                "in_order=False gives batches as workers finish them, so that nobody knows which ones training has "
+                "in_order=False gives batches as workers finish them, so it is unknown which ones training has "
                 "consumed: make the DataLoader with in_order=True"
             )
         return self._hand_out(loader)

@@ -48,7 +48,7 @@ class Shards:
 
     def __post_init__(self) -> None:
         if not self.paths:
-            raise ValueError("no shards: give at least one file (does the pattern match any?)")
+            raise ValueError("no shards: give at least one file (does the pattern match any file?)")
         if len(self.counts) != len(self.paths):
             raise ValueError(f"{len(self.counts)} counts for {len(self.paths)} shards: give one for each, in order")
         if len(self.nbytes) != len(self.paths) or len(self.marks) != len(self.paths):
@@ -129,7 +129,7 @@ def _nbytes(path: str) -> int | None:
         return os.stat(path).st_size
     except OSError as error:
         raise StorageError(
-            error.errno, f"{path}: the shard can't be read ({error.strerror}); is the data set where it was?"
+            error.errno, f"{path}: the shard can't be read ({error.strerror}); has the data set been moved?"
         ) from error
 
 
@@ -179,4 +179,4 @@ def _write_cache(cache: str | os.PathLike[str], reader: str, entries: dict[str, 
             file.write(text)
         os.replace(part, cache)
     except OSError as error:
-        raise StorageError(error.errno, f"{os.fspath(cache)}: the counts can't be kept there: {error}") from error
+        raise StorageError(error.errno, f"{os.fspath(cache)}: the counts can't be written there: {error}") from error

@@ -92,7 +92,7 @@ class ElasticBatches(Handing):
 
     def __getitem__(self, index: object) -> Any:
         # What a DataLoader that was made of this object itself would call.
-        raise TypeError("an ElasticBatches is no dataset by itself: make its DataLoader with .loader(num_workers=...)")
+        raise TypeError("an ElasticBatches is not a dataset: make its DataLoader with .loader(num_workers=...)")
 
     def loader(self, **options: Any) -> Any:
         """Return a torch DataLoader whose workers read this rank's batches, ahead of training.
@@ -117,7 +117,7 @@ class ElasticBatches(Handing):
         batch than is due, or where the position is loaded while a loop is under way; and what reading raises.
         """
         if loader is not None and getattr(loader, "dataset", None) is not self._records:
-            raise ValueError("this loader was not made by loader() of this ElasticBatches, which knows what comes next")
+            raise ValueError("this loader was not made by loader() of this ElasticBatches, which knows the next batch")
         return self._hand_out(loader)
 
     def _hand_out(self, loader: Any) -> Iterator[Any]:

@@ -42,7 +42,9 @@ class Prepared:
 
     def __init__(self, accelerator: Accelerator, rng: RNG | None = None) -> None:
         if accelerator.distributed_type in (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
-            raise StateError(f"{accelerator.distributed_type}: it keeps its state in an engine of its own")
+            raise StateError(
+                f"{accelerator.distributed_type}: it keeps its state in its own engine, which is not saved here"
+            )
         if any(getattr(loader, "use_stateful_dataloader", False) for loader in accelerator._dataloaders):
             raise StateError(
                 "use_stateful_dataloader: leave it out. The position in the data is kept here, and a loader of "

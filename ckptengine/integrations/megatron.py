@@ -120,7 +120,7 @@ def _sorted(sharded: Any) -> tuple[dict[str, list[ShardedTensor]], list[ShardedO
         elif isinstance(one, ShardedObject):
             objects.append(one)
         else:
-            raise StateError(f"{getattr(one, 'key', one)}: a {type(one).__name__} is not known")
+            raise StateError(f"{getattr(one, 'key', one)}: a {type(one).__name__} is not supported")
     return tensors, objects
 
 

@@ -109,7 +109,7 @@ class CheckpointManager(TitanManager):  # type: ignore[misc]
         if RNG in state_dict and ranks != dist.get_world_size():
             del state_dict[RNG]
             _log.warning(
-                "%s: holds the random streams of %d ranks, here are %d: they begin as this job has seeded them",
+                "%s: holds the random streams of %d ranks, here are %d: they start as this job has seeded them",
                 checkpoint_id, ranks, dist.get_world_size(),
             )  # fmt: skip
         loader = state_dict.get(DATALOADER)

@@ -78,7 +78,9 @@ class Resume:
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         if Trainer in cls.__mro__ and cls.__mro__.index(Trainer) < cls.__mro__.index(Resume):
-            raise TypeError(f"class {cls.__name__}: write class {cls.__name__}(Resume, Trainer): Resume comes first")
+            raise TypeError(
+                f"class {cls.__name__}: write class {cls.__name__}(Resume, Trainer): Resume must come first"
+            )
 
     def __init__(
         self,
@@ -109,7 +111,7 @@ class Resume:
     ) -> Any:
         """Train as the Trainer does, going on from the run's newest checkpoint; see the class."""
         if trial is not None:
-            raise StateError("hyperparameter search is not supported: each trial would need a run of its own")
+            raise StateError("hyperparameter search is not supported, because each trial would need a run of its own")
         with (
             Checkpointer(self.run, **self._checkpointer_options()) as self._checkpointer,
             tempfile.TemporaryDirectory(prefix="ckptengine-") as directory,
@@ -132,7 +134,7 @@ class Resume:
         if isinstance(asked, str):
             path = Path(asked)
             if os.path.isfile(path / TRAINER_STATE_NAME):
-                _log.info("%s: begins from %s where it has no checkpoint yet", self.run, asked)
+                _log.info("%s: starts from %s, because the run has no checkpoint yet", self.run, asked)
             elif (name := _STEP_DIRECTORY.fullmatch(path.name)) is not None and path.parent == Path(self.run):
                 self._step = int(name.group(1))
             else:
@@ -156,7 +158,7 @@ class Resume:
         own = get_last_checkpoint(self.args.output_dir) if os.path.isdir(self.args.output_dir) else None
         if own is None:
             raise ValueError(f"resume_from_checkpoint=True: there is no checkpoint in {self.run}")
-        _log.info("%s: begins from %s", self.run, own)
+        _log.info("%s: starts from %s", self.run, own)
         return str(own)
 
     def _write_trainer_state(self) -> None:
@@ -211,7 +213,11 @@ class Resume:
             return
         left = put_callbacks(self)
         if left:
-            _log.warning("%s: the states of callbacks that are not here are left out: %s", self.run, ", ".join(left))
+            _log.warning(
+                "%s: the checkpoint has states of callbacks that this trainer does not have; they are ignored: %s",
+                self.run,
+                ", ".join(left),
+            )
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is None or checkpoint != self._found:

@@ -113,7 +113,7 @@ class ModelCheckpoint(train.Callback):  # type: ignore[misc]
             try:
                 self._save(parameters, "_breakpoint")
             except Exception as problem:
-                _log.error("%s was NOT saved when the training had failed: %s", self._latest, problem)
+                _log.error("%s was NOT saved after the training had failed: %s", self._latest, problem)
         self._wait()
 
     def _due(self, step: int) -> bool:
@@ -209,7 +209,7 @@ class ModelCheckpoint(train.Callback):  # type: ignore[misc]
 
     def _failed(self, path: str, error: Exception) -> None:
         self._failure = error
-        _log.error("%s was NOT saved, training goes on: %s", path, error)
+        _log.error("%s was NOT saved; training continues: %s", path, error)
 
 
 def _check_prefix(prefix: Any) -> str:

@@ -90,7 +90,7 @@ class DataPosition:
                 _log.warning(
                     "the dataset maps Python functions: what they draw from np.random or random is not part of the "
                     "position, so random augmentation in them draws other numbers after this restart than without it. "
-                    "MindSpore's own random operations go on exactly"
+                    "MindSpore's own random operations continue exactly"
                 )
         self._dataset.set_init_step(self.step)
 
@@ -155,7 +155,7 @@ class Resume(train.Callback):  # type: ignore[misc]
         if isinstance(model._loss_scale_manager, train.DynamicLossScaleManager):
             self._state["loss_scale"] = model._loss_scale_manager
         if taken := set(self._state) & set(state or {}):
-            raise ValueError(f"state: the names {', '.join(sorted(taken))} are taken; choose others")
+            raise ValueError(f"state: the names {', '.join(sorted(taken))} are reserved; choose others")
         self._state |= state or {}
         if every is None and options.get("policy") is None:
             every = self._position.batches
@@ -249,7 +249,7 @@ class Resume(train.Callback):  # type: ignore[misc]
             if error and error[0] is not None:
                 self._checkpointer.wait()
         except CheckpointError as problem:
-            _log.warning("%s: while the training error below was on its way: %s", self._checkpointer.run, problem)
+            _log.warning("%s: closing after the training error below failed, too: %s", self._checkpointer.run, problem)
         finally:
             self._checkpointer._pause()
 
@@ -262,7 +262,7 @@ def _warn_of_random_operators(network: nn.Cell) -> None:
     if found:
         _log.warning(
             "%s: MindSpore %s gives no access to the state of the random operators on the CPU, so after this restart "
-            "they draw other numbers than without it: the training goes on soundly, but not bit for bit",
+            "they draw other numbers than without it: the training remains valid, but is not equal bit for bit",
             ", ".join(found),
             ms.__version__,
         )

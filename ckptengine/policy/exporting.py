@@ -52,9 +52,9 @@ class Export:
         try:
             places = {self.place(1), self.place(2)}
         except (LookupError, ValueError) as error:
-            raise ValueError(f"target={self.target!r}: {{step}} is all that can be filled in: {error}") from None
+            raise ValueError(f"target={self.target!r}: {{step}} is the only placeholder: {error}") from None
         if len(places) == 1:
-            raise ValueError(f"target={self.target!r}: put {{step}} into it, or the second export would meet the first")
+            raise ValueError(f"target={self.target!r}: put {{step}} into it: each export needs its own target")
 
     def place(self, step: int) -> str:
         """Return the target of a step."""

@@ -73,7 +73,7 @@ class CommitHook:
             if len(self._waiting) > _MOST_WAITING:
                 late = self._waiting.popleft()
                 _log.warning(
-                    "%s: %s is slower than saves come, and is not called for this one: save less often, or have it "
+                    "%s: %s is slower than the saves, so it is not called for this one: save less often, or have it "
                     "only note what is to be done",
                     late.path,
                     self.name,
@@ -88,7 +88,7 @@ class CommitHook:
             with self._changed:
                 self._thread = None
                 self._waiting.clear()
-            _log.warning("%s: %s was not called, its thread did not start: %s", commit.path, self.name, error)
+            _log.warning("%s: %s was not called, because its thread did not start: %s", commit.path, self.name, error)
 
     def protected(self) -> set[str]:
         """Return the attempts whose checkpoints stay for the calls that are to come, or under way."""
@@ -120,7 +120,9 @@ class CommitHook:
             try:
                 self._call(commit)
             except BaseException as error:  # sys.exit() in it ends nothing but this call
-                _log.warning("%s: %s failed, the checkpoint stands: %s", commit.path, self.name, error, exc_info=True)
+                _log.warning(
+                    "%s: %s failed; the checkpoint is not affected: %s", commit.path, self.name, error, exc_info=True
+                )
 
 
 def _commit(manifest: Manifest, path: str, persistent: bool, stats: SaveStats | None = None) -> Commit:

@@ -41,7 +41,7 @@ class Preemption:
         if self.grace is not None and not self.grace > 0:
             raise ValueError(f"grace={self.grace!r}: give a number of seconds, or None for no bound")
         if type(self.exit_code) is not int or not 1 <= self.exit_code <= 255:
-            raise ValueError(f"exit_code={self.exit_code!r}: give a number from 1 to 255; 0 would say that all is done")
+            raise ValueError(f"exit_code={self.exit_code!r}: give a number from 1 to 255; 0 would mean success")
 
     @property
     def numbers(self) -> tuple[signal.Signals, ...]:
@@ -52,7 +52,7 @@ class Preemption:
         for name in self.signals:
             number = getattr(signal, name, None) if isinstance(name, str) else None
             if not isinstance(number, signal.Signals) or number in (signal.SIGKILL, signal.SIGSTOP):
-                raise ValueError(f"signals={self.signals!r}: {name!r} is no signal that can be handled")
+                raise ValueError(f"signals={self.signals!r}: {name!r} is not a signal that can be handled")
             found.append(number)
         return tuple(found)
 

@@ -123,7 +123,7 @@ def _save_rules(rules: Any) -> tuple[SaveRule, ...]:
     if not isinstance(found, Sequence) or not all(isinstance(rule, SaveRule) for rule in found):
         raise TypeError(f"save={rules!r}: give an Every, an AtSteps or an Auto, or a list of these")
     if sum(isinstance(rule, Auto) for rule in found) > 1:
-        raise ValueError(f"save={rules!r}: give one Auto; it has both an overhead and a mean time between failures")
+        raise ValueError(f"save={rules!r}: give one Auto; it takes both an overhead and a mean time between failures")
     return tuple(found)
 
 

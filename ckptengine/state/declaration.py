@@ -107,7 +107,7 @@ class _Look:
         kind, _ = inspector.kind(value, ())
         if kind not in (Kind.MODULE, Kind.TENSOR, Kind.WRAPPED, Kind.SHARDED, Kind.DICT, Kind.SEQUENCE):
             raise StateError(
-                f"Sharded: {describe_type(value)} is no module and no tensor, and no dict or list of these"
+                f"Sharded: {describe_type(value)} is neither a module nor a tensor, nor a dict or list of these"
             )
         numbers: dict[str, tuple[set[int], int]] = {}
         modules = [prefix for prefix, _ in inspector.named_modules(value, ())]

@@ -89,7 +89,7 @@ class RNG:
         here = self._streams()
         for name in sorted(self._declared):
             if name not in here and not _FRAMEWORK_NAME.fullmatch(name):
-                raise ValueError(f"RNG: shared={name!r}: there is no such stream, but {', '.join(here)}")
+                raise ValueError(f"RNG: shared={name!r}: there is no such stream; there are {', '.join(here)}")
 
     def __repr__(self) -> str:
         return f"RNG({', '.join(self._streams())})"
@@ -195,7 +195,7 @@ class RNG:
         if saved.resized:
             anew = [name for name in here if name not in going_on]
             _log.info(
-                "%s: saved by %d ranks, loaded by %d; shared and going on: %s; begun anew: %s",
+                "%s: saved by %d ranks, loaded by %d; shared streams that continue: %s; seeded anew: %s",
                 where,
                 len(saved.records),
                 saved.world_size,
@@ -204,15 +204,15 @@ class RNG:
             )
         elif saved.records[0].key != self._key:
             _log.warning(
-                "%s: the key was %s and is %s; at the same world size each rank goes on with its own streams",
+                "%s: the key was %s and is %s; at the same world size each rank continues with its own streams",
                 where,
                 saved.records[0].key,
                 self._key,
             )
         if gone := [name for name in saved.names if name not in here]:
-            _log.warning("%s: saved and not here, left out: %s", where, ", ".join(gone))
+            _log.warning("%s: saved, but not in this process, so ignored: %s", where, ", ".join(gone))
         if new := [name for name in here if name not in saved.names]:
-            _log.warning("%s: here and not saved, begun anew: %s", where, ", ".join(new))
+            _log.warning("%s: in this process, but not saved, so seeded anew: %s", where, ", ".join(new))
 
     def _streams(self) -> dict[str, RandomStream]:
         """Return the streams of the process as they are now, by name."""
@@ -349,11 +349,9 @@ def _parsed(state: Any) -> _Saved:
     try:
         version, declared, record, states = (parts[key] for key in ("version", "shared", "record", "states"))
         if type(version) is int and version > _VERSION:
-            raise FormatVersionError(
-                f"RNG: a state of version {version} is newer than this ckptengine; install a newer one"
-            )
+            raise FormatVersionError(f"RNG: a state of version {version} is newer than this ckptengine; upgrade it")
         if version != _VERSION or not isinstance(declared, Mapping) or not isinstance(states, Mapping):
-            raise ValueError("these parts are none that it has")
+            raise ValueError("its parts are not those of an RNG")
         placed = record if isinstance(record, _Records) else _Records([record], 0, 1, False)
         records = tuple(Record.of_value(value) for value in placed.values)
     except (KeyError, ValueError) as error:

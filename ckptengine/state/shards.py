@@ -137,13 +137,13 @@ def rules_of(rules: Any) -> list[Rule]:
     Raises `TypeError` for anything else.
     """
     if not isinstance(rules, Mapping) or not rules:
-        raise TypeError(f"Sharded: {rules!r} says nothing; give a dict from names to ce.Shard, or dim= and group=")
+        raise TypeError(f"Sharded: {rules!r} has no rules; give a dict from names to ce.Shard, or dim= and group=")
     return [_rule(pattern, said) for pattern, said in rules.items()]
 
 
 def _rule(text: Any, said: Any) -> Rule:
     if not isinstance(text, str):
-        raise TypeError(f"Sharded: {text!r} is no name or pattern; use text such as '**.qkv.weight'")
+        raise TypeError(f"Sharded: {text!r} is not a name or pattern; use text such as '**.qkv.weight'")
     pattern = Pattern(text)
     if isinstance(said, Shard):
         return Rule(pattern, (said,))
@@ -167,7 +167,8 @@ def group_ranks(group: Any, rank: int, world_size: int) -> tuple[int, ...]:
     ranks = _ranks(group, world_size)
     if ranks is None:
         raise StateError(
-            f"Sharded: group={group!r} is no group; pass a process group, a DeviceMesh of one dimension, the name of a "
+            f"Sharded: group={group!r} is not a group; pass a process group, a DeviceMesh of one dimension, the name "
+            "of a "
             "MindSpore group, the global ranks in their order, or None for all ranks"
         )
     if rank not in ranks or len(set(ranks)) != len(ranks) or not all(0 <= one < world_size for one in ranks):

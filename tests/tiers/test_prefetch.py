@@ -122,7 +122,7 @@ def test_where_nothing_is_whole_that_is_said_and_nothing_is_left(run, tmp_path, 
         flip(archive, 5000)
     result = call("prefetch", run, tmp_path / "ckpt")
     assert result.exit_code == 1
-    assert "no checkpoint is whole" in result.stderr
+    assert "no checkpoint is complete" in result.stderr
     assert all(f"step-000000{step}" in result.stderr for step in (10, 20, 30))
     assert files_of(tmp_path / "ckpt") == {}
     with pytest.raises(CheckpointDamagedError):

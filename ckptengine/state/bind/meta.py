@@ -29,8 +29,8 @@ def materialize(state: Mapping[str, Any], inspector: Inspector, selection: Selec
     if left:
         more = f" and {len(left) - _NAMED} more" if len(left) > _NAMED else ""
         _log.warning(
-            "%s%s: on the meta device, and not in the checkpoint (a buffer that is not persistent never is); give the "
-            "module that has it its value before the first forward pass",
+            "%s%s: on the meta device, and not in the checkpoint (non-persistent buffers never are); give the "
+            "module these values before the first forward pass",
             ", ".join(left[:_NAMED]),
             more,
         )
