@@ -25,14 +25,14 @@ _log = logging.getLogger("ckptengine")
 
 @dataclass(frozen=True, slots=True)
 class Export:
-    """What `Checkpointer(export_every=…)` writes of a checkpoint, and where; `ckptengine.export` explains the options.
+    """Say what `Checkpointer(export_every=…)` exports, and where.
 
-    `target` is a directory, file or URL that has `{step}` in it, or `{step:08d}`. `target_options` are for the file
-    system of a URL.
+    `target` is a directory, file or URL with `{step}` or `{step:08d}` in it. `target_options` are for the file system
+    of a URL. The other options are those of `ckptengine.export`.
 
         Export("hub/step-{step}", only=["model"], rename={"model": ""})
 
-    Raises `ValueError` for a target without `{step}`, and for options that are none.
+    Raises `ValueError` for a target without `{step}`, and for unknown options.
     """
 
     target: str | os.PathLike[str]

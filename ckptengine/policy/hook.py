@@ -23,12 +23,15 @@ _log = logging.getLogger("ckptengine")
 
 @dataclass(frozen=True, slots=True)
 class Commit:
-    """A checkpoint that is committed, as `on_commit` is told.
+    """Describe a committed checkpoint to `on_commit`.
 
-    `path` names it as `ckptengine.load` takes it. `metrics` are those that were saved with it. `persistent` tells
-    whether that is the run's own place: with a local tier there is a call for the local commit, in which it is False,
-    and another one when the checkpoint has been uploaded. `stats` are rank 0's figures of the save; None for an upload.
-    `attempt` is what the manifest calls the save: a step that was trained again has another one.
+    - `step`, `path`: its step, and its path or URL as `ckptengine.load` takes it.
+    - `metrics`: the numbers that were saved with it; None for a value that was not finite.
+    - `persistent`: whether it is in the persistent tier. With a local tier there is a call for the local commit, with
+      False, and another one when the checkpoint has been uploaded.
+    - `stats`: rank 0's statistics of the save; None for an upload.
+    - `restored`: whether the call follows a restore, not a save.
+    - `attempt`: the manifest's id of the save. A step that is trained and saved again has another one.
     """
 
     step: int
