@@ -40,33 +40,32 @@ def given_streams() -> list[RandomStream]:
 
 
 class RNG:
-    """The random streams of the process, as a part of the state: `{"model": model, "rng": ce.RNG()}`.
+    """Save and restore the random streams of the process: `{"model": model, "rng": ce.RNG()}`.
 
     These are Python's `random`, numpy's global stream (`np.random.seed`), torch's for the CPU and for each device that
     the process uses, and the given `generators`: a mapping from names of your choice to `random.Random`,
-    `np.random.Generator`, `RandomState` or bit generators, and `torch.Generator`. All are saved whole, with the normal
-    numbers that `random.gauss` and `np.random.randn` have in store. Their names are `python`, `numpy`, `torch.cpu`,
+    `np.random.Generator`, `RandomState` or bit generators, and `torch.Generator`. All are saved completely, with the
+    normal numbers that `random.gauss` and `np.random.randn` cached. Their names are `python`, `numpy`, `torch.cpu`,
     `torch.cuda` (or `npu`, `xpu`, ...: the current device, whatever its number), `torch.cuda:3` for further devices in
     use, and the given names. No stream is drawn from, and no device is initialized.
 
     **The same world size**: each rank gets its own streams back, bit for bit.
 
-    **Another world size**: a stream is one that the ranks *share* where all ranks that saved, two or more, had it in
-    the same state, or where it is in `shared`; it goes on from that state on every rank. Any other is a rank's own. It
-    begins anew on every rank, from the SHA-256 of a fixed text, the stream's name, the digests of its states on all
+    **Another world size**: the ranks *share* a stream if two or more ranks saved and all had it in the same state, or
+    if it is in `shared`; it continues from that state on every rank. Any other stream is a rank's own. It is seeded
+    anew on every rank, from the SHA-256 of a fixed text, the stream's name, the digests of its states on all
     ranks that saved, in their order, how often the job was resumed, the new rank or `key`, and the new world size: the
     same whenever the same checkpoint is loaded, another one on each rank, and none that was saved. What was found to be
     shared is remembered: a job of one rank (or whose ranks all have one `key`) shares what was shared before.
 
-    `shared` are names of streams that all ranks hold in the same state. A save fails with `ReplicaMismatchError` where
-    they don't. `key` is an integer for ranks that must draw the same, such as those of a tensor-parallel group: they
+    `shared` are names of streams that all ranks hold in the same state. A save raises `ReplicaMismatchError` if they
+    don't. `key` is an integer for ranks that must draw the same, such as those of a tensor-parallel group: they
     pass the number of their group (their data-parallel index), which then takes the rank's place. At the same world
     size a rank gets its own streams back whatever its key; a key that has changed is logged as a warning.
 
-    **Saved and not here** (a device that is gone, a generator that is no longer given): the stream is left out.
-    **Here and not saved** (the job has moved to a device, another framework is imported): the stream begins anew as
-    above, without digests; in the same way on every rank where it is shared. Both are logged as a warning with the
-    streams' names.
+    **Saved, but not here** (a device that is gone, a generator that is no longer passed): the stream is left out.
+    **Here, but not saved** (the job has moved to a device, another framework is imported): the stream is seeded anew as
+    above, without digests; if it is shared, alike on every rank. Both are logged as a warning with the streams' names.
 
     Raises `TypeError` for a generator of another kind, `ValueError` for a name that can't be.
     """
