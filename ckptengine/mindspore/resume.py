@@ -26,14 +26,14 @@ _DROPOUTS = ("Dropout", "Dropout1d", "Dropout2d", "Dropout3d", "Dropout1D", "Dro
 
 
 class DataPosition:
-    """How many batches of a dataset have been trained, over all epochs; part of a state.
+    """Save and restore how many batches of a dataset have been trained, over all epochs; a part of a state.
 
-    `dataset` is what is iterated, its batches included; `step` counts, and is for the loop to count up. Restoring it
-    has the dataset's next iterator begin after these batches, in the order that an uninterrupted run would have had:
-    where the seed of datasets (`mindspore.dataset.config.set_seed`, and `mindspore.set_seed` sets it too) is the same
-    number when this object is made, and there are as many batches in an epoch, which is checked (`LoadMismatchError`).
-    That iterator must be of all epochs (`num_epochs`). Where the same dataset is iterated for other things as well,
-    call `dataset.set_init_step(0)` once it is made: they would begin there too.
+    `dataset` is the dataset that is iterated, already batched. `step` is the count, which the loop increments. After a
+    restore the dataset's next iterator begins after these batches, in the order of an uninterrupted run. This needs the
+    same seed of datasets when this object is made (`mindspore.dataset.config.set_seed`; `mindspore.set_seed` sets it,
+    too) and the same number of batches in an epoch; both are checked (`LoadMismatchError`). The iterator must be made
+    for all epochs (`num_epochs`). If the dataset is iterated for other purposes as well, call
+    `dataset.set_init_step(0)` once the iterator is made, since they would begin there, too.
     """
 
     def __init__(self, dataset: Any) -> None:
@@ -58,7 +58,7 @@ class DataPosition:
         return {"step": self.step, "batches": self._batches, "seed": self._seed}
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
-        """Go on from a position."""
+        """Load a position; raises `LoadMismatchError` for another dataset or seed."""
         if state["batches"] != self._batches:
             raise LoadMismatchError(
                 f"the dataset has {self._batches} batches in an epoch, {state['batches']} when this was saved: the "
@@ -109,7 +109,7 @@ def _mapped(dataset: Any) -> list[Any]:
 
 
 def training_state(network: nn.Cell) -> dict[str, Any]:
-    """Return a training network as a state: weights and the rest under `net`, optimizers under `optimizer`."""
+    """Return a training network as a state: weights and everything else under `net`, optimizers under `optimizer`."""
     optimizers = optimizers_of(network)
     own = {id(entry.value) for one in optimizers for entry in module_entries(one, (OPTIMIZER,))}
     state: dict[str, Any] = {
@@ -121,20 +121,23 @@ def training_state(network: nn.Cell) -> dict[str, Any]:
 
 
 class Resume(train.Callback):  # type: ignore[misc]
-    """Restores a `Model`'s training when it is made, and saves it, when due, during `Model.train`.
+    """Restore a `Model`'s training when it is made, and save it during `Model.train` when a save is due.
 
         resume = Resume("runs/digits", model, dataset, every=100, keep_last=3)
         model.train(epochs, dataset, callbacks=[resume], initial_epoch=resume.initial_epoch)
 
-    Saved and restored are the training network (weights, optimizer with its steps and schedule, loss scale), the step,
-    the epoch, the position in `dataset`, and what `state` adds under names of its own (such as
-    `{"rng": ckptengine.RNG()}`). `every` is a number of steps or a time, by default once per epoch; it, `keep_last` and
-    the further `options` are those of `ckptengine.Checkpointer`. Where a checkpoint is found, the newest valid one is
-    restored in place, also where the network was compiled before. All ranks of a job make it, and train, together.
-    Between trainings signals act as without it, and the dataset begins at its first batch for whoever iterates it.
+    - `run`, `keep_last`, `options`: as for `ckptengine.Checkpointer`.
+    - `model`, `dataset`: those of `Model.train`.
+    - `every`: a number of steps or a time; by default once per epoch.
+    - `state`: more to save, by name, such as `{"rng": ckptengine.RNG()}`.
 
-    `start` is the step that was restored, None where training begins. Raises what `Checkpointer.restore` raises, and
-    `LoadMismatchError` where the dataset is another one.
+    Saved and restored are the training network (weights, optimizer with its steps and schedule, loss scale), the step,
+    the epoch, the position in `dataset`, and `state`. The newest valid checkpoint is restored in place, even if the
+    network was compiled before. Collective: all ranks of a job make it, and train, together. Between trainings signals
+    act as without it, and the dataset begins at its first batch.
+
+    `start` is the step that was restored, or None. Raises what `Checkpointer.restore` raises, and `LoadMismatchError`
+    for another dataset.
     """
 
     def __init__(
@@ -169,22 +172,21 @@ class Resume(train.Callback):  # type: ignore[misc]
 
     @property
     def initial_epoch(self) -> int:
-        """The epochs that are complete: what `Model.train` is to be given.
+        """The number of complete epochs, to pass to `Model.train`.
 
-        `Model.train` refuses it where it has reached the epochs to train: then nothing is left to do.
+        `Model.train` refuses it if it equals the number of epochs to train: then nothing is left to do.
         """
         return self._position.epoch
 
     @property
     def step(self) -> int:
-        """The steps trained so far, over all lives of the job."""
+        """The number of steps trained so far, over all starts of the job."""
         return self._position.step
 
     def close(self) -> None:
-        """Give the memory of the snapshots back, and that of the tiers; it can't be trained with afterwards.
+        """Free the memory of the snapshots and of the memory tier; no training is possible with it afterwards.
 
-        For a process that goes on with other things, and where `memory` is among the options. Raises what
-        `Checkpointer.close` does.
+        Use it if the process continues with other work, or with `memory`. Raises what `Checkpointer.close` raises.
         """
         self._checkpointer.close()
 
