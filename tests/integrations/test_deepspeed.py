@@ -44,7 +44,7 @@ def test_a_plain_model_and_optimizer_go_on_and_an_engine_after_them(tmp_path: Pa
 @pytest.fixture(scope="module")
 def options(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     folder = tmp_path_factory.mktemp("options")
-    job = run_ranks(2, Path(__file__).parent / "deepspeed_job.py", folder, env=CPU)
+    job = run_ranks(2, Path(__file__).parent / "deepspeed_options_job.py", folder, env=CPU)
     assert job.returncode == 0, job.stdout[-6000:]
     return [json.loads((folder / f"rank-{rank}.json").read_text()) for rank in range(2)]
 
@@ -59,3 +59,18 @@ def options(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 )
 def test_what_is_stored_and_restored_is_what_the_module_computes_with(case: str, options: list[dict[str, Any]]) -> None:
     assert [told[case] for told in options] == [[], []]
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_bf16_weights_are_made_of_the_restored_master_weights_when_the_model_alone_is_restored(
+    tmp_path: Path, stage: int
+) -> None:
+    done = run_ranks(2, Path(__file__).parent / "deepspeed_job.py", tmp_path, stage, env=CPU)
+    assert done.returncode == 0, done.stdout[-6000:]
+    for rank in range(2):
+        told = json.loads((tmp_path / f"rank-{rank}.json").read_text())
+        assert told["found"] == told["expected"] != told["before"]
+        assert told["scale"] == 4.0
+        assert "keeps odd, which is no plain value" in told["odd"]
+        assert "LoadMismatchError" in told["other"]
+        assert "the loss scaler of the checkpoint is another one" in told["other"]
