@@ -10,6 +10,8 @@ from ckptengine.frameworks.adapter import Layouts
 from ckptengine.frameworks.registry import adapter_of_loader
 from ckptengine.schema.leaf import ArrayLeaf, Placement
 from ckptengine.schema.path import Path, dotted, is_inside
+from ckptengine.state.bind.members import members_of
+from ckptengine.state.bind.meta import GivenMemory
 from ckptengine.state.binding import Action, Left, Promise, Read
 from ckptengine.state.extents import Extent, Taken, extents, overlap, sharing
 from ckptengine.state.kinds import Inspector
@@ -58,6 +60,10 @@ class BinderBase(ABC):
         self._own = own_tree(saved, 0 if self._resized else rank, self._rename)
         self._tells_empty = saved.outline is not None and saved.outline.empty is not None
         self._count, self._own_count = (sum(1 for _ in tree.leaves()) for tree in (self._shared, self._own))
+        # With flat names the tree depends on this rank's state, and there are no groups.
+        self._members = [] if saved.flat else members_of(self._shared)
+        self._regrouped: dict[Path, frozenset[str]] = {}
+        """By the path of an optimizer's groups: the saved parameters that this rank's groups have."""
         self._dropped: list[tuple[Path, Node]] = []
         self._saved_shapes: dict[str, tuple[int, ...] | None] = {}
         for path, node in self._shared.leaves():
@@ -70,6 +76,7 @@ class BinderBase(ABC):
         )
         self._inspector.declare(state)
         self._declared = self._inspector.declared
+        self.memory = GivenMemory(self._inspector, selection, self._shared, cast)
         self._names = self._inspector.parameter_names(state)
         self._loaded: list[str] = []
         self._missing: list[tuple[str, Hashable | None]] = []
@@ -77,6 +84,7 @@ class BinderBase(ABC):
         self._other_class: list[str] = []
         self._of_other_class: set[Path] = set()
         self._lacks_arrays = False
+        self._left_without_memory: set[Path] = set()
         self.refused: list[Path] = []
         """The paths of what does not fit, and of everything inside."""
         self.elsewhere: list[Path] = []
@@ -106,10 +114,16 @@ class BinderBase(ABC):
             for leaves in ([*self._shared.leaves(), *self._dropped], self._own.leaves())
         ]
         others = dict(found[0])
+        told_by = {}
+        for number, member in enumerate(self._members, self._count):
+            taken = self._regrouped.get(member.groups)
+            if not member.owners.isdisjoint(others) or (taken is not None and member.name not in taken):
+                others[number], told_by[number] = member.problem, member.told_by
+        count = self._count + len(self._members)
         if self._resized:  # all ranks look at what rank 0 had of its own
-            others |= {self._count + number: name for number, name in found[1]}
-            return Left(self._count + self._own_count, others, ())
-        return Left(self._count, others, tuple(name for _, name in found[1]))
+            others |= {count + number: name for number, name in found[1]}
+            return Left(count + self._own_count, others, (), told_by)
+        return Left(count, others, tuple(name for _, name in found[1]), told_by)
 
     def report(self) -> LoadReport:
         """Return what fits and what doesn't."""
@@ -119,7 +133,7 @@ class BinderBase(ABC):
         return LoadReport(
             loaded=tuple(self._loaded),
             missing=missing,
-            unexpected=(*left.others.values(), *left.own),
+            unexpected=(*left.names(left.others), *left.own),
             mismatched=tuple(self._mismatched),
             cast=tuple(map(dotted, self._cast)),
             other_class=tuple(self._other_class),
@@ -163,7 +177,9 @@ class BinderBase(ABC):
         )
 
     def _is_asked(self, value: Any, path: Path) -> bool:
-        """Whether an object is asked for its state: a loader's would start its workers."""
+        """Whether a value is looked at: a loader would start its workers, a tensor without memory shows nothing."""
+        if path in self._left_without_memory:
+            return False
         return self._selection.touches(path) and adapter_of_loader(value) is None
 
     def _path_here(self, path: Path) -> Path:
