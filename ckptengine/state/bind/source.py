@@ -1,0 +1,49 @@
+"""The checkpoint that a state is filled from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from ckptengine.schema.path import Path, dotted
+from ckptengine.state.binding import Left
+from ckptengine.state.saved import Node, Saved, SavedArray, own_tree, shared_tree
+from ckptengine.state.select import Selection
+
+__all__ = ["Source"]
+
+
+class Source:
+    """A checkpoint's leaves as two trees, under the names that they have in the state.
+
+    `shared` has what all ranks share, `own` what this rank has of its own: at another world size than the one that
+    saved (`resized`), what rank 0 had. `dropped` are leaves that no rank can take any more, by their paths. `shapes`
+    has the shapes of shared arrays by name, None for a name that two of them have. `tells_empty` says whether the
+    checkpoint tells an optimizer's empty state from none.
+    """
+
+    def __init__(self, saved: Saved, rank: int, world_size: int, rename: Callable[[Path], Path]) -> None:
+        self.saved, self.rename = saved, rename
+        self.resized = world_size != saved.world_size
+        self.shared = shared_tree(saved, rename)
+        self.own = own_tree(saved, 0 if self.resized else rank, rename)
+        self.tells_empty = saved.outline is not None and saved.outline.empty is not None
+        self.dropped: list[tuple[Path, Node]] = []
+        self.shapes: dict[str, tuple[int, ...] | None] = {}
+        # Counted before optimizers' groups are joined: all ranks number the leaves alike.
+        self._count, self._own_count = (sum(1 for _ in tree.leaves()) for tree in (self.shared, self.own))
+        for path, node in self.shared.leaves():
+            if isinstance(node.entry, SavedArray):
+                name = dotted(path)  # of two leaves that it may be, as of the keys 0 and "0", it tells no shape
+                self.shapes[name] = None if name in self.shapes else node.entry.leaf.shape
+
+    def left(self, selection: Selection) -> Left:
+        """Return what of the selection this rank's state did not take."""
+        found = [
+            [(node.number, dotted(path)) for path, node in leaves if not node.used and selection.holds(path)]
+            for leaves in ([*self.shared.leaves(), *self.dropped], self.own.leaves())
+        ]
+        others = dict(found[0])
+        if self.resized:  # all ranks look at what rank 0 had of its own
+            others |= {self._count + number: name for number, name in found[1]}
+            return Left(self._count + self._own_count, others, ())
+        return Left(self._count, others, tuple(name for _, name in found[1]))
