@@ -344,15 +344,11 @@ class _Walk:
         depth, side = len(next(iter(owners), ())), self._sides[per_rank]
         for one in self._leaves.visited[first:]:
             parameter, where = owners.get(one.path[:depth]), one.path[-1]
-            if (
-                parameter is None
-                or one.adapter is not adapter
-                or (*one.path[:-1], ABOUT) in self._sides[per_rank].values
-            ):
+            if parameter is None or one.adapter is not adapter or (*one.path[:-1], ABOUT) in side.values:
                 continue  # what a tensor subclass is made of is spread as that is
             spread = adapter.state_spread(parameter, str(where), one.tensor)
             if spread is not None:
-                self._sides[per_rank].spreads[one.path] = spread
+                side.spreads[one.path] = spread
 
     def _visit_optimizer(self, optimizer: Any, adapter: Adapter, path: Path, per_rank: bool) -> OptimizerStep:
         adapter.check_optimizer(optimizer, path)
