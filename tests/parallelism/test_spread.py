@@ -25,7 +25,7 @@ def problems_of(folder: Path, nth: int, largest: int) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def problems(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    return problems_of(tmp_path_factory.mktemp("spread"), 7, 3)
+    return problems_of(tmp_path_factory.mktemp("spread"), 20, 3)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
