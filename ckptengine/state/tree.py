@@ -19,7 +19,7 @@ from ckptengine.state.cut import Cut, cut_view
 from ckptengine.state.forms import Form, container_kind, form_of, rebuild
 from ckptengine.state.kinds import Inspector, Kind, children, optimizer_names
 from ckptengine.state.outline import Container, Outline, class_name, part_order, sorted_keys
-from ckptengine.state.own_state import GROUPS, STATE, named_state, numbers_of, parts_of
+from ckptengine.state.own_state import GROUPS, STATE, named_state, numbered, numbers_of, parts_of
 from ckptengine.state.per_rank import PerRank
 from ckptengine.state.sharded import ShardedArray
 from ckptengine.state.steps import (
@@ -316,13 +316,15 @@ class _Walk:
         own = self._inspector.asked.state_of(optimizer, path)
         parts = parts_of(own, groups)
         owners: dict[Path, Any] = {}
+        states = {} if parts is None else parts[0]
+        moments = self._inspector.declared.moments((p, states.get(number)) for p, number in numbered(groups))
         for group, group_names, numbers in zip(groups, names, numbers_of(groups), strict=True):
             for parameter, name, number in zip(group["params"], group_names, numbers, strict=True):
                 self._leaves.stepped.add(id(parameter))
                 owners[(*path, STATE, name)] = parameter
-                if parts is not None and parts[0].get(number):
-                    self._inspector.declared.add_state(parameter, parts[0][number], (*path, STATE, name))
-                    adapter.check_parameter_state(parameter, parts[0][number], path)
+                if states.get(number):
+                    self._inspector.declared.add_state(parameter, states[number], (*path, STATE, name), moments)
+                    adapter.check_parameter_state(parameter, states[number], path)
                     self._note_shape(parameter, (*path, STATE, name), per_rank)
         self._build(path, "object", per_rank, class_name(optimizer))
         first = len(self._leaves.visited)
@@ -368,6 +370,9 @@ class _Walk:
         side = self._sides[per_rank]
         empty = side.empty = side.empty or []
         first, owners = len(self._leaves.visited), {}
+        moments = self._inspector.declared.moments(
+            (p, adapter.optimizer_state(optimizer, p)) for group in groups for p in group["params"]
+        )
         for group, group_names in zip(groups, names, strict=True):
             for parameter, name in zip(group["params"], group_names, strict=True):
                 before = len(self._leaves.arrays)
@@ -377,7 +382,7 @@ class _Walk:
                 if state is None:
                     states.append(AbsentStep())
                     continue
-                self._inspector.declared.add_state(parameter, state, (*path, "state", name))
+                self._inspector.declared.add_state(parameter, state, (*path, "state", name), moments)
                 own = per_rank or self._inspector.declared.is_own(parameter)
                 states.append(self._visit_items(state, (*path, "state", name), own))
                 self._leaves.states.update(range(before, len(self._leaves.arrays)))

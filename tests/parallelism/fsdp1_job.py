@@ -96,6 +96,58 @@ def saves_replaced(folder: Path, kind: str) -> bool:
         return all(torch.equal(torch.as_tensor(stored[name]), value) for name, value in named.items())
 
 
+class Container(torch.optim.Optimizer):
+    """Several optimizers as one, with a `state_dict` of its own, as torchtitan's container has."""
+
+    def __init__(self, optimizers: list[torch.optim.Optimizer]) -> None:
+        self.optimizers = optimizers
+        super().__init__([p for one in optimizers for group in one.param_groups for p in group["params"]], {})
+
+    def state_dict(self) -> dict[str, Any]:
+        return {str(number): one.state_dict() for number, one in enumerate(self.optimizers)}
+
+
+def several(kind: str, seed: int, steps: int, *, named: bool) -> dict[str, Any]:
+    """Return a state whose optimizers are in a dict or in a list, each over some of the parameters."""
+    model, _ = build(seed, kind)
+    inner = {id(parameter) for parameter in model.down.parameters()}
+    parts = [[p for p in model.parameters() if (id(p) in inner) == wanted] for wanted in (True, False)]
+    optimizers = [torch.optim.AdamW(parts[0], lr=0.01), torch.optim.SGD(parts[1], lr=0.01, momentum=0.9)]
+    for _ in range(steps):
+        model(INPUT).float().square().mean().backward()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+    held: Any = dict(zip(("inner", "outer"), optimizers, strict=True)) if named else optimizers
+    return {"model": model, "optimizers": held}
+
+
+def states_of(state: dict[str, Any]) -> list[torch.Tensor]:
+    held = state["optimizers"]
+    optimizers = list(held.values()) if isinstance(held, dict) else held
+    return [
+        value.detach().clone()
+        for one in optimizers
+        for group in one.param_groups
+        for parameter in group["params"]
+        for _, value in sorted(one.state.get(parameter, {}).items())
+    ]
+
+
+def goes_through(folder: Path, kind: str, *, named: bool) -> list[bool]:
+    """Return whether weights and moments of several optimizers come back, and that there were any."""
+    saved, place = several(kind, 0, 2, named=named), folder / f"several-{kind}-{named}"
+    ce.save(place, saved, timeout=60)
+    found = several(kind, 1, 0, named=named)
+    ce.load(place, into=found, timeout=60)
+    here, there = states_of(found), states_of(saved)
+    weights = zip(found["model"].parameters(), saved["model"].parameters(), strict=True)
+    return [
+        len(here) == len(there) > 2 and all(map(torch.equal, here, there)),
+        all(torch.equal(a, b) for a, b in weights),
+    ]
+
+
 def main() -> None:
     folder = Path(sys.argv[1])
     torch.set_num_threads(1)
@@ -106,6 +158,9 @@ def main() -> None:
     found["without the module"] = said(folder / "alone", {"optimizer": optimizer})
     with FullyShardedDataParallel.summon_full_params(model):
         found["summoned"] = said(folder / "summoned", {"model": model})
+    pairs = [(kind, named) for kind in ("flat", "original", "hybrid") for named in (True, False)]
+    found["several"] = [goes_through(folder, kind, named=named) for kind, named in pairs]
+    found["container"] = said(folder / "container", {"model": model, "optimizer": Container([optimizer])})
     found["replaced"] = {kind: saves_replaced(folder, kind) for kind in ("original", "whole")}
     (folder / f"rank-{dist.get_rank()}.json").write_text(json.dumps(found))
     dist.barrier()

@@ -31,6 +31,14 @@ def test_an_optimizer_without_its_module_is_refused(found: dict[str, Any]) -> No
     assert "put that module into the same state" in found["without the module"]
 
 
+def test_several_optimizers_in_a_dict_or_list_come_back(found: dict[str, Any]) -> None:
+    assert found["several"] == [[True, True]] * 6
+
+
+def test_an_optimizer_that_has_others_inside_and_saves_itself_is_refused_by_name(found: dict[str, Any]) -> None:
+    assert "optimizer: Container has a `state_dict` of its own" in found["container"]
+
+
 def test_a_save_inside_of_summon_full_params_is_refused(found: dict[str, Any]) -> None:
     assert "save and restore between two steps" in found["summoned"]
 

@@ -40,7 +40,11 @@ def bind(
     as they are and reported, but that nothing fits is an error. Raises `StateError` where the state can't be filled.
     """
     binding = match(state, saved, rank, world_size, only=only, rename=rename, strict=strict, cast=cast, same=same)
-    check_fit(binding, strict)
+    try:
+        check_fit(binding, strict)
+    except LoadMismatchError:
+        binding.give_up()
+        raise
     return binding
 
 
@@ -61,7 +65,6 @@ def match(
     if not isinstance(state, Mapping):
         raise StateError(f"the state is {describe_type(state)}; pass a dict such as {{'model': model}}")
     binder = Binder(state, saved, rank, world_size, Selection(only), rename, cast, strict)
-    binder.walk(state)
     return binder.binding(same or (lambda reads, tied: False))
 
 

@@ -11,6 +11,7 @@ from ckptengine.frameworks.registry import adapter_of_loader
 from ckptengine.schema.leaf import Placement
 from ckptengine.schema.path import Path, dotted, is_inside
 from ckptengine.state.bind.found import Found, Rebuilt
+from ckptengine.state.bind.meta import GivenMemory
 from ckptengine.state.bind.options import Options
 from ckptengine.state.bind.source import Source
 from ckptengine.state.bind.work import Same, Work
@@ -44,22 +45,37 @@ class BinderBase(ABC):
         self._state, self._selection = state, selection
         self._options = Options(rank, world_size, cast, strict)
         self._source = Source(saved, rank, world_size, renamer(rename, state, saved.flat))
+        self._found, self._rebuilt, self._work = Found(), Rebuilt(), Work()
         self._inspector = Inspector()
         self._inspector.ask(state, wanted=self._is_asked)
         self._inspector.declare(state)
         self._names = self._inspector.parameter_names(state)
-        self._found, self._rebuilt, self._work = Found(), Rebuilt(), Work()
+        self._memory = GivenMemory(self._inspector, selection, self._source.shared, cast)
         self._layouts: dict[str, Layouts | None] = {}
         self._optimizer_states: set[Path] = set()
         self._adopted: frozenset[str] = frozenset()
         self._late: list[Callable[[], None]] = []
 
     def binding(self, same: Same) -> Binding:
-        """Return what the walk has found to be done, when memory that two leaves would be read into has one of them."""
-        self._work.separate(same, self._found)
-        left = self._source.left(self._selection)
-        report = self._found.report(left, self._work.filled)
-        return Binding(self._work.reads, report, self._work.actions, self._promise(), left)
+        """Return what is to be done so that a state becomes what was saved; takes back all memory where that fails.
+
+        `same` tells of reads into memory that two leaves have whether they bring the same.
+        """
+        try:
+            self.walk(self._state)
+            self._work.separate(same, self._found)
+            left = self._source.left(self._selection)
+            report = self._found.report(left, self._work.filled)
+            self._memory.keep(frozenset(report.loaded))
+        except BaseException:
+            self._memory.take_back()
+            raise
+        work = self._work
+        return Binding(work.reads, report, work.actions, self._promise(), left, self._memory.take_back)
+
+    @abstractmethod
+    def walk(self, state: Mapping[str, Any]) -> None:
+        """Bind everything in a state; raise where `only` names nothing in it."""
 
     def _promise(self) -> Promise:
         """Return what the state must be once everything is read and set."""
@@ -100,7 +116,9 @@ class BinderBase(ABC):
         )
 
     def _is_asked(self, value: Any, path: Path) -> bool:
-        """Whether an object is asked for its state: a loader's would start its workers."""
+        """Whether a value is looked at: a loader would start its workers, a tensor without memory shows nothing."""
+        if path in self._found.without_memory:
+            return False
         return self._selection.touches(path) and adapter_of_loader(value) is None
 
     def _path_here(self, path: Path) -> Path:

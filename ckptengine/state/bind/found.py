@@ -21,6 +21,7 @@ class Found:
     `missing` has the identity of a tensor's memory beside its name, None where it has none. `refused` are the paths of
     what does not fit, and of everything inside; `elsewhere` of what other ranks have, and not this one; `cast` of what
     is converted. `other_class` says what is taken over from objects of other classes, `of_other_class` where.
+    `without_memory` are the paths of tensors that stay without it.
     """
 
     loaded: list[str] = field(default_factory=list)
@@ -32,6 +33,7 @@ class Found:
     other_class: list[str] = field(default_factory=list)
     of_other_class: set[Path] = field(default_factory=set)
     lacks_arrays: bool = False
+    without_memory: set[Path] = field(default_factory=set)
 
     def mismatch(self, path: Path, reason: str, node: Node | None) -> None:
         """Note that what lies at a path does not fit, and why; `node` is what the checkpoint has there."""
@@ -54,7 +56,7 @@ class Found:
         return LoadReport(
             loaded=tuple(self.loaded),
             missing=missing,
-            unexpected=(*left.others.values(), *left.own),
+            unexpected=(*left.names(left.others), *left.own),
             mismatched=tuple(self.mismatched),
             cast=tuple(map(dotted, self.cast)),
             other_class=tuple(self.other_class),

@@ -15,6 +15,7 @@ from ckptengine.state.bind.tensors import Maker, TensorBinder, of_kind
 from ckptengine.state.bind.work import FRAMEWORK
 from ckptengine.state.cut import Cut, state_cuts
 from ckptengine.state.kinds import optimizer_names
+from ckptengine.state.moments import Moments
 from ckptengine.state.outline import in_order
 from ckptengine.state.own_state import GROUPS
 from ckptengine.state.saved import Node, SavedArray
@@ -43,31 +44,36 @@ class OptimizerBinder(TensorBinder):
             self._rebuilt.optimizers.add(path)
             if node.cls is None:
                 self._adopted |= adopt(node, names)
-            if not self._regroup(node, path, names):
+            if not self._regroup(node, path, names, per_rank):
                 return
         saved_state = node.child("state") or Node()
         _order_alike(saved_state)
         by_name = {self._parameter_name(str(key)): child for key, child in saved_state.children.items()}
         self._add_own_states(groups, names, (*path, "state"), by_name)
+        elsewhere = adapter.states_elsewhere(optimizer, [p for group in groups for p in group["params"]])
+        moments = self._inspector.declared.moments(
+            (p, adapter.optimizer_state(optimizer, p)) for group in groups for p in group["params"]
+        )
+        stored = self._stored_moments(by_name)
         for group, group_names in zip(groups, names, strict=True):
             for parameter, name in zip(group["params"], group_names, strict=True):
                 where = (*path, "state", name)
                 current = adapter.optimizer_state(optimizer, parameter)
-                self._inspector.declared.add_state(parameter, current, where)
+                self._inspector.declared.add_state(parameter, current, where, moments)
                 child = by_name.get(name)
                 # Older checkpoints do not tell an empty state from none.
                 if child is None and not (current or (current is not None and self._source.tells_empty)):
                     continue
                 if not self._selection.holds(where):
                     continue
-                if not adapter.keeps_state(optimizer, parameter):
-                    self._is_elsewhere(where, child)
+                if id(parameter) in elsewhere:
+                    self._is_elsewhere(where, child, parameter)
                     continue
                 if child is not None and self._state_differs(parameter, name, where, child, current or {}):
                     continue
                 new: dict[str, Any] | None = None
                 if child is not None:
-                    new = self._bind_parameter_state(adapter, group, parameter, current or {}, where, child)
+                    new = self._bind_parameter_state(adapter, group, parameter, current or {}, where, child, stored)
                 setting = functools.partial(adapter.set_optimizer_state, optimizer, parameter, new)
                 self._work.act(FRAMEWORK, setting)
         self._work.act(FRAMEWORK, functools.partial(adapter.finish_states, optimizer, groups, (*path, "state")))
@@ -76,9 +82,12 @@ class OptimizerBinder(TensorBinder):
             call = functools.partial(adapter.hand_over, optimizer)
             self._work.act(FRAMEWORK, functools.partial(hand_over, optimizer, None, path, call))
 
-    def _regroup(self, node: Node, path: Path, names: list[list[str]]) -> bool:
-        """Make of the saved groups those that are here; whether that can be done. Else it is noted."""
-        if not self._selection.holds((*path, GROUPS)):
+    def _regroup(self, node: Node, path: Path, names: list[list[str]], per_rank: bool) -> bool:
+        """Make of the saved groups those that are here; whether that can be done. Else it is noted.
+
+        Those of an optimizer that each rank has of its own are not shared out among ranks.
+        """
+        if per_rank or not self._selection.holds((*path, GROUPS)):
             return True
         apart = self._options.world_size > 1 or self._source.saved.world_size > 1
         regrouped = regroup(node, names, self._parameter_name, apart)
@@ -86,12 +95,14 @@ class OptimizerBinder(TensorBinder):
             self._mismatch((*path, GROUPS), regrouped.reason, node)
             return False
         self._source.dropped += [((*path, GROUPS, *keys), one) for keys, one in regrouped.dropped]
+        if regrouped.taken is not None:
+            self._source.regrouped[*path, GROUPS] = regrouped.taken
         return True
 
-    def _is_elsewhere(self, path: Path, node: Node | None) -> None:
-        """Note that other ranks have what the checkpoint has here."""
+    def _is_elsewhere(self, path: Path, node: Node | None, parameter: Any) -> None:
+        """Note that other ranks have what the checkpoint has here; where none takes it, it is unexpected."""
         self._found.elsewhere.append(path)
-        if node is not None:
+        if node is not None and 0 in self._inspector.declared.shape_of(parameter):  # no rank has anything of it
             node.use()
 
     def _add_own_states(
@@ -129,8 +140,9 @@ class OptimizerBinder(TensorBinder):
         current: dict[str, Any],
         path: Path,
         node: Node,
+        moments: Moments,
     ) -> dict[str, Any]:
-        cuts = self._state_cuts(parameter, path, node)
+        cuts = self._state_cuts(parameter, path, node, moments)
 
         def new(entry: SavedArray, where: Path) -> Any:
             leaf, cut, key = entry.leaf, cuts.get(where[len(path) :]), str(where[-1])
@@ -171,13 +183,21 @@ class OptimizerBinder(TensorBinder):
             self._bind_tensor(tensor, adapter, where, child, per_rank=entry.rank is not None)
         return state
 
-    def _state_cuts(self, parameter: Any, path: Path, node: Node) -> dict[Path, Cut]:
+    def _stored_moments(self, states: Mapping[str, Node]) -> Moments:
+        """Return what is known of the states that the checkpoint has, by the names of parameters."""
+        if not self._inspector.declared:
+            return Moments()
+        shapes = {name: node.parameter_shape or self._source.shapes.get(name) for name, node in states.items()}
+        return self._inspector.declared.stored_moments(
+            (shape, _array_shapes(states[name])) for name, shape in shapes.items() if shape is not None
+        )
+
+    def _state_cuts(self, parameter: Any, path: Path, node: Node, moments: Moments) -> dict[Path, Cut]:
         """Return how the arrays that the checkpoint has of a parameter's state are cut here, by their keys."""
         cut = self._inspector.declared.cut_of(parameter)
         if cut is None:
             return {}
-        shapes = {keys: one.entry.leaf.shape for keys, one in node.leaves() if isinstance(one.entry, SavedArray)}
-        return state_cuts(cut, shapes, path, stored=True)
+        return state_cuts(cut, _array_shapes(node), path, stored=True, moments=moments)
 
     def _bind_groups(
         self,
@@ -260,6 +280,10 @@ class OptimizerBinder(TensorBinder):
                         "model in the same state, or give the optimizer its parameters in the same order"
                     )
         return None
+
+
+def _array_shapes(node: Node) -> dict[Path, tuple[int, ...]]:
+    return {keys: one.entry.leaf.shape for keys, one in node.leaves() if isinstance(one.entry, SavedArray)}
 
 
 def _order_alike(states: Node) -> None:

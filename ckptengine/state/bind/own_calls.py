@@ -12,7 +12,7 @@ from ckptengine.state.bind.objects import ObjectBinder, hand_over
 from ckptengine.state.bind.optimizers import OptimizerBinder
 from ckptengine.state.bind.work import FRAMEWORK
 from ckptengine.state.kinds import optimizer_names
-from ckptengine.state.own_state import GROUPS, STATE, numbers_of, parts_of
+from ckptengine.state.own_state import GROUPS, STATE, numbered, numbers_of, parts_of
 from ckptengine.state.saved import Node, SavedValue
 
 __all__ = ["OwnCallsBinder", "has_own_names"]
@@ -64,7 +64,7 @@ class OwnCallsBinder(ObjectBinder, OptimizerBinder, ModuleBinder):
         self._rebuilt.objects[path], self._rebuilt.before[path] = optimizer, current
         self._rebuilt.optimizers.add(path)
         names = optimizer_names(groups, self._names)
-        if not self._regroup(node, path, names):
+        if not self._regroup(node, path, names, per_rank):
             return
         packed = self._own_groups(adapter, groups, names, path, node, per_rank)
         if packed is None:
@@ -115,6 +115,8 @@ class OwnCallsBinder(ObjectBinder, OptimizerBinder, ModuleBinder):
         whole.used = True  # where no parameter had arrays it is one plain value
         saved = _spelled_out(whole)
         by_name = {self._parameter_name(str(key)): (key, child) for key, child in saved.children.items()}
+        moments = self._inspector.declared.moments((p, current.get(number)) for p, number in numbered(groups))
+        stored = self._stored_moments({name: _spelled_out(child) for name, (_, child) in by_name.items()})
         states: dict[Any, Any] = {}
         number_of: dict[Any, Any] = {}
         for group, group_names, numbers in zip(groups, names, numbers_of(groups), strict=True):
@@ -122,16 +124,20 @@ class OwnCallsBinder(ObjectBinder, OptimizerBinder, ModuleBinder):
                 where = (*path, STATE, name)
                 key, child = by_name.pop(name, (name, None))
                 here = current.get(number, {})
-                self._inspector.declared.add_state(parameter, here, where)
+                self._inspector.declared.add_state(parameter, here, where, moments)
                 if child is None or self._state_differs(parameter, name, where, child, here):
                     continue
                 inner = _spelled_out(child)
-                states[number] = self._bind_parameter_state(adapter, group, parameter, here, where, inner)
+                states[number] = self._bind_parameter_state(adapter, group, parameter, here, where, inner, stored)
                 number_of[key] = number
                 if child.entry is not None:  # plain values, or none: the parameter is known, and has nothing yet
                     child.used = True
                     self._found.loaded.append(dotted(where))
+        # Those of other ranks, too: their states are theirs.
         of_parameters = {self._parameter_name(str(name)) for group in packed for name in group["params"]}
+        of_parameters |= {
+            self._parameter_name(one.name) for one in self._source.members if one.groups == (*path, GROUPS)
+        }
         for name, (key, child) in by_name.items():
             if name not in of_parameters:
                 states[key] = self._rebuild(child, (*path, STATE, key), current.get(key))

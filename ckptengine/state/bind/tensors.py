@@ -65,7 +65,7 @@ class TensorBinder(BinderBase):
             node, per_rank = self._own_of(path, node), True
             if node is None and self._source.own.find(path) is not None:
                 return
-        view = self._target_view(tensor, adapter, path)
+        view = self._view_to_fill(tensor, adapter, path, node)
         if node is None:
             self._found.lacks_arrays = True
             self._absent(path, per_rank, view.identity)
@@ -86,6 +86,17 @@ class TensorBinder(BinderBase):
             self._read(tensor, adapter, view, node.entry, path)
             if view.identity is not None and (first := self._work.filled.setdefault(view.identity, number)) != number:
                 self._work.ties.append((first, number))  # whether both bring the same is seen before anything is read
+
+    def _view_to_fill(self, tensor: Any, adapter: Adapter, path: Path, node: Node | None) -> TensorView:
+        """Return a tensor's view; without parts where it has no memory and nothing fits it."""
+        dtype = None if isinstance(tensor, ShardedArray) else adapter.dtype_without_memory(tensor)
+        if dtype is not None:
+            view = TensorView(dtype, self._inspector.declared.shape_of(tensor), Placement.REPLICATED, (), None)
+            entry = None if node is None else node.entry
+            if not isinstance(entry, SavedArray) or self._differs(view, entry, tensor) is not None:
+                self._found.without_memory.add(path)
+                return view
+        return self._target_view(tensor, adapter, path)
 
     def _is_filled(self, view: TensorView, entry: SavedArray) -> bool:
         """Whether the very same array of the checkpoint is read into a memory under another name."""

@@ -15,7 +15,6 @@ from ckptengine.schema.path import Path, dotted
 from ckptengine.schema.type_name import describe_type
 from ckptengine.state.bind.base import Put
 from ckptengine.state.bind.live import is_optimizer_state
-from ckptengine.state.bind.meta import materialize
 from ckptengine.state.bind.own_calls import OwnCallsBinder, has_own_names
 from ckptengine.state.bind.work import SET
 from ckptengine.state.forms import own_keys
@@ -32,7 +31,7 @@ class Binder(OwnCallsBinder):
 
     def walk(self, state: Mapping[str, Any]) -> None:
         """Bind everything in a state; raises where `only` names nothing in it."""
-        materialize(state, self._inspector, self._selection, self._source.shared, self._options.cast)
+        self._memory.give(state)
         self._bind_items(state, (), self._source.shared, per_rank=False)
         # Objects come last: what they are handed must not be read into memory that something else is read into.
         self._work.note_taken()
