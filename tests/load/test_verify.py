@@ -16,6 +16,7 @@ from ckptengine.state.bind.base import BinderBase
 from ckptengine.state.bind.objects import ObjectBinder
 from ckptengine.state.bind.optimizers import OptimizerBinder
 from ckptengine.state.bind.tensors import TensorBinder
+from ckptengine.state.bind.work import Work
 
 
 def trained(kind=torch.optim.AdamW, **options):
@@ -246,7 +247,7 @@ def test_many_differences_are_told_in_a_few_lines(tmp_path):
 
 
 def test_two_leaves_in_one_memory_are_found_without_the_check_at_binding(tmp_path, monkeypatch):
-    monkeypatch.setattr(BinderBase, "separate", lambda self, same: None)
+    monkeypatch.setattr(Work, "separate", lambda self, same, found: None)
     ce.save(tmp_path / "point", {"a": torch.zeros(9), "b": torch.ones(9)})
     tensor = torch.full((9,), 3.0)
     with refused(r"[ab]: other contents now than in the checkpoint"):
@@ -262,7 +263,7 @@ def test_an_object_tied_to_the_model_is_found_without_memory_of_its_own(tmp_path
         return like
 
     monkeypatch.setattr(TensorBinder, "_rebuild_like", reuse)
-    monkeypatch.setattr(BinderBase, "separate", lambda self, same: None)
+    monkeypatch.setattr(Work, "separate", lambda self, same, found: None)
     model = torch.nn.Linear(3, 3)
     best = {key: torch.full_like(value, 7) for key, value in model.state_dict().items()}
     ce.save(tmp_path / "point", {"model": model, "held": Holder(best=best)})

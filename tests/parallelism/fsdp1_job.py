@@ -11,10 +11,10 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecision, ShardingStrategy
+from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecision, ShardingStrategy, fully_shard
 
 import ckptengine as ce
-from ckptengine.errors import StateError
+from ckptengine.errors import ReplicaMismatchError, StateError
 
 BFLOAT16 = MixedPrecision(param_dtype=torch.bfloat16, buffer_dtype=torch.bfloat16)
 KINDS: dict[str, dict[str, Any]] = {
@@ -77,7 +77,7 @@ def losses_after(folder: Path, kind: str) -> dict[str, list[float]]:
 def said(folder: Path, state: dict[str, Any]) -> str:
     try:
         ce.save(folder, state, timeout=60)
-    except StateError as error:
+    except (StateError, ReplicaMismatchError) as error:
         return str(error)
     return "saved"
 
@@ -94,6 +94,44 @@ def saves_replaced(folder: Path, kind: str) -> bool:
     with FullyShardedDataParallel.summon_full_params(model):
         named = {name.replace("_fsdp_wrapped_module.", ""): value for name, value in model.named_parameters()}
         return all(torch.equal(torch.as_tensor(stored[name]), value) for name, value in named.items())
+
+
+def experts_apart(folder: Path, kind: str) -> str:
+    """Return what a save says where ranks 0 and 2 have one expert, and ranks 1 and 3 another one, under one name."""
+    torch.manual_seed(dist.get_rank() % 2)
+    ranks = [[number, number + 2] for number in range(2)]
+    groups = [dist.new_group(one) for one in ranks]
+    model: Any = nn.Linear(6, 4)
+    if kind == "fsdp1":
+        group = groups[dist.get_rank() % 2]
+        model = FullyShardedDataParallel(model, process_group=group, device_id=torch.device("cpu"))
+    elif kind == "fsdp2":
+        fully_shard(model, mesh=init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "expert"))["data"])
+    else:  # a mesh of each rank alone
+        fully_shard(model, mesh=init_device_mesh("cpu", (4, 1), mesh_dim_names=("expert", "data"))["data"])
+    return said(folder / f"experts-{kind}", {"expert": model})
+
+
+def hybrid_apart(folder: Path) -> str:
+    """Return what a save says where the replicas of HYBRID_SHARD were made of other random numbers."""
+    model, _ = build(dist.get_rank() // 2, "hybrid")
+    return said(folder / "hybrid-apart", {"model": model})
+
+
+def names_from_whole(folder: Path) -> list[str]:
+    """Return what differs where a plain optimizer was given names, and one over flat parameters takes its state."""
+    torch.manual_seed(0)
+    whole = nn.Linear(6, 4)
+    named = torch.optim.AdamW(whole.named_parameters())
+    whole(torch.ones(6)).sum().backward()
+    named.step()
+    ce.save(folder / "named", {"model": whole, "optimizer": named}, timeout=60)
+    model = FullyShardedDataParallel(nn.Linear(6, 4), device_id=torch.device("cpu"))
+    optimizer = torch.optim.AdamW(model.parameters())
+    ce.load(folder / "named", into={"model": model, "optimizer": optimizer}, timeout=60)
+    ce.save(folder / "flat", {"model": model, "optimizer": optimizer}, timeout=60)
+    one, other = (ce.load(folder / name)["optimizer"]["state"] for name in ("named", "flat"))
+    return [key for name in one for key in one[name] if one[name][key].tobytes() != other[name][key].tobytes()]
 
 
 class Container(torch.optim.Optimizer):
@@ -167,6 +205,9 @@ def main() -> None:
         norm = nn.Sequential(inner.norm)  # with buffers of its own, which are saved
         found[f"inside {kind}"] = [said(folder / f"inside-{kind}", {"model": one}) for one in (inner, norm, inner.down)]
     found["replaced"] = {kind: saves_replaced(folder, kind) for kind in ("original", "whole")}
+    found["experts"] = {kind: experts_apart(folder, kind) for kind in ("fsdp1", "fsdp2", "alone")}
+    found["hybrid apart"] = hybrid_apart(folder)
+    found["names"] = names_from_whole(folder)
     (folder / f"rank-{dist.get_rank()}.json").write_text(json.dumps(found))
     dist.barrier()
     dist.destroy_process_group()
