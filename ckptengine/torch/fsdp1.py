@@ -83,7 +83,8 @@ def check_whole(module: torch.nn.Module, path: Path) -> None:
     """
     if "torch.distributed.fsdp" not in sys.modules or module in _whole:
         return
-    flats, views = set(), set()
+    flats: set[int] = set()
+    views: set[tuple[int, str]] = set()
     for _, handle in _handles(module):
         flat = handle.flat_param
         flats.add(id(flat))
