@@ -44,7 +44,9 @@ def union(ranks: list[dict[str, str]]) -> dict[str, str]:
 
 
 def leaves(state: Any, name: str = "") -> dict[str, Any]:
-    """Return the shapes of a checkpoint's arrays and its plain values, by name."""
+    """Return the shapes of a checkpoint's arrays and its plain values, by name; a group's parameters in any order."""
+    if name.endswith(".params"):
+        return {name: sorted(state)}
     items = state.items() if isinstance(state, Mapping) else enumerate(state) if isinstance(state, list) else None
     if items is None:
         return {name: state.shape if isinstance(state, np.ndarray) else state}
