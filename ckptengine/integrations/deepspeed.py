@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from deepspeed.runtime.engine import DeepSpeedEngine
 
+from ckptengine.errors import LoadMismatchError
 from ckptengine.state.refusal import Refusal
 
 __all__ = ["Progress", "state"]
@@ -31,30 +33,51 @@ class Progress:
         self._engine = engine
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the counts of steps and samples, and the state of the loss scaler."""
+        """Return the counts of steps and samples, and all fields of the loss scaler."""
         engine = self._engine
         if engine.micro_steps % engine.gradient_accumulation_steps():
             return {"progress": Refusal("in the middle of accumulating gradients; save after a step of the optimizer")}
         scaler = getattr(engine.optimizer, "loss_scaler", None)
-        scale = {
-            name: value
-            for name, value in getattr(scaler, "__dict__", {}).items()
-            if type(value) in (bool, int, float) or value is None
-        }
+        fields: dict[str, Any] = getattr(scaler, "__dict__", {})
+        odd = [name for name, value in fields.items() if not _is_plain(value)]
+        if odd:
+            return {
+                "loss_scaler": Refusal(
+                    f"{type(scaler).__name__} keeps {', '.join(odd)}, which is no plain value; leave `progress` out of "
+                    "the state, and save the loss scaler as your code knows it"
+                )
+            }
         return {
             "global_steps": engine.global_steps,
             "global_samples": engine.global_samples,
             "skipped_steps": engine.skipped_steps,
-            "loss_scaler": scale,
+            "loss_scaler": dict(fields),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take what `state_dict` gave; micro-batches are counted as this job makes them."""
+        """Take what `state_dict` gave; micro-batches are counted as this job makes them.
+
+        Raises `LoadMismatchError` for a loss scaler of another kind (a dynamic one for fp16, a static one for bf16).
+        """
         engine = self._engine
+        scaler, saved = getattr(engine.optimizer, "loss_scaler", None), state["loss_scaler"]
+        here = getattr(scaler, "__dict__", {})
+        if here.keys() != saved.keys() or here.get("dynamic") != saved.get("dynamic"):
+            raise LoadMismatchError(
+                f"the loss scaler of the checkpoint is another one ({_told(saved)}) than that of this engine "
+                f"({_told(here)}); restore with `only=` without `progress`, and the engine counts and scales from its "
+                "own beginning"
+            )
+        for name, value in saved.items():
+            setattr(scaler, name, value)
         for name in ("global_steps", "global_samples", "skipped_steps"):
             setattr(engine, name, state[name])
         engine.micro_steps = engine.global_steps * engine.gradient_accumulation_steps()
-        scaler = getattr(engine.optimizer, "loss_scaler", None)
-        for name, value in state["loss_scaler"].items():
-            if scaler is not None and hasattr(scaler, name):
-                setattr(scaler, name, value)
+
+
+def _is_plain(value: Any) -> bool:
+    return value is None or type(value) in (bool, int, float, str) or isinstance(value, torch.dtype)
+
+
+def _told(fields: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name}={value}" for name, value in fields.items()) or "none"

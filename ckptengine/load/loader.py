@@ -303,6 +303,21 @@ def _new_array(shape: tuple[int, ...], dtype: str, path: Path) -> NDArray[Any]:
 def _load(
     checkpoint: Opened, state: Mapping[str, Any], comm: Communicator, timeout: float, options: LoadOptions
 ) -> Loaded:
+    with contextlib.ExitStack() as undo:
+        loaded = _load_undoing(undo.callback, checkpoint, state, comm, timeout, options)
+        undo.pop_all()
+    return loaded
+
+
+def _load_undoing(
+    undo: Callable[[Callable[[], None]], object],
+    checkpoint: Opened,
+    state: Mapping[str, Any],
+    comm: Communicator,
+    timeout: float,
+    options: LoadOptions,
+) -> Loaded:
+    """Load; `undo` is given what is to be done where that fails."""
     binding: Binding | None = None
     filling: Filling | None = None
     offer: Offer | None = None
@@ -323,6 +338,7 @@ def _load(
                 cast=options.cast,
                 same=functools.partial(brings_the_same, checkpoint, timeout),
             )
+            undo(binding.give_up)
             index = checkpoint.rows.index
             wanted = [(index[one.path, one.rank], one.target) for one in binding.reads]
             filling = within(timeout, f"reading {where}", lambda: plan_filling(checkpoint, wanted), _native.counters)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from ckptengine.comm.agree import agree
@@ -31,6 +31,9 @@ class Sharded(Declaration):
     state in the place of `value`. What the optimizers in the state keep for these parameters follows by itself. Tensors
     that no pattern fits are what they are without it: replicas.
 
+    `moments` are keys of optimizer states (`["m", "v"]`) that have an element for each of the parameter's. They are
+    needed where nothing else tells: a preconditioner of a square part has the part's shape. An error names them.
+
     All ranks make it, together and in the same order: they exchange the lengths of their parts, once. `comm` and
     `timeout` are those of `ce.save`. Make it anew when tensors change their shapes.
 
@@ -48,12 +51,16 @@ class Sharded(Declaration):
         dim: int | None = None,
         group: Any = None,
         parts: Parts | None = None,
+        moments: Iterable[str] = (),
         comm: Communicator | None = None,
         timeout: float = 600.0,
     ) -> None:
         if (rules is None) == (dim is None) or (rules is not None and (group is not None or parts is not None)):
             raise TypeError("Sharded: give rules (a dict from names to ce.Shard), or dim=, group= and parts= for all")
+        if isinstance(moments, str):
+            raise TypeError(f"Sharded: moments={moments!r}; give a list of the keys of states")
         self.value = value
+        self.moments = frozenset(moments)
         self._rules = rules_of(rules) if dim is None else [Rule(Pattern(""), (Shard(dim, group, parts=parts),))]
         comm = current(timeout) if comm is None else comm
         look, error = _Look(self._rules, comm.rank, comm.world_size), None

@@ -78,14 +78,16 @@ class Declaration:
     """A value of the state of which is known what its tensors are, by their dotted names in it.
 
     `cuts` tells how tensors are split, `own` which ones each rank has its own of, and `shifts` by how much the numbers
-    in the lists of modules with these names are greater in the checkpoint.
+    in the lists of modules with these names are greater in the checkpoint. `moments` are keys of optimizer states that
+    have the shape of their parameter, and an element for each of its elements.
     """
 
-    __slots__ = ("__weakref__", "_rules", "cuts", "own", "shifts", "value")
+    __slots__ = ("__weakref__", "_rules", "cuts", "moments", "own", "shifts", "value")
 
     value: Any
     cuts: Mapping[str, Cut]
     own: frozenset[str]
+    moments: frozenset[str]
     shifts: Mapping[str, int]
     _rules: Sequence[Rule]
 
