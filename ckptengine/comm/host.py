@@ -115,7 +115,10 @@ class _Connection:
 
 
 class _Service:
-    """The loop that serves a store; all but `arrived` and `stop` is for its thread."""
+    """The loop that serves a store; all but `arrived` and `stop` is for its thread.
+
+    It has many attributes: sockets, clients, their waits and deadlines meet in one loop, and only there.
+    """
 
     def __init__(self, store: MemoryStore, servers: Sequence[socket.socket], secret: bytes) -> None:
         self._store = weakref.ref(store)

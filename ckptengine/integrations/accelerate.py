@@ -9,6 +9,7 @@ from typing import Any
 
 from accelerate import Accelerator, skip_first_batches
 from accelerate.utils import DistributedType
+from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.utils.data import IterableDataset, RandomSampler, SequentialSampler
 
 from ckptengine.errors import LoadMismatchError, StateError
@@ -69,7 +70,7 @@ class Prepared:
         """
         accelerator = self._accelerator
         parts = {
-            "model": [accelerator.unwrap_model(model) for model in accelerator._models],
+            "model": [_bare(accelerator, model) for model in accelerator._models],
             "optimizer": [one.optimizer for one in accelerator._optimizers],
             "scheduler": [one.scheduler for one in accelerator._schedulers],
         }
@@ -97,6 +98,16 @@ class Prepared:
         if found is None:
             raise ValueError("batches(loader): take the loader that `prepare` returned, before Prepared was made")
         return found
+
+
+def _bare(accelerator: Accelerator, model: Any) -> Any:
+    """Return a model without wrappers; FSDP1's stays, which alone knows where its parameters are."""
+    inner = model
+    while not isinstance(inner, FullyShardedDataParallel):
+        if not hasattr(inner, "module") and not hasattr(inner, "_orig_mod"):
+            return accelerator.unwrap_model(model)
+        inner = getattr(inner, "_orig_mod", None) or inner.module
+    return inner
 
 
 class _Loader:

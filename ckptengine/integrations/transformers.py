@@ -63,6 +63,8 @@ class Resume:
 
     `save_model` and `from_pretrained` are unchanged. Raises `StateError` for settings with which a resumed job can't be
     exact, or whose state is not saved: see docs/huggingface.md.
+
+    Half of its attributes are the Trainer's, named here for the type checker.
     """
 
     args: Any

@@ -43,6 +43,8 @@ class Session:
     A save is made where nothing is half done: after a batch with its validation and schedulers, and, after an epoch's
     last batch, once the epoch's own hooks have run. For that the ends of Lightning's loops are wrapped, on this
     trainer's objects and until the fit ends.
+
+    It has many attributes: Lightning calls it at many places of a fit, and each call leaves there what the next needs.
     """
 
     def __init__(
