@@ -18,18 +18,18 @@ __all__ = ["Merged"]
 
 
 class Merged:
-    """Modules that are parts of one model, under one name: `{"model": ce.Merged([chunk0, chunk1])}`.
+    """Save and load several modules as one: `{"model": ce.Merged([chunk0, chunk1])}`.
 
-    For a rank that has several chunks of a pipeline whose parameters have the names that they have in the whole model,
-    as those of `torch.distributed.pipelining.pipeline()` and torchtitan have. They are saved and loaded as one module
-    with the parameters and buffers of all; an optimizer of any of them has its state under the same names. Make it
-    once, and put the same one into the state of every save.
+    Use it on a rank that has several chunks of a pipeline whose parameters have the names of the whole model, as with
+    `torch.distributed.pipelining.pipeline()` and torchtitan. The state gets the parameters and buffers of all of them;
+    an optimizer of any of them has its state under the same names. Make it once, and put the same object into the state
+    of every save.
 
-    Where each chunk has an optimizer, `ce.Merged([optimizer0, optimizer1])` is one over the parameters of all: groups
-    with equal hyperparameters are one.
+    If each chunk has an optimizer, `ce.Merged([optimizer0, optimizer1])` is one optimizer over the parameters of all;
+    groups with equal hyperparameters become one.
 
-    Takes modules of one framework, or optimizers of one class; raises `StateError` for anything else, and when the
-    state is read for two that have something of one name, or a parameter in common.
+    `parts` are modules of one framework, or optimizers of one class. Raises `StateError` for anything else and, when the
+    state is read, for two modules that have something of the same name, or two optimizers with the same parameter.
     """
 
     __slots__ = ("__weakref__", "adapter", "modules", "optimizers")

@@ -13,7 +13,6 @@ import ckptengine as ce
 from ckptengine.errors import RestoreDifferenceError
 from ckptengine.load import loader
 from ckptengine.state.bind.base import BinderBase
-from ckptengine.state.bind.objects import ObjectBinder
 from ckptengine.state.bind.optimizers import OptimizerBinder
 from ckptengine.state.bind.tensors import TensorBinder
 from ckptengine.state.bind.work import Work
@@ -347,15 +346,15 @@ def test_state_that_an_optimizer_of_its_own_drops_is_found(tmp_path, monkeypatch
 
 def test_values_and_objects_that_are_not_handed_over_are_found(tmp_path, monkeypatch):
     ce.save(tmp_path / "point", {"held": Holder(n=1), "step": 5})
-    bind = ObjectBinder._act
+    bind = Work.act
 
     def no_objects(self, phase, action):
         if phase != 3:
             bind(self, phase, action)
 
-    monkeypatch.setattr(ObjectBinder, "_act", no_objects)
+    monkeypatch.setattr(Work, "act", no_objects)
     with refused("held.n: 1 in the checkpoint, 0 now"):
         ce.load(tmp_path / "point", into={"held": Holder(n=0), "step": 0})
-    monkeypatch.setattr(ObjectBinder, "_act", lambda self, phase, action: None)
+    monkeypatch.setattr(Work, "act", lambda self, phase, action: None)
     with refused("step: 5 in the checkpoint, 0 now"):
         ce.load(tmp_path / "point", into={"held": Holder(n=1), "step": 0})
