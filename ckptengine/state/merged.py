@@ -28,8 +28,8 @@ class Merged:
     If each chunk has an optimizer, `ce.Merged([optimizer0, optimizer1])` is one optimizer over the parameters of all;
     groups with equal hyperparameters become one.
 
-    `parts` are modules of one framework, or optimizers of one class. Raises `StateError` for anything else and, when the
-    state is read, for two modules that have something of the same name, or two optimizers with the same parameter.
+    `parts` are modules of one framework, or optimizers of one class. Raises `StateError` for anything else and, when
+    the state is read, for two modules that have something of the same name, or two optimizers with the same parameter.
     """
 
     __slots__ = ("__weakref__", "adapter", "modules", "optimizers")
