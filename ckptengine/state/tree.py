@@ -192,7 +192,7 @@ class _Walk:
                 return ShardedStep(value)
             case Kind.PER_RANK:
                 if per_rank:
-                    raise StateError(f"{dotted(path)}: a PerRank inside a PerRank; take the inner one away")
+                    raise StateError(f"{dotted(path)}: a PerRank inside a PerRank; remove the inner one")
                 if self._objects and self._sequences:  # a load finds it by its keys in what state_dict() gives
                     raise StateError(
                         f"{dotted(path)}: a PerRank in a list or tuple that state_dict() gives, where a load can't "
@@ -291,7 +291,7 @@ class _Walk:
         placement, parts, identity, shape = view.placement, view.parts, view.identity, view.shape
         if per_rank:
             if placement is Placement.SHARDED:
-                raise StateError(f"{dotted(path)}: a distributed tensor inside PerRank; take the PerRank away")
+                raise StateError(f"{dotted(path)}: a distributed tensor inside PerRank; remove the PerRank")
             placement, identity = Placement.PER_RANK, None
         saves = self._wanted is None  # else nothing is stored of it, and no later walk is compared with this one
         if saves and parts and (order := part_order(parts[0])) is not None:

@@ -216,7 +216,7 @@ def test_a_file_that_appears_ends_the_job_and_one_that_was_there_before_does_not
         job.until("resumed")
         for _ in range(100):
             job.until("step")
-        assert job.logged("is there already")
+        assert job.logged("exists already")
         file.write_text("again")
         assert job.code() == 75
     assert len(steps_in(run)) == 2

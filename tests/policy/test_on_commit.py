@@ -97,7 +97,7 @@ def test_where_it_is_too_slow_the_oldest_waiting_commits_are_passed_over(
         goes_on.set()
     assert steps == [1, *range(4, 12)]
     told = [record.getMessage() for record in caplog.records]
-    assert sum("on_commit is slower than saves come" in line for line in told) == 2
+    assert sum("on_commit is slower than the saves" in line for line in told) == 2
 
 
 def test_only_a_function_is_taken(tmp_path: Path) -> None:

@@ -79,7 +79,7 @@ def test_a_run_in_a_read_only_bucket_is_restored(read_only, caplog):
     with ce.Checkpointer(url, every=1, on_error="raise", storage_options=options) as ckpt:
         assert ckpt.restore(state) == 2
         assert state["w"][0] == 2
-        assert "can be restored from, and not be saved to" in caplog.text
+        assert "it can be restored from, but not saved to" in caplog.text
         with pytest.raises(CheckpointError, match="opened to restore from it alone: .*403 AccessDenied"):
             ckpt.step(3, state)
 
