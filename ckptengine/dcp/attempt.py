@@ -170,7 +170,7 @@ class Attempt:
             if not self._storage.exists(manifest_name(self.generation)):
                 self._storage.delete_tree(self._directory)
         except CheckpointError as problem:
-            _log.warning("%s: what the failed save left is swept later: %s", self._storage.location(), problem)
+            _log.warning("%s: what the failed save left is deleted later: %s", self._storage.location(), problem)
 
 
 def new_attempt() -> str:

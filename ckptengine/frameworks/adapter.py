@@ -196,15 +196,17 @@ class Adapter:
         """Return the tensors that a module has now, without calling anything that its class may have changed."""
         return ()
 
-    def is_without_memory(self, tensor: Any) -> bool:
-        """Whether a tensor has a shape and no memory (torch's meta device)."""
-        return False
+    def dtype_without_memory(self, tensor: Any) -> str | None:
+        """Return the dtype of a tensor that has a shape and no memory (torch's meta device), None of all others."""
+        return None
 
-    def give_memory(self, tensor: Any, dtype: str, cast: bool) -> None:
+    def give_memory(self, tensor: Any, dtype: str, cast: bool) -> Callable[[], bool] | None:
         """Give a tensor without memory some, in place, contents undefined, to be filled with what has a dtype.
 
         It stays as it is where that can't be done, and, without `cast`, where it has another dtype.
+        Returns what takes the memory away again and says whether it could, None where none was given.
         """
+        return None
 
     def unsaved_without_memory(self, module: Any) -> list[str]:
         """Return the names of a module's tensors without memory that its state does not have."""
@@ -248,9 +250,9 @@ class Adapter:
         over the ranks, that other."""
         return optimizer
 
-    def keeps_state(self, optimizer: Any, parameter: Any) -> bool:
-        """Whether this rank has state of a parameter, if any rank has; False where it is other ranks' alone."""
-        return True
+    def states_elsewhere(self, optimizer: Any, parameters: Iterable[Any]) -> frozenset[int]:
+        """Return, by `id`, the parameters of whose state this rank never has anything, since other ranks do."""
+        return frozenset()
 
     def finish_states(self, optimizer: Any, groups: Sequence[dict[str, Any]], path: Path) -> None:
         """Do what is to be done once the states of all parameters are set; `groups` are those of `optimizer_groups`.

@@ -55,8 +55,7 @@ def judge(binding: Binding, said: Sequence[bytes], rank: int) -> Verdict:
         bits = np.bitwise_and.reduce(np.stack(found))
         common = np.flatnonzero(np.unpackbits(bits, count=left.count)).tolist()
     report: LoadReport = binding.report
-    unexpected = tuple(left.others[number] for number in common)
-    binding.report = replace(report, unexpected=(*unexpected, *left.own))
+    binding.report = replace(report, unexpected=(*left.names(common), *left.own))
     problems = [message[1 : 1 + _DIGEST_NBYTES] for message in said]
     refused = any(message[0] and (common or problem != _FITS) for message, problem in zip(said, problems, strict=True))
     tells = rank == 0 or (problems[rank] != _FITS and problems.index(problems[rank]) == rank)

@@ -80,7 +80,9 @@ class Copier:
         checksums = Checksums(image)
         whole = self.snapshotter.reserve(image, timeout)
         arena = self.snapshotter.shared
-        crcs = with_aliases(replica_crcs(reading.leaves), reading.plain.aliases) if compare else ()
+        crcs: ReplicaCrcs = ()
+        if compare:
+            crcs = with_aliases(replica_crcs(reading.leaves, work.plan.copies), reading.plain.aliases)
         begun = _UnderWay(attempt, table, checksums, Tail(work, checksums, self._rank), arena, crcs)
         began = time.monotonic()
         if whole:

@@ -18,6 +18,7 @@ from ckptengine.layout.assign import Assigned, assign, assign_alone, check_own
 from ckptengine.layout.holdings import Holding, holdings_of
 from ckptengine.layout.rank_rows import RankRows
 from ckptengine.layout.survey import Boxes, Table, by_path, decode_boxes, encode_boxes, survey_of, table_of
+from ckptengine.save.copies import compare_copies, copies_in
 from ckptengine.save.reading import Reading, Structure
 from ckptengine.save.replicas import (
     ReplicaCheck,
@@ -30,6 +31,7 @@ from ckptengine.save.replicas import (
 from ckptengine.save.shares import Shares, decode_said, encode_said, share_out
 from ckptengine.save.some_ranks import check_nesting, on_some_ranks
 from ckptengine.save.values import StoredValues
+from ckptengine.schema.path import Path
 
 __all__ = ["Plan", "Planner"]
 
@@ -40,8 +42,9 @@ _log = logging.getLogger("ckptengine")
 class Plan:
     """What one rank writes of a state of one structure.
 
-    `image` is its archive, `rows` say where in it each box lies, `shares` which shared values it stores. `alone` says
-    that the other ranks don't know it.
+    `image` is its archive, `rows` say where in it each box lies, `shares` which shared values it stores. `copies` are
+    the paths of sharded arrays of which several ranks hold the same box. `alone` says that the other ranks don't know
+    it.
     """
 
     structure: Structure
@@ -50,6 +53,7 @@ class Plan:
     image: Image
     rows: RankRows
     shares: Shares
+    copies: frozenset[Path]
     alone: bool
 
 
@@ -64,6 +68,7 @@ class Planner:
         self._told: str = ""
         self._session = ""
         self._attempts = 0
+        self._copies: frozenset[Path] = frozenset()
         self.compared = False
         """Whether the last call of `plan` has compared the contents of replicated arrays."""
 
@@ -170,7 +175,12 @@ class Planner:
             ranks_of = [np.flatnonzero(np.asarray(replicas.of_rank) == n) for n in range(len(replicas.documents))]
             crcs_of = map(decode_crcs, replicas.documents)
             compare_replicas([(ranks.tolist(), own) for ranks, own in zip(ranks_of, crcs_of, strict=True)])
-        return mine, assign(survey, boxes, rank, mine)
+        assigned = assign(survey, boxes, rank, mine)
+        copies = copies_in(survey, boxes)
+        self._copies = frozenset(head.path for head, number in survey.leaves if number in copies)
+        if compare and reading is not None:
+            compare_copies(self._comm, survey, copies, reading.leaves, timeout)
+        return mine, assigned
 
     def _lay_out(
         self, structure: Structure, holdings: tuple[Holding, ...], assigned: list[Assigned], alone: bool
@@ -178,7 +188,16 @@ class Planner:
         rank = self._comm.rank
         image = plan_image(archive_name(rank), rank, assigned)
         assert self._shares is not None
-        return Plan(structure, holdings, tuple(assigned), image, rows_of(image, assigned, rank), self._shares, alone)
+        return Plan(
+            structure,
+            holdings,
+            tuple(assigned),
+            image,
+            rows_of(image, assigned, rank),
+            self._shares,
+            self._copies,
+            alone,
+        )
 
     def _tell(self, found: tuple[int, str] | None) -> None:
         """Log once what only some ranks have."""

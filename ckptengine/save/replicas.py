@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from enum import Enum
 from functools import lru_cache
 from typing import Any
@@ -15,6 +15,7 @@ import ckptengine._native as _native
 from ckptengine.archive.image import BLOCK_NBYTES
 from ckptengine.errors import ReplicaMismatchError, SaveFailedError
 from ckptengine.native.tables import CopyPlan, copy_row
+from ckptengine.schema.box import Box
 from ckptengine.schema.dtypes import DTYPES
 from ckptengine.schema.leaf import ArrayLeaf, HostMemory, Part, Placement
 from ckptengine.schema.path import Path, dotted
@@ -22,7 +23,11 @@ from ckptengine.schema.ranks import name_ranks
 from ckptengine.snapshot.threads import copy_threads
 
 __all__ = [
+    "BOXES",
+    "Crcs",
     "ReplicaCheck",
+    "box_crcs",
+    "box_path",
     "compare_replicas",
     "decode_crcs",
     "encode_crcs",
@@ -57,19 +62,46 @@ def replica_check(value: str | bool) -> ReplicaCheck:
         raise ValueError(f"check_replicas={value!r}: give 'first', 'always' (True) or 'never' (False)") from None
 
 
-def replica_crcs(leaves: Iterable[ArrayLeaf]) -> Crcs:
+def replica_crcs(leaves: Iterable[ArrayLeaf], copies: Collection[Path] | None = None) -> Crcs:
     """Return path and a CRC32 of each replicated array, of its bytes in C order; reads every byte of them.
 
-    So too of each box of an array that is split by hand, with the box as a last key: ranks may have the same ones.
+    With `copies`, the paths of sharded arrays of which several ranks hold the same box, so too of the boxes of these
+    and of arrays that are split by hand (see `box_crcs`).
+    """
+    leaves = tuple(leaves)
+    found = [
+        (leaf.path, leaf, leaf.parts[0]) for leaf in leaves if leaf.placement is Placement.REPLICATED and leaf.parts
+    ]
+    if copies is not None:
+        found += _boxes(leaf for leaf in leaves if leaf.by_hand or leaf.path in copies)
+    return _crcs(found)
 
-    It is the CRC32 of the CRC32s of the array's blocks. What lies in host memory is read in one call of the C core, by
-    its threads.
+
+def box_crcs(leaves: Iterable[ArrayLeaf]) -> Crcs:
+    """Return a CRC32 of each box of sharded arrays, under the array's path with the box as a last key."""
+    return _crcs(_boxes(leaves))
+
+
+def box_path(path: Path, box: Box) -> Path:
+    """Return under what a box of an array is compared."""
+    ends = zip(box.offset, box.shape, strict=True)
+    return (*path, f"[{', '.join(f'{start}:{start + length}' for start, length in ends)}]")
+
+
+def _boxes(leaves: Iterable[ArrayLeaf]) -> list[tuple[Path, ArrayLeaf, Part]]:
+    return [(box_path(leaf.path, part.box), leaf, part) for leaf in leaves for part in leaf.parts]
+
+
+def _crcs(compared: Iterable[tuple[Path, ArrayLeaf, Part]]) -> Crcs:
+    """Return the CRC32 of the CRC32s of each part's blocks.
+
+    What lies in host memory is read in one call of the C core, by its threads.
     """
     found: dict[Path, int] = {}
     rows = []
     blocks = [0]
     in_host: list[Path] = []
-    for path, leaf, part in _compared(leaves):
+    for path, leaf, part in compared:
         memory, dtype, shape = part.memory, DTYPES[leaf.dtype], part.box.shape
         if isinstance(memory, HostMemory):
             nbytes, first = part.box.volume * dtype.itemsize, blocks[-1]
@@ -88,16 +120,6 @@ def replica_crcs(leaves: Iterable[ArrayLeaf]) -> Crcs:
     for path, first, last in zip(in_host, blocks[:-1], blocks[1:], strict=True):
         found[path] = _native.crc32(crcs[first:last])
     return tuple(found.items())
-
-
-def _compared(leaves: Iterable[ArrayLeaf]) -> Iterator[tuple[Path, ArrayLeaf, Part]]:
-    for leaf in leaves:
-        if leaf.placement is Placement.REPLICATED and leaf.parts:
-            yield leaf.path, leaf, leaf.parts[0]
-        elif leaf.by_hand:
-            for part in leaf.parts:
-                ends = zip(part.box.offset, part.box.shape, strict=True)
-                yield (*leaf.path, f"[{', '.join(f'{start}:{start + length}' for start, length in ends)}]"), leaf, part
 
 
 def _crc_of(array: np.ndarray[Any, Any]) -> int:
@@ -140,10 +162,28 @@ def _paths(data: bytes) -> tuple[Path, ...]:
     return tuple(tuple(json.loads(path)) for path in json.loads(data))
 
 
-def compare_replicas(said: Sequence[tuple[Sequence[int], Crcs]]) -> None:
+_PLAIN = (
+    "A plain tensor or array that ranks have under one name counts as copies of one, "
+    "of which one is stored. Where each rank has a part of a larger array, say how it is split with "
+    "ckptengine.Sharded(model, {names: ckptengine.Shard(dim, group)}), or pass a DTensor or "
+    "ckptengine.ShardedArray(local, global_shape, offset); where each has its own, wrap it, or the module "
+    "and its optimizer, in ckptengine.PerRank; where they should be equal, find out why they drifted apart "
+    "(check_replicas='never' stores one of them unseen)"
+)
+BOXES = (
+    "Ranks that hold the same part of an array under one name count as replicas, of which one is stored. Where groups "
+    "of ranks have different ones, as of experts, give each a name of its own (ckptengine.Renumbered does, for lists "
+    "of modules), or declare plain tensors as parts of one stack with ckptengine.Sharded; where they should be equal, "
+    "find out why they are not, such as other random numbers at the start (check_replicas='never' stores one of them "
+    "unseen)"
+)
+"""What to do where boxes of sharded arrays differ."""
+
+
+def compare_replicas(said: Sequence[tuple[Sequence[int], Crcs]], advice: str = _PLAIN) -> None:
     """Compare the replicated arrays of all ranks, given ranks and what they say of theirs.
 
-    Raises `ReplicaMismatchError` naming leaves and ranks.
+    Raises `ReplicaMismatchError` naming leaves and ranks, with `advice` on what to do.
     """
     first: dict[Path, tuple[int, int]] = {}
     differing: dict[Path, list[int]] = {}
@@ -158,11 +198,4 @@ def compare_replicas(said: Sequence[tuple[Sequence[int], Crcs]]) -> None:
         for path, ranks in list(differing.items())[:_NAMED]
     ]
     more = f"; and {len(differing) - _NAMED} more leaves" if len(differing) > _NAMED else ""
-    raise ReplicaMismatchError(
-        f"{'; '.join(lines)}{more}. A plain tensor or array that ranks have under one name counts as copies of one, "
-        "of which one is stored. Where each rank has a part of a larger array, say how it is split with "
-        "ckptengine.Sharded(model, {names: ckptengine.Shard(dim, group)}), or pass a DTensor or "
-        "ckptengine.ShardedArray(local, global_shape, offset); where each has its own, wrap it, or the module "
-        "and its optimizer, in ckptengine.PerRank; where they should be equal, find out why they drifted apart "
-        "(check_replicas='never' stores one of them unseen)"
-    )
+    raise ReplicaMismatchError(f"{'; '.join(lines)}{more}. {advice}")

@@ -127,12 +127,12 @@ class Saver:
         except CheckpointError as problem:
             if not self._committer.certain:
                 raise
-            _log.warning("%s; this rank knows that the save is committed", problem)
+            _log.warning("%s; this rank knows that the save was committed", problem)
         if self._flight is not None and self._flight.thread.ident is not None:
             self._flight.thread.join(timeout)
         if not self._cleaner.settle(timeout):
             doing = self._cleaner.doing or "it"
-            raise DeadlineError(f"cleaning up after a save did not end within {timeout:g} s: {doing} takes so long")
+            raise DeadlineError(f"cleaning up after a save did not end within {timeout:g} s: waiting for {doing}")
         if self._keeper is not None:
             self._keeper.settle(timeout)
 
@@ -245,7 +245,7 @@ class Saver:
         if not behind:
             return ""
         return (
-            "what earlier saves have made superfluous is deleted more slowly than saves come: "
+            "old checkpoints are deleted more slowly than new ones are saved: "
             f"{behind} takes more than {timeout / 2:g} s"
         )
 
@@ -298,7 +298,9 @@ class Saver:
         try:
             flight.thread.start()
         except Exception as problem:
-            raise SaveFailedError(f"{handle.path} was not saved, its thread did not start: {problem}") from problem
+            raise SaveFailedError(
+                f"{handle.path} was not saved, because its thread did not start: {problem}"
+            ) from problem
 
     def _give_up(self, flight: _Flight, problem: BaseException) -> None:
         """End a save that can't be, or was interrupted, in this process and, by its receipt, on the other ranks."""

@@ -75,7 +75,7 @@ class Arena:
     def _shortage(self, size: int, available: int) -> str:
         return (
             f"no memory for the snapshot: {size:,} bytes are needed, {available:,} are available; "
-            "free host memory, raise the container's limit, or use more ranks per state"
+            "free some host memory, raise the container's limit, or use more ranks per state"
         )
 
     def view(self, position: int, nbytes: int) -> memoryview:

@@ -69,7 +69,7 @@ class Snapshotter:
                 try:
                     self._private.reserve(nbytes)
                 except StorageError as error:
-                    _log.info("the snapshot's memory can't be prepared beforehand: %s", error)
+                    _log.info("the snapshot's memory can't be prepared in advance: %s", error)
                     return
                 if pinned:
                     _pin(self._private)
@@ -121,7 +121,7 @@ class Snapshotter:
         if not self._told:
             self._told = True
             _log.warning(
-                "%s. Until then the snapshot goes through %s bytes at the storage's speed, and training waits for it",
+                "%s. Until then the snapshot uses %s bytes and runs at the storage's speed, and training waits for it",
                 shortage,
                 f"{self._arena.nbytes:,}",
             )

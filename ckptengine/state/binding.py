@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from ckptengine.frameworks.adapter import TensorView
@@ -75,19 +75,28 @@ class Left:
     """What of a checkpoint a rank's state did not take, though it was asked for.
 
     `others` are names by number, out of `count`: the same leaf has the same number on all ranks, and what any rank has
-    taken is not unexpected. `own` are names of what is this rank's alone.
+    taken is not unexpected. `own` are names of what is this rank's alone. Some numbers stand for no leaf but for a
+    parameter in an optimizer's groups: `told_by` has the numbers of the leaves that tell of it, too.
     """
 
     count: int
     others: Mapping[int, str]
     own: tuple[str, ...]
+    told_by: Mapping[int, frozenset[int]] = field(default_factory=dict)
+
+    def names(self, numbers: Iterable[int]) -> tuple[str, ...]:
+        """Return the names of what nobody took, each thing once."""
+        found = list(numbers)
+        leaves = frozenset(found)
+        return tuple(self.others[one] for one in found if leaves.isdisjoint(self.told_by.get(one, ())))
 
 
 class Binding:
     """A state and a checkpoint that fit; nothing has been changed yet.
 
     `reads` are filled in place first. `report` says what fits, `promise` what must be there in the end. `finish` is
-    called once, after all ranks have read and verified everything.
+    called once, after all ranks have read and verified everything. `give_up` is called where that
+    failed on any rank.
     """
 
     def __init__(
@@ -97,17 +106,25 @@ class Binding:
         actions: list[Action],
         promise: Promise | None = None,
         left: Left | None = None,
+        take_memory: Callable[[], None] | None = None,
     ) -> None:
         self.reads = reads
         self.report = report
         self.promise = promise
         self.left = Left(0, {}, ()) if left is None else left
         self._actions: list[Action] | None = actions
+        self._take_memory = take_memory
 
     def finish(self) -> None:
         """Set plain values, optimizers' state and groups, and call `load_state_dict` of objects."""
         if self._actions is None:
-            raise RuntimeError("finish() was called before; bind again")
+            raise RuntimeError("finish() was called already; bind again")
         actions, self._actions = self._actions, None
         for _, action in sorted(actions, key=operator.itemgetter(0)):
             action()
+
+    def give_up(self) -> None:
+        """Put tensors that were given memory to be read into back where they have none: it holds nothing."""
+        self.reads.clear()
+        if self._take_memory is not None:
+            self._take_memory()

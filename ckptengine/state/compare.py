@@ -18,10 +18,12 @@ from ckptengine.state.outline import Container, class_name, is_of_class, sorted_
 from ckptengine.state.per_rank import PerRank
 from ckptengine.state.saved import Node, SavedArray, SavedValue
 from ckptengine.state.tree import FlatState
+from ckptengine.state.union import NAMED
 from ckptengine.state.values import digest, encode
 
 __all__ = ["Difference", "Found", "compare"]
 
+_, _GIVEN = NAMED
 _SCALARS = frozenset({type(None), bool, int, str, bytes})
 
 
@@ -171,6 +173,8 @@ class _Comparison:
         """Compare an optimizer's groups: names of parameters are those of the state, rates may be kept in tensors."""
         if path in self._arrays:
             return  # a number in the checkpoint and a tensor here: it was set to the number
+        if path[-1] == _GIVEN and path not in self._values:
+            return
         now = self._values.get(path)
         if path[-1] == "params":
             saved, now = self._named(saved), self._named(now)
@@ -179,6 +183,7 @@ class _Comparison:
             if len(saved) == len(now):
                 # A key that this version of the optimizer has and the one that saved had not keeps its value.
                 now = [_known(group, one) for group, one in zip(now, saved, strict=True)]
+                saved = [_without_names(group, one) for group, one in zip(saved, now, strict=True)]
         if path not in self._values and isinstance(saved, list):
             for number, group in enumerate(saved):  # plain in the checkpoint, with tensors here
                 for key, value in group.items() if isinstance(group, dict) else ():
@@ -274,14 +279,21 @@ def _known(group: Any, saved: Any) -> Any:
     return {key: value for key, value in group.items() if key in saved} if both else group
 
 
+def _without_names(group: Any, now: Any) -> Any:
+    """Return a saved group without the names that its parameters were given, where none are kept here: of parameters
+    in flat buffers (FSDP1) the optimizer knows only the buffers'."""
+    both = isinstance(group, dict) and isinstance(now, dict)
+    return {key: value for key, value in group.items() if key != _GIVEN or key in now} if both else group
+
+
 def _renamed(group: Any, named: Any) -> Any:
     """Return a group with its parameters, and the names given to them, in one order whatever order they are in."""
     if not isinstance(group, dict) or "params" not in group:
         return group
-    names, given = group["params"], group.get("param_names")
+    names, given = group["params"], group.get(_GIVEN)
     result = {**group, "params": named(names)}
     if isinstance(names, list) and isinstance(given, list) and len(names) == len(given):
-        result["param_names"] = sorted(zip([named([name])[0] for name in names], map(str, given), strict=True))
+        result[_GIVEN] = sorted(zip([named([name])[0] for name in names], map(str, given), strict=True))
     return result
 
 

@@ -11,6 +11,7 @@ from ckptengine.frameworks.adapter import Adapter, TensorView
 from ckptengine.schema.box import Box
 from ckptengine.schema.leaf import HostMemory, Memory, Part, Placement
 from ckptengine.schema.path import Path, dotted
+from ckptengine.state.moments import Moments
 
 __all__ = ["Cut", "convert_cut", "cut_view", "state_cuts"]
 
@@ -112,18 +113,20 @@ def _narrowed(adapter: Adapter, tensor: Any, place: Box, path: Path) -> Any:
     if part is None:
         raise StateError(
             f"{dotted(path)}: {adapter.name} gives no view of a part of a tensor, so its fused parts can't be taken "
-            "apart here; keep them as tensors of their own"
+            "apart here; save them as separate tensors"
         )
     return part
 
 
-def state_cuts(cut: Cut, shapes: Mapping[Path, tuple[int, ...]], path: Path, *, stored: bool) -> dict[Path, Cut]:
+def state_cuts(
+    cut: Cut, shapes: Mapping[Path, tuple[int, ...]], path: Path, *, stored: bool, moments: Moments
+) -> dict[Path, Cut]:
     """Return how the arrays of a parameter's optimizer state are cut, by their keys; those that are not are left out.
 
     `shapes` are those of this rank's arrays, or with `stored` of the global ones. What has the parameter's shape is
-    split as it is. Of a factored state (a mean over rows or over columns) the same holds along dimensions that are not
-    averaged over; `step` and scalars are not split. Raises `StateError` for all others: it can't be known what they are
-    parts of.
+    split as it is; of a square matrix, what `moments` has. Of a factored state (a mean over rows or over columns) the
+    same holds along dimensions that are not averaged over; `step` and scalars are not split. Raises `StateError` for
+    all others: it can't be known what they are parts of.
     """
     mine, global_ = cut.local, cut.shape
     whole = global_ if stored else mine
@@ -133,6 +136,8 @@ def state_cuts(cut: Cut, shapes: Mapping[Path, tuple[int, ...]], path: Path, *, 
         if keys[-1] == "step" or (shape in _SCALARS and shape != whole):
             continue
         if shape == whole:
+            if _is_square(whole, split) and not moments.has(keys):
+                raise StateError(f"{dotted((*path, *keys))}: {_square(cut, shape, keys)}")
             found[keys] = replace(cut, parts=())  # the parameter itself says which parts it has
             continue
         if not _is_factor(shape, whole, split):
@@ -149,6 +154,11 @@ def state_cuts(cut: Cut, shapes: Mapping[Path, tuple[int, ...]], path: Path, *, 
         narrow = Cut(global_, mine, cut.pieces, frozenset(split), cut.about)
         found[keys] = narrow.like(local, everywhere)
     return found
+
+
+def _is_square(whole: tuple[int, ...], split: list[int]) -> bool:
+    """Whether what is made of a matrix as a whole, its rows times its rows, may have the shape of the matrix."""
+    return len(whole) > 1 and whole[-1] == whole[-2] and max(split, default=0) >= len(whole) - 2
 
 
 def _is_factor(shape: tuple[int, ...], whole: tuple[int, ...], split: list[int]) -> bool:
@@ -170,5 +180,15 @@ def _unclear(cut: Cut, shape: tuple[int, ...], whole: tuple[int, ...]) -> str:
         f"a state of shape {shape} of a parameter of shape {whole} ({cut.about}): it is not split as the parameter is, "
         "and was made of this rank's part alone, so it is nothing that another split could take over; use an optimizer "
         "whose state has the parameter's shape (AdamW, SGD), or wrap the model and its optimizer in ce.PerRank, which "
+        "holds for the same number of ranks"
+    )
+
+
+def _square(cut: Cut, shape: tuple[int, ...], keys: Path) -> str:
+    return (
+        f"a state of the shape {shape} of a square matrix ({cut.about}): it may have an element for each of the "
+        "matrix's, or be made of this rank's part as a whole, as a preconditioner is, and then be nothing that another "
+        f"split could take over. Where it has an element for each, say so: ce.Sharded(…, moments=[{str(keys[-1])!r}]); "
+        "else use an optimizer whose state has (AdamW, SGD), or wrap the model and its optimizer in ce.PerRank, which "
         "holds for the same number of ranks"
     )

@@ -13,6 +13,7 @@ from ckptengine.frameworks.registry import adapter_of_tensor
 from ckptengine.schema.path import Path, dotted
 from ckptengine.schema.type_name import describe_type
 from ckptengine.state.cut import Cut, cut_view, state_cuts
+from ckptengine.state.moments import Moments
 from ckptengine.state.shards import Declaration
 
 __all__ = ["Declared", "NamedTensor", "refuse_distributed"]
@@ -31,6 +32,7 @@ class Declared:
         self._cuts: dict[int, tuple[Any, Cut, Path]] = {}
         self._own: dict[int, Any] = {}
         self._modules: dict[int, tuple[Any, Declaration, str]] = {}
+        self._moments: frozenset[str] = frozenset()
 
     def __bool__(self) -> bool:
         return bool(self._cuts or self._own)
@@ -40,6 +42,7 @@ class Declared:
 
         Raises `StateError` where a tensor is there that its patterns fit and that was not there when it was made.
         """
+        self._moments |= declaration.moments
         for prefix, module in modules if declaration.shifts else ():
             self._modules[id(module)] = module, declaration, prefix
         for name, tensor, adapter, where in tensors:
@@ -51,7 +54,8 @@ class Declared:
                 self._own[id(tensor)] = tensor
             elif declaration.says(name):
                 raise StateError(
-                    f"{dotted(where)}: was not there when its ce.Sharded was made; make it anew, on all ranks"
+                    f"{dotted(where)}: did not exist when its ce.Sharded was made; make the ce.Sharded again, on all "
+                    "ranks"
                 )
 
     def note(self, tensor: Any, cut: Cut, path: Path) -> None:
@@ -60,7 +64,7 @@ class Declared:
         if known[1] != cut:
             raise StateError(
                 f"{dotted(path)}: {cut.about}, but under its name {dotted(known[2])} it is {known[1].about}; "
-                "declare the same under all names of a tensor"
+                "declare a tensor the same under all of its names"
             )
 
     def replace(self, tensor: Any, new: Any, path: Path) -> None:
@@ -106,7 +110,18 @@ class Declared:
             return adapter.view(tensor, path, target=target)
         return cut_view(cut, adapter, tensor, path, target=target)
 
-    def add_state(self, parameter: Any, state: Mapping[Any, Any] | None, path: Path) -> None:
+    def moments(self, states: Iterable[tuple[Any, Mapping[Any, Any] | None]]) -> Moments:
+        """Return what is known of an optimizer's states, given its parameters with their states on this rank."""
+        if not self._cuts:
+            return Moments()
+        found = ((tuple(parameter.shape), _shapes(dict(_arrays(state, ())))) for parameter, state in states if state)
+        return Moments(found, self._moments)
+
+    def stored_moments(self, states: Iterable[tuple[tuple[int, ...], Mapping[Path, tuple[int, ...]]]]) -> Moments:
+        """Return what is known of an optimizer's states in a checkpoint, given the global shapes."""
+        return Moments(states, self._moments)
+
+    def add_state(self, parameter: Any, state: Mapping[Any, Any] | None, path: Path, moments: Moments) -> None:
         """Note that a parameter's state in an optimizer is cut as the parameter is, or each rank's own as that is.
 
         Raises `StateError` where that can't be known.
@@ -118,8 +133,7 @@ class Declared:
         if cut is None:
             self._own.update((id(array), array) for array in arrays.values())
             return
-        shapes = {keys: tuple(array.shape) for keys, array in arrays.items()}
-        for keys, inner in state_cuts(cut, shapes, path, stored=False).items():
+        for keys, inner in state_cuts(cut, _shapes(arrays), path, stored=False, moments=moments).items():
             refuse_distributed(arrays[keys], adapter_of_tensor(arrays[keys]), (*path, *keys))
             self.note(arrays[keys], inner, (*path, *keys))
 
@@ -131,6 +145,10 @@ def refuse_distributed(tensor: Any, adapter: Adapter | None, path: Path) -> None
             f"{dotted(path)}: a {describe_type(tensor)} is declared with ce.Sharded, which is for plain tensors; it "
             "says itself how it is spread: leave it out of the patterns"
         )
+
+
+def _shapes(arrays: Mapping[Path, Any]) -> dict[Path, tuple[int, ...]]:
+    return {keys: tuple(array.shape) for keys, array in arrays.items()}
 
 
 def _arrays(value: Any, keys: Path) -> Iterator[tuple[Path, Any]]:

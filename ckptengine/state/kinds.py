@@ -78,7 +78,7 @@ class Inspector:
         if isinstance(value, PerRank):
             return Kind.PER_RANK, None
         if isinstance(value, Merged):
-            return Kind.MODULE, value.adapter
+            return (Kind.OPTIMIZER if value.optimizers else Kind.MODULE), value.adapter
         if isinstance(value, Declaration):
             return Kind.DECLARED, None
         if isinstance(value, ShardedArray):
@@ -178,8 +178,10 @@ class Inspector:
         self._declare(value, path, modules)
         if self.declared:
             for module, adapter, where in modules:
-                for name, tensor, parameter in adapter.state_owners(module):
-                    self.declared.add_state(parameter, {name: tensor}, where)
+                owned = list(adapter.state_owners(module))
+                moments = self.declared.moments((parameter, {name: tensor}) for name, tensor, parameter in owned)
+                for name, tensor, parameter in owned:
+                    self.declared.add_state(parameter, {name: tensor}, where, moments)
 
     def _declare(self, value: Any, path: Path, modules: list[tuple[Any, Adapter, Path]]) -> None:
         if len(path) > MAX_DEPTH:

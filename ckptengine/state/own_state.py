@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-__all__ = ["GROUPS", "STATE", "named_state", "numbers_of", "parts_of"]
+__all__ = ["GROUPS", "STATE", "named_state", "numbered", "numbers_of", "parts_of"]
 
 STATE, GROUPS = "state", "param_groups"
 
@@ -20,6 +20,12 @@ def numbers_of(groups: Sequence[Mapping[str, Any]]) -> list[list[int]]:
         start += len(group["params"])
         result.append([known[id(parameter)] for parameter in group["params"]])
     return result
+
+
+def numbered(groups: Sequence[Mapping[str, Any]]) -> list[tuple[Any, int]]:
+    """Return the parameters of groups with these numbers."""
+    pairs = zip(groups, numbers_of(groups), strict=True)
+    return [pair for group, numbers in pairs for pair in zip(group["params"], numbers, strict=True)]
 
 
 def parts_of(own: Any, groups: Sequence[Mapping[str, Any]]) -> tuple[Mapping[Any, Any], list[Any]] | None:

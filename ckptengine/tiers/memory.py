@@ -51,7 +51,7 @@ def memory_root(run: str, memory: Literal[True] | str | os.PathLike[str]) -> str
     """
     base = os.path.realpath(_DEFAULT if memory is True else local_path(memory, "memory"))
     if not os.path.isdir(base):
-        raise StorageError(errno.ENOENT, f"memory={base!r}: there is no such directory; give one of a tmpfs")
+        raise StorageError(errno.ENOENT, f"memory={base!r}: there is no such directory; give one on a tmpfs")
     kind = _file_system(base)
     if kind != "tmpfs":
         raise StorageError(
@@ -115,7 +115,8 @@ class MemoryTier:
             found = os.lstat(path)
             if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid() or found.st_mode & 0o077:
                 raise StorageError(
-                    errno.EPERM, f"{path} is not this user's alone (owner, mode 0700): remove it, or leave memory out"
+                    errno.EPERM,
+                    f"{path} does not belong to this user alone (owner, mode 0700): remove it, or leave memory= out",
                 )
 
     def take(self, nbytes: int) -> SharedArena | None:
@@ -137,7 +138,7 @@ class MemoryTier:
                         arena.empty()  # what is too little for an image here may be enough elsewhere
                 if not self._short:
                     self._short = True
-                    _log.warning("%s. Until then checkpoints are not kept in memory", error)
+                    _log.warning("%s. Until then checkpoints are not kept in the memory tier", error)
                 return None
             self._short = False
             return arena
@@ -164,7 +165,7 @@ class MemoryTier:
                         if ready is not None:
                             ready(arena)
             except StorageError as error:
-                _log.info("the memory tier can't be prepared beforehand: %s", error)
+                _log.info("the memory tier can't be prepared in advance: %s", error)
 
     def _open_arenas(self) -> list[SharedArena]:
         """Return the arenas, opened where they are not: those that an ended process of this rank has left, or new."""

@@ -146,13 +146,13 @@ class TorchAdapter(Adapter):
         """Return parameters and buffers."""
         return (*module.parameters(), *module.buffers())
 
-    def is_without_memory(self, tensor: Any) -> bool:
-        """Whether a tensor lies on the meta device."""
-        return bool(tensor.is_meta)
+    def dtype_without_memory(self, tensor: Any) -> str | None:
+        """Return the dtype of a tensor on the meta device."""
+        return dtype_name(tensor.dtype) if tensor.is_meta else None
 
-    def give_memory(self, tensor: Any, dtype: str, cast: bool) -> None:
-        """Give a parameter or buffer memory on torch's default device, as the same object."""
-        _meta.give_memory(tensor, dtype, cast)
+    def give_memory(self, tensor: Any, dtype: str, cast: bool) -> Callable[[], bool] | None:
+        """Give a parameter or buffer memory on torch's default device, as the same object; return what undoes it."""
+        return _meta.give_memory(tensor, dtype, cast)
 
     def unsaved_without_memory(self, module: Any) -> list[str]:
         """Return the names of buffers on the meta device that are not persistent."""
@@ -182,9 +182,9 @@ class TorchAdapter(Adapter):
         """Return the optimizer inside of ZeroRedundancyOptimizer."""
         return _spread.bare_optimizer(optimizer)
 
-    def keeps_state(self, optimizer: Any, parameter: Any) -> bool:
-        """Whether this rank has state of a parameter, if any rank has."""
-        return _spread.keeps_state(optimizer, parameter)
+    def states_elsewhere(self, optimizer: Any, parameters: Iterable[Any]) -> frozenset[int]:
+        """Return the parameters of which other ranks have the state, or the parts."""
+        return _spread.states_elsewhere(optimizer, parameters)
 
     def finish_states(self, optimizer: Any, groups: Sequence[dict[str, Any]], path: Path) -> None:
         """Set the states of flat parameters, of those of their parts."""

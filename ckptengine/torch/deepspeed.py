@@ -1,9 +1,10 @@
 """DeepSpeed's ZeRO 1, 2 and 3: the master weights and moments of an engine as parts of the parameters they belong to.
 
 ZeRO's optimizers cut flat buffers of master weights among the ranks; what a rank has of a parameter is a run of its
-elements. Where that lies is what `deepspeed.utils.safe_get_local_fp32_param` and `safe_get_full_fp32_param` look up:
-`_hp_mapping` of a parameter (ZeRO 1 and 2, `utils/tensor_fragment.py`), `grad_position` of the optimizer (ZeRO 3,
-`runtime/zero/stage3.py`). Attributes as of DeepSpeed 0.19.
+elements. Where that lies tell `round_robin_bit16_offsets` (ZeRO 1 and 2, `runtime/zero/stage_1_and_2.py`) and
+`grad_position` of the optimizer (ZeRO 3, `runtime/zero/stage3.py`). `_hp_mapping` of a parameter, which
+`deepspeed.utils.safe_get_full_fp32_param` goes by, is wrong under `round_robin_gradients`. Attributes as of DeepSpeed
+0.19.
 """
 
 from __future__ import annotations
@@ -61,8 +62,9 @@ def _to_nvme(engine: Any, name: str) -> bool:
 def engine_values(engine: Any) -> dict[str, Any]:
     """Return the state of an engine by the names of the module in it: master weights, parameters that are not trained,
     and buffers."""
-    module, values = engine.module, {}
-    parts = {id(parameter): part for parameter, part in _parts(engine.optimizer)}
+    module, zero, values = engine.module, engine.optimizer, {}
+    parts = {id(parameter): part for parameter, part in _parts(zero)}
+    parts |= {id(parameter): part for parameter, part in _untrained_parts(zero, module)}
     for name, holder in module.named_modules(remove_duplicate=False):
         prefix = f"{name}." if name else ""
         for key, parameter in holder._parameters.items():
@@ -75,33 +77,65 @@ def engine_values(engine: Any) -> dict[str, Any]:
 
 
 def _parts(zero: Any) -> Iterator[tuple[Any, FlatPart]]:
-    stage3 = hasattr(zero, "fp32_partitioned_groups_flat")
+    stage3 = _is_stage3(zero)
     flats = zero.fp32_partitioned_groups_flat if stage3 else zero.single_partition_of_fp32_groups
-    groups = zero.fp16_groups if stage3 else zero.bit16_groups
-    for flat, params in zip(flats, groups, strict=True):
-        parts = remember(flat, functools.partial(_cut, zero, flat, params, stage3))
+    groups = zero.fp16_groups if stage3 else zero.round_robin_bit16_groups
+    cut = _cut_stage3 if stage3 else _cut_flat
+    for number, (flat, params) in enumerate(zip(flats, groups, strict=True)):
+        parts = remember(flat, functools.partial(cut, zero, number, flat, params))
         yield from zip(params, parts, strict=True)
 
 
-def _cut(zero: Any, flat: Any, params: list[Any], stage3: bool) -> list[FlatPart]:
-    return [_part(zero, flat, parameter, stage3) for parameter in params]
+def _is_stage3(zero: Any) -> bool:
+    return hasattr(zero, "fp32_partitioned_groups_flat")
 
 
-def _part(zero: Any, flat: Any, parameter: Any, stage3: bool) -> FlatPart:
-    buffer = flat.detach()
-    if stage3:
+def _cut_stage3(zero: Any, number: int, flat: Any, params: list[Any]) -> list[FlatPart]:
+    """Cut the master weights of a subgroup, in which each parameter is shared out evenly over the ranks."""
+    buffer, parts = flat.detach(), []
+    for parameter in params:
         _, offset, count = zero.grad_position[zero.get_param_id(parameter)]
-        rank = zero._get_param_partition_rank(parameter)
-        start = min(rank * count, parameter.ds_numel)
-        run = buffer[offset : offset + min(count, parameter.ds_numel - start)]
-        return FlatPart.of(run, parameter.ds_shape, start, buffer=buffer, owner=flat, pooled=True)
-    mapping = parameter._hp_mapping
-    if mapping is None:
-        return FlatPart.of(buffer[:0], parameter.shape, 0, buffer=buffer, owner=flat, pooled=True)
-    here = mapping.hp_fragment_address
-    run = buffer[here.start : here.start + here.numel]
-    start = mapping.lp_fragment_address.start
-    return FlatPart.of(run, parameter.shape, start, buffer=buffer, owner=flat, pooled=True)
+        start, held = _share(zero, parameter, count)
+        run = buffer[offset : offset + held]
+        parts.append(FlatPart.of(run, parameter.ds_shape, start, buffer=buffer, owner=flat, pooled=True))
+    return parts
+
+
+def _share(zero: Any, parameter: Any, count: int) -> tuple[int, int]:
+    """Return where this rank's elements of a parameter begin, of `count` for each rank, and how many it has."""
+    start = min(zero._get_param_partition_rank(parameter) * count, parameter.ds_numel)
+    return start, min(count, parameter.ds_numel - start)
+
+
+def _cut_flat(zero: Any, number: int, flat: Any, params: list[Any]) -> list[FlatPart]:
+    """Cut the master weights of a group, in which parameters follow each other, and ranks have equal stretches."""
+    from torch.distributed import get_rank
+
+    buffer, size = flat.detach(), zero.partition_size[number]
+    begin = get_rank(zero.real_dp_process_group[number]) * size
+    parts = []
+    for parameter, offset in zip(params, zero.round_robin_bit16_offsets[number], strict=True):
+        first, last = max(offset, begin), min(offset + parameter.numel(), begin + size)
+        held = first < last
+        run = buffer[first - begin : last - begin] if held else buffer[:0]
+        start = first - offset if held else 0
+        parts.append(FlatPart.of(run, parameter.shape, start, buffer=buffer, owner=flat, pooled=True))
+    return parts
+
+
+def _untrained_parts(zero: Any, module: Any) -> Iterator[tuple[Any, FlatPart]]:
+    """Yield the parameters that ZeRO 3 has cut and does not train, each with this rank's part of it."""
+    for parameter in module.parameters() if _is_stage3(zero) else ():
+        shard = None if parameter.requires_grad else getattr(parameter, "ds_tensor", None)
+        if shard is None or hasattr(shard, "ds_quant_scale"):
+            continue  # what is quantized is refused as a parameter of ZeRO 3
+        yield parameter, remember(parameter, functools.partial(_cut_untrained, zero, parameter, shard), shard)[0]
+
+
+def _cut_untrained(zero: Any, parameter: Any, shard: Any) -> list[FlatPart]:
+    start, held = _share(zero, parameter, shard.ds_numel)
+    buffer = shard.detach()
+    return [FlatPart.of(buffer[:held], parameter.ds_shape, start, buffer=buffer, owner=parameter)]
 
 
 def flats_by_group(zero: Any) -> list[list[Any]]:
@@ -118,15 +152,17 @@ def flats_by_group(zero: Any) -> list[list[Any]]:
 def refresh_weights(zero: Any) -> None:
     """Make the weights that the model computes with from the master weights, as DeepSpeed does after each step.
 
-    Collective: every rank of the engine calls it.
+    What ZeRO 3 has gathered, and its secondary parts, would still be the weights of before. Collective: every rank of
+    the engine calls it.
     """
-    if not hasattr(zero, "fp32_partitioned_groups_flat"):
+    if not _is_stage3(zero):
         zero.update_lp_params()
         for number in range(len(zero.bit16_groups)):
             zero._update_model_bit16_weights(number)
         return
+    zero.checkpoint_event_prologue()
     for number in range(len(zero.fp32_partitioned_groups_flat)):
         zero._reassign_or_swap_out_partitioned_parameters(number)
-    if zero.persistent_parameters:
-        zero.persistent_parameters[0].partition(zero.persistent_parameters)
-        zero.persistent_parameters[0].all_gather(zero.persistent_parameters)
+    for parameter in zero.module.parameters():
+        parameter.ds_secondary_tensor = None
+    zero.checkpoint_event_epilogue()

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch.utils.weak import WeakIdKeyDictionary
@@ -25,14 +24,12 @@ __all__ = [
     "finish_states",
     "groups_of",
     "is_zero",
-    "keeps_state",
     "new_part",
     "part_state",
     "set_part_state",
+    "states_elsewhere",
 ]
 
-_owned: WeakKeyDictionary[torch.optim.Optimizer, tuple[int, frozenset[int]]] = WeakKeyDictionary()
-"""By optimizer inside of a ZeroRedundancyOptimizer: how many parameters it has, and their ids."""
 _views: Any = WeakIdKeyDictionary()
 """By tensor of an optimizer's state: its parts, by the `id` of the parameter's part, with where it lay."""
 _building: Any = WeakIdKeyDictionary()
@@ -141,23 +138,16 @@ def _expanded(params: Iterable[Any]) -> list[Any] | None:
     return [item for p, one in zip(params, parts, strict=True) for item in ([p] if one is None else one)]
 
 
-def keeps_state(optimizer: Any, parameter: Any) -> bool:
-    """Whether this rank has what there is of a parameter's state: another has the parameter, or that part of it."""
-    if is_flat(parameter):
-        return bool(parameter.held)
-    if is_zero(optimizer):
-        return id(parameter) in _owned_by(optimizer.optim)
-    return True
-
-
-def _owned_by(inside: torch.optim.Optimizer) -> frozenset[int]:
-    """Return the ids of an optimizer's parameters, kept until their number changes."""
-    count = sum(len(group["params"]) for group in inside.param_groups)
-    known = _owned.get(inside)
-    if known is None or known[0] != count:
-        ids = frozenset(id(parameter) for group in inside.param_groups for parameter in group["params"])
-        known = _owned[inside] = (count, ids)
-    return known[1]
+def states_elsewhere(optimizer: Any, parameters: Iterable[Any]) -> frozenset[int]:
+    """Return the `id`s of parameters of which this rank has no state: others have them, or all there is of them."""
+    own = None
+    if is_zero(optimizer):  # it shares its parameters out anew whenever it is given more
+        own = {id(parameter) for group in optimizer.optim.param_groups for parameter in group["params"]}
+    return frozenset(
+        id(parameter)
+        for parameter in parameters
+        if (not parameter.held if is_flat(parameter) else own is not None and id(parameter) not in own)
+    )
 
 
 def part_state(optimizer: Any, part: FlatPart) -> dict[str, Any] | None:

@@ -192,7 +192,7 @@ def test_what_breaks_the_rules_is_named(tmp_path: Path) -> None:
 
 
 def test_the_floors_are_those_that_the_design_draws() -> None:
-    text = (PACKAGE.parent / "docs" / "design.md").read_text().partition("## The floors")[2].split("```")[1]
+    text = (PACKAGE.parent / "docs" / "design.md").read_text().partition("## The layers")[2].split("```")[1]
     drawn = [set(re.findall(r"\w+", line[:48])) for line in text.splitlines()]
     below = [rooms for rooms in reversed(drawn) if rooms]
     assert below == [{"__init__" if room == "ckptengine" else room for room in floor} for floor in FLOORS]

@@ -13,6 +13,7 @@ from ckptengine.errors import StateError
 from ckptengine.schema.box import Box
 from ckptengine.state.cut import Cut, state_cuts
 from ckptengine.state.meeting import Meeting, Told, ToldShard
+from ckptengine.state.moments import Moments
 
 Grid = np.ndarray
 
@@ -132,16 +133,21 @@ ROW_OF_ONE = Cut((2, 6), (1, 6), ((Box((1, 0), (1, 6)), Box((0, 0), (1, 6))),), 
 
 def test_moments_are_split_as_their_parameter_and_counters_are_not() -> None:
     shapes = {("exp_avg",): (4, 6), ("step",): (), ("inner", "m"): (4, 6), ("beta",): (1,)}
-    assert state_cuts(COLUMN, shapes, (), stored=False) == {("exp_avg",): COLUMN, ("inner", "m"): COLUMN}
+    assert state_cuts(COLUMN, shapes, (), stored=False, moments=Moments()) == {
+        ("exp_avg",): COLUMN,
+        ("inner", "m"): COLUMN,
+    }
 
 
 def test_means_over_rows_or_columns_are_split_along_the_dimension_that_they_keep() -> None:
-    found = state_cuts(COLUMN, {("row_var",): (4, 1)}, (), stored=False)[("row_var",)]
+    found = state_cuts(COLUMN, {("row_var",): (4, 1)}, (), stored=False, moments=Moments())[("row_var",)]
     assert (found.shape, found.local) == ((8, 1), (4, 1))
     assert found.pieces == ((Box((4, 0), (4, 1)), Box((0, 0), (4, 1))),)
-    stack = state_cuts(STACK, {("row",): (2, 5), ("col",): (2, 6), ("col_var",): (2, 1, 6)}, (), stored=False)
+    stack = state_cuts(
+        STACK, {("row",): (2, 5), ("col",): (2, 6), ("col_var",): (2, 1, 6)}, (), stored=False, moments=Moments()
+    )
     assert {keys[0]: one.shape for keys, one in stack.items()} == {"row": (8, 5), "col": (8, 6), "col_var": (8, 1, 6)}
-    stored = state_cuts(STACK, {("row",): (8, 5)}, (), stored=True)
+    stored = state_cuts(STACK, {("row",): (8, 5)}, (), stored=True, moments=Moments())
     assert stored[("row",)] == stack[("row",)]
 
 
@@ -157,4 +163,40 @@ def test_means_over_rows_or_columns_are_split_along_the_dimension_that_they_keep
 )
 def test_a_state_that_only_this_rank_s_part_has_made_is_refused_by_name(cut, shapes, stored) -> None:
     with pytest.raises(StateError, match=r"optimizer\.w\.(col_var|exp_avg_sq_col|preconditioner|row_var)"):
-        state_cuts(cut, shapes, ("optimizer", "w"), stored=stored)
+        state_cuts(cut, shapes, ("optimizer", "w"), stored=stored, moments=Moments())
+
+
+def half(*shape: int) -> Cut:
+    """The second half of a matrix of this rank's `shape`, split along the rows."""
+    rows, columns = shape
+    whole = (2 * rows, columns)
+    return Cut(whole, (rows, columns), ((Box((rows, 0), shape), Box((0, 0), shape)),), frozenset({0}), "split")
+
+
+OTHER: list[tuple[tuple[int, ...], dict[tuple[str, ...], tuple[int, ...]]]] = [
+    ((4, 6), {("m",): (4, 6), ("q",): (4, 4)}),
+    ((6,), {("m",): (6,), ("q",): (6,), ("unseen",): (6,)}),
+]
+
+
+@pytest.mark.parametrize(
+    ("key", "moments"),
+    [
+        ("exp_avg", Moments()),  # torch's own name
+        ("m", Moments(OTHER)),  # a matrix that is not square tells
+        ("unseen", Moments(OTHER, frozenset({"unseen"}))),  # the user has said so
+        ("moment1.fc.weight", Moments()),  # MindSpore's
+    ],
+)
+def test_a_state_of_the_shape_of_a_square_part_is_split_where_it_is_known_to_be_a_moment(key, moments) -> None:
+    assert state_cuts(half(4, 4), {(key,): (4, 4)}, (), stored=False, moments=moments) == {(key,): half(4, 4)}
+
+
+@pytest.mark.parametrize(("key", "moments"), [("q", Moments()), ("q", Moments(OTHER)), ("unseen", Moments(OTHER))])
+@pytest.mark.parametrize(("cut", "stored"), [(half(4, 4), False), (half(4, 8), True)])
+def test_a_state_of_the_shape_of_a_square_part_is_refused_where_it_may_be_a_preconditioner(
+    cut, stored, key, moments
+) -> None:
+    whole = cut.shape if stored else cut.local
+    with pytest.raises(StateError, match=rf"optimizer\.w\.{key}: a state of the shape .* square .*moments=\['{key}'\]"):
+        state_cuts(cut, {(key,): whole}, ("optimizer", "w"), stored=stored, moments=moments)

@@ -300,3 +300,48 @@ def test_stages_are_noted_and_a_rank_that_lacks_something_is_warned_of(tmp_path,
     assert "x on rank 0" in text
     assert "rank 1 has nothing that others lack" in text
     assert said(tmp_path / "equal", [{"a": 1}, {"a": 1}]) == []
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "union"),
+    [("ca", "bc", "cab"), ("ca", "dac", "cda"), ("ac", "bd", "abcd"), ("ac", "cb", "cba"), ("ca", "cdb", "cadb")],
+)
+def test_the_keys_of_a_dict_of_several_ranks_have_the_order_that_the_format_says(tmp_path, first, second, union):
+    """Keys in sorted order are in no list: they come behind those that a list names."""
+    with StageJob(tmp_path / "run", 2) as job:
+        job.save([{"d": {key: ord(key) for key in keys}} for keys in (first, second)])
+    assert "".join(ce.load(tmp_path / "run")["d"]) == union
+
+
+# A loss scale for each stage.
+
+
+def scaled(scale: float, wrap=lambda scaler: scaler) -> dict:
+    scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+    scaler.scale(torch.ones(1))  # its tensors are made at the first call
+    return {"scaler": wrap(scaler)}
+
+
+def scale_of(state: dict) -> float:
+    scaler = state["scaler"]
+    return getattr(scaler, "value", scaler).get_scale()
+
+
+def test_a_loss_scale_that_all_stages_share_goes_to_any_number_of_them(tmp_path):
+    with StageJob(tmp_path / "run", 3) as job:
+        job.save([scaled(32.0) for _ in range(3)])
+    of = [scaled(2.0), scaled(4.0)]
+    with StageJob(tmp_path / "run", 2) as job:
+        job.load(of)
+    assert [scale_of(state) for state in of] == [32.0, 32.0]
+
+
+def test_loss_scales_that_stages_have_of_their_own_are_told_apart_by_per_rank_and_refused_without_it(tmp_path):
+    of = [scaled(float(2**rank)) for rank in range(2)]
+    with StageJob(tmp_path / "run", 2) as job:
+        with pytest.raises(ReplicaMismatchError, match=r"scaler\.scale"):
+            job.save(of)
+        job.save([scaled(scale_of(state), ce.PerRank) for state in of])
+        fresh = [scaled(64.0, ce.PerRank) for _ in range(2)]
+        job.load(fresh)
+    assert [scale_of(state) for state in fresh] == [1.0, 2.0]

@@ -263,7 +263,7 @@ def test_chunks_that_have_something_of_one_name_are_refused(tmp_path):
     state = {"model": ce.Merged([nn.Linear(2, 2), nn.Linear(2, 2)])}
     with pytest.raises(ce.errors.StateError, match="two of the merged modules have bias, weight"):
         ce.save(tmp_path / "one", state)
-    with pytest.raises(ce.errors.StateError, match="takes one or more modules of one framework"):
+    with pytest.raises(ce.errors.StateError, match="takes one or more modules, or optimizers, of one framework"):
         ce.Merged([])
     with pytest.raises(ce.errors.StateError, match="not dict"):
         ce.Merged([{"weight": torch.ones(1)}])
@@ -297,3 +297,74 @@ def test_a_second_reader_by_the_specification_sees_one_optimizer(tmp_path):
         group["params"] for group in ce.load(tmp_path / "run")["optimizer"]["param_groups"]
     ]
     assert {(None, "model", f"layer{number}.weight") for number in range(4)} <= arrays.keys()
+
+
+# Parameters that no optimizer has, of which there is no state that could tell.
+
+
+def without_state(ranks: int, left_out: str = "", seed: int = 0) -> list[Stage]:
+    """Stages with SGD, which keeps nothing, over all parameters but one."""
+    of = stages(ranks, seed, kind=torch.optim.SGD)
+    for stage in of:
+        stage.state.pop("scheduler")
+        names = {id(parameter): name for name, parameter in stage.model.named_parameters()}
+        for group in stage.optimizer.param_groups:
+            group["params"] = [one for one in group["params"] if names[id(one)] != left_out]
+    return of
+
+
+@pytest.mark.parametrize(("before", "after"), [(2, 2), (1, 2), (2, 1), (4, 2)])
+def test_a_parameter_without_state_that_no_rank_s_optimizer_has_is_unexpected(tmp_path, before, after):
+    with StageJob(tmp_path / "run", before) as job:
+        job.save(states(without_state(before)))
+    with StageJob(tmp_path / "run", after) as job:
+        assert all(report.complete for report in job.load(states(without_state(after, seed=1))))
+        of = without_state(after, "layer3.bias")
+        with pytest.raises(LoadMismatchError, match=r"param_groups: model.layer3.bias is in no group of any rank"):
+            job.load(states(of))
+        for report in job.load(states(of), strict=False):
+            assert report.unexpected == ("optimizer.param_groups: model.layer3.bias is in no group of any rank",)
+        assert all(report.complete for report in job.load(states(of), only=["model"]))
+
+
+def test_a_parameter_that_no_rank_s_optimizer_has_is_told_once_where_its_state_tells_it(tmp_path):
+    of = stages(2, kind=torch.optim.SGD, momentum=0.9)
+    for stage in of:
+        stage.train()
+        stage.state.pop("scheduler")
+    with StageJob(tmp_path / "run", 2) as job:
+        job.save(states(of))
+        for stage in of:
+            stage.optimizer.param_groups[1]["params"].clear()
+            stage.optimizer.state.clear()
+        (first, *_) = job.load(states(of), strict=False)
+    assert set(first.unexpected) == {f"optimizer.state.model.layer{n}.bias.momentum_buffer" for n in range(4)}
+
+
+def test_a_parameter_that_each_rank_s_own_optimizer_lacks_is_a_mismatch(tmp_path):
+    def own(of):
+        return [{"optimizer": ce.PerRank(stage.optimizer)} for stage in of]
+
+    with StageJob(tmp_path / "run", 2) as job:
+        job.save(own(without_state(2)))
+        job.load(own(without_state(2)))
+        of = without_state(2)
+        for stage in of:
+            stage.optimizer.param_groups[1]["params"].pop()
+        with pytest.raises(LoadMismatchError, match="group 1 has other parameters in the checkpoint"):
+            job.load(own(of))
+
+
+def test_an_optimizer_that_saves_itself_takes_nothing_of_other_stages(tmp_path):
+    class Named(torch.optim.AdamW):
+        def state_dict(self):
+            return {**super().state_dict(), "note": "own"}
+
+        def load_state_dict(self, state):
+            super().load_state_dict({key: value for key, value in state.items() if key != "note"})
+
+    save(tmp_path / "run", 2, kind=Named)
+    of = load(tmp_path / "run", 2, kind=Named)
+    for stage in of:
+        assert all(isinstance(key, nn.Parameter) for key in stage.optimizer.state)
+        assert len(stage.optimizer.state) == 4

@@ -1,14 +1,17 @@
 """Models on the meta device: a restore gives them memory, says what it can't, and leaves nothing uninitialized."""
 
 import logging
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from thread_ranks import Ranks
 from torch import nn
 
 import ckptengine as ce
-from ckptengine.errors import StateError
+from ckptengine.errors import CheckpointDamagedError, LoadMismatchError, RankFailedError, StateError
 
 
 class Net(nn.Module):
@@ -54,13 +57,93 @@ def test_a_plain_module_gets_memory_as_the_same_parameters_and_the_optimizer_its
     assert "model.angles: on the meta device, and not in the checkpoint" in caplog.text
 
 
+def meta_linear(**options: Any) -> nn.Linear:
+    with torch.device("meta"):
+        return nn.Linear(4, 3, **options)
+
+
+def is_all_meta(model: nn.Module) -> bool:
+    return all(one.is_meta for one in (*model.parameters(), *model.buffers()))
+
+
 def test_what_is_not_filled_stays_on_the_meta_device(tmp_path: Path) -> None:
     ce.save(tmp_path / "saved", {"model": nn.Linear(4, 3, bias=False)})
-    with torch.device("meta"):
-        model = nn.Linear(4, 3)
-    with pytest.raises(StateError, match="model.bias: tensor on the meta device has no memory.*to_empty"):
-        ce.load(tmp_path / "saved", into={"model": model}, strict=False)
+    model = meta_linear()
+    report = ce.load(tmp_path / "saved", into={"model": model}, strict=False)
+    assert report.missing == ("model.bias",)
     assert model.bias.is_meta
+    assert not model.weight.is_meta
+
+
+@pytest.mark.parametrize(
+    ("saved", "wrong"),
+    [
+        (nn.Linear(4, 5), r"model.weight: shape \(3, 4\) here, \(5, 4\) in the checkpoint"),
+        (nn.Linear(4, 3).double(), "model.weight: dtype float32 here, float64 in the checkpoint"),
+        (nn.Linear(4, 3, bias=False), "model.bias"),
+        (nn.Sequential(nn.Linear(4, 3)), "missing"),
+    ],
+)
+def test_what_does_not_fit_is_named_as_anywhere_else_and_the_model_stays_on_the_meta_device(
+    tmp_path: Path, saved: nn.Module, wrong: str
+) -> None:
+    ce.save(tmp_path / "saved", {"model": saved})
+    model = meta_linear()
+    weight = model.weight
+    with pytest.raises(LoadMismatchError, match=wrong):
+        ce.load(tmp_path / "saved", into={"model": model})
+    assert is_all_meta(model)
+    assert model.weight is weight
+
+
+def test_a_load_that_fails_in_the_middle_leaves_a_model_on_the_meta_device_that_a_later_load_fills(
+    tmp_path: Path,
+) -> None:
+    net, _ = trained(tmp_path / "saved")
+    (archive,) = (tmp_path / "saved").rglob("rank-00000.zarr.zip")
+    whole = archive.read_bytes()
+    archive.write_bytes(whole[:200] + bytes([whole[200] ^ 1]) + whole[201:])
+    model = on_meta()
+    optimizer, parameters = torch.optim.AdamW(model.parameters()), list(model.parameters())
+    with pytest.raises(CheckpointDamagedError):
+        ce.load(tmp_path / "saved", into={"optimizer": optimizer, "model": model})
+    assert is_all_meta(model)
+    archive.write_bytes(whole)
+    ce.load(tmp_path / "saved", into={"optimizer": optimizer, "model": model})
+    assert all(a is b for a, b in zip(model.parameters(), parameters, strict=True))
+    assert all(torch.equal(value, net.state_dict()[name]) for name, value in model.state_dict().items())
+
+
+def test_what_another_rank_does_not_fit_leaves_this_rank_s_model_on_the_meta_device(tmp_path: Path) -> None:
+    ce.save(tmp_path / "saved", {"model": nn.Linear(4, 3)})
+    models: list[nn.Module] = [meta_linear(), nn.Linear(4, 5)]
+    ranks = Ranks(2)
+
+    def load(rank: int) -> None:
+        with pytest.raises((LoadMismatchError, RankFailedError)):
+            ce.load(tmp_path / "saved", into={"model": models[rank]}, comm=ranks.comms[rank], timeout=20)
+
+    ranks.run(load)
+    ranks.end()
+    assert is_all_meta(models[0])
+
+
+def test_a_parameter_that_cannot_go_back_to_the_meta_device_holds_nan_and_is_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ce.save(tmp_path / "saved", {"model": nn.Linear(4, 3)})
+    model, held = meta_linear(), []
+
+    def fail(*_: Any) -> None:
+        held.append(model.weight.view(-1))
+        raise OSError("no")
+
+    monkeypatch.setattr(sys.modules["ckptengine.load.loader"], "_fill", fail)
+    with pytest.raises(OSError, match="no"):
+        ce.load(tmp_path / "saved", into={"model": model})
+    assert model.weight.isnan().all()
+    assert model.bias.is_meta
+    assert "model.weight: given memory by a restore that failed" in caplog.text
 
 
 def test_a_save_of_a_module_on_the_meta_device_is_refused_with_the_way_that_works(tmp_path: Path) -> None:

@@ -13,21 +13,23 @@ from ckptengine.state.saved import Node, SavedValue
 from ckptengine.state.union import NAMED
 from ckptengine.state.values import digest, encode
 
-__all__ = ["Regrouped", "regroup"]
+__all__ = ["Regrouped", "regroup", "saved_groups"]
 
 _PARAMS, _GIVEN = NAMED
 
 
 @dataclass(frozen=True, slots=True)
 class Regrouped:
-    """Why the groups don't fit, None where they do; and what of them belongs to no group here, by path from theirs."""
+    """Why the groups don't fit, None where they do; and what of them belongs to no group here, by path from theirs.
+    `taken` are the parameters, by their saved names, that groups here have; None where all are left to be compared."""
 
     reason: str | None = None
     dropped: tuple[tuple[Path, Node], ...] = ()
+    taken: frozenset[str] | None = None
 
 
 @dataclass(frozen=True, slots=True)
-class _Group:
+class Group:
     """One saved group: its parameters, the names that the user gave them, and its other values; `node` where these are
     nodes of their own."""
 
@@ -45,7 +47,7 @@ def regroup(optimizer: Node, names: Sequence[Sequence[str]], name_of: Callable[[
     parameters, or groups that several ranks had saved their parts of.
     """
     place = optimizer.child(GROUPS)
-    saved = None if place is None else _groups(place)
+    saved = None if place is None else saved_groups(place)
     if place is None or not saved or not (apart or place.joined):
         return Regrouped()
     there = [[name_of(str(name)) for name in group.params] for group in saved]
@@ -57,7 +59,7 @@ def regroup(optimizer: Node, names: Sequence[Sequence[str]], name_of: Callable[[
     for number, group in enumerate(there):
         for name in group:
             found_in.setdefault(name, []).append(number)
-    made: list[_Group] = []
+    made: list[Group] = []
     taken: set[int] = set()
     for number, own in enumerate(names):
         unknown = sorted(name for name in own if name not in found_in)
@@ -80,10 +82,12 @@ def regroup(optimizer: Node, names: Sequence[Sequence[str]], name_of: Callable[[
         for path, node in group.node.leaves()
     ]
     _put(place, made)
-    return Regrouped(None, tuple(dropped))
+    here = {name for group in names for name in group}
+    mine = frozenset(str(name) for group in saved for name in group.params if name_of(str(name)) in here)
+    return Regrouped(None, tuple(dropped), mine)
 
 
-def _made(own: Sequence[str], sources: Sequence[_Group], name_of: Callable[[str], str]) -> _Group:
+def _made(own: Sequence[str], sources: Sequence[Group], name_of: Callable[[str], str]) -> Group:
     """Return the group of some parameters, under the names that the checkpoint has for them."""
     saved: dict[str, tuple[Any, Any]] = {}
     for group in sources:
@@ -91,12 +95,10 @@ def _made(own: Sequence[str], sources: Sequence[_Group], name_of: Callable[[str]
             saved.setdefault(name_of(str(name)), (name, None if group.given is None else group.given[number]))
     params = [saved[name][0] for name in own]
     given = None if any(group.given is None for group in sources) else [saved[name][1] for name in own]
-    return _Group(params, given, sources[0].others, sources[0].node)
+    return Group(params, given, sources[0].others, sources[0].node)
 
 
-def _differing(
-    number: int, sources: Sequence[_Group], there: Sequence[Sequence[str]], own: Sequence[str]
-) -> str | None:
+def _differing(number: int, sources: Sequence[Group], there: Sequence[Sequence[str]], own: Sequence[str]) -> str | None:
     """Return why groups of the checkpoint can't be one group here, None where they can."""
     first = sources[0]
     for group, names in zip(sources[1:], there[1:], strict=True):
@@ -116,13 +118,13 @@ def _differing(
     return None
 
 
-def _groups(place: Node) -> list[_Group] | None:
+def saved_groups(place: Node) -> list[Group] | None:
     """Return the saved groups, None where they have another form."""
     if isinstance(place.entry, SavedValue):
         found = place.entry.value if isinstance(place.entry.value, list) else []
         if not found or not all(isinstance(group, dict) and isinstance(group.get(_PARAMS), list) for group in found):
             return None
-        return [_Group(group[_PARAMS], _listed(group.get(_GIVEN)), _others(group), None) for group in found]
+        return [Group(group[_PARAMS], _listed(group.get(_GIVEN)), _others(group), None) for group in found]
     if sorted(place.children, key=str) != sorted(range(len(place.children)), key=str):
         return None
     result = []
@@ -134,7 +136,7 @@ def _groups(place: Node) -> list[_Group] | None:
         }
         if not isinstance(values.get(_PARAMS), list):
             return None
-        result.append(_Group(values[_PARAMS], _listed(values.get(_GIVEN)), _others(values), node))
+        result.append(Group(values[_PARAMS], _listed(values.get(_GIVEN)), _others(values), node))
     return result
 
 
@@ -146,7 +148,7 @@ def _others(group: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in group.items() if key not in NAMED}
 
 
-def _put(place: Node, groups: Sequence[_Group]) -> None:
+def _put(place: Node, groups: Sequence[Group]) -> None:
     if isinstance(place.entry, SavedValue):
         order = list(place.entry.value[0])
         values = []

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from ckptengine.schema.path import Path, dotted
@@ -12,49 +12,87 @@ from ckptengine.state.saved import Node, SavedArray
 from ckptengine.state.select import Selection
 from ckptengine.state.values import MAX_DEPTH
 
-__all__ = ["materialize"]
+__all__ = ["GivenMemory"]
 
 _log = logging.getLogger("ckptengine")
 _NAMED = 8
 
 
-def materialize(state: Mapping[str, Any], inspector: Inspector, selection: Selection, saved: Node, cast: bool) -> None:
-    """Give the tensors of modules that have no memory memory, in place, where the checkpoint has them.
+class GivenMemory:
+    """The tensors of a state that had no memory and were given some, and how it is taken away from them again.
 
-    Nothing is read twice, and no second copy made. What stays without memory, since no checkpoint has it, is told:
-    buffers that are not persistent, which the user's code computes.
+    Nothing is read twice, and no second copy made. Memory that was not filled holds nothing that means anything: no
+    tensor keeps it.
     """
-    left: list[str] = []
-    _look(state, (), inspector, selection, saved, cast, left)
-    if left:
-        more = f" and {len(left) - _NAMED} more" if len(left) > _NAMED else ""
-        _log.warning(
-            "%s%s: on the meta device, and not in the checkpoint (a buffer that is not persistent never is); give the "
-            "module that has it its value before the first forward pass",
-            ", ".join(left[:_NAMED]),
-            more,
-        )
 
+    def __init__(self, inspector: Inspector, selection: Selection, saved: Node, cast: bool) -> None:
+        self._inspector, self._selection, self._saved, self._cast = inspector, selection, saved, cast
+        self._undo: dict[int, Callable[[], bool]] = {}
+        self._names: dict[int, list[str]] = {}
 
-def _look(
-    value: Any, path: Path, inspector: Inspector, selection: Selection, saved: Node, cast: bool, left: list[str]
-) -> None:
-    if len(path) > MAX_DEPTH:
-        return
-    kind, adapter = (Kind.DICT, None) if path == () else inspector.kind(value, path)
-    if kind in (Kind.PER_RANK, Kind.DECLARED):
-        _look(value.value, path, inspector, selection, saved, cast, left)
-    elif kind is Kind.MODULE and adapter is not None:
-        without = {id(tensor) for tensor in adapter.module_tensors(value) if adapter.is_without_memory(tensor)}
-        if not without or not selection.reaches(path):
+    def give(self, state: Mapping[str, Any]) -> None:
+        """Give the tensors of modules memory, in place, where the checkpoint has them.
+
+        What stays without memory, since no checkpoint has it, is told: buffers that are not persistent, which the
+        user's code computes.
+        """
+        left: list[str] = []
+        self._look(state, (), left)
+        if left:
+            _log.warning(
+                "%s: on the meta device, and not in the checkpoint (non-persistent buffers never are); give the module "
+                "these values before the first forward pass",
+                _named(left),
+            )
+
+    def keep(self, loaded: Collection[str]) -> None:
+        """Take it away from what is not `loaded` under any of its names."""
+        self._take([one for one, names in self._names.items() if not any(name in loaded for name in names)])
+
+    def take_back(self) -> None:
+        """Take it away from all: nothing has filled it, or not all of it."""
+        self._take(list(self._names))
+
+    def _take(self, which: list[int]) -> None:
+        names = [self._names.pop(one) for one in which]
+        stuck = [own[0] for one, own in zip(which, names, strict=True) if not self._undo.pop(one)()]
+        if stuck:
+            _log.error(
+                "%s: given memory by a restore that failed, and referred to elsewhere, so it can't be put back on the "
+                "meta device; it holds NaN or undefined contents: make the model again",
+                _named(stuck),
+            )
+
+    def _look(self, value: Any, path: Path, left: list[str]) -> None:
+        if len(path) > MAX_DEPTH:
             return
-        for entry in inspector.entries(value, adapter, path):
-            where = (*path, entry.name)
-            node = saved.find(where) if id(entry.value) in without and selection.holds(where) else None
-            leaf = node.entry.leaf if node is not None and isinstance(node.entry, SavedArray) else None
-            if leaf is not None and leaf.shape == tuple(entry.value.shape):
-                adapter.give_memory(entry.value, leaf.dtype, cast)
-        left += [dotted((*path, name)) for name in adapter.unsaved_without_memory(value)]
-    elif kind in (Kind.DICT, Kind.SEQUENCE):
-        for key, item in children(value, path):
-            _look(item, (*path, key), inspector, selection, saved, cast, left)
+        kind, adapter = (Kind.DICT, None) if path == () else self._inspector.kind(value, path)
+        if kind in (Kind.PER_RANK, Kind.DECLARED):
+            self._look(value.value, path, left)
+        elif kind is Kind.MODULE and adapter is not None:
+            tensors = adapter.module_tensors(value)
+            without = {id(tensor) for tensor in tensors if adapter.dtype_without_memory(tensor) is not None}
+            without |= self._names.keys()  # shared with a module that was looked at before
+            if not without or not self._selection.reaches(path):
+                return
+            for entry in self._inspector.entries(value, adapter, path):
+                where = (*path, entry.name)
+                if id(entry.value) not in without or not self._selection.holds(where):
+                    continue
+                node = self._saved.find(where)
+                leaf = node.entry.leaf if node is not None and isinstance(node.entry, SavedArray) else None
+                if id(entry.value) in self._names:
+                    self._names[id(entry.value)].append(dotted(where))
+                elif leaf is not None and leaf.shape == self._inspector.declared.shape_of(entry.value):
+                    undo = adapter.give_memory(entry.value, leaf.dtype, self._cast)
+                    if undo is not None:
+                        self._undo[id(entry.value)], self._names[id(entry.value)] = undo, [dotted(where)]
+            left += [dotted((*path, name)) for name in adapter.unsaved_without_memory(value)]
+        elif kind in (Kind.DICT, Kind.SEQUENCE):
+            for key, item in children(value, path):
+                self._look(item, (*path, key), left)
+
+
+def _named(names: list[str]) -> str:
+    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+    return ", ".join(names[:_NAMED]) + more
