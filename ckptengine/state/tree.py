@@ -135,6 +135,7 @@ class _Walk:
         self._free: list[int] = []  # numbers of the visited tensors that are in no module
         self._in_module = False
         self._objects = 0  # those that the walk is in
+        self._declarations = 0  # those that the walk is in
         self._sequences = 0  # lists and tuples that the walk is in, within the innermost object
         self._spreads: tuple[dict[Path, str], dict[Path, str]] = ({}, {})
         self._without: list[list[Path] | None] = [None, None]  # empty states of parameters, where there are optimizers
@@ -223,7 +224,10 @@ class _Walk:
                 if per_rank or self._objects:
                     inside = "PerRank" if per_rank else "what state_dict() gives"
                     raise StateError(f"{dotted(path)}: a ce.Sharded in {inside}; put it into the state itself")
-                return DeclaredStep(value, self._visit(value.value, path, per_rank=per_rank))
+                self._declarations += 1
+                declared = self._visit(value.value, path, per_rank=per_rank)
+                self._declarations -= 1
+                return DeclaredStep(value, declared)
             case Kind.MODULE:
                 assert adapter is not None
                 steps: dict[Any, Step] = {}
@@ -332,8 +336,11 @@ class _Walk:
         if buffer and placement is Placement.REPLICATED:
             placement = Placement.WHOLE
         container = adapter.container_of(tensor)
-        by_hand = cut is not None and placement is Placement.SHARDED
-        self._arrays.append(ArrayLeaf(path, view.dtype, shape, placement, parts, container, by_hand=by_hand))
+        kind = {
+            "by_hand": cut is not None and placement is Placement.SHARDED,
+            "undeclared": self._declarations > 0 and placement is Placement.WHOLE,
+        }
+        self._arrays.append(ArrayLeaf(path, view.dtype, shape, placement, parts, container, **kind))
 
     def _visit_own_optimizer(self, optimizer: Any, adapter: Adapter, path: Path, per_rank: bool) -> OwnOptimizerStep:
         """An optimizer that says of itself what it needs; its parameters still have their names in that."""
