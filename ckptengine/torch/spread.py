@@ -116,8 +116,8 @@ def _check_zero(optimizer: Any, path: Path, saves_itself: bool) -> None:
     if isinstance(_inside(optimizer), torch.optim.LBFGS):
         raise StateError(
             f"{dotted(path)}: ZeroRedundancyOptimizer around LBFGS, whose state on each rank is of all "
-            "parameters of that rank together; another number of ranks could not take it. Use an optimizer that keeps its state by "
-            "parameter, or LBFGS without ZeroRedundancyOptimizer"
+            "parameters of that rank together; another number of ranks could not take it. Use an optimizer that keeps "
+            "its state by parameter, or LBFGS without ZeroRedundancyOptimizer"
         )
     if saves_itself:
         raise StateError(
