@@ -53,7 +53,10 @@ class FirstBest(Best):
 
 
 class Place:
-    """All that a Trainer holds beside model, optimizer, scheduler and random streams; a part of the state."""
+    """All that a Trainer holds beside model, optimizer, scheduler and random streams; a part of the state.
+
+    It has many attributes: a Trainer keeps its position in local variables, so each of them is followed here.
+    """
 
     def __init__(self, trainer: Any, rng: RNG) -> None:
         self._trainer = trainer

@@ -110,17 +110,16 @@ def _told(boxes: Boxes, paths: Sequence[Path], crcs: Mapping[Path, int], rank: i
 
 def _by_group(copies: Copies, messages: Sequence[bytes]) -> dict[int, tuple[Boxes, np.ndarray]]:
     """Return for each group its boxes, and what their ranks have said of each, in the same order."""
-    counts = [np.bincount(boxes.ranks, minlength=len(messages)) for boxes in copies.values()]
-    if (np.sum(counts, axis=0) * 4 != [len(message) for message in messages]).any():
+    counts = np.stack([np.bincount(boxes.ranks, minlength=len(messages)) for boxes in copies.values()])
+    of_rank = counts.sum(axis=0)
+    if (of_rank * 4 != [len(message) for message in messages]).any():
         raise SaveFailedError("a rank's planning message is damaged; nothing was written, save again")
-    parts: list[list[np.ndarray]] = [[] for _ in copies]
-    for rank, message in enumerate(messages):
-        words = np.frombuffer(message, "<u4")
-        start = 0
-        for part, count in zip(parts, counts, strict=True):
-            part.append(words[start : start + count[rank]])
-            start += count[rank]
-    return {number: (boxes, np.concatenate(part)) for (number, boxes), part in zip(copies.items(), parts, strict=True)}
+    words = np.frombuffer(b"".join(messages), "<u4")
+    starts = np.cumsum(of_rank) - of_rank + np.cumsum(counts, axis=0) - counts
+    return {
+        number: (boxes, words[np.repeat(start - np.cumsum(count) + count, count) + np.arange(count.sum())])
+        for (number, boxes), start, count in zip(copies.items(), starts, counts, strict=True)
+    }
 
 
 def _differ(group: Group, boxes: Boxes, words: np.ndarray) -> bool:

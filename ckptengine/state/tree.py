@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ckptengine.errors import CheckpointDamagedError, StateError
-from ckptengine.frameworks.adapter import ABOUT, Adapter, TensorKind, TensorView
+from ckptengine.frameworks.adapter import ABOUT, Adapter, TensorView
 from ckptengine.frameworks.registry import adapter_of_loader
 from ckptengine.schema.head import MAX_NDIM
-from ckptengine.schema.leaf import ArrayLeaf, DeviceMemory, Placement
+from ckptengine.schema.leaf import ArrayLeaf, Placement
 from ckptengine.schema.path import Key, Path, dotted
 from ckptengine.schema.type_name import describe_type
 from ckptengine.state.asked import Asked
@@ -38,8 +38,9 @@ from ckptengine.state.steps import (
     TensorStep,
     WrappedStep,
 )
-from ckptengine.state.trace import Trace, Visited, head_of
+from ckptengine.state.trace import Trace, head_of
 from ckptengine.state.values import MAX_DEPTH
+from ckptengine.state.walked import Leaves, Side
 
 __all__ = ["FlatState", "Wanted", "flatten", "flatten_loaded", "flatten_traced", "sharded_parts", "unflatten"]
 
@@ -123,59 +124,38 @@ class _Walk:
         self._views = views()
         self._inspector.declare(state)
         self._names = self._inspector.parameter_names(state)
-        self._arrays: list[ArrayLeaf] = []
-        self._values: tuple[dict[Path, Any], dict[Path, Any]] = ({}, {})
-        self._containers: tuple[dict[Path, Form], dict[Path, Form]] = ({}, {})
-        self._built: tuple[list[Container], list[Container]] = ([], [])
-        self._orders: tuple[dict[Path, tuple[int, ...]], dict[Path, tuple[int, ...]]] = ({}, {})
+        self._sides = Side(), Side()
+        """What ranks share, and what this rank has of its own."""
+        self._leaves = Leaves()
         self._empty: dict[Path, str] = {}
-        self._metadata: tuple[dict[Path, Any], dict[Path, Any]] = ({}, {})
-        self._shapes: tuple[dict[Path, tuple[int, ...]], dict[Path, tuple[int, ...]]] = ({}, {})
-        self._kinds: tuple[dict[Path, TensorKind], dict[Path, TensorKind]] = ({}, {})
-        self._free: list[int] = []  # numbers of the visited tensors that are in no module
+        self._groups: list[Path] = []  # of optimizers
         self._in_module = False
         self._objects = 0  # those that the walk is in
         self._declarations = 0  # those that the walk is in
         self._sequences = 0  # lists and tuples that the walk is in, within the innermost object
-        self._spreads: tuple[dict[Path, str], dict[Path, str]] = ({}, {})
-        self._without: list[list[Path] | None] = [None, None]  # empty states of parameters, where there are optimizers
-        self._groups: list[Path] = []  # of optimizers
-        self._aliases: dict[Path, Path] = {}
-        self._first: dict[Hashable, int] = {}
-        self._visited: list[Visited] = []
-        self._fenced: set[int] = set()  # leaves of optimizers' state
-        self._stepped: set[int] = set()  # ids of optimizers' parameters
         self._root = self._visit_items(state, (), per_rank=False)
-        self._fenced |= {one.leaf for one in self._visited if id(one.tensor) in self._stepped}
-        # Scalars, such as the step that Adam keeps on the CPU, are copied at once: waiting for them would cost more.
-        # Nothing is saved of a state that was loaded: nothing waits for its copy.
-        self._fenced = {number for number in self._fenced if self._arrays[number].shape and wanted is None}
+        if wanted is None:  # nothing is saved of a state that was loaded: nothing waits for its copy
+            self._leaves.fence()
 
     def result(self) -> FlatState:
         """Return what was found."""
-        arrays = tuple(
-            replace(leaf, fenced=True) if number in self._fenced else leaf for number, leaf in enumerate(self._arrays)
-        )
-        outlines = self._outline(per_rank=False), self._outline(per_rank=True)
-        groups = tuple(self._groups)
-        return FlatState(arrays, *self._values, self._aliases, *self._containers, *outlines, self._empty, groups)
-
-    def _outline(self, *, per_rank: bool) -> Outline:
-        own, empty = per_rank, self._without[per_rank]
-        return Outline(
-            tuple(self._built[own]),
-            self._orders[own],
-            self._shapes[own],
-            self._metadata[own],
-            self._spreads[own],
-            None if empty is None else tuple(empty),
-            kinds=self._kinds[own],
+        shared, own = self._sides
+        return FlatState(
+            arrays=tuple(self._leaves.arrays),
+            values=shared.values,
+            rank_values=own.values,
+            aliases=self._leaves.aliases,
+            containers=shared.forms,
+            rank_containers=own.forms,
+            outline=shared.outline(),
+            rank_outline=own.outline(),
+            empty=self._empty,
+            groups=tuple(self._groups),
         )
 
     def trace(self) -> Trace:
         """Return what was met."""
-        fenced = [number for number, one in enumerate(self._visited) if one.leaf in self._fenced and not one.tied]
-        return Trace(self._root, self._visited, fenced, self._free)
+        return self._leaves.trace(self._root)
 
     def _visit(self, value: Any, path: Path, *, per_rank: bool, buffer: bool = False) -> Step:
         if len(path) > MAX_DEPTH:
@@ -185,7 +165,7 @@ class _Walk:
         kind, adapter = self._inspector.kind(value, path)
         match kind:
             case Kind.PLAIN:
-                self._values[per_rank][path] = value
+                self._sides[per_rank].values[path] = value
                 return PlainStep(path, per_rank)
             case Kind.TENSOR:
                 assert adapter is not None
@@ -194,14 +174,14 @@ class _Walk:
                 cut = self._inspector.declared.cut_of(value)
                 self._add(value, view, adapter, path, per_rank=per_rank, buffer=buffer, cut=cut)
                 if cut is not None and cut.spread is not None:
-                    self._spreads[per_rank][path] = cut.spread
+                    self._sides[per_rank].spreads[path] = cut.spread
                 if self._wanted is None and not self._in_module:
                     self._note_kind(value, adapter, path, per_rank)
                 return TensorStep(type(value))
             case Kind.WRAPPED:
                 assert adapter is not None
                 inner = adapter.unwrap(value, path)
-                self._values[per_rank][(*path, ABOUT)] = inner.pop(ABOUT)
+                self._sides[per_rank].values[(*path, ABOUT)] = inner.pop(ABOUT)
                 parts = {k: self._visit(v, (*path, k), per_rank=per_rank, buffer=buffer) for k, v in inner.items()}
                 return WrappedStep(type(value), adapter, path, parts, per_rank)
             case Kind.SHARDED:
@@ -213,7 +193,7 @@ class _Walk:
                 return ShardedStep(value)
             case Kind.PER_RANK:
                 if per_rank:
-                    raise StateError(f"{dotted(path)}: a PerRank inside a PerRank; take the inner one away")
+                    raise StateError(f"{dotted(path)}: a PerRank inside a PerRank; remove the inner one")
                 if self._objects and self._sequences:  # a load finds it by its keys in what state_dict() gives
                     raise StateError(
                         f"{dotted(path)}: a PerRank in a list or tuple that state_dict() gives, where a load can't "
@@ -265,12 +245,12 @@ class _Walk:
             case Kind.DICT | Kind.SEQUENCE:
                 form = form_of(value, path)
                 if form is not None and path:
-                    self._containers[per_rank][path] = form
+                    self._sides[per_rank].forms[path] = form
                 return self._visit_items(value, path, per_rank)
 
     def _note_kind(self, tensor: Any, adapter: Adapter, path: Path, per_rank: bool) -> None:
         """Note what a tensor that was just added is beside its contents, for it may be made anew."""
-        self._free.append(len(self._visited) - 1)
+        self._leaves.free.append(len(self._leaves.visited) - 1)
         kind = adapter.tensor_kind(tensor)
         if kind is None:
             return
@@ -279,21 +259,21 @@ class _Walk:
                 f"{dotted(path)}: {describe_type(tensor)} has attributes beside its contents "
                 f"({', '.join(kind['attributes'])}), which would be lost; put a plain tensor and them into the state"
             )
-        self._kinds[per_rank][path] = kind
+        self._sides[per_rank].kinds[path] = kind
 
     def _build(self, path: Path, kind: str, per_rank: bool, cls: str = "", keys: Iterable[Key] | None = None) -> None:
         """Note a container; keys that are sorted anyway are not worth a note."""
         order = None if keys is None else tuple(keys)
         if order is not None and list(order) == sorted_keys(order):
             order = None
-        self._built[per_rank].append(Container(path, kind, cls, order))
+        self._sides[per_rank].containers.append(Container(path, kind, cls, order))
 
     def _visit_items(self, value: Any, path: Path, per_rank: bool) -> DictStep | SequenceStep:
         items = children(value, path)
         keys = [key for key, _ in items] if isinstance(value, Mapping) else None
         self._build(path, container_kind(value), per_rank, keys=keys)
         if type(value) is OrderedDict and getattr(value, "_metadata", None) is not None:
-            self._metadata[per_rank][path] = vars(value)["_metadata"]
+            self._sides[per_rank].metadata[path] = vars(value)["_metadata"]
         self._sequences += keys is None
         steps = [self._visit(item, (*path, key), per_rank=per_rank) for key, item in items]
         self._sequences -= keys is None
@@ -315,32 +295,25 @@ class _Walk:
         placement, parts, identity, shape = view.placement, view.parts, view.identity, view.shape
         if per_rank:
             if placement is Placement.SHARDED:
-                raise StateError(f"{dotted(path)}: a distributed tensor inside PerRank; take the PerRank away")
+                raise StateError(f"{dotted(path)}: a distributed tensor inside PerRank; remove the PerRank")
             placement, identity = Placement.PER_RANK, None
         saves = self._wanted is None  # else nothing is stored of it, and no later walk is compared with this one
         if saves and parts and (order := part_order(parts[0])) is not None:
-            self._orders[per_rank][path] = order
+            self._sides[per_rank].orders[path] = order
         if len(shape) > MAX_NDIM:
             raise StateError(
                 f"{dotted(path)}: a tensor of {len(shape)} dimensions; {MAX_NDIM} is the most that can be saved"
             )
-        number = len(self._arrays) if identity is None else self._first.setdefault(identity, len(self._arrays))
-        tied = number < len(self._arrays)
-        head = head_of(view.dtype, view.shape, view.placement, view.parts) if saves else ()
-        on_device = any(isinstance(part.memory, DeviceMemory) for part in parts)
-        # The tensors are kept: an `id` says something only while its object lives.
-        self._visited.append(Visited(tensor, adapter, path, number, tied, identity, cut, head, on_device))
-        if tied:
-            self._aliases[path] = self._arrays[number].path
-            return
         if buffer and placement is Placement.REPLICATED:
             placement = Placement.WHOLE
-        container = adapter.container_of(tensor)
         kind = {
             "by_hand": cut is not None and placement is Placement.SHARDED,
             "undeclared": self._declarations > 0 and placement is Placement.WHOLE,
         }
-        self._arrays.append(ArrayLeaf(path, view.dtype, shape, placement, parts, container, **kind))
+        container = adapter.container_of(tensor)
+        leaf = ArrayLeaf(path, view.dtype, shape, placement, parts, container, **kind)
+        head = head_of(view.dtype, view.shape, view.placement, view.parts) if saves else ()
+        self._leaves.add(tensor, adapter, leaf, identity, cut, head)
 
     def _visit_own_optimizer(self, optimizer: Any, adapter: Adapter, path: Path, per_rank: bool) -> OwnOptimizerStep:
         """An optimizer that says of itself what it needs; its parameters still have their names in that."""
@@ -354,14 +327,14 @@ class _Walk:
         moments = self._inspector.declared.moments((p, states.get(number)) for p, number in numbered(groups))
         for group, group_names, numbers in zip(groups, names, numbers_of(groups), strict=True):
             for parameter, name, number in zip(group["params"], group_names, numbers, strict=True):
-                self._stepped.add(id(parameter))
+                self._leaves.stepped.add(id(parameter))
                 owners[(*path, STATE, name)] = parameter
                 if states.get(number):
                     self._inspector.declared.add_state(parameter, states[number], (*path, STATE, name), moments)
                     adapter.check_parameter_state(parameter, states[number], path)
                     self._note_shape(parameter, (*path, STATE, name), per_rank)
         self._build(path, "object", per_rank, class_name(optimizer))
-        first = len(self._visited)
+        first = len(self._leaves.visited)
         self._objects += 1
         inner = self._visit(named_state(own, groups, names), path, per_rank=per_rank)
         self._objects -= 1
@@ -373,18 +346,18 @@ class _Walk:
     def _note_shape(self, parameter: Any, path: Path, per_rank: bool) -> None:
         """Note the shape of a parameter that is not itself in the state: its own state need not have it."""
         if id(parameter) not in self._names:
-            self._shapes[per_rank][path] = self._inspector.declared.shape_of(parameter)
+            self._sides[per_rank].shapes[path] = self._inspector.declared.shape_of(parameter)
 
     def _note_spreads(self, adapter: Adapter, owners: Mapping[Path, Any], first: int, per_rank: bool) -> None:
         """Note how the tensors of parameters' states are spread, given the parameters by the paths of their states."""
-        depth = len(next(iter(owners), ()))
-        for one in self._visited[first:]:
+        depth, side = len(next(iter(owners), ())), self._sides[per_rank]
+        for one in self._leaves.visited[first:]:
             parameter, where = owners.get(one.path[:depth]), one.path[-1]
-            if parameter is None or one.adapter is not adapter or (*one.path[:-1], ABOUT) in self._values[per_rank]:
+            if parameter is None or one.adapter is not adapter or (*one.path[:-1], ABOUT) in side.values:
                 continue  # what a tensor subclass is made of is spread as that is
             spread = adapter.state_spread(parameter, str(where), one.tensor)
             if spread is not None:
-                self._spreads[per_rank][one.path] = spread
+                side.spreads[one.path] = spread
 
     def _visit_optimizer(self, optimizer: Any, adapter: Adapter, path: Path, per_rank: bool) -> OptimizerStep:
         adapter.check_optimizer(optimizer, path)
@@ -401,16 +374,17 @@ class _Walk:
             if adapter.optimizer_state(optimizer, p) is not None
         ]
         self._build((*path, "state"), "dict", per_rank, keys=held)
-        empty = self._without[per_rank] = self._without[per_rank] or []
-        first, owners = len(self._visited), {}
+        side = self._sides[per_rank]
+        empty = side.empty = side.empty or []
+        first, owners = len(self._leaves.visited), {}
         moments = self._inspector.declared.moments(
             (p, adapter.optimizer_state(optimizer, p)) for group in groups for p in group["params"]
         )
         for group, group_names in zip(groups, names, strict=True):
             for parameter, name in zip(group["params"], group_names, strict=True):
-                before = len(self._arrays)
+                before = len(self._leaves.arrays)
                 owners[(*path, "state", name)] = parameter
-                self._stepped.add(id(parameter))
+                self._leaves.stepped.add(id(parameter))
                 state = adapter.optimizer_state(optimizer, parameter)
                 if state is None:
                     states.append(AbsentStep())
@@ -418,7 +392,7 @@ class _Walk:
                 self._inspector.declared.add_state(parameter, state, (*path, "state", name), moments)
                 own = per_rank or self._inspector.declared.is_own(parameter)
                 states.append(self._visit_items(state, (*path, "state", name), own))
-                self._fenced.update(range(before, len(self._arrays)))
+                self._leaves.states.update(range(before, len(self._leaves.arrays)))
                 if state:
                     self._note_shape(parameter, (*path, "state", name), per_rank)
                 else:

@@ -12,14 +12,17 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
+from torch.utils.weak import WeakIdKeyDictionary
 
 from ckptengine.errors import StateError
 from ckptengine.schema.path import Path, dotted
 from ckptengine.torch.flat import FlatPart
 from ckptengine.torch.parts import note, remember
 
-__all__ = ["check_fsdp1", "fsdp1_values", "holds_fsdp1", "is_flattened"]
+__all__ = ["check_fsdp1", "check_whole", "fsdp1_values", "holds_fsdp1", "is_flattened"]
 
+_whole: Any = WeakIdKeyDictionary()
+"""Modules in which nothing was missing that a wrapper around them has taken."""
 _INSTEAD = "or use `fully_shard` (FSDP2), which takes it"
 
 
@@ -71,6 +74,45 @@ def check_fsdp1(module: torch.nn.Module, path: Path) -> None:
                 f"{dotted(path)}: FullyShardedDataParallel (FSDP1) is in the middle of forward or backward, or in "
                 "`summon_full_params`; save and restore between two steps"
             )
+
+
+def check_whole(module: torch.nn.Module, path: Path) -> None:
+    """Raise `StateError` for a module inside of FSDP1: the wrapper around it has taken parameters out of it.
+
+    They are in no `state_dict` of its own. A module in which nothing was missing is not looked through again.
+    """
+    if "torch.distributed.fsdp" not in sys.modules or module in _whole:
+        return
+    flats: set[int] = set()
+    views: set[tuple[int, str]] = set()
+    for _, handle in _handles(module):
+        flat = handle.flat_param
+        flats.add(id(flat))
+        views.update((id(holder), name) for name, holder, _ in flat._param_infos)
+        views.update((id(holder), name) for name, holder, *_ in flat._shared_param_infos)
+    for name, part in module.named_modules():
+        if any(getattr(one, "_is_flat_param", False) and id(one) not in flats for one in part._parameters.values()):
+            raise StateError(_inside(part, name, path))
+        for key, value in vars(part).items():
+            if isinstance(value, torch.Tensor) and (id(part), key) not in views and _is_emptied(value):
+                raise StateError(_inside(part, name, path))
+    _whole[module] = True
+
+
+def _is_emptied(tensor: torch.Tensor) -> bool:
+    """Whether a tensor's memory was taken away, as that of a view of FSDP1's flat parameters is between two steps."""
+    if type(tensor) is not torch.Tensor or tensor.is_meta or tensor.layout is not torch.strided:
+        return False
+    return tensor.numel() > 0 and tensor.untyped_storage().nbytes() == 0
+
+
+def _inside(part: torch.nn.Module, name: str, path: Path) -> str:
+    where = dotted((*path, *_clean(name).split("."))) if name else dotted(path)
+    return (
+        f"{where}: parameters of this {type(part).__name__} are in a flat parameter of a FullyShardedDataParallel "
+        "(FSDP1) around it, and nothing of them would be saved or loaded; put the outermost FullyShardedDataParallel "
+        "module itself into the state, not `.module` or a part of it"
+    )
 
 
 def fsdp1_values(module: torch.nn.Module) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from ckptengine.schema.path import Path, dotted
 from ckptengine.torch.deepspeed import check_engine, engine_values, is_engine, refresh_weights
 from ckptengine.torch.dtensor import is_dtensor
 from ckptengine.torch.flat import is_flat
-from ckptengine.torch.fsdp1 import check_fsdp1, fsdp1_values, holds_fsdp1
+from ckptengine.torch.fsdp1 import check_fsdp1, check_whole, fsdp1_values, holds_fsdp1
 from ckptengine.torch.metrics import check_metrics, metric_counters, metric_values, set_metric_counters
 from ckptengine.torch.own_loading import hand_to_module, same_value, takes
 
@@ -119,6 +119,7 @@ def check_module(module: torch.nn.Module, path: Path) -> None:
     """
     if holds_fsdp1(module):
         check_fsdp1(module, path)
+    check_whole(module, path)
     if is_engine(module):
         check_engine(module, path)
     check_metrics(module, path)

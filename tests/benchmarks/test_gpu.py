@@ -8,11 +8,13 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 from numcodecs.zstd import Zstd
 
 from benchmarks.processes import ROOT
 
 
+@pytest.mark.long
 def test_a_tiny_state_gives_every_figure(tmp_path: Path) -> None:
     file = tmp_path / "figures.json"
     command = [sys.executable, "-m", "benchmarks.gpu", "--folder", str(tmp_path), "--json", str(file)]

@@ -1,4 +1,4 @@
-"""From each sharding to each, at 1 to 4 ranks, bit for bit: a quarter of the pairs, and under `long` all of them."""
+"""From each sharding to each, at 1 to 4 ranks, bit for bit: a tenth of the pairs, and under `long` all of them."""
 
 import json
 import subprocess
@@ -16,7 +16,7 @@ CASES = [f"{size}-{layout}" for size in LAYOUTS for layout in LAYOUTS[size]]
 @pytest.fixture(scope="module")
 def matrix(tmp_path_factory):
     folder = tmp_path_factory.mktemp("matrix")
-    return folder, launch("matrix_job.py", 4, folder, "4")
+    return folder, launch("matrix_job.py", 4, folder, "10")
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from in_memory import IN_MEMORY
 
 import ckptengine as ce
 
@@ -107,7 +108,7 @@ relaxed = settings(max_examples=120, deadline=None, suppress_health_check=list(H
 @relaxed
 @given(states)
 def test_any_state_comes_back(state):
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(dir=IN_MEMORY) as folder:
         ce.save(folder, state)
         check_equal(ce.load(folder), state)
         target = blank(state)
@@ -118,7 +119,7 @@ def test_any_state_comes_back(state):
 @relaxed
 @given(array=arrays(), other=arrays())
 def test_arrays_are_filled_in_place(array, other):
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(dir=IN_MEMORY) as folder:
         ce.save(folder, {"array": array, "list": [other, 3]})
         # A target of other strides, within a larger array whose other elements must stay.
         frame = np.ones([2 * length + 1 for length in array.shape], array.dtype)

@@ -88,7 +88,7 @@ def test_the_step_after_accumulated_gradients_waits_for_the_copy(tmp_path, devic
     check_saves(tmp_path, device, model, optimizer, step)
 
 
-@pytest.mark.parametrize("what", ["optimizer", "whole step"])
+@pytest.mark.parametrize("what", [pytest.param("optimizer", marks=pytest.mark.long), "whole step"])
 def test_a_compiled_step_waits_for_the_copy(tmp_path, device, what):
     backend = "inductor" if device.real else "eager"
     model, optimizer = make(device)

@@ -1,7 +1,7 @@
 """A small loop of Accelerate: random crops in the collator, dropout, accumulation; one job of one or more ranks.
 
 `accelerate_job.py RUN OUT SETTINGS`: SETTINGS is JSON, with `loader` for DataLoaderConfiguration, `accumulation`,
-`workers`, and `kill`, the step after which the process gets SIGKILL, once a checkpoint is committed.
+`workers`, `fsdp` (1 or 2), and `kill`, the step after which the process gets SIGKILL, once a checkpoint is committed.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ os.environ |= {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "ACCELERATE_US
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
-from accelerate.utils import DataLoaderConfiguration
+from accelerate.utils import DataLoaderConfiguration, DistributedType, FullyShardedDataParallelPlugin
 from torch.utils.data import DataLoader, TensorDataset
 
 import ckptengine as ce
@@ -46,6 +46,10 @@ def cropped(samples: list[tuple[torch.Tensor, ...]]) -> torch.Tensor:
     return rows * (torch.rand(rows.shape) < 0.7)
 
 
+def local(tensor: Any) -> Any:
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor.detach()
+
+
 def train(run: Path, out: Path, settings: dict[str, Any]) -> None:
     """Train, and write what came out."""
     for shared in (AcceleratorState, PartialState, GradientState):
@@ -55,7 +59,15 @@ def train(run: Path, out: Path, settings: dict[str, Any]) -> None:
         gradient_accumulation_steps=settings.get("accumulation", 1),
         dataloader_config=DataLoaderConfiguration(**settings.get("loader", {})),
     )
+    if settings.get("fsdp"):  # Accelerate itself chooses it on accelerators only
+        accelerator.state.distributed_type = DistributedType.FSDP
+        accelerator.state.device = torch.device("cpu")  # without a number, which FSDP1 does not take
+        accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(
+            fsdp_version=settings["fsdp"], use_orig_params=settings.get("original"), auto_wrap_policy="no_wrap"
+        )
     model = torch.nn.Sequential(torch.nn.Linear(6, 16), torch.nn.Dropout(0.2), torch.nn.GELU(), torch.nn.Linear(16, 6))
+    if settings.get("fsdp") == 1:  # flat parameters are there only then
+        model = accelerator.prepare(model)
     optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 60)
     rows = torch.randn(settings.get("samples", 22), 6, generator=torch.Generator().manual_seed(1))
@@ -95,8 +107,10 @@ def train(run: Path, out: Path, settings: dict[str, Any]) -> None:
                         torch.rand(len([0 for _ in held_out]))
                     ckpt.step(step, loop.state())
     tensors = dict(accelerator.unwrap_model(model).state_dict())
+    if settings.get("fsdp"):  # what this rank has
+        tensors = {name: local(tensor) for name, tensor in model.named_parameters()}
     moments = optimizer.optimizer.state_dict()["state"]
-    tensors |= {f"optimizer.{n}.{name}": value for n, one in moments.items() for name, value in one.items()}
+    tensors |= {f"optimizer.{n}.{name}": local(value) for n, one in moments.items() for name, value in one.items()}
     found = {"tensors": tensors, "random": torch.get_rng_state(), "loss": losses[-1], "average": average.mean}
     torch.save(found | {"step": step, "rate": scheduler.get_last_lr()}, f"{out}-{accelerator.process_index}.pt")
     accelerator.end_training()

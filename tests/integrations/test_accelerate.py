@@ -66,6 +66,18 @@ def test_so_do_two_ranks(tmp_path: Path) -> None:
     assert differing(tmp_path) + differing(tmp_path, 1) == []
 
 
+@pytest.mark.parametrize("fsdp", [{"fsdp": 1, "original": True}, {"fsdp": 1, "original": False}, {"fsdp": 2}], ids=str)
+def test_so_do_two_ranks_under_fsdp(tmp_path: Path, fsdp: dict[str, Any]) -> None:
+    def ranks(name: str, settings: dict[str, Any]) -> list[int]:
+        both = [lambda: job.train(tmp_path / name, tmp_path / f"{name}.out", settings | fsdp)] * 2
+        return lives(both, tmp_path / "log")
+
+    assert ranks("through", {}) == [0, 0], (tmp_path / "log").read_text()
+    assert KILLED in ranks("killed", {"kill": 9, "rank": 1})
+    assert ranks("killed", {}) == [0, 0], (tmp_path / "log").read_text()
+    assert differing(tmp_path) + differing(tmp_path, 1) == []
+
+
 def prepared(rows: int = 12, batch: int = 2, **config: Any) -> tuple[Accelerator, Any, Any, Prepared]:
     accelerator = Accelerator(
         cpu=True, gradient_accumulation_steps=2, dataloader_config=DataLoaderConfiguration(**config)

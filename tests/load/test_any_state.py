@@ -6,6 +6,7 @@ import pytest
 from any_state import built, states
 from hypothesis import HealthCheck, given, settings
 from hypothesis.internal.conjecture import providers
+from in_memory import IN_MEMORY
 from oracle import Oracle, PlainOracle
 
 import ckptengine as ce
@@ -40,7 +41,7 @@ def for_a_reason(error, reasons):
 def comes_back(plans):
     saved, fresh = built(plans, fresh=False), built(plans, fresh=True)
     expected = built(plans, fresh=False)
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(dir=IN_MEMORY) as folder:
         try:
             ce.save(folder, saved)
         except StateError as error:

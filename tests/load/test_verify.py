@@ -13,9 +13,9 @@ import ckptengine as ce
 from ckptengine.errors import RestoreDifferenceError
 from ckptengine.load import loader
 from ckptengine.state.bind.base import BinderBase
-from ckptengine.state.bind.objects import ObjectBinder
 from ckptengine.state.bind.optimizers import OptimizerBinder
 from ckptengine.state.bind.tensors import TensorBinder
+from ckptengine.state.bind.work import Work
 
 
 def trained(kind=torch.optim.AdamW, **options):
@@ -246,7 +246,7 @@ def test_many_differences_are_told_in_a_few_lines(tmp_path):
 
 
 def test_two_leaves_in_one_memory_are_found_without_the_check_at_binding(tmp_path, monkeypatch):
-    monkeypatch.setattr(BinderBase, "separate", lambda self, same: None)
+    monkeypatch.setattr(Work, "separate", lambda self, same, found: None)
     ce.save(tmp_path / "point", {"a": torch.zeros(9), "b": torch.ones(9)})
     tensor = torch.full((9,), 3.0)
     with refused(r"[ab]: other contents now than in the checkpoint"):
@@ -262,7 +262,7 @@ def test_an_object_tied_to_the_model_is_found_without_memory_of_its_own(tmp_path
         return like
 
     monkeypatch.setattr(TensorBinder, "_rebuild_like", reuse)
-    monkeypatch.setattr(BinderBase, "separate", lambda self, same: None)
+    monkeypatch.setattr(Work, "separate", lambda self, same, found: None)
     model = torch.nn.Linear(3, 3)
     best = {key: torch.full_like(value, 7) for key, value in model.state_dict().items()}
     ce.save(tmp_path / "point", {"model": model, "held": Holder(best=best)})
@@ -346,15 +346,15 @@ def test_state_that_an_optimizer_of_its_own_drops_is_found(tmp_path, monkeypatch
 
 def test_values_and_objects_that_are_not_handed_over_are_found(tmp_path, monkeypatch):
     ce.save(tmp_path / "point", {"held": Holder(n=1), "step": 5})
-    bind = ObjectBinder._act
+    bind = Work.act
 
     def no_objects(self, phase, action):
         if phase != 3:
             bind(self, phase, action)
 
-    monkeypatch.setattr(ObjectBinder, "_act", no_objects)
+    monkeypatch.setattr(Work, "act", no_objects)
     with refused("held.n: 1 in the checkpoint, 0 now"):
         ce.load(tmp_path / "point", into={"held": Holder(n=0), "step": 0})
-    monkeypatch.setattr(ObjectBinder, "_act", lambda self, phase, action: None)
+    monkeypatch.setattr(Work, "act", lambda self, phase, action: None)
     with refused("step: 5 in the checkpoint, 0 now"):
         ce.load(tmp_path / "point", into={"held": Holder(n=1), "step": 0})

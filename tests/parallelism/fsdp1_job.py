@@ -199,6 +199,11 @@ def main() -> None:
     pairs = [(kind, named) for kind in ("flat", "original", "hybrid") for named in (True, False)]
     found["several"] = [goes_through(folder, kind, named=named) for kind, named in pairs]
     found["container"] = said(folder / "container", {"model": model, "optimizer": Container([optimizer])})
+    for kind in ("flat", "original"):
+        whole, _ = build(0, kind)
+        inner = whole.module
+        norm = nn.Sequential(inner.norm)  # with buffers of its own, which are saved
+        found[f"inside {kind}"] = [said(folder / f"inside-{kind}", {"model": one}) for one in (inner, norm, inner.down)]
     found["replaced"] = {kind: saves_replaced(folder, kind) for kind in ("original", "whole")}
     found["experts"] = {kind: experts_apart(folder, kind) for kind in ("fsdp1", "fsdp2", "alone")}
     found["hybrid apart"] = hybrid_apart(folder)

@@ -1,4 +1,4 @@
-"""Saves and loads one network under FSDP1, ZeRO, FSDP2 and whole, at 1 to 4 ranks: `spread_job.py FOLDER N`.
+"""Saves and loads one network under FSDP1, ZeRO, FSDP2 and whole, at 1 to L ranks: `spread_job.py FOLDER N L`.
 
 What one group of processes has saved, the others load: each layout every Nth checkpoint of those with as many groups.
 """
@@ -23,7 +23,6 @@ from ckptengine.comm.select import current
 from ckptengine.load.loader import LoadOptions, load_newest
 from ckptengine.storage.open import open_storage
 
-SIZES = (1, 2, 3, 4)
 Arrays = dict[str, np.ndarray]
 
 
@@ -122,14 +121,14 @@ def load_all(folder: Path, size: int, nth: int) -> dict[str, str]:
 
 
 def main() -> None:
-    folder, nth = Path(sys.argv[1]), int(sys.argv[2])
+    folder, nth, sizes = Path(sys.argv[1]), int(sys.argv[2]), range(1, int(sys.argv[3]) + 1)
     torch.set_num_threads(1)
     problems: dict[str, str] = {}
-    for size in SIZES:
+    for size in sizes:
         with group(f"save-{size}", size) as mine:
             if mine:
                 problems |= save_all(folder, size)
-    for size in SIZES:
+    for size in sizes:
         with group(f"load-{size}", size) as mine:
             if mine:
                 problems |= load_all(folder, size, nth)

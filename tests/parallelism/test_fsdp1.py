@@ -39,6 +39,15 @@ def test_an_optimizer_that_has_others_inside_and_saves_itself_is_refused_by_name
     assert "optimizer: Container has a `state_dict` of its own" in found["container"]
 
 
+@pytest.mark.parametrize("kind", ["flat", "original"])
+def test_a_module_inside_of_the_wrapper_is_refused_and_not_saved_without_its_weights(
+    kind: str, found: dict[str, Any]
+) -> None:
+    *parts, unit = found[f"inside {kind}"]
+    assert all("put the" in one and "FullyShardedDataParallel module itself into the state" in one for one in parts)
+    assert unit == "saved"  # a unit of its own has all of its parameters
+
+
 def test_a_save_inside_of_summon_full_params_is_refused(found: dict[str, Any]) -> None:
     assert "save and restore between two steps" in found["summoned"]
 

@@ -8,6 +8,7 @@ pytest.importorskip("torch")
 from split_lives import live, worst
 
 
+@pytest.mark.long
 def test_with_zero_at_2_and_4_ranks_and_a_plain_optimizer_every_loss_is_equal_bit_for_bit(tmp_path: Path) -> None:
     alone = live(tmp_path / "alone", [("plain-fixed", 1, 0)])
     changed = live(tmp_path / "changed", [("zero-fixed", 2, 5), ("zero-fixed", 4, 8), ("plain-fixed", 1, 0)])

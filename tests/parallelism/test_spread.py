@@ -12,9 +12,9 @@ from spread_layouts import LAYOUTS
 JOB = Path(__file__).parent / "spread_job.py"
 
 
-def problems_of(folder: Path, nth: int) -> dict[str, str]:
-    """Try every `nth` pair of each layout."""
-    job = run_ranks(4, JOB, folder, nth, timeout=600)
+def problems_of(folder: Path, nth: int, largest: int) -> dict[str, str]:
+    """Try every `nth` pair of each layout, at 1 to `largest` ranks."""
+    job = run_ranks(4, JOB, folder, nth, largest, timeout=600)
     assert job.returncode == 0, job.stdout[-6000:]
     return {
         f"{what} on rank {rank}": problem
@@ -25,7 +25,7 @@ def problems_of(folder: Path, nth: int) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def problems(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    return problems_of(tmp_path_factory.mktemp("spread"), 7)
+    return problems_of(tmp_path_factory.mktemp("spread"), 20, 3)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -44,4 +44,4 @@ def test_each_rank_gets_its_parts_of_what_others_have_saved(layout: str, problem
 @pytest.mark.long
 @pytest.mark.timeout(650)
 def test_each_rank_gets_its_parts_of_a_third_of_what_others_have_saved(tmp_path: Path) -> None:
-    assert not problems_of(tmp_path, 3)
+    assert not problems_of(tmp_path, 3, 4)

@@ -46,9 +46,10 @@ WRAPPINGS: dict[str, Any] = {
     "DDP of compiled of wrapped inside": lambda module: DistributedDataParallel(compiled(inside(module))),
     "DataParallel": nn.DataParallel,
 }
+MEAN = "mean of weights and buffers"
 AVERAGES: dict[str, Any] = {
     "none": None,
-    "mean of weights and buffers": lambda model: AveragedModel(model, use_buffers=True),
+    MEAN: lambda model: AveragedModel(model, use_buffers=True),
     "EMA": lambda model: AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9)),
 }
 
@@ -90,7 +91,9 @@ def bits(state: dict[str, Any]) -> dict[Any, bytes]:
     return {**found, **{path: repr(value).encode() for path, value in flat.values.items()}}
 
 
-@pytest.mark.parametrize("average", AVERAGES)
+@pytest.mark.parametrize(
+    "average", ["none", "EMA", pytest.param("mean of weights and buffers", marks=pytest.mark.long)]
+)
 def test_a_checkpoint_of_any_wrapping_loads_into_any_other_and_training_goes_on_equal(average: str) -> None:
     begun = make("bare", average)
     train(begun, 0, 3)

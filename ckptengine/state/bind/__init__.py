@@ -7,8 +7,8 @@ from typing import Any
 
 from ckptengine.errors import LoadMismatchError, StateError
 from ckptengine.schema.type_name import describe_type
-from ckptengine.state.bind.base import Same
 from ckptengine.state.bind.walk import Binder
+from ckptengine.state.bind.work import Same
 from ckptengine.state.binding import Binding, Read
 from ckptengine.state.rename import Rename
 from ckptengine.state.report import LoadReport
@@ -65,15 +65,7 @@ def match(
     if not isinstance(state, Mapping):
         raise StateError(f"the state is {describe_type(state)}; pass a dict such as {{'model': model}}")
     binder = Binder(state, saved, rank, world_size, Selection(only), rename, cast, strict)
-    try:
-        binder.walk(state)
-        binder.separate(same or (lambda reads, tied: False))
-        report = binder.report()
-        binder.memory.keep(frozenset(report.loaded))
-    except BaseException:
-        binder.memory.take_back()
-        raise
-    return Binding(binder.reads, report, binder.actions, binder.promise(), binder.left(), binder.memory.take_back)
+    return binder.binding(same or (lambda reads, tied: False))
 
 
 def nothing_fits(binding: Binding) -> bool:
@@ -87,15 +79,15 @@ def check_fit(binding: Binding, strict: bool) -> None:
     report = binding.report
     if strict and not report.complete:
         raise LoadMismatchError(
-            "the checkpoint and the state don't fit\n"
+            "the checkpoint and the state don't match\n"
             + "\n".join(report.problem_lines())
             + "\n(`strict=False` loads what fits; `rename` maps names, `cast=True` allows other dtypes)",
             report,
         )
     if not report.complete and nothing_fits(binding):
         raise LoadMismatchError(
-            "nothing of the checkpoint fits the state\n"
+            "nothing in the checkpoint matches the state\n"
             + "\n".join(report.problem_lines())
-            + "\n(is it the checkpoint of another model? `rename` maps names, `only` says what to load)",
+            + "\n(is it the checkpoint of another model? `rename` maps names, `only` selects what to load)",
             report,
         )

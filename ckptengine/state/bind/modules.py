@@ -10,9 +10,9 @@ from ckptengine.errors import LoadMismatchError
 from ckptengine.frameworks.adapter import Adapter, ModuleEntry
 from ckptengine.schema.path import Path, dotted
 from ckptengine.schema.type_name import describe_type
-from ckptengine.state.bind.base import FRAMEWORK
 from ckptengine.state.bind.objects import hand_over
 from ckptengine.state.bind.tensors import TensorBinder
+from ckptengine.state.bind.work import FRAMEWORK
 from ckptengine.state.saved import Node, SavedArray
 
 __all__ = ["ModuleBinder"]
@@ -25,8 +25,8 @@ class ModuleBinder(TensorBinder):
 
     def _bind_module(self, module: Any, adapter: Adapter, path: Path, node: Node | None, per_rank: bool) -> None:
         loading = adapter.module_loading(module)
-        if self._taken is None:  # else the module lies in an object that is being built
-            self._made = {}
+        if self._work.taken is None:  # else the module lies in an object that is being built
+            self._work.made = {}
         handed: dict[str, Any] = {}
         names = set()
         for entry in self._inspector.entries(module, adapter, path):
@@ -38,20 +38,20 @@ class ModuleBinder(TensorBinder):
             elif self._selection.holds(where):
                 if child is None:
                     if entry.added and node is not None and _has_others(node, entry.name):
-                        self._act(FRAMEWORK, functools.partial(_tell_added, where, entry.value))
+                        self._work.act(FRAMEWORK, functools.partial(_tell_added, where, entry.value))
                     else:
                         self._absent(where, per_rank)
                     continue
                 handed[entry.key] = self._rebuild_item(child, where, None if entry.live else entry.value, None)
-                self._loaded.append(dotted(where))
+                self._found.loaded.append(dotted(where))
         for name, child in () if node is None else node.children.items():
             # What such code makes when it is loaded; other code, and no code, would not take it.
             if name not in names and _owner(str(name)) in (loading or ()) and self._selection.holds((*path, name)):
                 handed[str(name)] = self._rebuild(child, (*path, name))
-                self._loaded.append(dotted((*path, name)))
+                self._found.loaded.append(dotted((*path, name)))
         if handed or (loading is not None and node is not None and self._selection.reaches(path)):
-            call = functools.partial(_load, adapter, module, path, self._strict)
-            self._act(FRAMEWORK, functools.partial(hand_over, module, handed, path, call))
+            call = functools.partial(_load, adapter, module, path, self._options.strict)
+            self._work.act(FRAMEWORK, functools.partial(hand_over, module, handed, path, call))
 
 
 def _adapts(entry: ModuleEntry, node: Node, loading: frozenset[str] | None) -> bool:
@@ -86,7 +86,7 @@ def _load(adapter: Adapter, module: Any, path: Path, strict: bool, handed: dict[
         if strict:
             raise
         _log.warning(
-            "%s: %s refused some of what was saved, which stays as it is: %s", dotted(path), type(module), error
+            "%s: %s refused some of the saved values, so its own values stay: %s", dotted(path), type(module), error
         )
         return
     if not refused:

@@ -10,8 +10,8 @@ from ckptengine.errors import CheckpointError, LoadMismatchError
 from ckptengine.frameworks.adapter import Adapter
 from ckptengine.schema.path import Path, dotted
 from ckptengine.schema.type_name import describe_type
-from ckptengine.state.bind.base import OBJECTS, SET
 from ckptengine.state.bind.tensors import TensorBinder
+from ckptengine.state.bind.work import OBJECTS, SET
 from ckptengine.state.kinds import Kind
 from ckptengine.state.nested import per_rank_items, replace_contents, take_out
 from ckptengine.state.per_rank import PerRank
@@ -32,24 +32,28 @@ class ObjectBinder(TensorBinder):
             return
         current = self._inspector.asked.state_of(target, path)
         inner = [] if per_rank else list(per_rank_items(current, ()))
-        if node is None and not (inner and self._own.find(path)):
+        if node is None and not (inner and self._source.own.find(path)):
             self._absent(path, per_rank)
             return
-        places = with_places(self._saved, node, path, (keys for keys, _ in inner), self._rename) if inner else node
+        places = (
+            with_places(self._source.saved, node, path, (keys for keys, _ in inner), self._source.rename)
+            if inner
+            else node
+        )
         if places is not None and self._another_class(target, path, places):
             return
-        self.built[path], self.before[path] = target, current
+        self._rebuilt.objects[path], self._rebuilt.before[path] = target, current
         if inner and inner[0][0] == ():  # all of its state is the rank's own
             self._bind_per_rank(inner[0][1], path, node)
-            self._act(OBJECTS, functools.partial(_hand_over_own, target, inner[0][1], path, call))
+            self._work.act(OBJECTS, functools.partial(_hand_over_own, target, inner[0][1], path, call))
             return
         rebuilt: Any = {} if places is None else self._rebuild(places, path, current)
-        self._loaded.append(dotted(path))
+        self._found.loaded.append(dotted(path))
         for keys, holder in inner:
             self._bind_per_rank(holder, (*path, *keys), None if node is None else node.find(keys))
         if inner:
-            self._act(SET, functools.partial(take_out, rebuilt))
-        self._act(OBJECTS, functools.partial(hand_over, target, rebuilt, path, call))
+            self._work.act(SET, functools.partial(take_out, rebuilt))
+        self._work.act(OBJECTS, functools.partial(hand_over, target, rebuilt, path, call))
 
     def _bind_loader(self, loader: Any, adapter: Adapter, path: Path, own: Node | None) -> None:
         """As an object in a PerRank; but its state is not asked for, which would start its workers."""
@@ -57,51 +61,55 @@ class ObjectBinder(TensorBinder):
             self._selection.refuse_part(path)
         elif own is None:
             self._absent(path, per_rank=True)
-        elif reason := adapter.loader_mismatch(loader, own.plain_values(), self._saved.world_size, self._world_size):
+        elif reason := adapter.loader_mismatch(
+            loader, own.plain_values(), self._source.saved.world_size, self._options.world_size
+        ):
             self._mismatch(path, reason, own)
         else:
             rebuilt = self._rebuild(own, path)
-            self.derived.append(path)  # it is not asked for its state, so nobody can say what it is now
-            self._loaded.append(dotted(path))
-            self._act(OBJECTS, functools.partial(loader.load_state_dict, rebuilt))
+            self._rebuilt.derived.append(path)  # it is not asked for its state, so nobody can say what it is now
+            self._found.loaded.append(dotted(path))
+            self._work.act(OBJECTS, functools.partial(loader.load_state_dict, rebuilt))
 
     def _bind_per_rank(self, target: PerRank, path: Path, shared: Node | None) -> None:
-        own = self._own.find(path)
+        own = self._source.own.find(path)
         put = functools.partial(setattr, target, "value")
         if own is None:
             self._bind(target.value, put, path, shared, per_rank=True)
-        elif not self._resized and target.ranks is None:
+        elif not self._source.resized and target.ranks is None:
             self._bind(target.value, put, path, own, per_rank=True)
         elif self._selection.holds(path):
             self._resize(target, path, own)
 
     def _resize(self, target: PerRank, path: Path, own: Node) -> None:
-        saved_size = self._saved.world_size
+        saved_size = self._source.saved.world_size
         kind, adapter = self._inspector.kind(target.value, path)
         if target.resize is None or kind is Kind.OPTIMIZER:
             hint = "an optimizer can't be resized"
             if target.resize is None:
                 hint = "pass PerRank(value, resize=...) to say what becomes of it"
-            reason = f"saved per rank by {saved_size} ranks, loaded by {self._world_size}"
+            reason = f"saved per rank by {saved_size} ranks, loaded by {self._options.world_size}"
             self._mismatch(path, f"{reason}; {hint}", own)
             return
         own.use()
-        self.derived.append(path)
-        mine = 0 if self._resized else self._rank
+        self._rebuilt.derived.append(path)
+        mine = 0 if self._source.resized else self._options.rank
         ranks = range(saved_size)
-        wanted = ranks if target.ranks is None else target.ranks(saved_size, self._rank, self._world_size)
+        wanted = (
+            ranks if target.ranks is None else target.ranks(saved_size, self._options.rank, self._options.world_size)
+        )
         values = []
         for rank in wanted:
             if rank not in ranks:
                 raise ValueError(f"{dotted(path)}: PerRank's `ranks` asks for rank {rank} of {saved_size} that saved")
-            node = own if rank == mine else own_tree(self._saved, rank, self._rename).find(path)
+            node = own if rank == mine else own_tree(self._source.saved, rank, self._source.rename).find(path)
             values.append(None if node is None else self._rebuild(node, path))
-        self._loaded.append(dotted(path))
-        self._act(SET, functools.partial(self._set_resized, target, values, kind, adapter, path))
+        self._found.loaded.append(dotted(path))
+        self._work.act(SET, functools.partial(self._set_resized, target, values, kind, adapter, path))
 
     def _set_resized(self, target: PerRank, values: list[Any], kind: Kind, adapter: Adapter | None, path: Path) -> None:
         assert target.resize is not None
-        new = target.resize(values, self._rank, self._world_size)
+        new = target.resize(values, self._options.rank, self._options.world_size)
         if kind is Kind.MODULE and adapter is not None:
             keys = {entry.name: entry.key for entry in self._inspector.entries(target.value, adapter, path)}
             adapter.load_module(target.value, {keys[name]: item for name, item in new.items()})

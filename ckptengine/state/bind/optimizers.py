@@ -9,10 +9,10 @@ from typing import Any
 from ckptengine.frameworks.adapter import Adapter
 from ckptengine.schema.path import Path, dotted
 from ckptengine.state.bind.adopt import adopt
-from ckptengine.state.bind.base import FRAMEWORK
 from ckptengine.state.bind.groups import regroup
 from ckptengine.state.bind.objects import hand_over
 from ckptengine.state.bind.tensors import Maker, TensorBinder, of_kind
+from ckptengine.state.bind.work import FRAMEWORK
 from ckptengine.state.cut import Cut, state_cuts
 from ckptengine.state.kinds import optimizer_names
 from ckptengine.state.moments import Moments
@@ -40,8 +40,8 @@ class OptimizerBinder(TensorBinder):
         if self._selection.reaches(path):
             if self._another_class(adapter.bare_optimizer(optimizer), path, node):
                 return
-            self.built[path] = adapter.bare_optimizer(optimizer)
-            self.optimizers.add(path)
+            self._rebuilt.objects[path] = adapter.bare_optimizer(optimizer)
+            self._rebuilt.optimizers.add(path)
             if node.cls is None:
                 self._adopted |= adopt(node, names)
             if not self._regroup(node, path, names, per_rank):
@@ -51,7 +51,7 @@ class OptimizerBinder(TensorBinder):
         by_name = {self._parameter_name(str(key)): child for key, child in saved_state.children.items()}
         self._add_own_states(groups, names, (*path, "state"), by_name)
         elsewhere = adapter.states_elsewhere(optimizer, [p for group in groups for p in group["params"]])
-        moments = self._declared.moments(
+        moments = self._inspector.declared.moments(
             (p, adapter.optimizer_state(optimizer, p)) for group in groups for p in group["params"]
         )
         stored = self._stored_moments(by_name)
@@ -59,10 +59,10 @@ class OptimizerBinder(TensorBinder):
             for parameter, name in zip(group["params"], group_names, strict=True):
                 where = (*path, "state", name)
                 current = adapter.optimizer_state(optimizer, parameter)
-                self._declared.add_state(parameter, current, where, moments)
+                self._inspector.declared.add_state(parameter, current, where, moments)
                 child = by_name.get(name)
                 # Older checkpoints do not tell an empty state from none.
-                if child is None and not (current or (current is not None and self._tells_empty)):
+                if child is None and not (current or (current is not None and self._source.tells_empty)):
                     continue
                 if not self._selection.holds(where):
                     continue
@@ -75,12 +75,12 @@ class OptimizerBinder(TensorBinder):
                 if child is not None:
                     new = self._bind_parameter_state(adapter, group, parameter, current or {}, where, child, stored)
                 setting = functools.partial(adapter.set_optimizer_state, optimizer, parameter, new)
-                self._act(FRAMEWORK, setting)
-        self._act(FRAMEWORK, functools.partial(adapter.finish_states, optimizer, groups, (*path, "state")))
+                self._work.act(FRAMEWORK, setting)
+        self._work.act(FRAMEWORK, functools.partial(adapter.finish_states, optimizer, groups, (*path, "state")))
         self._bind_groups(adapter, groups, names, (*path, "param_groups"), node.child("param_groups"), per_rank)
         if adapter.loads_itself(optimizer):
             call = functools.partial(adapter.hand_over, optimizer)
-            self._act(FRAMEWORK, functools.partial(hand_over, optimizer, None, path, call))
+            self._work.act(FRAMEWORK, functools.partial(hand_over, optimizer, None, path, call))
 
     def _regroup(self, node: Node, path: Path, names: list[list[str]], per_rank: bool) -> bool:
         """Make of the saved groups those that are here; whether that can be done. Else it is noted.
@@ -89,20 +89,20 @@ class OptimizerBinder(TensorBinder):
         """
         if per_rank or not self._selection.holds((*path, GROUPS)):
             return True
-        apart = self._world_size > 1 or self._saved.world_size > 1
+        apart = self._options.world_size > 1 or self._source.saved.world_size > 1
         regrouped = regroup(node, names, self._parameter_name, apart)
         if regrouped.reason is not None:
             self._mismatch((*path, GROUPS), regrouped.reason, node)
             return False
-        self._dropped += [((*path, GROUPS, *keys), one) for keys, one in regrouped.dropped]
+        self._source.dropped += [((*path, GROUPS, *keys), one) for keys, one in regrouped.dropped]
         if regrouped.taken is not None:
-            self._regrouped[*path, GROUPS] = regrouped.taken
+            self._source.regrouped[*path, GROUPS] = regrouped.taken
         return True
 
     def _is_elsewhere(self, path: Path, node: Node | None, parameter: Any) -> None:
         """Note that other ranks have what the checkpoint has here; where none takes it, it is unexpected."""
-        self.elsewhere.append(path)
-        if node is not None and 0 in self._declared.shape_of(parameter):  # no rank has anything of it
+        self._found.elsewhere.append(path)
+        if node is not None and 0 in self._inspector.declared.shape_of(parameter):  # no rank has anything of it
             node.use()
 
     def _add_own_states(
@@ -111,7 +111,7 @@ class OptimizerBinder(TensorBinder):
         """Take what the checkpoint has of the states of parameters of which each rank has its own."""
         for group, group_names in zip(groups, names, strict=True):
             for parameter, name in zip(group["params"], group_names, strict=True):
-                if self._declared.is_own(parameter):
+                if self._inspector.declared.is_own(parameter):
                     own = self._own_of((*path, name), by_name.get(name))
                     if own is not None:
                         by_name[name] = own
@@ -121,11 +121,11 @@ class OptimizerBinder(TensorBinder):
 
         The checkpoint says the shape of that parameter, whatever the shapes of its state; only old ones may not.
         """
-        here = self._declared.shape_of(parameter)
-        told = self._saved_shapes.get(name)
+        here = self._inspector.declared.shape_of(parameter)
+        told = self._source.shapes.get(name)
         if name in self._adopted:  # by number: the model's tensor of that name may be another parameter's
             told = _common_shape(node)
-        live = {key: self._declared.shape_of(one) for key, one in current.items() if hasattr(one, "shape")}
+        live = {key: self._inspector.declared.shape_of(one) for key, one in current.items() if hasattr(one, "shape")}
         saved = node.parameter_shape or told or _shape_by_state(here, live, node)
         if saved == here:
             return False
@@ -156,7 +156,7 @@ class OptimizerBinder(TensorBinder):
 
         def noted(array: Any, where: Path) -> Any:
             if cut := cuts.get(where[len(path) :]):
-                self._declared.note(array, cut, where)
+                self._inspector.declared.note(array, cut, where)
             return array
 
         def make(entry: SavedArray, where: Path) -> Any:
@@ -171,30 +171,30 @@ class OptimizerBinder(TensorBinder):
             entry = child.entry
             if not isinstance(entry, SavedArray):
                 state[str(key)] = self._rebuild(child, where, current.get(str(key)), Maker(make, parameter))
-                self._loaded.append(dotted(where))
+                self._found.loaded.append(dotted(where))
                 continue
             tensor = current.get(str(key))
             if tensor is None or not adapter.is_tensor(tensor) or adapter.is_wrapped(tensor):
-                made = self._made.get((entry.path, entry.rank))
+                made = self._work.made.get((entry.path, entry.rank))
                 tensor = made[0] if made else new(entry, where)
             tensor = noted(of_kind(fitting(tensor, entry, where), entry, where), where)
             state[str(key)] = tensor
-            self._made.setdefault((entry.path, entry.rank), []).append(tensor)
+            self._work.made.setdefault((entry.path, entry.rank), []).append(tensor)
             self._bind_tensor(tensor, adapter, where, child, per_rank=entry.rank is not None)
         return state
 
     def _stored_moments(self, states: Mapping[str, Node]) -> Moments:
         """Return what is known of the states that the checkpoint has, by the names of parameters."""
-        if not self._declared:
+        if not self._inspector.declared:
             return Moments()
-        shapes = {name: node.parameter_shape or self._saved_shapes.get(name) for name, node in states.items()}
-        return self._declared.stored_moments(
+        shapes = {name: node.parameter_shape or self._source.shapes.get(name) for name, node in states.items()}
+        return self._inspector.declared.stored_moments(
             (shape, _array_shapes(states[name])) for name, shape in shapes.items() if shape is not None
         )
 
     def _state_cuts(self, parameter: Any, path: Path, node: Node, moments: Moments) -> dict[Path, Cut]:
         """Return how the arrays that the checkpoint has of a parameter's state are cut here, by their keys."""
-        cut = self._declared.cut_of(parameter)
+        cut = self._inspector.declared.cut_of(parameter)
         if cut is None:
             return {}
         return state_cuts(cut, _array_shapes(node), path, stored=True, moments=moments)
@@ -224,8 +224,10 @@ class OptimizerBinder(TensorBinder):
                 holds = adapter.is_tensor(tensor) and type(value) in (int, float)
                 if holds and told.setdefault(id(tensor), value) != value:
                     # Groups share one tensor, and have different numbers in the checkpoint: one of its own.
-                    self._act(FRAMEWORK, functools.partial(_give_own, adapter, group, key))
-                self._act(FRAMEWORK, functools.partial(adapter.set_hyperparameter, group, key, value, self._may_cast))
+                    self._work.act(FRAMEWORK, functools.partial(_give_own, adapter, group, key))
+                self._work.act(
+                    FRAMEWORK, functools.partial(adapter.set_hyperparameter, group, key, value, self._options.cast)
+                )
 
     def _rebuild_groups(
         self,
@@ -240,16 +242,16 @@ class OptimizerBinder(TensorBinder):
 
         Then nothing of them is read, and what `optimizer` has is a mismatch.
         """
-        reads, actions, cast = len(self.reads), len(self.actions), len(self._cast)
+        reads, actions, cast = len(self._work.reads), len(self._work.actions), len(self._found.cast)
         saved: list[dict[str, Any]] = self._rebuild(node, path, groups)
         reason = self._groups_differ(adapter, saved, names, groups)
         if reason is not None:
-            del self.reads[reads:], self.actions[actions:], self._cast[cast:]
-            self._made = {}
-            self._converted = {number: one for number, one in self._converted.items() if number < reads}
+            del self._work.reads[reads:], self._work.actions[actions:], self._found.cast[cast:]
+            self._work.made = {}
+            self._work.converted = {number: one for number, one in self._work.converted.items() if number < reads}
             self._mismatch(path, reason, optimizer)
             return None
-        self._loaded.append(dotted(path))
+        self._found.loaded.append(dotted(path))
         return saved
 
     def _groups_differ(

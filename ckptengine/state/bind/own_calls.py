@@ -7,10 +7,10 @@ from typing import Any
 
 from ckptengine.frameworks.adapter import Adapter
 from ckptengine.schema.path import Path, dotted
-from ckptengine.state.bind.base import FRAMEWORK
 from ckptengine.state.bind.modules import ModuleBinder
 from ckptengine.state.bind.objects import ObjectBinder, hand_over
 from ckptengine.state.bind.optimizers import OptimizerBinder
+from ckptengine.state.bind.work import FRAMEWORK
 from ckptengine.state.kinds import optimizer_names
 from ckptengine.state.own_state import GROUPS, STATE, numbered, numbers_of, parts_of
 from ckptengine.state.saved import Node, SavedValue
@@ -61,8 +61,8 @@ class OwnCallsBinder(ObjectBinder, OptimizerBinder, ModuleBinder):
         node = self._as_a_whole(path, node, per_rank)
         if node is None or self._another_class(optimizer, path, node):
             return
-        self.built[path], self.before[path] = optimizer, current
-        self.optimizers.add(path)
+        self._rebuilt.objects[path], self._rebuilt.before[path] = optimizer, current
+        self._rebuilt.optimizers.add(path)
         names = optimizer_names(groups, self._names)
         if not self._regroup(node, path, names, per_rank):
             return
@@ -78,11 +78,11 @@ class OwnCallsBinder(ObjectBinder, OptimizerBinder, ModuleBinder):
         for key, child in node.children.items():
             if key not in (STATE, GROUPS):
                 handed[key] = self._rebuild_item(child, (*path, key), current.get(key), None)
-                self._loaded.append(dotted((*path, key)))
+                self._found.loaded.append(dotted((*path, key)))
         for key in current:
             if key not in handed:
                 self._absent((*path, key), per_rank)
-        self._act(FRAMEWORK, functools.partial(hand_over, optimizer, handed, path, call))
+        self._work.act(FRAMEWORK, functools.partial(hand_over, optimizer, handed, path, call))
 
     def _own_groups(
         self,
@@ -115,7 +115,7 @@ class OwnCallsBinder(ObjectBinder, OptimizerBinder, ModuleBinder):
         whole.used = True  # where no parameter had arrays it is one plain value
         saved = _spelled_out(whole)
         by_name = {self._parameter_name(str(key)): (key, child) for key, child in saved.children.items()}
-        moments = self._declared.moments((p, current.get(number)) for p, number in numbered(groups))
+        moments = self._inspector.declared.moments((p, current.get(number)) for p, number in numbered(groups))
         stored = self._stored_moments({name: _spelled_out(child) for name, (_, child) in by_name.items()})
         states: dict[Any, Any] = {}
         number_of: dict[Any, Any] = {}
@@ -124,7 +124,7 @@ class OwnCallsBinder(ObjectBinder, OptimizerBinder, ModuleBinder):
                 where = (*path, STATE, name)
                 key, child = by_name.pop(name, (name, None))
                 here = current.get(number, {})
-                self._declared.add_state(parameter, here, where, moments)
+                self._inspector.declared.add_state(parameter, here, where, moments)
                 if child is None or self._state_differs(parameter, name, where, child, here):
                     continue
                 inner = _spelled_out(child)
@@ -132,13 +132,15 @@ class OwnCallsBinder(ObjectBinder, OptimizerBinder, ModuleBinder):
                 number_of[key] = number
                 if child.entry is not None:  # plain values, or none: the parameter is known, and has nothing yet
                     child.used = True
-                    self._loaded.append(dotted(where))
+                    self._found.loaded.append(dotted(where))
         # Those of other ranks, too: their states are theirs.
         of_parameters = {self._parameter_name(str(name)) for group in packed for name in group["params"]}
-        of_parameters |= {self._parameter_name(one.name) for one in self._members if one.groups == (*path, GROUPS)}
+        of_parameters |= {
+            self._parameter_name(one.name) for one in self._source.members if one.groups == (*path, GROUPS)
+        }
         for name, (key, child) in by_name.items():
             if name not in of_parameters:
                 states[key] = self._rebuild(child, (*path, STATE, key), current.get(key))
-                self._loaded.append(dotted((*path, STATE, key)))
+                self._found.loaded.append(dotted((*path, STATE, key)))
         order = [number_of.get(key, key) for key in saved.children]
         return {key: states[key] for key in order if key in states}

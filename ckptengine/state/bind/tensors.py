@@ -20,8 +20,9 @@ from ckptengine.schema.dtypes import DTYPES
 from ckptengine.schema.leaf import ArrayLeaf, Part, Placement
 from ckptengine.schema.path import Path, dotted
 from ckptengine.schema.type_name import describe_type
-from ckptengine.state.bind.base import CONVERT, SET, BinderBase, Put
+from ckptengine.state.bind.base import BinderBase, Put
 from ckptengine.state.bind.live import is_optimizer_state, live_tensors
+from ckptengine.state.bind.work import SET
 from ckptengine.state.binding import Read
 from ckptengine.state.classes import unknown_member
 from ckptengine.state.cut import convert_cut
@@ -60,48 +61,48 @@ class TensorBinder(BinderBase):
         if adapter.is_wrapped(tensor):
             self._bind_wrapped(tensor, adapter, path, node, per_rank)
             return
-        if self._declared.is_own(tensor) and not per_rank:
+        if self._inspector.declared.is_own(tensor) and not per_rank:
             node, per_rank = self._own_of(path, node), True
-            if node is None and self._own.find(path) is not None:
+            if node is None and self._source.own.find(path) is not None:
                 return
         view = self._view_to_fill(tensor, adapter, path, node)
         if node is None:
-            self._lacks_arrays = True
+            self._found.lacks_arrays = True
             self._absent(path, per_rank, view.identity)
         elif not isinstance(node.entry, SavedArray):
             self._mismatch(path, f"a tensor here, {node.description} in the checkpoint", node)
         elif self._is_filled(view, node.entry):
             node.use()  # tied: one of its names has brought the bytes
-            self._loaded.append(dotted(path))
+            self._found.loaded.append(dotted(path))
             if view.dtype != node.entry.leaf.dtype:
-                self._cast.append(path)
+                self._found.cast.append(path)
         elif reason := self._differs(view, node.entry, tensor):
-            self._lacks_arrays = True
+            self._found.lacks_arrays = True
             self._mismatch(path, reason, node)
         else:
             node.use()
-            self._loaded.append(dotted(path))
-            number = len(self.reads)
+            self._found.loaded.append(dotted(path))
+            number = len(self._work.reads)
             self._read(tensor, adapter, view, node.entry, path)
-            if view.identity is not None and (first := self._filled.setdefault(view.identity, number)) != number:
-                self._ties.append((first, number))  # whether both bring the same is seen before anything is read
+            if view.identity is not None and (first := self._work.filled.setdefault(view.identity, number)) != number:
+                self._work.ties.append((first, number))  # whether both bring the same is seen before anything is read
 
     def _view_to_fill(self, tensor: Any, adapter: Adapter, path: Path, node: Node | None) -> TensorView:
         """Return a tensor's view; without parts where it has no memory and nothing fits it."""
         dtype = None if isinstance(tensor, ShardedArray) else adapter.dtype_without_memory(tensor)
         if dtype is not None:
-            view = TensorView(dtype, self._declared.shape_of(tensor), Placement.REPLICATED, (), None)
+            view = TensorView(dtype, self._inspector.declared.shape_of(tensor), Placement.REPLICATED, (), None)
             entry = None if node is None else node.entry
             if not isinstance(entry, SavedArray) or self._differs(view, entry, tensor) is not None:
-                self._left_without_memory.add(path)
+                self._found.without_memory.add(path)
                 return view
         return self._target_view(tensor, adapter, path)
 
     def _is_filled(self, view: TensorView, entry: SavedArray) -> bool:
         """Whether the very same array of the checkpoint is read into a memory under another name."""
-        if view.identity is None or view.identity not in self._filled:
+        if view.identity is None or view.identity not in self._work.filled:
             return False
-        read = self.reads[self._filled[view.identity]]
+        read = self._work.reads[self._work.filled[view.identity]]
         return (read.path, read.rank) == (entry.path, entry.rank)
 
     def _bind_wrapped(self, tensor: Any, adapter: Adapter, path: Path, node: Node | None, per_rank: bool) -> None:
@@ -121,7 +122,7 @@ class TensorBinder(BinderBase):
             self._mismatch(path, f"a {kind}: {'; '.join(different)}", node)
             return
         node.children[ABOUT].used = True
-        self._loaded.append(dotted(where))
+        self._found.loaded.append(dotted(where))
         for name, item in inner.items():
             self._bind_tensor(item, adapter, (*path, name), node.child(name), per_rank)
 
@@ -153,29 +154,29 @@ class TensorBinder(BinderBase):
 
     def _own_of(self, path: Path, shared: Node | None) -> Node | None:
         """Return what the checkpoint has for a tensor that each rank has its own of, None where that does not fit."""
-        own = self._own.find(path)
-        if own is None or not self._resized:
+        own = self._source.own.find(path)
+        if own is None or not self._source.resized:
             return shared if own is None else own
-        ranks = f"saved per rank by {self._saved.world_size} ranks, loaded by {self._world_size}"
+        ranks = f"saved per rank by {self._source.saved.world_size} ranks, loaded by {self._options.world_size}"
         self._mismatch(path, f"{ranks}; it is declared as ce.PerRank, which holds for the same number of ranks", own)
         return None
 
     def _differs(self, view: TensorView, entry: SavedArray, tensor: Any) -> str | None:
-        leaf, cut = entry.leaf, self._declared.cut_of(tensor)
+        leaf, cut, rank = entry.leaf, self._inspector.declared.cut_of(tensor), self._options.rank
         if view.shape != leaf.shape and cut is not None:
             return (
-                f"shape {view.shape} here, {leaf.shape} in the checkpoint; rank {self._rank} has {cut.local}, declared "
+                f"shape {view.shape} here, {leaf.shape} in the checkpoint; rank {rank} has {cut.local}, declared "
                 f"as {cut.about}: check dim, group and parts of its ce.Shard"
             )
         if view.shape != leaf.shape:
             return f"shape {view.shape} here, {leaf.shape} in the checkpoint"
         other = None if cut is None else cut.other_parts(entry.spread)
         if other is not None:
-            return f"{other}; rank {self._rank} declares {cut.about if cut else ''}: check parts of its ce.Shard"
+            return f"{other}; rank {rank} declares {cut.about if cut else ''}: check parts of its ce.Shard"
         if view.dtype == leaf.dtype:
             return None
         reason = f"dtype {view.dtype} here, {leaf.dtype} in the checkpoint"
-        if not self._may_cast:
+        if not self._options.cast:
             return reason
         to_real = leaf.dtype.startswith("complex") and not view.dtype.startswith("complex")
         impossible = to_real or not _BITS_ONLY.isdisjoint({view.dtype, leaf.dtype})
@@ -184,19 +185,18 @@ class TensorBinder(BinderBase):
     def _read(self, tensor: Any, adapter: Adapter, view: TensorView, entry: SavedArray, path: Path) -> None:
         parts = view.parts
         if view.dtype != entry.leaf.dtype:
-            self._cast.append(path)
+            self._found.cast.append(path)
             buffers = [np.empty(part.box.shape, DTYPES[entry.leaf.dtype].numpy) for part in parts]
             memories = [_host_parts(buffer, path)[0].memory for buffer in buffers]
             parts = tuple(Part(part.box, memory) for part, memory in zip(parts, memories, strict=True))
             target = tensor.local if isinstance(tensor, ShardedArray) else tensor
-            cut, convert = self._declared.cut_of(tensor), adapter.convert
+            cut, convert = self._inspector.declared.cut_of(tensor), adapter.convert
             if cut is not None:
                 convert = functools.partial(convert_cut, cut, adapter, path)
-            self._act(CONVERT, functools.partial(convert, target, buffers, entry.leaf.dtype))
             memory = ArrayLeaf(path, view.dtype, view.shape, view.placement, view.parts, adapter.name)
-            self._converted[len(self.reads)] = memory, self.actions[-1]
+            self._work.convert(functools.partial(convert, target, buffers, entry.leaf.dtype), memory)
         leaf = ArrayLeaf(path, entry.leaf.dtype, view.shape, view.placement, parts, adapter.name)
-        self.reads.append(Read(entry.path, entry.rank, leaf, (tensor, view) if parts is view.parts else None))
+        self._work.reads.append(Read(entry.path, entry.rank, leaf, (tensor, view) if parts is view.parts else None))
 
     def _fresh(self, entry: SavedArray, path: Path) -> Any:
         """Return a new array of the framework that the leaf came from, numpy's where that isn't imported.
@@ -212,7 +212,7 @@ class TensorBinder(BinderBase):
         array = None
         if was_spread or any(path[:depth] in self._optimizer_states for depth in range(len(path))):
             array = self._spread(adapter, path, dtype, shape)
-            if array is None and was_spread and self._world_size > 1:
+            if array is None and was_spread and self._options.world_size > 1:
                 raise LoadMismatchError(
                     f"{dotted(path)}: was spread over the ranks when it was saved, and nothing in the state tells how "
                     "to spread it now. Pass the model in the same state, and the optimizer itself, not its "
@@ -246,13 +246,13 @@ class TensorBinder(BinderBase):
         if node.holds_arrays and not placeholder:
             self._mismatch(path, f"{describe_type(value)} here, {node.description} in the checkpoint", node)
             return
-        self._made = {}
+        self._work.made = {}
         new = self._rebuild(node, path)
-        self._loaded.append(dotted(path))
+        self._found.loaded.append(dotted(path))
         if _may_take(value, new):
-            self._act(SET, functools.partial(replace_contents, value, new))
+            self._work.act(SET, functools.partial(replace_contents, value, new))
         elif put is not None:
-            self._act(SET, functools.partial(put, new))
+            self._work.act(SET, functools.partial(put, new))
         elif node.holds_arrays or digest(encode(value, path)) != digest(encode(new, path)):
             raise StateError(
                 f"{dotted(path)}: the {describe_type(value)} lies in a tuple or another container that can't "
@@ -338,7 +338,7 @@ class TensorBinder(BinderBase):
 
     def _rebuild_array(self, entry: SavedArray, path: Path, like: Any, make: Maker) -> Any:
         """Return a fitting array of `like`, or a new one, to be filled; a parameter where one was saved."""
-        made = self._made.setdefault((entry.path, entry.rank), [])
+        made = self._work.made.setdefault((entry.path, entry.rank), [])
         for array in made:  # another name of what was one tensor: it is one again
             if of_kind(array, entry, path) is array:
                 return array
@@ -368,9 +368,9 @@ class TensorBinder(BinderBase):
 
     def _as_cut(self, new: Any, like: Any, path: Path) -> Any:
         """Return a tensor that takes another's place, and is cut as that is."""
-        cut = self._declared.cut_of(like)
+        cut = self._inspector.declared.cut_of(like)
         if cut is not None and new is not like:
-            self._declared.note(new, cut, path)
+            self._inspector.declared.note(new, cut, path)
         return new
 
     def _rebuild_like(self, like: Any, adapter: Adapter, view: TensorView, entry: SavedArray, path: Path) -> Any:
@@ -380,24 +380,24 @@ class TensorBinder(BinderBase):
         become a copy. It may stay tied to a leaf that is read from the same array of the checkpoint.
         """
         if entry.leaf.placement is Placement.SHARDED and view.placement is not Placement.SHARDED:
-            self.given.add(path)
+            self._rebuilt.given.add(path)
         if entry.told and not in_order(view, entry.order):
             like = self._as_cut(of_kind(_new_like(like, adapter, entry.order), entry, path), like, path)
             view = self._target_view(like, adapter, path)
-        if self._taken is None:
+        if self._work.taken is None:
             self._read(like, adapter, view, entry, path)
             return like
         leaf = ArrayLeaf(path, view.dtype, view.shape, view.placement, view.parts, adapter.name)
         found = extents(leaf)
-        for number in self._taken.meeting(found):
-            read = self.reads[number]
+        for number in self._work.taken.meeting(found):
+            read = self._work.reads[number]
             if (read.path, read.rank) == (entry.path, entry.rank) and list(read.places) == found:
                 return like
             like = self._as_cut(of_kind(_new_like(like, adapter, entry.order), entry, path), like, path)
             view = self._target_view(like, adapter, path)
             found = extents(ArrayLeaf(path, view.dtype, view.shape, view.placement, view.parts, adapter.name))
             break
-        self._taken.add(len(self.reads), found)
+        self._work.taken.add(len(self._work.reads), found)
         self._read(like, adapter, view, entry, path)
         return like
 

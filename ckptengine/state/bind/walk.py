@@ -13,12 +13,13 @@ from typing import Any
 from ckptengine.frameworks.registry import adapter_of_loader
 from ckptengine.schema.path import Path, dotted
 from ckptengine.schema.type_name import describe_type
-from ckptengine.state.bind.base import SET, Put
+from ckptengine.state.bind.base import Put
 from ckptengine.state.bind.live import is_optimizer_state
 from ckptengine.state.bind.own_calls import OwnCallsBinder, has_own_names
-from ckptengine.state.extents import Taken, extents
+from ckptengine.state.bind.work import SET
 from ckptengine.state.forms import own_keys
 from ckptengine.state.kinds import Kind, children
+from ckptengine.state.merged import Merged
 from ckptengine.state.saved import Node, SavedValue
 
 __all__ = ["Binder"]
@@ -31,16 +32,12 @@ class Binder(OwnCallsBinder):
 
     def walk(self, state: Mapping[str, Any]) -> None:
         """Bind everything in a state; raises where `only` names nothing in it."""
-        self.memory.give(state)
-        self._bind_items(state, (), self._shared, per_rank=False)
+        self._memory.give(state)
+        self._bind_items(state, (), self._source.shared, per_rank=False)
         # Objects come last: what they are handed must not be read into memory that something else is read into.
-        self._taken = Taken()
-        for number, read in enumerate(self.reads):
-            self._taken.add(number, read.places)
-        for number, (leaf, _) in self._converted.items():
-            self._taken.add(number, extents(leaf))
+        self._work.note_taken()
         while self._late:
-            self._made = {}
+            self._work.made = {}
             self._late.pop(0)()
         self._selection.check()
 
@@ -54,22 +51,22 @@ class Binder(OwnCallsBinder):
             assert adapter is not None
             new = adapter.replacement(value) if kind is Kind.TENSOR and put is not None else None
             if new is not None:
-                self._declared.replace(value, new, path)
-            reads = len(self.reads)
+                self._inspector.declared.replace(value, new, path)
+            reads = len(self._work.reads)
             self._bind_tensor(value if new is None else new, adapter, path, node, per_rank)
-            if new is not None and put is not None and len(self.reads) > reads:
-                self._act(SET, functools.partial(put, new))
+            if new is not None and put is not None and len(self._work.reads) > reads:
+                self._work.act(SET, functools.partial(put, new))
         elif kind is Kind.MODULE:
             assert adapter is not None
             self._bind_module(value, adapter, path, node, per_rank)
         elif kind is Kind.OPTIMIZER:
             assert adapter is not None
-            if adapter.saves_itself(value) or has_own_names(node):
+            if adapter.saves_itself(value) or (has_own_names(node) and not isinstance(value, Merged)):
                 self._late.append(functools.partial(self._bind_own_optimizer, value, adapter, path, node, per_rank))
             else:
                 self._bind_optimizer(value, adapter, path, node, per_rank)
         elif kind is Kind.OBJECT and (known := adapter_of_loader(value)) is not None:
-            self._bind_loader(value, known, path, node if per_rank else self._own.find(path))
+            self._bind_loader(value, known, path, node if per_rank else self._source.own.find(path))
         elif kind is Kind.OBJECT:
             self._late.append(functools.partial(self._bind_object, value, path, node, per_rank))
         elif kind is Kind.PLAIN:
@@ -85,7 +82,7 @@ class Binder(OwnCallsBinder):
         """What an optimizer's `state_dict` returned is a copy: filling it fills no optimizer that has no state yet."""
         self._optimizer_states.add(path)
         saved = None if node is None else node.child("state")
-        if not value["state"] and saved is not None and saved.children and self._rank == 0:
+        if not value["state"] and saved is not None and saved.children and self._options.rank == 0:
             _log.warning(
                 "%s: this is what the optimizer's state_dict() returned, and it is filled; the optimizer itself has no "
                 "state and stays as it is. Pass the optimizer itself in the state, or call "
@@ -105,7 +102,7 @@ class Binder(OwnCallsBinder):
 
     def _bind_items(self, value: Any, path: Path, node: Node | None, *, per_rank: bool) -> None:
         if type(value) is OrderedDict and node is not None and node.tells_metadata and self._selection.holds(path):
-            self._act(SET, functools.partial(_set_metadata, value, copy.deepcopy(node.metadata)))
+            self._work.act(SET, functools.partial(_set_metadata, value, copy.deepcopy(node.metadata)))
         settable = isinstance(value, (MutableMapping, list, deque))
         for own, (key, item) in zip(own_keys(value), children(value, path), strict=True):
             put = functools.partial(operator.setitem, value, own) if settable else None
@@ -121,8 +118,8 @@ class Binder(OwnCallsBinder):
         alike = type(value) is type(saved) or type(value) not in (dict, OrderedDict, defaultdict)
         if plain and saved == {} and alike:
             node.use()
-            self._loaded.append(dotted(path))
-            self._act(SET, value.clear)
+            self._found.loaded.append(dotted(path))
+            self._work.act(SET, value.clear)
         else:
             here = describe_type(value)
             self._mismatch(path, f"{here} of several leaves here, {node.description} in the checkpoint", node)
