@@ -28,13 +28,15 @@ from megatron.core.dist_checkpointing.state_dict_utils import load_preprocess
 from megatron.core.dist_checkpointing.utils import extract_nonpersistent, extract_sharded_base
 
 import ckptengine as ce
+from ckptengine.catalog.naming import open_checkpoint
 from ckptengine.comm.agree import agree
 from ckptengine.comm.select import current
 from ckptengine.errors import LoadMismatchError, StateError
 from ckptengine.frameworks.parts import ShardedParts
 from ckptengine.frameworks.registry import framework
-from ckptengine.inspect import describe
+from ckptengine.load.choose import newest_or_foreign
 from ckptengine.save.saver import DEFAULT_TIMEOUT
+from ckptengine.schema.path import dotted
 from ckptengine.state.values import decode, encode
 
 __all__ = ["async_save", "load", "save", "state_of"]
@@ -89,7 +91,8 @@ def load(
     sharded_state_dict, local, factories = load_preprocess(sharded_state_dict)
     sharded, _ = extract_sharded_base(sharded_state_dict)
     tensors, objects = _sorted(sharded)
-    stored = _stored_shapes(path, step) if _is_loose(tensors) else {}
+    timeout = options.get("timeout", DEFAULT_TIMEOUT)
+    stored = _stored_shapes(path, step, options.get("storage_options"), timeout) if _is_loose(tensors) else {}
     into: dict[str, Any] = {
         TENSORS: {key: _parts(key, ones, ones[0], stored.get(f"{TENSORS}.{key}")) for key, ones in tensors.items()},
         OBJECTS: {one.unique_key: None for one in objects},
@@ -100,7 +103,6 @@ def load(
     missing = [name for name in report.missing if name != COMMON]  # it is not stored where there was nothing in it
     wrong = [*(f"missing: {name}" for name in missing), *(f"mismatched: {line}" for line in report.mismatched)]
     error = LoadMismatchError(f"{path}: the checkpoint and the sharded state dict don't fit\n" + "\n".join(wrong))
-    timeout = options.get("timeout", DEFAULT_TIMEOUT)
     comm = options.get("comm") or current(timeout)
     agree(comm, error if wrong else None, timeout, f"matching {os.fspath(path)} with the sharded state dict")
     result: dict[str, Any] = into[COMMON] or {}
@@ -166,9 +168,12 @@ def _within(data: torch.Tensor, offset: tuple[int, ...], shape: tuple[int, ...])
     return data
 
 
-def _stored_shapes(path: str | os.PathLike[str], step: int | None) -> dict[str, tuple[int, ...]]:
-    place = os.fspath(path) if step is None else f"{os.fspath(path)}/step-{step}"
-    return {leaf.name: leaf.shape for leaf in describe(place).leaves}
+def _stored_shapes(
+    path: str | os.PathLike[str], step: int | None, storage_options: Mapping[str, Any] | None, timeout: float
+) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of the checkpoint's arrays by their names."""
+    storage = open_checkpoint(path, storage_options, step, timeout)
+    return newest_or_foreign(storage, lambda one: {dotted(leaf.path): leaf.shape for leaf in one.rows.leaves})
 
 
 def _is_loose(tensors: Mapping[str, list[ShardedTensor]]) -> bool:

@@ -149,7 +149,7 @@ def with_objects(folder: Path) -> Path:
 
 def test_what_lies_beside_objects_that_are_not_read_is_loaded_with_only(tmp_path: Path) -> None:
     path, net = with_objects(tmp_path), model(2)
-    with pytest.raises(ForeignFormatError, match=r"c.pt: args holds argparse.Namespace, .*`only=` takes the rest"):
+    with pytest.raises(ForeignFormatError, match=r"c.pt: args holds argparse.Namespace, .*`only=` loads the rest"):
         ce.load(path, into={"model": net})
     assert ce.load(path, into={"model": net}, only=["model"]).complete
     same(net.state_dict(), trained()["model"])

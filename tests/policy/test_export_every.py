@@ -55,7 +55,7 @@ def test_an_export_that_fails_is_logged_and_the_training_goes_on(
             ckpt.step(step, STATE)
     told = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
     assert len(told) == 1
-    assert "step-00000001: export_every failed, the checkpoint stands" in told[0]
+    assert "step-00000001: export_every failed; the checkpoint is not affected" in told[0]
     assert "model.safetensors exists already" in told[0]
     assert (tmp_path / "hub" / "1" / "model.safetensors").read_bytes() == b"somebody else's"
     assert (tmp_path / "hub" / "2" / "model.safetensors").exists()

@@ -75,7 +75,7 @@ def test_what_it_raises_is_logged_and_the_training_goes_on(
             ckpt.save(step, STATE)
     told = [record.getMessage() for record in caplog.records if "on_commit failed" in record.getMessage()]
     assert len(told) == 2
-    assert "step-00000001: on_commit failed, the checkpoint stands" in told[0]
+    assert "step-00000001: on_commit failed; the checkpoint is not affected" in told[0]
     assert ce.load(tmp_path / "run", step=2)["w"].size == 1000
 
 
