@@ -44,20 +44,22 @@ def save(
     comm: Communicator | None = None,
     storage_options: Mapping[str, Any] | None = None,
 ) -> SaveStats:
-    """Save a state as one checkpoint and return its figures when it is durable; all ranks call it.
+    """Save a state as one checkpoint and return its statistics once it is durable. Collective: all ranks call it.
 
-    `path` is a directory that all ranks see, or a URL that fsspec opens, such as `s3://bucket/path`, with
-    `storage_options` for its file system; a checkpoint that is there already is replaced, after the new one is
-    committed. `state` maps names to modules, optimizers, objects with `state_dict`, tensors, arrays, plain values,
-    dicts and lists of these, `ShardedArray` and `PerRank`. `metadata` is plain JSON for the manifest.
-    `check_replicas`: plain tensors and arrays that several ranks have under one name are replicas, of which one is
-    stored. Their contents are compared at the first save of each structure of the state (`"first"`), at every save
-    (`"always"`, or True) or not at all (`"never"`, or False); comparing reads every byte of every replica.
-    `timeout`, in seconds, bounds each wait for other ranks or for the storage.
+    - `path`: a directory that all ranks see, or a URL that fsspec opens, such as `s3://bucket/path`, with
+      `storage_options` for its file system. A checkpoint at that path is replaced after the new one is committed.
+    - `state`: a dict of names and modules, optimizers, objects with `state_dict`, tensors and arrays of any shape and
+      of the dtypes in `docs/format.md`, plain values, dicts and lists of these, `Sharded`, `ShardedArray`, `PerRank`.
+    - `metadata`: plain JSON for the manifest.
+    - `check_replicas`: plain tensors and arrays that several ranks have under one name are replicas; one copy is
+      stored. Compare their contents at the first save of each structure of the state (`"first"`), at every save
+      (`"always"` or True), or never (`"never"` or False). Comparing reads every byte of every replica.
+    - `timeout`: seconds; bounds each wait for other ranks or for the storage.
+    - `comm`: the ranks that save together; by default those of what is initialized (torch.distributed, MindSpore, MPI).
 
-    Raises `StateError` for what can't be saved, `ReplicaMismatchError` where replicated values differ between
-    ranks, `SaveFailedError` where any rank failed, `DeadlineError` naming the ranks that did not come. Whatever
-    was there before then still is.
+    Raises `StateError` for what can't be saved, `ReplicaMismatchError` if replicated values differ between ranks,
+    `SaveFailedError` if any rank failed, `StorageError` if the storage can't be opened, and `DeadlineError`, naming the
+    missing ranks, if they do not come in time. After an error an earlier checkpoint at the path is unchanged.
     """
     timeout = checked_seconds("timeout", timeout)
     comm = checked_comm(comm) or current(timeout)
@@ -74,7 +76,7 @@ def save(
     stats = handle.durable.result()
     saver.settle(timeout)
     if stats is None:
-        raise SaveFailedError(f"{handle.path}: the save ended without figures")
+        raise SaveFailedError(f"{handle.path}: the save ended without statistics")
     return stats
 
 
@@ -88,9 +90,10 @@ def async_save(
     comm: Communicator | None = None,
     storage_options: Mapping[str, Any] | None = None,
 ) -> SaveHandle:
-    """Start to save a state and return a handle with `.staged` and `.durable`; all ranks call it.
+    """Start to save a state in the background and return a `SaveHandle`. Collective: all ranks call it.
 
-    Takes and raises what `save` does; what happens after the snapshot is raised by `handle.durable.result()`.
+    Take the same arguments as `save` and raise the same errors; errors after the snapshot are raised by
+    `handle.durable.result()`.
     """
     timeout = checked_seconds("timeout", timeout)
     comm = checked_comm(comm) or current(timeout)
@@ -168,27 +171,30 @@ def load(
 ) -> dict[Any, Any] | LoadReport:
     """Fill a state from a checkpoint, or return its arrays and values.
 
-    `path` is a run, of which the newest checkpoint is taken or that of `step`; or RUN/step-40, or what `save` wrote; or
-    a URL of these, with fsspec's `storage_options`. Or it is another library's: a safetensors file, a directory of
-    Hugging Face or of DCP, a file that `torch.save` wrote (`docs/foreign.md`).
+    With `into`, fill that state in place and return a `LoadReport`. Collective: all ranks call it, at any world size
+    and sharding. Objects are loaded through `load_state_dict`. Without `into`, return nested dicts of numpy arrays with
+    the global shapes and the saved dtypes (bfloat16 and float8 as the types of `ml_dtypes`), and plain values, to this
+    process alone; no framework is needed.
 
-    With `into`, all ranks call it, at any world size and sharding, and get a `LoadReport`; tensors are filled in place,
-    objects through `load_state_dict`. Without, this process alone gets nested dicts of numpy arrays (bfloat16 and
-    float8 as `ml_dtypes`' types) and plain values; no framework is needed. With `as_torch=True` the arrays are torch
-    tensors on the CPU, of the dtypes that were saved. What ranks have of their own (`PerRank`) is left out, or with
-    `rank` that rank's is included.
+    - `path`: a run (its newest checkpoint, or that of `step`), RUN/step-40, or what `save` wrote; or a URL of these,
+      with fsspec's `storage_options`. Or another library's checkpoint: a safetensors file, a Hugging Face or DCP
+      directory, a `torch.save` file (`docs/foreign.md`).
+    - `only`: load only these parts of the state, as dotted prefixes (`["model", "optimizer.state"]`).
+    - `rename`: a dict from dotted prefixes of the checkpoint to those of the state. In both, `*` stands for one part of
+      a name and `**` for any number. Keys may also be compiled regular expressions, with the replacement as value. Or a
+      function from a name to a name.
+    - `strict=False`: report missing, unexpected and mismatched leaves instead of raising. `cast=True`: allow another
+      dtype. `verify=False`: skip the comparison of the state with the checkpoint (`docs/verification.md`). These three
+      are for `into`.
+    - `rank`, without `into`: include this rank's `PerRank` values, which are otherwise left out.
+    - `as_torch=True`, without `into`: return torch tensors on the CPU instead of numpy arrays.
+    - `timeout`: seconds; bounds each wait for other ranks or for the storage. `comm`: as for `save`.
 
-    `only` restricts to parts of the state, by dotted prefixes (`["model", "optimizer.state"]`). `rename` maps dotted
-    prefixes of the checkpoint to those of the state, `*` in both standing for one part of a name and `**` for any
-    number, or compiled regular expressions to what takes their place; or it is a function of a name. With
-    `strict=False` missing and unexpected leaves are reported, not raised; with `cast=True` a leaf may change its dtype.
-    With `into`, the state is compared with the checkpoint afterwards (`docs/verification.md`), unless `verify=False`.
-    `timeout` is in seconds.
-
-    Raises `CheckpointNotFoundError`, `CheckpointDamagedError` naming the file, `LoadMismatchError` listing every
-    leaf that doesn't fit, `RestoreDifferenceError` naming what is not as it was saved once all is set,
-    `FormatVersionError`, `ForeignFormatError` for what another library wrote and is not read. After damage that was
-    found while tensors were being filled, the state is not usable; the message says so.
+    Raises `CheckpointNotFoundError`; `CheckpointDamagedError`, naming the file; `LoadMismatchError`, listing every leaf
+    that does not match; `RestoreDifferenceError`, naming what differs after the load; `FormatVersionError` for a newer
+    format; `ForeignFormatError` for parts of another library's checkpoint that are not read; `StorageError`;
+    `DeadlineError`. If damage is found while tensors are being filled, the state is not usable, and the message says
+    so.
     """
     timeout, comm = checked_seconds("timeout", timeout), checked_comm(comm)
     storage = open_checkpoint(path, storage_options, None if step is None else checked_step(step, {}), timeout)
@@ -196,7 +202,7 @@ def load(
     if into is None:
         return load_arrays(storage, options, rank, timeout, framework("torch").tensor_of if as_torch else None)
     if as_torch or rank is not None:
-        raise ValueError("as_torch and rank are for loading without `into`, which fills what the state holds")
+        raise ValueError("as_torch and rank are for loading without `into`; with it the state decides")
     comm = comm or current(timeout)
     storage.check_shared(comm.world_size)
     loaded = load_newest(storage, into, comm, timeout, options)
@@ -221,18 +227,20 @@ def export(
     storage_options: Mapping[str, Any] | None = None,
     target_options: Mapping[str, Any] | None = None,
 ) -> ExportReport:
-    """Write a checkpoint in the format of another library; all ranks call it, and share the files.
+    """Write a checkpoint in another library's format and return an `ExportReport`. Collective: ranks share the files.
 
-    `path` is what `load` takes. `to` is `safetensors` (`target` is a directory for files as Hugging Face names them, or
-    `FILE.safetensors`), `torch` (a file for `torch.load`), `dcp` (a directory), `zarr` (a directory, or `FILE.zip`) or
-    `mindspore` (a file); `docs/foreign.md` tells what each holds. `only` restricts to dotted prefixes of the names in
-    the checkpoint, `rename` is that of `load`; `dtype` (`"bfloat16"`, or torch's own) is what floating arrays but
-    scalars are written as. A safetensors file has arrays of at most `max_shard_size` bytes. `progress` is called with
-    the bytes that this rank has written and those that it has to. Both places may be URLs, with fsspec's
-    `storage_options` and `target_options`. Memory stays the same whatever the size.
+    - `path`, `step`: as for `load`. `storage_options` are for its file system, `target_options` for that of `target`.
+    - `to`, `target`: `safetensors` (a directory for files as Hugging Face names them, or `FILE.safetensors`), `torch`
+      (a file for `torch.load`), `dcp` (a directory), `zarr` (a directory, or `FILE.zip`) or `mindspore` (a file).
+      `docs/foreign.md` says what each can hold.
+    - `only`: dotted prefixes of the checkpoint's names. `rename`: as for `load`.
+    - `dtype`: what to convert floating arrays to, except scalars: `"bfloat16"`, or a torch dtype.
+    - `max_shard_size`: most bytes of arrays in one safetensors file, as a number or a text such as `"5GB"`.
+    - `progress`: called with the bytes that this rank has written and the bytes that it has to write.
+    - `timeout`: seconds; bounds each wait. `comm`: as for `save`.
 
-    Raises what `load` raises, `StorageError` (EEXIST) where a file is there already, `ForeignFormatError` naming what
-    the format can't hold, `ValueError` for options that are none.
+    Memory does not depend on the size of the checkpoint. Raises what `load` raises, `StorageError` (EEXIST) if a file
+    exists already, `ForeignFormatError` naming what the format can't hold, `ValueError` for unknown options.
     """
     from ckptengine.export.run import ExportOptions, export_checkpoint, target_of  # here: most jobs never export
 

@@ -46,46 +46,65 @@ _log = logging.getLogger("ckptengine")
 
 
 class Checkpointer:
-    """Saves a training state when due, in the background, and restores the newest one.
+    """Save a training state in the background when a save is due, and restore the newest checkpoint.
 
-    `run` is a directory that all ranks see, or a URL that fsspec opens (`s3://bucket/run`), with `storage_options` for
-    its file system. With `local`, a directory of each node's own or a shared one, saves commit there, and are moved to
-    `run` in the background, at most `upload_bytes_per_second` on each rank; `close` waits for the newest. With `memory`
-    (True: below /dev/shm; or a directory of a tmpfs) snapshots lie in shared memory, where they outlive this process:
-    started again on the same machine, the job goes on from the last one.
+    Collective: all ranks make it, and call the same methods in the same order. Use it as a context manager, or call
+    `close` at the end.
 
-    `every` is a number of steps, or a time such as `"90s"` or `"10min"` (rank 0's clock decides), or `"auto"` or an
-    `Auto`: as often as the measured cost allows, or None: then only `save` saves. `keep_last` committed checkpoints are
-    kept along the line that led to the newest (None: all), and those whose step is a multiple of `keep_every`, and
-    the best by a metric that `step` is given: `keep_best="loss"` keeps the one with the lowest,
-    `Best("accuracy", count=3, mode="max")` the three with the highest.
-    `{"local": 2, "s3": 10}` gives each tier its own number, under the names `memory`, `local`, and `run` or the URL's
-    protocol. All four are short for rules of a `Policy`; `policy` takes one in their place.
+    Where checkpoints go:
 
-    `on_error`: `"warn"` logs a failed save and lets training go on, until `max_failures` in a row; `"raise"`
-    raises at the next call, after that call's own save has been started, so that the ranks stay in step. `when_busy`: a
-    save that falls due while one is in flight waits for it, or is skipped on all ranks. `check_replicas` is that of
-    `ckptengine.save`. `timeout`, in seconds, bounds every wait for other ranks or for the storage.
+    - `run`: a directory that all ranks see, or a URL that fsspec opens (`s3://bucket/run`), with `storage_options` for
+      its file system. This is the persistent tier.
+    - `local`: a directory on each node's own disk, or a shared one. Saves commit there, and a background task uploads
+      them to `run`, at most `upload_bytes_per_second` on each rank (bytes per second; None: no limit). `close` waits
+      for the newest upload.
+    - `memory`: True (below /dev/shm), or a directory on a tmpfs. Snapshots then lie in shared memory, where they
+      outlive this process: started again on the same machine, the job continues from the last one.
 
-    `overlap`: what only an optimizer's step changes (parameters that an optimizer in the state has, and that
-    optimizer's own tensors) is copied while training goes on; the next step of any optimizer waits for the copy, and
-    `fence` does for code that changes parameters otherwise. Without it all is copied before the call returns.
-    `arena_nbytes` bounds the host memory that holds the snapshot, by default as large as what the rank writes: less
-    than that makes the call last as long as the storage takes.
+    When to save, and what to keep:
 
-    `on_commit` is called with a `Commit` on rank 0, in a thread of its own, once a checkpoint is durable, and with a
-    local tier once more when it has been uploaded: to evaluate, export or register it. The checkpoint stays while it is
-    read. What the function raises is logged and changes nothing; `close` waits for it, for `timeout` seconds at most.
-    With `export_every`, checkpoints whose step is a multiple of it are exported in the same way, as `export` says:
-    `export_every=5000, export=Export("hub/step-{step}", only=["model"], rename={"model": ""})`. A save is due at these
-    steps, too, and what the end of the process cut off is made up for after `restore`.
+    - `every`: a number of steps; a time such as `"90s"` or `"10min"` (rank 0's clock decides); `"auto"` or an `Auto`:
+      as often as the measured cost allows; None: only `save` saves.
+    - `keep_last`: how many of the newest checkpoints to keep along the line that led to the newest (None: all).
+      `{"local": 2, "s3": 10}` gives each tier its own number, under the names `memory`, `local`, and `run` or the URL's
+      protocol.
+    - `keep_every`: also keep the checkpoints whose step is a multiple of it.
+    - `keep_best`: also keep the best by a metric that `step` is given: `"loss"` the one with the lowest,
+      `Best("accuracy", count=3, mode="max")` the three with the highest; a list holds several.
+    - `policy`: a `Policy` of rules, in place of these four shorthands.
 
-    `preemption`: when the job is told to end, by SIGTERM or SIGUSR1 to any rank unless told otherwise, all ranks save
-    the same step and `step` raises `Preempted`, which ends the process with the exit code 75; see `Preemption`. None
-    leaves signals alone, and so does every Checkpointer until its first `step` or `save`. Where several of a process
-    train, the one that began last acts.
+    How a save runs:
 
-    All ranks call the same methods in the same order.
+    - `on_error`: `"warn"` logs a failed save and lets training continue, until `max_failures` in a row. `"raise"`
+      raises at the next call, after that call's own save has been started, so that the ranks stay in step.
+    - `when_busy`: a save that is due while another one is in flight waits for it (`"wait"`), or is skipped on all ranks
+      (`"skip"`).
+    - `check_replicas`: as for `ckptengine.save`.
+    - `overlap`: copy what only an optimizer's step changes (its parameters, and its own tensors) while training
+      continues. The next step of any optimizer waits for the copy; call `fence` before code that changes parameters in
+      another way. Without it everything is copied before the call returns.
+    - `arena_nbytes`: bound for the host memory that holds the snapshot, in bytes. By default it is as large as what the
+      rank writes. With less, the call lasts as long as the storage takes.
+    - `metadata`: plain JSON for each manifest.
+    - `timeout`: seconds; bounds every wait for other ranks or for the storage.
+    - `comm`: the ranks that save together; by default those of what is initialized (torch.distributed, MindSpore, MPI).
+
+    What else happens:
+
+    - `on_commit`: a function that is called with a `Commit` on rank 0, in a thread of its own, once a checkpoint is
+      durable, and with a local tier again when it has been uploaded: to evaluate, export or register it. The checkpoint
+      is not deleted meanwhile. An exception in the function is logged and changes nothing. `close` waits for the
+      function, for at most `timeout` seconds.
+    - `export_every`, `export`: export the checkpoints whose step is a multiple of `export_every`, as the `Export` says:
+      `export_every=5000, export=Export("hub/step-{step}", only=["model"], rename={"model": ""})`. A save is due at
+      these steps, too. An export that the end of the process cut off is repeated after `restore`.
+    - `preemption`: when the job is told to end, by default by SIGTERM or SIGUSR1 to any rank, all ranks save the same
+      step and `step` raises `Preempted`, which ends the process with the exit code 75; see `Preemption`. None leaves
+      signals alone, and so does every Checkpointer until its first `step` or `save`. If several in one process train,
+      the one that began last acts.
+
+    Raises `TypeError` or `ValueError` for wrong arguments, `StorageError` if the run can't be opened or is another kind
+    of directory, `DeadlineError` naming the ranks that did not come.
     """
 
     def __init__(
@@ -156,26 +175,26 @@ class Checkpointer:
         cast: bool = False,
         verify: bool = True,
     ) -> int | None:
-        """Fill `state` from the newest valid checkpoint and return its step, or None where there is none.
+        """Fill `state` from the newest valid checkpoint and return its step, or None if there is none. Collective.
 
-        A damaged checkpoint is reported and the one before it is taken, along the parents. With `step`, that
-        step is taken and the run goes on from there: later steps become an abandoned branch. With `best`, the name of a
-        metric of which the lowest value is the best, or a `Best`, it is so with the best checkpoint along the parents.
-        The other options are those of `ckptengine.load`.
+        A damaged checkpoint is reported, and its parent is tried. With `step`, restore that step and continue from
+        there: later steps become an abandoned branch. With `best`, the name of a metric of which the lowest value is
+        the best, or a `Best`, restore the best checkpoint among the newest and its parents in the same way. The other
+        options are those of `ckptengine.load`.
 
-        With `only`, in a job that has restored or saved already, parts of the checkpoint that the job stands at (or of
-        `step`) are read once more, and nothing else changes: what it saves next still follows on what it saved last.
+        With `only`, in a job that has restored or saved already, read parts of the job's current checkpoint (or of
+        `step`) again and change nothing else: the next save still follows the last one.
 
-        Raises `CheckpointNotFoundError` where `step` has no committed checkpoint, none has the metric, or nothing
-        is there but one of another library; `CheckpointDamagedError` where all are damaged, `LoadMismatchError` where
-        the state doesn't fit.
+        Raises `CheckpointNotFoundError` if `step` has no committed checkpoint, no checkpoint has the metric, or only
+        another library's checkpoint is there; `CheckpointDamagedError` if all are damaged; `LoadMismatchError` if the
+        state doesn't match; `RestoreDifferenceError` if the state differs from the checkpoint after the load.
         """
         with self._turn("restore"):
             began = time.monotonic()
             checked_state(state)
             rules = checked_best("best", best)
             if len(rules) > 1 or (rules and step is not None):
-                raise ValueError(f"restore(step={step!r}, best={best!r}): give one of them, and one metric")
+                raise ValueError(f"restore(step={step!r}, best={best!r}): give either a step or one metric")
             self._opening.restoring()
             self.wait()
             self._saver.settle(self._timeout)  # what cleans up after a save must not meet what is read
@@ -221,15 +240,16 @@ class Checkpointer:
         verify: bool = True,
         storage_options: Mapping[str, Any] | None = None,
     ) -> LoadReport:
-        """Begin from the newest checkpoint of another run: its weights, for new data, another optimizer, a new head.
+        """Load the weights of another run's newest checkpoint and return a `LoadReport`. Collective.
 
-        `path` names a checkpoint as in `ckptengine.load`. Without `only` the modules of `state` are filled and nothing
-        else: not the step, the optimizer, the scheduler, the cursor. What does not fit is left as it is and is in the
-        report that is returned, which prints as a table; with `strict=True` it is raised. The other options are those
-        of `ckptengine.load`. Call it where `restore` returned None, so that a restarted job goes on with its own work.
+        Use it to start on new data, with another optimizer or with a new head. `path` names a checkpoint as in
+        `ckptengine.load`. Without `only`, fill the modules of `state` and nothing else: not the step, the optimizer,
+        the scheduler or the cursor. What does not match keeps its values and is in the report, which prints as a table;
+        with `strict=True` it is raised. The other options are those of `ckptengine.load`. Call it only if `restore`
+        returned None, so that a restarted job continues its own work.
 
-        Raises `StateError` where this run has been restored or has saved already, or `state` has no modules and `only`
-        does not say what to load; `LoadMismatchError` where nothing fits at all; else what `ckptengine.load` raises.
+        Raises `StateError` if this run has been restored or has saved already, or if `state` has no modules and `only`
+        is missing; `LoadMismatchError` if nothing matches at all; otherwise what `ckptengine.load` raises.
         """
         with self._turn("warm_start"):
             checked_state(state)
@@ -241,7 +261,7 @@ class Checkpointer:
                 )
             options = LoadOptions.of(module_names(state) if only is None else only, rename, strict, cast, verify)
             if not options.only:
-                raise StateError("the state has no modules: say with `only` what warm_start is to load")
+                raise StateError("the state has no modules: name with `only=` what warm_start should load")
             storage = open_checkpoint(path, storage_options, timeout=self._timeout)
             loaded = load_newest(storage, state, self._comm, self._timeout, options)
             if self._comm.rank == 0:
@@ -250,15 +270,15 @@ class Checkpointer:
             return loaded.report
 
     def step(self, step: int, state: Mapping[str, Any], metrics: Mapping[str, Any] | None = None) -> SaveHandle | None:
-        """Save if a save is due after this step; return its handle, or None where none is or it failed.
+        """Save if a save is due after this step; return its `SaveHandle`, None if none is due or it failed. Collective.
 
-        `metrics`, such as `{"loss": 0.1}`, are numbers or tensors of one element; rank 0's are kept with the
+        `metrics`, such as `{"loss": 0.1}`, are numbers or tensors of one element; rank 0's are stored with the
         checkpoint, for `keep_best` and `restore(best=…)`, and `ckptengine ls` shows them.
 
-        A save that fails is treated as `on_error` says. At the first one, what can't be saved at all (`StateError`) is
-        raised at once: it won't get better. Raises `RunInUseError` at the first step where another job that lives
-        writes to the run, `ValueError` for a step below one that this life has saved, and `Preempted` where the job was
-        told to end, once this step is durable.
+        `on_error` decides about a save that fails. But if the first save fails because something can't be saved at all
+        (`StateError`), that is raised at once, since later saves would fail, too. Raises `RunInUseError` at the first
+        step if another running job writes to the run, `ValueError` for a step below one that was saved since the last
+        restore, and `Preempted` if the job was told to end, once this step is durable.
         """
         with self._turn("step"):
             check_names(metrics)
@@ -276,13 +296,14 @@ class Checkpointer:
             return handle
 
     def save(self, step: int, state: Mapping[str, Any], metrics: Mapping[str, Any] | None = None) -> SaveHandle:
-        """Save now, in the background; return the handle, or that of the save of this very step in this life.
+        """Save now, in the background, and return the `SaveHandle`. Collective.
 
-        `metrics` are those of `step`.
+        If this step was saved already since the last restore, return the handle of that save. `metrics` are those of
+        `step`.
 
-        Raises `ValueError` for a step below one that this life has saved, or from 10**18 on; what makes the snapshot
-        impossible (`StateError`, `StorageError`, `DeadlineError`), `RunInUseError` as `step` does, with
-        `on_error="raise"` also what made an earlier save fail, and `Preempted` as `step` does.
+        Raises `ValueError` for a step below one that was saved since the last restore, or from 10**18 on; `StateError`,
+        `StorageError` or `DeadlineError` if the snapshot is impossible; `RunInUseError` and `Preempted` as `step` does;
+        with `on_error="raise"` also what made an earlier save fail.
         """
         with self._turn("save"):
             step = self._enter(step, state)
@@ -311,7 +332,7 @@ class Checkpointer:
 
     def _save_due(self, step: int, state: Mapping[str, Any], metrics: Mapping[str, Any] | None) -> SaveHandle | None:
         if self._settings.skips and self._is_busy():
-            _log.warning("step %d: not saved, the save before it is still in flight", step)
+            _log.warning('step %d: not saved, because the previous save is still in flight (when_busy="skip")', step)
             return None
         try:
             return self._save(step, state, metrics)
@@ -335,7 +356,8 @@ class Checkpointer:
             self._saves.trained(step)
             if numbers and self._comm.rank == 0:
                 _log.warning(
-                    "step %d of %s is saved already, these metrics are not kept: give them to the call that saves it",
+                    "step %d of %s is saved already, so these metrics are not stored: pass them to the call that "
+                    "saves the step",
                     step,
                     self.run,
                 )
@@ -348,14 +370,14 @@ class Checkpointer:
         return handle
 
     def fence(self, timeout: float | None = None) -> None:
-        """Wait until the snapshot under way is complete, before a change of the state that is no optimizer's step.
+        """Wait until the current snapshot is complete, before the state is changed other than by an optimizer's step.
 
         Needed with `overlap` only. Raises `DeadlineError` after `timeout` seconds (None: the Checkpointer's own).
         """
         self._saver.fence(timeout)
 
     def wait(self, timeout: float | None = None) -> None:
-        """Wait until the saves in flight are durable; failed ones are treated as `on_error` says.
+        """Wait until the saves in flight are durable; `on_error` decides about failed ones.
 
         Raises `DeadlineError` after `timeout` seconds (None: when the save's own time is over).
         """
@@ -363,10 +385,10 @@ class Checkpointer:
         self._saves.failures.raise_due()
 
     def flush(self, timeout: float | None = None) -> None:
-        """Wait until the newest checkpoint is durable and has come to `run` from the local tier; all ranks call it.
+        """Wait until the newest checkpoint is durable and uploaded from the local tier to `run`. Collective.
 
-        Shows a progress bar on rank 0. Gives up `timeout` seconds (None: the Checkpointer's own) after the last byte
-        that moved, and raises `SaveFailedError` saying where the checkpoint is.
+        Show a progress bar on rank 0. Raises `SaveFailedError`, which says where the checkpoint is, if no byte moves
+        for `timeout` seconds (None: the Checkpointer's own).
         """
         self.wait(timeout)
         timeout = self._timeout if timeout is None else timeout
@@ -375,19 +397,19 @@ class Checkpointer:
 
     @property
     def history(self) -> list[SaveStats]:
-        """The saves that were committed, oldest first."""
+        """The `SaveStats` of the saves that this process has committed, oldest first."""
         return self._saves.history
 
     @property
     def uploaded(self) -> int | None:
-        """On rank 0, the newest step that has come to `run` from the local tier in this life; None elsewhere."""
+        """On rank 0 the newest step that this job has uploaded from the local tier to `run`; None on other ranks."""
         return self._tiers.uploaded
 
     def close(self) -> None:
-        """Wait for the saves in flight, and until the newest is in `run`; give the memory back.
+        """Wait for the saves in flight and until the newest checkpoint is in `run`, then free the memory. Collective.
 
-        The Checkpointer can't be used afterwards. Raises what `flush` does, and `SaveFailedError` where the last save
-        of all has failed: a job must not seem to have ended well.
+        The Checkpointer can't be used afterwards. Raises what `flush` raises, and `SaveFailedError` if the very last
+        save has failed, so that the job does not seem to have succeeded.
         """
         self._close(failed=False)
 
@@ -410,7 +432,9 @@ class Checkpointer:
                 if not failed and self._saves.failures.count:
                     self._tiers.tell_kept()
                 for late in [] if failed else self._settings.hooks.settle(self._timeout):
-                    _log.warning("%s: %s is still at work after %g s and is left to it", self.run, late, self._timeout)
+                    _log.warning(
+                        "%s: %s still runs after %g s; close() no longer waits for it", self.run, late, self._timeout
+                    )
             finally:
                 try:
                     self._saver.close()
@@ -422,7 +446,7 @@ class Checkpointer:
                         self._watch.close()
         self._saves.correct()
         if self._comm.rank == 0:
-            _log.info("%s: closed at step %s, the newest that is committed", self.run, self._standing())
+            _log.info("%s: closed; the newest committed step is %s", self.run, self._standing())
         if not failed:
             self._saves.failures.raise_last(self._standing())
 
@@ -437,8 +461,8 @@ class Checkpointer:
             unsaved, policy = self._saves.unsaved, self._settings.policy
             if unsaved is not None and policy.save and self._comm.rank == 0:
                 _log.warning(
-                    "step %d of %s was trained and is not saved (saves are due %s): call ckpt.save(step, state) after "
-                    "the loop to keep it",
+                    "step %d of %s was trained but not saved (saves are due %s): call ckpt.save(step, state) after "
+                    "the loop to save it",
                     unsaved,
                     self.run,
                     policy.describe(),
@@ -447,7 +471,7 @@ class Checkpointer:
         try:
             self._close(failed=True)
         except CheckpointError as problem:
-            _log.warning("%s: while the training error below was on its way: %s", self.run, problem)
+            _log.warning("%s: closing after the training error below failed, too: %s", self.run, problem)
 
     def _preempt(
         self, watch: Watch, step: int, state: Mapping[str, Any], metrics: Mapping[str, Any] | None

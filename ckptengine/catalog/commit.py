@@ -43,7 +43,7 @@ def publish(
     if later:
         raise SaveFailedError(
             f"this run was taken over by generation {max(later)}, this job writes generation "
-            f"{manifest.generation}: end it, or restore and go on from what the other has saved"
+            f"{manifest.generation}: end it, or restore and continue from what the other job has saved"
         )
     data = attempt_directory(directory, manifest.attempt)
     mine = [record for rank, record in enumerate(manifest.archives) if ranks is None or rank in ranks]
@@ -62,8 +62,8 @@ def publish(
             return  # our own: the reply to the publication was lost on the way and it was tried again
         if winner not in given_up:
             raise SaveFailedError(
-                f"{storage.location(name)} is there already: attempt {winner} has committed this step in this "
-                f"generation. It stands; attempt {manifest.attempt} is given up"
+                f"{storage.location(name)} exists already: attempt {winner} has committed this step in this "
+                f"generation. It is kept; attempt {manifest.attempt} is given up"
             )
         storage.write_bytes(name, manifest.encode())
     try:

@@ -57,7 +57,7 @@ def claim_generation(
             return generation
     raise StorageError(
         None,
-        f"{storage.location()}: no generation could be claimed in {_MAX_TRIES} tries: do others open it?",
+        f"{storage.location()}: no generation could be claimed in {_MAX_TRIES} tries: are other jobs opening the run?",
     )
 
 
@@ -90,7 +90,12 @@ def _put(storage: Storage, generation: int, document: bytes) -> bool:
         except StorageError:
             raise error from None
         if found == document:
-            _log.warning("%s: the claim of generation %d is there, though: %s", storage.location(), generation, error)
+            _log.warning(
+                "%s: the claim of generation %d was made, although the store reported a failure: %s",
+                storage.location(),
+                generation,
+                error,
+            )
         return found == document
 
 
@@ -98,8 +103,8 @@ def _note(other: Storage, generation: int, document: bytes) -> None:
     try:
         other.put_if_absent(claim_name(generation), document)
     except StorageError as error:  # it can be copied later; the number is taken
-        _log.warning("generation %d is not noted in %s: %s", generation, other.location(), error)
+        _log.warning("generation %d could not be written to %s: %s", generation, other.location(), error)
 
 
 def _tell_unreached(storage: Storage, instead: Storage, error: StorageError) -> None:
-    _log.warning("%s: not reached, the run goes on in %s: %s", storage.location(), instead.location(), error)
+    _log.warning("%s: not reachable, the run continues in %s: %s", storage.location(), instead.location(), error)

@@ -26,7 +26,7 @@ Keep = tuple[KeepRule, ...] | Mapping[str, tuple[KeepRule, ...]]
 
 @dataclass(frozen=True, slots=True)
 class KeepLast:
-    """Keep the newest `count` checkpoints. Raises `TypeError` or `ValueError` for what is no number from 1 on."""
+    """Keep the newest `count` checkpoints. Raises `TypeError` or `ValueError` unless it is a whole number from 1."""
 
     count: int = 1
 
@@ -40,7 +40,7 @@ class KeepLast:
 
 @dataclass(frozen=True, slots=True)
 class KeepEvery:
-    """Keep the checkpoints whose step is a multiple of `steps`; raises `TypeError` or `ValueError` as `KeepLast`."""
+    """Keep the checkpoints whose step is a multiple of `steps`. Raises the same errors as `KeepLast`."""
 
     steps: int
 
@@ -54,9 +54,9 @@ class KeepEvery:
 
 @dataclass(frozen=True, slots=True)
 class KeepSteps:
-    """Keep the checkpoints of these very steps, as one pins them: `KeepSteps([1000, 5000])`.
+    """Pin the checkpoints of these steps: `KeepSteps([1000, 5000])`.
 
-    Raises `TypeError` or `ValueError` where one is no step, a whole number from 0 on.
+    Raises `TypeError` or `ValueError` unless each step is a whole number from 0.
     """
 
     steps: Iterable[int]
@@ -72,10 +72,10 @@ class KeepSteps:
 
 @dataclass(frozen=True, slots=True)
 class Best:
-    """The `count` checkpoints whose `metric` is the lowest (`mode="min"`) or the highest (`"max"`).
+    """Keep the `count` checkpoints whose `metric` is the lowest (`mode="min"`) or the highest (`mode="max"`).
 
-    A checkpoint that was saved without the metric, or with one that is no finite number, is never among them. Of equal
-    ones the newer is the better.
+    A checkpoint without the metric, or with a value that is not finite, is never kept by this rule. Of equal values the
+    newer checkpoint counts as better. Raises `TypeError` or `ValueError` for other arguments.
     """
 
     metric: str

@@ -55,13 +55,15 @@ class Life:
         try:
             self._take(time.monotonic() + timeout)
         except StorageError as error:
-            _log.warning("%s: it could not be told whether another job writes to it: %s", self._run, error)
+            _log.warning("%s: could not find out whether another job writes to it: %s", self._run, error)
             return
         self._thread = threading.Thread(target=self._renew, name="ckptengine-life", daemon=True)
         try:
             self._thread.start()
         except RuntimeError as error:
-            _log.warning("%s: nothing tells other jobs that this one goes on writing to it: %s", self._run, error)
+            _log.warning(
+                "%s: this job can't renew its hold, so another job may take the run over: %s", self._run, error
+            )
 
     def _take(self, deadline: float) -> None:
         document = {"id": self._id, "since": utc_now(), **Process.this().to_json()}
@@ -72,7 +74,10 @@ class Life:
             if modified is None or holder is None:
                 if time.monotonic() < deadline:
                     continue  # it has been let go of just now
-                raise StorageError(errno.EAGAIN, f"{self._storage.location(_NAME)} comes and goes")
+                raise StorageError(
+                    errno.EAGAIN,
+                    f"{self._storage.location(_NAME)} appears and disappears: another job creates and deletes it",
+                )
             writer = Process.of_json(holder)
             alive = None if writer is None else writer != Process.this() and writer.is_alive()
             seen = modified if seen is None else seen

@@ -177,7 +177,7 @@ def read_claim(storage: StorageView, generation: int) -> tuple[int, int] | None:
         raise FormatVersionError(f"{where}: format version {version}: upgrade ckptengine to read this run")
     try:
         if version != FORMAT_VERSION or document["generation"] != generation:
-            raise ValueError(f"this is no claim of generation {generation}")
+            raise ValueError(f"this is not a claim of generation {generation}")
         parent = document["parent"]
         return None if parent is None else parent_of(parent)
     except (KeyError, ValueError) as error:

@@ -235,11 +235,11 @@ def plain_json(value: object, name: str) -> None:
 def checked_record(value: Any) -> ArchiveRecord:
     """Return an archive's record from its JSON form; raises `ValueError` where it isn't sane."""
     if type(value) is not dict:
-        raise ValueError(f"an object was expected, {value!r:.80} found")
+        raise ValueError(f"expected an object, found {value!r:.80}")
     name, nbytes = value.get("name"), _natural(value.get("nbytes"))
     position, digest = _natural(value.get("tail_position")), value.get("tail_sha256")
     if type(name) is not str or not _FILE.fullmatch(name):
-        raise ValueError(f"{name!r:.80} is no plain file name")
+        raise ValueError(f"{name!r:.80} is not a plain file name")
     if position > nbytes or position % _ALIGNMENT:
         raise ValueError(f"{name}: the tail can't start at byte {position} of {nbytes}")
     return ArchiveRecord(name, nbytes, position, _matching(_SHA256)(digest))
@@ -248,7 +248,7 @@ def checked_record(value: Any) -> ArchiveRecord:
 def parent_of(value: Any) -> tuple[int, int]:
     """Return a parent, (generation, step), from its JSON form; raises `ValueError`."""
     if type(value) is not list or len(value) != 2:
-        raise ValueError(f"[generation, step] was expected, {value!r:.80} found")
+        raise ValueError(f"[generation, step] was expected, found {value!r:.80}")
     return _positive(value[0]), _natural(value[1])
 
 
@@ -285,7 +285,7 @@ def _canonical(document: Mapping[str, Any]) -> bytes:
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     result = dict(pairs)
     if len(result) != len(pairs):
-        raise ValueError("a name comes twice in one object")
+        raise ValueError("a name occurs twice in one object")
     return result
 
 
@@ -302,7 +302,7 @@ def _finite(text: str) -> float:
 
 def _natural(value: Any) -> int:
     if type(value) is not int or not 0 <= value <= _MAX_NUMBER:
-        raise ValueError(f"an integer from 0 on was expected, {value!r:.80} found")
+        raise ValueError(f"an integer from 0 on was expected, found {value!r:.80}")
     return value
 
 
@@ -320,7 +320,7 @@ def _ranks(value: Any) -> tuple[int, ...]:
 
 def _text(value: Any) -> str:
     if type(value) is not str:
-        raise ValueError(f"text was expected, {value!r:.80} found")
+        raise ValueError(f"text was expected, found {value!r:.80}")
     return value
 
 
@@ -337,7 +337,7 @@ def _metrics(value: Any) -> dict[str, float | None]:
 
 def _object(value: Any) -> dict[str, Any]:
     if type(value) is not dict:
-        raise ValueError(f"an object was expected, {value!r:.80} found")
+        raise ValueError(f"expected an object, found {value!r:.80}")
     return value
 
 
@@ -349,7 +349,7 @@ def _block_nbytes(value: Any) -> int:
 
 def _records(value: Any) -> tuple[ArchiveRecord, ...]:
     if type(value) is not list:
-        raise ValueError(f"a list was expected, {value!r:.80} found")
+        raise ValueError(f"a list was expected, found {value!r:.80}")
     return tuple(map(checked_record, value))
 
 

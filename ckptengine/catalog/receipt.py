@@ -277,7 +277,7 @@ class Channel:
         """Wait for rank 0's word until a moment of `time.monotonic`; raises `DeadlineError` naming rank 0."""
         outcome = self.hear(max(0.0, deadline - time.monotonic()) + patience(self.rank))
         if outcome is None:
-            raise DeadlineError("rank 0 did not say in time whether the checkpoint was committed; it may have died")
+            raise DeadlineError("rank 0 did not report in time whether the checkpoint was committed; it may have died")
         return outcome
 
     def hear(self, seconds: float) -> Outcome | None:

@@ -23,9 +23,9 @@ __all__ = ["app"]
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(importlib.metadata.version("ckptengine"))
 def app() -> None:
-    """Look at checkpoints, compare, check, fetch, export and import them, mend a split run, delete what is not needed.
+    """List, verify, compare, export, import, fetch and delete checkpoints.
 
-    Exit codes: 0 all is well, 1 something is damaged, 2 wrong usage, nothing there, or not readable.
+    Exit codes: 0 success; 1 something is damaged or differs; 2 wrong usage, nothing found, or not readable.
     """
 
 

@@ -20,13 +20,15 @@ __all__ = ["audit"]
 @click.command()
 @click.argument("run")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-@click.option("--deep", is_flag=True, help="Compare every byte of the checkpoints with its checksums as well.")
+@click.option("--deep", is_flag=True, help="Also compare every byte of the checkpoints with its checksums.")
 def audit(run: str, as_json: bool, deep: bool) -> None:
-    """Prove that RUN used every sample of each finished epoch once, over all restarts.
+    """Prove that RUN used every sample exactly once.
 
-    Goes from the newest checkpoint along its parents: each one's ledger of samples must continue the one before it,
-    have every position of each finished epoch once, and agree with the digests of what all ranks handed to training.
-    Exit codes: 0 all is well, 1 something is not, 2 there is no checkpoint with a data cursor or it can't be read.
+    Starts at the newest checkpoint and follows its parents. Each checkpoint's ledger of samples must continue the
+    previous one, contain every position of each finished epoch once, and agree with the digests of what all ranks
+    handed to training.
+
+    Exit codes: 0 proven; 1 there are findings; 2 no checkpoint with a data cursor, or not readable.
     """
     columns = (TextColumn("hashing samples"), BarColumn(), TimeRemainingColumn())
     bar = Progress(*columns, console=Console(stderr=True), transient=True)

@@ -24,17 +24,17 @@ DIFFERENT = 1
 @click.command()
 @click.argument("first")
 @click.argument("second")
-@click.option("--only", multiple=True, metavar="PREFIX", help="Compare what has such names, as 'model'; repeatable.")
+@click.option("--only", multiple=True, metavar="PREFIX", help="Only leaves with such names, as 'model'; repeatable.")
 @click.option("--rename", multiple=True, metavar="OLD=NEW", help="Rename in FIRST, as for `export`; repeatable.")
 @click.option("--heads", is_flag=True, help="Compare names, dtypes, shapes and plain values, not the arrays' contents.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def diff(first: str, second: str, only: tuple[str, ...], rename: tuple[str, ...], heads: bool, as_json: bool) -> None:
-    """Show what differs between the checkpoints FIRST and SECOND, arrays to the bit.
+    """Show what differs between the checkpoints FIRST and SECOND.
 
-    Each is a run, of which the newest is taken, RUN/step-N, a directory that `ckptengine.save` wrote, or another
-    library's checkpoint, as for `show`. What ranks have of their own is not compared.
+    Arrays are compared to the bit. Each checkpoint is a run (its newest one is compared), RUN/step-N, a directory that
+    `ckptengine.save` wrote, or another library's checkpoint, as for `show`. Per-rank values are not compared.
 
-    Exit codes: 0 they are the same, 1 they differ, or something is damaged, 2 one is not there or can't be read.
+    Exit codes: 0 they are equal; 1 they differ, or something is damaged; 2 one is not found, or not readable.
     """
     columns = (TextColumn("comparing"), BarColumn(), DownloadColumn(binary_units=True), TransferSpeedColumn())
     bar = Progress(*columns, console=Console(stderr=True, highlight=False), transient=True)

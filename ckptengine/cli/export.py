@@ -19,9 +19,9 @@ _SHOWN = 6
 @click.command()
 @click.argument("source")
 @click.argument("target")
-@click.option("--to", type=click.Choice(FORMATS), default="safetensors", show_default=True, help="The format.")
+@click.option("--to", type=click.Choice(FORMATS), default="safetensors", show_default=True, help="Format of TARGET.")
 @click.option("--step", type=click.IntRange(min=0), help="Export this step of a run, not the newest.")
-@click.option("--only", multiple=True, metavar="PREFIX", help="Export what has such names, as 'model'; repeatable.")
+@click.option("--only", multiple=True, metavar="PREFIX", help="Only leaves with such names, as 'model'; repeatable.")
 @click.option(
     "--rename",
     multiple=True,
@@ -29,7 +29,9 @@ _SHOWN = 6
     help="Rename by prefix, as 'model=', or by pattern, as 'h.*.attn=layers.*.attention'; repeatable.",
 )
 @click.option("--dtype", metavar="DTYPE", help="Write floating arrays as bfloat16, float16, float32 or float64.")
-@click.option("--max-shard-size", default="5GB", show_default=True, help="Arrays of one safetensors file at most.")
+@click.option(
+    "--max-shard-size", default="5GB", show_default=True, help="Most bytes of arrays in one safetensors file."
+)
 def export(
     source: str,
     target: str,
@@ -40,23 +42,22 @@ def export(
     dtype: str | None,
     max_shard_size: str,
 ) -> None:
-    """Write SOURCE to TARGET in another format, every byte that is read verified.
+    """Write SOURCE to TARGET in another format.
 
-    SOURCE is a run, of which the newest is taken, RUN/step-N, or a directory that `ckptengine.save` wrote; or another
-    library's checkpoint, as for `show`. TARGET must not be there yet.
+    SOURCE is a run (its newest checkpoint is exported), RUN/step-N, a directory that `ckptengine.save` wrote, or
+    another library's checkpoint, as for `show`. Every byte that is read is verified. TARGET must not exist yet.
 
     \b
-    safetensors  TARGET is a directory, for files as Hugging Face names them, or FILE.safetensors; arrays alone
+    safetensors  TARGET is a directory, for files as Hugging Face names them, or FILE.safetensors; arrays only
     torch        TARGET is a file, for torch.load(weights_only=True): arrays and plain values
     dcp          TARGET is a directory, for torch.distributed.checkpoint.load: arrays and plain values
     zarr         TARGET is a directory, or FILE.zip: arrays, and plain values as attributes of the group
-    mindspore    TARGET is a file, for mindspore.load_checkpoint: arrays alone
+    mindspore    TARGET is a file, for mindspore.load_checkpoint: arrays only
 
     Under torchrun (torchrun --nproc-per-node 4 -m ckptengine export …) or mpiexec, the processes share the shards of a
     safetensors directory.
 
-    Exit codes: 0, 1 if something that has to be read is damaged, 2 if there is nothing, it can't be read, or TARGET is
-    there already.
+    Exit codes: 0 success; 1 a part that must be read is damaged; 2 nothing found, not readable, or TARGET exists.
     """
     with failures():
         comm = join()

@@ -40,12 +40,12 @@ class _Removed:
 
 @click.command()
 @click.argument("run")
-@click.option("--keep-last", type=click.IntRange(min=1), help="Also delete checkpoints, all but the newest N.")
-@click.option("--keep-every", type=click.IntRange(min=1), help="With --keep-last: keep steps that are multiples of N.")
-@click.option("--keep-best", metavar="METRIC", help="With --keep-last: keep the one with the lowest METRIC, too.")
-@click.option("--keep-best-max", metavar="METRIC", help="With --keep-last: keep the one with the highest METRIC, too.")
-@click.option("--keep-step", multiple=True, type=click.IntRange(min=0), help="With --keep-last: keep this step, too.")
-@click.option("--memory", is_flag=True, help="Delete what ended jobs of RUN have left in this machine's /dev/shm, too.")
+@click.option("--keep-last", type=click.IntRange(min=1), help="Also delete checkpoints, but keep the newest N.")
+@click.option("--keep-every", type=click.IntRange(min=1), help="With --keep-last: also keep multiples of N.")
+@click.option("--keep-best", metavar="METRIC", help="With --keep-last: also keep the one with the lowest METRIC.")
+@click.option("--keep-best-max", metavar="METRIC", help="With --keep-last: also keep the one with the highest METRIC.")
+@click.option("--keep-step", multiple=True, type=click.IntRange(min=0), help="With --keep-last: also keep this step.")
+@click.option("--memory", is_flag=True, help="Also delete what ended jobs of RUN have left in this machine's /dev/shm.")
 @click.option("--dry-run", is_flag=True, help="Only print what would be deleted.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def gc(
@@ -59,22 +59,22 @@ def gc(
     dry_run: bool,
     as_json: bool,
 ) -> None:
-    """Delete what dead attempts have left in RUN: their data, unfinished uploads, temporary files.
+    """Delete what dead attempts have left in RUN.
 
-    What a living job writes is left alone, and so is all that is not ckptengine's. With --keep-last checkpoints are
-    deleted too, as `Checkpointer(keep_last=…, keep_every=…)` does: what a life was restored from stays until that life
-    has saved, and a manifest that can't be read stays. With --memory go the images that jobs with a memory tier kept
-    for their next start; those of a living job stay. Exit codes: 0, 2 if RUN can't be read or holds nothing, or
-    something could not be deleted.
+    That is their data, unfinished uploads and temporary files. What a running job writes is left alone, and so is
+    everything that is not ckptengine's. With --keep-last checkpoints are deleted, too, as
+    `Checkpointer(keep_last=…, keep_every=…)` does. The checkpoint that a job was restored from stays until that job has
+    saved, and a manifest that cannot be read stays. With --memory the images in shared memory that ended jobs have left
+    for their next start are deleted; those of a running job stay.
+
+    Exit codes: 0 success; 2 RUN is not found or not readable, or something could not be deleted.
     """
     rules: list[KeepRule] = [] if keep_every is None else [KeepEvery(keep_every)]
     rules += [Best(keep_best)] if keep_best else []
     rules += [Best(keep_best_max, mode="max")] if keep_best_max else []
     rules += [KeepSteps(keep_step)] if keep_step else []
     if rules and keep_last is None:
-        raise click.UsageError(
-            "--keep-every, --keep-best and --keep-step say what to keep beside the newest: give --keep-last too"
-        )
+        raise click.UsageError("--keep-every, --keep-best and --keep-step say what else to keep: give --keep-last, too")
     rules += [] if keep_last is None else [KeepLast(keep_last)]
     with failures():
         storage = open_storage(run)

@@ -19,23 +19,24 @@ __all__ = ["import_checkpoint"]
 @click.command("import")
 @click.argument("source")
 @click.argument("target")
-@click.option("--only", multiple=True, metavar="PREFIX", help="Take what has such names; repeatable.")
+@click.option("--only", multiple=True, metavar="PREFIX", help="Only leaves with such names; repeatable.")
 @click.option("--rename", multiple=True, metavar="OLD=NEW", help="Rename, as for `export`; repeatable.")
-@click.option("--under", metavar="KEY", help="Put all under this key of the state, as 'model' for a model's weights.")
+@click.option("--under", metavar="KEY", help="Put everything under this key of the state, as 'model'.")
 def import_checkpoint(
     source: str, target: str, only: tuple[str, ...], rename: tuple[str, ...], under: str | None
 ) -> None:
-    """Write SOURCE, another library's checkpoint, to TARGET as one of ours, with checksums.
+    """Convert SOURCE, another library's checkpoint, to TARGET.
 
-    SOURCE is what `show` takes. TARGET is a directory or a URL that holds no checkpoint yet; `ckptengine.load` and
-    `warm_start` take it. Needs memory for all arrays. `--only` takes prefixes of the names after `--rename`.
+    SOURCE is what `show` accepts. TARGET is a directory or a URL that holds no checkpoint yet; `ckptengine.load` and
+    `warm_start` read it. It gets checksums. The command needs memory for all arrays. `--only` takes prefixes of the
+    names after `--rename`.
 
-    Exit codes: 0, 1 if something that has to be read is damaged, 2 if SOURCE can't be read, or TARGET is there already.
+    Exit codes: 0 success; 1 a part that must be read is damaged; 2 SOURCE is not readable, or TARGET exists.
     """
     with failures():
         storage = open_storage(target)
         if storage.list():
-            raise StorageError(errno.EEXIST, f"{storage.location()} is there already: import to a new place")
+            raise StorageError(errno.EEXIST, f"{storage.location()} exists already: import to a new place")
         rules = dict(rule_of(rule) for rule in rename) or None
         state = load(source, only=only or None, rename=rules, as_torch=_has_torch())
         done = save(target, {under: state} if under else state)

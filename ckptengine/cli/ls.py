@@ -20,10 +20,10 @@ __all__ = ["ls"]
 def ls(run: str, as_json: bool) -> None:
     """List the committed checkpoints of RUN.
 
-    Only manifests are read; `verify` reads the data. A generation is one life of the job: each start that saves has
-    the next number. The parent is the checkpoint that this one goes on from, as "STEP of GENERATION".
+    Only manifests are read; `verify` reads the data. A generation counts the starts of the job that have saved: each
+    has the next number. The parent is the checkpoint that this one continues, as "STEP of GENERATION".
 
-    Exit codes: 0, 1 if a manifest is damaged, 2 if RUN can't be read or holds no checkpoint.
+    Exit codes: 0 success; 1 a manifest is damaged; 2 RUN cannot be read or has no checkpoint.
     """
     with failures():
         checkpoints = list_run(run)

@@ -20,13 +20,14 @@ __all__ = ["mend"]
 @click.argument("run")
 @click.argument("directory")
 def mend(run: str, directory: str) -> None:
-    """Make RUN and its local tier DIRECTORY one run again, where a lost reply has split them.
+    """Rejoin RUN and its local tier DIRECTORY after a lost reply.
 
-    Older versions claimed a generation twice, once in each place, when RUN failed just after it had taken the
-    claim; the next start then says that DIRECTORY holds another run. Only claims that one process made for one life
-    are made the same, and images in this machine's /dev/shm get the same; nothing is deleted. Call it on every node
-    whose DIRECTORY is refused, while no job writes to the run: beside one it changes nothing. Exit codes: 0, 2 if a job
-    writes to the run, these are two runs, or can't be read or written.
+    Older versions claimed a generation twice, once in each place, if RUN failed just after it had accepted the claim.
+    The next start then says that DIRECTORY holds another run. Only claims that one process made for one start are made
+    equal, also for images in this machine's /dev/shm; nothing is deleted. Run it on every node whose DIRECTORY is
+    refused, while no job writes to the run; otherwise it changes nothing.
+
+    Exit codes: 0 success; 2 a job writes to the run, these are two runs, or they cannot be read or written.
     """
     with failures():
         storage = open_storage(run)
@@ -37,4 +38,4 @@ def mend(run: str, directory: str) -> None:
     for line in changed:
         click.echo(line)
     if not changed:
-        click.echo("nothing to mend: all claims are the same")
+        click.echo("nothing to mend: all claims are equal")

@@ -35,12 +35,15 @@ __all__ = ["prefetch"]
     help="Seconds to wait for another prefetch into DIRECTORY.",
 )
 def prefetch(source: str, directory: str, step: int | None, timeout: float) -> None:
-    """Bring the newest whole checkpoint of SOURCE to a local DIRECTORY, every byte verified.
+    """Copy the newest checkpoint of SOURCE to a local DIRECTORY.
 
-    SOURCE is a run or a checkpoint, such as s3://bucket/run; credentials come from the environment. What DIRECTORY has
-    already is not fetched again, and other checkpoints there are left alone. Where the newest is damaged, the one
-    before it is taken. Where SOURCE has none yet, as on the first start of a job, nothing is done. Exit codes: 0, 1 if
-    no checkpoint is whole, 2 if SOURCE can't be read, or DIRECTORY is full, or belongs to another run.
+    SOURCE is a run or a checkpoint, such as s3://bucket/run; credentials come from the environment. Every byte is
+    verified. What DIRECTORY already has is not fetched again, and other checkpoints there are left alone. If the newest
+    checkpoint is damaged, the previous one is fetched. If SOURCE has none yet, as on the first start of a job, nothing
+    is done.
+
+    Exit codes: 0 success; 1 no checkpoint is complete; 2 SOURCE is not readable, or DIRECTORY is full or belongs to
+    another run.
     """
     errors = Console(stderr=True, highlight=False)
     columns = (TextColumn("fetching"), BarColumn(), DownloadColumn(binary_units=True))
@@ -49,7 +52,7 @@ def prefetch(source: str, directory: str, step: int | None, timeout: float) -> N
         task = bar.add_task("fetch", total=None)
         target = open_storage(directory)
         if not isinstance(target, LocalStorage):
-            raise click.UsageError(f"{target.location()} is no local directory: give one to fetch to")
+            raise click.UsageError(f"{target.location()} is not a local directory: give one to fetch to")
         done = fetch(
             open_checkpoint(source),
             target,

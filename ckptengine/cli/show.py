@@ -25,24 +25,23 @@ _FILES = 8
 
 @click.command()
 @click.argument("checkpoint")
-@click.option("--only", multiple=True, metavar="PATTERN", help="Show what has such names, as 'model.*'; repeatable.")
+@click.option("--only", multiple=True, metavar="PATTERN", help="Only leaves with such names, as 'model.*'; repeatable.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON, values in full.")
 def show(checkpoint: str, only: tuple[str, ...], as_json: bool) -> None:
-    """Show the leaves and the plain values of CHECKPOINT.
+    """Show the leaves and plain values of CHECKPOINT.
 
-    CHECKPOINT is a run, of which the newest is shown, RUN/step-N, or a directory that `ckptengine.save` wrote; or a
-    safetensors file, a directory of Hugging Face or of DCP, or a file that torch.save wrote.
+    CHECKPOINT is a run (its newest checkpoint is shown), RUN/step-N, a directory that `ckptengine.save` wrote, a
+    safetensors file, a Hugging Face or DCP directory, or a torch.save file.
 
     \b
     placement   replicated: the same on all ranks, stored once
-                whole: one rank's is stored, as torch takes buffers
+                whole: one rank's is stored, as torch does with buffers
                 sharded: each rank has a part
                 per_rank: each rank has its own, and all are stored
-    archives    the ranks whose files (rank-N.zarr.zip) hold parts of it; of another library's files their numbers
-    generation  one life of the job: each start that saves has the next number
+    archives    ranks whose files (rank-N.zarr.zip) hold parts of it (for other libraries: file numbers)
+    generation  counts the starts of the job that have saved: each has the next number
 
-    Exit codes: 0, 1 if something that has to be read is damaged, 2 if there is none or it can't be
-    read.
+    Exit codes: 0 success; 1 a part that must be read is damaged; 2 nothing found, or not readable.
     """
     with failures():
         description = _filtered(describe(checkpoint), only)
@@ -71,7 +70,7 @@ def _filtered(description: CheckpointDescription, only: tuple[str, ...]) -> Chec
         unread=of(description.unread),
     )
     if not (found.leaves or found.values or any(found.rank_values.values()) or found.unread):
-        raise click.UsageError(f"{description.path}: nothing has a name like {' or '.join(only)}")
+        raise click.UsageError(f"{description.path}: no leaf has a name like {' or '.join(only)}")
     return found
 
 

@@ -30,9 +30,10 @@ _LEAVES_SHOWN = 8
 def verify(checkpoint: str, as_json: bool) -> None:
     """Compare every byte of CHECKPOINT with its checksums.
 
-    CHECKPOINT is a run, of which all checkpoints are verified, RUN/step-N, or a directory that
-    `ckptengine.save` wrote. Each damaged place is printed with the leaves that it hits. Exit codes: 0 all is
-    well, 1 something is damaged, 2 there is no checkpoint or it can't be read.
+    CHECKPOINT is a run (all of its checkpoints are verified), RUN/step-N, or a directory that `ckptengine.save` wrote.
+    Each damaged place is printed with the leaves that it affects.
+
+    Exit codes: 0 no damage; 1 something is damaged; 2 nothing found, or not readable.
     """
     total = 0
     columns = (TextColumn("verifying"), BarColumn(), DownloadColumn(binary_units=True))

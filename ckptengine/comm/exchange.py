@@ -133,7 +133,7 @@ class StoreCommunicator(Communicator):
             if reply[:1] == b"+" and not left:
                 self._late = False
                 if missed:
-                    _log.warning("rank %d was not in an operation, and is in step again: %s", self.rank, missed)
+                    _log.warning("rank %d missed an operation, and is in step again: %s", self.rank, missed)
                 return reply[1:]
             answer = _GONE if reply[:1] == b"+" else json.loads(reply[1:])
             was_in = self.rank not in answer["absent"] and not left
@@ -348,7 +348,7 @@ def connect(
     store.set(hello, own.encode())
     session = store.get(welcome, timeout + grace(timeout))
     if session is None:
-        raise DeadlineError(f"connecting: rank 0 did not come within {within:g} s")
+        raise DeadlineError(f"connecting: rank 0 did not arrive within {within:g} s")
     store.delete(welcome)
     communicator = StoreCommunicator(store, rank, world_size, f"{prefix}/{session.decode()}", background)
     communicator.rendezvous(max(0.0, deadline - time.monotonic()), within)

@@ -95,8 +95,8 @@ class StoreHost(MemoryStore):
     def _check_process(self) -> None:
         if os.getpid() != self._process:
             raise CheckpointError(
-                f"process {os.getpid()} was forked from rank 0, process {self._process}, which hosts the store of the "
-                "job: only that one can use it"
+                f"process {os.getpid()} was forked from rank 0's process {self._process}, which hosts the store of the "
+                "job: only that process can use it"
             )
 
 
@@ -181,7 +181,7 @@ class _Service:
                 self._answer_arrived()
                 self._answer_late()
         except Exception:
-            _log.exception("the store that rank 0 hosts has failed: no rank can save any more")
+            _log.exception("the store that rank 0 hosts has failed: no rank can save any more; restart the job")
         finally:
             for connection in list(self._connections):
                 self._close(connection)

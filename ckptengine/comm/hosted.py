@@ -96,7 +96,7 @@ class HostedStore(KeyValueStore):
                     raise self._silent() from error
                 # The connections that are kept may all be broken: the last word is a new one's.
         if self._closed:
-            raise CheckpointError("this process is ending, and has left the store of the job")
+            raise CheckpointError("this process is ending and has left the job's store")
         if time.monotonic() < self._gone_until:
             raise RankFailedError(self._gone_text)
         peer = self._connect(_RECONNECT_SECONDS)

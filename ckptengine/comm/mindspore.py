@@ -192,7 +192,8 @@ class MindSporeStore(KeyValueStore):
                 return call()
             except _FAILURES as error:
                 raise CheckpointError(
-                    f"the store of the job at {self._where} failed ({operation}: {_first(error)}); its host is there"
+                    f"the store of the job at {self._where} failed ({operation}: {_first(error)}), although its host "
+                    "can be reached"
                 ) from error
 
     def _gone(self, operation: str, error: BaseException) -> CheckpointError:

@@ -70,7 +70,10 @@ def from_mpi(comm: MPI.Intracomm | None = None, timeout: float = _CONNECT_TIMEOU
     """
     global _keyval
     if not MPI.Is_initialized() or MPI.Is_finalized():
-        raise CheckpointError("MPI is not initialized, or finalized already: call MPI.Init first, and not MPI.Finalize")
+        raise CheckpointError(
+            "MPI is not initialized, or is finalized already: call MPI.Init first, and MPI.Finalize only after the "
+            "last save"
+        )
     comm = MPI.COMM_WORLD if comm is None else comm
     if comm.Is_inter():
         raise ValueError("an intercommunicator has two groups of ranks: give the communicator of one")
@@ -180,7 +183,7 @@ def _find(comm: MPI.Intracomm, known: _Known, timeout: float) -> Communicator:
     if not known.card:
         card = _await_card(comm, deadline)
         if card is None:
-            raise DeadlineError(f"connecting: rank 0 did not come within {timeout:g} s")
+            raise DeadlineError(f"connecting: rank 0 did not arrive within {timeout:g} s")
         if card[:1] != b"=":
             raise CheckpointError(card[1:].decode(errors="replace"))
         known.card = card

@@ -9,7 +9,7 @@ __all__ = ["ALONE", "SingleProcess"]
 
 
 class SingleProcess(Communicator):
-    """One process that coordinates with nobody; nothing waits."""
+    """Communicator of a process that saves and loads by itself: as `comm=` it coordinates with no other rank."""
 
     def __init__(self) -> None:
         self.rank = 0

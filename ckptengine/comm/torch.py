@@ -171,7 +171,8 @@ class TorchStore(KeyValueStore):
             result = call(client)
         except RuntimeError as error:
             raise CheckpointError(
-                f"the store of torch.distributed failed ({operation}: {_first(error)}), and its host is there"
+                f"the store of torch.distributed failed ({operation}: {_first(error)}), although its host can be "
+                "reached"
             ) from error
         self._idle.append(client)
         return result

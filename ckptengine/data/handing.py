@@ -165,7 +165,7 @@ class Handing:
             raise CheckpointError(
                 f"the cursor is at global batch {cursor.batches}, epoch {cursor.epoch}, position {cursor.consumed}, "
                 f"this loop at global batch {batch.number}, epoch {batch.epoch}, position {batch.begin}: it was "
-                "loaded, or moved by another loop, while this one was under way; begin a new loop over batches() "
+                "loaded, or moved by another loop, while this one was running; begin a new loop over batches() "
                 "after that"
             )
         cursor.count(batch, part.begin, samples)

@@ -24,29 +24,33 @@ _END = object()
 
 
 class ElasticSampler(Handing):
-    """Gives this rank's sample numbers of each further global batch, from where training was, at any world size.
+    """Sample batches so that training continues with the next sample, at any world size.
 
-    It is a batch sampler: iterating gives lists of `int`, `DataLoader(dataset, batch_sampler=sampler)` takes it. What
-    training has consumed is counted by `batches`, not by iterating, since a loader fetches ahead:
+    It is a batch sampler: iterating yields this rank's lists of sample numbers (`int`), and
+    `DataLoader(dataset, batch_sampler=sampler)` takes it. `batches` counts what training has consumed; iterating does
+    not, since a loader fetches ahead:
 
         while sampler.epoch < epochs:
             for batch in sampler.batches(loader):
                 ...
                 ckpt.step(sampler.global_batches, state)  # state has the sampler
 
-    `length` is the number of samples of the data set, `global_batch` the samples that all ranks together use for one
-    step of the optimizer. With `micro_batch`, a global batch is cut into lists of so many samples, the same ones
-    whatever the world size, and a rank has several of them for each step of the optimizer: `complete` tells when.
-    `shuffle` gives another pseudo-random order in each epoch, from `seed`. `last` says what becomes of the samples at
-    an epoch's end that are no whole global batch: a shorter batch (`"ragged"`; joined to the one before where it would
-    leave a rank without samples), none (`"drop"`), or one that is filled up from the epoch's start (`"pad"`). `rank`
-    and `world_size` are the job's by default.
+    - `length`: number of samples in the data set, up to 2**62.
+    - `global_batch`: number of samples that all ranks together use for one optimizer step.
+    - `seed`, `shuffle`: with `shuffle`, each epoch has another pseudo-random order, which depends on `seed` (a
+      generalized Feistel cipher with cycle walking: Black and Rogaway, "Ciphers with arbitrary finite domains", 2002).
+    - `micro_batch`: cut a global batch into lists of this many samples, the same ones at any world size. A rank has
+      several of them for each optimizer step; `complete` is true at the last one.
+    - `last`: what happens at the end of an epoch to samples that do not fill a global batch. `"ragged"`: a shorter
+      batch, which is joined to the one before if it would leave a rank without samples. `"drop"`: they are left out.
+      `"pad"`: the batch is filled up with samples from the start of the epoch.
+    - `rank`, `world_size`: by default those of the job.
 
-    The state is a few plain values and a ledger of runs; the arguments but for `length`, `seed` and `shuffle` may
-    change from one life of the job to the next.
+    The state is a few plain values and a ledger of runs. All arguments except `length`, `seed` and `shuffle` may change
+    when the job is restarted.
 
     Raises `ValueError` for arguments that leave a rank without samples or an epoch without batches, `CheckpointError`
-    where a launcher has started several ranks and nothing is initialized.
+    if a launcher has started several ranks and nothing is initialized.
     """
 
     def __init__(
@@ -81,13 +85,13 @@ class ElasticSampler(Handing):
         return drawing
 
     def batches(self, loader: Iterable[Any] | None = None) -> Iterator[Any]:
-        """Yield what the loader makes of the rest of the epoch, and count each batch when it is handed out.
+        """Yield the loader's batches for the rest of the epoch, and count each one when it is handed out.
 
-        `loader` is a `DataLoader(batch_sampler=this sampler)`, or anything else that iterates this sampler and gives
-        one batch for each list, in order; without it the lists themselves are given. A save in the loop's body includes
-        the batch of that body. Each call goes on where the one before was left, and ends with the epoch. What takes
-        batches ahead of training belongs around the loader, `batches(prefetch(loader))`: around `batches` it would have
-        batches counted that a job which ends now never trains on; so would leaving the loop before it trains.
+        `loader` is a `DataLoader(batch_sampler=this sampler)`, or anything else that iterates this sampler and yields
+        one batch for each list, in order; without it the lists themselves are yielded. A save in the loop body includes
+        the batch of that body. Each call continues where the one before was left, and ends with the epoch. Put a
+        prefetcher around the loader, `batches(prefetch(loader))`. Around `batches` it would count batches that a job
+        which ends now never trains on; so would leaving the loop before the training of a batch.
 
         Raises `ValueError` for a loader that draws from another sampler or gives batches out of order,
         `CheckpointError` where it gives more or fewer batches than it draws lists, or where the cursor is loaded while
@@ -103,7 +107,7 @@ class ElasticSampler(Handing):
             )
         if getattr(loader, "num_workers", 0) and not getattr(loader, "in_order", True):
             raise ValueError(
-                "in_order=False gives batches as workers finish them, so that nobody knows which ones training has "
+                "in_order=False gives batches as workers finish them, so it is unknown which ones training has "
                 "consumed: make the DataLoader with in_order=True"
             )
         return self._hand_out(loader)

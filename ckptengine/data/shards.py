@@ -35,10 +35,11 @@ def as_reader(read: Reader | Callable[[str, int], Iterator[Any]] | None) -> Read
 
 @dataclass(frozen=True)
 class Shards:
-    """Files in their given order, which numbers their records: sample 0 is record 0 of the first file, and so on.
+    """List the files of a stream, in the order that numbers their records: sample 0 is record 0 of the first file.
 
-    `counts` are records. `nbytes` are the files' sizes when they were counted, None where a path is no local file:
-    then nothing can be compared. `marks` are the reader's own, to find records by.
+    Make it with `Shards.count` or `Shards.given`. `counts` are numbers of records. `nbytes` are the files' sizes in
+    bytes when they were counted; None for a path that is not a local file, whose size is not compared. `marks` are the
+    reader's own, to find records quickly.
     """
 
     paths: tuple[str, ...]
@@ -48,7 +49,7 @@ class Shards:
 
     def __post_init__(self) -> None:
         if not self.paths:
-            raise ValueError("no shards: give at least one file (does the pattern match any?)")
+            raise ValueError("no shards: give at least one file (does the pattern match any file?)")
         if len(self.counts) != len(self.paths):
             raise ValueError(f"{len(self.counts)} counts for {len(self.paths)} shards: give one for each, in order")
         if len(self.nbytes) != len(self.paths) or len(self.marks) != len(self.paths):
@@ -59,7 +60,7 @@ class Shards:
 
     @staticmethod
     def given(paths: Iterable[str | os.PathLike[str]], counts: Iterable[int]) -> Shards:
-        """Return shards whose numbers of records are known. Raises `StorageError` where a file isn't there."""
+        """Return shards whose numbers of records are known. Raises `StorageError` if a file does not exist."""
         names = _names(paths)
         numbers = tuple(operator.index(count) for count in counts)
         return Shards(names, numbers, tuple(map(_nbytes, names)), ((),) * len(names))
@@ -70,11 +71,11 @@ class Shards:
         read: Reader | Callable[[str, int], Iterator[Any]] | None = None,
         cache: str | os.PathLike[str] | None = None,
     ) -> Shards:
-        """Return shards after counting the records of each file, which reads all of it (`NpyRows`, `BinaryRows`: no).
+        """Count the records of each file and return the shards. Reads whole files, except with `NpyRows`, `BinaryRows`.
 
-        `cache` names a JSON file in which counts are kept by path, size and time of the last change: what has not
-        changed is not read again by the same reader. It is replaced as a whole, so several processes may do this at a
-        time. Raises `StorageError` where a file can't be read, `StateError` where `cache` is another kind of file.
+        `cache` names a JSON file that stores counts by path, size and time of the last change: the same reader does not
+        read unchanged files again. It is replaced as a whole, so several processes may use it at a time. Raises
+        `StorageError` if a file can't be read, `StateError` if `cache` is another kind of file.
         """
         names, reader = _names(paths), as_reader(read)
         known = _read_cache(cache, reader.name)
@@ -129,7 +130,7 @@ def _nbytes(path: str) -> int | None:
         return os.stat(path).st_size
     except OSError as error:
         raise StorageError(
-            error.errno, f"{path}: the shard can't be read ({error.strerror}); is the data set where it was?"
+            error.errno, f"{path}: the shard can't be read ({error.strerror}); has the data set been moved?"
         ) from error
 
 
@@ -179,4 +180,4 @@ def _write_cache(cache: str | os.PathLike[str], reader: str, entries: dict[str, 
             file.write(text)
         os.replace(part, cache)
     except OSError as error:
-        raise StorageError(error.errno, f"{os.fspath(cache)}: the counts can't be kept there: {error}") from error
+        raise StorageError(error.errno, f"{os.fspath(cache)}: the counts can't be written there: {error}") from error

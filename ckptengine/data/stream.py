@@ -22,21 +22,23 @@ DEFAULT_LANES = 64
 
 
 class ElasticBatches(Handing):
-    """Batches of records of shard files; its position counts the records of all ranks, so any world size continues it.
+    """Batch the records of shard files so that training continues with the next record, at any world size.
 
-    `shards` are a list of files, or `Shards` (counted once, with what finds a record quickly). `open` is a `Reader`, or
-    a function `(path, start) -> iterator of records` from number `start` on; by default records are lines of text. With
-    a list of files `counts` gives their numbers of records; without it each rank counts all files at the start.
+    - `shards`: a list of files, or `Shards`, which are counted once and find a record quickly.
+    - `open`: a `Reader`, or a function `(path, start) -> iterator of records` from record `start` on. By default
+      records are lines of text.
+    - `counts`: for a list of files, their numbers of records; without it each rank counts all files at the start.
+    - `global_batch`, `micro_batch`, `last`: as for `ElasticSampler`, in records.
+    - `seed`, `shuffle`: with `shuffle`, the files have another order in each epoch. Records within a file keep theirs.
+    - `lanes`: how many places in the files are read and mixed at a time; by default 64, or `block` if that is less.
+    - `block`: the records of a round in which each lane has its turn; by default a global batch. A multiple of the
+      loader's workers times a global batch gives each worker lanes of its own; otherwise a worker skips what the others
+      read.
+    - `collate`: makes a batch of a list of records, in the loader's worker; by default the list itself is the batch.
+    - `rank`, `world_size`: by default those of the job.
 
-    A global batch has `global_batch` records over all ranks, `micro_batch` cuts it into parts of so many, `last` says
-    what becomes of an epoch's rest: all as in `Cursor`. The order of an epoch, a function of (seed, epoch), is that of
-    `Lanes`: with `shuffle` the files come in another order in each epoch; records of one file stay in theirs, `lanes`
-    files are mixed. In each round of `block` records all lanes have their turn; by default that is a global batch.
-    Several of them, a multiple of the loader's workers, give each worker lanes of its own; else it passes by what the
-    others read. Files, `seed`, `shuffle`, `lanes` and `block` make the order: they must stay the same through a run.
-
-    `collate` makes a batch of a list of records, in the loader's worker; by default the list itself is the batch.
-    `rank` and `world_size` are by default those of the job.
+    Files, `seed`, `shuffle`, `lanes` and `block` define the order (`docs/streams.md`): they must stay the same through
+    a run.
 
     Put it into the state, make a loader with `loader`, and loop over `batches(loader)`:
 
@@ -45,8 +47,8 @@ class ElasticBatches(Handing):
                 ...
                 ckpt.step(data.global_batches, state)
 
-    Raises `ValueError` or `TypeError` for wrong arguments, `StorageError` where a shard can't be read,
-    `CheckpointError` where a launcher has started several ranks and nothing is initialized.
+    Raises `ValueError` or `TypeError` for wrong arguments, `StorageError` if a shard can't be read, `CheckpointError`
+    if a launcher has started several ranks and nothing is initialized.
     """
 
     def __init__(
@@ -92,7 +94,7 @@ class ElasticBatches(Handing):
 
     def __getitem__(self, index: object) -> Any:
         # What a DataLoader that was made of this object itself would call.
-        raise TypeError("an ElasticBatches is no dataset by itself: make its DataLoader with .loader(num_workers=...)")
+        raise TypeError("an ElasticBatches is not a dataset: make its DataLoader with .loader(num_workers=...)")
 
     def loader(self, **options: Any) -> Any:
         """Return a torch DataLoader whose workers read this rank's batches, ahead of training.
@@ -117,7 +119,7 @@ class ElasticBatches(Handing):
         batch than is due, or where the position is loaded while a loop is under way; and what reading raises.
         """
         if loader is not None and getattr(loader, "dataset", None) is not self._records:
-            raise ValueError("this loader was not made by loader() of this ElasticBatches, which knows what comes next")
+            raise ValueError("this loader was not made by loader() of this ElasticBatches, which knows the next batch")
         return self._hand_out(loader)
 
     def _hand_out(self, loader: Any) -> Iterator[Any]:

@@ -170,7 +170,7 @@ class Attempt:
             if not self._storage.exists(manifest_name(self.generation)):
                 self._storage.delete_tree(self._directory)
         except CheckpointError as problem:
-            _log.warning("%s: what the failed save left is swept later: %s", self._storage.location(), problem)
+            _log.warning("%s: what the failed save left is deleted later: %s", self._storage.location(), problem)
 
 
 def new_attempt() -> str:
@@ -245,11 +245,15 @@ def begin_archive(
     with _memory() as snapshotter:
         whole = snapshotter.reserve(image, timeout)
         archive = held.enter_context(storage.create_archive(name, image.fixed_nbytes))
-        fill = snapshotter.fill if whole else snapshotter.stream
+        snapshotter.mark(table, whole)
 
         def copy() -> None:
             try:
-                fill(table, checksums, feed)
+                if whole:
+                    snapshotter.fill(table, checksums)
+                    snapshotter.complete(table, checksums, feed)
+                else:
+                    snapshotter.stream(table, checksums, feed)
                 feed.finish(None)
             except BaseException as problem:
                 feed.fail(problem)

@@ -97,7 +97,7 @@ def _keep_whole(nested: dict[Key, Any], checkpoint: Opened) -> None:
             holder[path[-1]] = _Whole(holder[path[-1]])
         except (LookupError, TypeError):
             where = checkpoint.archive(0).location
-            raise CheckpointDamagedError(f"{where}: {path!r:.80} is said to be an object, and is not there") from None
+            raise CheckpointDamagedError(f"{where}: {path!r:.80} is listed as an object, but does not exist") from None
 
 
 def _prefixes(arrays: Mapping[Path, Any]) -> set[Path]:

@@ -85,9 +85,7 @@ def contents_of(checkpoint: Opened, only: tuple[str, ...] | None, rename: Rename
     dtype that is none.
     """
     if dtype is not None and dtype not in _FLOATS:
-        raise StateError(
-            f"dtype={dtype!r}: one of {', '.join(sorted(_FLOATS))} is what floating arrays can be written as"
-        )
+        raise StateError(f"dtype={dtype!r}: floating arrays can be written as {', '.join(sorted(_FLOATS))}")
     saved = describe(checkpoint)
     selection, renamed = Selection(only), renamer(rename, {}, saved.flat)
     refuse_unread(saved.unread_of(selection, lambda path: path))
@@ -100,7 +98,7 @@ def contents_of(checkpoint: Opened, only: tuple[str, ...] | None, rename: Rename
     if unknown:
         raise LoadMismatchError(f"only={unknown}: {checkpoint.location} has nothing of that name")
     if not wanted:
-        raise LoadMismatchError(f"{checkpoint.location}: nothing that is wanted of it is an array")
+        raise LoadMismatchError(f"{checkpoint.location}: nothing that was selected is an array")
     first: dict[Path, Path] = {}
     items: dict[Path, Item] = {}
     aliases: dict[Path, Path] = {}

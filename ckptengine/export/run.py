@@ -116,7 +116,9 @@ def export_checkpoint(
     chooser = Chooser([source], comm, timeout)
     checkpoint = chooser.newest()
     if attempt and not (isinstance(checkpoint, Checkpoint) and checkpoint.manifest.attempt == attempt):
-        raise CheckpointNotFoundError(f"{checkpoint.location}: another save of the step than the one to be exported")
+        raise CheckpointNotFoundError(
+            f"{checkpoint.location}: the step was saved again, so the checkpoint to export is gone"
+        )
     doing = f"exporting {checkpoint.location}"
 
     def look() -> tuple[Contents, _Plan]:
@@ -222,5 +224,5 @@ def _check_absent(target: Storage, plan: _Plan, finish: bool) -> None:
     if there:
         raise StorageError(
             errno.EEXIST,
-            f"{target.location(there[0])} is there already: export to a new place, or delete it first",
+            f"{target.location(there[0])} exists already: export to a new place, or delete it first",
         )

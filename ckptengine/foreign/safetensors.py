@@ -96,7 +96,7 @@ def read_header(storage: StorageView, name: str) -> Header:
     if length > min(room, MAX_HEADER_NBYTES):
         raise CheckpointDamagedError(
             f"{where}: its header is said to have {length:,} bytes, the file has {room:,} after the length and "
-            f"{MAX_HEADER_NBYTES:,} are the most: it is cut off, or no safetensors file"
+            f"{MAX_HEADER_NBYTES:,} are the most: it is truncated, or not a safetensors file"
         )
     text = storage.read_range(name, _LENGTH_NBYTES, length)
     try:

@@ -102,7 +102,7 @@ def refusal(where: str, what: str) -> ForeignFormatError:
     """Return the error for what has a name that is not in the list."""
     return ForeignFormatError(
         f"{where}: holds {what}, which is not among the types of weights and plain values that are read: "
-        "nothing of it was run. If you trust the file, load it with the library that wrote it and save weights and "
+        "no code in it was run. If you trust the file, load it with the library that wrote it and save weights and "
         "plain values alone"
     )
 

@@ -22,7 +22,7 @@ _log = logging.getLogger("ckptengine")
 
 
 class Prepared:
-    """A loop that an `Accelerator` has prepared: `state()` for a Checkpointer, `batches(loader)` for the loop.
+    """Save and resume a loop that an `Accelerator` has prepared: `state()` for a Checkpointer, `batches` for the loop.
 
         model, optimizer, scheduler, loader = accelerator.prepare(model, optimizer, scheduler, loader)
         loop = Prepared(accelerator)
@@ -36,14 +36,20 @@ class Prepared:
                         step += 1
                         ckpt.step(step, loop.state())
 
-    Make it after the last `prepare` and `register_for_checkpointing`. `rng`: a `ckptengine.RNG` with generators of your
-    own. Raises `StateError` where a backend keeps the state to itself (DeepSpeed, Megatron-LM), and for
+    Make it after the last `prepare` and `register_for_checkpointing`.
+
+    - `accelerator`: the `Accelerator`.
+    - `rng`: a `ckptengine.RNG` with generators of your own; by default `RNG()`.
+
+    Raises `StateError` for backends that keep the state to themselves (DeepSpeed, Megatron-LM), and for
     `use_stateful_dataloader`.
     """
 
     def __init__(self, accelerator: Accelerator, rng: RNG | None = None) -> None:
         if accelerator.distributed_type in (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
-            raise StateError(f"{accelerator.distributed_type}: it keeps its state in an engine of its own")
+            raise StateError(
+                f"{accelerator.distributed_type}: it keeps its state in its own engine, which is not saved here"
+            )
         if any(getattr(loader, "use_stateful_dataloader", False) for loader in accelerator._dataloaders):
             raise StateError(
                 "use_stateful_dataloader: leave it out. The position in the data is kept here, and a loader of "
@@ -75,14 +81,15 @@ class Prepared:
         return state | scaler | {"accelerator": self._counters, "rng": self._rng}
 
     def epoch(self, loader: Any) -> int:
-        """Return how many epochs of a prepared loader are over."""
+        """Return how many epochs of a prepared loader are complete."""
         return self._of(loader).epoch
 
     def batches(self, loader: Any) -> Iterator[Any]:
-        """Yield the rest of the epoch of a prepared loader, counting what the loop is given.
+        """Yield the batches of the rest of the epoch from a prepared loader, and count each one that is handed out.
 
         After a restore the random streams are those of the save when the first batch is yielded. Raises `ValueError`
-        for a loader that was not prepared before, `LoadMismatchError` where the restored place is none of its own.
+        for a loader that was not prepared before, `LoadMismatchError` if the loader does not have the restored
+        position.
         """
         return self._of(loader).rest()
 

@@ -15,10 +15,12 @@ __all__ = ["Progress", "state"]
 
 
 def state(engine: DeepSpeedEngine) -> dict[str, Any]:
-    """Return the state of an engine: `model`, `optimizer`, `scheduler` if it has one, and `progress`.
+    """Return the state of a DeepSpeed engine: `model`, `optimizer`, `scheduler` if it has one, and `progress`.
 
-    The weights are the master weights, under the names of the module in the engine, so that a state with that module
-    and a plain optimizer takes them, too (`only=["model", "optimizer"]`). Add to the dict what else the job has.
+    `engine` uses ZeRO stage 1, 2 or 3. The weights are the fp32 master weights, under the names of the module in the
+    engine, so that a state with that module and a plain optimizer can load them, too (`only=["model", "optimizer"]`).
+    Add the job's other objects to the dict. A save raises `StateError` for engines that are not supported
+    (docs/parallelism.md).
     """
     found: dict[str, Any] = {"model": engine, "optimizer": engine.optimizer}
     if engine.lr_scheduler is not None:
@@ -55,7 +57,7 @@ class Progress:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take what `state_dict` gave; micro-batches are counted as this job makes them.
+        """Load what `state_dict` returned; micro-batches are counted in this job's own size.
 
         Raises `LoadMismatchError` for a loss scaler of another kind (a dynamic one for fp16, a static one for bf16).
         """

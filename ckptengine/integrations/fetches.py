@@ -144,7 +144,7 @@ def keep_seed(name: str, sampler: Any, saved: int | None) -> int | None:
     if seed is None or saved is None or saved == seed:
         return seed
     _log.warning(
-        "%s: the seed of the data's order is %d here and %d in the checkpoint: the checkpoint's order goes on",
+        "%s: the seed of the data's order is %d here and %d in the checkpoint: the checkpoint's order is used",
         name, seed, saved,
     )  # fmt: skip
     sampler.initial_seed = saved

@@ -28,13 +28,15 @@ from megatron.core.dist_checkpointing.state_dict_utils import load_preprocess
 from megatron.core.dist_checkpointing.utils import extract_nonpersistent, extract_sharded_base
 
 import ckptengine as ce
+from ckptengine.catalog.naming import open_checkpoint
 from ckptengine.comm.agree import agree
 from ckptengine.comm.select import current
 from ckptengine.errors import LoadMismatchError, StateError
 from ckptengine.frameworks.parts import ShardedParts
 from ckptengine.frameworks.registry import framework
-from ckptengine.inspect import describe
+from ckptengine.load.choose import newest_or_foreign
 from ckptengine.save.saver import DEFAULT_TIMEOUT
+from ckptengine.schema.path import dotted
 from ckptengine.state.values import decode, encode
 
 __all__ = ["async_save", "load", "save", "state_of"]
@@ -43,24 +45,24 @@ TENSORS, OBJECTS, COMMON = "tensors", "objects", "common"
 
 
 def save(sharded_state_dict: dict[str, Any], path: str | os.PathLike[str], **options: Any) -> ce.SaveStats:
-    """Save a sharded state dict as one checkpoint; all ranks call it. `options` are those of `ckptengine.save`.
+    """Save a sharded state dict as one checkpoint and return its `SaveStats`. Collective: all ranks call it.
 
-    Raises what that raises, and `StateError` for a `ShardedObject` whose data is neither plain values, tensors nor
-    bytes.
+    `options` are those of `ckptengine.save`. Raises what that raises, and `StateError` for a `ShardedObject` whose data
+    is neither plain values, tensors nor bytes.
     """
     return ce.save(path, state_of(sharded_state_dict), **options)
 
 
 def async_save(sharded_state_dict: dict[str, Any], path: str | os.PathLike[str], **options: Any) -> ce.SaveHandle:
-    """As `save`, in the background once the snapshot is taken; return its handle."""
+    """Start `save` in the background and return its `SaveHandle` once the snapshot is taken. Collective."""
     return ce.async_save(path, state_of(sharded_state_dict), **options)
 
 
 def state_of(sharded_state_dict: dict[str, Any]) -> dict[str, Any]:
-    """Return a sharded state dict as a state of the engine's, for `Checkpointer.save` and `step`.
+    """Convert a sharded state dict to a state for `Checkpointer.save` and `step`, and return it.
 
-    Of each box the main replica is saved (`replica_id`), as Megatron does. What has no sharding ("common") must be
-    equal on all ranks. The sharded state dict is left as it is.
+    The main replica of each box is saved (`replica_id`), as in Megatron. What has no sharding ("common") must be equal
+    on all ranks. The sharded state dict is not changed.
     """
     own = dict_list_map_outplace(lambda item: item, sharded_state_dict)
     apply_factories(own)
@@ -79,17 +81,18 @@ def state_of(sharded_state_dict: dict[str, Any]) -> dict[str, Any]:
 def load(
     sharded_state_dict: dict[str, Any], path: str | os.PathLike[str], *, step: int | None = None, **options: Any
 ) -> dict[str, Any]:
-    """Load into a sharded state dict, and return the state dict that it stands for; all ranks call it.
+    """Load into a sharded state dict, and return the state dict that it describes. Collective: all ranks call it.
 
-    `path` is what `ckptengine.load` takes, a run too; its `options` are taken, but for `into`, `only` and `strict`.
-    Tensors are filled in place; those without data are made. What a tensor with `allow_shape_mismatch` has beyond the
-    stored one (a vocabulary that is padded otherwise) is zero. What the checkpoint has besides is left, as Megatron
-    does. Raises `LoadMismatchError` naming what is missing or does not fit, on all ranks.
+    `path`, `step` and `options` are those of `ckptengine.load`, without `into`, `only` and `strict`. Tensors are filled
+    in place, and created if they have no data. What a tensor with `allow_shape_mismatch` has beyond the stored one (a
+    vocabulary with another padding) is zero. Other content of the checkpoint is ignored, as in Megatron. Raises
+    `LoadMismatchError` on all ranks, naming what is missing or does not match.
     """
     sharded_state_dict, local, factories = load_preprocess(sharded_state_dict)
     sharded, _ = extract_sharded_base(sharded_state_dict)
     tensors, objects = _sorted(sharded)
-    stored = _stored_shapes(path, step) if _is_loose(tensors) else {}
+    timeout = options.get("timeout", DEFAULT_TIMEOUT)
+    stored = _stored_shapes(path, step, options.get("storage_options"), timeout) if _is_loose(tensors) else {}
     into: dict[str, Any] = {
         TENSORS: {key: _parts(key, ones, ones[0], stored.get(f"{TENSORS}.{key}")) for key, ones in tensors.items()},
         OBJECTS: {one.unique_key: None for one in objects},
@@ -100,7 +103,6 @@ def load(
     missing = [name for name in report.missing if name != COMMON]  # it is not stored where there was nothing in it
     wrong = [*(f"missing: {name}" for name in missing), *(f"mismatched: {line}" for line in report.mismatched)]
     error = LoadMismatchError(f"{path}: the checkpoint and the sharded state dict don't fit\n" + "\n".join(wrong))
-    timeout = options.get("timeout", DEFAULT_TIMEOUT)
     comm = options.get("comm") or current(timeout)
     agree(comm, error if wrong else None, timeout, f"matching {os.fspath(path)} with the sharded state dict")
     result: dict[str, Any] = into[COMMON] or {}
@@ -120,7 +122,7 @@ def _sorted(sharded: Any) -> tuple[dict[str, list[ShardedTensor]], list[ShardedO
         elif isinstance(one, ShardedObject):
             objects.append(one)
         else:
-            raise StateError(f"{getattr(one, 'key', one)}: a {type(one).__name__} is not known")
+            raise StateError(f"{getattr(one, 'key', one)}: a {type(one).__name__} is not supported")
     return tensors, objects
 
 
@@ -166,9 +168,12 @@ def _within(data: torch.Tensor, offset: tuple[int, ...], shape: tuple[int, ...])
     return data
 
 
-def _stored_shapes(path: str | os.PathLike[str], step: int | None) -> dict[str, tuple[int, ...]]:
-    place = os.fspath(path) if step is None else f"{os.fspath(path)}/step-{step}"
-    return {leaf.name: leaf.shape for leaf in describe(place).leaves}
+def _stored_shapes(
+    path: str | os.PathLike[str], step: int | None, storage_options: Mapping[str, Any] | None, timeout: float
+) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of the checkpoint's arrays by their names."""
+    storage = open_checkpoint(path, storage_options, step, timeout)
+    return newest_or_foreign(storage, lambda one: {dotted(leaf.path): leaf.shape for leaf in one.rows.leaves})
 
 
 def _is_loose(tensors: Mapping[str, list[ShardedTensor]]) -> bool:

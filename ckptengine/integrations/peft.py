@@ -13,14 +13,15 @@ __all__ = ["Adapters"]
 
 
 class Adapters:
-    """The adapters of a `PeftModel`: `{"adapters": Adapters(model), "optimizer": optimizer}`.
+    """Save the adapters of a `PeftModel` without its base model: `{"adapters": Adapters(model), ...}`.
 
-    Each is saved under its own name (`adapters.default`), with the names that its tensors have in PEFT's
-    `adapter_model.safetensors`. The base model is not saved: the script makes it as before. Pass the model itself, not
-    the wrapper of DDP.
+    `model` is the `PeftModel` itself, not its DDP wrapper. Each adapter is saved under its own name
+    (`adapters.default`), and its tensors have the names of PEFT's `adapter_model.safetensors`. The base model is not
+    saved: the script makes it again.
 
-    Raises `StateError` where something else of the model takes a gradient, which would be lost: other parameters, or
-    those of a prompt encoder, of which PEFT keeps only the result. Put the whole model into the state then.
+    Raises `TypeError` for another model, and `StateError` if something else in the model takes a gradient, which would
+    be lost: other parameters, or those of a prompt encoder, of which PEFT keeps only the result. Then put the whole
+    model into the state.
     """
 
     def __init__(self, model: PeftModel) -> None:
@@ -41,7 +42,7 @@ class Adapters:
         return {name: get_peft_model_state_dict(self._model, adapter_name=name) for name in self._model.peft_config}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Put tensors into the adapters; raises `LoadMismatchError` where an adapter or a tensor is not here."""
+        """Copy tensors into the adapters. Raises `LoadMismatchError` if the model lacks an adapter or a tensor."""
         if state.keys() != self._model.peft_config.keys():
             raise LoadMismatchError(
                 f"Adapters: the checkpoint has {', '.join(state) or 'none'}, the model "

@@ -34,13 +34,13 @@ RNG = "rng"
 
 
 class CheckpointManager(TitanManager):  # type: ignore[misc]
-    """torchtitan's own manager with its options, which saves and loads through `ckptengine.dcp`.
+    """Save and load torchtitan's checkpoints through `ckptengine.dcp`: torchtitan's own manager, with its options.
 
         config.checkpoint = CheckpointManager.Config(enable=True, interval=100)
 
-    Model parts and optimizers are saved under flat names, as torchtitan gives them, so pipeline stages lie beside each
-    other and any other parallel layout loads them. The training loader's position and each rank's random streams are
-    typed values; nothing is pickled. A checkpoint that torch's DCP has written is loaded too, its loader excepted.
+    Model parts and optimizers are saved under torchtitan's flat names, so pipeline stages do not overwrite each other
+    and any other parallel layout loads them. The training loader's position and each rank's random streams are typed
+    values; nothing is pickled. A checkpoint that torch's DCP has written can be loaded, too, except its loader.
 
     `async_mode` is `"async"` by default; `"async_with_pinned_mem"` is the same here. Files for Hugging Face
     (`last_save_in_hf`, `initial_load_in_hf`) are torchtitan's own.
@@ -79,7 +79,7 @@ class CheckpointManager(TitanManager):  # type: ignore[misc]
         enable_garbage_collection: bool = False,
         to_hf: bool = False,
     ) -> Any:
-        """Save a state dict; return a future where it is written in the background."""
+        """Save a state dict; return a future if it is written in the background, else None."""
         if to_hf:
             return super().dcp_save(state_dict, checkpoint_id, async_mode, enable_garbage_collection, to_hf)
         if async_mode is AsyncMode.DISABLED:
@@ -109,7 +109,7 @@ class CheckpointManager(TitanManager):  # type: ignore[misc]
         if RNG in state_dict and ranks != dist.get_world_size():
             del state_dict[RNG]
             _log.warning(
-                "%s: holds the random streams of %d ranks, here are %d: they begin as this job has seeded them",
+                "%s: holds the random streams of %d ranks, here are %d: they start as this job has seeded them",
                 checkpoint_id, ranks, dist.get_world_size(),
             )  # fmt: skip
         loader = state_dict.get(DATALOADER)

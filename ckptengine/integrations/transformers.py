@@ -35,7 +35,7 @@ _STEP_DIRECTORY = re.compile(r"step-(\d+)/*")
 
 
 class Resume:
-    """Gives a Trainer asynchronous checkpoints and exact resume; stands before the Trainer among the bases.
+    """Give a Trainer asynchronous checkpoints and exact resume: a mixin that comes before the Trainer.
 
         class MyTrainer(Resume, transformers.Trainer):
             pass
@@ -43,25 +43,25 @@ class Resume:
         trainer = MyTrainer(model, args, train_dataset=data)
         trainer.train()  # the same line at the first start and at each restart
 
-    `run` is the run directory or URL, by default `args.output_dir`; `checkpointer` has further arguments of
-    `ckptengine.Checkpointer`, such as `{"local": "/ckpt", "every": "10min"}`. All other arguments are the Trainer's.
+    - `run`: the run directory or URL; by default `args.output_dir`.
+    - `checkpointer`: further arguments of `ckptengine.Checkpointer`, such as `{"local": "/ckpt", "every": "10min"}`.
+    - `whole_model`: save all of a `PeftModel`; by default only its adapters are saved (under `adapters`).
+    - All other arguments are the Trainer's.
 
-    When to save is the Trainer's own `save_strategy` and `save_steps`; `save_total_limit` keeps that many of the newest
-    checkpoints and, with `load_best_model_at_end`, the best one beside them. Kept are the model, the optimizer, the
-    scheduler, the scaler, the random streams of each rank, the Trainer's and the callbacks' states, what has been added
-    up for the next log, and the position in the data. Killed in mid-epoch and started again, the training ends with the
-    weights, the optimizer and the logged losses of one that ran through (docs/huggingface.md says when). SIGTERM acts
-    as docs/preemption.md says.
+    The Trainer's own `save_strategy` and `save_steps` say when to save. `save_total_limit` keeps that many of the
+    newest checkpoints and, with `load_best_model_at_end`, also the best one. Saved are the model, the optimizer, the
+    scheduler, the scaler, the random streams of each rank, the states of the Trainer and its callbacks, the sums for
+    the next log, and the position in the data. Killed in mid-epoch and started again, the training ends with the
+    weights, optimizer and logged losses of one that ran through (docs/huggingface.md says when). SIGTERM acts as
+    docs/preemption.md says.
 
-    Of a `PeftModel` the adapters alone are kept (under `adapters`), unless `whole_model` is set.
+    `train(resume_from_checkpoint)`: None (the default) continues from the newest checkpoint of the run, or starts if
+    there is none. True does the same, but raises `ValueError` if there is none; if only Transformers' own
+    `checkpoint-…` directories exist, it starts from the newest of them. False starts over, on a branch of its own. A
+    string is a step of the run (`runs/gpt/step-00000100`), from which the run continues, or one of Transformers' own
+    directories, from which the run starts if it has no checkpoint yet.
 
-    `train(resume_from_checkpoint)`: None (the default) goes on from the newest checkpoint of the run, and begins where
-    there is none. True does the same and raises `ValueError` where there is none; where only Transformers' own
-    `checkpoint-…` directories are there it begins from the newest of them. False begins anew, on a branch of its own.
-    A string is a step of the run (`runs/gpt/step-00000100`), from which the run goes on, or a directory of
-    Transformers' own, from which it begins where it has no checkpoint yet.
-
-    `save_model` and `from_pretrained` are untouched. Raises `StateError` for settings with which a resumed job can't be
+    `save_model` and `from_pretrained` are unchanged. Raises `StateError` for settings with which a resumed job can't be
     exact, or whose state is not saved: see docs/huggingface.md.
 
     Half of its attributes are the Trainer's, named here for the type checker.
@@ -80,7 +80,9 @@ class Resume:
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         if Trainer in cls.__mro__ and cls.__mro__.index(Trainer) < cls.__mro__.index(Resume):
-            raise TypeError(f"class {cls.__name__}: write class {cls.__name__}(Resume, Trainer): Resume comes first")
+            raise TypeError(
+                f"class {cls.__name__}: write class {cls.__name__}(Resume, Trainer): Resume must come first"
+            )
 
     def __init__(
         self,
@@ -109,9 +111,9 @@ class Resume:
     def train(
         self, resume_from_checkpoint: str | bool | None = None, trial: Any = None, *args: Any, **kwargs: Any
     ) -> Any:
-        """Train as the Trainer does, going on from the run's newest checkpoint; see the class."""
+        """Train as the Trainer does, from the run's newest checkpoint; see the class."""
         if trial is not None:
-            raise StateError("hyperparameter search is not supported: each trial would need a run of its own")
+            raise StateError("hyperparameter search is not supported, because each trial would need a run of its own")
         with (
             Checkpointer(self.run, **self._checkpointer_options()) as self._checkpointer,
             tempfile.TemporaryDirectory(prefix="ckptengine-") as directory,
@@ -134,7 +136,7 @@ class Resume:
         if isinstance(asked, str):
             path = Path(asked)
             if os.path.isfile(path / TRAINER_STATE_NAME):
-                _log.info("%s: begins from %s where it has no checkpoint yet", self.run, asked)
+                _log.info("%s: starts from %s, because the run has no checkpoint yet", self.run, asked)
             elif (name := _STEP_DIRECTORY.fullmatch(path.name)) is not None and path.parent == Path(self.run):
                 self._step = int(name.group(1))
             else:
@@ -158,7 +160,7 @@ class Resume:
         own = get_last_checkpoint(self.args.output_dir) if os.path.isdir(self.args.output_dir) else None
         if own is None:
             raise ValueError(f"resume_from_checkpoint=True: there is no checkpoint in {self.run}")
-        _log.info("%s: begins from %s", self.run, own)
+        _log.info("%s: starts from %s", self.run, own)
         return str(own)
 
     def _write_trainer_state(self) -> None:
@@ -213,7 +215,11 @@ class Resume:
             return
         left = put_callbacks(self)
         if left:
-            _log.warning("%s: the states of callbacks that are not here are left out: %s", self.run, ", ".join(left))
+            _log.warning(
+                "%s: the checkpoint has states of callbacks that this trainer does not have; they are ignored: %s",
+                self.run,
+                ", ".join(left),
+            )
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is None or checkpoint != self._found:
@@ -269,7 +275,7 @@ class Resume:
         )
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
-        """Return the batches of the next step, counted."""
+        """Return the batches of the next step, and count them."""
         found = super().get_batch_samples(*args, **kwargs)  # type: ignore[misc]
         self._place.batches += len(found[0])
         return found

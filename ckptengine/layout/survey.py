@@ -338,7 +338,7 @@ def _check_agreement(heads: Sequence[LeafHead], ranks: Sequence[Int64s]) -> None
     raise StateError(
         f"{first.name}: {first.placement.value} {first.dtype} of shape {first.shape} on "
         f"{name_ranks(agreeing)}, but {other.placement.value} {other.dtype} of shape {other.shape} on "
-        f"{name_ranks(differing)}; all ranks must have the same. Where each rank has a part of a larger "
+        f"{name_ranks(differing)}; all ranks must have the same. If each rank has a part of a larger "
         "array, pass a DTensor, or say how it is split with ckptengine.Sharded; where each has its own, "
         "wrap it in ckptengine.PerRank"
     )

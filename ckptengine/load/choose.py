@@ -79,7 +79,8 @@ def while_replaced(storage: StorageView, read: Callable[[Checkpoint], _T]) -> _T
             if storage.size(looked_at[-1].manifest) is not None:
                 raise
     raise CheckpointNotFoundError(
-        f"{storage.location()}: its checkpoints are deleted faster than they can be read ({TRIES} tries): keep more"
+        f"{storage.location()}: its checkpoints are deleted faster than they can be read ({TRIES} tries): keep more "
+        "of them (keep_last=)"
     )
 
 
@@ -105,7 +106,7 @@ def _first_with_data(storage: StorageView, looked_at: list[Entry]) -> Checkpoint
             empty = empty or error
             continue
         if empty is not None:
-            _log.warning("%s is taken, a newer one has a manifest and no data: %s", checkpoint.location, empty)
+            _log.warning("%s is loaded; a newer checkpoint has a manifest but no data: %s", checkpoint.location, empty)
         return checkpoint
     raise empty or _not_found(storage)
 
@@ -247,7 +248,7 @@ class Chooser:
 
     def _report(self, error: Exception, damaged: list[str]) -> None:
         damaged.append(str(error))
-        _log.warning("a checkpoint is damaged, another copy or the one before it is tried: %s", error)
+        _log.warning("a checkpoint is damaged; another copy or its parent is tried: %s", error)
 
     def _all_damaged(self, damaged: list[str]) -> list[str]:
         doing = "choosing a checkpoint"

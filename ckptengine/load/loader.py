@@ -161,7 +161,7 @@ def restore_newest(
                     damaged.append(str(error))
                     if comm.rank == 0:
                         _log.warning(
-                            "%s is damaged, another copy or the one before is tried: %s", checkpoint.location, error
+                            "%s is damaged; another copy or its parent is tried: %s", checkpoint.location, error
                         )
                     continue
                 # Another copy of it will do; an older one would not, for it may be there again the next time.
@@ -169,14 +169,14 @@ def restore_newest(
                     raise
                 unread = error
                 if comm.rank == 0:
-                    _log.warning("%s can't be read, another copy is tried: %s", checkpoint.location, error)
+                    _log.warning("%s can't be read; another copy is tried: %s", checkpoint.location, error)
         else:
             break
     if unread is not None:
         raise unread
     if damaged:
         raise CheckpointDamagedError(
-            f"{where or views[0].location()}: no checkpoint is whole. {'; '.join(damaged)}. The state may be partly "
+            f"{where or views[0].location()}: no checkpoint is complete. {'; '.join(damaged)}. The state may be partly "
             "filled"
         )
     return None
@@ -192,7 +192,9 @@ def tell_leftovers(loaded: Loaded, comm: Communicator) -> None:
 def _tell_gone(comm: Communicator, checkpoint: Opened, error: Exception) -> None:
     if comm.rank == 0:
         _log.info(
-            "%s was deleted while it was read, the one that is there now is taken: %s", checkpoint.location, error
+            "%s was deleted while it was being read; the checkpoint that is there now is loaded: %s",
+            checkpoint.location,
+            error,
         )
 
 
@@ -276,7 +278,7 @@ def refuse_unread(unread: Mapping[str, str]) -> None:
     for name, what in unread.items():
         raise ForeignFormatError(
             f"{name} holds {what}, which is not among the types of weights and plain values that are read: "
-            "nothing of it was run. `only=` takes the rest. If you trust the file, load it with the library that wrote "
+            "no code in it was run. `only=` loads the rest. If you trust the file, load it with the library that wrote "
             "it and save weights and plain values alone"
         )
 
@@ -296,7 +298,7 @@ def _new_array(shape: tuple[int, ...], dtype: str, path: Path) -> NDArray[Any]:
     except MemoryError as error:
         nbytes = math.prod(shape) * DTYPES[dtype].itemsize
         raise CheckpointError(
-            f"{dotted(path)}: no memory for {nbytes:,} bytes; load a part (`only=`), or into a sharded state"
+            f"{dotted(path)}: not enough memory for {nbytes:,} bytes; load a part (`only=`), or into a sharded state"
         ) from error
 
 
@@ -362,7 +364,7 @@ def _load_undoing(
             fill = functools.partial(_fill, filling, group, where, timeout)
             counts = on_all(comm, fill, timeout, f"reading {where}")
     if counts is None:
-        raise RankFailedError(f"reading {where} was stopped by a rank that did not say why")
+        raise RankFailedError(f"reading {where} was stopped by a rank that gave no reason")
     finish = functools.partial(_finish, binding, options.verify)
     marks = on_all(comm, finish, timeout, f"setting the state from {where}")
     if marks is not None:  # all ranks ask their objects once more, or none does

@@ -149,7 +149,7 @@ def _tell(reasons: Sequence[str]) -> None:
     if reasons and not _told.is_set():
         _told.set()
         _log.warning(
-            "the ranks of this node can't share memory, so each reads for itself what several need: %s",
+            "the ranks of this node can't share memory, so each rank reads for itself what several need: %s",
             "; ".join(reasons),
         )
 

@@ -144,7 +144,7 @@ def check_restored(
     except CheckpointError as error:
         raise RestoreDifferenceError(
             f"rank {rank}: the state can't be compared with {checkpoint.location}, from which it was restored: "
-            f"{error}. `verify=False` restores without looking"
+            f"{error}. `verify=False` restores without this check"
         ) from error
     differences += _arrays(checkpoint, promise, marks, found, timeout)
     if kept:

@@ -24,13 +24,15 @@ _log = logging.getLogger("ckptengine")
 
 
 class CheckpointConfig(train.CheckpointConfig):  # type: ignore[misc]
-    """MindSpore's own configuration, with its arguments and properties, for this engine's `ModelCheckpoint`.
+    """Configure `ModelCheckpoint`, with the arguments and properties of MindSpore's own `CheckpointConfig`.
 
-    `save_checkpoint_steps` or `save_checkpoint_seconds` say when, `keep_checkpoint_max` (by epoch and step as numbers)
-    or `keep_checkpoint_per_n_minutes` what is kept, `saved_network` and `append_info` what is saved, `exception_save`
-    whether an exception saves too, `format` the names' ending. `async_save`, `remove_redundancy` and `crc_check` change
-    nothing: saves are always asynchronous, without redundancy, and checked. Nothing is merged: with `integrated_save`,
-    a network whose parameters are split over devices is a `StateError`.
+    - `save_checkpoint_steps` or `save_checkpoint_seconds`: when to save.
+    - `keep_checkpoint_max` (the newest by epoch and step) or `keep_checkpoint_per_n_minutes`: what to keep.
+    - `saved_network`, `append_info`: what to save. `exception_save`: also save when an exception ends the training.
+    - `format`: the ending of the names.
+    - `async_save`, `remove_redundancy` and `crc_check` change nothing: saves are always asynchronous, without
+      redundancy, and checked. Parameters are never merged: with `integrated_save`, a network whose parameters are split
+      over devices raises `StateError`.
 
     Raises `ValueError` for `enc_key` and `incremental`, and what MindSpore's own raises.
     """
@@ -43,16 +45,19 @@ class CheckpointConfig(train.CheckpointConfig):  # type: ignore[misc]
 
 
 class ModelCheckpoint(train.Callback):  # type: ignore[misc]
-    """Saves the training network when due, in the background, by this process alone.
+    """Save the training network in the background when a save is due, by this process alone.
 
-    `prefix` and `directory` are strings, or functions of the callback's parameters. A checkpoint is called
-    `<prefix>-<epoch>_<step in epoch>.ckpt`, the numbers with zeros in front, and is a directory. Epochs and steps are
-    counted on from the checkpoint that `load_param_into_net` has put into the optimizer; where the directory holds
-    others of this prefix that come after it, the prefix becomes `<prefix>_1`, as MindSpore has it. What is no longer to
-    be kept is deleted after a newer one is committed. Ranks that save at once need a directory each.
+    - `prefix`, `directory`: strings, or functions of the callback's parameters. Ranks that save at the same time need a
+      directory each.
+    - `config`: a `CheckpointConfig`.
 
-    A save that fails is logged, and training goes on; where the last one of a training failed, its end raises
-    `SaveFailedError`. A network that can't be saved at all is a `StateError` at the first save.
+    A checkpoint is a directory called `<prefix>-<epoch>_<step in epoch>.ckpt`, with leading zeros. Epochs and steps are
+    counted on from the checkpoint that `load_param_into_net` has put into the optimizer. If the directory has later
+    checkpoints of this prefix, the prefix becomes `<prefix>_1`, as in MindSpore. Old checkpoints are deleted after a
+    newer one is committed.
+
+    A save that fails is logged, and training continues; if the last save of a training failed, its end raises
+    `SaveFailedError`. A network that can't be saved at all raises `StateError` at the first save.
     """
 
     def __init__(
@@ -84,7 +89,7 @@ class ModelCheckpoint(train.Callback):  # type: ignore[misc]
         return self._latest
 
     def on_train_begin(self, run_context: Any) -> None:
-        """Find out where the training goes on."""
+        """Find out at which epoch and step the training continues."""
         self._parameters = parameters = run_context.original_args()
         self._before = progress_of(parameters.train_network)
         self._last_step, self._chosen = 0, None
@@ -96,7 +101,7 @@ class ModelCheckpoint(train.Callback):  # type: ignore[misc]
             self._save(parameters)
 
     def on_train_end(self, run_context: Any) -> None:
-        """Save what was trained last, and wait until it is durable; not where the configuration never saves."""
+        """Save the last step and wait until it is durable, unless the configuration never saves."""
         parameters = run_context.original_args()
         ever = self._config.save_checkpoint_steps or self._config.save_checkpoint_seconds
         if ever and parameters.cur_step_num != self._last_step:
@@ -113,7 +118,7 @@ class ModelCheckpoint(train.Callback):  # type: ignore[misc]
             try:
                 self._save(parameters, "_breakpoint")
             except Exception as problem:
-                _log.error("%s was NOT saved when the training had failed: %s", self._latest, problem)
+                _log.error("%s was NOT saved after the training had failed: %s", self._latest, problem)
         self._wait()
 
     def _due(self, step: int) -> bool:
@@ -209,7 +214,7 @@ class ModelCheckpoint(train.Callback):  # type: ignore[misc]
 
     def _failed(self, path: str, error: Exception) -> None:
         self._failure = error
-        _log.error("%s was NOT saved, training goes on: %s", path, error)
+        _log.error("%s was NOT saved; training continues: %s", path, error)
 
 
 def _check_prefix(prefix: Any) -> str:

@@ -65,19 +65,22 @@ def save_checkpoint(
     format: str = "ckpt",
     **kwargs: Any,
 ) -> None:
-    """Save a cell, or a list or dict of parameters, as a checkpoint of this engine, by this process alone.
+    """Save a cell, or a list or dict of parameters, as a ckptengine checkpoint, by this process alone.
 
-    `ckpt_file_name` becomes a directory; what is there already is replaced after the new checkpoint is committed.
-    Without `async_save` it is durable when the call returns; with it (True, "thread", "process": the same here) the
-    call returns when the snapshot is taken, and failures are logged. `append_dict` (str to int, float, bool, str,
-    Tensor, Parameter or Generator) is saved too, `choice_func` says of each name whether it is saved. Checksums are
-    always there (`crc_check`); nothing is written twice (`remove_redundancy`). Nothing is merged either: a cell whose
-    parameters are split over devices is refused unless `integrated_save` is False. `format` gives the name's ending
-    only.
+    - `save_obj`: an `nn.Cell`, a list of parameters or of `{"name": str, "data": Tensor}`, or a dict.
+    - `ckpt_file_name`: becomes a directory. A checkpoint there is replaced after the new one is committed.
+    - `async_save`: True, `"thread"` and `"process"` all return when the snapshot is taken, and failures are logged.
+      Without it the checkpoint is durable when the call returns.
+    - `append_dict`: further values to save: str to int, float, bool, str, Tensor, Parameter or Generator.
+    - `choice_func`: says for each name whether it is saved.
+    - `integrated_save`: parameters are never merged; a cell whose parameters are split over devices is refused unless
+      this is False.
+    - `format`: decides only the ending of the name. `crc_check`, `remove_redundancy`: checksums are always written, and
+      nothing is written twice.
 
     Raises `ValueError` for encryption and incremental saving, `TypeError` for other values in `append_dict`,
-    `StorageError` for a URL (`ckptengine.save` takes those), `StateError` for what can't be saved, `SaveFailedError`
-    or `StorageError` where it failed; what was there before then still is.
+    `StorageError` for a URL (`ckptengine.save` takes those), `StateError` for what can't be saved, and
+    `SaveFailedError` or `StorageError` if the save failed; an earlier checkpoint is then unchanged.
     """
     refuse_encryption("save_checkpoint", enc_key)
     if kwargs.get("incremental"):
@@ -114,13 +117,14 @@ def load_checkpoint(
     remove_redundancy: bool = False,
     format: str = "ckpt",
 ) -> dict[str, Any]:
-    """Return a checkpoint's parameters by name, strings as they are; with `net`, also load them into it.
+    """Return a dict of a checkpoint's parameters by name, with strings as they are; with `net`, also load them into it.
 
-    Takes any checkpoint or run of this engine (of a run the newest step), verified, by this process alone; and
-    MindSpore's own files, which MindSpore reads. `filter_prefix`, `specify_prefix` and `choice_func` choose by name.
+    `ckpt_file_name` is a ckptengine checkpoint or run (of a run the newest step is loaded), which is verified and read
+    by this process alone, or one of MindSpore's own files, which MindSpore reads. `filter_prefix`, `specify_prefix` and
+    `choice_func` select by name; the other arguments are MindSpore's.
 
     Raises `CheckpointNotFoundError`, `CheckpointDamagedError`, `FormatVersionError`, and `ValueError` for encryption
-    and where nothing is left to load.
+    and if nothing is left to load.
     """
     local_path(ckpt_file_name, "ckpt_file_name")
     if format not in SUFFIXES:
@@ -172,10 +176,9 @@ def load_param_into_net(
 ) -> tuple[list[str], list[str]]:
     """Load parameters into a network or an optimizer; return the names of either side that were not loaded.
 
-    This is MindSpore's own function, with its rules for names and dtypes, except that a weight that is missing is never
-    taken from an optimizer's own parameters, whose names end like the weights': it is returned as missing. It notes for
-    `ModelCheckpoint` where the training was that an optimizer's state came from, so that epochs and steps are counted
-    on from there.
+    This is MindSpore's own function, with its rules for names and dtypes, except that a missing weight is never taken
+    from an optimizer's own parameters, whose names end like the weights': it is returned as not loaded. It also records
+    the epoch and step that an optimizer's state came from, so that `ModelCheckpoint` continues to count from there.
     """
     # What the dict holds belongs to this engine whole: there is no redundancy to bring back.
     removed = remove_redundancy and not isinstance(parameter_dict, LoadedParameters)

@@ -65,8 +65,9 @@ def sharded_parameters(
 ) -> dict[str, Any]:
     """Return a compiled network's parameters by name: those with a layout as `ShardedArray`, the others as they are.
 
-    The dict is a state, to save and to load, on any other layout and number of ranks. `layouts` is by default the
-    network's `parameter_layout_dict`, `rank` this rank. Raises `StateError` naming the parameter.
+    The dict is a state that can be saved, and loaded with any other layout and number of ranks. `layouts` is by default
+    the network's `parameter_layout_dict`, `rank` this rank. Raises `StateError`, naming the parameter, for uneven
+    splits, fields, and slices that are reshaped.
     """
     layouts = network.parameter_layout_dict if layouts is None else layouts
     state: dict[str, Any] = {}

@@ -12,7 +12,7 @@ _ELSEWHERE = "unused"
 
 
 def names_from_torch(cell: nn.Cell, *, checkpoint: str = "model", state: str = "net") -> dict[str, str]:
-    """Return what `rename` needs to load a torch module's weights into a cell of the same structure.
+    """Return the `rename` mapping that loads a torch module's weights into a cell of the same structure.
 
     `checkpoint` is the module's name in the checkpoint, `state` the cell's in the state:
 
@@ -21,8 +21,8 @@ def names_from_torch(cell: nn.Cell, *, checkpoint: str = "model", state: str = "
     Names are those of the module as a child of the checkpoint, so the cell's children must be called like the
     module's. Normalization layers' gamma, beta and moving statistics are torch's weight, bias and running statistics,
     an `nn.Embedding`'s table is torch's weight; `Dense`, convolutions and everything of `mint.nn` have torch's names
-    and layouts. The batch counts of torch's BatchNorm, which MindSpore's has not, are led away, where `only` leaves
-    them out.
+    and layouts. The batch counts of torch's BatchNorm, which MindSpore lacks, are renamed so that `only` leaves them
+    out.
     """
     renamed = {checkpoint: state}
     for _, layer in cell.cells_and_names():

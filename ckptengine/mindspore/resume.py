@@ -26,14 +26,14 @@ _DROPOUTS = ("Dropout", "Dropout1d", "Dropout2d", "Dropout3d", "Dropout1D", "Dro
 
 
 class DataPosition:
-    """How many batches of a dataset have been trained, over all epochs; part of a state.
+    """Save and restore how many batches of a dataset have been trained, over all epochs; a part of a state.
 
-    `dataset` is what is iterated, its batches included; `step` counts, and is for the loop to count up. Restoring it
-    has the dataset's next iterator begin after these batches, in the order that an uninterrupted run would have had:
-    where the seed of datasets (`mindspore.dataset.config.set_seed`, and `mindspore.set_seed` sets it too) is the same
-    number when this object is made, and there are as many batches in an epoch, which is checked (`LoadMismatchError`).
-    That iterator must be of all epochs (`num_epochs`). Where the same dataset is iterated for other things as well,
-    call `dataset.set_init_step(0)` once it is made: they would begin there too.
+    `dataset` is the dataset that is iterated, already batched. `step` is the count, which the loop increments. After a
+    restore the dataset's next iterator begins after these batches, in the order of an uninterrupted run. This needs the
+    same seed of datasets when this object is made (`mindspore.dataset.config.set_seed`; `mindspore.set_seed` sets it,
+    too) and the same number of batches in an epoch; both are checked (`LoadMismatchError`). The iterator must be made
+    for all epochs (`num_epochs`). If the dataset is iterated for other purposes as well, call
+    `dataset.set_init_step(0)` once the iterator is made, since they would begin there, too.
     """
 
     def __init__(self, dataset: Any) -> None:
@@ -58,7 +58,7 @@ class DataPosition:
         return {"step": self.step, "batches": self._batches, "seed": self._seed}
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
-        """Go on from a position."""
+        """Load a position; raises `LoadMismatchError` for another dataset or seed."""
         if state["batches"] != self._batches:
             raise LoadMismatchError(
                 f"the dataset has {self._batches} batches in an epoch, {state['batches']} when this was saved: the "
@@ -90,7 +90,7 @@ class DataPosition:
                 _log.warning(
                     "the dataset maps Python functions: what they draw from np.random or random is not part of the "
                     "position, so random augmentation in them draws other numbers after this restart than without it. "
-                    "MindSpore's own random operations go on exactly"
+                    "MindSpore's own random operations continue exactly"
                 )
         self._dataset.set_init_step(self.step)
 
@@ -109,7 +109,7 @@ def _mapped(dataset: Any) -> list[Any]:
 
 
 def training_state(network: nn.Cell) -> dict[str, Any]:
-    """Return a training network as a state: weights and the rest under `net`, optimizers under `optimizer`."""
+    """Return a training network as a state: weights and everything else under `net`, optimizers under `optimizer`."""
     optimizers = optimizers_of(network)
     own = {id(entry.value) for one in optimizers for entry in module_entries(one, (OPTIMIZER,))}
     state: dict[str, Any] = {
@@ -121,20 +121,23 @@ def training_state(network: nn.Cell) -> dict[str, Any]:
 
 
 class Resume(train.Callback):  # type: ignore[misc]
-    """Restores a `Model`'s training when it is made, and saves it, when due, during `Model.train`.
+    """Restore a `Model`'s training when it is made, and save it during `Model.train` when a save is due.
 
         resume = Resume("runs/digits", model, dataset, every=100, keep_last=3)
         model.train(epochs, dataset, callbacks=[resume], initial_epoch=resume.initial_epoch)
 
-    Saved and restored are the training network (weights, optimizer with its steps and schedule, loss scale), the step,
-    the epoch, the position in `dataset`, and what `state` adds under names of its own (such as
-    `{"rng": ckptengine.RNG()}`). `every` is a number of steps or a time, by default once per epoch; it, `keep_last` and
-    the further `options` are those of `ckptengine.Checkpointer`. Where a checkpoint is found, the newest valid one is
-    restored in place, also where the network was compiled before. All ranks of a job make it, and train, together.
-    Between trainings signals act as without it, and the dataset begins at its first batch for whoever iterates it.
+    - `run`, `keep_last`, `options`: as for `ckptengine.Checkpointer`.
+    - `model`, `dataset`: those of `Model.train`.
+    - `every`: a number of steps or a time; by default once per epoch.
+    - `state`: more to save, by name, such as `{"rng": ckptengine.RNG()}`.
 
-    `start` is the step that was restored, None where training begins. Raises what `Checkpointer.restore` raises, and
-    `LoadMismatchError` where the dataset is another one.
+    Saved and restored are the training network (weights, optimizer with its steps and schedule, loss scale), the step,
+    the epoch, the position in `dataset`, and `state`. The newest valid checkpoint is restored in place, even if the
+    network was compiled before. Collective: all ranks of a job make it, and train, together. Between trainings signals
+    act as without it, and the dataset begins at its first batch.
+
+    `start` is the step that was restored, or None. Raises what `Checkpointer.restore` raises, and `LoadMismatchError`
+    for another dataset.
     """
 
     def __init__(
@@ -155,7 +158,7 @@ class Resume(train.Callback):  # type: ignore[misc]
         if isinstance(model._loss_scale_manager, train.DynamicLossScaleManager):
             self._state["loss_scale"] = model._loss_scale_manager
         if taken := set(self._state) & set(state or {}):
-            raise ValueError(f"state: the names {', '.join(sorted(taken))} are taken; choose others")
+            raise ValueError(f"state: the names {', '.join(sorted(taken))} are reserved; choose others")
         self._state |= state or {}
         if every is None and options.get("policy") is None:
             every = self._position.batches
@@ -169,22 +172,21 @@ class Resume(train.Callback):  # type: ignore[misc]
 
     @property
     def initial_epoch(self) -> int:
-        """The epochs that are complete: what `Model.train` is to be given.
+        """The number of complete epochs, to pass to `Model.train`.
 
-        `Model.train` refuses it where it has reached the epochs to train: then nothing is left to do.
+        `Model.train` refuses it if it equals the number of epochs to train: then nothing is left to do.
         """
         return self._position.epoch
 
     @property
     def step(self) -> int:
-        """The steps trained so far, over all lives of the job."""
+        """The number of steps trained so far, over all starts of the job."""
         return self._position.step
 
     def close(self) -> None:
-        """Give the memory of the snapshots back, and that of the tiers; it can't be trained with afterwards.
+        """Free the memory of the snapshots and of the memory tier; no training is possible with it afterwards.
 
-        For a process that goes on with other things, and where `memory` is among the options. Raises what
-        `Checkpointer.close` does.
+        Use it if the process continues with other work, or with `memory`. Raises what `Checkpointer.close` raises.
         """
         self._checkpointer.close()
 
@@ -249,7 +251,7 @@ class Resume(train.Callback):  # type: ignore[misc]
             if error and error[0] is not None:
                 self._checkpointer.wait()
         except CheckpointError as problem:
-            _log.warning("%s: while the training error below was on its way: %s", self._checkpointer.run, problem)
+            _log.warning("%s: closing after the training error below failed, too: %s", self._checkpointer.run, problem)
         finally:
             self._checkpointer._pause()
 
@@ -262,7 +264,7 @@ def _warn_of_random_operators(network: nn.Cell) -> None:
     if found:
         _log.warning(
             "%s: MindSpore %s gives no access to the state of the random operators on the CPU, so after this restart "
-            "they draw other numbers than without it: the training goes on soundly, but not bit for bit",
+            "they draw other numbers than without it: the training remains valid, but is not equal bit for bit",
             ", ".join(found),
             ms.__version__,
         )

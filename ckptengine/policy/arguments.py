@@ -38,7 +38,7 @@ def checked_seconds(name: str, value: Any) -> float:
         raise TypeError(f"{name}={_short(value)}: give a number of seconds, such as {name}=600")
     seconds = float(value)
     if not (seconds > 0 and math.isfinite(seconds)):
-        raise ValueError(f"{name}={_short(value)}: give a number of seconds above 0; every wait has an end")
+        raise ValueError(f"{name}={_short(value)}: give a number of seconds above 0; every wait must have an end")
     return seconds
 
 
@@ -83,7 +83,9 @@ def checked_policy(policy: Any, every: Any, keep_last: Any, keep_every: Any, kee
     short = {"every": every, "keep_last": keep_last, "keep_every": keep_every, "keep_best": keep_best}
     both = next((name for name, value in short.items() if value is not None), None)
     if both is not None:
-        raise ValueError(f"{both}={_short(short[both])} beside policy=: give one of the two, or make it a rule")
+        raise ValueError(
+            f"{both}={_short(short[both])} beside policy=: give one of the two, or add a rule to the policy"
+        )
     return policy
 
 
@@ -107,7 +109,7 @@ def checked_comm(value: Any) -> Communicator | None:
     """Return a communicator, or None for the one of what is initialized."""
     if value is not None and not isinstance(value, Communicator):
         raise TypeError(
-            f"comm={_short(value)}: give ckptengine.SingleProcess() where this process must not meet other ranks, or a "
+            f"comm={_short(value)}: give ckptengine.SingleProcess() if this process saves by itself, or a "
             "Communicator; without the argument it is that of what is initialized (torch.distributed, MindSpore, MPI)"
         )
     return value

@@ -25,14 +25,14 @@ _log = logging.getLogger("ckptengine")
 
 @dataclass(frozen=True, slots=True)
 class Export:
-    """What `Checkpointer(export_every=…)` writes of a checkpoint, and where; `ckptengine.export` explains the options.
+    """Say what `Checkpointer(export_every=…)` exports, and where.
 
-    `target` is a directory, file or URL that has `{step}` in it, or `{step:08d}`. `target_options` are for the file
-    system of a URL.
+    `target` is a directory, file or URL with `{step}` or `{step:08d}` in it. `target_options` are for the file system
+    of a URL. The other options are those of `ckptengine.export`.
 
         Export("hub/step-{step}", only=["model"], rename={"model": ""})
 
-    Raises `ValueError` for a target without `{step}`, and for options that are none.
+    Raises `ValueError` for a target without `{step}`, and for unknown options.
     """
 
     target: str | os.PathLike[str]
@@ -52,9 +52,9 @@ class Export:
         try:
             places = {self.place(1), self.place(2)}
         except (LookupError, ValueError) as error:
-            raise ValueError(f"target={self.target!r}: {{step}} is all that can be filled in: {error}") from None
+            raise ValueError(f"target={self.target!r}: {{step}} is the only placeholder: {error}") from None
         if len(places) == 1:
-            raise ValueError(f"target={self.target!r}: put {{step}} into it, or the second export would meet the first")
+            raise ValueError(f"target={self.target!r}: put {{step}} into it: each export needs its own target")
 
     def place(self, step: int) -> str:
         """Return the target of a step."""

@@ -35,7 +35,7 @@ class Failures:
             self._due.__cause__ = error
             return
         counted = f"failure {self.count} of {self._most} in a row"
-        _log.error("%s was NOT saved, training goes on (%s): %s", path, counted, error)
+        _log.error("%s was NOT saved; training continues (%s): %s", path, counted, error)
 
     def succeeded(self) -> None:
         """Note that a save was committed."""

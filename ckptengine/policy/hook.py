@@ -23,12 +23,15 @@ _log = logging.getLogger("ckptengine")
 
 @dataclass(frozen=True, slots=True)
 class Commit:
-    """A checkpoint that is committed, as `on_commit` is told.
+    """Describe a committed checkpoint to `on_commit`.
 
-    `path` names it as `ckptengine.load` takes it. `metrics` are those that were saved with it. `persistent` tells
-    whether that is the run's own place: with a local tier there is a call for the local commit, in which it is False,
-    and another one when the checkpoint has been uploaded. `stats` are rank 0's figures of the save; None for an upload.
-    `attempt` is what the manifest calls the save: a step that was trained again has another one.
+    - `step`, `path`: its step, and its path or URL as `ckptengine.load` takes it.
+    - `metrics`: the numbers that were saved with it; None for a value that was not finite.
+    - `persistent`: whether it is in the persistent tier. With a local tier there is a call for the local commit, with
+      False, and another one when the checkpoint has been uploaded.
+    - `stats`: rank 0's statistics of the save; None for an upload.
+    - `restored`: whether the call follows a restore, not a save.
+    - `attempt`: the manifest's id of the save. A step that is trained and saved again has another one.
     """
 
     step: int
@@ -73,7 +76,7 @@ class CommitHook:
             if len(self._waiting) > _MOST_WAITING:
                 late = self._waiting.popleft()
                 _log.warning(
-                    "%s: %s is slower than saves come, and is not called for this one: save less often, or have it "
+                    "%s: %s is slower than the saves, so it is not called for this one: save less often, or have it "
                     "only note what is to be done",
                     late.path,
                     self.name,
@@ -88,7 +91,7 @@ class CommitHook:
             with self._changed:
                 self._thread = None
                 self._waiting.clear()
-            _log.warning("%s: %s was not called, its thread did not start: %s", commit.path, self.name, error)
+            _log.warning("%s: %s was not called, because its thread did not start: %s", commit.path, self.name, error)
 
     def protected(self) -> set[str]:
         """Return the attempts whose checkpoints stay for the calls that are to come, or under way."""
@@ -120,7 +123,9 @@ class CommitHook:
             try:
                 self._call(commit)
             except BaseException as error:  # sys.exit() in it ends nothing but this call
-                _log.warning("%s: %s failed, the checkpoint stands: %s", commit.path, self.name, error, exc_info=True)
+                _log.warning(
+                    "%s: %s failed; the checkpoint is not affected: %s", commit.path, self.name, error, exc_info=True
+                )
 
 
 def _commit(manifest: Manifest, path: str, persistent: bool, stats: SaveStats | None = None) -> Commit:

@@ -14,14 +14,15 @@ _DEFAULT_OVERHEAD = 0.01
 
 @dataclass(frozen=True, slots=True)
 class Auto:
-    """An interval that follows from what saves cost: `every=Auto(mtbf="6h")`.
+    """Compute the interval between saves from their measured cost: `every=Auto(mtbf="6h")`.
 
-    `mtbf` is the mean time between failures of the whole job (a number of seconds, or a time such as `"6h"`):
-    the interval then loses the least time, see `optimal_interval`. `overhead` is the part of the time that
-    saves may take, such as 0.01: the interval is then at least the cost of a save divided by it. Both may be given;
-    with neither, which is what `every="auto"` means, `overhead` is 0.01.
+    - `mtbf`: mean time between failures of the whole job, in seconds or as a time such as `"6h"`. The interval is then
+      the one that loses the least time (Young 1974, Daly 2006; see `optimal_interval`).
+    - `overhead`: the fraction of the time that saves may take, such as 0.01. The interval is then at least the cost of
+      a save divided by it.
 
-    Raises `ValueError` where `mtbf` is no positive time or `overhead` is not between 0 and 1.
+    With both, the longer interval counts. With neither, as for `every="auto"`, `overhead` is 0.01. Raises `ValueError`
+    unless `mtbf` is a positive time and `overhead` is between 0 and 1.
     """
 
     mtbf: str | float | None = None

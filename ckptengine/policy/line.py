@@ -49,7 +49,7 @@ class Line:
         if self._highest is not None and step < self._highest:
             raise ValueError(
                 f"step {step}: this life of {self._run} has saved step {self._highest} already, which would stay the "
-                "newest. Steps must not go back: count them over all epochs (epoch * steps_per_epoch + n); a training "
+                "newest. Steps must increase: count them over all epochs (epoch * steps_per_epoch + n); a training "
                 f"that goes back to an earlier checkpoint begins a new life there with restore(state, step={step})"
             )
 

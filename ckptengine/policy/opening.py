@@ -74,7 +74,9 @@ class Opening:
             if error.errno not in _READ_ONLY or not entries:
                 raise
             self._refusal = error
-            _log.warning("%s can be restored from, and not be saved to: %s", self._run, error)
+            _log.warning(
+                "%s is read-only for this job: it can be restored from, but not saved to: %s", self._run, error
+            )
         else:
             for problem in remove_leftovers(storage):
                 _log.warning("%s: %s", self._run, problem)
@@ -123,7 +125,7 @@ class Opening:
             if found is not None and found.training:
                 raise CheckpointNotFoundError(found.tell(self._run))
             if found is not None:
-                _log.warning("%s: the job begins anew", found.tell(self._run))
+                _log.warning("%s: the job starts over", found.tell(self._run))
             return b""
 
         from_first(self._comm, tell, self._timeout, "restoring")
@@ -144,7 +146,7 @@ class Opening:
                 return
             if self._refusal is not None:
                 raise StorageError(
-                    self._refusal.errno, f"{self._run} was opened to restore from it alone: {self._refusal.strerror}"
+                    self._refusal.errno, f"{self._run} was opened only to restore from it: {self._refusal.strerror}"
                 )
             within(self._timeout, doing, lambda: self._life.take(self._timeout / 2))
 
@@ -158,8 +160,8 @@ class Opening:
             return
         if self.found is not None:
             _log.warning(
-                "%s has checkpoints, the newest of step %d, and restore() was not called before the first step: this "
-                "job begins anew, and what it saves is the newest from then on. Call restore(state) before the first "
+                "%s has checkpoints, the newest of step %d, but restore() was not called before the first step: this "
+                "job starts over, and its saves become the newest. Call restore(state) before the first "
                 "step, or give the job a directory of its own",
                 self._run,
                 self.found,

@@ -16,17 +16,19 @@ EXIT_CODE = 75
 
 @dataclass(frozen=True, slots=True)
 class Preemption:
-    """By what a job is told to end: then all ranks save the same step and exit. For `Checkpointer(preemption=...)`.
+    """Choose what tells a job to end; then all ranks save the same step and exit. For `Checkpointer(preemption=...)`.
 
-    `signals` are the names of those that tell it, to any rank. `file` is a path that tells it by appearing or being
-    touched; rank 0 looks for it once a second, and what lies there at the start is not taken for a word to this job.
-    Both count from the Checkpointer's first `step` or `save` on; before, signals act as they would without it.
-    `grace` is how many seconds after that word the processes must have ended: what isn't durable by then is given up,
-    and the checkpoint committed before stands; None: the next `step`, and then its save, get the Checkpointer's
-    `timeout`. `exit_code` is that of every rank.
+    - `signals`: names of signals; one signal to any rank is enough.
+    - `file`: a path; the job ends when the file appears or is touched. Rank 0 checks once a second. A file that exists
+      at the start is ignored until it is touched.
+    - `grace`: seconds from the notice (signal or file) until the processes must have ended. A save that is not durable
+      by then is given up, and the last committed checkpoint stands. None: the next `step`, and then its save, each have
+      the Checkpointer's `timeout`.
+    - `exit_code`: of every rank, from 1 to 255.
 
-    Raises `ValueError` where a signal has no such name, can't be handled, `grace` isn't positive, or `exit_code` isn't
-    from 1 to 255; `StorageError` where `file` is a URL.
+    Signals and file count from the Checkpointer's first `step` or `save`; before that, signals act as they would
+    without it. Raises `ValueError` for an unknown signal or one that can't be handled, a `grace` that is not positive,
+    or another `exit_code`; `StorageError` if `file` is a URL.
     """
 
     signals: tuple[str, ...] = ("SIGTERM", "SIGUSR1")
@@ -41,7 +43,7 @@ class Preemption:
         if self.grace is not None and not self.grace > 0:
             raise ValueError(f"grace={self.grace!r}: give a number of seconds, or None for no bound")
         if type(self.exit_code) is not int or not 1 <= self.exit_code <= 255:
-            raise ValueError(f"exit_code={self.exit_code!r}: give a number from 1 to 255; 0 would say that all is done")
+            raise ValueError(f"exit_code={self.exit_code!r}: give a number from 1 to 255; 0 would mean success")
 
     @property
     def numbers(self) -> tuple[signal.Signals, ...]:
@@ -52,7 +54,7 @@ class Preemption:
         for name in self.signals:
             number = getattr(signal, name, None) if isinstance(name, str) else None
             if not isinstance(number, signal.Signals) or number in (signal.SIGKILL, signal.SIGSTOP):
-                raise ValueError(f"signals={self.signals!r}: {name!r} is no signal that can be handled")
+                raise ValueError(f"signals={self.signals!r}: {name!r} is not a signal that can be handled")
             found.append(number)
         return tuple(found)
 

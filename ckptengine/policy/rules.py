@@ -1,4 +1,4 @@
-"""When to save and what to keep: small frozen rules that add up."""
+"""When to save and what to keep: small frozen rules that can be combined."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ __all__ = ["AtSteps", "Every", "Policy", "SaveRule"]
 
 @dataclass(frozen=True, slots=True)
 class Every:
-    """Save every so many steps, `Every(100)`, or after so much time, `Every("10min")` (rank 0's clock decides).
+    """Save at each multiple of a number of steps, `Every(100)`, or after a time, `Every("10min")` (rank 0's clock).
 
-    Raises `ValueError` for an interval that is neither.
+    The units of a time are `s`, `min`, `h` and `d`. Raises `ValueError` for any other interval.
     """
 
     interval: int | str
@@ -45,7 +45,7 @@ class Every:
 
 @dataclass(frozen=True, slots=True)
 class AtSteps:
-    """Save after these very steps: `AtSteps([1000, 5000])`; raises as `KeepSteps` for what is no step."""
+    """Save after these steps: `AtSteps([1000, 5000])`. Raises the same errors as `KeepSteps`."""
 
     steps: Iterable[int]
 
@@ -61,17 +61,18 @@ SaveRule = Every | AtSteps | Auto
 
 @dataclass(frozen=True, slots=True)
 class Policy:
-    """When to save, and which checkpoints to keep; `Checkpointer(policy=...)` takes it.
+    """Say when to save and which checkpoints to keep, for `Checkpointer(policy=...)`.
 
-    `save`: one or several of `Every`, `AtSteps` and `Auto`; a save is due where any of them says so. Of an `Auto` and
-    times, the shorter counts. Without any, only `Checkpointer.save` saves. `keep`: one or several of `KeepLast`,
-    `KeepEvery`, `KeepSteps` and `Best`; what any of them keeps stays, and so does the newest. Without any, everything
-    stays. A dict gives each tier its own rules, under the names `memory`, `local`, and `run` or the URL's protocol; a
-    tier that is not in it keeps all. An object of your own with the method `kept` of `KeepRule` is a rule, too.
+    - `save`: one or several of `Every`, `AtSteps` and `Auto`. A save is due when any of them says so. Of an `Auto` and
+      times, the shortest counts. Without a rule, only `Checkpointer.save` saves.
+    - `keep`: one or several of `KeepLast`, `KeepEvery`, `KeepSteps` and `Best`. A checkpoint that any of them keeps
+      stays, and the newest always stays. Without a rule, everything stays. A dict gives each tier its own rules, under
+      the names `memory`, `local`, and `run` or the URL's protocol; a tier that is not in the dict keeps everything. An
+      object of your own with the method `kept` of `KeepRule` is a rule, too.
 
         Policy(save=[Every(1000), Every("10min")], keep=[KeepLast(3), KeepEvery(10_000), Best("loss")])
 
-    Raises `TypeError` for what is no rule, `ValueError` for more than one `Auto`.
+    Raises `TypeError` for anything that is not a rule, `ValueError` for more than one `Auto`.
     """
 
     save: SaveRule | Sequence[SaveRule] = ()
@@ -123,7 +124,7 @@ def _save_rules(rules: Any) -> tuple[SaveRule, ...]:
     if not isinstance(found, Sequence) or not all(isinstance(rule, SaveRule) for rule in found):
         raise TypeError(f"save={rules!r}: give an Every, an AtSteps or an Auto, or a list of these")
     if sum(isinstance(rule, Auto) for rule in found) > 1:
-        raise ValueError(f"save={rules!r}: give one Auto; it has both an overhead and a mean time between failures")
+        raise ValueError(f"save={rules!r}: give one Auto; it takes both an overhead and a mean time between failures")
     return tuple(found)
 
 

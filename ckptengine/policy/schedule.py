@@ -96,7 +96,7 @@ class Schedule:
         if self._told is None or abs(self._cost_allows - self._told) > _WORTH_TELLING * self._told:
             self._told = self._cost_allows
             if self._comm.rank == 0:
-                _log.info("a save every %.3g s: it costs %.3g s, and %s decides", self._told, cost, reason)
+                _log.info("saving every %.3g s: a save costs %.3g s, and %s decides", self._told, cost, reason)
 
     def due(self, step: int) -> bool:
         """Return whether to save after a step, the same on all ranks, who all ask for the same steps."""

@@ -211,7 +211,9 @@ class _Hub:
         elif before is None or (before is signal.SIG_DFL and _in_mask("SigCgt", number)):
             who = "has a handler in C code"
         if who:
-            _log.warning("%s %s and is left so: it won't end the job with a checkpoint", number.name, who)
+            _log.warning(
+                "%s %s and is left alone: it will not make the job save a checkpoint and end", number.name, who
+            )
             return False
         hook = self._hooks[number] = _Hook(self, number, before)
         signal.signal(number, hook)

@@ -124,7 +124,9 @@ class Watch:
             verdict = self._verdict
             if verdict is None:
                 rank = self._comm.rank
-                raise DeadlineError(f"rank {rank} was told to end and no verdict on the step came in {wait:g} s")
+                raise DeadlineError(
+                    f"rank {rank} got the notice to end, but no decision on the step came within {wait:g} s"
+                )
         if verdict.kind == "failed":
             self._end_disagreed(verdict)
         return verdict.kind == "stop" and self._calls >= verdict.call
@@ -309,7 +311,7 @@ class Watch:
         """Rank 0: look for the file once a second; a thread of its own, since a file system may hang."""
         before = _identity(path)
         if before is not None:
-            _log.warning("%s is there already: it ends this job when it is touched, or made again", path)
+            _log.warning("%s exists already: it ends this job only when it is touched or created again", path)
         while not self._closed.wait(_LOOK_SECONDS):
             found = _identity(path)
             if found is None:
@@ -342,7 +344,7 @@ def _sweep(storage: Storage, own: str) -> None:
 
 def _act(numbers: list[int]) -> None:
     for number in numbers:
-        _log.warning("%s came when the job was done: it acts now", signal.Signals(number).name)
+        _log.warning("%s arrived when the job had finished: it acts now", signal.Signals(number).name)
         os.kill(os.getpid(), number)
 
 

@@ -64,7 +64,7 @@ class MemoryArchive:
         """Return the archive; raises what the snapshot did, `StorageError` where it is not in shared memory."""
         began, storage, snapshot = time.monotonic(), attempt.target.storage, attempt.feed.whole()
         if snapshot.arena is None:
-            raise StorageError(errno.ENOSPC, f"{storage.location()} had no room for the image")
+            raise StorageError(errno.ENOSPC, f"{storage.location()} had not enough space for the image")
         tail = snapshot.tail.bytes()
         storage.make_directory(data)
         snapshot.arena.publish(storage.location(join(data, image.name)), image.fixed_nbytes, tail)

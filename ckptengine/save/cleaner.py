@@ -67,7 +67,7 @@ class Cleaner:
             if not self._told:
                 self._told = True
                 _log.warning(
-                    "deleting old checkpoints is slower than saving: what %d saves have made superfluous is still "
+                    "deleting old checkpoints is slower than saving: old checkpoints of %d saves are still "
                     "there, and the next save waits for it (%s)",
                     self._behind,
                     operation_of(self._thread) or "no storage call is under way",

@@ -157,7 +157,7 @@ class Committer:
             )
         self._heard(open_, outcome)
         if outcome.error and directory == outcome.directory != open_.attempt.target.directory:
-            raise SaveFailedError(f"rank 0 has left a save out, and this one has failed: {outcome.error}")
+            raise SaveFailedError(f"rank 0 has skipped a save, and this one has failed: {outcome.error}")
 
     @property
     def certain(self) -> bool:
@@ -188,7 +188,7 @@ class Committer:
         self._copy_manifest(attempt, open_.channel)
         if attempt.handle.durable.error is not None:
             _log.warning(
-                "%s is committed: rank %d had not heard of that in time, and had told it as failed",
+                "%s is committed: rank %d did not learn that in time, and had reported it as failed",
                 attempt.target.location,
                 self._comm.rank,
             )
@@ -266,7 +266,7 @@ class Committer:
                 name = join(attempt.target.directory, manifest_name(attempt.generation))
                 attempt.target.storage.put_if_absent(name, manifest)
         except CheckpointError as problem:
-            _log.warning("%s: this node's copy of the manifest is missing: %s", attempt.target.location, problem)
+            _log.warning("%s: this node has no copy of the manifest: %s", attempt.target.location, problem)
 
     def _begin(self, attempt: Attempt, data: str, held: ExitStack) -> ArchiveRecord | None:
         """Show that the attempt is alive, where this rank is the first that sees the storage; rank 0 also prepares."""
@@ -378,7 +378,7 @@ class Committer:
             channel.hand_out(manifest.encode(), leaders)
         except CheckpointError as problem:
             # What is published is durable, whoever has a copy.
-            _log.warning("%s: other nodes got no copy of the manifest: %s", target.location, problem)
+            _log.warning("%s: other nodes did not get a copy of the manifest: %s", target.location, problem)
 
     def _prepare(self, attempt: Attempt, data: str, held: ExitStack) -> ArchiveRecord | None:
         """Take the lease, and write the layout that this save will have unless the receipts bring other rows.
@@ -409,7 +409,7 @@ class Committer:
                 if target.directory:
                     storage.remove_directory(target.directory)
         except CheckpointError as problem:
-            _log.warning("%s: what the failed save left is swept later: %s", target.location, problem)
+            _log.warning("%s: what the failed save left is deleted later: %s", target.location, problem)
 
 
 def _stats(attempt: Attempt, part: _Part) -> SaveStats:

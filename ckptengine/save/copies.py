@@ -16,7 +16,7 @@ from ckptengine.comm.base import Communicator
 from ckptengine.errors import SaveFailedError
 from ckptengine.layout.survey import Boxes, Group, Kind, Survey
 from ckptengine.layout.tiling import linear
-from ckptengine.save.replicas import BOXES, Crcs, box_crcs, box_path, compare_replicas
+from ckptengine.save.replicas import Crcs, box_crcs, box_path, compare_replicas
 from ckptengine.schema.box import Box
 from ckptengine.schema.head import is_zero_sized
 from ckptengine.schema.leaf import ArrayLeaf, Placement
@@ -92,7 +92,7 @@ def compare_copies(
     rows = [(path, box) for path in paths[number] for box in _boxes_of(copies[number], comm.rank)]
     said = from_all(comm, lambda: np.asarray([crcs[box_path(*row)] for row in rows], "<u4").tobytes(), timeout, _DOING)
     named = [([rank], _named(copies[number], paths[number], rank, words)) for rank, words in enumerate(said)]
-    compare_replicas(named, BOXES)
+    compare_replicas(named)
 
 
 def _boxes_of(boxes: Boxes, rank: int) -> list[Box]:
@@ -110,17 +110,16 @@ def _told(boxes: Boxes, paths: Sequence[Path], crcs: Mapping[Path, int], rank: i
 
 def _by_group(copies: Copies, messages: Sequence[bytes]) -> dict[int, tuple[Boxes, np.ndarray]]:
     """Return for each group its boxes, and what their ranks have said of each, in the same order."""
-    counts = [np.bincount(boxes.ranks, minlength=len(messages)) for boxes in copies.values()]
-    if (np.sum(counts, axis=0) * 4 != [len(message) for message in messages]).any():
+    counts = np.stack([np.bincount(boxes.ranks, minlength=len(messages)) for boxes in copies.values()])
+    of_rank = counts.sum(axis=0)
+    if (of_rank * 4 != [len(message) for message in messages]).any():
         raise SaveFailedError("a rank's planning message is damaged; nothing was written, save again")
-    parts: list[list[np.ndarray]] = [[] for _ in copies]
-    for rank, message in enumerate(messages):
-        words = np.frombuffer(message, "<u4")
-        start = 0
-        for part, count in zip(parts, counts, strict=True):
-            part.append(words[start : start + count[rank]])
-            start += count[rank]
-    return {number: (boxes, np.concatenate(part)) for (number, boxes), part in zip(copies.items(), parts, strict=True)}
+    words = np.frombuffer(b"".join(messages), "<u4")
+    starts = np.cumsum(of_rank) - of_rank + np.cumsum(counts, axis=0) - counts
+    return {
+        number: (boxes, words[np.repeat(start - np.cumsum(count) + count, count) + np.arange(count.sum())])
+        for (number, boxes), start, count in zip(copies.items(), starts, counts, strict=True)
+    }
 
 
 def _differ(group: Group, boxes: Boxes, words: np.ndarray) -> bool:

@@ -98,6 +98,7 @@ def check_forms(forms: Sequence[tuple[int, SharedForm]]) -> None:
     if problems:
         more = f"; and {len(problems) - 8} more" if len(problems) > 8 else ""
         raise ReplicaMismatchError(
-            f"the ranks have different things under one name: {'; '.join(problems[:8])}{more}. Give each a name of its "
+            f"the ranks have different objects under one name: {'; '.join(problems[:8])}{more}. Give each a name of "
+            "its "
             "own, or wrap what differs by rank in ckptengine.PerRank"
         )

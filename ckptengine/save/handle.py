@@ -15,7 +15,7 @@ __all__ = ["Moment", "Phase", "SaveHandle", "SaveStats"]
 
 @dataclass(frozen=True, slots=True)
 class Phase:
-    """What a rank did from when to when, in seconds from the call: `read`, `plan`, `copy`, `write` or `commit`."""
+    """One phase of a save on this rank (`read`, `plan`, `copy`, `write` or `commit`), in seconds from the call."""
 
     name: str
     began: float
@@ -29,11 +29,15 @@ class Phase:
 
 @dataclass(frozen=True, slots=True)
 class SaveStats:
-    """One committed save, as this rank saw it: bytes of its archive, and seconds.
+    """Report what one committed save cost on this rank.
 
-    `waited_seconds` were spent on the save before it, `stall_seconds` is what the call took after that,
-    `durable_seconds` runs from the call to the commit, `written_seconds` is the writing of this rank's file.
-    `phases` may overlap: a file is begun before its copy is complete.
+    - `step`: None for a single checkpoint. `path`: its directory or URL.
+    - `nbytes`: size of this rank's archive, in bytes.
+    - `waited_seconds`: time in the call that was spent waiting for the previous save.
+    - `stall_seconds`: time that the call took after that; training was blocked.
+    - `written_seconds`: time to write this rank's file.
+    - `durable_seconds`: time from the call to the commit.
+    - `phases`: what happened when. Phases may overlap: writing starts before the copy is complete.
     """
 
     step: int | None
@@ -47,7 +51,7 @@ class SaveStats:
 
 
 class Moment:
-    """A moment that a save reaches or fails to reach."""
+    """A point that a save reaches (`staged` or `durable`), or fails to reach."""
 
     def __init__(self, name: str, timeout: float, patience: float = 0.0) -> None:
         self._name, self._timeout = name, timeout
@@ -74,9 +78,9 @@ class Moment:
         return self._reached.wait(self.left if timeout is None else timeout)
 
     def result(self, timeout: float | None = None) -> SaveStats | None:
-        """Wait, then return the save's figures (None for `staged`), or raise what made the save fail.
+        """Wait, then return the save's `SaveStats` (None for `staged`), or raise what made the save fail.
 
-        Raises `DeadlineError` where the moment does not come in time.
+        Raises `DeadlineError` after `timeout` seconds (None: when the save's own time is over).
         """
         if not self.wait(timeout):
             raise self.overdue(timeout)
@@ -119,11 +123,14 @@ class Moment:
 
 
 class SaveHandle:
-    """A save under way.
+    """A save in progress, with the `path` of its checkpoint.
 
-    `staged`: the snapshot is complete, training may change its tensors. `durable`: the checkpoint is committed
-    and survives power loss. A wait for them ends `timeout` seconds after the call, plus the `patience` with which this
-    rank waits for rank 0's word: its error names the rank that is missing, and must come first.
+    - `staged.wait()`, `staged.result()`: the snapshot is complete, and training may change its tensors.
+    - `durable.result()`: the checkpoint is committed and survives power loss. Returns the `SaveStats`, or raises what
+      made the save fail.
+
+    A wait ends `timeout` seconds after the save was called, plus the `patience` with which this rank waits for rank 0's
+    outcome: rank 0's error names the missing rank, and must come first.
     """
 
     def __init__(self, path: str, timeout: float, patience: float = 0.0) -> None:

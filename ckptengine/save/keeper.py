@@ -82,4 +82,4 @@ class Keeper:
                 # Rank 0 hears of every rank's trouble, and the save's own failure is told elsewhere.
                 if self._rank == 0 and not failed and str(problem) != self._not_kept:
                     self._not_kept = str(problem)  # the same trouble at every save is told once
-                    _log.warning("%s is not kept in memory: %s", attempt.handle.path, problem)
+                    _log.warning("%s is not kept in the memory tier: %s", attempt.handle.path, problem)

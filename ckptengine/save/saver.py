@@ -7,7 +7,7 @@ import json
 import logging
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -32,7 +32,7 @@ from ckptengine.save.replicas import ReplicaCheck
 from ckptengine.save.turn import Turns
 from ckptengine.save.values import StoredValues, stored_values
 from ckptengine.schema.dtypes import DTYPES
-from ckptengine.schema.leaf import ArrayLeaf, Placement
+from ckptengine.schema.leaf import ArrayLeaf, DeviceMemory, Placement
 from ckptengine.snapshot.feed import Feed
 from ckptengine.state.held import held_arrays
 from ckptengine.storage.stuck import operation_of
@@ -127,12 +127,12 @@ class Saver:
         except CheckpointError as problem:
             if not self._committer.certain:
                 raise
-            _log.warning("%s; this rank knows that the save is committed", problem)
+            _log.warning("%s; this rank knows that the save was committed", problem)
         if self._flight is not None and self._flight.thread.ident is not None:
             self._flight.thread.join(timeout)
         if not self._cleaner.settle(timeout):
             doing = self._cleaner.doing or "it"
-            raise DeadlineError(f"cleaning up after a save did not end within {timeout:g} s: {doing} takes so long")
+            raise DeadlineError(f"cleaning up after a save did not end within {timeout:g} s: waiting for {doing}")
         if self._keeper is not None:
             self._keeper.settle(timeout)
 
@@ -245,7 +245,7 @@ class Saver:
         if not behind:
             return ""
         return (
-            "what earlier saves have made superfluous is deleted more slowly than saves come: "
+            "old checkpoints are deleted more slowly than new ones are saved: "
             f"{behind} takes more than {timeout / 2:g} s"
         )
 
@@ -298,7 +298,9 @@ class Saver:
         try:
             flight.thread.start()
         except Exception as problem:
-            raise SaveFailedError(f"{handle.path} was not saved, its thread did not start: {problem}") from problem
+            raise SaveFailedError(
+                f"{handle.path} was not saved, because its thread did not start: {problem}"
+            ) from problem
 
     def _give_up(self, flight: _Flight, problem: BaseException) -> None:
         """End a save that can't be, or was interrupted, in this process and, by its receipt, on the other ranks."""
@@ -321,7 +323,12 @@ class Saver:
     def prepare(self, state: Mapping[str, Any]) -> None:
         """Reserve memory for snapshots of a state in the background, once: the first save then finds it there."""
         if self._flight is None:
-            self._copier.prepare(lambda: sum(self._share(leaf) + _LEAF_NBYTES for leaf in held_arrays(state)))
+            self._copier.prepare(lambda: self._needed(held_arrays(state)))
+
+    def _needed(self, leaves: Sequence[ArrayLeaf]) -> tuple[int, bool]:
+        """Return about how many bytes this rank will write of leaves, and whether any come from devices."""
+        nbytes = sum(self._share(leaf) + _LEAF_NBYTES for leaf in leaves)
+        return nbytes, any(isinstance(part.memory, DeviceMemory) for leaf in leaves for part in leaf.parts)
 
     def _share(self, leaf: ArrayLeaf) -> int:
         """Return about how many bytes of a leaf this rank will write."""

@@ -32,7 +32,7 @@ class SharedArena(Arena):
         try:
             self._fd = _locked(path)
         except BlockingIOError as error:
-            raise StorageError(errno.EBUSY, f"{path}: another process has it") from error
+            raise StorageError(errno.EBUSY, f"{path}: another process uses it") from error
         except OSError as error:
             raise StorageError(error.errno, f"cannot open {path}: {error.strerror}") from error
 

@@ -118,7 +118,7 @@ class Binding:
     def finish(self) -> None:
         """Set plain values, optimizers' state and groups, and call `load_state_dict` of objects."""
         if self._actions is None:
-            raise RuntimeError("finish() was called before; bind again")
+            raise RuntimeError("finish() was called already; bind again")
         actions, self._actions = self._actions, None
         for _, action in sorted(actions, key=operator.itemgetter(0)):
             action()

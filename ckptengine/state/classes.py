@@ -119,7 +119,9 @@ def _members(value: Enum, path: Path) -> list[str]:
         return [value.name]
     names = [name for name, member in members.items() if member.value and member.value & value.value == member.value]
     if functools.reduce(operator.or_, (members[name].value for name in names), 0) != value.value:
-        raise StateError(f"{dotted(path)}: {value!r} has bits that no member names; save `int(value.value)`")
+        raise StateError(
+            f"{dotted(path)}: {value!r} has bits that no member of the enum names; save `int(value.value)`"
+        )
     return names
 
 

@@ -113,7 +113,7 @@ def _narrowed(adapter: Adapter, tensor: Any, place: Box, path: Path) -> Any:
     if part is None:
         raise StateError(
             f"{dotted(path)}: {adapter.name} gives no view of a part of a tensor, so its fused parts can't be taken "
-            "apart here; keep them as tensors of their own"
+            "apart here; save them as separate tensors"
         )
     return part
 

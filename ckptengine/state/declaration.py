@@ -23,22 +23,24 @@ _DOING = "declaring how tensors are split"
 
 
 class Sharded(Declaration):
-    """A module, a tensor, or a dict or list of these, whose plain tensors are parts of larger ones.
+    """Declare that plain tensors are parts of larger ones, which the ranks split by hand.
 
-    `ce.Sharded(layer, dim=0, group=tp)` says so of all tensors in it, or with a mapping from names to `ce.Shard`, a
-    list of these (the outermost first), `ce.Renumbered` or the class `ce.PerRank`, of those that are named: dotted
-    names in `value` or the beginnings of them, `*` for any text without a dot and `**` for any text. Goes into the
-    state in the place of `value`. What the optimizers in the state keep for these parameters follows by itself. Tensors
-    that no pattern fits are what they are without it: replicas.
+    - `value`: a module, a tensor, or a dict or list of these. Put the `Sharded` into the state in its place.
+    - `rules`: a dict from names to `ce.Shard`, a list of these (the outermost first), `ce.Renumbered`, or the class
+      `ce.PerRank`. Names are dotted names in `value` or the beginnings of them; `*` stands for any text without a dot,
+      `**` for any text. Tensors that no name fits stay replicas.
+    - `dim`, `group`, `parts`, in place of rules: one `ce.Shard` for all tensors in `value`.
+    - `comm`, `timeout` (seconds): as for `ce.save`.
+    - `moments`: keys of optimizer states (`["m", "v"]`) that have an element for each of the parameter's. They are
+      needed if nothing else tells: a preconditioner of a square part has the part's shape. An error names them.
 
-    `moments` are keys of optimizer states (`["m", "v"]`) that have an element for each of the parameter's. They are
-    needed where nothing else tells: a preconditioner of a square part has the part's shape. An error names them.
+    What the optimizers in the state keep for these parameters is split in the same way. Collective: all ranks make it,
+    together and in the same order, and exchange the lengths of their parts, once. Make it again when tensors change
+    their shapes.
 
-    All ranks make it, together and in the same order: they exchange the lengths of their parts, once. `comm` and
-    `timeout` are those of `ce.save`. Make it anew when tensors change their shapes.
-
-    Raises `StateError` on all ranks where a pattern fits nothing on any rank, where two fit one tensor, for DTensors
-    and `ShardedArray`, and where ranks of a group say different things; `DeadlineError` naming ranks that did not come.
+    Raises `StateError` on all ranks if a pattern fits nothing on any rank, if two fit one tensor, for DTensors and
+    `ShardedArray`, and if ranks of a group declare different things; `DeadlineError` naming the missing ranks;
+    `TypeError` for neither or both of `rules` and `dim`.
     """
 
     __slots__ = ()
@@ -114,7 +116,7 @@ class _Look:
         kind, _ = inspector.kind(value, ())
         if kind not in (Kind.MODULE, Kind.TENSOR, Kind.WRAPPED, Kind.SHARDED, Kind.DICT, Kind.SEQUENCE):
             raise StateError(
-                f"Sharded: {describe_type(value)} is no module and no tensor, and no dict or list of these"
+                f"Sharded: {describe_type(value)} is neither a module nor a tensor, nor a dict or list of these"
             )
         numbers: dict[str, tuple[set[int], int]] = {}
         modules = [prefix for prefix, _ in inspector.named_modules(value, ())]

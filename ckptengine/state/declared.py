@@ -54,7 +54,8 @@ class Declared:
                 self._own[id(tensor)] = tensor
             elif declaration.says(name):
                 raise StateError(
-                    f"{dotted(where)}: was not there when its ce.Sharded was made; make it anew, on all ranks"
+                    f"{dotted(where)}: did not exist when its ce.Sharded was made; make the ce.Sharded again, on all "
+                    "ranks"
                 )
 
     def note(self, tensor: Any, cut: Cut, path: Path) -> None:
@@ -63,7 +64,7 @@ class Declared:
         if known[1] != cut:
             raise StateError(
                 f"{dotted(path)}: {cut.about}, but under its name {dotted(known[2])} it is {known[1].about}; "
-                "declare the same under all names of a tensor"
+                "declare a tensor the same under all of its names"
             )
 
     def replace(self, tensor: Any, new: Any, path: Path) -> None:

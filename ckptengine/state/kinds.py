@@ -78,7 +78,7 @@ class Inspector:
         if isinstance(value, PerRank):
             return Kind.PER_RANK, None
         if isinstance(value, Merged):
-            return Kind.MODULE, value.adapter
+            return (Kind.OPTIMIZER if value.optimizers else Kind.MODULE), value.adapter
         if isinstance(value, Declaration):
             return Kind.DECLARED, None
         if isinstance(value, ShardedArray):

@@ -12,37 +12,47 @@ from ckptengine.frameworks.adapter import Adapter, ModuleEntry
 from ckptengine.frameworks.registry import adapters
 from ckptengine.schema.path import Path, dotted
 from ckptengine.schema.type_name import describe_type
+from ckptengine.state.merged_optimizers import merging_optimizers
 
 __all__ = ["Merged"]
 
 
 class Merged:
-    """Modules that are parts of one model, under one name: `{"model": ce.Merged([chunk0, chunk1])}`.
+    """Save and load several modules as one: `{"model": ce.Merged([chunk0, chunk1])}`.
 
-    For a rank that has several chunks of a pipeline whose parameters have the names that they have in the whole model,
-    as those of `torch.distributed.pipelining.pipeline()` and torchtitan have. They are saved and loaded as one module
-    with the parameters and buffers of all; an optimizer of any of them has its state under the same names. Make it
-    once, and put the same one into the state of every save.
+    Use it on a rank that has several chunks of a pipeline whose parameters have the names of the whole model, as with
+    `torch.distributed.pipelining.pipeline()` and torchtitan. The state gets the parameters and buffers of all of them;
+    an optimizer of any of them has its state under the same names. Make it once, and put the same object into the state
+    of every save.
 
-    Takes modules of one framework; raises `StateError` for anything else, and when the state is read for two that have
-    something of one name.
+    If each chunk has an optimizer, `ce.Merged([optimizer0, optimizer1])` is one optimizer over the parameters of all;
+    groups with equal hyperparameters become one.
+
+    `parts` are modules of one framework, or optimizers of one class. Raises `StateError` for anything else and, when
+    the state is read, for two modules that have something of the same name, or two optimizers with the same parameter.
     """
 
-    __slots__ = ("__weakref__", "adapter", "modules")
+    __slots__ = ("__weakref__", "adapter", "modules", "optimizers")
 
-    def __init__(self, modules: Iterable[Any]) -> None:
-        self.modules = tuple(modules)
-        found = [next((one for one in adapters() if one.is_module(module)), None) for module in self.modules]
+    def __init__(self, parts: Iterable[Any]) -> None:
+        given = tuple(parts)
+        found = [next((one for one in adapters() if one.is_module(part)), None) for part in given]
+        of_optimizers = bool(given) and not any(found)
+        if of_optimizers:
+            found = [next((one for one in adapters() if one.is_optimizer(part)), None) for part in given]
         kinds = {id(one) for one in found}
         if None in found or len(kinds) != 1:
-            odd = next((m for m, one in zip(self.modules, found, strict=True) if one is None), None)
+            odd = next((part for part, one in zip(given, found, strict=True) if one is None), None)
             what = "no modules" if not found else describe_type(odd) if odd is not None else "several frameworks'"
-            raise StateError(f"Merged: takes one or more modules of one framework, not {what}")
+            raise StateError(f"Merged: takes one or more modules, or optimizers, of one framework, not {what}")
         assert found[0] is not None
-        self.adapter: Adapter = _merging(type(found[0]))()  # type: ignore[arg-type]
+        self.modules: tuple[Any, ...] = () if of_optimizers else given
+        self.optimizers: tuple[Any, ...] = given if of_optimizers else ()
+        kind: Any = type(found[0])
+        self.adapter: Adapter = merging_optimizers(kind)() if of_optimizers else _merging(kind)()
 
     def __repr__(self) -> str:
-        return f"Merged([{', '.join(describe_type(module) for module in self.modules)}])"
+        return f"Merged([{', '.join(describe_type(part) for part in (*self.modules, *self.optimizers))}])"
 
 
 class _Values(dict[str, Any]):

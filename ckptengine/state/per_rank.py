@@ -12,16 +12,17 @@ Ranks = Callable[[int, int, int], Iterable[int]]
 
 
 class PerRank:
-    """Marks a part of the state that each rank has its own of: every rank's is kept, and each gets its own
-    back.
+    """Mark a part of the state that differs by rank: every rank's is saved, and each rank gets its own back.
 
-    Takes any state value (plain, tensor, dict, object with `state_dict`), which `value` gives back; loading
-    fills it in place where it can, and sets `value` otherwise. At another world size loading raises
-    `LoadMismatchError` unless `resize` is given: `resize(saved, rank, world_size)` gets the values of all
-    ranks that saved, in their order (objects as what `state_dict` gave), and returns this rank's.
+    - `value`: any state value (plain, tensor, dict, object with `state_dict`). A load fills it in place if it can, and
+      sets `.value` otherwise.
+    - `resize(saved, rank, world_size)`: called at another world size with the values of all ranks that saved, in the
+      order of ranks (objects as what their `state_dict` returned); returns this rank's value. Without it a load at
+      another world size raises `LoadMismatchError`.
+    - `ranks(saved_world_size, rank, world_size)`: returns the ranks whose values `resize` gets, so that what a rank
+      reads need not grow with their number. `resize` is then called at every world size.
 
-    With `ranks`, `resize` is called at every world size, and gets the values of those ranks only that
-    `ranks(saved_world_size, rank, world_size)` returns: what a rank reads need not grow with their number.
+    Raises `ValueError` for `ranks` without `resize`.
     """
 
     __slots__ = ("ranks", "resize", "value")

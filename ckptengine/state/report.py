@@ -14,12 +14,13 @@ _SHOWN = 6
 
 @dataclass(frozen=True, slots=True)
 class LoadReport:
-    """Dotted names of leaves: `loaded`; `missing` in the checkpoint; `unexpected` there; `mismatched`, each
-    with its reason.
+    """List what a load did with each leaf, by dotted name.
 
-    What is missing or mismatched was left as it was. `cast` names those of `loaded` whose dtype was
-    converted, `other_class` the optimizers and objects that took over what another class had saved. `lacks_arrays`
-    tells whether an array is among what is missing or mismatched.
+    - `loaded`; of these, `cast` are those whose dtype was converted.
+    - `missing`: in the state, but not in the checkpoint. `unexpected`: in the checkpoint, but not in the state.
+    - `mismatched`: each name is followed by a colon and the reason. Missing and mismatched leaves keep their values.
+    - `other_class`: optimizers and objects that loaded what another class had saved.
+    - `lacks_arrays`: whether an array is among the missing or mismatched leaves.
     """
 
     loaded: tuple[str, ...] = ()

@@ -40,33 +40,32 @@ def given_streams() -> list[RandomStream]:
 
 
 class RNG:
-    """The random streams of the process, as a part of the state: `{"model": model, "rng": ce.RNG()}`.
+    """Save and restore the random streams of the process: `{"model": model, "rng": ce.RNG()}`.
 
     These are Python's `random`, numpy's global stream (`np.random.seed`), torch's for the CPU and for each device that
     the process uses, and the given `generators`: a mapping from names of your choice to `random.Random`,
-    `np.random.Generator`, `RandomState` or bit generators, and `torch.Generator`. All are saved whole, with the normal
-    numbers that `random.gauss` and `np.random.randn` have in store. Their names are `python`, `numpy`, `torch.cpu`,
+    `np.random.Generator`, `RandomState` or bit generators, and `torch.Generator`. All are saved completely, with the
+    normal numbers that `random.gauss` and `np.random.randn` cached. Their names are `python`, `numpy`, `torch.cpu`,
     `torch.cuda` (or `npu`, `xpu`, ...: the current device, whatever its number), `torch.cuda:3` for further devices in
     use, and the given names. No stream is drawn from, and no device is initialized.
 
     **The same world size**: each rank gets its own streams back, bit for bit.
 
-    **Another world size**: a stream is one that the ranks *share* where all ranks that saved, two or more, had it in
-    the same state, or where it is in `shared`; it goes on from that state on every rank. Any other is a rank's own. It
-    begins anew on every rank, from the SHA-256 of a fixed text, the stream's name, the digests of its states on all
+    **Another world size**: the ranks *share* a stream if two or more ranks saved and all had it in the same state, or
+    if it is in `shared`; it continues from that state on every rank. Any other stream is a rank's own. It is seeded
+    anew on every rank, from the SHA-256 of a fixed text, the stream's name, the digests of its states on all
     ranks that saved, in their order, how often the job was resumed, the new rank or `key`, and the new world size: the
     same whenever the same checkpoint is loaded, another one on each rank, and none that was saved. What was found to be
     shared is remembered: a job of one rank (or whose ranks all have one `key`) shares what was shared before.
 
-    `shared` are names of streams that all ranks hold in the same state. A save fails with `ReplicaMismatchError` where
-    they don't. `key` is an integer for ranks that must draw the same, such as those of a tensor-parallel group: they
+    `shared` are names of streams that all ranks hold in the same state. A save raises `ReplicaMismatchError` if they
+    don't. `key` is an integer for ranks that must draw the same, such as those of a tensor-parallel group: they
     pass the number of their group (their data-parallel index), which then takes the rank's place. At the same world
     size a rank gets its own streams back whatever its key; a key that has changed is logged as a warning.
 
-    **Saved and not here** (a device that is gone, a generator that is no longer given): the stream is left out.
-    **Here and not saved** (the job has moved to a device, another framework is imported): the stream begins anew as
-    above, without digests; in the same way on every rank where it is shared. Both are logged as a warning with the
-    streams' names.
+    **Saved, but not here** (a device that is gone, a generator that is no longer passed): the stream is left out.
+    **Here, but not saved** (the job has moved to a device, another framework is imported): the stream is seeded anew as
+    above, without digests; if it is shared, alike on every rank. Both are logged as a warning with the streams' names.
 
     Raises `TypeError` for a generator of another kind, `ValueError` for a name that can't be.
     """
@@ -89,7 +88,7 @@ class RNG:
         here = self._streams()
         for name in sorted(self._declared):
             if name not in here and not _FRAMEWORK_NAME.fullmatch(name):
-                raise ValueError(f"RNG: shared={name!r}: there is no such stream, but {', '.join(here)}")
+                raise ValueError(f"RNG: shared={name!r}: there is no such stream; there are {', '.join(here)}")
 
     def __repr__(self) -> str:
         return f"RNG({', '.join(self._streams())})"
@@ -195,7 +194,7 @@ class RNG:
         if saved.resized:
             anew = [name for name in here if name not in going_on]
             _log.info(
-                "%s: saved by %d ranks, loaded by %d; shared and going on: %s; begun anew: %s",
+                "%s: saved by %d ranks, loaded by %d; shared streams that continue: %s; seeded anew: %s",
                 where,
                 len(saved.records),
                 saved.world_size,
@@ -204,15 +203,15 @@ class RNG:
             )
         elif saved.records[0].key != self._key:
             _log.warning(
-                "%s: the key was %s and is %s; at the same world size each rank goes on with its own streams",
+                "%s: the key was %s and is %s; at the same world size each rank continues with its own streams",
                 where,
                 saved.records[0].key,
                 self._key,
             )
         if gone := [name for name in saved.names if name not in here]:
-            _log.warning("%s: saved and not here, left out: %s", where, ", ".join(gone))
+            _log.warning("%s: saved, but not in this process, so ignored: %s", where, ", ".join(gone))
         if new := [name for name in here if name not in saved.names]:
-            _log.warning("%s: here and not saved, begun anew: %s", where, ", ".join(new))
+            _log.warning("%s: in this process, but not saved, so seeded anew: %s", where, ", ".join(new))
 
     def _streams(self) -> dict[str, RandomStream]:
         """Return the streams of the process as they are now, by name."""
@@ -349,11 +348,9 @@ def _parsed(state: Any) -> _Saved:
     try:
         version, declared, record, states = (parts[key] for key in ("version", "shared", "record", "states"))
         if type(version) is int and version > _VERSION:
-            raise FormatVersionError(
-                f"RNG: a state of version {version} is newer than this ckptengine; install a newer one"
-            )
+            raise FormatVersionError(f"RNG: a state of version {version} is newer than this ckptengine; upgrade it")
         if version != _VERSION or not isinstance(declared, Mapping) or not isinstance(states, Mapping):
-            raise ValueError("these parts are none that it has")
+            raise ValueError("its parts are not those of an RNG")
         placed = record if isinstance(record, _Records) else _Records([record], 0, 1, False)
         records = tuple(Record.of_value(value) for value in placed.values)
     except (KeyError, ValueError) as error:

@@ -56,7 +56,7 @@ class Selection:
         """Raise where a prefix has named nothing."""
         unknown = self.unmatched
         if unknown:
-            raise LoadMismatchError(f"only={unknown}: the state has nothing of that name; names are dotted paths")
+            raise LoadMismatchError(f"only={unknown}: the state has nothing with that name; names are dotted paths")
 
 
 def module_names(state: Mapping[str, Any]) -> tuple[str, ...]:

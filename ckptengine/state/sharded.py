@@ -18,12 +18,15 @@ __all__ = ["ShardedArray"]
 
 
 class ShardedArray:
-    """This rank's box of a global array: `local` lies at `offset` of an array of `global_shape`.
+    """Put this rank's part of a global array into the state.
 
-    Takes a numpy array or a framework's plain tensor, and two tuples of non-negative integers with one number
-    for each of its dimensions. Ranks may hold any boxes; together they must cover the array (replicas may
-    repeat one). A rank that has nothing passes an array with a length of 0. Raises `StateError` where the box
-    leaves the array.
+    - `local`: a numpy array or a framework's plain tensor, of any supported dtype.
+    - `global_shape`: the shape of the whole array, with one number for each dimension of `local`.
+    - `offset`: where `local` begins in it, in elements along each dimension.
+
+    Ranks may hold any boxes; together they must cover the array. Replicas may repeat a box. A rank that has nothing
+    passes an array with a length of 0. Raises `StateError` if the box leaves the array, or the numbers of dimensions
+    differ.
     """
 
     __slots__ = ("global_shape", "local", "offset")

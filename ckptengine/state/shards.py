@@ -20,16 +20,18 @@ Parts = Mapping[str, int] | Sequence[str]
 
 
 class Shard:
-    """Says that ranks have parts of a tensor along one dimension, in the order of the ranks in a group.
+    """Declare that ranks have parts of a tensor along one dimension, in the order of the ranks in a group.
 
-    `group` is a torch process group or a `DeviceMesh` of one dimension, the name of a MindSpore group, the global ranks
-    themselves in order, or None for all ranks. Ranks may have different lengths; ranks outside of the group have
-    replicas of what those in it have, in groups of their own.
+    - `dim`: the dimension.
+    - `group`: a torch process group or a `DeviceMesh` of one dimension, the name of a MindSpore group, the global ranks
+      in order, or None for all ranks. Ranks may have different lengths. Ranks outside of the group have replicas of the
+      same parts, in groups of their own.
+    - `parts`: for a tensor that consists of several ones after each other, each of which is split: a fused gate and up
+      projection, or a fused query, key and value. A list of names for equal parts, or a dict from names to sizes in any
+      unit, such as the number of heads; the parts share the dimension in that proportion. The checkpoint has what one
+      rank alone would have: the whole first part, then the whole second part.
 
-    `parts` is for a tensor that is several ones after each other, each of them split: a fused gate and up projection,
-    a fused query, key and value. It names them, for equal parts, or maps each name to its size, in any unit, such as
-    the number of heads: they share the dimension in that proportion. What is stored is what one rank alone would have:
-    the whole first part, then the whole second part.
+    Raises `ValueError` for parts without names or with sizes below 1.
     """
 
     __slots__ = ("dim", "group", "parts")
@@ -59,9 +61,9 @@ class Shard:
 
 
 class Renumbered:
-    """Says that the modules of a list are other ones on each rank, numbered on from rank to rank of a group.
+    """Declare that each rank of a group has other modules in a list, and number them on from rank to rank.
 
-    Where a rank has its own experts as `experts.0` and `experts.1`, those of rank 1 are saved as `experts.2` and
+    If every rank has its own experts as `experts.0` and `experts.1`, those of rank 1 are saved as `experts.2` and
     `experts.3`. `group` is as for `Shard`; ranks may have different numbers of modules.
     """
 
@@ -139,13 +141,13 @@ def rules_of(rules: Any) -> list[Rule]:
     Raises `TypeError` for anything else.
     """
     if not isinstance(rules, Mapping) or not rules:
-        raise TypeError(f"Sharded: {rules!r} says nothing; give a dict from names to ce.Shard, or dim= and group=")
+        raise TypeError(f"Sharded: {rules!r} has no rules; give a dict from names to ce.Shard, or dim= and group=")
     return [_rule(pattern, said) for pattern, said in rules.items()]
 
 
 def _rule(text: Any, said: Any) -> Rule:
     if not isinstance(text, str):
-        raise TypeError(f"Sharded: {text!r} is no name or pattern; use text such as '**.qkv.weight'")
+        raise TypeError(f"Sharded: {text!r} is not a name or pattern; use text such as '**.qkv.weight'")
     pattern = Pattern(text)
     if isinstance(said, Shard):
         return Rule(pattern, (said,))
@@ -169,7 +171,8 @@ def group_ranks(group: Any, rank: int, world_size: int) -> tuple[int, ...]:
     ranks = _ranks(group, world_size)
     if ranks is None:
         raise StateError(
-            f"Sharded: group={group!r} is no group; pass a process group, a DeviceMesh of one dimension, the name of a "
+            f"Sharded: group={group!r} is not a group; pass a process group, a DeviceMesh of one dimension, the name "
+            "of a "
             "MindSpore group, the global ranks in their order, or None for all ranks"
         )
     if rank not in ranks or len(set(ranks)) != len(ranks) or not all(0 <= one < world_size for one in ranks):

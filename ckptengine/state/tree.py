@@ -131,6 +131,7 @@ class _Walk:
         self._groups: list[Path] = []  # of optimizers
         self._in_module = False
         self._objects = 0  # those that the walk is in
+        self._declarations = 0  # those that the walk is in
         self._sequences = 0  # lists and tuples that the walk is in, within the innermost object
         self._root = self._visit_items(state, (), per_rank=False)
         if wanted is None:  # nothing is saved of a state that was loaded: nothing waits for its copy
@@ -192,7 +193,7 @@ class _Walk:
                 return ShardedStep(value)
             case Kind.PER_RANK:
                 if per_rank:
-                    raise StateError(f"{dotted(path)}: a PerRank inside a PerRank; take the inner one away")
+                    raise StateError(f"{dotted(path)}: a PerRank inside a PerRank; remove the inner one")
                 if self._objects and self._sequences:  # a load finds it by its keys in what state_dict() gives
                     raise StateError(
                         f"{dotted(path)}: a PerRank in a list or tuple that state_dict() gives, where a load can't "
@@ -203,7 +204,10 @@ class _Walk:
                 if per_rank or self._objects:
                     inside = "PerRank" if per_rank else "what state_dict() gives"
                     raise StateError(f"{dotted(path)}: a ce.Sharded in {inside}; put it into the state itself")
-                return DeclaredStep(value, self._visit(value.value, path, per_rank=per_rank))
+                self._declarations += 1
+                declared = self._visit(value.value, path, per_rank=per_rank)
+                self._declarations -= 1
+                return DeclaredStep(value, declared)
             case Kind.MODULE:
                 assert adapter is not None
                 steps: dict[Any, Step] = {}
@@ -291,7 +295,7 @@ class _Walk:
         placement, parts, identity, shape = view.placement, view.parts, view.identity, view.shape
         if per_rank:
             if placement is Placement.SHARDED:
-                raise StateError(f"{dotted(path)}: a distributed tensor inside PerRank; take the PerRank away")
+                raise StateError(f"{dotted(path)}: a distributed tensor inside PerRank; remove the PerRank")
             placement, identity = Placement.PER_RANK, None
         saves = self._wanted is None  # else nothing is stored of it, and no later walk is compared with this one
         if saves and parts and (order := part_order(parts[0])) is not None:
@@ -302,9 +306,12 @@ class _Walk:
             )
         if buffer and placement is Placement.REPLICATED:
             placement = Placement.WHOLE
-        by_hand = cut is not None and placement is Placement.SHARDED
+        kind = {
+            "by_hand": cut is not None and placement is Placement.SHARDED,
+            "undeclared": self._declarations > 0 and placement is Placement.WHOLE,
+        }
         container = adapter.container_of(tensor)
-        leaf = ArrayLeaf(path, view.dtype, shape, placement, parts, container, by_hand=by_hand)
+        leaf = ArrayLeaf(path, view.dtype, shape, placement, parts, container, **kind)
         head = head_of(view.dtype, view.shape, view.placement, view.parts) if saves else ()
         self._leaves.add(tensor, adapter, leaf, identity, cut, head)
 

@@ -30,7 +30,8 @@ _T = TypeVar("_T")
 def join_outlines(outlines: Sequence[Outline]) -> Outline:
     """Return what is said in any of several outlines, of which the first counts where they differ in small things.
 
-    A container's keys are in the order of the first one that has it, those of the others where they have them.
+    A container's keys are in the order of the first one that lists them, those of the others where they have them. One
+    whose keys are sorted lists none: what no other lists comes last.
     Raises `CheckpointDamagedError` naming a container that they have of different kinds or classes.
     """
     first, *rest = outlines

@@ -214,7 +214,7 @@ def _decode(data: Any, depth: int) -> Any:
     if kind is list:
         return [_decode(item, depth + 1) for item in data]
     if kind is not dict:
-        raise CheckpointDamagedError(f"a plain value holds {kind.__name__}, which is no JSON")
+        raise CheckpointDamagedError(f"a plain value holds {kind.__name__}, which is not JSON")
     tag = next(iter(data), "")
     if len(data) == 1 and isinstance(tag, str) and tag.startswith("$"):
         return _decode_tagged(tag, data[tag], depth)
@@ -249,7 +249,7 @@ def _decode_pairs(tag: str, payload: Any, depth: int) -> Any:
     result = _MAPPINGS[tag]()
     for pair in _expect(tag, payload, list):
         if type(pair) is not list or len(pair) != 2:
-            raise CheckpointDamagedError(f"a plain value's {tag} holds something that is no pair: {_short(pair)}")
+            raise CheckpointDamagedError(f"a plain value's {tag} holds something that is not a pair: {_short(pair)}")
         key, item = _decode(pair[0], depth + 1), _decode(pair[1], depth + 1)
         try:
             repeated = key in result

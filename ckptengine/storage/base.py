@@ -29,7 +29,9 @@ def check_name(name: str, *, allow_root: bool = False) -> str:
     if allow_root and not name:
         return name
     if "\0" in name or "\\" in name or any(part in ("", ".", "..") for part in name.split("/")):
-        raise StorageError(errno.EINVAL, f"{name!r} is no name within a storage: use a relative path of plain parts")
+        raise StorageError(
+            errno.EINVAL, f"{name!r} is not a name within a storage: use a relative path without '.' and '..'"
+        )
     return name
 
 

@@ -72,7 +72,7 @@ def connect(location: str, options: dict[str, Any]) -> Objects:
         if isinstance(error, StorageError) or "Protocol not known" not in str(error):
             raise
         raise StorageError(
-            errno.EPROTONOSUPPORT, f"{location}: fsspec knows no protocol {protocol!r}: check the URL"
+            errno.EPROTONOSUPPORT, f"{location}: fsspec does not know the protocol {protocol!r}: check the URL"
         ) from None
 
 
@@ -121,7 +121,8 @@ def _check_options(location: str, kind: type, options: dict[str, Any]) -> None:
         if near:
             raise StorageError(
                 errno.EINVAL,
-                f"{location}: storage_options has {name!r}, which {kind.__name__} does not know: is {near[0]!r} meant?",
+                f"{location}: storage_options has {name!r}, which {kind.__name__} does not know: do you mean "
+                f"{near[0]!r}?",
             )
 
 
@@ -138,5 +139,5 @@ def _check_endpoint(location: str, options: dict[str, Any]) -> None:
     if url.scheme not in ("http", "https") or not url.hostname:
         shown = str(given).rpartition("@")[2]
         raise StorageError(
-            errno.EINVAL, f"{location}: {where}={shown!r} is no URL: write it as https://host or http://host:port"
+            errno.EINVAL, f"{location}: {where}={shown!r} is not a URL: write it as https://host or http://host:port"
         )

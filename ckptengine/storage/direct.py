@@ -69,7 +69,7 @@ def directly(fd: int, operation: str, path: str, call: Callable[[], _T]) -> tupl
         if device not in _refusing:
             _refusing.add(device)
             _log.warning(
-                "%s: the file system refuses direct I/O (%s): buffered I/O is used, which is slower",
+                "%s: the file system refuses direct I/O (%s), so buffered I/O is used, which is slower",
                 path,
                 refusal.strerror,
             )

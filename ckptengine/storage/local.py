@@ -59,7 +59,7 @@ class LocalStorage(Storage):
         except StorageError as error:
             if error.errno not in NO_ROOM or not self.list():
                 raise
-            _log.warning("%s has no room: it can be read, saves will fail: %s", self.root, error)
+            _log.warning("%s has no space left: it can be read, but saves will fail: %s", self.root, error)
 
     def check_writable(self) -> None:
         """Raise where the root, or what of its path is there, is no directory or may not be written to."""
@@ -126,7 +126,7 @@ class LocalStorage(Storage):
         with self._opened(path) as fd:
             data = self._read(fd, 0, limit + 1, path)
         if len(data) > limit:
-            raise StorageError(errno.EFBIG, f"{path}: longer than the {limit} bytes that such a file may have")
+            raise StorageError(errno.EFBIG, f"{path}: longer than the {limit} bytes that this file may have")
         return data
 
     def read_range(self, name: str, position: int, nbytes: int) -> bytes:

@@ -41,7 +41,7 @@ def is_url(location: str | os.PathLike[str]) -> bool:
         url = f"{scheme}://{'/' if scheme.lower() == 'file' else ''}{lost['rest']}"
         raise StorageError(
             errno.EINVAL,
-            f"{path!r} is a URL that has lost a slash, as in Path('{scheme}://…'): give it as a string, {url!r}. "
+            f"{path!r} is a URL that lost a slash, as in Path('{scheme}://…'): give it as a string, {url!r}. "
             f"A directory that is really called '{scheme}:' needs another name",
         )
     return False
@@ -99,7 +99,7 @@ def _check_chain(chain: str) -> None:
             )
         if protocol in _ARCHIVES:
             raise StorageError(
-                errno.EPROTONOSUPPORT, f"{protocol}:: is an archive, into which a run can't be written: leave it out"
+                errno.EPROTONOSUPPORT, f"{protocol}:: is an archive, and a run can't be written into one: leave it out"
             )
 
 
@@ -119,7 +119,7 @@ def _check_rest(protocol: str, rest: str) -> None:
             "credentials and no name with ? or # in it; choose another name, and give settings as storage_options",
         )
     if not rest.strip("/"):
-        raise StorageError(errno.EINVAL, f"{protocol}:// names no place: write {protocol}://bucket/path/to/run")
+        raise StorageError(errno.EINVAL, f"{protocol}:// has no location: write {protocol}://bucket/path/to/run")
     # A path that begins with a slash has no host, as in hdfs:///user/run.
     if any(part in ("", ".", "..") for part in rest.removeprefix("/").split("/")):
         raise StorageError(errno.EINVAL, f"{rest!r} has empty parts, . or ..: write a plain path")

@@ -65,7 +65,7 @@ class RangeReads(ABC):
                 return
             self._rescued, self._rests_until = 0, time.monotonic() + _REST_SECONDS
         _log.warning(
-            "%s: obstore could not read what %s then read, %d times in a row: %s reads all for %.3g s",
+            "%s: obstore failed to read what %s then read, %d times in a row: %s reads everything for %.3g s",
             self._url,
             self.client,
             _FAILURES,
@@ -141,7 +141,7 @@ class RangeReads(ABC):
                 _log.info("%s: large reads go through obstore", self._url)
             except NotAlikeError as problem:
                 store = None
-                _log.info("%s: reads go through %s alone: obstore can't be told of %s", self._url, self.client, problem)
+                _log.info("%s: reads go only through %s: obstore does not support %s", self._url, self.client, problem)
             made = self._made = client, credentials, store
         return made[2]
 

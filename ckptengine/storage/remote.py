@@ -101,7 +101,8 @@ class RemoteStorage(Storage):
         if ranks > 1 and self._location.rpartition("::")[2].startswith("memory://"):
             raise StorageError(
                 errno.EINVAL,
-                f"{self._location}: memory:// is the memory of one process, and not seen by the others of {ranks} "
+                f"{self._location}: memory:// is the memory of one process, and can't be seen by the other processes "
+                f"of {ranks} "
                 "ranks: give a directory or a bucket that all ranks see",
             )
 
@@ -157,7 +158,7 @@ class RemoteStorage(Storage):
         if problem.errno == errno.EEXIST:
             return False  # it has been deleted since
         # The store may still be at it.
-        raise StorageError(errno.ETIMEDOUT, f"{problem.strerror}; it is not known whether it was carried out")
+        raise StorageError(errno.ETIMEDOUT, f"{problem.strerror}; it is not known whether the store carried it out")
 
     def _found(self, key: str, nbytes: int) -> bytes | None:
         """Return what is there of an object, one byte more than `nbytes` at most; None where there is none."""
@@ -209,7 +210,7 @@ class RemoteStorage(Storage):
             data += self._get(key, first, rest)
         if len(data) > limit:
             raise StorageError(
-                errno.EFBIG, f"{self.location(name)}: longer than the {limit} bytes that such a file may have"
+                errno.EFBIG, f"{self.location(name)}: longer than the {limit} bytes that this file may have"
             )
         return data
 
@@ -284,7 +285,7 @@ class RemoteStorage(Storage):
         finally:
             self.delete(key)
         if found is None:
-            raise StorageError(errno.EIO, f"{self.location(key)} was written and is not there")
+            raise StorageError(errno.EIO, f"{self.location(key)} was written, but does not exist")
         return found.modified
 
     def unfinished(self) -> _Unfinished:
@@ -357,7 +358,7 @@ class RemoteStorage(Storage):
         except StorageError as error:
             if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):
                 raise
-            _log.info("%s: the store does not know conditional writes: %s", self._location, error)
+            _log.info("%s: the store does not support conditional writes: %s", self._location, error)
             return False
         finally:
             self.delete(key)

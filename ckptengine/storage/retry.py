@@ -230,7 +230,7 @@ def _tell_renewal(operation: str, where: str, code: str, objects: Objects) -> No
         known, objects.told = objects.told >= objects.version, objects.version
     if not known:
         _log.warning(
-            "cannot %s %s: %s; the credentials were read anew, and it is tried once more", operation, where, code
+            "cannot %s %s: %s; the credentials were read again, and it is tried once more", operation, where, code
         )
 
 

@@ -184,7 +184,9 @@ class S3Objects(Objects):
             except Exception as error:
                 if not is_unknown(error):
                     raise
-                _log.info("the store does not take DeleteObjects (%s): objects are deleted one by one", code_of(error))
+                _log.info(
+                    "the store does not support DeleteObjects (%s): objects are deleted one by one", code_of(error)
+                )
                 self._deletes_many = False
         self._run(self._delete_each(keys), seconds)
 

@@ -52,7 +52,11 @@ def part_nbytes_for(nbytes: int, budget: Budget, objects: Objects, write_nbytes:
     least = -(-nbytes // max(1, objects.most_parts * 9 // 10))
     part = max(part, -(-least // _MIB) * _MIB, objects.least_part_nbytes)
     if part > objects.most_part_nbytes:
-        raise StorageError(errno.EFBIG, f"an archive of {nbytes:,} bytes is more than this store takes: use more ranks")
+        raise StorageError(
+            errno.EFBIG,
+            f"an archive of {nbytes:,} bytes is more than this store accepts: use more ranks, so that each archive "
+            "is smaller",
+        )
     return part
 
 
@@ -106,7 +110,7 @@ class RemoteArchiveWriter(ArchiveWriter):
 
             def once(request: Request) -> None:
                 if request.doubtful and upload.in_order:
-                    raise StorageError(errno.EIO, f"cannot write {self.where}: part {number} was lost on its way")
+                    raise StorageError(errno.EIO, f"cannot write {self.where}: part {number} was lost in transit")
                 upload.send(number, memory, request.left)
 
             self._persist(f"upload part {number} of", once, patience.for_bytes(memory.nbytes))
@@ -131,7 +135,7 @@ class RemoteArchiveWriter(ArchiveWriter):
             if request.doubtful and upload.in_order:
                 # A file that failed to close counts as closed.
                 if not self._is_there(request):
-                    raise StorageError(errno.EIO, f"cannot write {self.where}: its last part was lost on its way")
+                    raise StorageError(errno.EIO, f"cannot write {self.where}: its last part was lost in transit")
                 return
             try:
                 upload.complete(request.left)

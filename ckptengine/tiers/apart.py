@@ -24,7 +24,7 @@ def check_apart(places: Mapping[str, str]) -> None:
                 how = "is the same directory as" if same else "lies inside of"
                 raise ValueError(
                     f"{inner}={places[inner]!r} {how} {outer}={places[outer]!r}: each place of a run keeps and deletes "
-                    "its own checkpoints; give them directories of their own"
+                    "its own checkpoints; give each its own directory"
                 )
 
 

@@ -53,7 +53,7 @@ class Claims:
                 within(self._timeout, doing, lambda: self._begin_local(local, claims))
             if memory is not None and memory.site.leads and memory.tier.note_claims(claims):
                 _log.warning(
-                    "%s held checkpoints of an earlier run at this place, which were removed", memory.storage.location()
+                    "%s held checkpoints of an earlier run with this name; they were deleted", memory.storage.location()
                 )
             if self._comm.rank == 0:
                 found = within(self._timeout, doing, places.newest)

@@ -52,7 +52,7 @@ def copy_archive(
         return 0
     archive = open_archive(source, name, record)
     if record.nbytes % ALIGNMENT:
-        raise CheckpointDamagedError(f"{archive.location}: {record.nbytes} bytes are no multiple of {ALIGNMENT}")
+        raise CheckpointDamagedError(f"{archive.location}: {record.nbytes} bytes are not a multiple of {ALIGNMENT}")
     arena = Arena()
     try:
         window = _window_nbytes(record, pace)
@@ -71,7 +71,7 @@ def _reserve(arena: Arena, nbytes: int, archive: Archive) -> None:
         arena.reserve(nbytes)
     except StorageError as error:
         raise StorageError(
-            error.errno, f"no memory to copy {archive.location}: {nbytes:,} bytes are needed; free host memory"
+            error.errno, f"no memory to copy {archive.location}: {nbytes:,} bytes are needed; free some host memory"
         ) from error
 
 

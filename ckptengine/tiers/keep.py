@@ -21,5 +21,5 @@ def rules_of(keep: Keep, tier: str, tiers: Collection[str]) -> tuple[KeepRule, .
         raise ValueError(f"keep names {', '.join(unknown)}: this run has {', '.join(sorted(tiers))}")
     found = keep.get(tier, ())
     if tier == "memory" and any(rule != KeepLast(1) for rule in found if isinstance(rule, KeepLast)):
-        raise ValueError("keep: memory keeps 1, while the next one is made beside it")
+        raise ValueError("keep: the memory tier keeps 1, since it needs a second image for the next one")
     return found

@@ -38,7 +38,9 @@ def locked(path: str, timeout: float, waiting: Callable[[str], None]) -> Iterato
                 waiting(_holder(fd))
                 told = True
             if time.monotonic() >= deadline:
-                raise DeadlineError(f"{path}: {_holder(fd)} has held this lock for {timeout:g} s; give it more time")
+                raise DeadlineError(
+                    f"{path}: {_holder(fd)} has held this lock for {timeout:g} s; wait longer (--timeout)"
+                )
             time.sleep(_LOOK)
         # For the others' messages only.
         with contextlib.suppress(OSError):

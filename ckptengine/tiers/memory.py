@@ -10,6 +10,7 @@ import os
 import re
 import stat
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
@@ -25,6 +26,7 @@ from ckptengine.catalog.listing import (
 )
 from ckptengine.catalog.listing import step_directories as steps_of
 from ckptengine.errors import CheckpointDamagedError, CheckpointError, FormatVersionError, StorageError
+from ckptengine.snapshot.arena import Arena
 from ckptengine.snapshot.shared_arena import SharedArena, is_locked, remove_unused
 from ckptengine.storage.base import join
 from ckptengine.storage.local import LocalStorage
@@ -49,7 +51,7 @@ def memory_root(run: str, memory: Literal[True] | str | os.PathLike[str]) -> str
     """
     base = os.path.realpath(_DEFAULT if memory is True else local_path(memory, "memory"))
     if not os.path.isdir(base):
-        raise StorageError(errno.ENOENT, f"memory={base!r}: there is no such directory; give one of a tmpfs")
+        raise StorageError(errno.ENOENT, f"memory={base!r}: there is no such directory; give one on a tmpfs")
     kind = _file_system(base)
     if kind != "tmpfs":
         raise StorageError(
@@ -113,7 +115,8 @@ class MemoryTier:
             found = os.lstat(path)
             if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid() or found.st_mode & 0o077:
                 raise StorageError(
-                    errno.EPERM, f"{path} is not this user's alone (owner, mode 0700): remove it, or leave memory out"
+                    errno.EPERM,
+                    f"{path} does not belong to this user alone (owner, mode 0700): remove it, or leave memory= out",
                 )
 
     def take(self, nbytes: int) -> SharedArena | None:
@@ -135,7 +138,7 @@ class MemoryTier:
                         arena.empty()  # what is too little for an image here may be enough elsewhere
                 if not self._short:
                     self._short = True
-                    _log.warning("%s. Until then checkpoints are not kept in memory", error)
+                    _log.warning("%s. Until then checkpoints are not kept in the memory tier", error)
                 return None
             self._short = False
             return arena
@@ -148,16 +151,21 @@ class MemoryTier:
         with self._lock:
             self._kept = arena
 
-    def prepare(self, nbytes: int) -> None:
-        """Have the arenas' memory there before it is needed, as far as nothing committed lies in it."""
+    def prepare(self, nbytes: int, ready: Callable[[Arena], None] | None = None) -> None:
+        """Have the arenas' memory there before it is needed, as far as nothing committed lies in it.
+
+        `ready` is called with each of those.
+        """
         with self._lock:
             try:
                 for arena in self._open_arenas():
                     if self._order(arena) is _NOTHING:
                         self._retract(arena)
                         arena.reserve(nbytes)
+                        if ready is not None:
+                            ready(arena)
             except StorageError as error:
-                _log.info("the memory tier can't be prepared beforehand: %s", error)
+                _log.info("the memory tier can't be prepared in advance: %s", error)
 
     def _open_arenas(self) -> list[SharedArena]:
         """Return the arenas, opened where they are not: those that an ended process of this rank has left, or new."""

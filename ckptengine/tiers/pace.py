@@ -25,7 +25,7 @@ class Pace:
         sleep: Callable[[float], object] = time.sleep,
     ) -> None:
         if not bytes_per_second > 0:
-            raise ValueError(f"bytes_per_second={bytes_per_second}: more than none must go")
+            raise ValueError(f"bytes_per_second={bytes_per_second}: give a number above 0")
         self.bytes_per_second = bytes_per_second
         self._clock, self._sleep = clock, sleep
         self._lock = threading.Lock()

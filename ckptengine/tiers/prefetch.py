@@ -71,7 +71,7 @@ def prefetch(
     `tell` is called with what a user should know meanwhile, `progress` with the bytes that are there and all of them.
     Returns None where the source has no checkpoint.
 
-    Raises `CheckpointNotFoundError` where there is no such step, `CheckpointDamagedError` where no checkpoint is whole,
+    Raises `CheckpointNotFoundError` where there is no such step, `CheckpointDamagedError` where none is complete,
     `StorageError`: EEXIST where the target holds another run, ENOSPC where there is no room, before anything is
     fetched; `DeadlineError`, `FormatVersionError`.
     """
@@ -84,7 +84,8 @@ def prefetch(
             except _Gone:
                 continue
     raise CheckpointNotFoundError(
-        f"{source.location()}: its checkpoints are deleted faster than they can be fetched: keep more of them"
+        f"{source.location()}: its checkpoints are deleted faster than they can be fetched: keep more of them "
+        "(keep_last=)"
     )
 
 
@@ -130,7 +131,7 @@ class _Fetch:
                 self._forget(entry, manifest)
         if not found:
             return None
-        raise CheckpointDamagedError(f"{self.source.location()}: no checkpoint is whole: {'; '.join(self.damaged)}")
+        raise CheckpointDamagedError(f"{self.source.location()}: no checkpoint is complete: {'; '.join(self.damaged)}")
 
     def _candidates(self) -> Iterator[tuple[Entry, Manifest] | Problem]:
         if self.step is None:
@@ -155,7 +156,7 @@ class _Fetch:
 
     def _damage(self, entry: Entry, error: CheckpointError) -> None:
         self.damaged.append(str(error))
-        instead = "" if self.step is not None else ", the one before it is tried"
+        instead = "" if self.step is not None else "; the previous checkpoint is tried"
         self.tell(f"{self.source.location(entry.directory)} is damaged{instead}: {error}")
 
     def _fetch(self, entry: Entry, manifest: Manifest) -> Prefetched:

@@ -115,7 +115,7 @@ class Sources:
             return None
         if not persistent.list():
             _log.warning(
-                "%s is empty, and step %s was found in %s: the run goes on there. To begin anew, remove both",
+                "%s is empty, but step %s was found in %s: the run continues from there. To start over, delete both",
                 persistent.location(),
                 entry.step,
                 faster.location(),

@@ -162,7 +162,7 @@ class Tiers:
             if upload is not None:
                 uploader.offer(upload)
         except CheckpointError as error:
-            _log.warning("step %d is not uploaded to %s: %s", step, where, error)
+            _log.warning("step %d was not uploaded to %s: %s", step, where, error)
 
     def flush(self, timeout: float) -> None:
         """Wait until the newest checkpoint is uploaded; all ranks, and rank 0 tells the others how it goes.
@@ -207,7 +207,7 @@ class Tiers:
             if kept is None or (durable is not None and durable.order >= kept.order):
                 return
             _log.warning(
-                "step %s is in memory only, in %s, which a reboot empties: start the job again, and it comes to %s",
+                "step %s is in memory only, in %s, which a reboot empties: start the job again to upload it to %s",
                 kept.step,
                 memory.storage.location(),
                 self.places.persistent.location(),

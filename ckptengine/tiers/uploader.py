@@ -145,7 +145,11 @@ class Uploader:
         """Have a checkpoint uploaded next, on rank 0; one that was offered before and is not begun is passed over."""
         with self._changed:
             if self._next is not None:
-                _log.info("%s: passed over on the way to %s", self._next.directory, self._persistent.location())
+                _log.info(
+                    "%s: not uploaded to %s, since a newer checkpoint is there",
+                    self._next.directory,
+                    self._persistent.location(),
+                )
             self._next = upload
             self._changed.notify_all()
 
@@ -212,7 +216,7 @@ class Uploader:
         except _Stopped:
             return
         except Exception as error:
-            _log.exception("%s: nothing more is uploaded there in this life: %s", self._persistent.location(), error)
+            _log.exception("%s: uploads have stopped until the job restarts: %s", self._persistent.location(), error)
 
     def _lead(self) -> None:
         pause = _RETRY_SECONDS[0]
@@ -240,7 +244,7 @@ class Uploader:
                     continue
                 if problem != self._problem:
                     _log.warning(
-                        "step %s is not in %s yet, training goes on and it is tried again: %s",
+                        "step %s is not uploaded to %s yet; training continues, and the upload is tried again: %s",
                         upload.manifest.step,
                         self._persistent.location(),
                         problem,
@@ -270,7 +274,7 @@ class Uploader:
         if later:
             raise SaveFailedError(
                 f"{persistent.location()} was taken over by generation {max(later)}, this job writes generation "
-                f"{own}: end it, or restore and go on from what the other has saved"
+                f"{own}: end it, or restore and continue from what the other job has saved"
             )
         with Lease(persistent, upload.data):
             mine, *others = upload.shares(self._comm.world_size)

@@ -125,4 +125,4 @@ def test_metrics_for_a_step_that_is_saved_already_are_told(tmp_path: Path, caplo
         checkpointer.step(1, state_of(1))
         checkpointer.save(1, state_of(1), metrics={"loss": 0.3})
     assert "step 1 of" in caplog.text
-    assert "these metrics are not kept" in caplog.text
+    assert "these metrics are not stored" in caplog.text

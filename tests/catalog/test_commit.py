@@ -45,7 +45,7 @@ def test_a_run_whose_newest_data_is_missing_is_loaded_from_the_one_before(tmp_pa
     state = {"w": np.zeros(10)}
     ce.load(tmp_path / "run", into=state)
     assert state["w"][0] == 1
-    assert "step-00000001 is taken, a newer one has a manifest and no data" in caplog.text
+    assert "step-00000001 is loaded; a newer checkpoint has a manifest but no data" in caplog.text
     for path in (tmp_path / "run" / "step-00000001").glob("data-*/*.zip"):
         path.unlink()
     with pytest.raises(ce.errors.CheckpointDamagedError, match="step-00000002"):

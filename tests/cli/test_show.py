@@ -40,7 +40,7 @@ def test_only_what_matches_a_pattern_is_shown(run: Path, call: Call) -> None:
 def test_a_pattern_that_matches_nothing_is_wrong_usage(run: Path, call: Call) -> None:
     result = call("show", run, "--only", "modle.*")
     assert result.exit_code == 2
-    assert "nothing has a name like modle.*" in result.stderr
+    assert "no leaf has a name like modle.*" in result.stderr
 
 
 def test_names_and_dates_are_whole_in_80_columns(run: Path, call: Call, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -45,8 +45,8 @@ def test_every_n_steps_saves_at_the_multiples_and_a_last_step_that_is_not_saved_
     assert restored(tmp_path) == 9
     (told,) = (record.getMessage() for record in caplog.records)
     assert told == (
-        f"step 10 of {tmp_path} was trained and is not saved (saves are due every 3 steps): call ckpt.save(step, "
-        "state) after the loop to keep it"
+        f"step 10 of {tmp_path} was trained but not saved (saves are due every 3 steps): call ckpt.save(step, "
+        "state) after the loop to save it"
     )
 
 

@@ -216,7 +216,7 @@ def test_a_run_that_can_be_read_only_is_restored_from_and_the_first_step_says_wh
             path.chmod(0o555 if path.is_dir() else 0o444)
         job = python(READ_ONLY, run)
     assert job.returncode == 0, job.stderr
-    assert "was opened to restore from it alone" in job.stdout
+    assert "was opened only to restore from it" in job.stdout
     assert "Permission denied" in job.stdout
 
 

@@ -145,7 +145,7 @@ def test_where_all_are_damaged_the_error_names_each(tmp_path):
     flip(tmp_path, 2)
     with (
         ce.Checkpointer(tmp_path) as ckpt,
-        pytest.raises(CheckpointDamagedError, match="no checkpoint is whole.*step-00000002.*step-00000001"),
+        pytest.raises(CheckpointDamagedError, match="no checkpoint is complete.*step-00000002.*step-00000001"),
     ):
         ckpt.restore(blank())
 

@@ -115,7 +115,7 @@ def test_strict_raises_and_changes_nothing(base, tmp_path):
 def test_a_model_of_which_nothing_fits_is_an_error(base, tmp_path):
     run, _ = base
     with ce.Checkpointer(tmp_path / "run") as ckpt:
-        with pytest.raises(LoadMismatchError, match="nothing of the checkpoint fits the state"):
+        with pytest.raises(LoadMismatchError, match="nothing in the checkpoint matches the state"):
             ckpt.warm_start(run, {"net": nn.Linear(3, 3)})
         with pytest.raises(StateError, match="no modules"):
             ckpt.warm_start(run, {"epoch": 0})

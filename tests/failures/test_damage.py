@@ -205,6 +205,6 @@ def test_a_damaged_newest_checkpoint_is_told_and_the_one_before_is_taken(
         shutil.rmtree(next((folder / "run" / f"step-{step:08d}").glob("data-*")))
     with (
         ce.Checkpointer(folder / "run") as checkpointer,
-        pytest.raises(CheckpointDamagedError, match=r"no checkpoint is whole.*step-00000020.*step-00000010"),
+        pytest.raises(CheckpointDamagedError, match=r"no checkpoint is complete.*step-00000020.*step-00000010"),
     ):
         checkpointer.restore(blank())

@@ -59,7 +59,7 @@ def test_a_full_disk_says_what_is_needed_and_training_goes_on(
             with pytest.raises(CheckpointError, match=NEEDED):
                 handle.durable.result()
             checkpointer.wait()
-            assert re.search(rf"step-{step:08d} was NOT saved, training goes on .*{NEEDED}", caplog.text)
+            assert re.search(rf"step-{step:08d} was NOT saved; training continues .*{NEEDED}", caplog.text)
             assert committed_steps(run) == [1]
         checkpointer._saver.settle(60)
         assert abs(free(small_disk) - left) < 64 << 10, "failed saves must not keep what they have written"
@@ -126,7 +126,7 @@ def test_a_run_on_a_disk_that_is_full_to_the_last_byte_is_opened_restored_from_a
     fill(small_disk)
     state = state_at(0)
     with ce.Checkpointer(run) as checkpointer:
-        assert f"{run} has no room: it can be read, saves will fail" in caplog.text
+        assert f"{run} has no space left: it can be read, but saves will fail" in caplog.text
         assert checkpointer.restore(state) == 2
     assert same(state, state_at(2))
     assert not dead.exists(), "opening a run cleans up after dead jobs, which needs the time of the file system"

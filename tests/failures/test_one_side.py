@@ -97,14 +97,14 @@ def test_a_rank_0_that_stalls_before_its_commit_costs_no_later_save_and_what_it_
 ) -> None:
     stall_once(monkeypatch)
     handles = pair.save(2)
-    assert pair.ends(handles)[1].startswith("rank 0 did not say in time")
+    assert pair.ends(handles)[1].startswith("rank 0 did not report in time")
     assert pair.ends(handles)[0] == ""
     for step in (3, 4, 5):
         assert pair.ends(pair.save(step)) == ["", ""]
     assert pair.steps() == [1, 2, 3, 4, 5]
     assert pair.ends(handles) == ["", ""]
     assert [len(rank.history) for rank in pair.ranks] == [4, 4]  # the last one is not accounted for yet
-    assert "rank 1 had not heard of that in time" in caplog.text
+    assert "rank 1 did not learn that in time" in caplog.text
     pair.close()
 
 
@@ -115,7 +115,7 @@ def told_as_failed(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> Pair:
     handles = pair.save(2)
     ends = pair.ends(handles)
     assert ends[0] == ""
-    assert ends[1].startswith("rank 0 did not say in time")
+    assert ends[1].startswith("rank 0 did not report in time")
     pair.both(lambda rank: pair.ranks[rank].wait())
     assert [len(rank.history) for rank in pair.ranks] == [2, 1]
     return pair

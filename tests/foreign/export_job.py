@@ -33,7 +33,7 @@ def main() -> None:
     ce.export(folder / "c", folder / "model.pt", to="torch")
     text = json.dumps({"written": written[-1], "files": report.files})
     (folder / f"rank-{dist.get_rank()}.json").write_text(text)
-    with pytest.raises(CheckpointError, match="is there already"):
+    with pytest.raises(CheckpointError, match="exists already"):
         ce.export(folder / "c", folder / "hf", only=["net"], max_shard_size=3000)
     dist.destroy_process_group()
 

@@ -148,7 +148,7 @@ def test_a_path_that_leads_out_of_the_directory_is_refused(tmp_path: Path) -> No
     for info in metadata.storage_data.values():
         info.relative_path = "../secret.distcp"
     (tmp_path / "d" / ".metadata").write_bytes(pickle.dumps(metadata))
-    with pytest.raises(CheckpointError, match=r"'../secret.distcp' is no name within"):
+    with pytest.raises(CheckpointError, match=r"'../secret.distcp' is not a name within"):
         ce.load(tmp_path / "d")
 
 

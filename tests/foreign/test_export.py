@@ -285,10 +285,10 @@ def test_memory_does_not_grow_with_the_size(tmp_path: Path, to: str, name: str) 
 
 def test_nothing_is_replaced(checkpoint: Path, tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").write_bytes(b"mine")
-    with pytest.raises(StorageError, match=r"model.safetensors is there already"):
+    with pytest.raises(StorageError, match=r"model.safetensors exists already"):
         ce.export(checkpoint, tmp_path, only=["model"])
     assert (tmp_path / "model.safetensors").read_bytes() == b"mine"
-    with pytest.raises(StorageError, match="is there already"):
+    with pytest.raises(StorageError, match="exists already"):
         ce.export(checkpoint, tmp_path, only=["model"], max_shard_size=1000)
 
 
@@ -311,7 +311,7 @@ def test_a_damaged_checkpoint_leaves_no_file(tmp_path: Path) -> None:
         ({"max_shard_size": "5 bananas"}, ValueError, "max_shard_size"),
         ({"dtype": "int8"}, Exception, "dtype='int8'"),
         ({"only": ["modle"]}, LoadMismatchError, r"only=\['modle'\]: .* has nothing of that name"),
-        ({"only": ["epoch"]}, LoadMismatchError, "nothing that is wanted of it is an array"),
+        ({"only": ["epoch"]}, LoadMismatchError, "nothing that was selected is an array"),
         ({"rename": {"model.*.weight": "*.x", "model": "1", "optimizer": "1"}}, LoadMismatchError, "called|clash"),
     ],
 )

@@ -118,11 +118,11 @@ class Touches:
 @pytest.mark.parametrize("call", [os.mkdir, os.system, eval, exec, open, getattr, __import__], ids=str)
 def test_code_in_a_file_is_named_and_not_run(tmp_path: Path, protocol: int, call: Any) -> None:
     torch.save({"w": torch.ones(2), "x": Touches(tmp_path / "made", call)}, tmp_path / "c.pt", pickle_protocol=protocol)
-    with pytest.raises(ForeignFormatError, match=rf"c.pt: x holds \w+.{call.__name__}, .* nothing of it was run"):
+    with pytest.raises(ForeignFormatError, match=rf"c.pt: x holds \w+.{call.__name__}, .* no code in it was run"):
         ce.load(tmp_path / "c.pt")
     same(ce.load(tmp_path / "c.pt", only=["w"], as_torch=True), {"w": torch.ones(2)})
     torch.save(Touches(tmp_path / "made", call), tmp_path / "whole.pt", pickle_protocol=protocol)
-    with pytest.raises(ForeignFormatError, match=rf"whole.pt: holds \w+.{call.__name__}, .* nothing of it was run"):
+    with pytest.raises(ForeignFormatError, match=rf"whole.pt: holds \w+.{call.__name__}, .* no code in it was run"):
         ce.load(tmp_path / "whole.pt", only=["w"])
     assert not (tmp_path / "made").exists()
 
@@ -149,13 +149,13 @@ def with_objects(folder: Path) -> Path:
 
 def test_what_lies_beside_objects_that_are_not_read_is_loaded_with_only(tmp_path: Path) -> None:
     path, net = with_objects(tmp_path), model(2)
-    with pytest.raises(ForeignFormatError, match=r"c.pt: args holds argparse.Namespace, .*`only=` takes the rest"):
+    with pytest.raises(ForeignFormatError, match=r"c.pt: args holds argparse.Namespace, .*`only=` loads the rest"):
         ce.load(path, into={"model": net})
     assert ce.load(path, into={"model": net}, only=["model"]).complete
     same(net.state_dict(), trained()["model"])
     assert ce.load(path, only=["sets.epoch"]) == {"sets": {"epoch": 3}}
     for name in ("options", "sets.seen", "list.1", "sets"):
-        with pytest.raises(ForeignFormatError, match="nothing of it was run"):
+        with pytest.raises(ForeignFormatError, match="no code in it was run"):
             ce.load(path, only=[name])
 
 

@@ -60,14 +60,17 @@ def pretend_cuda() -> None:
     OnCPU().__enter__()
 
 
-def made(tensor: int, pipeline: int, distributed: bool) -> tuple[Any, Any]:
-    """Return a model and its optimizer after one step, without which the optimizer has no state."""
+def made(tensor: int, pipeline: int, distributed: bool, *, step: bool = True) -> tuple[Any, Any]:
+    """Return a model and its optimizer after one step, without which the optimizer has no state.
+
+    Without `step`, return the model in Megatron's DistributedDataParallel, to be trained, and the optimizer.
+    """
     parallel_state.initialize_model_parallel(tensor, pipeline)
     config = TransformerConfig(
         num_layers=LAYERS, hidden_size=WIDTH, num_attention_heads=8, num_query_groups=4, use_cpu_initialization=True,
         gated_linear_unit=True, add_bias_linear=False, normalization="RMSNorm",
         activation_func=torch.nn.functional.silu, tensor_model_parallel_size=tensor,
-        pipeline_model_parallel_size=pipeline, pipeline_dtype=torch.float32,
+        pipeline_model_parallel_size=pipeline, pipeline_dtype=torch.float32, hidden_dropout=0.0, attention_dropout=0.0,
     )  # fmt: skip
     model = GPTModel(
         config=config,
@@ -83,6 +86,8 @@ def made(tensor: int, pipeline: int, distributed: bool) -> tuple[Any, Any]:
     )
     settings = OptimizerConfig(optimizer="adam", lr=1e-3, use_distributed_optimizer=distributed)
     optimizer = get_megatron_optimizer(settings, [wrapped])
+    if not step:
+        return wrapped, optimizer
     for parameter in model.parameters():
         parameter.main_grad.normal_()
     optimizer.step()

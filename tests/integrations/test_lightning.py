@@ -174,7 +174,7 @@ def test_each_kind_of_training_goes_on_exactly(tmp_path: Path, kind: str) -> Non
         ("object", "hooks.thing: object can't be saved"),
         ("cycle", "training loaders of different lengths are cycled within an epoch"),
         ("twice", "the trainer has several Resume callbacks"),
-        ("name", "Resume(state=…): the names model are taken"),
+        ("name", "Resume(state=…): the names model are reserved"),
         ("fsdp1", "Resume does not work with FSDPStrategy: it is not supported yet; use ModelParallelStrategy"),
     ],
 )

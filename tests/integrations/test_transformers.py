@@ -235,5 +235,5 @@ def test_what_a_job_cannot_be_resumed_with_is_refused_by_name(tmp_path: Path) ->
         made().train(resume_from_checkpoint=True)
     with pytest.raises(CheckpointNotFoundError, match="neither a step of"):
         made().train(resume_from_checkpoint="elsewhere/step-00000004")
-    with pytest.raises(TypeError, match="Resume comes first"):
+    with pytest.raises(TypeError, match="Resume must come first"):
         type("Wrong", (transformers.Trainer, Resume), {})

@@ -279,7 +279,7 @@ def test_that_nothing_was_loaded_is_an_error_whatever_strict_says(tmp_path, call
     with ce.Checkpointer(tmp_path / "run") as ckpt:
         ckpt.save(40, {"model": torch.nn.Linear(4, 4), "step": 40}).durable.result()
     other = {"model": torch.nn.ModuleDict({"deep": torch.nn.Linear(4, 4)}), "step": 0}
-    refused = pytest.raises(LoadMismatchError, match="nothing of the checkpoint fits the state")
+    refused = pytest.raises(LoadMismatchError, match="nothing in the checkpoint matches the state")
     with ce.Checkpointer(tmp_path / "run") as ckpt, refused:
         if call == "restore":
             ckpt.restore(other, strict=False)

@@ -163,7 +163,7 @@ def test_a_failed_save_costs_neither_the_training_nor_an_older_checkpoint(tmp_pa
     with pytest.raises(SaveFailedError, match=r"net-000002_000002\.ckpt was not saved: .*no space left"):
         train(model, 2, [ModelCheckpoint("net", str(tmp_path), config)])
     assert len(calls) == 4
-    assert "net-000002_000001.ckpt was NOT saved, training goes on" in caplog.text
+    assert "net-000002_000001.ckpt was NOT saved; training continues" in caplog.text
     assert int(model.train_network.optimizer.global_step.asnumpy()[0]) == 4
     assert len(load_checkpoint(str(tmp_path / "net-000001_000002.ckpt"))) > 12
 

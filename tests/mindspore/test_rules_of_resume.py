@@ -258,7 +258,7 @@ def test_another_dataset_or_seed_is_refused_and_what_can_be_taken_is_told(tmp_pa
         Resume(tmp_path, a_model(), training.dataset(batches=4))
     with pytest.raises(LoadMismatchError, match=r"seed 8, with 3 when this was saved.*set_seed\(3\)"):
         Resume(tmp_path, a_model(), training.dataset(seed=8, batches=3))
-    with pytest.raises(ValueError, match="the names data are taken"):
+    with pytest.raises(ValueError, match="the names data are reserved"):
         Resume(tmp_path / "b", a_model(), training.dataset(batches=3), state={"data": 1})
     fresh = a_model(seed=6)
     ce.load(tmp_path, into=training_state(fresh.train_network), only=["net", "optimizer"])

@@ -99,7 +99,7 @@ def test_a_tensor_that_came_later_is_refused_by_name() -> None:
     net = model()
     state = {"model": ce.Sharded(net, {"*.weight": ce.Shard(0)})}
     net.append(torch.nn.Linear(4, 2))
-    with pytest.raises(StateError, match=r"model\.2\.weight: was not there when its ce\.Sharded was made"):
+    with pytest.raises(StateError, match=r"model\.2\.weight: did not exist when its ce\.Sharded was made"):
         StateReader().read(state)
 
 

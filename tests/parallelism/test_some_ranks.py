@@ -302,6 +302,17 @@ def test_stages_are_noted_and_a_rank_that_lacks_something_is_warned_of(tmp_path,
     assert said(tmp_path / "equal", [{"a": 1}, {"a": 1}]) == []
 
 
+@pytest.mark.parametrize(
+    ("first", "second", "union"),
+    [("ca", "bc", "cab"), ("ca", "dac", "cda"), ("ac", "bd", "abcd"), ("ac", "cb", "cba"), ("ca", "cdb", "cadb")],
+)
+def test_the_keys_of_a_dict_of_several_ranks_have_the_order_that_the_format_says(tmp_path, first, second, union):
+    """Keys in sorted order are in no list: they come behind those that a list names."""
+    with StageJob(tmp_path / "run", 2) as job:
+        job.save([{"d": {key: ord(key) for key in keys}} for keys in (first, second)])
+    assert "".join(ce.load(tmp_path / "run")["d"]) == union
+
+
 # A loss scale for each stage.
 
 

@@ -263,7 +263,7 @@ def test_chunks_that_have_something_of_one_name_are_refused(tmp_path):
     state = {"model": ce.Merged([nn.Linear(2, 2), nn.Linear(2, 2)])}
     with pytest.raises(ce.errors.StateError, match="two of the merged modules have bias, weight"):
         ce.save(tmp_path / "one", state)
-    with pytest.raises(ce.errors.StateError, match="takes one or more modules of one framework"):
+    with pytest.raises(ce.errors.StateError, match="takes one or more modules, or optimizers, of one framework"):
         ce.Merged([])
     with pytest.raises(ce.errors.StateError, match="not dict"):
         ce.Merged([{"weight": torch.ones(1)}])

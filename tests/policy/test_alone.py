@@ -186,12 +186,12 @@ def test_a_users_own_handler_is_called_too_and_gets_the_signal_back(tmp_path: Pa
         job.send()
         assert job.code() == 75
         assert job.logged("own handler 15")
-        assert job.logged("SIGUSR1 has a handler in C code and is left so")
+        assert job.logged("SIGUSR1 has a handler in C code and is left alone")
     with started(tmp_path, own_handler=True, ignored=True, steps=2) as job:
         assert job.code() == 0
         assert job.logged("SIGTERM <function main")
         assert job.logged("SIGUSR1 1")  # it was ignored before, and was left so
-        assert job.logged("SIGUSR1 is ignored in this process and is left so")
+        assert job.logged("SIGUSR1 is ignored in this process and is left alone")
 
 
 def test_a_signal_to_a_forked_process_is_no_word_to_the_job(tmp_path: Path) -> None:
@@ -216,7 +216,7 @@ def test_a_file_that_appears_ends_the_job_and_one_that_was_there_before_does_not
         job.until("resumed")
         for _ in range(100):
             job.until("step")
-        assert job.logged("is there already")
+        assert job.logged("exists already")
         file.write_text("again")
         assert job.code() == 75
     assert len(steps_in(run)) == 2

@@ -55,8 +55,8 @@ def test_an_export_that_fails_is_logged_and_the_training_goes_on(
             ckpt.step(step, STATE)
     told = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
     assert len(told) == 1
-    assert "step-00000001: export_every failed, the checkpoint stands" in told[0]
-    assert "model.safetensors is there already" in told[0]
+    assert "step-00000001: export_every failed; the checkpoint is not affected" in told[0]
+    assert "model.safetensors exists already" in told[0]
     assert (tmp_path / "hub" / "1" / "model.safetensors").read_bytes() == b"somebody else's"
     assert (tmp_path / "hub" / "2" / "model.safetensors").exists()
 
@@ -118,7 +118,7 @@ def test_arguments_that_make_no_sense_are_refused(tmp_path: Path, arguments: dic
     ("arguments", "error"),
     [
         ({"target": "hub"}, r"target='hub': put \{step\} into it"),
-        ({"target": "hub/{epoch}"}, r"target='hub/\{epoch\}': \{step\} is all that can be filled in"),
+        ({"target": "hub/{epoch}"}, r"target='hub/\{epoch\}': \{step\} is the only placeholder"),
         ({"target": "hub/{step}", "to": "gguf"}, r"to='gguf': one of safetensors"),
         ({"target": "hub/{step}", "max_shard_size": "5 apples"}, r"max_shard_size='5 apples'"),
     ],

@@ -24,12 +24,12 @@ def test_a_few_lines_tell_the_life_of_a_run(tmp_path, caplog: pytest.LogCaptureF
         rf"{run}: opened by 1 rank\(s\); no checkpoint yet",
         saved % 2,
         rf"{run}: step 2 is uploaded",
-        rf"{run}: closed at step 2, the newest that is committed",
+        rf"{run}: closed; the newest committed step is 2",
         rf"{run}: opened by 1 rank\(s\); the newest is step 2",
         rf"{run}: restored {local}/step-00000002 in {seconds}",
         saved % 4,
         rf"{run}: step 4 is uploaded",
-        rf"{run}: closed at step 4, the newest that is committed",
+        rf"{run}: closed; the newest committed step is 4",
     ]
     told = [record.getMessage() for record in caplog.records]
     # A save is accounted for at the next call, an upload at once.

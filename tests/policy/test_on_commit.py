@@ -75,7 +75,7 @@ def test_what_it_raises_is_logged_and_the_training_goes_on(
             ckpt.save(step, STATE)
     told = [record.getMessage() for record in caplog.records if "on_commit failed" in record.getMessage()]
     assert len(told) == 2
-    assert "step-00000001: on_commit failed, the checkpoint stands" in told[0]
+    assert "step-00000001: on_commit failed; the checkpoint is not affected" in told[0]
     assert ce.load(tmp_path / "run", step=2)["w"].size == 1000
 
 
@@ -97,7 +97,7 @@ def test_where_it_is_too_slow_the_oldest_waiting_commits_are_passed_over(
         goes_on.set()
     assert steps == [1, *range(4, 12)]
     told = [record.getMessage() for record in caplog.records]
-    assert sum("on_commit is slower than saves come" in line for line in told) == 2
+    assert sum("on_commit is slower than the saves" in line for line in told) == 2
 
 
 def test_only_a_function_is_taken(tmp_path: Path) -> None:

@@ -112,8 +112,8 @@ def test_the_interval_follows_a_cost_that_changes_and_the_log_says_so(caplog: py
             training.advance()
     assert training.starts[-1] - training.starts[-2] == pytest.approx(400, rel=0.02)
     assert [record.getMessage() for record in caplog.records] == [
-        "a save every 100 s: it costs 1 s, and an overhead of at most 0.01 decides",
-        "a save every 400 s: it costs 4 s, and an overhead of at most 0.01 decides",
+        "saving every 100 s: a save costs 1 s, and an overhead of at most 0.01 decides",
+        "saving every 400 s: a save costs 4 s, and an overhead of at most 0.01 decides",
     ]
 
 

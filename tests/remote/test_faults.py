@@ -213,7 +213,7 @@ def test_a_publication_whose_outcome_is_not_known_keeps_its_data(bucket, disturb
     disturbed.storage().list()  # so that the connection is there
     monkeypatch.setattr("ckptengine.storage.remote.Patience", lambda: replace(QUICK, seconds=8))
     proxy.fault("reset before", WRITES["the manifest"], 10**6)
-    with pytest.raises(CheckpointError, match="it is not known whether it was carried out"):
+    with pytest.raises(CheckpointError, match="it is not known whether the store carried it out"):
         ce.save(f"{disturbed.url}/run", state(2), storage_options=disturbed.options)
     check(bucket, 1)
     # Were the manifest to come after all, what it names would be there.

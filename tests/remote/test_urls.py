@@ -83,5 +83,5 @@ def test_a_chain_that_only_leads_somewhere_works():
 
 
 def test_an_unknown_protocol_is_named():
-    with pytest.raises(StorageError, match="no protocol 'nosuch'"):
+    with pytest.raises(StorageError, match="does not know the protocol 'nosuch'"):
         ce.load("nosuch://bucket/run")

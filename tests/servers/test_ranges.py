@@ -61,7 +61,7 @@ def test_a_proxy_in_the_environment_which_obstore_would_take_leaves_the_reads_to
     found = ce.load(place.url, storage_options=place.options)
     assert (found["w"] == STATE["w"]).all()
     assert not read
-    assert "obstore can't be told of a proxy" in caplog.text
+    assert "obstore does not support a proxy" in caplog.text
 
 
 def test_what_the_environment_says_of_other_credentials_is_not_taken(place, read, monkeypatch):

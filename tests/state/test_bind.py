@@ -78,7 +78,7 @@ def test_nothing_changes_before_finish() -> None:
     assert len(binding.reads) == 1
     binding.finish()
     assert (state["a"], state["thing"].state) == (1, {"x": 2})
-    with pytest.raises(RuntimeError, match="before"):
+    with pytest.raises(RuntimeError, match="already"):
         binding.finish()
 
 
@@ -177,7 +177,7 @@ def test_only_restricts_to_parts_of_the_state() -> None:
     assert (state["a"]["y"], state["ab"], state["thing"].state) == (0, 0, {"z": 4})
     with pytest.raises(LoadMismatchError, match=r"a\.new"):
         load(stored, state, only=["a"])
-    with pytest.raises(LoadMismatchError, match="nothing of that name"):
+    with pytest.raises(LoadMismatchError, match="nothing with that name"):
         load(stored, state, only=["a.x", "nothing"])
     with pytest.raises(LoadMismatchError, match="as a whole"):
         load(stored, state, only=["thing.z"])

@@ -104,11 +104,11 @@ def test_on_a_pretended_accelerator_ranks_get_streams_of_their_own_and_warnings_
         load(stored, {"rng": ce.RNG()}, rank=rank)
         states.append(device.states[rank].tolist())
     assert states[0] != states[1]
-    assert "RNG, rank 1: here and not saved, begun anew: torch.cuda" in caplog.text
+    assert "RNG, rank 1: in this process, but not saved, so seeded anew: torch.cuda" in caplog.text
     Pretended(monkeypatch, current=1, used=[3])
     stored = save({"rng": ce.RNG()})
     monkeypatch.undo()
     before = torch.get_rng_state()
     load(stored, {"rng": ce.RNG()})
-    assert "RNG, rank 0: saved and not here, left out: torch.cuda, torch.cuda:3" in caplog.text
+    assert "RNG, rank 0: saved, but not in this process, so ignored: torch.cuda, torch.cuda:3" in caplog.text
     assert torch.equal(torch.get_rng_state(), before)

@@ -37,7 +37,7 @@ def test_a_job_without_torch_is_resumed_by_one_with_torch(tmp_path, caplog):
         states.append(torch.get_rng_state().tolist())
         assert random.random() == float(run.stdout)
     assert states[0] == states[1], "whatever it was before"
-    assert caplog.text.count("here and not saved, begun anew: torch.cpu") == 2
+    assert caplog.text.count("in this process, but not saved, so seeded anew: torch.cpu") == 2
 
 
 def test_a_generator_that_is_given_no_longer_or_for_the_first_time_is_told(caplog):
@@ -45,8 +45,8 @@ def test_a_generator_that_is_given_no_longer_or_for_the_first_time_is_told(caplo
     new = random.Random(2)
     load(stored, {"rng": ce.RNG({"new": new})})
     assert [record.levelno for record in caplog.records] == [logging.WARNING] * 2
-    assert "RNG, rank 0: saved and not here, left out: old" in caplog.text
-    assert "RNG, rank 0: here and not saved, begun anew: new" in caplog.text
+    assert "RNG, rank 0: saved, but not in this process, so ignored: old" in caplog.text
+    assert "RNG, rank 0: in this process, but not saved, so seeded anew: new" in caplog.text
     assert new.random() != random.Random(2).random()
 
 
@@ -113,7 +113,7 @@ def test_impossible_arguments_are_refused():
     for thing in (random.SystemRandom(), 5, np.random):
         with pytest.raises(TypeError, match="'x' is .*; pass a random"):
             ce.RNG({"x": thing})
-    with pytest.raises(ValueError, match="shared='nunpy': there is no such stream, but python, numpy"):
+    with pytest.raises(ValueError, match="shared='nunpy': there is no such stream; there are python, numpy"):
         ce.RNG(shared=["nunpy"])
     with pytest.raises(TypeError, match="one string"):
         ce.RNG(shared="numpy")

@@ -98,7 +98,7 @@ def test_names_are_joined_without_the_root():
     ],
 )
 def test_a_url_that_a_path_has_taken_a_slash_from_is_refused_and_the_url_is_named(location, url):
-    with pytest.raises(StorageError, match=f"has lost a slash.*'{url}'"):
+    with pytest.raises(StorageError, match=f"lost a slash.*'{url}'"):
         open_storage(location)
 
 
@@ -117,7 +117,7 @@ def test_a_url_that_has_lost_a_slash_is_refused_by_every_call_and_leaves_no_dire
         lambda: ckptengine.inspect.describe(lost),
         lambda: ckptengine.zarr.open(lost),
     ):
-        with pytest.raises(StorageError, match="has lost a slash"):
+        with pytest.raises(StorageError, match="lost a slash"):
             call()
     assert not (tmp_path / "s3:").exists()
 

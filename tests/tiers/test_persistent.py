@@ -81,7 +81,7 @@ def test_a_bucket_that_fails_never_stops_training_and_catches_up_with_the_newest
             stats = ckpt.save(step, of_size(step, PARTS)).durable.result()
             assert stats is not None
             assert stats.path == str(tmp_path / "ckpt" / f"step-{step:08d}")
-        eventually(lambda: "training goes on and it is tried again" in caplog.text)
+        eventually(lambda: "training continues, and the upload is tried again" in caplog.text)
         assert steps(persistent) == [1]
         down.times = 0
         eventually(lambda: ckpt.uploaded == 6)

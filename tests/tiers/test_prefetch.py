@@ -95,7 +95,7 @@ def test_a_bucket_that_is_not_there_or_out_of_reach_is_an_error(in_environment, 
 def test_wrong_usage_is_told(run, tmp_path, call):
     result = call("prefetch", run, "s3://bucket/run")
     assert result.exit_code == 2
-    assert "s3://bucket/run is no local directory" in result.stderr
+    assert "s3://bucket/run is not a local directory" in result.stderr
     assert call("prefetch", run).exit_code == 2
     assert call("prefetch", run, tmp_path / "ckpt", "--step", -1).exit_code == 2
 
@@ -113,7 +113,7 @@ def test_where_the_newest_is_damaged_the_one_before_it_is_fetched(run, tmp_path,
         (run / "step-00000030/manifest-0001.json").write_bytes(b"{}")
     result = call("prefetch", run, tmp_path / "ckpt")
     assert result.exit_code == 0, result.stderr
-    assert re.search(r"step-00000030 is damaged, the one before it is tried: .*step-00000030", result.stderr)
+    assert re.search(r"step-00000030 is damaged; the previous checkpoint is tried: .*step-00000030", result.stderr)
     assert files_of(tmp_path / "ckpt") == of_step(run, 20)
 
 
@@ -122,7 +122,7 @@ def test_where_nothing_is_whole_that_is_said_and_nothing_is_left(run, tmp_path, 
         flip(archive, 5000)
     result = call("prefetch", run, tmp_path / "ckpt")
     assert result.exit_code == 1
-    assert "no checkpoint is whole" in result.stderr
+    assert "no checkpoint is complete" in result.stderr
     assert all(f"step-000000{step}" in result.stderr for step in (10, 20, 30))
     assert files_of(tmp_path / "ckpt") == {}
     with pytest.raises(CheckpointDamagedError):

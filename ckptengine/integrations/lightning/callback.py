@@ -22,19 +22,20 @@ __all__ = ["Resume"]
 
 
 class Resume(Checkpoint):  # type: ignore[misc]
-    """Restores a training when `Trainer.fit` begins, and saves it, when due, in the background.
+    """Restore a training when `Trainer.fit` begins, and save it in the background when a save is due.
 
         trainer = Trainer(max_epochs=10, callbacks=[Resume("runs/gpt", every=100, keep_last=3)])
         trainer.fit(model, loader)
 
-    `every` is a number of optimizer steps (`trainer.global_step`) or a time, by default once per epoch; it, `keep_last`
-    and the further `options` are those of `ckptengine.Checkpointer`. `state` adds objects of yours under names of
-    their own. `after_validation` saves after each validation too; the metrics of a validation are kept with the
-    checkpoint of the same step. By default it is so with `keep_best`.
+    - `run`, `keep_last`, `options`: as for `ckptengine.Checkpointer`.
+    - `every`: a number of optimizer steps (`trainer.global_step`), a time, or `"auto"`; by default once per epoch.
+    - `state`: your own objects, by name.
+    - `after_validation`: also save after each validation; the default with `keep_best`. The metrics of a validation are
+      stored with the checkpoint of the same step.
 
-    Saved and restored are the module, optimizers, schedulers, loops, the place in the training data, the states and
-    hooks of callbacks, module and datamodule, the scaler, the epoch's means so far, metrics, and the random streams.
-    Where the run has a checkpoint, that is what goes on: a `ckpt_path` counts only as long as it has none.
+    Saved and restored are the module, optimizers, schedulers, loops, the position in the training data, the states and
+    hooks of callbacks, module and datamodule, the scaler, the epoch's means so far, metrics, and the random streams. If
+    the run has a checkpoint, the training continues from it; a `ckpt_path` is used only while it has none.
 
     Raises what `Checkpointer` raises, and `StateError` for strategies, loaders and hooks that could not be restored.
     """
@@ -59,7 +60,7 @@ class Resume(Checkpoint):  # type: ignore[misc]
 
     @property
     def state_key(self) -> str:
-        """What Lightning calls this callback's state by."""
+        """The name of this callback's state in Lightning."""
         return f"Resume({os.fspath(self._options['run'])})"
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
@@ -94,7 +95,7 @@ class Resume(Checkpoint):  # type: ignore[misc]
             session.end()
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
-        """Leave the run as it stands: what is committed is what the next start goes on from."""
+        """Leave the run as it is: the next start continues from what is committed."""
         session, self._session = self._session, None
         if session is not None:
             session.fail(exception)

@@ -24,15 +24,17 @@ __all__ = ["CheckpointIO"]
 
 
 class CheckpointIO(LightningIO):  # type: ignore[misc]
-    """Writes Lightning's checkpoints as this engine's: `Trainer(plugins=[CheckpointIO()])`, `Fabric(plugins=…)`.
+    """Write Lightning's checkpoints with ckptengine: `Trainer(plugins=[CheckpointIO()])`, `Fabric(plugins=…)`.
 
     Each is a directory under the name that Lightning chooses, committed by its manifest, verified when it is read, and
-    holds no pickle: what is neither an array nor a typed value is refused by its path (`StateError`). Under DDP
-    Lightning calls it on rank 0 alone, so it never waits for another rank. With `background` a save returns when it is
-    copied; the next call waits for it, and raises `SaveFailedError` where it has failed, and what a save replaces is
-    removed once that save is durable. `timeout` is in seconds.
+    without pickle: what is neither an array nor a typed value is refused by its path (`StateError`). Under DDP
+    Lightning calls it on rank 0 alone, so it never waits for another rank.
 
-    A `.ckpt` file that Lightning wrote before is read too, as long as it holds arrays and typed values.
+    - `background`: return from a save when the copy is complete. The next call waits for that save, and raises
+      `SaveFailedError` if it has failed. What a save replaces is deleted once it is durable.
+    - `timeout`: seconds; bounds each wait for the storage.
+
+    A `.ckpt` file that Lightning wrote can be read, too, if it holds arrays and typed values.
     """
 
     def __init__(self, *, background: bool = False, timeout: float = DEFAULT_TIMEOUT) -> None:
@@ -58,22 +60,22 @@ class CheckpointIO(LightningIO):  # type: ignore[misc]
     def load_checkpoint(
         self, path: str | os.PathLike[str], map_location: Any = None, weights_only: bool | None = None
     ) -> dict[str, Any]:
-        """Return what was saved, its tensors on the CPU, or on `map_location` where that is a device.
+        """Return what was saved, with its tensors on the CPU, or on `map_location` if that is a device.
 
-        Nothing is run in any case, so `weights_only` changes nothing.
+        No code in the file is ever run, so `weights_only` changes nothing.
         """
         self._settle()
         checkpoint = ckptengine.load(path, as_torch=True, timeout=self._timeout)
         return checkpoint if map_location is None or callable(map_location) else _moved(checkpoint, map_location)
 
     def remove_checkpoint(self, path: str | os.PathLike[str]) -> None:
-        """Remove a checkpoint, its manifest first; where a save is under way, once that is durable."""
+        """Delete a checkpoint, its manifest first; if a save is in progress, once it is durable."""
         self._to_remove.append(os.fspath(path))
         if self._handle is None:
             self._settle()
 
     def teardown(self) -> None:
-        """Wait for the save that is under way."""
+        """Wait for the save in progress."""
         self._settle()
 
     def _settle(self) -> None:

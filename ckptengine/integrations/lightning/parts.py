@@ -154,7 +154,7 @@ class Results:
     def anew(saved: dict[str, Any]) -> dict[str, Any]:
         """Return what is known on another number of ranks: what was gathered by each of the old ones is not."""
         if any(not one["reset"] for one in saved["epoch"].values()):
-            _log.warning("another number of ranks goes on in mid-epoch: what this epoch has logged so far begins anew")
+            _log.warning("the epoch continues on another number of ranks: its logged means start over")
         return {"epoch": {}, "seen": saved["seen"], "torchmetrics": []}
 
     def left(self) -> list[str]:

@@ -96,7 +96,7 @@ class Session:
             state["precision"] = Part(trainer.precision_plugin.state_dict, trainer.precision_plugin.load_state_dict)
         state |= {"rng": self._rngs[0], DATA: {}}
         if taken := set(state) & set(extra):
-            raise ValueError(f"Resume(state=…): the names {', '.join(sorted(taken))} are taken; choose others")
+            raise ValueError(f"Resume(state=…): the names {', '.join(sorted(taken))} are reserved; choose others")
         self._parts = [part for part in state.values() if isinstance(part, Part)]
         self._parts.sort(key=lambda part: part is state["results"])  # given back last, when training begins
         return state | dict(extra)
@@ -192,7 +192,8 @@ class Session:
             self._leave_restart()
         if (trainer.max_epochs or -1) != -1 and trainer.current_epoch > trainer.max_epochs:
             raise LoadMismatchError(
-                f"{trainer.current_epoch} epochs are trained already, Trainer(max_epochs={trainer.max_epochs}) asks "
+                f"{trainer.current_epoch} epochs are trained already, but Trainer(max_epochs={trainer.max_epochs}) "
+                "asks "
                 "for fewer; give another run, or more epochs"
             )
 
@@ -207,7 +208,11 @@ class Session:
             if key in here:
                 here[key].load_state_dict(copy.deepcopy(state))
             else:
-                _log.warning("%s: the state of the callback %s is saved, the trainer has none", self._run, key)
+                _log.warning(
+                    "%s: the checkpoint has a state of the callback %s, which this trainer does not have",
+                    self._run,
+                    key,
+                )
         if trainer.datamodule is not None and saved.get("datamodule"):
             self._hook._call_lightning_datamodule_hook(trainer, "load_state_dict", saved["datamodule"])
 
@@ -215,12 +220,12 @@ class Session:
         """Have Lightning restore nothing in this fit: the run's own checkpoint is newer than what `ckpt_path` names."""
         connector, run = self._trainer._checkpoint_connector, self._run
         if connector._loaded_checkpoint:
-            _log.warning("%s: goes on from its own checkpoint; ckpt_path=%r is not used", run, connector._ckpt_path)
+            _log.warning("%s: continues from its own checkpoint; ckpt_path=%r is ignored", run, connector._ckpt_path)
         connector._loaded_checkpoint, connector._ckpt_path = {}, None
 
         def refuse(path: Any = None, *_: Any, **__: Any) -> None:
             if path:
-                _log.warning("%s: goes on from its own checkpoint; ckpt_path=%r is not used", run, path)
+                _log.warning("%s: continues from its own checkpoint; ckpt_path=%r is ignored", run, path)
 
         self._replace(connector, "resume_start", refuse)
 
@@ -323,7 +328,8 @@ class Session:
     def _with_batches_start(self, theirs: Any, fetcher: Any) -> None:
         if type(fetcher).__name__ == "_DataLoaderIterDataFetcher":
             raise StateError(
-                "training_step(dataloader_iter) takes batches by itself, so that their number is unknown: take `batch`"
+                "training_step(dataloader_iter) fetches batches itself, so their number is unknown: write "
+                "training_step(batch)"
             )
         if not self._resuming:
             for loader in self._loaders:
@@ -442,6 +448,6 @@ def _refuse_cycles(combined: Any) -> None:
     lengths = {len(one) if hasattr(one, "__len__") else None for one in combined.flattened}
     if combined._mode == "max_size_cycle" and len(lengths) > 1:
         raise StateError(
-            "training loaders of different lengths are cycled within an epoch, and how far each is can't be told; "
+            "training loaders of different lengths are cycled within an epoch, and their positions can't be known; "
             'give CombinedLoader(…, mode="min_size"), or loaders of one length'
         )

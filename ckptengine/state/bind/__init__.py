@@ -79,15 +79,15 @@ def check_fit(binding: Binding, strict: bool) -> None:
     report = binding.report
     if strict and not report.complete:
         raise LoadMismatchError(
-            "the checkpoint and the state don't fit\n"
+            "the checkpoint and the state don't match\n"
             + "\n".join(report.problem_lines())
             + "\n(`strict=False` loads what fits; `rename` maps names, `cast=True` allows other dtypes)",
             report,
         )
     if not report.complete and nothing_fits(binding):
         raise LoadMismatchError(
-            "nothing of the checkpoint fits the state\n"
+            "nothing in the checkpoint matches the state\n"
             + "\n".join(report.problem_lines())
-            + "\n(is it the checkpoint of another model? `rename` maps names, `only` says what to load)",
+            + "\n(is it the checkpoint of another model? `rename` maps names, `only` selects what to load)",
             report,
         )

@@ -40,8 +40,8 @@ class GivenMemory:
         self._look(state, (), left)
         if left:
             _log.warning(
-                "%s: on the meta device, and not in the checkpoint (a buffer that is not persistent never is); give "
-                "the module that has it its value before the first forward pass",
+                "%s: on the meta device, and not in the checkpoint (non-persistent buffers never are); give the module "
+                "these values before the first forward pass",
                 _named(left),
             )
 
@@ -58,8 +58,8 @@ class GivenMemory:
         stuck = [own[0] for one, own in zip(which, names, strict=True) if not self._undo.pop(one)()]
         if stuck:
             _log.error(
-                "%s: given memory by a restore that failed, and held by something else, so that it can't be put back "
-                "on the meta device; it holds NaN or undefined contents: make the model anew",
+                "%s: given memory by a restore that failed, and referred to elsewhere, so it can't be put back on the "
+                "meta device; it holds NaN or undefined contents: make the model again",
                 _named(stuck),
             )
 

@@ -86,7 +86,7 @@ def _load(adapter: Adapter, module: Any, path: Path, strict: bool, handed: dict[
         if strict:
             raise
         _log.warning(
-            "%s: %s refused some of what was saved, which stays as it is: %s", dotted(path), type(module), error
+            "%s: %s refused some of the saved values, so its own values stay: %s", dotted(path), type(module), error
         )
         return
     if not refused:

@@ -19,6 +19,7 @@ from ckptengine.state.bind.own_calls import OwnCallsBinder, has_own_names
 from ckptengine.state.bind.work import SET
 from ckptengine.state.forms import own_keys
 from ckptengine.state.kinds import Kind, children
+from ckptengine.state.merged import Merged
 from ckptengine.state.saved import Node, SavedValue
 
 __all__ = ["Binder"]
@@ -60,7 +61,7 @@ class Binder(OwnCallsBinder):
             self._bind_module(value, adapter, path, node, per_rank)
         elif kind is Kind.OPTIMIZER:
             assert adapter is not None
-            if adapter.saves_itself(value) or has_own_names(node):
+            if adapter.saves_itself(value) or (has_own_names(node) and not isinstance(value, Merged)):
                 self._late.append(functools.partial(self._bind_own_optimizer, value, adapter, path, node, per_rank))
             else:
                 self._bind_optimizer(value, adapter, path, node, per_rank)

@@ -1,0 +1,120 @@
+"""A rank with several chunks of a model, each with an optimizer of its own: in the checkpoint they are one."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from stages import StageJob
+from torch import nn
+
+import ckptengine as ce
+from ckptengine.errors import StateError
+
+LAYERS = 4
+
+
+def chunks(ranks: int, rank: int, seed: int, *, one_each: bool, kind: Any = torch.optim.AdamW) -> dict[str, Any]:
+    """Return a rank's state: of its layers each is a chunk, all with one optimizer or one for each."""
+    torch.manual_seed(seed)
+    layers = [nn.Linear(3, 3) for _ in range(LAYERS)]
+    mine = {number: layers[number] for number in range(rank, LAYERS, ranks)}
+    modules = [nn.ModuleDict({f"layer{number}": layer}) for number, layer in mine.items()]
+
+    def optimizer(of: list[nn.Linear]) -> torch.optim.Optimizer:
+        weights = {"params": [one.weight for one in of]}
+        made: torch.optim.Optimizer = kind(
+            [weights, {"params": [one.bias for one in of], "weight_decay": 0.0}], lr=0.1 + seed
+        )
+        return made
+
+    layers_here = list(mine.values())
+    optimizers = [optimizer([one]) for one in layers_here] if one_each else [optimizer(layers_here)]
+    merged = ce.Merged(optimizers) if one_each else optimizers[0]
+    return {"model": ce.Merged(modules), "optimizer": merged}
+
+
+def optimizers_of(state: dict[str, Any]) -> list[torch.optim.Optimizer]:
+    one = state["optimizer"]
+    return list(one.optimizers) if isinstance(one, ce.Merged) else [one]
+
+
+def train(state: dict[str, Any]) -> None:
+    for module in state["model"].modules:
+        for name, parameter in module.named_parameters():
+            parameter.grad = torch.full_like(parameter, float(len(name) + int(name[5])))
+    for optimizer in optimizers_of(state):
+        optimizer.step()
+
+
+def tensors(states: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    found = {}
+    for state in states:
+        own = {p: s for one in optimizers_of(state) for p, s in one.state.items()}
+        for module in state["model"].modules:
+            for name, parameter in module.named_parameters():
+                found[name] = parameter.detach().clone()
+                found |= {f"{name} {key}": value.clone() for key, value in own.get(parameter, {}).items()}
+    return found
+
+
+def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(value, other[name]) for name, value in one.items())
+
+
+@pytest.mark.parametrize("before", [(2, True), (2, False), (1, True), (1, False)])
+@pytest.mark.parametrize("after", [(2, True), (1, True), (1, False), (4, True)])
+def test_an_optimizer_for_each_chunk_is_one_in_the_checkpoint_and_goes_anywhere(
+    tmp_path: Path, before: tuple[int, bool], after: tuple[int, bool]
+) -> None:
+    saved = [chunks(before[0], rank, 0, one_each=before[1]) for rank in range(before[0])]
+    with StageJob(tmp_path / "run", before[0]) as job:
+        for _ in range(2):  # the second save goes by the first one's plan
+            for state in saved:
+                train(state)
+            job.save(saved)
+    groups = ce.load(tmp_path / "run")["optimizer"]["param_groups"]
+    assert [sorted(group["params"]) for group in groups] == [
+        [f"model.layer{number}.{name}" for number in range(LAYERS)] for name in ("weight", "bias")
+    ]
+    found = [chunks(after[0], rank, 1, one_each=after[1]) for rank in range(after[0])]
+    with StageJob(tmp_path / "run", after[0]) as job:
+        assert all(report.complete for report in job.load(found))
+    assert same(tensors(found), tensors(saved))
+    for state in (*found, *saved):
+        for optimizer in optimizers_of(state):
+            assert [(g["lr"], g["weight_decay"]) for g in optimizer.param_groups] == [(0.1, 0.01), (0.1, 0.0)]
+        train(state)
+    assert same(tensors(found), tensors(saved))
+
+
+def test_optimizers_whose_learning_rates_differ_keep_their_own(tmp_path: Path) -> None:
+    state = chunks(1, 0, 0, one_each=True)
+    for number, optimizer in enumerate(optimizers_of(state)):
+        for group in optimizer.param_groups:
+            group["lr"] = 0.1 * (1 + number % 2)
+    ce.save(tmp_path / "one", state)
+    other = chunks(1, 0, 1, one_each=True)
+    for number, optimizer in enumerate(optimizers_of(other)):
+        for group in optimizer.param_groups:
+            group["lr"] = 0.5 * (1 + number % 2)
+    ce.load(tmp_path / "one", into=other)
+    assert [optimizer.param_groups[0]["lr"] for optimizer in optimizers_of(other)] == [0.1, 0.2, 0.1, 0.2]
+
+
+def test_what_can_not_be_one_optimizer_is_refused(tmp_path: Path) -> None:
+    class Own(torch.optim.SGD):
+        def state_dict(self) -> dict[str, Any]:
+            return {**super().state_dict(), "more": 1}
+
+    one, other = (nn.Linear(2, 2) for _ in range(2))
+    adam, sgd = torch.optim.Adam(one.parameters()), torch.optim.SGD(other.parameters())
+    for optimizers, message in (
+        ([adam, sgd], r"several classes \(Adam, SGD\)"),
+        ([sgd, torch.optim.SGD(other.parameters())], "a parameter in common"),
+        ([Own(one.parameters()), Own(other.parameters())], "Own has a `state_dict`"),
+    ):
+        with pytest.raises(StateError, match=message):
+            ce.save(tmp_path / "bad", {"optimizer": ce.Merged(optimizers)})
+    with pytest.raises(StateError, match=r"not torch\.optim\.sgd\.SGD"):
+        ce.Merged([one, sgd])
