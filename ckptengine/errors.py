@@ -1,4 +1,4 @@
-"""What can go wrong, one class for each thing that a caller may want to treat differently."""
+"""The errors of ckptengine, one class for each problem that a caller may want to handle differently."""
 
 __all__ = [
     "CheckpointDamagedError",
@@ -20,11 +20,11 @@ __all__ = [
 
 
 class CheckpointError(Exception):
-    """Base of every error that ckptengine raises on purpose."""
+    """Base class of ckptengine's errors."""
 
 
 class StateError(CheckpointError, TypeError):
-    """The state holds something that can't be saved or filled; the message names its path and type."""
+    """The state holds something that can't be saved or restored; the message names its path and type."""
 
 
 class ReplicaMismatchError(StateError):
@@ -32,9 +32,9 @@ class ReplicaMismatchError(StateError):
 
 
 class LoadMismatchError(CheckpointError, ValueError):
-    """The checkpoint and the state to fill don't fit: missing, unexpected or differing leaves.
+    """The checkpoint and the state don't match: there are missing, unexpected or mismatched leaves.
 
-    `report` is the `LoadReport` that names all of them, None where the trouble is another one.
+    `report` is the `LoadReport` that lists all of them, or None if the problem is another one.
     """
 
     def __init__(self, message: str, report: object = None) -> None:
@@ -43,18 +43,18 @@ class LoadMismatchError(CheckpointError, ValueError):
 
 
 class RestoreDifferenceError(CheckpointError, ValueError):
-    """After a load the state is not what was saved; the message names the leaves, the rank, and what differs.
+    """After a load the state differs from the checkpoint; the message names the leaves, the rank, and what differs.
 
-    The state has been changed: don't train on with it.
+    The state has been changed: don't continue to train with it.
     """
 
 
 class CheckpointNotFoundError(CheckpointError, FileNotFoundError):
-    """No committed checkpoint lies where one was asked for."""
+    """There is no committed checkpoint at the given place or step."""
 
 
 class CheckpointDamagedError(CheckpointError, ValueError):
-    """Bytes of a checkpoint are missing or are not those that were written; the message names file and place."""
+    """Bytes of a checkpoint are missing or differ from what was written; the message names the file and the place."""
 
 
 class FormatVersionError(CheckpointError):
@@ -62,19 +62,19 @@ class FormatVersionError(CheckpointError):
 
 
 class ForeignFormatError(CheckpointError, ValueError):
-    """A checkpoint of another library holds something that is not read, or can't be written; nothing of it was run."""
+    """A checkpoint of another library holds something that is not read, or can't be written; no code in it was run."""
 
 
 class StorageError(CheckpointError, OSError):
-    """The storage refused or failed; the message names file and operation, `errno` is the system's."""
+    """The storage failed or refused; the message names the file and the operation, `errno` is the system's."""
 
 
 class SaveFailedError(CheckpointError):
-    """A save was not committed; the message names the ranks and their reasons. Earlier checkpoints stand."""
+    """A save was not committed; the message names the ranks and their errors. Earlier checkpoints are unchanged."""
 
 
 class RunInUseError(CheckpointError):
-    """Another job that lives writes to the run; the message names its host and process."""
+    """Another running job writes to the run; the message names its host and process."""
 
 
 class RankFailedError(CheckpointError):
@@ -82,15 +82,15 @@ class RankFailedError(CheckpointError):
 
 
 class DeadlineError(CheckpointError, TimeoutError):
-    """Something did not happen in time; the message names what was waited for and the ranks that are missing."""
+    """Something did not happen in time; the message says what was awaited and names the missing ranks."""
 
 
 class Preempted(SystemExit):
-    """The job was told to end, and all ranks leave together; uncaught, it ends the process with `code`.
+    """The job was told to end, and all ranks exit together; uncaught, it ends the process with the exit code `code`.
 
-    Not a `CheckpointError`, nor an `Exception`: a training loop that goes on after errors must not go on after this.
-    `step` is the step that was saved and is durable, None where nothing had to be or could be saved: then the newest
-    committed checkpoint stands.
+    It is a `SystemExit`, not an `Exception`: a training loop that continues after errors must not continue after this.
+    `step` is the step that was saved and is durable. It is None if nothing had to be saved or could be saved: then the
+    newest committed checkpoint stands.
     """
 
     def __init__(self, message: str, code: int, step: int | None) -> None:

@@ -245,11 +245,15 @@ def begin_archive(
     with _memory() as snapshotter:
         whole = snapshotter.reserve(image, timeout)
         archive = held.enter_context(storage.create_archive(name, image.fixed_nbytes))
-        fill = snapshotter.fill if whole else snapshotter.stream
+        snapshotter.mark(table, whole)
 
         def copy() -> None:
             try:
-                fill(table, checksums, feed)
+                if whole:
+                    snapshotter.fill(table, checksums)
+                    snapshotter.complete(table, checksums, feed)
+                else:
+                    snapshotter.stream(table, checksums, feed)
                 feed.finish(None)
             except BaseException as problem:
                 feed.fail(problem)

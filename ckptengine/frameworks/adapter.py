@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -110,6 +111,10 @@ class Adapter:
 
         That is the address of its memory, its shape, its strides and its dtype, and whatever else a view depends on.
         """
+        raise NotImplementedError
+
+    def aliases(self, tensors: Sequence[Any]) -> Sequence[Any]:
+        """Return for each tensor what owns the memory of its one part (`DeviceMemory.alias`), where it lies now."""
         raise NotImplementedError
 
     def versions(self, tensors: Sequence[Any]) -> Sequence[Any]:
@@ -288,6 +293,10 @@ class Adapter:
     def pin_host_memory(self, address: int, nbytes: int) -> Callable[[], None] | None:
         """Pin host memory for copies from devices, and return what undoes it; None where that is not possible."""
         return None
+
+    def same_device(self) -> Callable[[], AbstractContextManager[Any]]:
+        """Return what makes the calling thread's device current for a `with` block of another thread."""
+        return nullcontext
 
     def before_optimizer_step(self, call: Callable[[], None]) -> Callable[[], None]:
         """Have something called before any of the framework's optimizers steps; return what undoes it."""

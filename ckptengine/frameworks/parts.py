@@ -10,7 +10,7 @@ import numpy as np
 from ckptengine.frameworks.adapter import Adapter, TensorView
 from ckptengine.frameworks.registry import register
 from ckptengine.schema.box import Box
-from ckptengine.schema.leaf import HostMemory, Memory, Part, Placement
+from ckptengine.schema.leaf import DeviceMemory, HostMemory, Memory, Part, Placement
 from ckptengine.schema.path import Path
 
 __all__ = ["PartsAdapter", "ShardedParts"]
@@ -80,13 +80,13 @@ def _ahead(memory: Memory, count: int) -> Memory:
     if isinstance(memory, HostMemory):
         strides = (*(0 for _ in range(count)), *memory.strides)
         return HostMemory(memory.address, strides, memory.low, memory.nbytes, memory.owner)
-    kind = type(memory)
     first = (0,) * count
-    return kind(
+    owner = memory.owner if memory.link is None else memory.owner[(None,) * count]
+    return DeviceMemory(
         lambda dst: memory.copy_to_host(dst[first]),
         lambda src: memory.copy_from_host(src[first]),
-        memory.owner,
-        lambda dst, beside: memory.begin_copy(dst[first], beside),
+        owner,
+        memory.link,
     )
 
 

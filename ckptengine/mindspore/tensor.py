@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import warnings
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 import mindspore as ms
@@ -155,14 +155,10 @@ def _copied(tensor: Any, name: str) -> DeviceMemory:
     def copy_to_host(dst: np.ndarray[Any, Any]) -> None:
         _copy_to(tensor, name, dst)
 
-    def begin_copy(dst: np.ndarray[Any, Any], beside: bool) -> Callable[[], None]:
-        copy_to_host(dst)
-        return lambda: None
-
     def copy_from_host(src: np.ndarray[Any, Any]) -> None:
         _fill(tensor, name, src)
 
-    return DeviceMemory(copy_to_host, copy_from_host, tensor, begin_copy)
+    return DeviceMemory(copy_to_host, copy_from_host, tensor)
 
 
 def _copy_to(tensor: Any, name: str, dst: np.ndarray[Any, Any]) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ckptengine.errors import DeadlineError, SaveFailedError
+from ckptengine.errors import CheckpointError, DeadlineError, SaveFailedError
 from ckptengine.frameworks.registry import adapters
 from ckptengine.save.attempt import Attempt, ReplicaCrcs, Snapshot, Tail, Work
 from ckptengine.save.collection import collection_later
@@ -41,11 +41,12 @@ class Copier:
         self._handle: SaveHandle | None = None
         self._unhook: list[Callable[[], None]] = []
 
-    def prepare(self, nbytes: Callable[[], int]) -> None:
-        """Reserve memory for snapshots of about so many bytes in the background, once: they are counted then only."""
+    def prepare(self, needed: Callable[[], tuple[int, bool]]) -> None:
+        """Reserve memory for snapshots in the background, once: only then it is asked of how many bytes they are about,
+        and whether any come from devices."""
         if not self._prepared:
             self._prepared = True
-            self.snapshotter.prepare(nbytes())
+            self.snapshotter.prepare(*needed())
 
     def take_table(self) -> CopyTable | None:
         """Return the last copy's table, for `copy`: it is good again when it has been told what has moved since."""
@@ -75,7 +76,7 @@ class Copier:
                 order = [numbers[item.path] for item in work.plan.assigned]
                 table = CopyTable(image, reading.leaves, order, self._overlap)
         else:
-            table.move(reading.moved)
+            table.move(reading.moved, reading.held)
         checksums = Checksums(image)
         whole = self.snapshotter.reserve(image, timeout)
         arena = self.snapshotter.shared
@@ -85,27 +86,36 @@ class Copier:
         begun = _UnderWay(attempt, table, checksums, Tail(work, checksums, self._rank), arena, crcs)
         began = time.monotonic()
         if whole:
-            self.snapshotter.fill(table, checksums, attempt.feed)
+            self.snapshotter.fill(table, checksums)
         else:
             self.snapshotter.stream(table, checksums, attempt.feed)
         self._table = table
+        stall = time.monotonic() - attempt.started
         if whole and table.has_fenced:
             self._hook()
-            rest = (begun, reading, reading.versions(), time.monotonic() - attempt.started)
-            self._thread = threading.Thread(target=self._copy_fenced, args=rest, name="ckptengine-copy", daemon=True)
-            self._thread.start()
+            self._go_on(self._copy_fenced, begun, reading, reading.versions(), stall)
+        elif whole and table.has_devices:
+            snapshot = begun.copied(began, stall)
+            attempt.handle.staged.reach()
+            self._go_on(self._complete, begun, snapshot)
         else:
+            if whole:
+                self.snapshotter.complete(table, checksums, attempt.feed)
             table.release()
-            snapshot = begun.complete(began, time.monotonic() - attempt.started)
+            snapshot = begun.copied(began, time.monotonic() - attempt.started)
             attempt.handle.staged.reach()
             attempt.feed.finish(snapshot)
+
+    def _go_on(self, call: Callable[..., None], *arguments: Any) -> None:
+        """Do the rest of a copy beside the training."""
+        self._thread = threading.Thread(target=call, args=arguments, name="ckptengine-copy", daemon=True)
+        self._thread.start()
 
     def _copy_fenced(self, rest: _UnderWay, reading: Reading, before: Sequence[Any], stall: float) -> None:
         """Copy what only an optimizer's step changes, while forward and backward run; the step waits for it."""
         attempt, began = rest.attempt, time.monotonic()
-        error: Exception | None
         try:
-            self.snapshotter.fill_fenced(rest.table, rest.checksums, attempt.feed)
+            self.snapshotter.bring(rest.table, rest.checksums)
             changed = [
                 path for path, old, new in zip(reading.fenced, before, reading.versions(), strict=True) if old != new
             ]
@@ -114,16 +124,26 @@ class Copier:
                     f"{dotted(changed[0])}: changed by something other than an optimizer's step while it was being "
                     f"copied ({len(changed)} leaves were): call fence() before such a change, or save without overlap"
                 )
-            error = None
+            snapshot = rest.copied(began, stall)
         except Exception as problem:
-            error = problem
-        rest.table.release()
-        snapshot = rest.complete(began, stall)
-        attempt.handle.staged.reach(error=error)
-        if error is None:
-            attempt.feed.finish(snapshot)
-        else:
+            error = _told(attempt, problem)
+            rest.table.release()
+            attempt.handle.staged.reach(error=error)
             attempt.feed.fail(error)
+            return
+        attempt.handle.staged.reach()
+        self._complete(rest, snapshot)
+
+    def _complete(self, rest: _UnderWay, snapshot: Snapshot) -> None:
+        """Checksum what has come from devices: its own pass over the host's memory, for which no step waits."""
+        feed = rest.attempt.feed
+        try:
+            rest.table.release()
+            self.snapshotter.complete(rest.table, rest.checksums, feed)
+        except Exception as problem:
+            feed.fail(_told(rest.attempt, problem))
+        else:
+            feed.finish(snapshot)
 
     def fence(self, timeout: float | None = None) -> None:
         """Wait until the snapshot under way is complete: from then on the state's tensors may be changed.
@@ -163,6 +183,15 @@ class Copier:
         self._table = self._thread = self._handle = None
 
 
+def _told(attempt: Attempt, problem: Exception) -> Exception:
+    """Return what a copy in the background has raised as an error that names the save."""
+    if isinstance(problem, CheckpointError):
+        return problem
+    failure = SaveFailedError(f"{attempt.handle.path} was not saved: {type(problem).__name__}: {problem}")
+    failure.__cause__ = problem
+    return failure
+
+
 @dataclass(frozen=True, slots=True)
 class _UnderWay:
     """A copy that has begun."""
@@ -174,6 +203,6 @@ class _UnderWay:
     arena: SharedArena | None
     replica_crcs: ReplicaCrcs
 
-    def complete(self, began: float, stall: float) -> Snapshot:
-        """Return the snapshot, whose last part was begun at a moment and is copied now."""
+    def copied(self, began: float, stall: float) -> Snapshot:
+        """Return the snapshot, whose last part was begun at a moment and is there now."""
         return Snapshot(self.tail, self.arena, self.replica_crcs, self.attempt.phase("copy", began), stall)

@@ -26,7 +26,8 @@ class Reading:
     """A state at one moment.
 
     `plain` has its plain values, aliases and containers. `moved` has the new parts of the leaves, by number, whose
-    memory is elsewhere than in the reading before; it is None where all may be.
+    memory is elsewhere than in the reading before; it is None where all may be. `held` has, of others that are on a
+    device, what owns their memory.
     """
 
     def __init__(
@@ -39,8 +40,9 @@ class Reading:
         trace: Trace,
         tensors: list[Any],
         asked: Asked,
+        held: Mapping[int, Any],
     ) -> None:
-        self.plain, self.structure, self.moved = plain, structure, moved
+        self.plain, self.structure, self.moved, self.held = plain, structure, moved, held
         self._state, self._leaves, self._trace = state, leaves, trace
         self._asked = asked
         self._tensors = tensors  # they stay where they are for as long as this lives
@@ -105,7 +107,7 @@ class StateReader:
             return self._walk(state, asked)
         self._trace = trace
         plain = replace(before, values=again.values, rank_values=again.rank_values)
-        return Reading(state, plain, self._structure, None, again.moved, trace, again.tensors, asked)
+        return Reading(state, plain, self._structure, None, again.moved, trace, again.tensors, asked, again.held)
 
     def _walk(self, state: Mapping[str, Any], asked: Asked) -> Reading:
         flat, trace = flatten_traced(state, asked)
@@ -115,7 +117,7 @@ class StateReader:
             self._structure = structure
         self._plain = replace(flat, arrays=(), values={}, rank_values={})
         plain = replace(flat, arrays=())
-        return Reading(state, plain, self._structure, flat.arrays, None, trace, trace.tensors(), asked)
+        return Reading(state, plain, self._structure, flat.arrays, None, trace, trace.tensors(), asked, {})
 
 
 def structure_of(flat: FlatState) -> Structure:

@@ -7,7 +7,7 @@ import json
 import logging
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -32,7 +32,7 @@ from ckptengine.save.replicas import ReplicaCheck
 from ckptengine.save.turn import Turns
 from ckptengine.save.values import StoredValues, stored_values
 from ckptengine.schema.dtypes import DTYPES
-from ckptengine.schema.leaf import ArrayLeaf, Placement
+from ckptengine.schema.leaf import ArrayLeaf, DeviceMemory, Placement
 from ckptengine.snapshot.feed import Feed
 from ckptengine.state.held import held_arrays
 from ckptengine.storage.stuck import operation_of
@@ -323,7 +323,12 @@ class Saver:
     def prepare(self, state: Mapping[str, Any]) -> None:
         """Reserve memory for snapshots of a state in the background, once: the first save then finds it there."""
         if self._flight is None:
-            self._copier.prepare(lambda: sum(self._share(leaf) + _LEAF_NBYTES for leaf in held_arrays(state)))
+            self._copier.prepare(lambda: self._needed(held_arrays(state)))
+
+    def _needed(self, leaves: Sequence[ArrayLeaf]) -> tuple[int, bool]:
+        """Return about how many bytes this rank will write of leaves, and whether any come from devices."""
+        nbytes = sum(self._share(leaf) + _LEAF_NBYTES for leaf in leaves)
+        return nbytes, any(isinstance(part.memory, DeviceMemory) for leaf in leaves for part in leaf.parts)
 
     def _share(self, leaf: ArrayLeaf) -> int:
         """Return about how many bytes of a leaf this rank will write."""

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -16,6 +16,7 @@ __all__ = [
     "ArrayLeaf",
     "DeviceMemory",
     "HostMemory",
+    "Link",
     "Memory",
     "Part",
     "Placement",
@@ -51,20 +52,52 @@ class HostMemory:
     owner: object = field(repr=False, compare=False)
 
 
+class Link(Protocol):
+    """The way between the host and one device, whose copies may go on beside what the device computes.
+
+    `owner`s are those of the device's `DeviceMemory`, or views of them. A target or source is made of a numpy array of
+    the memory's shape once, and may be used again for as long as the array lives.
+    """
+
+    def mark(self) -> object:
+        """Return this moment: what the device has been given so far, by the caller's thread."""
+
+    def host(self, array: np.ndarray[Any, Any]) -> Any:
+        """Return contiguous host memory as `to_host` and `to_device` take it."""
+
+    def kept(self, owner: Any) -> Any:
+        """Return a copy on the device itself, made when that has done what it was given; None where it has no room."""
+
+    def turned(self, owner: Any, order: tuple[int, ...]) -> Any:
+        """Return a view of an owner with its dimensions in another order."""
+
+    def to_host(self, pairs: Sequence[tuple[Any, Any]], after: object | None) -> Callable[[], None]:
+        """Begin to copy owners to host memory, and return what waits until all is there; another thread may.
+
+        With `after`, a moment, the copies follow what was given to the device until then, and it goes on with its work
+        beside them: nothing may change the owners before they are there. Without, they are what it is given next. What
+        raises leaves no copy under way.
+        """
+
+    def to_device(self, pairs: Sequence[tuple[Any, Any]], after: object) -> Callable[[], None]:
+        """Begin to copy host memory, the second of each pair, to owners; return what waits until it may be changed."""
+
+
 @dataclass(frozen=True, slots=True)
 class DeviceMemory:
     """Memory that the CPU can't address: the adapter copies it.
 
     `copy_to_host(dst)` fills a numpy array (dtype: unsigned bytes-equivalent storage dtype of the leaf,
     shape: the part's box; possibly strided) and returns when the bytes are there. `copy_from_host(src)` is
-    the reverse. `begin_copy(dst, beside)` begins the former and returns what waits for its end; with `beside` the
-    device goes on with its work meanwhile.
+    the reverse. `link` copies `owner`, a tensor of the part's shape that may be sliced, beside other work; None where
+    only the two calls can. `alias` tells that the owner is no more than the tensor itself, as `Adapter.aliases` has it.
     """
 
     copy_to_host: Callable[[np.ndarray[Any, Any]], None]
     copy_from_host: Callable[[np.ndarray[Any, Any]], None]
-    owner: object = field(repr=False, compare=False)
-    begin_copy: Callable[[np.ndarray[Any, Any], bool], Callable[[], None]] = field(repr=False, compare=False)
+    owner: Any = field(repr=False, compare=False)
+    link: Link | None = field(default=None, repr=False, compare=False)
+    alias: bool = False
 
 
 Memory = HostMemory | DeviceMemory
@@ -91,7 +124,8 @@ class ArrayLeaf:
     shape. `parts` are this rank's boxes, none empty, none overlapping. `container` says what it was, `torch`,
     `numpy` or `mindspore`, so that objects with `load_state_dict` get the same back. `fenced` tells that nothing but
     an optimizer's step changes it, so that a copy may go on until the next one. `by_hand` tells that the boxes are what
-    a program says of plain arrays, so that those that several ranks have are compared.
+    a program says of plain arrays, so that those that several ranks have are compared. `undeclared` is a buffer in a
+    module of which a declaration says how it is split, and nothing of this.
     """
 
     path: Path
@@ -102,3 +136,4 @@ class ArrayLeaf:
     container: str
     fenced: bool = False
     by_hand: bool = False
+    undeclared: bool = False

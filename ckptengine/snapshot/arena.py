@@ -32,6 +32,7 @@ class Arena:
         self._closed = False
         self._give_back: weakref.finalize[..., Arena] | None = None
         self._unpin: Callable[[], None] | None = None
+        self._refused: set[object] = set()  # the calls that could not pin this memory
         self.nbytes = 0
         self.address = 0
         self.contents: object = None
@@ -84,9 +85,15 @@ class Arena:
         return memoryview((ctypes.c_uint8 * nbytes).from_address(self.address + position)).cast("B")
 
     def pin(self, pin: Callable[[int, int], Callable[[], None] | None]) -> None:
-        """Have the memory pinned by a call that takes address and size and returns what undoes it, or None; once."""
-        if self._unpin is None and self.nbytes:
-            self._unpin = pin(self.address, self.nbytes)
+        """Have the memory pinned by a call that takes address and size and returns what undoes it, or None.
+
+        Each call is asked once for as long as the memory is the same.
+        """
+        with self._lock:
+            if self._unpin is None and self.nbytes and pin not in self._refused:
+                self._unpin = pin(self.address, self.nbytes)
+                if self._unpin is None:
+                    self._refused.add(pin)
 
     def close(self) -> None:
         """Give the memory back; the arena can't be used afterwards. Closing twice is no error."""
@@ -101,6 +108,7 @@ class Arena:
     def _release(self) -> None:
         self.address = self.nbytes = 0
         self.contents = None
+        self._refused.clear()
         unpin, self._unpin = self._unpin, None
         if unpin is not None:
             unpin()

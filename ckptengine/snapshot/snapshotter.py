@@ -15,7 +15,7 @@ from ckptengine.errors import StorageError
 from ckptengine.frameworks.registry import adapters
 from ckptengine.snapshot.arena import Arena
 from ckptengine.snapshot.feed import Feed, Window
-from ckptengine.snapshot.pack import Checksums, CopyTable
+from ckptengine.snapshot.pack import Checksums, CopyTable, Rows
 from ckptengine.snapshot.shared_arena import SharedArena
 
 __all__ = ["LEAST_ARENA_NBYTES", "Images", "Snapshotter"]
@@ -32,8 +32,8 @@ class Images(Protocol):
     def take(self, nbytes: int) -> SharedArena | None:
         """Return an arena of at least `nbytes` for the next image, or None where there is no room."""
 
-    def prepare(self, nbytes: int) -> None:
-        """Have that memory there before it is needed."""
+    def prepare(self, nbytes: int, ready: Callable[[Arena], None] | None) -> None:
+        """Have that memory there before it is needed; `ready` is called with each piece of it."""
 
     def abandon(self) -> None:
         """Forget it, in a forked process."""
@@ -54,19 +54,27 @@ class Snapshotter:
         self._told = False
         self._preparing: threading.Thread | None = None
 
-    def prepare(self, nbytes: int) -> None:
-        """Reserve memory for a snapshot of about `nbytes` in the background; `reserve` waits for that."""
-        if self._limit is not None:
-            nbytes = min(nbytes, self._limit)
+    def prepare(self, nbytes: int, pinned: bool) -> None:
+        """Reserve memory for a snapshot of about `nbytes` in the background, and pin it; `reserve` waits for that."""
+        nbytes = nbytes if self._limit is None else min(nbytes, self._limit)
+        contexts = [adapter.same_device() for adapter in adapters()] if pinned else []
 
         def populate() -> None:
-            try:
-                self._private.reserve(nbytes)
-            except StorageError as error:
-                _log.info("the snapshot's memory can't be prepared in advance: %s", error)
+            with contextlib.ExitStack() as devices:
+                for context in contexts:
+                    devices.enter_context(context())
+                if self._images is not None:
+                    self._images.prepare(nbytes, _pin if pinned else None)
+                    return
+                try:
+                    self._private.reserve(nbytes)
+                except StorageError as error:
+                    _log.info("the snapshot's memory can't be prepared in advance: %s", error)
+                    return
+                if pinned:
+                    _pin(self._private)
 
-        images = self._images
-        self._prepare_by(populate if images is None else lambda: images.prepare(nbytes))
+        self._prepare_by(populate)
 
     def _prepare_by(self, call: Callable[[], None]) -> None:
         thread = threading.Thread(target=call, name="ckptengine-arena", daemon=True)
@@ -124,31 +132,37 @@ class Snapshotter:
             return None
         return self._limit // 2 // BLOCK_NBYTES * BLOCK_NBYTES
 
-    def fill(self, table: CopyTable, checksums: Checksums, feed: Feed[Any]) -> None:
-        """Fill the reserved memory with an image, and feed its windows to the writer; all but what is fenced.
+    def mark(self, table: CopyTable, whole: bool) -> None:
+        """Have an image follow what devices have been given so far, where another thread is to fill it."""
+        if table.has_devices:
+            if whole:
+                _pin(self._arena)
+            table.mark()
 
-        Where anything is, `fill_fenced` must follow, and feeds them.
-        """
+    def fill(self, table: CopyTable, checksums: Checksums) -> None:
+        """Fill the reserved memory with an image, all but what is fenced; `bring` and `complete` follow."""
         image, arena = table.image, self._arena
         if table.has_devices:
-            for adapter in adapters():
-                arena.pin(adapter.pin_host_memory)
+            _pin(arena)
         if arena.contents is not image:
             for position, data in image.static:
                 arena.view(position, len(data))[:] = data
             arena.contents = image
-        if table.has_fenced:
-            table.fill(arena.address, checksums)
-            return
-        self._complete(table, checksums, feed)
+        table.begin(arena.address)
+        table.fill(Rows.NOW, arena.address, checksums)
 
-    def fill_fenced(self, table: CopyTable, checksums: Checksums, feed: Feed[Any]) -> None:
-        """Fill in what only an optimizer's step changes, and feed the windows; the step waits until this is done."""
-        self._complete(table, checksums, feed, fenced=True)
+    def bring(self, table: CopyTable, checksums: Checksums) -> None:
+        """Fill in what only an optimizer's step changes; the step waits until this is done."""
+        table.begin_fenced()
+        try:
+            table.fill(Rows.FENCED, self._arena.address, checksums)
+        finally:
+            table.wait()
 
-    def _complete(self, table: CopyTable, checksums: Checksums, feed: Feed[Any], fenced: bool = False) -> None:
+    def complete(self, table: CopyTable, checksums: Checksums, feed: Feed[Any]) -> None:
+        """Checksum what came from devices, and feed the windows; nothing waits for this but the writer."""
         address = self._arena.address
-        table.fill(address, checksums, fenced=fenced)
+        table.fill(Rows.DEVICE, address, checksums)
         table.seal(address, checksums)
         feed.put(Window(0, table.image.fixed_nbytes, address))
 
@@ -167,8 +181,7 @@ class Snapshotter:
             offset = number % 2 * half
             self._put_static(image, starts, begin, end, offset)
             address = arena.address + offset
-            for fenced in (False, True):
-                table.fill(address, checksums, begin, end, fenced=fenced)
+            table.fill_window(address, checksums, begin, end)
             table.seal(address, checksums, begin, end)
             feed.put(Window(begin, end, address))
 
@@ -200,3 +213,9 @@ class Snapshotter:
         if self._images is not None:
             self._images.abandon()
         self._tail.abandon()
+
+
+def _pin(arena: Arena) -> None:
+    """Have an arena's memory pinned for copies from devices, where a framework can."""
+    for adapter in adapters():
+        arena.pin(adapter.pin_host_memory)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ckptengine.frameworks.adapter import Adapter
-from ckptengine.schema.leaf import Part, Placement
+from ckptengine.schema.leaf import DeviceMemory, Part, Placement
 from ckptengine.schema.path import Path
 from ckptengine.state.asked import Asked
 from ckptengine.state.cut import Cut, cut_view
@@ -38,6 +38,7 @@ class Visited:
     identity: Hashable | None
     cut: Cut | None
     head: tuple[Any, ...]
+    parts: tuple[Part, ...]
     on_device: bool
 
 
@@ -51,13 +52,15 @@ class Again:
     """A state with the structure of the one before.
 
     `values` and `rank_values` are its plain values. `moved` has the new parts of the leaves, by number, whose memory
-    is not where it was. `tensors` keep all memory alive.
+    is not where it was. `tensors` keep all memory alive. `held` has by number, of leaves on a device that are where
+    they were, what owns their memory.
     """
 
     values: dict[Path, Any]
     rank_values: dict[Path, Any]
     moved: dict[int, tuple[Part, ...]]
     tensors: list[Any]
+    held: dict[int, Any]
 
 
 class Trace:
@@ -68,12 +71,19 @@ class Trace:
         self._root = root
         self._tensors = [weakref.ref(one.tensor) for one in visited]
         self._rows = [_Row(one) for one in visited]
+        self._leaves = [one.leaf for one in visited]
         self._identities = [one.identity for one in visited]
         self._by_adapter: dict[str, tuple[Adapter, list[int]]] = {}
         for number, one in enumerate(visited):
             self._by_adapter.setdefault(one.adapter.name, (one.adapter, []))[1].append(number)
-        self._on_device = [number for number, one in enumerate(visited) if one.on_device]
+        self._on_device = {number for number, one in enumerate(visited) if one.on_device}
+        self._aliased = {n for n in self._on_device if _is_alias(self._rows[n], visited[n].tensor, visited[n].parts)}
         self._fenced = list(fenced)
+        ours = set(fenced)
+        self._fenced_by = [
+            (adapter, [number for number in numbers if number in ours])
+            for adapter, numbers in self._by_adapter.values()
+        ]
         self.fenced = [visited[number].path for number in fenced]
         """The paths of what only an optimizer's step changes, in the order of `versions`."""
         tensors = [one.tensor for one in visited]
@@ -91,7 +101,10 @@ class Trace:
 
     def versions(self, tensors: Sequence[Any]) -> list[Any]:
         """Return numbers that change when what is fenced is written to, given the tensors in the order of the trace."""
-        return [self._rows[n].adapter.versions((tensors[n],))[0] for n in self._fenced]
+        found: dict[int, Any] = {}
+        for adapter, numbers in self._fenced_by:
+            found.update(zip(numbers, adapter.versions([tensors[number] for number in numbers]), strict=True))
+        return [found[number] for number in self._fenced]
 
     def again(self, state: Any, asked: Asked | None = None) -> Again | None:
         """Compare a state with the one before; None where its structure has changed, or may have.
@@ -103,17 +116,17 @@ class Trace:
         met = Met(Asked() if asked is None else asked)
         try:
             self._root.again(state, met)
-            moved = self._moved(met.tensors)
+            moved, held = self._moved(met.tensors)
         except Changed:
             return None
-        return Again(met.values[0], met.values[1], moved, met.tensors)
+        return Again(met.values[0], met.values[1], moved, met.tensors, held)
 
-    def _moved(self, tensors: list[Any]) -> dict[int, tuple[Part, ...]]:
+    def _moved(self, tensors: list[Any]) -> tuple[dict[int, tuple[Part, ...]], dict[int, Any]]:
         if len(tensors) != len(self._tensors):
             raise Changed
         if self._marks(tensors) != self._kinds:
             raise Changed
-        odd: set[int] = set(self._on_device)
+        odd: set[int] = self._on_device - self._aliased
         if not same_objects(self._tensors, tensors):
             odd.update(
                 n for n, (known, now) in enumerate(zip(self._tensors, tensors, strict=True)) if known() is not now
@@ -123,8 +136,9 @@ class Trace:
             if before != now:
                 odd.update(numbers[n] for old, new in zip(before, now, strict=True) for n in _differing(old, new))
                 self._fingerprints[name] = now
+        held = self._held(tensors, self._aliased - odd)
         if not odd:
-            return {}
+            return {}, held
         moved: dict[int, tuple[Part, ...]] = {}
         for number in sorted(odd):
             row = self._rows[number]
@@ -134,8 +148,20 @@ class Trace:
             if self._identities[number] is not None:
                 self._identities[number] = identity
             self._tensors[number] = weakref.ref(tensors[number])
+            if number in self._on_device:
+                alias = _is_alias(row, tensors[number], parts)
+                (self._aliased.add if alias else self._aliased.discard)(number)
         self._check_ties()
-        return moved
+        return moved, held
+
+    def _held(self, tensors: list[Any], numbers: set[int]) -> dict[int, Any]:
+        """Return by the number of its leaf what owns the memory of each of some tensors on devices, now."""
+        held: dict[int, Any] = {}
+        for adapter, ours in self._by_adapter.values() if numbers else ():
+            wanted = numbers.intersection(ours)
+            owners = adapter.aliases([tensors[number] for number in wanted]) if wanted else ()
+            held.update(zip([self._leaves[number] for number in wanted], owners, strict=True))
+        return held
 
     def _marks(self, tensors: list[Any]) -> list[Sequence[Any]]:
         """Return what of the tensors in no module changes with what they are beside their contents."""
@@ -176,6 +202,15 @@ class _Row:
         if head_of(view.dtype, view.shape, view.placement, view.parts) != self.head:
             raise Changed
         return view.parts, view.identity
+
+
+def _is_alias(row: _Row, tensor: Any, parts: Sequence[Part]) -> bool:
+    """Whether what owns a tensor's memory on a device is no more than the tensor itself, or what is local of it."""
+    if len(parts) != 1 or not isinstance(parts[0].memory, DeviceMemory) or not parts[0].memory.alias:
+        return False
+    owner = parts[0].memory.owner
+    adapter = row.adapter
+    return adapter.is_tensor(owner) and adapter.fingerprints([tensor]) == adapter.fingerprints([owner])
 
 
 def _pick(items: list[Any], numbers: list[int]) -> list[Any]:

@@ -77,7 +77,9 @@ class Leaves:
         tied = number < last
         on_device = any(isinstance(part.memory, DeviceMemory) for part in leaf.parts)
         # The tensors are kept: an `id` says something only while its object lives.
-        self.visited.append(Visited(tensor, adapter, leaf.path, number, tied, identity, cut, head, on_device))
+        self.visited.append(
+            Visited(tensor, adapter, leaf.path, number, tied, identity, cut, head, leaf.parts, on_device)
+        )
         if tied:
             self.aliases[leaf.path] = self.arrays[number].path
         else:
@@ -86,11 +88,12 @@ class Leaves:
     def fence(self) -> None:
         """Mark the leaves that an optimizer's step changes: it waits for their copies.
 
-        Scalars, such as the step that Adam keeps on the CPU, are copied at once: waiting for them would cost more.
+        Scalars on the CPU, such as the step that Adam keeps there, are copied at once: waiting would cost more.
         """
         changed = self.states | {one.leaf for one in self.visited if id(one.tensor) in self.stepped}
+        on_device = {one.leaf for one in self.visited if one.on_device}
         for number in changed:
-            if self.arrays[number].shape:
+            if self.arrays[number].shape or number in on_device:
                 self.arrays[number] = replace(self.arrays[number], fenced=True)
 
     def trace(self, root: Step) -> Trace:

@@ -10,6 +10,7 @@ import os
 import re
 import stat
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
@@ -25,6 +26,7 @@ from ckptengine.catalog.listing import (
 )
 from ckptengine.catalog.listing import step_directories as steps_of
 from ckptengine.errors import CheckpointDamagedError, CheckpointError, FormatVersionError, StorageError
+from ckptengine.snapshot.arena import Arena
 from ckptengine.snapshot.shared_arena import SharedArena, is_locked, remove_unused
 from ckptengine.storage.base import join
 from ckptengine.storage.local import LocalStorage
@@ -149,14 +151,19 @@ class MemoryTier:
         with self._lock:
             self._kept = arena
 
-    def prepare(self, nbytes: int) -> None:
-        """Have the arenas' memory there before it is needed, as far as nothing committed lies in it."""
+    def prepare(self, nbytes: int, ready: Callable[[Arena], None] | None = None) -> None:
+        """Have the arenas' memory there before it is needed, as far as nothing committed lies in it.
+
+        `ready` is called with each of those.
+        """
         with self._lock:
             try:
                 for arena in self._open_arenas():
                     if self._order(arena) is _NOTHING:
                         self._retract(arena)
                         arena.reserve(nbytes)
+                        if ready is not None:
+                            ready(arena)
             except StorageError as error:
                 _log.info("the memory tier can't be prepared in advance: %s", error)
 

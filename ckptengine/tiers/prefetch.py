@@ -156,7 +156,7 @@ class _Fetch:
 
     def _damage(self, entry: Entry, error: CheckpointError) -> None:
         self.damaged.append(str(error))
-        instead = "" if self.step is not None else ", the one before it is tried"
+        instead = "" if self.step is not None else "; the previous checkpoint is tried"
         self.tell(f"{self.source.location(entry.directory)} is damaged{instead}: {error}")
 
     def _fetch(self, entry: Entry, manifest: Manifest) -> Prefetched:

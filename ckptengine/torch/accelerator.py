@@ -6,48 +6,127 @@ import contextlib
 import ctypes
 import functools
 import logging
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, ClassVar
 
+import numpy as np
 import torch
 
-__all__ = ["before_graph_replay", "begin_copy", "pin_host_memory"]
+__all__ = ["BITS", "Link", "before_graph_replay", "bits_of", "pin_host_memory", "same_device"]
 
 _log = logging.getLogger("ckptengine")
 
-_sides: dict[torch.device, torch.Stream] = {}
+# Types of equal size that numpy and torch share, to move bits between them.
+BITS = {
+    1: (np.uint8, torch.uint8),
+    2: (np.int16, torch.int16),
+    4: (np.int32, torch.int32),
+    8: (np.int64, torch.int64),
+    16: (np.complex128, torch.complex128),
+}
 
 _RELAXED = 2
 """`cudaStreamCaptureModeRelaxed` in CUDA's driver_types.h."""
 
 
-def begin_copy(piece: torch.Tensor, bits: torch.dtype, target: torch.Tensor, beside: bool) -> Callable[[], None]:
-    """Begin to copy a tensor to contiguous host memory of the type `bits`; return what waits until it is there.
+class Link:
+    """The way between the host and a device: see `ckptengine.schema.leaf.Link`. `Link.to` gives each device its own.
 
-    The copy follows what the device's current stream has been given so far. With `beside` it has a stream of its own,
-    so that the device goes on meanwhile: nothing may change the tensor before the copy is there. It is asynchronous
-    where the host memory is pinned, and else takes longer, but is no less right. What waits may be called in another
-    thread.
+    Copies beside the device's work have a stream of their own. They are asynchronous where the host memory is pinned,
+    and else take longer, but are no less right.
     """
-    current = torch.accelerator.current_stream(piece.device)
-    stream = current
-    if beside:
-        if piece.device not in _sides:
-            _sides[piece.device] = torch.Stream(piece.device)
-        stream = _sides[piece.device]
-        stream.wait_stream(current)
-    with torch.no_grad(), stream:
-        target.copy_(piece.resolve_conj().resolve_neg().view(bits), non_blocking=True)
-    if beside:
-        # The allocator must not give the memory to somebody else before the copy is done.
-        piece.record_stream(stream)
-    event = stream.record_event()
 
-    def wait() -> None:
-        with _beside_captures():
-            event.synchronize()
+    _known: ClassVar[dict[torch.device, Link]] = {}
 
-    return wait
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._stream: torch.Stream | None = None
+
+    @classmethod
+    def to(cls, device: torch.device) -> Link:
+        """Return the link to a device, always the same."""
+        link = cls._known.get(device)
+        return link if link is not None else cls._known.setdefault(device, cls(device))
+
+    @property
+    def _side(self) -> torch.Stream:
+        if self._stream is None:
+            self._stream = torch.Stream(self._device)
+        return self._stream
+
+    def mark(self) -> torch.Event:
+        """Return an event of the stream that the caller works on."""
+        return torch.accelerator.current_stream(self._device).record_event()
+
+    def host(self, array: np.ndarray[Any, Any]) -> torch.Tensor:
+        """Return an array's memory as a tensor, never a copy."""
+        return bits_of(array)
+
+    def kept(self, owner: torch.Tensor) -> torch.Tensor | None:
+        """Return a clone, made in the stream that the caller works on; None where there is no memory for it."""
+        try:
+            with torch.no_grad():
+                return owner.clone()
+        except torch.OutOfMemoryError as error:
+            _log.warning("%s has no memory to copy buffers there, so the call waits for them: %s", self._device, error)
+            return None
+
+    def turned(self, owner: torch.Tensor, order: tuple[int, ...]) -> torch.Tensor:
+        """Return a view with its dimensions in another order."""
+        return owner.permute(order)
+
+    def to_host(self, pairs: Sequence[tuple[Any, Any]], after: Any | None) -> Callable[[], None]:
+        """Begin to copy tensors to host memory."""
+        stream = torch.accelerator.current_stream(self._device) if after is None else self._side
+
+        def copy() -> None:
+            for tensor, target in pairs:
+                target.copy_(tensor.view(target.dtype), non_blocking=True)
+                if after is not None:
+                    # The allocator must not give the memory to somebody else before the copy is done.
+                    tensor.record_stream(stream)
+
+        return self._begin(stream, copy, after, pairs)
+
+    def to_device(self, pairs: Sequence[tuple[Any, Any]], after: Any) -> Callable[[], None]:
+        """Begin to copy host memory to tensors."""
+        stream = self._side
+
+        def copy() -> None:
+            for tensor, source in pairs:
+                tensor.view(source.dtype).copy_(source, non_blocking=True)
+                tensor.record_stream(stream)
+
+        return self._begin(stream, copy, after, pairs)
+
+    def _begin(
+        self, stream: torch.Stream, copy: Callable[[], None], after: Any | None, kept: object
+    ) -> Callable[[], None]:
+        """Give a stream some copies; return what waits for them. Where one can't be given, none is left under way."""
+        # Who waits for it sleeps: by default the wait would keep a core busy.
+        event = torch.Event(self._device, blocking=True)
+        with _beside_captures(), torch.no_grad(), stream:
+            if after is not None:
+                stream.wait_event(after)
+            try:
+                copy()
+            except BaseException:
+                stream.record_event(event)
+                event.synchronize()
+                raise
+            stream.record_event(event)
+        return functools.partial(_wait_for, event, kept)
+
+
+def _wait_for(event: torch.Event, kept: object) -> None:
+    """Return when the device has come to an event; until then `kept` stays where it is."""
+    with _beside_captures():
+        event.synchronize()
+
+
+def bits_of(array: np.ndarray[Any, Any]) -> torch.Tensor:
+    """Return a tensor on a numpy array's memory, of the type of that size; never a copy."""
+    return torch.from_numpy(array.view(BITS[array.itemsize][0]))
 
 
 def pin_host_memory(address: int, nbytes: int) -> Callable[[], None] | None:
@@ -74,6 +153,19 @@ def pin_host_memory(address: int, nbytes: int) -> Callable[[], None] | None:
             _forget_last_error()
 
     return unpin
+
+
+def same_device() -> Callable[[], contextlib.AbstractContextManager[Any]]:
+    """Return what makes this thread's device current in another one, where CUDA would begin to use the first device."""
+    device = torch.accelerator.current_accelerator()
+    if device is None or not torch.accelerator.is_available() or not _in_use(device):
+        return contextlib.nullcontext
+    return functools.partial(torch.accelerator.device_index, torch.accelerator.current_device_index())
+
+
+def _in_use(device: torch.device) -> bool:
+    known = getattr(torch.get_device_module(device.type), "is_initialized", None)
+    return known is None or bool(known())
 
 
 def before_graph_replay(call: Callable[[], None]) -> Callable[[], None]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import numpy as np
@@ -30,6 +31,7 @@ from ckptengine.torch.loader import make_loader
 from ckptengine.torch.own_loading import module_loading
 from ckptengine.torch.stateful_loader import is_stateful_loader, loader_mismatch
 from ckptengine.torch.tensor import (
+    aliases,
     convert_tensor,
     dtype_name,
     fingerprints,
@@ -73,6 +75,10 @@ class TorchAdapter(Adapter):
     def fingerprints(self, tensors: Sequence[Any]) -> Sequence[Sequence[Any]]:
         """Return addresses, shapes, strides and dtypes of what this rank holds."""
         return fingerprints(tensors)
+
+    def aliases(self, tensors: Sequence[Any]) -> Sequence[Any]:
+        """Return detached tensors over the same memory."""
+        return aliases(tensors)
 
     def versions(self, tensors: Sequence[Any]) -> Sequence[Any]:
         """Return the counters by which autograd sees changes in place; fused optimizers and `.data` go past them."""
@@ -219,6 +225,10 @@ class TorchAdapter(Adapter):
     def pin_host_memory(self, address: int, nbytes: int) -> Callable[[], None] | None:
         """Pin host memory where the accelerator can, and return what undoes it."""
         return accelerator.pin_host_memory(address, nbytes)
+
+    def same_device(self) -> Callable[[], AbstractContextManager[Any]]:
+        """Return what makes the accelerator's current device the same in another thread: there it is the first one."""
+        return accelerator.same_device()
 
     def before_optimizer_step(self, call: Callable[[], None]) -> Callable[[], None]:
         """Register torch's global hook, which runs before the step of every optimizer, fused and compiled ones too."""

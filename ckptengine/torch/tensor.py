@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,24 +16,24 @@ from ckptengine.schema.box import Box
 from ckptengine.schema.dtypes import DTYPES
 from ckptengine.schema.leaf import DeviceMemory, HostMemory, Memory, Part, Placement
 from ckptengine.schema.path import Path, dotted
-from ckptengine.torch import accelerator
+from ckptengine.torch.accelerator import BITS, Link, bits_of
 from ckptengine.torch.dtensor import dtensor_pieces, is_dtensor
 from ckptengine.torch.emptied import refuse_emptied
 from ckptengine.torch.flat import FlatPart, flat_pieces, is_flat
 
-__all__ = ["convert_tensor", "dtype_name", "fingerprints", "new_like", "tensor_of", "torch_dtype", "view_tensor"]
-
-# Types of equal size that numpy and torch share, to move bits between them.
-_BITS = {
-    1: (np.uint8, torch.uint8),
-    2: (np.int16, torch.int16),
-    4: (np.int32, torch.int32),
-    8: (np.int64, torch.int64),
-    16: (np.complex128, torch.complex128),
-}
+__all__ = [
+    "aliases",
+    "convert_tensor",
+    "dtype_name",
+    "fingerprints",
+    "new_like",
+    "tensor_of",
+    "torch_dtype",
+    "view_tensor",
+]
 
 # As what bits are compared: a type without NaN, of the same size or half of it.
-_COMPARED = {bits: torch.int64 if bits is torch.complex128 else bits for _, bits in _BITS.values()}
+_COMPARED = {bits: torch.int64 if bits is torch.complex128 else bits for _, bits in BITS.values()}
 
 
 # Subclasses of which torch's own calls on tensors fail with errors of their own.
@@ -86,6 +86,15 @@ def fingerprints(tensors: Sequence[torch.Tensor]) -> tuple[list[Any], ...]:
     )
 
 
+def aliases(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Return for each tensor another over the same memory of this rank, which stays whatever becomes of the first."""
+    distributed = sys.modules.get("torch.distributed.tensor")
+    if distributed is not None:
+        kind = distributed.DTensor
+        tensors = [tensor._local_tensor if isinstance(tensor, kind) else tensor for tensor in tensors]
+    return list(map(torch.Tensor.detach, tensors))
+
+
 def new_like(tensor: torch.Tensor, order: Sequence[int] | None) -> torch.Tensor:
     """Return an empty tensor of the same dtype, shape and device, its dimensions in memory in an order (None: C).
 
@@ -117,12 +126,12 @@ def convert_tensor(tensor: torch.Tensor, buffers: Sequence[np.ndarray[Any, Any]]
     _, _, pieces = _pieces(tensor, ())
     with torch.no_grad():
         for (_, piece), buffer in zip(pieces, buffers, strict=True):
-            piece.copy_(_bits_of(buffer).view(torch_dtype(dtype)))
+            piece.copy_(bits_of(buffer).view(torch_dtype(dtype)))
 
 
 def tensor_of(array: np.ndarray[Any, Any], dtype: str) -> torch.Tensor:
     """Return an array's memory as a tensor of a logical dtype."""
-    return _bits_of(array).view(torch_dtype(dtype))
+    return bits_of(array).view(torch_dtype(dtype))
 
 
 def _check(tensor: torch.Tensor, path: Path) -> str:
@@ -225,35 +234,18 @@ def _without_repeats(piece: torch.Tensor) -> torch.Tensor:
 def _copied(piece: torch.Tensor, base: torch.Tensor, path: Path) -> DeviceMemory:
     """Return memory that torch copies: another device's, a view whose conjugation is still to be done, or one that
     repeats its elements, of which `base` has each once."""
-    bits = _BITS[piece.element_size()][1]
+    bits = BITS[piece.element_size()][1]
 
     def copy_to_host(dst: np.ndarray[Any, Any]) -> None:
         # torch's copies on the CPU expect elements at multiples of their size; small entries of an image are packed.
         aligned = dst if dst.ctypes.data % dst.itemsize == 0 else np.empty(dst.shape, dst.dtype)
         with torch.no_grad():
-            _bits_of(aligned).copy_(piece.resolve_conj().resolve_neg().view(bits))
+            bits_of(aligned).copy_(piece.resolve_conj().resolve_neg().view(bits))
         if aligned is not dst:
             dst[...] = aligned
 
-    def begin_copy(dst: np.ndarray[Any, Any], beside: bool) -> Callable[[], None]:
-        if piece.device.type == "cpu":
-            copy_to_host(dst)
-            return lambda: None
-        if dst.flags.c_contiguous:
-            return accelerator.begin_copy(piece, bits, _bits_of(dst), beside)
-        # torch brings a strided target its bytes through memory of its own, and from there by a copy on the CPU that
-        # waits for nothing: right only where the device's copy does not return before it has ended.
-        host = np.empty(dst.shape, dst.dtype)
-        wait = accelerator.begin_copy(piece, bits, _bits_of(host), beside)
-
-        def put() -> None:
-            wait()
-            dst[...] = host
-
-        return put
-
     def copy_from_host(src: np.ndarray[Any, Any]) -> None:
-        source = _bits_of(src)
+        source = bits_of(src)
         if base is not piece:
             once = source[tuple(map(slice, base.shape))]
             if not torch.equal(once.expand_as(source).view(_COMPARED[bits]), source.view(_COMPARED[bits])):
@@ -268,9 +260,5 @@ def _copied(piece: torch.Tensor, base: torch.Tensor, path: Path) -> DeviceMemory
             else:
                 base.view(bits).copy_(source)
 
-    return DeviceMemory(copy_to_host, copy_from_host, piece, begin_copy)
-
-
-def _bits_of(array: np.ndarray[Any, Any]) -> torch.Tensor:
-    """Return a tensor on a numpy array's memory, of the type of that size; never a copy."""
-    return torch.from_numpy(array.view(_BITS[array.itemsize][0]))
+    beside = piece.device.type != "cpu" and base is piece and not piece.is_conj() and not piece.is_neg()
+    return DeviceMemory(copy_to_host, copy_from_host, piece, Link.to(piece.device) if beside else None, beside)

@@ -74,7 +74,7 @@ def a_sharded_state_that_is_copied_while_training_goes_on_is_not_torn(comm: Comm
         fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
-    asked, fill = threading.Event(), Snapshotter.fill_fenced
+    asked, fill = threading.Event(), Snapshotter.bring
 
     def slow(*arguments: Any) -> None:
         assert asked.wait(20)
@@ -94,7 +94,7 @@ def a_sharded_state_that_is_copied_while_training_goes_on_is_not_torn(comm: Comm
 
     train()
     try:
-        Snapshotter.fill_fenced = slow  # type: ignore[method-assign]
+        Snapshotter.bring = slow  # type: ignore[method-assign]
         with ce.Checkpointer(folder / "run", overlap=True, comm=comm, timeout=30) as run:
             expected = whole()
             asked.clear()
@@ -105,7 +105,7 @@ def a_sharded_state_that_is_copied_while_training_goes_on_is_not_torn(comm: Comm
             handle.durable.result(30)
             assert any(not np.array_equal(now, expected[name]) for name, now in whole().items())
     finally:
-        Snapshotter.fill_fenced = fill  # type: ignore[method-assign]
+        Snapshotter.bring = fill  # type: ignore[method-assign]
     stored = ce.load(folder / "run")
     for name in dict(model.named_parameters()):
         assert np.array_equal(stored["model"][name], expected[name])

@@ -1,6 +1,8 @@
 """Memory that the CPU can't address, on a pretended accelerator: there is none here. Its copies take their time."""
 
+import sys
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -8,7 +10,8 @@ import torch
 from pretended import FakeAccelerator
 
 import ckptengine as ce
-from ckptengine.errors import SaveFailedError
+from ckptengine.errors import CheckpointError, SaveFailedError
+from ckptengine.snapshot.pack import CopyTable, Rows
 
 
 @pytest.fixture
@@ -69,7 +72,7 @@ def test_under_overlap_the_step_waits_for_the_copies_from_a_device(tmp_path, acc
             expected = values(model, optimizer)
             handle = run.save(step, {"model": model, "optimizer": optimizer})
             assert not handle.staged.done()
-            assert set(accelerator.log) == {"in order"}, "buffers are there, parameters are not"
+            assert accelerator.log == [], "buffers are kept on the device: the call waits for no copy"
             threading.Timer(0.2, accelerator.hold.set).start()
             train(model, optimizer)
             assert handle.staged.done()
@@ -126,24 +129,156 @@ def test_under_overlap_the_replay_of_a_graph_waits_for_the_copies(tmp_path, acce
     assert torch.cuda.CUDAGraph.replay is original, "torch's own is back when the Checkpointer is closed"
 
 
-def test_a_copy_that_can_not_begin_leaves_none_under_way(tmp_path, accelerator, monkeypatch):
-    model, optimizer = make()
-    begin, begun = accelerator.begin, []
+def refuse(*arguments):
+    raise torch.OutOfMemoryError("out of memory")
 
-    def some(real, dst, beside):
-        if len(begun) == 5:
-            raise torch.OutOfMemoryError("out of memory")
+
+def test_a_device_without_memory_fails_the_save_under_overlap_and_not_the_training(tmp_path, accelerator, monkeypatch):
+    model, optimizer = make()
+    state = {"model": model, "optimizer": optimizer}
+    with ce.Checkpointer(tmp_path / "run", overlap=True) as run:
+        with monkeypatch.context() as patch:
+            patch.setattr(accelerator, "to_host", refuse)
+            handle = run.save(1, state)
+            train(model, optimizer)
+            with pytest.raises(CheckpointError, match="was not saved: OutOfMemoryError: out of memory"):
+                handle.durable.result()
+        expected = values(model, optimizer)
+        handle = run.save(2, state)
+        train(model, optimizer)
+        handle.durable.result()
+        check(tmp_path / "run", expected)
+
+
+def test_without_memory_for_copies_of_buffers_the_call_waits_for_them(tmp_path, accelerator, monkeypatch):
+    model, optimizer = make()
+    monkeypatch.setattr(accelerator, "kept", lambda owner: None)
+    with ce.Checkpointer(tmp_path / "run", overlap=True) as run:
+        for step in (1, 2):
+            accelerator.hold.clear()
+            accelerator.log.clear()
+            expected = values(model, optimizer)
+            handle = run.save(step, {"model": model, "optimizer": optimizer})
+            assert set(accelerator.log) == {"in order"}
+            assert not handle.staged.done()
+            accelerator.hold.set()
+            train(model, optimizer)
+            handle.durable.result()
+            check(tmp_path / "run", expected)
+
+
+def test_a_copy_that_fails_leaves_none_under_way(tmp_path, accelerator, monkeypatch):
+    model, optimizer = make()
+    copies, begun, original = [], [], accelerator.begin
+
+    def some(copy, pairs, beside):
+        def failing(*pair):
+            copies.append(1)
+            if len(copies) == 5:
+                raise torch.OutOfMemoryError("out of memory")
+            copy(*pair)
+
         ended = threading.Event()
         begun.append(ended)
-        wait = begin(real, dst, beside)
-        return lambda: (wait(), ended.set())
+        wait = original(failing, pairs, beside)
 
-    monkeypatch.setattr(accelerator, "begin", some)
+        def waited():
+            try:
+                wait()
+            finally:
+                ended.set()
+
+        return waited
+
     run = ce.Checkpointer(tmp_path / "run")
-    with pytest.raises(SaveFailedError, match="was not saved: OutOfMemoryError"):
-        run.save(1, {"model": model, "optimizer": optimizer})
-    assert len(begun) == 5
+    with monkeypatch.context() as patch:
+        patch.setattr(accelerator, "begin", some)
+        with pytest.raises(SaveFailedError, match="was not saved: OutOfMemoryError"):
+            run.save(1, {"model": model, "optimizer": optimizer})
+    assert begun
     assert all(ended.is_set() for ended in begun), "the memory is the next save's, or is given back"
-    monkeypatch.undo()
     run.save(2, {"model": model, "optimizer": optimizer}).durable.result()
     run.close()
+
+
+def test_the_step_does_not_wait_for_the_checksums_of_what_came_from_a_device(tmp_path, accelerator, monkeypatch):
+    model, optimizer = make()
+    state = {"model": model, "optimizer": optimizer}
+    begun, go_on = threading.Event(), threading.Event()
+    fill = CopyTable.fill
+
+    def slow(table, rows, *arguments):
+        if rows is Rows.DEVICE:
+            begun.set()
+            assert go_on.wait(30)
+        fill(table, rows, *arguments)
+
+    monkeypatch.setattr(CopyTable, "fill", slow)
+    for overlap in (True, False):
+        with ce.Checkpointer(tmp_path / f"{overlap}", overlap=overlap) as run:
+            for step in (1, 2):
+                begun.clear(), go_on.clear()
+                expected = values(model, optimizer)
+                handle = run.save(step, state)
+                assert begun.wait(30)
+                train(model, optimizer)
+                assert handle.staged.done()
+                assert not handle.durable.done()
+                go_on.set()
+                handle.durable.result()
+                check(tmp_path / f"{overlap}", expected)
+
+
+COPYING = (
+    "ckptengine/snapshot/",
+    "ckptengine/torch/tensor",
+    "ckptengine/torch/accelerator",
+    "state/trace",
+    "pretended",
+)
+
+
+def test_later_saves_run_no_python_for_each_tensor_of_a_device_before_the_call_returns(tmp_path, accelerator):
+    accelerator.seconds = 0
+
+    def calls_of_third_save(layers):
+        model = torch.nn.Sequential(*(torch.nn.Linear(2, 2) for _ in range(layers)))
+        optimizer = torch.optim.AdamW(model.parameters())
+        for parameter in model.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        optimizer.step()
+        state, count = {"model": model, "optimizer": optimizer}, [0]
+
+        def see(frame, event, argument):
+            count[0] += event == "call" and any(part in frame.f_code.co_filename for part in COPYING)
+
+        with ce.Checkpointer(tmp_path / f"{layers}", overlap=True) as run:
+            for step in (1, 2):
+                run.save(step, state).durable.result()
+            accelerator.hold.clear()
+            sys.setprofile(see)
+            try:
+                handle = run.save(3, state)
+            finally:
+                sys.setprofile(None)
+            accelerator.hold.set()
+            handle.durable.result()
+        return count[0]
+
+    few, many = calls_of_third_save(5), calls_of_third_save(55)
+    assert many - few <= 20, "100 tensors of the model and 300 of the optimizer's state more"
+
+
+@pytest.mark.parametrize("memory", [False, True], ids=["private", "memory tier"])
+def test_the_memory_is_pinned_in_the_background_before_the_first_save(tmp_path, accelerator, memory):
+    model, optimizer = make()
+    with ce.Checkpointer(tmp_path / "run", memory=memory, every=100) as run:
+        run.step(1, {"model": model, "optimizer": optimizer})
+        deadline = time.monotonic() + 30
+        while not accelerator.pinned and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert accelerator.pinned
+        before = list(accelerator.pinned)
+        run.save(2, {"model": model, "optimizer": optimizer}).durable.result()
+        assert sorted(accelerator.pinned)[: len(before)] == sorted(before)
+    assert accelerator.pinned == []

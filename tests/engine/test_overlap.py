@@ -32,7 +32,7 @@ class SlowCopy:
 
     def __init__(self, patch):
         self.asked, self.copied = threading.Event(), False
-        fill = Snapshotter.fill_fenced
+        fill = Snapshotter.bring
 
         def slow(snapshotter, *arguments):
             assert self.asked.wait(PATIENCE)
@@ -40,7 +40,7 @@ class SlowCopy:
             fill(snapshotter, *arguments)
             self.copied = True
 
-        patch.setattr(Snapshotter, "fill_fenced", slow)
+        patch.setattr(Snapshotter, "bring", slow)
 
 
 def values_of(model, optimizer):

@@ -14,6 +14,7 @@ class FakeAccelerator:
     def __init__(self, patch):
         self.hold, self.log = threading.Event(), []
         self.hold.set()
+        self.seconds = 0.002  # of each copy
         self.pinned = []
         self.streams = {beside: ThreadPoolExecutor(1) for beside in (False, True)}  # each in order
         patch.setattr(torch_tensor, "_memory", self.memory)
@@ -21,25 +22,60 @@ class FakeAccelerator:
         self._memory = torch_tensor.__dict__["_copied"]
 
     def memory(self, piece, path, *, target):
-        real = self._memory(piece, piece, path)
-        return DeviceMemory(real.copy_to_host, real.copy_from_host, piece, lambda *a: self.begin(real, *a))
+        base = torch_tensor._without_repeats(piece)
+        real = self._memory(piece, base, path)
+        simple = base is piece and not piece.is_conj() and not piece.is_neg()
+        return DeviceMemory(real.copy_to_host, real.copy_from_host, piece, self if simple else None, simple)
 
-    def begin(self, real, dst, beside):
-        done = threading.Event()
-        dst[...] = 0  # what is read too early is wrong
+    def mark(self):
+        return object()
 
-        def copy():
-            if beside:
-                assert self.hold.wait(30)
-            time.sleep(0.002)
-            real.copy_to_host(dst)
+    def host(self, array):
+        return array
+
+    def kept(self, owner):
+        return owner.clone()
+
+    def turned(self, owner, order):
+        return owner.permute(order)
+
+    def to_host(self, pairs, after):
+        for _, target in pairs:
+            target[...] = 0  # what is read too early is wrong
+
+        def copy(owner, target):
+            self._memory(owner, owner, ()).copy_to_host(target)
+
+        return self.begin(copy, pairs, after is not None)
+
+    def to_device(self, pairs, after):
+        def copy(owner, source):
+            self._memory(owner, owner, ()).copy_from_host(source)
+
+        return self.begin(copy, pairs, True)
+
+    def begin(self, copy, pairs, beside):
+        """Have a stream do what it is given, in order; return what waits for it."""
+        done, errors = threading.Event(), []
+
+        def work():
+            try:
+                if beside:
+                    assert self.hold.wait(30)
+                for pair in pairs:
+                    time.sleep(self.seconds)
+                    copy(*pair)
+            except Exception as error:
+                errors.append(error)
             done.set()
 
-        self.streams[beside].submit(copy)
+        self.streams[beside].submit(work)
 
         def wait():
             assert done.wait(30)
             self.log.append("beside" if beside else "in order")
+            if errors:
+                raise errors[0]
 
         return wait
 

@@ -133,9 +133,7 @@ def test_a_device_out_of_memory_fails_the_save_and_not_the_training(tmp_path, de
         raise torch.OutOfMemoryError("out of memory")
 
     with monkeypatch.context() as patch:
-        patch.setattr("ckptengine.torch.accelerator.begin_copy", refuse)
-        if not device.real:
-            patch.setattr(device.pretended, "begin", refuse)
+        patch.setattr(device.pretended or accelerator.Link, "to_host", refuse)
         with pytest.raises(CheckpointError, match="was not saved: OutOfMemoryError"):
             run.save(2, state)
     weight.zero_()

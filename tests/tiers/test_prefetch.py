@@ -113,7 +113,7 @@ def test_where_the_newest_is_damaged_the_one_before_it_is_fetched(run, tmp_path,
         (run / "step-00000030/manifest-0001.json").write_bytes(b"{}")
     result = call("prefetch", run, tmp_path / "ckpt")
     assert result.exit_code == 0, result.stderr
-    assert re.search(r"step-00000030 is damaged, the one before it is tried: .*step-00000030", result.stderr)
+    assert re.search(r"step-00000030 is damaged; the previous checkpoint is tried: .*step-00000030", result.stderr)
     assert files_of(tmp_path / "ckpt") == of_step(run, 20)
 
 
