@@ -74,7 +74,8 @@ class BinderBase(ABC):
             self._memory.take_back()
             raise
         work = self._work
-        return Binding(work.reads, report, work.actions, self._promise(), left, self._memory.take_back)
+        built, take_back = self._rebuilt, self._memory.take_back
+        return Binding(work.reads, report, work.actions, self._promise(), left, take_back, built.extras, built.taken)
 
     @abstractmethod
     def walk(self, state: Mapping[str, Any]) -> None:
