@@ -100,14 +100,18 @@ def drawn(count: int) -> settings:
     )  # fmt: skip
 
 
-@drawn(5)
+@drawn(4)
 @given(sizes=SIZES, saves=st.sampled_from(CASES), loads=st.sampled_from(CASES))
 def test_what_one_split_has_saved_another_loads_bit_for_bit(ranks: Asked, sizes: Sizes, saves: str, loads: str) -> None:
     run(ranks, sizes, saves, [loads])
 
 
+def test_tensors_without_elements_are_saved_and_loaded_under_fsdp2(ranks: Asked) -> None:
+    run(ranks, Sizes(hidden=0, layers=1), "2-fsdp2", ["2-fsdp2", "1-whole"])
+
+
 @pytest.mark.long
-@drawn(12)
+@drawn(8)
 @given(sizes=SIZES, saves=st.sampled_from(CASES), loads=st.lists(st.sampled_from(CASES), min_size=1, max_size=3))
 def test_what_many_splits_have_saved_others_load_bit_for_bit(
     ranks: Asked, sizes: Sizes, saves: str, loads: list[str]
