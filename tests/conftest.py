@@ -19,6 +19,9 @@ from servers import KEY, SECRET, Proxy, moto_server
 # question is lost, the job stands still for the resolver's five seconds: see resolv.conf(5).
 os.environ.setdefault("RES_OPTIONS", "timeout:1")
 
+# More processes than cores: a thread that spins for torch's next operation takes the core from one that works.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 # On a busy machine an example may take long.
 settings.register_profile("ckptengine", deadline=None)
 settings.load_profile("ckptengine")
@@ -48,7 +51,7 @@ def pytest_configure(config: pytest.Config) -> None:
         config.add_cleanup(lambda: server.__exit__(None, None, None))
 
 
-# Files that take a minute or more, the longest first: begun last, they would keep one process when the others are done.
+# Files that take a while, the longest first: begun last, they would keep one process when the others are done.
 LONG = (
     "tests/tiers/test_persistent.py", "tests/parallelism/test_spread.py",
     "tests/parallelism/test_splits_in_training.py", "tests/gpu/test_fence.py",
@@ -59,6 +62,9 @@ LONG = (
     "tests/tiers/test_copy.py", "tests/zoo/test_zoo.py", "tests/benchmarks/test_command.py",
     "tests/remote/test_jobs.py", "tests/failures/test_ranks.py", "tests/failures/test_kills.py",
     "tests/mpi/test_state.py", "tests/tiers/test_prefetch.py", "tests/failures/test_hung_storage.py",
+    "tests/engine/test_across_ranks.py", "tests/engine/test_round_trip.py", "tests/mpi/test_comm.py",
+    "tests/dcp/test_across_ranks.py", "tests/mpi/test_failures.py", "tests/comm/test_torch.py",
+    "tests/remote/test_waits.py", "tests/torch/test_dtensors.py", "tests/torch/test_wrapped_names.py",
 )  # fmt: skip
 
 

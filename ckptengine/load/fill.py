@@ -18,10 +18,11 @@ from ckptengine.errors import DeadlineError
 from ckptengine.layout.read_plan import Copy, WantedPart, blocks, plan_read
 from ckptengine.layout.tiling import Int64s
 from ckptengine.load.checkpoint import Opened
+from ckptengine.load.devices import DeviceCopy, DeviceFilling
 from ckptengine.load.schedule import needed_nbytes
-from ckptengine.native.tables import ScatterPlan, scatter_row
+from ckptengine.native.tables import NOTHING, Row, ScatterPlan, scatter_row
 from ckptengine.schema.dtypes import DTYPES
-from ckptengine.schema.leaf import ArrayLeaf, DeviceMemory, HostMemory
+from ckptengine.schema.leaf import ArrayLeaf, DeviceMemory, HostMemory, Link
 from ckptengine.storage.stuck import operation_of
 from ckptengine.storage.within import within
 
@@ -30,6 +31,9 @@ __all__ = ["READ_TIMEOUT", "Filling", "Source", "host_memory", "plan_filling", "
 
 READ_TIMEOUT = 600.0
 """Seconds without a byte after which a read is given up, where the caller has no other number."""
+
+_ELSEWHERE = HostMemory(0, (), 0, 0, None)
+"""In place of what lies on a device."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,13 +49,20 @@ class Filling:
     """How this rank's parts of leaves are filled: its archives by number, and the ranges that it needs of them.
 
     `needs` are int64 rows of archive, start and stop, ascending. `finish` is called when all is read: it brings what
-    was read for devices there. `memories` keep what is filled where it is.
+    was read for devices there. `memories` keep what is filled where it is. `devices` has the windows of what goes
+    straight there; `close` gives them back.
     """
 
     sources: dict[int, Source]
     needs: Int64s
     finish: Callable[[], None]
     memories: tuple[HostMemory, ...]
+    devices: DeviceFilling | None = None
+
+    def close(self) -> None:
+        """Give back what the way to devices has taken."""
+        if self.devices is not None:
+            self.devices.close()
 
 
 def host_memory(array: NDArray[Any]) -> HostMemory:
@@ -67,12 +78,16 @@ def plan_filling(checkpoint: Opened, reads: Sequence[tuple[int, ArrayLeaf]]) -> 
     """
     wanted: list[WantedPart] = []
     memories: list[HostMemory] = []
+    linked: dict[int, tuple[DeviceMemory, Link, np.dtype[Any]]] = {}
     copies_to_devices: list[Callable[[], None]] = []
     for leaf, target in reads:
         dtype = DTYPES[target.dtype].numpy
         for part in target.parts:
             memory = part.memory
-            if isinstance(memory, DeviceMemory):
+            if isinstance(memory, DeviceMemory) and memory.link is not None:
+                linked[len(memories)] = memory, memory.link, dtype
+                memory = _ELSEWHERE
+            elif isinstance(memory, DeviceMemory):
                 staging = np.empty(part.box.shape, dtype)
                 copies_to_devices.append(functools.partial(memory.copy_from_host, staging))
                 memory = host_memory(staging)
@@ -80,17 +95,28 @@ def plan_filling(checkpoint: Opened, reads: Sequence[tuple[int, ArrayLeaf]]) -> 
             memories.append(memory)
     sources = {}
     needs = [np.zeros((0, 3), np.int64)]
+    spans_of: dict[int, Int64s] = {}
+    host_rows: dict[int, list[Row]] = {}
+    device_copies: dict[int, list[DeviceCopy]] = {}
     for number, copies in sorted(plan_read(checkpoint.rows, wanted).items()):
         archive = checkpoint.archive(number)
         spans = blocks(copies, BLOCK_NBYTES, archive.fixed_nbytes)
         needs.append(np.insert(spans, 0, number, axis=1))
-        sources[number] = Source(archive, _scatter(copies, memories))
+        rows = [_row(copy, memories[copy.part]) for copy in copies if copy.part not in linked]
+        if linked:
+            spans_of[number], host_rows[number] = spans, rows
+            found = [(copy, linked[copy.part]) for copy in copies if copy.part in linked]
+            device_copies[number] = [DeviceCopy(copy, one.owner, link, dtype) for copy, (one, link, dtype) in found]
+        sources[number] = Source(archive, NOTHING if linked else ScatterPlan.of(rows))
+    devices = DeviceFilling(device_copies, host_rows, spans_of) if linked else None
 
     def finish() -> None:
+        if devices is not None:
+            devices.finish()
         for copy in copies_to_devices:
             copy()
 
-    return Filling(sources, np.concatenate(needs), finish, tuple(memories))
+    return Filling(sources, np.concatenate(needs), finish, tuple(memories), devices)
 
 
 def read_ranges(filling: Filling, ranges: Int64s, timeout: float) -> int:
@@ -104,16 +130,24 @@ def read_ranges(filling: Filling, ranges: Int64s, timeout: float) -> int:
     for number, source in filling.sources.items():
         begin, end = np.searchsorted(ranges[:, 0], (number, number + 1))
         mine = ranges[begin:end]
-        if mine.size:
-            spans = np.stack([mine[:, 1], mine[:, 2] - mine[:, 1]], axis=1)
-            within(
-                timeout,
-                "reading a checkpoint",
-                functools.partial(source.archive.load, spans, source.plan),
-                _native.counters,
-                lambda thread: _left_behind.append((thread, filling)),
-            )
+        if mine.size and filling.devices is not None:
+            filling.devices.read(number, mine[:, 1:], functools.partial(_load, filling, source.archive, timeout))
+        elif mine.size:
+            _load(filling, source.archive, timeout, mine[:, 1:], source.plan)
     return needed_nbytes(ranges)
+
+
+def _load(filling: Filling, archive: Archive, timeout: float, spans: Int64s, plan: ScatterPlan) -> None:
+    """Read ranges (start, stop) of an archive to where a plan says."""
+
+    def left_behind(thread: threading.Thread) -> None:
+        if filling.devices is not None:
+            filling.devices.left_behind = True
+        _left_behind.append((thread, filling))
+
+    ranges = np.stack([spans[:, 0], spans[:, 1] - spans[:, 0]], axis=1)
+    call = functools.partial(archive.load, ranges, plan)
+    within(timeout, "reading a checkpoint", call, _native.counters, left_behind)
 
 
 # Reads that nobody waits for any more. They may still fill the memory of a state, which is kept for them.
@@ -131,14 +165,10 @@ def check_no_read_is_left_behind() -> None:
         )
 
 
-def _scatter(copies: Sequence[Copy], memories: Sequence[HostMemory]) -> ScatterPlan:
-    """Return where the bytes of one archive go."""
-    rows = []
-    for copy in copies:
-        memory = memories[copy.part]
-        address = memory.address + sum(o * s for o, s in zip(copy.target_offset, memory.strides, strict=True))
-        target = (address, memory.low, memory.nbytes)
-        strides = memory.strides if copy.order is None else tuple(memory.strides[dim] for dim in copy.order)
-        boxes = (copy.dense_shape, copy.box_offset, copy.box_shape, strides)
-        rows.append(scatter_row(copy.position, copy.nbytes, copy.itemsize, target, *boxes))
-    return ScatterPlan.of(rows)
+def _row(copy: Copy, memory: HostMemory) -> Row:
+    """Return where the bytes of a copy go."""
+    address = memory.address + sum(o * s for o, s in zip(copy.target_offset, memory.strides, strict=True))
+    target = (address, memory.low, memory.nbytes)
+    strides = memory.strides if copy.order is None else tuple(memory.strides[dim] for dim in copy.order)
+    boxes = (copy.dense_shape, copy.box_offset, copy.box_shape, strides)
+    return scatter_row(copy.position, copy.nbytes, copy.itemsize, target, *boxes)

@@ -405,6 +405,8 @@ def _fill(filling: Filling, group: Together | None, where: str, timeout: float) 
         filling.finish()
     except StoppedElsewhere:
         return None
+    finally:
+        filling.close()
     return counts
 
 

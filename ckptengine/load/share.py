@@ -162,8 +162,7 @@ def _read_shared(filling: Filling, requests: Sequence[Request], window: Window, 
     try:
         readers.start()
         for archive, some in itertools.groupby(wanted, lambda request: request.archive):
-            source = filling.sources[archive]
-            window.consume(source.archive, list(some), source.plan, _CONSUMERS)
+            _consume(filling, archive, list(some), window)
         readers.finish()
     except BaseException as problem:
         window.stop()
@@ -177,6 +176,20 @@ def _read_shared(filling: Filling, requests: Sequence[Request], window: Window, 
             raise readers.error from None
         raise
     return sum(request.nbytes for request in mine)
+
+
+def _consume(filling: Filling, number: int, requests: Sequence[Request], window: Window) -> None:
+    """Take requests of one archive out of a window, to memory or, as many as fit there at a time, to devices."""
+    source, devices = filling.sources[number], filling.devices
+    if devices is None:
+        window.consume(source.archive, requests, source.plan, _CONSUMERS)
+        return
+    for begin, end in devices.groups(number, [one.position for one in requests]):
+        some = requests[begin:end]
+        plan = devices.plan(number, some[0].position, some[-1].position + some[-1].nbytes)
+        window.consume(source.archive, some, plan, _CONSUMERS)
+        for one in some:
+            devices.came(number, one.position, one.position + one.nbytes)
 
 
 class _Readers:

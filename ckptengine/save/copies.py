@@ -16,7 +16,7 @@ from ckptengine.comm.base import Communicator
 from ckptengine.errors import SaveFailedError
 from ckptengine.layout.survey import Boxes, Group, Kind, Survey
 from ckptengine.layout.tiling import linear
-from ckptengine.save.replicas import BOXES, Crcs, box_crcs, box_path, compare_replicas
+from ckptengine.save.replicas import Crcs, box_crcs, box_path, compare_replicas
 from ckptengine.schema.box import Box
 from ckptengine.schema.head import is_zero_sized
 from ckptengine.schema.leaf import ArrayLeaf, Placement
@@ -92,7 +92,7 @@ def compare_copies(
     rows = [(path, box) for path in paths[number] for box in _boxes_of(copies[number], comm.rank)]
     said = from_all(comm, lambda: np.asarray([crcs[box_path(*row)] for row in rows], "<u4").tobytes(), timeout, _DOING)
     named = [([rank], _named(copies[number], paths[number], rank, words)) for rank, words in enumerate(said)]
-    compare_replicas(named, BOXES)
+    compare_replicas(named)
 
 
 def _boxes_of(boxes: Boxes, rank: int) -> list[Box]:

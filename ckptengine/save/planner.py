@@ -21,6 +21,7 @@ from ckptengine.layout.survey import Boxes, Table, by_path, decode_boxes, encode
 from ckptengine.save.copies import compare_copies, copies_in
 from ckptengine.save.reading import Reading, Structure
 from ckptengine.save.replicas import (
+    Crcs,
     ReplicaCheck,
     compare_replicas,
     decode_crcs,
@@ -30,10 +31,13 @@ from ckptengine.save.replicas import (
 )
 from ckptengine.save.shares import Shares, decode_said, encode_said, share_out
 from ckptengine.save.some_ranks import check_nesting, on_some_ranks
+from ckptengine.save.undeclared import note_of, tell_differing, undeclared_crcs
 from ckptengine.save.values import StoredValues
 from ckptengine.schema.path import Path
 
 __all__ = ["Plan", "Planner"]
+
+_TOKEN_NBYTES = 12
 
 _log = logging.getLogger("ckptengine")
 
@@ -146,6 +150,7 @@ class Planner:
         rank, world_size = self._comm.rank, self._comm.world_size
         mine: tuple[Holding, ...] = ()
         said: list[bytes] = []
+        buffers: Crcs = ()
         if reading is not None and values is not None and error is None:
             try:
                 mine = tuple(by_path(holdings_of(reading.leaves), rank))
@@ -153,13 +158,15 @@ class Planner:
                 crcs = b""
                 if compare:
                     crcs = encode_crcs(with_aliases(replica_crcs(reading.leaves), reading.plain.aliases))
+                    buffers = undeclared_crcs(reading.leaves)
                 said = [encode_said(values), table_of(mine, rank, world_size).encode(), crcs]
             except Exception as problem:
                 error = problem
         agree(self._comm, error, timeout, "taking the state apart")
-        token = secrets.token_hex(6).encode() if rank == 0 else b""
-        tokens, (words, tables, replicas) = gather_distinct(self._comm, token, said, timeout)
-        self._session, self._attempts = tokens[0].decode(), 0
+        token = secrets.token_hex(_TOKEN_NBYTES // 2).encode() if rank == 0 else b""
+        notes, (words, tables, replicas) = gather_distinct(self._comm, token + note_of(buffers), said, timeout)
+        self._session, self._attempts = notes[0][:_TOKEN_NBYTES].decode(), 0
+        tell_differing(buffers, [notes[0][_TOKEN_NBYTES:], *notes[1:]], rank)
         assert values is not None
         said_of = [decode_said(document) for document in words.documents] if len(words.documents) > 1 else []
         self._shares = share_out(rank, values, said_of, words.of_rank)

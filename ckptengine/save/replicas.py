@@ -23,7 +23,6 @@ from ckptengine.schema.ranks import name_ranks
 from ckptengine.snapshot.threads import copy_threads
 
 __all__ = [
-    "BOXES",
     "Crcs",
     "ReplicaCheck",
     "box_crcs",
@@ -33,6 +32,7 @@ __all__ = [
     "encode_crcs",
     "replica_check",
     "replica_crcs",
+    "whole_crcs",
     "with_aliases",
 ]
 
@@ -77,6 +77,11 @@ def replica_crcs(leaves: Iterable[ArrayLeaf], copies: Collection[Path] | None = 
     return _crcs(found)
 
 
+def whole_crcs(leaves: Iterable[ArrayLeaf]) -> Crcs:
+    """Return path and a CRC32 of arrays that a rank holds as a whole."""
+    return _crcs([(leaf.path, leaf, part) for leaf in leaves for part in leaf.parts])
+
+
 def box_crcs(leaves: Iterable[ArrayLeaf]) -> Crcs:
     """Return a CRC32 of each box of sharded arrays, under the array's path with the box as a last key."""
     return _crcs(_boxes(leaves))
@@ -86,6 +91,11 @@ def box_path(path: Path, box: Box) -> Path:
     """Return under what a box of an array is compared."""
     ends = zip(box.offset, box.shape, strict=True)
     return (*path, f"[{', '.join(f'{start}:{start + length}' for start, length in ends)}]")
+
+
+def _is_box(path: Path) -> bool:
+    last = path[-1]
+    return isinstance(last, str) and last.startswith("[") and last.endswith("]")
 
 
 def _boxes(leaves: Iterable[ArrayLeaf]) -> list[tuple[Path, ArrayLeaf, Part]]:
@@ -170,20 +180,19 @@ _PLAIN = (
     "and its optimizer, in ckptengine.PerRank; where they should be equal, find out why they drifted apart "
     "(check_replicas='never' stores one of them unseen)"
 )
-BOXES = (
+_BOXES = (
     "Ranks that hold the same part of an array under one name count as replicas, of which one is stored. Where groups "
     "of ranks have different ones, as of experts, give each a name of its own (ckptengine.Renumbered does, for lists "
     "of modules), or declare plain tensors as parts of one stack with ckptengine.Sharded; where they should be equal, "
     "find out why they are not, such as other random numbers at the start (check_replicas='never' stores one of them "
     "unseen)"
 )
-"""What to do where boxes of sharded arrays differ."""
 
 
-def compare_replicas(said: Sequence[tuple[Sequence[int], Crcs]], advice: str = _PLAIN) -> None:
-    """Compare the replicated arrays of all ranks, given ranks and what they say of theirs.
+def compare_replicas(said: Sequence[tuple[Sequence[int], Crcs]]) -> None:
+    """Compare the replicated arrays of all ranks, and boxes of others, given ranks and what they say of theirs.
 
-    Raises `ReplicaMismatchError` naming leaves and ranks, with `advice` on what to do.
+    Raises `ReplicaMismatchError` naming leaves and ranks.
     """
     first: dict[Path, tuple[int, int]] = {}
     differing: dict[Path, list[int]] = {}
@@ -198,4 +207,5 @@ def compare_replicas(said: Sequence[tuple[Sequence[int], Crcs]], advice: str = _
         for path, ranks in list(differing.items())[:_NAMED]
     ]
     more = f"; and {len(differing) - _NAMED} more leaves" if len(differing) > _NAMED else ""
+    advice = _BOXES if all(_is_box(path) for path in differing) else _PLAIN
     raise ReplicaMismatchError(f"{'; '.join(lines)}{more}. {advice}")

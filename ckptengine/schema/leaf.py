@@ -124,7 +124,8 @@ class ArrayLeaf:
     shape. `parts` are this rank's boxes, none empty, none overlapping. `container` says what it was, `torch`,
     `numpy` or `mindspore`, so that objects with `load_state_dict` get the same back. `fenced` tells that nothing but
     an optimizer's step changes it, so that a copy may go on until the next one. `by_hand` tells that the boxes are what
-    a program says of plain arrays, so that those that several ranks have are compared.
+    a program says of plain arrays, so that those that several ranks have are compared. `undeclared` is a buffer in a
+    module of which a declaration says how it is split, and nothing of this.
     """
 
     path: Path
@@ -135,3 +136,4 @@ class ArrayLeaf:
     container: str
     fenced: bool = False
     by_hand: bool = False
+    undeclared: bool = False

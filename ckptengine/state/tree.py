@@ -131,6 +131,7 @@ class _Walk:
         self._groups: list[Path] = []  # of optimizers
         self._in_module = False
         self._objects = 0  # those that the walk is in
+        self._declarations = 0  # those that the walk is in
         self._sequences = 0  # lists and tuples that the walk is in, within the innermost object
         self._root = self._visit_items(state, (), per_rank=False)
         if wanted is None:  # nothing is saved of a state that was loaded: nothing waits for its copy
@@ -203,7 +204,10 @@ class _Walk:
                 if per_rank or self._objects:
                     inside = "PerRank" if per_rank else "what state_dict() gives"
                     raise StateError(f"{dotted(path)}: a ce.Sharded in {inside}; put it into the state itself")
-                return DeclaredStep(value, self._visit(value.value, path, per_rank=per_rank))
+                self._declarations += 1
+                declared = self._visit(value.value, path, per_rank=per_rank)
+                self._declarations -= 1
+                return DeclaredStep(value, declared)
             case Kind.MODULE:
                 assert adapter is not None
                 steps: dict[Any, Step] = {}
@@ -302,9 +306,12 @@ class _Walk:
             )
         if buffer and placement is Placement.REPLICATED:
             placement = Placement.WHOLE
-        by_hand = cut is not None and placement is Placement.SHARDED
+        kind = {
+            "by_hand": cut is not None and placement is Placement.SHARDED,
+            "undeclared": self._declarations > 0 and placement is Placement.WHOLE,
+        }
         container = adapter.container_of(tensor)
-        leaf = ArrayLeaf(path, view.dtype, shape, placement, parts, container, by_hand=by_hand)
+        leaf = ArrayLeaf(path, view.dtype, shape, placement, parts, container, **kind)
         head = head_of(view.dtype, view.shape, view.placement, view.parts) if saves else ()
         self._leaves.add(tensor, adapter, leaf, identity, cut, head)
 

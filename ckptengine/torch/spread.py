@@ -113,6 +113,12 @@ def _check_zero(optimizer: Any, path: Path, saves_itself: bool) -> None:
             f"{dotted(path)}: ZeroRedundancyOptimizer(overlap_with_ddp=True) has no state that could be filled before "
             "its third step, and steps at other times than other optimizers; use overlap_with_ddp=False"
         )
+    if isinstance(_inside(optimizer), torch.optim.LBFGS):
+        raise StateError(
+            f"{dotted(path)}: ZeroRedundancyOptimizer around LBFGS, whose state on each rank is of all "
+            "parameters of that rank together; another number of ranks could not take it. Use an optimizer that keeps "
+            "its state by parameter, or LBFGS without ZeroRedundancyOptimizer"
+        )
     if saves_itself:
         raise StateError(
             f"{dotted(path)}: ZeroRedundancyOptimizer around {type(_inside(optimizer)).__name__}, which has a "

@@ -85,6 +85,39 @@ def fsdp2(folder, backend):
     dist.destroy_process_group()
 
 
+def replicated(folder):
+    """Two ranks with the same tensors on one device, which a restore reads once for both."""
+    import numpy as np
+    import pytest
+
+    from ckptengine.load import devices
+
+    if NAME == "cpu":
+        from pretended import FakeAccelerator
+
+        FakeAccelerator(pytest.MonkeyPatch()).seconds = 0
+    devices.WINDOW_NBYTES = 1 << 20
+    rank = int(os.environ["RANK"])
+    dist.init_process_group("gloo", init_method=f"file://{os.environ['STORE']}", rank=rank, world_size=2)
+    torch.manual_seed(0)
+    shapes = [(1000, 1500), (700, 90), (3,), (2000, 1100), ()]
+    state = {f"w{n}": torch.randn(shape).to(NAME) for n, shape in enumerate(shapes)}
+    state["here"] = np.arange(5000.0)
+    state["own"] = ce.PerRank({"w": torch.full((600, 1000), float(rank), device=NAME)})
+    expected = {name: tensor.cpu().clone() for name, tensor in state.items() if name.startswith("w")}
+    with ce.Checkpointer(folder, timeout=60) as run:
+        run.save(1, state).durable.result()
+        for name in expected:
+            state[name].zero_()
+        state["own"].value["w"].zero_()
+        state["here"][:] = 0
+        assert run.restore(state) == 1
+    assert all(torch.equal(state[name].cpu(), tensor) for name, tensor in expected.items())
+    assert (state["own"].value["w"] == rank).all()
+    assert state["here"].tolist() == list(range(5000))
+    dist.destroy_process_group()
+
+
 def dead(folder):
     weight = torch.ones(1000, 1000, device=NAME)
     run = ce.Checkpointer(folder)
@@ -99,4 +132,4 @@ def dead(folder):
 
 
 if __name__ == "__main__":
-    {"train": train, "fsdp2": fsdp2, "dead": dead}[sys.argv[1]](*sys.argv[2:])
+    {"train": train, "fsdp2": fsdp2, "replicated": replicated, "dead": dead}[sys.argv[1]](*sys.argv[2:])

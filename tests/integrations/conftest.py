@@ -4,4 +4,7 @@ from __future__ import annotations
 
 import os
 
+# More processes than cores: a thread that spins for torch's next operation takes the core from one that works.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 collect_ignore_glob = [] if os.environ.get("CKPTENGINE_TEST_INTEGRATIONS") else ["test_*.py"]

@@ -84,6 +84,7 @@ SIZES = st.builds(
     experts=st.integers(1, 5),
     layers=st.integers(1, 3),
     listed=st.booleans(),
+    tied=st.booleans(),
     cuts=st.integers(0, 1000),
 )
 
@@ -129,4 +130,4 @@ def test_each_kind_of_split_takes_what_the_others_have_saved(
     ranks: Asked, savers: list[str], loaders: list[str]
 ) -> None:
     for number, saver in enumerate(savers):
-        run(ranks, Sizes(listed=number % 2 == 1), saver, loaders)
+        run(ranks, Sizes(listed=number % 2 == 1, tied=number % 4 > 1), saver, loaders)

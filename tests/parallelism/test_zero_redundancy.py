@@ -10,7 +10,7 @@ from torch import nn
 from torch.distributed.optim import ZeroRedundancyOptimizer
 
 import ckptengine as ce
-from ckptengine.errors import LoadMismatchError
+from ckptengine.errors import LoadMismatchError, StateError
 
 
 @pytest.fixture(autouse=True)
@@ -59,3 +59,10 @@ def test_state_of_a_parameter_that_no_rank_steps_is_unexpected(tmp_path: Path) -
     replace(fresh, other, inside=False)
     with pytest.raises(LoadMismatchError, match=r"unexpected in the checkpoint:\n +optimizer.state.model.b.weight"):
         ce.load(tmp_path / "saved", into={"model": fresh, "optimizer": other})
+
+
+def test_lbfgs_inside_is_refused_since_its_state_is_of_all_parameters_of_a_rank(tmp_path: Path) -> None:
+    model = nn.Linear(3, 2)
+    optimizer = ZeroRedundancyOptimizer(model.parameters(), torch.optim.LBFGS)
+    with pytest.raises(StateError, match="LBFGS without ZeroRedundancyOptimizer"):
+        ce.save(tmp_path / "saved", {"model": model, "optimizer": optimizer})
