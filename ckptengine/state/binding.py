@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ckptengine.frameworks.adapter import TensorView
 from ckptengine.schema.leaf import ArrayLeaf
-from ckptengine.schema.path import Path
+from ckptengine.schema.path import Path, is_inside
+from ckptengine.state.bind.extras import Extra
 from ckptengine.state.extents import Extent, extents
 from ckptengine.state.report import LoadReport
 from ckptengine.state.saved import Node, SavedArray, SavedValue
@@ -94,6 +95,7 @@ class Left:
 class Binding:
     """A state and a checkpoint that fit; nothing has been changed yet.
 
+    `extras` are what objects would be handed beyond the state that they have here.
     `reads` are filled in place first. `report` says what fits, `promise` what must be there in the end. `finish` is
     called once, after all ranks have read and verified everything. `give_up` is called where that
     failed on any rank.
@@ -107,6 +109,8 @@ class Binding:
         promise: Promise | None = None,
         left: Left | None = None,
         take_memory: Callable[[], None] | None = None,
+        extras: Sequence[Extra] = (),
+        taken: set[int] | None = None,
     ) -> None:
         self.reads = reads
         self.report = report
@@ -114,6 +118,16 @@ class Binding:
         self.left = Left(0, {}, ()) if left is None else left
         self._actions: list[Action] | None = actions
         self._take_memory = take_memory
+        self.extras = extras
+        self._taken = set() if taken is None else taken
+
+    def leave_to_others(self, numbers: Iterable[int]) -> None:
+        """Hand objects nothing of these extra leaves, which other ranks' objects have."""
+        self._taken.update(numbers)
+        others = {(*one.path, *one.keys) for one in self.extras if not one.numbers.isdisjoint(self._taken)}
+        if others and self.promise is not None:
+            leaves = {path: one for path, one in self.promise.leaves.items() if not is_inside(path, others)}
+            self.promise = replace(self.promise, leaves=leaves, refused=self.promise.refused | others)
 
     def finish(self) -> None:
         """Set plain values, optimizers' state and groups, and call `load_state_dict` of objects."""

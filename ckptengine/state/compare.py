@@ -192,7 +192,8 @@ class _Comparison:
             self._differ(path, f"{_short(saved)} in the checkpoint, {_short(now)} now")
 
     def _named(self, names: Any) -> Any:
-        return sorted(self._promise.parameter_name(str(name)) for name in names) if isinstance(names, list) else names
+        # Two of the checkpoint may be one tied parameter here.
+        return sorted({self._promise.parameter_name(str(name)) for name in names}) if isinstance(names, list) else names
 
     def surplus(self) -> None:
         """Find what is there now, where everything is built from the checkpoint, and is not in it."""

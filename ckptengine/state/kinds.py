@@ -240,23 +240,28 @@ class Inspector:
         twice has the name by which it is reached first.
         """
         names: dict[int, str] = {}
-        self._collect(state, (), names)
+        for number, name in self._parameters(state, ()):
+            names.setdefault(number, name)
         return names
 
-    def _collect(self, value: Any, path: Path, names: dict[int, str]) -> None:
+    def further_names(self, state: Any, names: Mapping[int, str]) -> dict[str, str]:
+        """Return, of parameters that modules in the state have under several names, each further one and the first."""
+        return {name: names[number] for number, name in self._parameters(state, ()) if name != names[number]}
+
+    def _parameters(self, value: Any, path: Path) -> Iterator[tuple[int, str]]:
         if len(path) > MAX_DEPTH:
             raise StateError(f"{dotted(path[:3])}…: nested more than {MAX_DEPTH} deep (or inside itself); flatten it")
         kind, adapter = (Kind.DICT, None) if path == () else self.kind(value, path)
         if kind in (Kind.PER_RANK, Kind.DECLARED):
-            self._collect(value.value, path, names)
+            yield from self._parameters(value.value, path)
         elif kind is Kind.MODULE:
             assert adapter is not None
             for entry in self.entries(value, adapter, path):
                 if adapter.is_tensor(entry.value) and not entry.buffer:
-                    names.setdefault(id(entry.value), dotted((*path, entry.name)))
+                    yield id(entry.value), dotted((*path, entry.name))
         elif kind in (Kind.DICT, Kind.SEQUENCE):
             for key, item in children(value, path):
-                self._collect(item, (*path, key), names)
+                yield from self._parameters(item, (*path, key))
 
 
 def _saves_itself(value: Any) -> bool:

@@ -56,6 +56,8 @@ def dtensor_pieces(tensor: Any, path: Path) -> tuple[tuple[int, ...], Placement,
     placement = Placement.SHARDED if any(splits) or not everywhere else Placement.REPLICATED
     if coordinate is None:
         return shape, placement, []
+    if 0 in shape and 0 in local.shape:
+        return shape, placement, []  # FSDP2 gives every rank no rows of what has no elements
     runs = [
         local_runs(length, dim_splits, local_length)
         for length, dim_splits, local_length in zip(shape, splits, local.shape, strict=True)

@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "parallelism"))
 from ranks import run_ranks
 from split_lives import live, worst
 
+JOB = Path(__file__).parents[1] / "parallelism/deepspeed_cells_job.py"
 CPU = {"DS_ACCELERATOR": "cpu", "DS_LOG_LEVEL": "error"}
 
 
@@ -74,3 +75,11 @@ def test_bf16_weights_are_made_of_the_restored_master_weights_when_the_model_alo
         assert "keeps odd, which is no plain value" in told["odd"]
         assert "LoadMismatchError" in told["other"]
         assert "the loss scaler of the checkpoint is another one" in told["other"]
+
+
+@pytest.mark.timeout(650)
+def test_engines_take_what_other_splits_have_saved_and_these_take_theirs(tmp_path: Path) -> None:
+    job = run_ranks(4, JOB, tmp_path, env=CPU, timeout=600)
+    assert job.returncode == 0, job.stdout[-6000:]
+    found = [json.loads((tmp_path / f"rank-{rank}.json").read_text()) for rank in range(4)]
+    assert found == [{}] * 4

@@ -52,14 +52,22 @@ def stored(path: Path) -> dict[str, np.ndarray]:
     return found
 
 
-def check_stored(path: Path, sizes: Sizes, one_group: bool) -> list[str]:
-    """Return what is not in a checkpoint as the network in one piece has it."""
+def check_stored(path: Path, sizes: Sizes, one_group: bool, apart: bool = False) -> list[str]:
+    """Return what is not in a checkpoint as the network in one piece has it.
+
+    `apart` says that the first and the last stage have each their own of a tied weight.
+    """
     built = LAYOUTS["whole"][1](network(sizes, 1), sizes, one_group)
     take_steps(built)
     (net,) = built.modules
     want = {f"model/{name}": value for name, value in net.state_dict().items()}
     for name, parameter in net.named_parameters():
         want |= {f"optimizer/state/model.{name}/{key}": v for key, v in built.optimizer.state[parameter].items()}
+    if sizes.tied and apart:
+        of_head = {
+            f"optimizer/state/model.head.weight/{key}": v for key, v in built.optimizer.state[net.embed.weight].items()
+        }
+        want |= of_head
     have = stored(path)
     wrong = [f"{name}: missing" for name in want if name not in have]
     wrong += [f"{name}: too much" for name in have if name not in want]
@@ -94,7 +102,8 @@ def answer(folder: Path, number: int, asked: dict[str, Any]) -> dict[str, str]:
                 built = build(saves, sizes, one_group, 1)
                 take_steps(built)
                 ce.save(path, built.state, timeout=30)
-                wrong = check_stored(path, sizes, one_group) if dist.get_rank() == 0 else []
+                apart = "pipeline" in saves or "interleaved" in saves
+                wrong = check_stored(path, sizes, one_group, apart) if dist.get_rank() == 0 else []
             except Exception:
                 wrong = [traceback.format_exc(limit=-5)]
             if wrong:

@@ -32,6 +32,7 @@ class Sizes:
     experts: int = 5
     layers: int = 3
     listed: bool = False
+    tied: bool = False
     cuts: int = 0
 
 
@@ -57,6 +58,12 @@ class Net(nn.Module):
         self.layers = nn.ModuleDict({str(number): Layer(sizes) for number in range(sizes.layers)})
         self.scale = nn.Parameter(torch.ones(1))
         self.head = nn.Linear(sizes.width, sizes.vocabulary)
+        if sizes.tied:
+            _tie(self)
+
+
+def _tie(net: nn.Module) -> None:
+    net.head.weight = net.embed.weight
 
 
 def network(sizes: Sizes, seed: int) -> Net:
@@ -168,11 +175,14 @@ def _fully_shard(net: Net, mesh: DeviceMesh) -> None:
     fully_shard(net, mesh=mesh)
 
 
-def _spread(net: nn.Module, mesh: DeviceMesh, dim: int) -> None:
+def _spread(net: Net, mesh: DeviceMesh, dim: int) -> None:
+    tied = net.head.weight is net.embed.weight
     for module in net.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
             placement = Shard(dim) if dim < parameter.ndim else Replicate()
             setattr(module, name, nn.Parameter(distribute_tensor(parameter.detach(), mesh, [placement])))
+    if tied:
+        _tie(net)
 
 
 # In stages: each rank has some of the layers, under their names in the whole network.
@@ -254,6 +264,8 @@ def _cut(net: Net, sizes: Sizes, tp: DeviceMesh, ep: DeviceMesh) -> Any:
                 own = _part(tensor.detach(), dim, units, total, mesh, seed)
                 holder, _, key = name.rpartition(".")
                 setattr(net.get_submodule(holder), key, nn.Parameter(own) if isinstance(tensor, nn.Parameter) else own)
+    if sizes.tied and hasattr(net, "head") and hasattr(net, "embed"):
+        _tie(net)
     if sizes.listed:
         for name, layer in net.layers.items():
             lengths = _lengths(sizes.experts, ep.size(), f"{sizes.cuts} {name} experts")

@@ -84,6 +84,7 @@ SIZES = st.builds(
     experts=st.integers(1, 5),
     layers=st.integers(1, 3),
     listed=st.booleans(),
+    tied=st.booleans(),
     cuts=st.integers(0, 1000),
 )
 
@@ -99,14 +100,18 @@ def drawn(count: int) -> settings:
     )  # fmt: skip
 
 
-@drawn(5)
+@drawn(4)
 @given(sizes=SIZES, saves=st.sampled_from(CASES), loads=st.sampled_from(CASES))
 def test_what_one_split_has_saved_another_loads_bit_for_bit(ranks: Asked, sizes: Sizes, saves: str, loads: str) -> None:
     run(ranks, sizes, saves, [loads])
 
 
+def test_tensors_without_elements_are_saved_and_loaded_under_fsdp2(ranks: Asked) -> None:
+    run(ranks, Sizes(hidden=0, layers=1), "2-fsdp2", ["2-fsdp2", "1-whole"])
+
+
 @pytest.mark.long
-@drawn(12)
+@drawn(8)
 @given(sizes=SIZES, saves=st.sampled_from(CASES), loads=st.lists(st.sampled_from(CASES), min_size=1, max_size=3))
 def test_what_many_splits_have_saved_others_load_bit_for_bit(
     ranks: Asked, sizes: Sizes, saves: str, loads: list[str]
@@ -129,4 +134,4 @@ def test_each_kind_of_split_takes_what_the_others_have_saved(
     ranks: Asked, savers: list[str], loaders: list[str]
 ) -> None:
     for number, saver in enumerate(savers):
-        run(ranks, Sizes(listed=number % 2 == 1), saver, loaders)
+        run(ranks, Sizes(listed=number % 2 == 1, tied=number % 4 > 1), saver, loaders)

@@ -345,3 +345,69 @@ def test_loss_scales_that_stages_have_of_their_own_are_told_apart_by_per_rank_an
         fresh = [scaled(64.0, ce.PerRank) for _ in range(2)]
         job.load(fresh)
     assert [scale_of(state) for state in fresh] == [1.0, 2.0]
+
+
+# Objects of which each rank has some items.
+
+
+class Averages:
+    """Averages of a stage's weights by name, which takes whatever it is handed."""
+
+    def __init__(self, *names: str) -> None:
+        self.names, self.shadow = names, {name: torch.zeros(2) for name in names}
+
+    def update(self) -> None:
+        for number, name in enumerate(self.names):
+            self.shadow[name] = self.shadow.get(name, torch.zeros(2)) + 1 + number
+
+    def state_dict(self) -> dict:
+        return {"decay": 0.9, "shadow": dict(self.shadow)}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.shadow = dict(state["shadow"])
+
+
+def averages(ranks: int) -> list[Averages]:
+    names = [f"layer{number}" for number in range(4)]
+    return [Averages(*names[rank::ranks]) for rank in range(ranks)]
+
+
+@pytest.mark.parametrize("before", [1, 2, 4])
+@pytest.mark.parametrize("after", [1, 2, 4])
+def test_an_object_is_handed_what_it_has_and_not_what_other_ranks_objects_have(tmp_path, before, after):
+    of = averages(before)
+    for one in of:
+        one.update()
+    expected = {name: value.tolist() for one in of for name, value in one.shadow.items()}
+    with StageJob(tmp_path / "run", before) as job:
+        job.save([{"ema": one} for one in of])
+    found = averages(after)
+    with StageJob(tmp_path / "run", after) as job:
+        assert all(report.complete for report in job.load([{"ema": one} for one in found]))
+        for one in found:
+            assert {name: value.tolist() for name, value in one.shadow.items()} == {n: expected[n] for n in one.names}
+            one.update()
+        job.save([{"ema": one} for one in found])  # nothing of another rank is left in it, to differ now
+
+
+def test_an_object_that_has_only_less_than_another_ranks_is_handed_all(tmp_path):
+    """As where one rank has evaluated before the restore: it is no other stage, and must not lose what was saved."""
+    of = [Averages("a"), Averages("a")]
+    for one in of:
+        one.update()
+    with StageJob(tmp_path / "run", 2) as job:
+        job.save([{"ema": one} for one in of])
+        fresh = [Averages("a"), Averages()]
+        job.load([{"ema": one} for one in fresh])
+    assert [one.shadow["a"].tolist() for one in fresh] == [[1.0, 1.0]] * 2
+
+
+def test_objects_that_fill_themselves_later_are_handed_all_on_all_ranks(tmp_path):
+    of = [Averages("a"), Averages("a")]
+    for one in of:
+        one.update()
+    with StageJob(tmp_path / "run", 2) as job:
+        job.save([{"ema": one} for one in of])
+        fresh = [Averages(), Averages()]
+        job.load([{"ema": one} for one in fresh])
+    assert [one.shadow["a"].tolist() for one in fresh] == [[1.0, 1.0]] * 2

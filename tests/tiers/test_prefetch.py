@@ -324,5 +324,5 @@ def test_damage_in_the_bucket_is_passed_over(trained_run, in_environment, tmp_pa
     in_environment.fs.pipe_file(f"{in_environment.url}/run/{name}", bytes(data))
     result = call("prefetch", f"{in_environment.url}/run", tmp_path / "ckpt")
     assert result.exit_code == 0
-    assert re.search(rf"step-00000030 is damaged, .*{name}.*CRC32 differs", result.stderr)
+    assert re.search(rf"step-00000030 is damaged; .*{name}.*CRC32 differs", result.stderr)
     assert files_of(tmp_path / "ckpt") == of_step(trained_run, 20)

@@ -14,6 +14,7 @@ from ckptengine.state.bind.found import Found, Rebuilt
 from ckptengine.state.bind.meta import GivenMemory
 from ckptengine.state.bind.options import Options
 from ckptengine.state.bind.source import Source
+from ckptengine.state.bind.tied import TiedNames
 from ckptengine.state.bind.work import Same, Work
 from ckptengine.state.binding import Binding, Promise
 from ckptengine.state.kinds import Inspector
@@ -50,6 +51,8 @@ class BinderBase(ABC):
         self._inspector.ask(state, wanted=self._is_asked)
         self._inspector.declare(state)
         self._names = self._inspector.parameter_names(state)
+        aliases = {self._source.rename(path): self._source.rename(one) for path, one in saved.aliases.items()}
+        self._tied = TiedNames(self._inspector.further_names(state, self._names), self._names.values(), aliases)
         self._memory = GivenMemory(self._inspector, selection, self._source.shared, cast)
         self._layouts: dict[str, Layouts | None] = {}
         self._optimizer_states: set[Path] = set()
@@ -71,7 +74,8 @@ class BinderBase(ABC):
             self._memory.take_back()
             raise
         work = self._work
-        return Binding(work.reads, report, work.actions, self._promise(), left, self._memory.take_back)
+        built, take_back = self._rebuilt, self._memory.take_back
+        return Binding(work.reads, report, work.actions, self._promise(), left, take_back, built.extras, built.taken)
 
     @abstractmethod
     def walk(self, state: Mapping[str, Any]) -> None:
@@ -133,7 +137,7 @@ class BinderBase(ABC):
         if name in self._adopted:
             return name
         renamed = self._source.rename((name,))
-        return name if renamed == (name,) else dotted(renamed)
+        return self._tied.name_of(name if renamed == (name,) else dotted(renamed))
 
     @abstractmethod
     def _bind(self, value: Any, put: Put | None, path: Path, node: Node | None, *, per_rank: bool) -> None:

@@ -6,10 +6,11 @@ import functools
 from collections.abc import Mapping
 from typing import Any
 
+from ckptengine.errors import StateError
 from ckptengine.frameworks.adapter import Adapter
-from ckptengine.schema.path import Path, dotted
+from ckptengine.schema.path import Key, Path, dotted
 from ckptengine.state.bind.adopt import adopt
-from ckptengine.state.bind.groups import regroup
+from ckptengine.state.bind.groups import regroup, saved_groups
 from ckptengine.state.bind.objects import hand_over
 from ckptengine.state.bind.tensors import Maker, TensorBinder, of_kind
 from ckptengine.state.bind.work import FRAMEWORK
@@ -19,6 +20,7 @@ from ckptengine.state.moments import Moments
 from ckptengine.state.outline import in_order
 from ckptengine.state.own_state import GROUPS
 from ckptengine.state.saved import Node, SavedArray
+from ckptengine.state.values import digest, encode
 
 __all__ = ["OptimizerBinder"]
 
@@ -44,11 +46,13 @@ class OptimizerBinder(TensorBinder):
             self._rebuilt.optimizers.add(path)
             if node.cls is None:
                 self._adopted |= adopt(node, names)
+            self._look_for_tied(node, names)
             if not self._regroup(node, path, names, per_rank):
                 return
         saved_state = node.child("state") or Node()
         _order_alike(saved_state)
-        by_name = {self._parameter_name(str(key)): child for key, child in saved_state.children.items()}
+        all_of = self._states_by_name(saved_state)
+        by_name = {name: found[0][1] for name, found in all_of.items()}
         self._add_own_states(groups, names, (*path, "state"), by_name)
         elsewhere = adapter.states_elsewhere(optimizer, [p for group in groups for p in group["params"]])
         moments = self._inspector.declared.moments(
@@ -67,13 +71,16 @@ class OptimizerBinder(TensorBinder):
                 if not self._selection.holds(where):
                     continue
                 if id(parameter) in elsewhere:
-                    self._is_elsewhere(where, child, parameter)
+                    for one in (child, *(node for _, node in all_of.get(name, ())[1:])):
+                        self._is_elsewhere(where, one, parameter)
                     continue
                 if child is not None and self._state_differs(parameter, name, where, child, current or {}):
                     continue
                 new: dict[str, Any] | None = None
                 if child is not None:
                     new = self._bind_parameter_state(adapter, group, parameter, current or {}, where, child, stored)
+                    for key, other in all_of.get(name, ())[1:]:
+                        self._bind_again(adapter, group, parameter, new, (*path, "state", key), other, stored)
                 setting = functools.partial(adapter.set_optimizer_state, optimizer, parameter, new)
                 self._work.act(FRAMEWORK, setting)
         self._work.act(FRAMEWORK, functools.partial(adapter.finish_states, optimizer, groups, (*path, "state")))
@@ -81,6 +88,41 @@ class OptimizerBinder(TensorBinder):
         if adapter.loads_itself(optimizer):
             call = functools.partial(adapter.hand_over, optimizer)
             self._work.act(FRAMEWORK, functools.partial(hand_over, optimizer, None, path, call))
+
+    def _look_for_tied(self, node: Node, names: list[list[str]]) -> None:
+        """Have parameters found that the checkpoint has, tied, under other names only."""
+        place, states = node.child(GROUPS), node.child("state") or Node()
+        stored = {name for group in (saved_groups(place) or () if place is not None else ()) for name in group.params}
+        self._tied.look_for(
+            (name for group in names for name in group),
+            (self._parameter_name(str(name)) for name in {*stored, *states.children}),
+        )
+
+    def _states_by_name(self, states: Node) -> dict[str, list[tuple[Key, Node]]]:
+        """Return the saved states, with their keys, by the parameters' names here: several for a tied parameter."""
+        found: dict[str, list[tuple[Key, Node]]] = {}
+        for key, child in states.children.items():
+            name = self._parameter_name(str(key))
+            known = found.get(name, []) if self._tied.is_tied(name) else []
+            found[name] = [*known, (key, child)]
+        return found
+
+    def _bind_again(
+        self,
+        adapter: Adapter,
+        group: dict[str, Any],
+        parameter: Any,
+        state: dict[str, Any],
+        path: Path,
+        node: Node,
+        moments: Moments,
+    ) -> None:
+        """Bind the state of a second parameter of the checkpoint, tied to the first here: both must bring the same."""
+        other = self._bind_parameter_state(adapter, group, parameter, state, path, node, moments)
+        odd = [key for key in {**state, **other} if not _is_same(state.get(key), other.get(key), adapter, path)]
+        if odd:
+            reason = f"one tied parameter here, and in the checkpoint two whose {odd[0]!r} differs"
+            self._mismatch(path, f"{reason}; load into a state in which they are not tied", node)
 
     def _regroup(self, node: Node, path: Path, names: list[list[str]], per_rank: bool) -> bool:
         """Make of the saved groups those that are here; whether that can be done. Else it is noted.
@@ -280,6 +322,16 @@ class OptimizerBinder(TensorBinder):
                         "model in the same state, or give the optimizer its parameters in the same order"
                     )
         return None
+
+
+def _is_same(one: Any, other: Any, adapter: Adapter, path: Path) -> bool:
+    """Whether two items of a state are one tensor to be filled, or equal plain values."""
+    if one is other or adapter.is_tensor(one) or adapter.is_tensor(other):
+        return one is other
+    try:
+        return digest(encode(one, path)) == digest(encode(other, path))
+    except StateError:  # containers with tensors
+        return False
 
 
 def _array_shapes(node: Node) -> dict[Path, tuple[int, ...]]:

@@ -64,6 +64,7 @@ class OwnCallsBinder(ObjectBinder, OptimizerBinder, ModuleBinder):
         self._rebuilt.objects[path], self._rebuilt.before[path] = optimizer, current
         self._rebuilt.optimizers.add(path)
         names = optimizer_names(groups, self._names)
+        self._look_for_tied(node, names)
         if not self._regroup(node, path, names, per_rank):
             return
         packed = self._own_groups(adapter, groups, names, path, node, per_rank)
@@ -114,7 +115,8 @@ class OwnCallsBinder(ObjectBinder, OptimizerBinder, ModuleBinder):
         whole = node.child(STATE) or Node()
         whole.used = True  # where no parameter had arrays it is one plain value
         saved = _spelled_out(whole)
-        by_name = {self._parameter_name(str(key)): (key, child) for key, child in saved.children.items()}
+        all_of = self._states_by_name(saved)
+        by_name = {name: found[0] for name, found in all_of.items()}
         moments = self._inspector.declared.moments((p, current.get(number)) for p, number in numbered(groups))
         stored = self._stored_moments({name: _spelled_out(child) for name, (_, child) in by_name.items()})
         states: dict[Any, Any] = {}
@@ -129,6 +131,10 @@ class OwnCallsBinder(ObjectBinder, OptimizerBinder, ModuleBinder):
                     continue
                 inner = _spelled_out(child)
                 states[number] = self._bind_parameter_state(adapter, group, parameter, here, where, inner, stored)
+                for other_key, other in all_of[name][1:]:
+                    there = (*path, STATE, other_key)
+                    self._bind_again(adapter, group, parameter, states[number], there, _spelled_out(other), stored)
+                    other.used = other.used or other.entry is not None
                 number_of[key] = number
                 if child.entry is not None:  # plain values, or none: the parameter is known, and has nothing yet
                     child.used = True
