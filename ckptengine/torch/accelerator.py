@@ -103,7 +103,7 @@ class Link:
         self, stream: torch.Stream, copy: Callable[[], None], after: Any | None, kept: object
     ) -> Callable[[], None]:
         """Give a stream some copies; return what waits for them. Where one can't be given, none is left under way."""
-        # Who waits for it sleeps: by default the wait would keep a core busy.
+        # So that who waits sleeps, and keeps no core busy, as soon as torch heeds it: torch.Event's text says not yet.
         event = torch.Event(self._device, blocking=True)
         with _beside_captures(), torch.no_grad(), stream:
             if after is not None:
