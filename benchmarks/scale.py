@@ -102,7 +102,7 @@ def reading_of(rank: int, ranks: int, leaves: int) -> Reading:
         arrays.append(ArrayLeaf(path, "bfloat16", shape, Placement.SHARDED, (part,), "torch"))
     plain, trace = flatten_traced({"step": 1})
     flat = replace(plain, arrays=tuple(arrays))
-    return Reading({}, plain, structure_of(flat), flat.arrays, None, trace, [], Asked())
+    return Reading({}, plain, structure_of(flat), flat.arrays, None, trace, [], Asked(), {})
 
 
 def plan_of(rank: int, ranks: int, leaves: int) -> Plan:

@@ -145,7 +145,7 @@ def reading_of(mesh: Mesh, stage: int, leaves: int) -> Reading:
         {"step": 1, f"stage {stage}": {"groups": groups, "names": [a.path[1] for a in arrays]}}
     )
     flat = replace(plain, arrays=arrays)
-    return Reading({}, plain, structure_of(flat), flat.arrays, None, trace, [], Asked())
+    return Reading({}, plain, structure_of(flat), flat.arrays, None, trace, [], Asked(), {})
 
 
 def told_by_all(mesh: Mesh, leaves: int) -> list[bytes]:

@@ -106,11 +106,11 @@ def test_the_memory_of_one_process_is_refused_where_several_ranks_are_to_share_i
 def mistyped(good):
     client = good["client_kwargs"]
     return {
-        "is 'endpoint_url' meant": {**good, "endpont_url": "http://x"},
+        "do you mean 'endpoint_url'": {**good, "endpont_url": "http://x"},
         "option 'nonsense'": {**good, "nonsense": 1},
         "option 'retry'": {**good, "config_kwargs": {"retry": 1}},
         "option 'endpoint'": {**good, "client_kwargs": {**client, "endpoint": 1}},
-        "endpoint_url='127.0.0.1:9000' is no URL": {**good, "endpoint_url": "127.0.0.1:9000"},
+        "endpoint_url='127.0.0.1:9000' is not a URL": {**good, "endpoint_url": "127.0.0.1:9000"},
     }
 
 

@@ -136,7 +136,7 @@ def test_a_directory_in_memory_that_others_may_enter_is_refused(tmp_path, memory
     root = Path(memory_root(str(tmp_path / "run"), memory))
     root.mkdir(parents=True, mode=0o777)
     root.parent.chmod(0o777)
-    with pytest.raises(ce.errors.StorageError, match="not this user's alone"):
+    with pytest.raises(ce.errors.StorageError, match="does not belong to this user alone"):
         ce.Checkpointer(tmp_path / "run", memory=memory, preemption=None)
 
 
