@@ -42,10 +42,10 @@ fi
 
 failed=0
 if "$python" -c 'import pytest' 2> /dev/null; then
-  timeout -s INT -k 15 "${CKPTENGINE_GPU_TEST_SECONDS:-190}" "$python" -m pytest -m "not sanitize" -q -rfEs -p no:cacheprovider --confcutdir=tests/gpu \
+  timeout -s INT -k 15 "${CKPTENGINE_GPU_TEST_SECONDS:-210}" "$python" -m pytest -m "not sanitize" -q -rfEs -p no:cacheprovider --confcutdir=tests/gpu \
     -W ignore::pytest.PytestConfigWarning --junitxml "$out/tests.xml" tests/gpu > "$out/tests.log" 2>&1
   status=$?
-  [ $status = 124 ] && say "the tests did not end in time: what they had done is in $out/tests.log"
+  { [ $status = 124 ] || [ $status = 137 ]; } && say "the tests did not end in time: what they had done is in $out/tests.log"
   [ $status = 0 ] || failed=1
   grep -E "^(FAILED|ERROR|SKIPPED)|passed|failed" "$out/tests.log" | tee -a "$text"
 else
@@ -57,7 +57,7 @@ fi
 # Errors of memory in what the engine gives to the device, where CUDA's tool is here: the tests of the copies alone.
 sanitizer=$(command -v compute-sanitizer || ls /usr/local/cuda/bin/compute-sanitizer 2> /dev/null)
 if [ -n "$sanitizer" ] && [ $status -ge 0 ]; then
-  timeout -k 5 "${CKPTENGINE_GPU_SANITIZER_SECONDS:-60}" "$sanitizer" --tool memcheck --error-exitcode 9 --target-processes all \
+  timeout -k 5 "${CKPTENGINE_GPU_SANITIZER_SECONDS:-45}" "$sanitizer" --tool memcheck --error-exitcode 9 --target-processes all \
     "$python" -m pytest -q -x -p no:cacheprovider --confcutdir=tests/gpu -k "float32 or parts_of_tensors or moved_to_the_cpu" \
     tests/gpu/test_copies.py tests/gpu/test_restores.py > "$out/sanitizer.log" 2>&1
   case $? in
@@ -69,8 +69,8 @@ else
   say "compute-sanitizer is not here: not run"
 fi
 
-timeout "${CKPTENGINE_GPU_BENCH_SECONDS:-200}" "$python" -m benchmarks.gpu --folder "$out" --json "$out/figures.json" \
-  --seconds "${CKPTENGINE_GPU_BENCH_BEGIN_SECONDS:-160}" --gigabytes ${CKPTENGINE_GPU_GIGABYTES:-1 10 40} > "$out/figures.log" 2>&1 || {
+timeout "${CKPTENGINE_GPU_BENCH_SECONDS:-170}" "$python" -m benchmarks.gpu --folder "$out" --json "$out/figures.json" \
+  --seconds "${CKPTENGINE_GPU_BENCH_BEGIN_SECONDS:-130}" --gigabytes ${CKPTENGINE_GPU_GIGABYTES:-1 10 40} > "$out/figures.log" 2>&1 || {
   failed=1
   say "the benchmark did not end well: $out/figures.log"
 }
