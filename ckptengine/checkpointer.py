@@ -48,8 +48,7 @@ _log = logging.getLogger("ckptengine")
 class Checkpointer:
     """Save a training state in the background when a save is due, and restore the newest checkpoint.
 
-    Collective: all ranks make it, and call the same methods in the same order. Use it as a context manager, or call
-    `close` at the end.
+    Collective: all ranks make it, and call the same methods in the same order. It is a context manager, or has `close`.
 
     Where checkpoints go:
 
@@ -354,13 +353,8 @@ class Checkpointer:
         self._saves.correct()
         if (handle := self._saves.of(step)) is not None:
             self._saves.trained(step)
-            if numbers and self._comm.rank == 0:
-                _log.warning(
-                    "step %d of %s is saved already, so these metrics are not stored: pass them to the call that "
-                    "saves the step",
-                    step,
-                    self.run,
-                )
+            if numbers:
+                self._saves.tell_not_stored(step, self.run)
             return handle
         self._saves.schedule.started()
         target = self._line.target(step, self._settings.metadata, numbers)
@@ -458,15 +452,8 @@ class Checkpointer:
     ) -> None:
         if error is None:
             self.close()
-            unsaved, policy = self._saves.unsaved, self._settings.policy
-            if unsaved is not None and policy.save and self._comm.rank == 0:
-                _log.warning(
-                    "step %d of %s was trained but not saved (saves are due %s): call ckpt.save(step, state) after "
-                    "the loop to save it",
-                    unsaved,
-                    self.run,
-                    policy.describe(),
-                )
+            if self._settings.policy.save:
+                self._saves.tell_unsaved(self.run, self._settings.policy.describe())
             return
         try:
             self._close(failed=True)

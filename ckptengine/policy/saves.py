@@ -16,7 +16,7 @@ _log = logging.getLogger("ckptengine")
 class Saves:
     """Accounts for saves that end in the background; what became of them counts from the next call on.
 
-    `tells` is whether this rank logs that a save is committed.
+    `tells` is whether this rank logs what is the same on all: that a save is committed, or was not made.
     """
 
     def __init__(self, schedule: Schedule, failures: Failures, tells: bool) -> None:
@@ -39,6 +39,27 @@ class Saves:
     def trained(self, step: int) -> None:
         """Note a step that has been trained, whether it is saved or not."""
         self.unsaved = step if self.of(step) is None else None
+
+    def tell_unsaved(self, run: str, due: str) -> None:
+        """Warn of a last step that was trained and not saved; `due` says when saves are."""
+        if self.unsaved is not None and self._tells:
+            _log.warning(
+                "step %d of %s was trained but not saved (saves are due %s): call ckpt.save(step, state) after the "
+                "loop to save it",
+                self.unsaved,
+                run,
+                due,
+            )
+
+    def tell_not_stored(self, step: int, run: str) -> None:
+        """Warn of metrics that came after the save of their step."""
+        if self._tells:
+            _log.warning(
+                "step %d of %s is saved already, so these metrics are not stored: pass them to the call that saves the "
+                "step",
+                step,
+                run,
+            )
 
     @property
     def any(self) -> bool:
