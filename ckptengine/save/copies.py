@@ -38,7 +38,7 @@ def copies_in(survey: Survey, boxes: Mapping[int, Boxes]) -> Copies:
             continue
         if group.kind is Kind.WHOLE:
             found[number] = _whole(group)
-        elif number in boxes and _has_copies(group, boxes[number]):
+        elif number in boxes and _differ(group, boxes[number], boxes[number].ranks):
             found[number] = boxes[number]
     return found
 
@@ -46,13 +46,6 @@ def copies_in(survey: Survey, boxes: Mapping[int, Boxes]) -> Copies:
 def _whole(group: Group) -> Boxes:
     shape = (group.holders.size, len(group.head.shape))
     return Boxes(np.zeros(shape, np.int64), np.broadcast_to(group.head.shape, shape), group.holders)
-
-
-def _has_copies(group: Group, boxes: Boxes) -> bool:
-    first, last = _ends(group, boxes)
-    order = np.lexsort((boxes.ranks, last, first))
-    first, last, ranks = first[order], last[order], boxes.ranks[order]
-    return bool(((first[1:] == first[:-1]) & (last[1:] == last[:-1]) & (ranks[1:] != ranks[:-1])).any())
 
 
 def _ends(group: Group, boxes: Boxes) -> tuple[np.ndarray, np.ndarray]:
@@ -123,6 +116,7 @@ def _by_group(copies: Copies, messages: Sequence[bytes]) -> dict[int, tuple[Boxe
 
 
 def _differ(group: Group, boxes: Boxes, words: np.ndarray) -> bool:
+    """Whether the words of any two equal boxes differ."""
     first, last = _ends(group, boxes)
     order = np.lexsort((last, first))
     first, last, words = first[order], last[order], words[order]
