@@ -53,7 +53,8 @@ class Shares:
     the same as a set. `first_names` leads from each parameter to the one by which ranks compare its group, where that
     is not the least of its names: groups that have a parameter in common are one. `owners` has the rank that stores
     each value. `aliases` are the further names of tensors of all distinct ranks, `in_part` the paths of this rank's
-    objects of which ranks have different items. `forms` are all ranks' forms, `form_of_rank` the number of each rank's; on rank 0 only.
+    objects of which ranks have different items. `forms` are all ranks' forms, `form_of_rank` the number of each rank's;
+    on rank 0 only.
     """
 
     rank: int
