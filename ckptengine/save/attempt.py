@@ -154,6 +154,11 @@ class Attempt:
     created: str = field(default_factory=utc_now)
     """What the manifest says; wherever this attempt is committed, that is the same file."""
 
+    @property
+    def left_for_devices(self) -> float:
+        """The seconds that they may still take: then there is time left to tell the others why it ends."""
+        return max(0.0, 0.9 * (self.deadline - time.monotonic()))
+
     def phase(self, name: str, began: float) -> Phase:
         """Return the phase that began at a moment and ends now."""
         return phase_of(name, began, self.started)
