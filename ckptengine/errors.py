@@ -5,6 +5,7 @@ __all__ = [
     "CheckpointError",
     "CheckpointNotFoundError",
     "DeadlineError",
+    "DeviceError",
     "ForeignFormatError",
     "FormatVersionError",
     "LoadMismatchError",
@@ -79,6 +80,17 @@ class RunInUseError(CheckpointError):
 
 class RankFailedError(CheckpointError):
     """An operation failed on other ranks; the message names them and repeats their messages."""
+
+
+class DeviceError(CheckpointError):
+    """A device failed, or has no memory left; the message names the tensor, the bytes and the device.
+
+    With `under_way` the device did not answer, and may still copy: the host's memory for that is never given back.
+    """
+
+    def __init__(self, message: str, under_way: bool = False) -> None:
+        super().__init__(message)
+        self.under_way = under_way
 
 
 class DeadlineError(CheckpointError, TimeoutError):

@@ -38,7 +38,7 @@ from ckptengine.save.values import StoredValues
 from ckptengine.schema.leaf import ArrayLeaf
 from ckptengine.snapshot.feed import Feed
 from ckptengine.snapshot.pack import Checksums, CopyTable
-from ckptengine.snapshot.snapshotter import Snapshotter
+from ckptengine.snapshot.snapshotter import Snapshotter, on_same_devices
 from ckptengine.storage.base import ArchiveWriter, Storage, join
 
 __all__ = [
@@ -250,15 +250,15 @@ def begin_archive(
         def copy() -> None:
             try:
                 if whole:
-                    snapshotter.fill(table, checksums)
+                    snapshotter.fill(table, checksums, timeout)
                     snapshotter.complete(table, checksums, feed)
                 else:
-                    snapshotter.stream(table, checksums, feed)
+                    snapshotter.stream(table, checksums, feed, timeout)
                 feed.finish(None)
             except BaseException as problem:
                 feed.fail(problem)
 
-        copying = Aside(copy)
+        copying = Aside(on_same_devices(copy))
         try:
             for window in feed:
                 archive.write(window.address, window.end - window.begin, window.begin)

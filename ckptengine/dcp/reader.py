@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import hashlib
 import io
 import logging
@@ -209,9 +211,11 @@ class Reader(StorageReader):
         """Read what leaves of the checkpoint, by their numbers, have for parts in this rank's memory."""
         with naming(checkpoint.location):
             doing = f"reading {checkpoint.location}"
-            filling = within(self._timeout, doing, lambda: plan_filling(checkpoint, reads), _native.counters)
-            read_ranges(filling, filling.needs, self._timeout)
-            filling.finish()
+            plan = functools.partial(plan_filling, checkpoint, reads, self._timeout)
+            filling = within(self._timeout, doing, plan, _native.counters)
+            with contextlib.closing(filling):
+                read_ranges(filling, filling.needs, self._timeout)
+                filling.finish()
 
     def _fill(self, checkpoint: Opened, wanted: list[_Wanted]) -> None:
         adapter = framework("torch")

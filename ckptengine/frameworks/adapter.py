@@ -78,6 +78,8 @@ class Adapter:
 
     name: str = ""
     """The name in tags and, unless `container_of` says another, in `ArrayLeaf.container`."""
+    shortages: tuple[type[Exception], ...] = (MemoryError,)
+    """What is raised where there is no memory for a new tensor."""
 
     def is_tensor(self, value: Any) -> bool:
         """Whether a value is one of the framework's tensors."""

@@ -16,12 +16,13 @@ from typing import Any
 import numpy as np
 
 from ckptengine.archive.image import BLOCK_NBYTES
-from ckptengine.errors import StorageError
+from ckptengine.errors import DeviceError, StorageError
 from ckptengine.frameworks.registry import adapters
 from ckptengine.layout.read_plan import Copy
 from ckptengine.layout.tiling import Int64s, strides_of
 from ckptengine.native.tables import Row, ScatterPlan, scatter_row
-from ckptengine.schema.leaf import Link
+from ckptengine.schema.leaf import Link, LinkError
+from ckptengine.schema.path import Path, dotted
 from ckptengine.snapshot.arena import Arena
 
 __all__ = ["WINDOW_NBYTES", "DeviceCopy", "DeviceFilling", "pieces_of"]
@@ -37,8 +38,10 @@ _ALIGNMENT = 256
 
 @dataclass(frozen=True, slots=True)
 class DeviceCopy:
-    """A copy of `plan_read` that goes to a device: what owns the part's memory, its link, and the numpy dtype."""
+    """A copy of `plan_read` that goes to a device: the leaf's path, what owns the part's memory, its link, and the
+    numpy dtype."""
 
+    path: Path
     copy: Copy
     owner: Any
     link: Link
@@ -93,6 +96,29 @@ class _Piece:
             slices[into] = slice(begin, begin + self.box[dim])
         target = self.copy.owner[(*slices, ...)]
         return (target if one.order is None else self.copy.link.turned(target, order)), self.copy.link.host(source)
+
+
+@dataclass(frozen=True, slots=True)
+class _Copying:
+    """Pieces of a window that a device is copying, and what waits for them."""
+
+    window: _Window
+    pieces: list[_Piece]
+    wait: Callable[[float], None]
+
+
+@contextlib.contextmanager
+def _naming(pieces: Sequence[_Piece]) -> Iterator[None]:
+    """Have an error of copies to a device name the first piece, or that which could not begin."""
+    try:
+        yield
+    except Exception as error:
+        linked = error if isinstance(error, LinkError) else LinkError(f"its device: {type(error).__name__}: {error}", 0)
+        piece = pieces[linked.number or 0]
+        nbytes = math.prod(piece.box) * piece.copy.dtype.itemsize
+        more = f" and {len(pieces) - 1:,} more pieces" if linked.number is None and len(pieces) > 1 else ""
+        what = f"{dotted(piece.copy.path)} ({nbytes:,} bytes of it){more} could not be copied to {linked}"
+        raise DeviceError(what, linked.under_way) from (error.__cause__ or error)
 
 
 class _Archive:
@@ -153,9 +179,17 @@ class DeviceFilling:
     """
 
     def __init__(
-        self, copies: Mapping[int, Sequence[DeviceCopy]], rows: Mapping[int, Sequence[Row]], needs: Mapping[int, Int64s]
+        self,
+        copies: Mapping[int, Sequence[DeviceCopy]],
+        rows: Mapping[int, Sequence[Row]],
+        needs: Mapping[int, Int64s],
+        timeout: float,
     ) -> None:
-        """`copies` to devices, `rows` of what goes to host memory, and `needs` (start, stop), of each archive."""
+        """`copies` to devices, `rows` of what goes to host memory, and `needs` (start, stop), of each archive.
+
+        A device may take `timeout` seconds for a window.
+        """
+        self._timeout = timeout
         self._archives: dict[int, _Archive] = {}
         self._windows: list[_Window] = []
         self._links = list({id(one.link): one.link for some in copies.values() for one in some}.values())
@@ -168,10 +202,11 @@ class DeviceFilling:
         self._moments: dict[int, object] = {}
         self._arena = Arena()
         self._free: list[int] = []
-        self._copying: deque[tuple[_Window, Callable[[], None]]] = deque()
+        self._copying: deque[_Copying] = deque()
         self._opened = False
         self.left_behind = False
         """A read that was given up may still write to the windows: they are not given back."""
+        self._under_way = False  # a device may still read them
 
     def _pack(self, pieces: Sequence[tuple[Any, ...]]) -> list[_Piece]:
         """Spread pieces, given by position, over windows."""
@@ -191,7 +226,7 @@ class DeviceFilling:
     def read(self, number: int, spans: Int64s, load: Callable[[Int64s, ScatterPlan], None]) -> None:
         """Have ranges of an archive (rows of start and stop) read by `load`, given those of one window at a time.
 
-        Each is called in a thread of its own, two at a time. Raises what `load` raises, and a copy to a device.
+        Each is called in a thread of its own, two at a time. Raises what `load` raises, and `DeviceError`.
         """
         archive = self._archives[number]
         under_way: deque[tuple[Int64s, Future[None]]] = deque()
@@ -237,17 +272,19 @@ class DeviceFilling:
         self._came(self._archives[number], begin, end)
 
     def finish(self) -> None:
-        """Return when all is on the devices."""
+        """Return when all is on the devices; raises `DeviceError`."""
         assert not any(window.left for window in self._windows)
         while self._copying:
             self._end_copy()
 
     def close(self) -> None:
         """Wait for what was begun, whatever came of it, and give the memory back."""
-        while self._copying:
-            with contextlib.suppress(Exception):
+        while self._copying and not self._under_way:
+            with contextlib.suppress(DeviceError):
                 self._end_copy()
-        if not self.left_behind:
+        if self._under_way:
+            self._arena.leave()
+        elif not self.left_behind:
             self._arena.close()
 
     def _plan(self, archive: _Archive, begin: int, end: int, end_read: Callable[[], bool]) -> ScatterPlan:
@@ -278,7 +315,9 @@ class DeviceFilling:
         if self._opened:
             return
         self._opened = True
-        self._moments = {id(link): link.mark() for link in self._links}
+        for link in self._links:
+            with _naming(self._windows[0].pieces):
+                self._moments[id(link)] = link.mark()
         count = min(_WINDOWS, len(self._windows))
         size = WINDOW_NBYTES if count > 1 else sum(window.nbytes for window in self._windows)
         with contextlib.suppress(StorageError):  # memory is short: each window gets its own
@@ -299,14 +338,24 @@ class DeviceFilling:
     def _copy(self, window: _Window) -> None:
         """Begin to copy a window that has come to the devices."""
         for link in self._links:
-            pairs = [piece.pair() for piece in window.pieces if piece.copy.link is link]
-            if pairs:
-                self._copying.append((window, link.to_device(pairs, self._moments[id(link)])))
+            pieces = [piece for piece in window.pieces if piece.copy.link is link]
+            if pieces:
+                with _naming(pieces):
+                    wait = link.to_device([piece.pair() for piece in pieces], self._moments[id(link)])
+                self._copying.append(_Copying(window, pieces, wait))
 
     def _end_copy(self) -> None:
-        window, wait = self._copying.popleft()
-        wait()
-        if any(other is window for other, _ in self._copying):
+        first = self._copying[0]
+        try:
+            with _naming(first.pieces):
+                first.wait(self._timeout)
+        except DeviceError as error:
+            self._under_way = error.under_way
+            self._copying.popleft()
+            raise
+        self._copying.popleft()
+        window = first.window
+        if any(other.window is window for other in self._copying):
             return
         if window.slot is not None:
             self._free.append(window.slot)

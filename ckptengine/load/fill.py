@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from numpy.typing import NDArray
 import ckptengine._native as _native
 from ckptengine.archive.image import BLOCK_NBYTES
 from ckptengine.archive.reader import Archive
-from ckptengine.errors import DeadlineError
+from ckptengine.errors import CheckpointError, DeadlineError, DeviceError
 from ckptengine.layout.read_plan import Copy, WantedPart, blocks, plan_read
 from ckptengine.layout.tiling import Int64s
 from ckptengine.load.checkpoint import Opened
@@ -23,6 +24,7 @@ from ckptengine.load.schedule import needed_nbytes
 from ckptengine.native.tables import NOTHING, Row, ScatterPlan, scatter_row
 from ckptengine.schema.dtypes import DTYPES
 from ckptengine.schema.leaf import ArrayLeaf, DeviceMemory, HostMemory, Link
+from ckptengine.schema.path import Path, dotted
 from ckptengine.storage.stuck import operation_of
 from ckptengine.storage.within import within
 
@@ -70,26 +72,27 @@ def host_memory(array: NDArray[Any]) -> HostMemory:
     return HostMemory(array.ctypes.data, array.strides, array.ctypes.data, array.nbytes, array)
 
 
-def plan_filling(checkpoint: Opened, reads: Sequence[tuple[int, ArrayLeaf]]) -> Filling:
+def plan_filling(checkpoint: Opened, reads: Sequence[tuple[int, ArrayLeaf]], timeout: float = READ_TIMEOUT) -> Filling:
     """Return how to fill this rank's parts of leaves from a checkpoint.
 
-    `reads` are pairs of a leaf's number in the checkpoint's rows and the leaf of the state that it fills. Raises
+    `reads` are pairs of a leaf's number in the checkpoint's rows and the leaf of the state that it fills. A device may
+    take `timeout` seconds for a window. Raises
     `CheckpointDamagedError` naming the leaf that the layout does not cover, or the archive whose tail is damaged.
     """
     wanted: list[WantedPart] = []
     memories: list[HostMemory] = []
-    linked: dict[int, tuple[DeviceMemory, Link, np.dtype[Any]]] = {}
+    linked: dict[int, tuple[Path, DeviceMemory, Link, np.dtype[Any]]] = {}
     copies_to_devices: list[Callable[[], None]] = []
     for leaf, target in reads:
         dtype = DTYPES[target.dtype].numpy
         for part in target.parts:
             memory = part.memory
             if isinstance(memory, DeviceMemory) and memory.link is not None:
-                linked[len(memories)] = memory, memory.link, dtype
+                linked[len(memories)] = target.path, memory, memory.link, dtype
                 memory = _ELSEWHERE
             elif isinstance(memory, DeviceMemory):
-                staging = np.empty(part.box.shape, dtype)
-                copies_to_devices.append(functools.partial(memory.copy_from_host, staging))
+                staging = _staging(part.box.shape, dtype, target.path)
+                copies_to_devices.append(functools.partial(_bring, memory, staging, target.path))
                 memory = host_memory(staging)
             wanted.append(WantedPart(leaf, part.box))
             memories.append(memory)
@@ -106,9 +109,11 @@ def plan_filling(checkpoint: Opened, reads: Sequence[tuple[int, ArrayLeaf]]) -> 
         if linked:
             spans_of[number], host_rows[number] = spans, rows
             found = [(copy, linked[copy.part]) for copy in copies if copy.part in linked]
-            device_copies[number] = [DeviceCopy(copy, one.owner, link, dtype) for copy, (one, link, dtype) in found]
+            device_copies[number] = [
+                DeviceCopy(path, copy, one.owner, link, dtype) for copy, (path, one, link, dtype) in found
+            ]
         sources[number] = Source(archive, NOTHING if linked else ScatterPlan.of(rows))
-    devices = DeviceFilling(device_copies, host_rows, spans_of) if linked else None
+    devices = DeviceFilling(device_copies, host_rows, spans_of, timeout) if linked else None
 
     def finish() -> None:
         if devices is not None:
@@ -117,6 +122,29 @@ def plan_filling(checkpoint: Opened, reads: Sequence[tuple[int, ArrayLeaf]]) -> 
             copy()
 
     return Filling(sources, np.concatenate(needs), finish, tuple(memories), devices)
+
+
+def _staging(shape: tuple[int, ...], dtype: np.dtype[Any], path: Path) -> NDArray[Any]:
+    """Return host memory for what no link brings to its device."""
+    try:
+        return np.empty(shape, dtype)
+    except MemoryError as error:
+        nbytes = math.prod(shape) * dtype.itemsize
+        raise CheckpointError(
+            f"{dotted(path)}: not enough host memory for {nbytes:,} bytes on their way to a device; load a part "
+            "(`only=`), or into a sharded state"
+        ) from error
+
+
+def _bring(memory: DeviceMemory, staging: NDArray[Any], path: Path) -> None:
+    """Copy what was read to where no link brings it."""
+    try:
+        memory.copy_from_host(staging)
+    except CheckpointError:
+        raise
+    except Exception as error:
+        what = f"{dotted(path)} ({staging.nbytes:,} bytes) could not be copied to its device"
+        raise DeviceError(f"{what}: {type(error).__name__}: {error}; free memory there and try again") from error
 
 
 def read_ranges(filling: Filling, ranges: Int64s, timeout: float) -> int:

@@ -6,7 +6,7 @@ import contextlib
 import functools
 import logging
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,11 +20,13 @@ from ckptengine.comm.base import Communicator
 from ckptengine.errors import (
     CheckpointDamagedError,
     CheckpointError,
+    DeviceError,
     ForeignFormatError,
     LoadMismatchError,
     RankFailedError,
     StorageError,
 )
+from ckptengine.frameworks.registry import adapters
 from ckptengine.load.checkpoint import Checkpoint, Opened, naming
 from ckptengine.load.choose import TRIES, Chooser, newest_or_foreign
 from ckptengine.load.describe import describe
@@ -343,8 +345,12 @@ def _load_undoing(
             undo(binding.give_up)
             index = checkpoint.rows.index
             wanted = [(index[one.path, one.rank], one.target) for one in binding.reads]
-            filling = within(timeout, f"reading {where}", lambda: plan_filling(checkpoint, wanted), _native.counters)
+            plan = functools.partial(plan_filling, checkpoint, wanted, timeout)
+            filling = within(timeout, f"reading {where}", plan, _native.counters)
             offer = make_offer(comm, filling)
+    except DeviceError as problem:
+        error = DeviceError(f"rank {comm.rank}: {where}: {problem}. Nothing of the state was changed")
+        error.__cause__ = problem
     except Exception as problem:
         error = problem
     with offer or contextlib.nullcontext():
@@ -361,11 +367,11 @@ def _load_undoing(
         if verdict.refused:
             _refuse(binding, options.strict, comm, timeout, where)
         with together(comm, offer, greetings, timeout, f"preparing to read {where}") as group:
-            fill = functools.partial(_fill, filling, group, where, timeout)
+            fill = functools.partial(_fill, filling, group, where, timeout, comm.rank)
             counts = on_all(comm, fill, timeout, f"reading {where}")
     if counts is None:
         raise RankFailedError(f"reading {where} was stopped by a rank that gave no reason")
-    finish = functools.partial(_finish, binding, options.verify)
+    finish = functools.partial(_finish, binding, options.verify, where, comm.rank)
     marks = on_all(comm, finish, timeout, f"setting the state from {where}")
     if marks is not None:  # all ranks ask their objects once more, or none does
         check = functools.partial(
@@ -397,12 +403,30 @@ def _unread(saved: Saved, state: Mapping[str, Any], options: LoadOptions) -> lis
     return list(unread)
 
 
-def _fill(filling: Filling, group: Together | None, where: str, timeout: float) -> Counts | None:
+def _devices_errors() -> tuple[type[Exception], ...]:
+    return (DeviceError, *(kind for adapter in adapters() for kind in adapter.shortages))
+
+
+@contextlib.contextmanager
+def _naming_devices(where: str, rank: int) -> Iterator[None]:
+    """Have an error of a device say on which rank, of what, and what state it leaves; raises `DeviceError`."""
+    try:
+        yield
+    except _devices_errors() as error:
+        text = f"{error}" if isinstance(error, DeviceError) else f"{type(error).__name__}: {error}"
+        raise DeviceError(
+            f"rank {rank}: {where}: {text}. Parts of the state may have been overwritten: don't use it before a load "
+            "into it has ended well",
+            isinstance(error, DeviceError) and error.under_way,
+        ) from error
+
+
+def _fill(filling: Filling, group: Together | None, where: str, timeout: float, rank: int) -> Counts | None:
     """Read this rank's part; None where another rank, which raises its error on all, has stopped it."""
     try:
-        with naming(where):
+        with naming(where), _naming_devices(where, rank):
             counts = read(filling, group, timeout)
-        filling.finish()
+            filling.finish()
     except StoppedElsewhere:
         return None
     finally:
@@ -410,8 +434,9 @@ def _fill(filling: Filling, group: Together | None, where: str, timeout: float) 
     return counts
 
 
-def _finish(binding: Binding, verify: bool) -> Marks | None:
+def _finish(binding: Binding, verify: bool, where: str, rank: int) -> Marks | None:
     """Hand over what objects get; return what tells the tensors of before, where the state is verified."""
     marks = Marks(binding) if verify else None
-    binding.finish()
+    with _naming_devices(where, rank):
+        binding.finish()
     return marks

@@ -108,7 +108,8 @@ class Tail:
             if not self._made:
                 plan, values, crcs = self._work.plan, self._work.values, self._checksums
                 self.stored = plan.shares.stored(values)
-                entries = values.entries(self._rank, self.stored.document)
+                items = plan.shares.items(values, (leaf[0] for leaf in plan.structure))
+                entries = values.entries(self._rank, self.stored.document, items)
                 self._made = build_tail(plan.image, entries, crcs.entries, crcs.blocks)
             return self._made
 
@@ -152,6 +153,11 @@ class Attempt:
     feed: Feed[Snapshot]
     created: str = field(default_factory=utc_now)
     """What the manifest says; wherever this attempt is committed, that is the same file."""
+
+    @property
+    def left_for_devices(self) -> float:
+        """The seconds that they may still take: then there is time left to tell the others why it ends."""
+        return max(0.0, 0.9 * (self.deadline - time.monotonic()))
 
     def phase(self, name: str, began: float) -> Phase:
         """Return the phase that began at a moment and ends now."""

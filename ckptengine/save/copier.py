@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 import time
 import weakref
@@ -9,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ckptengine.errors import CheckpointError, DeadlineError, SaveFailedError
+from ckptengine.errors import CheckpointError, DeadlineError, DeviceError, SaveFailedError
 from ckptengine.frameworks.registry import adapters
 from ckptengine.save.attempt import Attempt, ReplicaCrcs, Snapshot, Tail, Work
 from ckptengine.save.collection import collection_later
@@ -19,7 +20,7 @@ from ckptengine.save.replicas import replica_crcs, with_aliases
 from ckptengine.schema.path import dotted
 from ckptengine.snapshot.pack import Checksums, CopyTable
 from ckptengine.snapshot.shared_arena import SharedArena
-from ckptengine.snapshot.snapshotter import Images, Snapshotter
+from ckptengine.snapshot.snapshotter import Images, Snapshotter, on_same_devices
 
 __all__ = ["Copier"]
 
@@ -85,10 +86,13 @@ class Copier:
             crcs = with_aliases(replica_crcs(reading.leaves, work.plan.copies), reading.plain.aliases)
         begun = _UnderWay(attempt, table, checksums, Tail(work, checksums, self._rank), arena, crcs)
         began = time.monotonic()
-        if whole:
-            self.snapshotter.fill(table, checksums)
-        else:
-            self.snapshotter.stream(table, checksums, attempt.feed)
+        try:
+            if whole:
+                self.snapshotter.fill(table, checksums, attempt.left_for_devices)
+            else:
+                self.snapshotter.stream(table, checksums, attempt.feed, attempt.left_for_devices)
+        except DeviceError as problem:
+            raise self._told(attempt, problem) from problem
         self._table = table
         stall = time.monotonic() - attempt.started
         if whole and table.has_fenced:
@@ -108,14 +112,15 @@ class Copier:
 
     def _go_on(self, call: Callable[..., None], *arguments: Any) -> None:
         """Do the rest of a copy beside the training."""
-        self._thread = threading.Thread(target=call, args=arguments, name="ckptengine-copy", daemon=True)
+        there = on_same_devices(functools.partial(call, *arguments))
+        self._thread = threading.Thread(target=there, name="ckptengine-copy", daemon=True)
         self._thread.start()
 
     def _copy_fenced(self, rest: _UnderWay, reading: Reading, before: Sequence[Any], stall: float) -> None:
         """Copy what only an optimizer's step changes, while forward and backward run; the step waits for it."""
         attempt, began = rest.attempt, time.monotonic()
         try:
-            self.snapshotter.bring(rest.table, rest.checksums)
+            self.snapshotter.bring(rest.table, rest.checksums, attempt.left_for_devices)
             changed = [
                 path for path, old, new in zip(reading.fenced, before, reading.versions(), strict=True) if old != new
             ]
@@ -126,7 +131,7 @@ class Copier:
                 )
             snapshot = rest.copied(began, stall)
         except Exception as problem:
-            error = _told(attempt, problem)
+            error = self._told(attempt, problem)
             rest.table.release()
             attempt.handle.staged.reach(error=error)
             attempt.feed.fail(error)
@@ -141,9 +146,21 @@ class Copier:
             rest.table.release()
             self.snapshotter.complete(rest.table, rest.checksums, feed)
         except Exception as problem:
-            feed.fail(_told(rest.attempt, problem))
+            feed.fail(self._told(rest.attempt, problem))
         else:
             feed.finish(snapshot)
+
+    def _told(self, attempt: Attempt, problem: Exception) -> Exception:
+        """Return what a copy has raised as an error that names the save."""
+        if isinstance(problem, DeviceError):
+            what = f"rank {self._rank}: {problem}. Earlier checkpoints are unchanged"
+        elif isinstance(problem, CheckpointError):
+            return problem
+        else:
+            what = f"{type(problem).__name__}: {problem}"
+        failure = SaveFailedError(f"{attempt.handle.path} was not saved: {what}")
+        failure.__cause__ = problem
+        return failure
 
     def fence(self, timeout: float | None = None) -> None:
         """Wait until the snapshot under way is complete: from then on the state's tensors may be changed.
@@ -168,7 +185,8 @@ class Copier:
         self._unhook = [adapter.before_optimizer_step(wait) for adapter in adapters()]
 
     def close(self) -> None:
-        """Give the memory back."""
+        """Give the memory back, and forget what was known of it."""
+        self._table = None
         self.snapshotter.close()
 
     def unhook(self) -> None:
@@ -181,15 +199,6 @@ class Copier:
         self.snapshotter.abandon()
         self.snapshotter = Snapshotter(self._arena_nbytes)
         self._table = self._thread = self._handle = None
-
-
-def _told(attempt: Attempt, problem: Exception) -> Exception:
-    """Return what a copy in the background has raised as an error that names the save."""
-    if isinstance(problem, CheckpointError):
-        return problem
-    failure = SaveFailedError(f"{attempt.handle.path} was not saved: {type(problem).__name__}: {problem}")
-    failure.__cause__ = problem
-    return failure
 
 
 @dataclass(frozen=True, slots=True)

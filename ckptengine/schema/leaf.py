@@ -17,6 +17,7 @@ __all__ = [
     "DeviceMemory",
     "HostMemory",
     "Link",
+    "LinkError",
     "Memory",
     "Part",
     "Placement",
@@ -52,15 +53,28 @@ class HostMemory:
     owner: object = field(repr=False, compare=False)
 
 
+class LinkError(Exception):
+    """Copies of a `Link` did not end well: the message begins with the device, and says what happened and what to do.
+
+    `number` is that of the pair that could not be copied, None where the device does not tell. With `under_way` some
+    copies may still be: the host's memory must stay where it is.
+    """
+
+    def __init__(self, message: str, number: int | None = None, under_way: bool = False) -> None:
+        super().__init__(message)
+        self.number, self.under_way = number, under_way
+
+
 class Link(Protocol):
     """The way between the host and one device, whose copies may go on beside what the device computes.
 
     `owner`s are those of the device's `DeviceMemory`, or views of them. A target or source is made of a numpy array of
-    the memory's shape once, and may be used again for as long as the array lives.
+    the memory's shape once, and may be used again for as long as the array lives. What waits for copies takes the
+    seconds that it may, keeps what they need until then, and raises `LinkError`.
     """
 
     def mark(self) -> object:
-        """Return this moment: what the device has been given so far, by the caller's thread."""
+        """Return this moment: what the device has been given so far, by the caller's thread; raises `LinkError`."""
 
     def host(self, array: np.ndarray[Any, Any]) -> Any:
         """Return contiguous host memory as `to_host` and `to_device` take it."""
@@ -71,15 +85,14 @@ class Link(Protocol):
     def turned(self, owner: Any, order: tuple[int, ...]) -> Any:
         """Return a view of an owner with its dimensions in another order."""
 
-    def to_host(self, pairs: Sequence[tuple[Any, Any]], after: object | None) -> Callable[[], None]:
+    def to_host(self, pairs: Sequence[tuple[Any, Any]], after: object | None) -> Callable[[float], None]:
         """Begin to copy owners to host memory, and return what waits until all is there; another thread may.
 
         With `after`, a moment, the copies follow what was given to the device until then, and it goes on with its work
-        beside them: nothing may change the owners before they are there. Without, they are what it is given next. What
-        raises leaves no copy under way.
+        beside them: nothing may change the owners before they are there. Without, they are what it is given next.
         """
 
-    def to_device(self, pairs: Sequence[tuple[Any, Any]], after: object) -> Callable[[], None]:
+    def to_device(self, pairs: Sequence[tuple[Any, Any]], after: object) -> Callable[[float], None]:
         """Begin to copy host memory, the second of each pair, to owners; return what waits until it may be changed."""
 
 

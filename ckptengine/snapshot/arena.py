@@ -100,6 +100,15 @@ class Arena:
         self._closed = True
         self._release()
 
+    def leave(self) -> None:
+        """Forget the memory, to which a device may still write: nothing else may come there while the process lives."""
+        with self._lock:
+            give_back, self._give_back = self._give_back, None
+            if give_back is not None:
+                give_back.detach()
+            self._unpin = None
+            self._release()
+
     def abandon(self) -> None:
         """Forget the memory, in a forked process: it is the parent's."""
         self._unpin = None

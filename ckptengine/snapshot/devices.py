@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import functools
+import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -13,8 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ckptengine.archive.image import Chunk, Image
+from ckptengine.errors import DeviceError
 from ckptengine.schema.box import Box
-from ckptengine.schema.leaf import DeviceMemory, Link
+from ckptengine.schema.leaf import DeviceMemory, Link, LinkError
+from ckptengine.schema.path import Path, dotted
 
 __all__ = ["DeviceChunk", "DeviceChunks"]
 
@@ -26,8 +28,10 @@ _IMAGES = 4
 
 @dataclass(frozen=True, slots=True)
 class DeviceChunk:
-    """A chunk whose bytes the CPU can't address: its box within a part of `shape`; `fenced` as in `ArrayLeaf`."""
+    """A chunk whose bytes the CPU can't address: its box within a part of `shape` of the leaf `path`; `fenced` as in
+    `ArrayLeaf`."""
 
+    path: Path
     box: Box
     shape: tuple[int, ...]
     dtype: np.dtype[Any]
@@ -42,6 +46,15 @@ class DeviceChunk:
     def slices(self) -> tuple[Any, ...]:
         """The box as an index; the dots are for that of a scalar, which would be no view without."""
         return (*(slice(o, o + n) for o, n in zip(self.box.offset, self.box.shape, strict=True)), ...)
+
+
+@dataclass(frozen=True, slots=True)
+class _Wait:
+    """Copies of chunks that were begun: `call` waits for them, then `puts` bring some to where they go."""
+
+    places: list[int]
+    call: Callable[[float], None]
+    puts: list[tuple[NDArray[Any], NDArray[Any]]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +84,7 @@ class DeviceChunks:
         self._targets: dict[int, dict[int, Any]] = {}  # of an address of the image, since several may take turns
         self._address = 0
         self._later: list[tuple[Link, list[int], object]] = []
-        self._waits: list[Callable[[], None]] = []
+        self._waits: list[_Wait] = []
         self._moments: dict[Link, object] = {}
         self._staged: dict[int, NDArray[Any]] = {}
         self._redirected: set[int] = set()
@@ -102,20 +115,25 @@ class DeviceChunks:
 
     def mark(self) -> None:
         """Have what is copied next follow this moment, and not what is to come."""
-        self._moments = {link: link.mark() for link in self._links.values() if link is not None}
+        firsts = {link: place for place, link in self._links.items() if link is not None}
+        for link, place in firsts.items():
+            with self._naming([place]):
+                self._moments[link] = link.mark()
 
-    def begin(self, address: int) -> None:
-        """Begin what can't wait, and wait for it; mark the moment for `begin_fenced`."""
+    def begin(self, address: int, timeout: float) -> None:
+        """Begin what can't wait, and wait for it, some seconds; mark the moment for `begin_fenced`."""
         self._address, found = address, self._sort()
         if address not in self._targets and len(self._targets) == _IMAGES:
             self._targets.clear()
         for place in found.by_hand:
-            self._bring(place, _dense(address, self._image.chunks[place], self._chunks[place]))
+            with self._naming([place]):
+                self._bring(place, _dense(address, self._image.chunks[place], self._chunks[place]), timeout)
         later = {link: list(places) for link, places in found.fenced.items()}
         at_once = {link: list(places) for link, places in found.at_once.items()}
         for link, places in found.kept.items():
             for number, place in enumerate(places):
-                kept = link.kept(self._part(place))
+                with self._naming([place]):
+                    kept = link.kept(self._part(place))
                 if kept is None:
                     at_once.setdefault(link, []).extend(places[number:])
                     break
@@ -124,36 +142,48 @@ class DeviceChunks:
         try:
             for link, places in at_once.items():
                 self._begin(link, places, self._moments.get(link))
-            self._later = [(link, places, link.mark()) for link, places in later.items()]
-            self.wait()
+            for link, places in later.items():
+                with self._naming(places):
+                    self._later.append((link, places, link.mark()))
+            self.wait(timeout)
         except BaseException:
-            self._give_up()
+            self._give_up(timeout)
             raise
 
-    def begin_fenced(self) -> None:
-        """Begin what `begin` has left, as it was then."""
+    def begin_fenced(self, timeout: float) -> None:
+        """Begin what `begin` has left, as it was then; where that fails, wait some seconds for what has begun."""
         later, self._later = self._later, []
         try:
             for link, places, moment in later:
                 self._begin(link, places, moment)
         except BaseException:
-            self._give_up()
+            self._give_up(timeout)
             raise
 
-    def wait(self) -> None:
-        """Return when all that was begun is there: all of it, for it comes into memory that is the next save's, too."""
-        waits, self._waits = self._waits, []
-        failure: Exception | None = None
-        for wait in waits:
+    def wait(self, timeout: float) -> None:
+        """Return when all that was begun is there, at most some seconds later: it comes into memory that is the next
+        save's, too. Raises `DeviceError`."""
+        end = time.monotonic() + timeout
+        failure: DeviceError | None = None
+        while self._waits:  # one that Ctrl-C ends is waited for again
+            wait = self._waits[0]
             try:
-                wait()
-            except Exception as error:
-                failure = failure or error
+                with self._naming(wait.places):
+                    wait.call(max(0.0, end - time.monotonic()))
+                    for dense, host in wait.puts:
+                        np.copyto(dense, host)
+            except DeviceError as error:
+                if failure is None or error.under_way:
+                    failure = error
+            del self._waits[0]
         if failure is not None:
             raise failure
 
-    def stage(self, begin: int, end: int) -> Iterator[tuple[int, NDArray[Any]]]:
-        """Bring over the chunks of a window, to memory of their own for as long as windows need it; yield that."""
+    def stage(self, begin: int, end: int, timeout: float) -> Iterator[tuple[int, NDArray[Any]]]:
+        """Bring over the chunks of a window, to memory of their own for as long as windows need it; yield that.
+
+        Each has some seconds.
+        """
         for place, chunk in self._chunks.items():
             where = self._image.chunks[place]
             if where.position >= end or where.position + where.nbytes <= begin:
@@ -161,7 +191,8 @@ class DeviceChunks:
             staged = self._staged.get(place)
             if staged is None:
                 staged = self._staged[place] = np.empty(chunk.box.shape, chunk.dtype)
-                self._bring(place, staged)
+                with self._naming([place]):
+                    self._bring(place, staged, timeout)
             self._redirected.add(place)
             yield place, staged
         self._staged = {
@@ -176,7 +207,7 @@ class DeviceChunks:
         return redirected
 
     def release(self) -> None:
-        """Let go of all memory on devices."""
+        """Let go of all memory on devices, and of what waits for it."""
         self._owners.clear()
         self._memories.clear()
         self._staged.clear()
@@ -212,7 +243,7 @@ class DeviceChunks:
         """Begin to copy chunks to their places."""
         targets = self._targets.setdefault(self._address, {})
         pairs: list[tuple[Any, Any]] = []
-        puts: list[Callable[[], None]] = []
+        puts: list[tuple[NDArray[Any], NDArray[Any]]] = []
         for place in places:
             target = targets.get(place)
             if target is None:
@@ -221,24 +252,24 @@ class DeviceChunks:
                 if dense.nbytes == self._image.chunks[place].nbytes:  # else its rest is to become zero each time
                     targets[place] = target
             pairs.append((self._part(place), target))
-        self._waits.append(link.to_host(pairs, moment))
-        self._waits.extend(puts)
+        with self._naming(places):
+            self._waits.append(_Wait(places, link.to_host(pairs, moment), puts))
 
     @staticmethod
-    def _target(link: Link, dense: NDArray[Any], puts: list[Callable[[], None]]) -> Any:
-        """Return where a link brings a chunk; what is to be done after that goes to `puts`."""
+    def _target(link: Link, dense: NDArray[Any], puts: list[tuple[NDArray[Any], NDArray[Any]]]) -> Any:
+        """Return where a link brings a chunk; what is to be copied after that, and to where, goes to `puts`."""
         if dense.flags.c_contiguous:
             return link.host(dense)
         # A device reaches a strided target through other memory of the host's, from where it is copied by hand.
         host = np.empty(dense.shape, dense.dtype)
-        puts.append(functools.partial(np.copyto, dense, host))
+        puts.append((dense, host))
         return link.host(host)
 
-    def _bring(self, place: int, target: NDArray[Any]) -> None:
-        """Copy a chunk, now, to an array of its shape."""
+    def _bring(self, place: int, target: NDArray[Any], timeout: float) -> None:
+        """Copy a chunk, now, to an array of its shape; a link has some seconds for it."""
         link, chunk = self._links[place], self._chunks[place]
         if link is not None:
-            link.to_host([(self._part(place), link.host(target))], self._moments.get(link))()
+            link.to_host([(self._part(place), link.host(target))], self._moments.get(link))(timeout)
             return
         memory = self._memories[place]
         if chunk.box.shape == chunk.shape:
@@ -248,11 +279,32 @@ class DeviceChunks:
         memory.copy_to_host(whole)
         target[...] = whole[chunk.slices]
 
-    def _give_up(self) -> None:
-        """Wait for what was begun: it comes into memory that is the next save's, or is given back."""
+    def _give_up(self, timeout: float) -> None:
+        """Wait for what was begun: it comes into memory that is the next save's, or is given back.
+
+        Raises `DeviceError` where it does not end.
+        """
         self._later = []
-        with contextlib.suppress(Exception):
-            self.wait()
+        try:
+            self.wait(timeout)
+        except DeviceError as error:
+            if error.under_way:
+                raise
+
+    @contextlib.contextmanager
+    def _naming(self, places: list[int]) -> Iterator[None]:
+        """Have an error of a device's copies of some chunks name the first of them, or that which could not begin."""
+        try:
+            yield
+        except DeviceError:
+            raise
+        except Exception as error:
+            reason = f"its device: {type(error).__name__}: {error}"
+            linked = error if isinstance(error, LinkError) else LinkError(reason, 0)
+            chunk = self._chunks[places[linked.number or 0]]
+            more = f" and {len(places) - 1:,} more" if linked.number is None and len(places) > 1 else ""
+            what = f"{dotted(chunk.path)} ({chunk.nbytes:,} bytes){more} could not be copied from {linked}"
+            raise DeviceError(what, linked.under_way) from (error.__cause__ or error)
 
 
 def _dense(address: int, chunk: Chunk, device: DeviceChunk) -> NDArray[Any]:

@@ -113,23 +113,23 @@ class CopyTable:
         """Have what is copied next follow what devices have been given so far by this thread; another one may copy."""
         self._devices.mark()
 
-    def begin(self, address: int) -> None:
+    def begin(self, address: int, timeout: float) -> None:
         """Begin to bring over what the CPU can't address, to its place in an image at an address.
 
         What can't wait is there when the call returns; what is fenced waits for `begin_fenced`, which any thread may
-        call, and takes it as it is now.
+        call, and takes it as it is now. Raises `DeviceError`, also where a device does not answer for some seconds.
         """
-        self._devices.begin(address)
+        self._devices.begin(address, timeout)
         for place in self._devices.take_redirected():  # by a snapshot in windows
             self._operations[Rows.DEVICE].set_source(place, 0, 0)
 
-    def begin_fenced(self) -> None:
-        """Begin to bring over what is fenced, and else may be beside the device's work."""
-        self._devices.begin_fenced()
+    def begin_fenced(self, timeout: float) -> None:
+        """Begin to bring over what is fenced, and else may be beside the device's work; raises as `begin` does."""
+        self._devices.begin_fenced(timeout)
 
-    def wait(self) -> None:
-        """Return when all that was begun is there; raises what went wrong."""
-        self._devices.wait()
+    def wait(self, timeout: float) -> None:
+        """Return when all that was begun is there; raises as `begin` does."""
+        self._devices.wait(timeout)
 
     def fill(self, rows: Rows, address: int, checksums: Checksums, begin: int = 0, end: int = -1) -> None:
         """Copy some rows of a window of the image to where its byte `begin` lies, and checksum their pieces.
@@ -151,9 +151,12 @@ class CopyTable:
                 end,
             )
 
-    def fill_window(self, address: int, checksums: Checksums, begin: int, end: int) -> None:
-        """Copy all of a window of the image, and checksum it; what lies on devices through memory of its own."""
-        for place, memory in self._devices.stage(begin, end):
+    def fill_window(self, address: int, checksums: Checksums, begin: int, end: int, timeout: float) -> None:
+        """Copy all of a window of the image, and checksum it; what lies on devices through memory of its own.
+
+        Raises `DeviceError`, also where a device has not copied a chunk within some seconds.
+        """
+        for place, memory in self._devices.stage(begin, end, timeout):
             self._operations[Rows.DEVICE].set_source(place, memory.ctypes.data, memory.nbytes)
         for rows in Rows:
             self.fill(rows, address, checksums, begin, end)
@@ -188,7 +191,8 @@ class CopyTable:
             address = memory.address + sum(o * s for o, s in zip(box.offset, memory.strides, strict=True))
             source = (address, memory.low, memory.nbytes)
             return copy_row(*head, source, chunk.dense_shape, box.shape, memory.strides)
-        self._devices.add(place, DeviceChunk(box, part.box.shape, self._dtypes[number], fenced), part.memory)
+        device = DeviceChunk(self._paths[number], box, part.box.shape, self._dtypes[number], fenced)
+        self._devices.add(place, device, part.memory)
         strides = [stride * itemsize for stride in strides_of(box.shape)]
         return copy_row(*head, (0, 0, 0), chunk.dense_shape, box.shape, strides)
 

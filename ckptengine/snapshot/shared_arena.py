@@ -81,6 +81,13 @@ class SharedArena(Arena):
         except OSError as error:
             raise failure("look up", path, error) from error
 
+    def leave(self) -> None:
+        """Forget the memory, as `Arena.leave`; its file, which has the same pages, is used no more either."""
+        super().leave()
+        self._closed = True
+        with contextlib.suppress(OSError):
+            os.unlink(self.path)
+
     def empty(self) -> None:
         """Give the memory of an arena that nothing was published of back to the machine; the file stays."""
         self._release()

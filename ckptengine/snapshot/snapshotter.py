@@ -7,18 +7,18 @@ import errno
 import logging
 import threading
 from bisect import bisect_left, bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
 from ckptengine.archive.image import BLOCK_NBYTES, Image
-from ckptengine.errors import StorageError
+from ckptengine.errors import DeviceError, StorageError
 from ckptengine.frameworks.registry import adapters
 from ckptengine.snapshot.arena import Arena
 from ckptengine.snapshot.feed import Feed, Window
 from ckptengine.snapshot.pack import Checksums, CopyTable, Rows
 from ckptengine.snapshot.shared_arena import SharedArena
 
-__all__ = ["LEAST_ARENA_NBYTES", "Images", "Snapshotter"]
+__all__ = ["LEAST_ARENA_NBYTES", "Images", "Snapshotter", "on_same_devices"]
 
 LEAST_ARENA_NBYTES = 16 << 20
 """Below this a bounded arena would spend its time on calls instead of bytes."""
@@ -57,24 +57,20 @@ class Snapshotter:
     def prepare(self, nbytes: int, pinned: bool) -> None:
         """Reserve memory for a snapshot of about `nbytes` in the background, and pin it; `reserve` waits for that."""
         nbytes = nbytes if self._limit is None else min(nbytes, self._limit)
-        contexts = [adapter.same_device() for adapter in adapters()] if pinned else []
 
         def populate() -> None:
-            with contextlib.ExitStack() as devices:
-                for context in contexts:
-                    devices.enter_context(context())
-                if self._images is not None:
-                    self._images.prepare(nbytes, _pin if pinned else None)
-                    return
-                try:
-                    self._private.reserve(nbytes)
-                except StorageError as error:
-                    _log.info("the snapshot's memory can't be prepared in advance: %s", error)
-                    return
-                if pinned:
-                    _pin(self._private)
+            if self._images is not None:
+                self._images.prepare(nbytes, _pin if pinned else None)
+                return
+            try:
+                self._private.reserve(nbytes)
+            except StorageError as error:
+                _log.info("the snapshot's memory can't be prepared in advance: %s", error)
+                return
+            if pinned:
+                _pin(self._private)
 
-        self._prepare_by(populate)
+        self._prepare_by(on_same_devices(populate) if pinned else populate)
 
     def _prepare_by(self, call: Callable[[], None]) -> None:
         thread = threading.Thread(target=call, name="ckptengine-arena", daemon=True)
@@ -139,8 +135,11 @@ class Snapshotter:
                 _pin(self._arena)
             table.mark()
 
-    def fill(self, table: CopyTable, checksums: Checksums) -> None:
-        """Fill the reserved memory with an image, all but what is fenced; `bring` and `complete` follow."""
+    def fill(self, table: CopyTable, checksums: Checksums, timeout: float) -> None:
+        """Fill the reserved memory with an image, all but what is fenced; `bring` and `complete` follow.
+
+        This and they raise `DeviceError`, also where a device does not answer for some seconds.
+        """
         image, arena = table.image, self._arena
         if table.has_devices:
             _pin(arena)
@@ -148,16 +147,28 @@ class Snapshotter:
             for position, data in image.static:
                 arena.view(position, len(data))[:] = data
             arena.contents = image
-        table.begin(arena.address)
+        with self._memory_left():
+            table.begin(arena.address, timeout)
         table.fill(Rows.NOW, arena.address, checksums)
 
-    def bring(self, table: CopyTable, checksums: Checksums) -> None:
+    def bring(self, table: CopyTable, checksums: Checksums, timeout: float) -> None:
         """Fill in what only an optimizer's step changes; the step waits until this is done."""
-        table.begin_fenced()
+        with self._memory_left():
+            table.begin_fenced(timeout)
+            try:
+                table.fill(Rows.FENCED, self._arena.address, checksums)
+            finally:
+                table.wait(timeout)
+
+    @contextlib.contextmanager
+    def _memory_left(self) -> Iterator[None]:
+        """Leave the memory to a device that may still write to it: the next image comes into other memory."""
         try:
-            table.fill(Rows.FENCED, self._arena.address, checksums)
-        finally:
-            table.wait()
+            yield
+        except DeviceError as error:
+            if error.under_way:
+                self._arena.leave()
+            raise
 
     def complete(self, table: CopyTable, checksums: Checksums, feed: Feed[Any]) -> None:
         """Checksum what came from devices, and feed the windows; nothing waits for this but the writer."""
@@ -166,7 +177,7 @@ class Snapshotter:
         table.seal(address, checksums)
         feed.put(Window(0, table.image.fixed_nbytes, address))
 
-    def stream(self, table: CopyTable, checksums: Checksums, feed: Feed[Any]) -> None:
+    def stream(self, table: CopyTable, checksums: Checksums, feed: Feed[Any], timeout: float) -> None:
         """Bring an image through memory that is smaller: one half of that is filled while the other is written.
 
         Returns when all is copied, which takes about as long as the storage takes.
@@ -181,7 +192,7 @@ class Snapshotter:
             offset = number % 2 * half
             self._put_static(image, starts, begin, end, offset)
             address = arena.address + offset
-            table.fill_window(address, checksums, begin, end)
+            table.fill_window(address, checksums, begin, end, timeout)
             table.seal(address, checksums, begin, end)
             feed.put(Window(begin, end, address))
 
@@ -213,6 +224,19 @@ class Snapshotter:
         if self._images is not None:
             self._images.abandon()
         self._tail.abandon()
+
+
+def on_same_devices(call: Callable[[], None]) -> Callable[[], None]:
+    """Return a call that does the same with this thread's devices, for another one, which would begin with others."""
+    contexts = [adapter.same_device() for adapter in adapters()]
+
+    def there() -> None:
+        with contextlib.ExitStack() as devices:
+            for context in contexts:
+                devices.enter_context(context())
+            call()
+
+    return there
 
 
 def _pin(arena: Arena) -> None:

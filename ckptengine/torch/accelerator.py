@@ -6,11 +6,14 @@ import contextlib
 import ctypes
 import functools
 import logging
+import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
+
+from ckptengine.schema.leaf import LinkError
 
 __all__ = ["BITS", "Link", "before_graph_replay", "bits_of", "pin_host_memory", "same_device"]
 
@@ -25,6 +28,12 @@ BITS = {
     16: (np.complex128, torch.complex128),
 }
 
+_SHORTEST_SECONDS, _LONGEST_SECONDS = 2e-5, 1e-3
+"""Between two looks at an event: short copies are not held up, long ones cost little."""
+
+_INTERRUPTED_SECONDS = 10.0
+"""For what is under way when Ctrl-C comes between two copies."""
+
 _RELAXED = 2
 """`cudaStreamCaptureModeRelaxed` in CUDA's driver_types.h."""
 
@@ -32,8 +41,10 @@ _RELAXED = 2
 class Link:
     """The way between the host and a device: see `ckptengine.schema.leaf.Link`. `Link.to` gives each device its own.
 
-    Copies beside the device's work have a stream of their own. They are asynchronous where the host memory is pinned,
-    and else take longer, but are no less right.
+    Copies beside the device's work have a stream of their own. They are asynchronous where the host memory is pinned;
+    else `cudaMemcpyAsync` itself takes as long as the copy, in the thread that calls it (CUDA Runtime API, "API
+    synchronization behavior"), and is no less right. Events order the copies after what the caller gave the device:
+    torch's streams wait for no other one, not for the default one either (`cudaStreamNonBlocking`, CUDAStream.cpp).
     """
 
     _known: ClassVar[dict[torch.device, Link]] = {}
@@ -43,20 +54,42 @@ class Link:
         self._stream: torch.Stream | None = None
 
     @classmethod
-    def to(cls, device: torch.device) -> Link:
-        """Return the link to a device, always the same."""
+    def to(cls, device: torch.device) -> Link | None:
+        """Return the link to a device, always the same; None where `torch.accelerator` is not about such devices."""
         link = cls._known.get(device)
-        return link if link is not None else cls._known.setdefault(device, cls(device))
+        if link is None:
+            accelerator = torch.accelerator.current_accelerator()
+            if accelerator is not None and accelerator.type == device.type:
+                link = cls._known.setdefault(device, cls(device))
+        return link
 
-    @property
     def _side(self) -> torch.Stream:
-        if self._stream is None:
-            self._stream = torch.Stream(self._device)
-        return self._stream
+        """Return the stream for copies beside the device's work, as an object of the caller's own.
+
+        A `torch.Stream` remembers in itself what its `with` block replaced: two threads, such as those of two
+        Checkpointers, would restore each other's (up to torch 2.11 the second one fails: pytorch issue 176560).
+        """
+        own = self._stream
+        if own is None:
+            own = self._stream = torch.Stream(self._device)
+        return torch.Stream(stream_id=own.stream_id, device_index=own.device_index, device_type=own.device_type)
+
+    def _here(self) -> torch.Stream:
+        """Return the stream that the caller works on: each thread has its own (CUDAStream.cpp, `current_streams`).
+
+        Raises `LinkError` where a graph is captured on it: a copy would become part of the graph, and waiting for one
+        would spoil it (CUDA's programming guide, "Prohibited and unhandled operations" of stream capture).
+        """
+        module: Any = torch.get_device_module(self._device.type)
+        capturing = getattr(module, "is_current_stream_capturing", None)
+        if capturing is not None and capturing():
+            raise LinkError(f"{self._device}, on which a graph is being captured; save before the capture or after it")
+        return torch.accelerator.current_stream(self._device)
 
     def mark(self) -> torch.Event:
         """Return an event of the stream that the caller works on."""
-        return torch.accelerator.current_stream(self._device).record_event()
+        with _telling(self._device):
+            return self._here().record_event()
 
     def host(self, array: np.ndarray[Any, Any]) -> torch.Tensor:
         """Return an array's memory as a tensor, never a copy."""
@@ -65,63 +98,143 @@ class Link:
     def kept(self, owner: torch.Tensor) -> torch.Tensor | None:
         """Return a clone, made in the stream that the caller works on; None where there is no memory for it."""
         try:
-            with torch.no_grad():
+            with _telling(self._device), _beside_captures(), torch.no_grad():
+                self._here()
                 return owner.clone()
-        except torch.OutOfMemoryError as error:
-            _log.warning("%s has no memory to copy buffers there, so the call waits for them: %s", self._device, error)
+        except LinkError as error:
+            if not isinstance(error.__cause__, torch.OutOfMemoryError):
+                raise
+            _log.warning(
+                "%s has no memory to copy buffers there, so the call waits for them: %s", self._device, error.__cause__
+            )
             return None
 
     def turned(self, owner: torch.Tensor, order: tuple[int, ...]) -> torch.Tensor:
         """Return a view with its dimensions in another order."""
         return owner.permute(order)
 
-    def to_host(self, pairs: Sequence[tuple[Any, Any]], after: Any | None) -> Callable[[], None]:
-        """Begin to copy tensors to host memory."""
-        stream = torch.accelerator.current_stream(self._device) if after is None else self._side
+    def to_host(self, pairs: Sequence[tuple[Any, Any]], after: Any | None) -> Callable[[float], None]:
+        """Begin to copy tensors to host memory.
 
-        def copy() -> None:
-            for tensor, target in pairs:
-                target.copy_(tensor.view(target.dtype), non_blocking=True)
-                if after is not None:
-                    # The allocator must not give the memory to somebody else before the copy is done.
-                    tensor.record_stream(stream)
+        A tensor that is not contiguous is first made so on the device, in memory of as many bytes (`copy_kernel_cuda`
+        in Copy.cu), which belongs to the stream of the copy.
+        """
 
-        return self._begin(stream, copy, after, pairs)
+        def copy(tensor: torch.Tensor, target: torch.Tensor) -> None:
+            target.copy_(tensor.view(target.dtype), non_blocking=True)
 
-    def to_device(self, pairs: Sequence[tuple[Any, Any]], after: Any) -> Callable[[], None]:
+        return self._begin(copy, pairs, after)
+
+    def to_device(self, pairs: Sequence[tuple[Any, Any]], after: Any) -> Callable[[float], None]:
         """Begin to copy host memory to tensors."""
-        stream = self._side
 
-        def copy() -> None:
-            for tensor, source in pairs:
-                tensor.view(source.dtype).copy_(source, non_blocking=True)
-                tensor.record_stream(stream)
+        def copy(tensor: torch.Tensor, source: torch.Tensor) -> None:
+            tensor.view(source.dtype).copy_(source, non_blocking=True)
 
-        return self._begin(stream, copy, after, pairs)
+        return self._begin(copy, pairs, after)
 
     def _begin(
-        self, stream: torch.Stream, copy: Callable[[], None], after: Any | None, kept: object
-    ) -> Callable[[], None]:
-        """Give a stream some copies; return what waits for them. Where one can't be given, none is left under way."""
-        # So that who waits sleeps, and keeps no core busy, as soon as torch heeds it: torch.Event's text says not yet.
-        event = torch.Event(self._device, blocking=True)
-        with _beside_captures(), torch.no_grad(), stream:
-            if after is not None:
-                stream.wait_event(after)
+        self, copy: Callable[[torch.Tensor, torch.Tensor], None], pairs: Sequence[tuple[Any, Any]], after: Any | None
+    ) -> Callable[[float], None]:
+        """Give a stream some copies; return what waits for them, and raises what went wrong at the first that failed.
+
+        The device is current meanwhile: a thread begins with the first device, and CUDA makes a context on that, of
+        some hundred MB, where a stream's `with` block or an event sets it again (`MaybeSetDevice` in CUDAFunctions.cpp
+        tells).
+        """
+        copies = _Copies(self._device, pairs)
+        try:
+            with _current(self._device), _beside_captures(), torch.no_grad():
+                stream = self._here() if after is None else self._side()
+                with stream:
+                    if after is not None:
+                        stream.wait_event(after)
+                    try:
+                        for tensor, host in pairs:
+                            copy(tensor, host)
+                            copies.begun += 1
+                            if after is not None:
+                                # The allocator must not give the memory to somebody else before the copy is done,
+                                # who may be here earlier where the wait is given up (Tensor.record_stream).
+                                tensor.record_stream(stream)
+                    finally:
+                        copies.event = stream.record_event()
+        except LinkError:
+            raise
+        except Exception as error:
+            copies.failure = error
+        except BaseException:  # Ctrl-C: nobody gets what waits for the copies
+            with contextlib.suppress(LinkError):
+                copies(_INTERRUPTED_SECONDS)
+            raise
+        return copies
+
+
+class _Copies:
+    """Copies that a stream was given. Called with seconds, it waits for them; what they need is kept until then.
+
+    The device is asked again and again: a wait in CUDA has no limit of time, and keeps a core busy (an event that lets
+    one sleep is CUDA's alone: torch.Event heeds `blocking` on no device yet).
+    """
+
+    def __init__(self, device: torch.device, pairs: Sequence[tuple[Any, Any]]) -> None:
+        self._device, self._pairs = device, pairs
+        self.begun = 0
+        self.event: torch.Event | None = None
+        self.failure: Exception | None = None
+
+    def __call__(self, timeout: float) -> None:
+        with _current(self._device), _beside_captures():
             try:
-                copy()
-            except BaseException:
-                stream.record_event(event)
-                event.synchronize()
-                raise
-            stream.record_event(event)
-        return functools.partial(_wait_for, event, kept)
+                ended = self.event is None or _came(self.event, timeout)
+            except Exception as error:  # the device's: what was under way has ended with it
+                ended, self.failure = True, self.failure or error
+            self.event = None  # whose end sets the device, too
+        number = self.begun if self.begun < len(self._pairs) else None
+        self._pairs = ()
+        if self.failure is not None:
+            raise LinkError(f"{self._device}: {_told(self.failure)}", number, not ended) from self.failure
+        if not ended:
+            raise LinkError(
+                f"{self._device}: it has not ended after {timeout:g} s; the device does not answer: end this process",
+                under_way=True,
+            )
 
 
-def _wait_for(event: torch.Event, kept: object) -> None:
-    """Return when the device has come to an event; until then `kept` stays where it is."""
-    with _beside_captures():
-        event.synchronize()
+def _came(event: torch.Event, timeout: float) -> bool:
+    """Return whether the device comes to an event within some seconds."""
+    end, pause = time.monotonic() + timeout, _SHORTEST_SECONDS
+    while not event.query():
+        left = end - time.monotonic()
+        if left <= 0:
+            return False
+        time.sleep(min(pause, left))
+        pause = min(2 * pause, _LONGEST_SECONDS)
+    return True
+
+
+@contextlib.contextmanager
+def _telling(device: torch.device) -> Iterator[None]:
+    """Raise a device's errors as `LinkError`."""
+    try:
+        yield
+    except LinkError:
+        raise
+    except Exception as error:
+        raise LinkError(f"{device}: {_told(error)}") from error
+
+
+def _told(error: Exception) -> str:
+    """Return what a device's error says, and what to do."""
+    advice = "the device may be unusable: end this process and start the job anew"
+    if isinstance(error, torch.OutOfMemoryError):
+        advice = "free memory there (torch.accelerator.empty_cache(), a smaller batch) and try again"
+    return f"{type(error).__name__}: {error}; {advice}"
+
+
+def _current(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """Make a device current for this thread; what was current before is so afterwards, without a context of its own."""
+    return torch.accelerator.device_index(device.index)
 
 
 def bits_of(array: np.ndarray[Any, Any]) -> torch.Tensor:
@@ -137,20 +250,24 @@ def pin_host_memory(address: int, nbytes: int) -> Callable[[], None] | None:
     if not torch.cuda.is_available():
         return None
     runtime = torch.cuda.cudart()  # type: ignore[no-untyped-call]
-    failure = int(runtime.cudaHostRegister(address, nbytes, 0))
+    device = same_device()
+    with _beside_captures():
+        failure = int(runtime.cudaHostRegister(address, nbytes, 0))
+        if failure != 0:
+            _forget_last_error()
     if failure != 0:
-        _forget_last_error()
         _log.warning(
-            "cudaHostRegister could not pin %s bytes of host memory (CUDA error %d): copies from the device are "
-            "slower, and the call waits for them under overlap too",
+            "cudaHostRegister could not pin %s bytes of host memory (CUDA error %d): copies between it and the device "
+            "are right, and slower (see `ulimit -l`)",
             f"{nbytes:,}",
             failure,
         )
         return None
 
     def unpin() -> None:
-        if int(runtime.cudaHostUnregister(address)) != 0:
-            _forget_last_error()
+        with device(), _beside_captures():  # the thread may be any
+            if int(runtime.cudaHostUnregister(address)) != 0:
+                _forget_last_error()
 
     return unpin
 

@@ -48,6 +48,7 @@ class TorchAdapter(Adapter):
     """What `Adapter` asks, answered for torch. Reads only, unless a method says otherwise."""
 
     name = "torch"
+    shortages = (MemoryError, torch.OutOfMemoryError)
 
     def is_tensor(self, value: Any) -> bool:
         """Whether a value is a tensor, a parameter or a DTensor."""

@@ -32,7 +32,7 @@ def archive_of(tmp_path):
         table = CopyTable(image, flat.arrays, [numbers[item.path] for item in assigned], overlap=False)
         snapshotter, checksums, feed = Snapshotter(), Checksums(image), Feed[None](time.monotonic() + 60)
         assert snapshotter.reserve(image, 60)
-        snapshotter.fill(table, checksums)
+        snapshotter.fill(table, checksums, 60.0)
         snapshotter.complete(table, checksums, feed)
         feed.finish(None)
         fixed = b"".join(ctypes.string_at(window.address, window.end - window.begin) for window in feed)

@@ -1,6 +1,9 @@
 """Where the tests of this folder run: on the machine's accelerator, or on a pretended one."""
 
+import contextlib
 import threading
+import time
+import types
 from dataclasses import dataclass, field
 
 import pytest
@@ -58,7 +61,66 @@ class Device:
                 side = side @ side * 1e-3
             return
         self.pretended.hold.clear()
-        threading.Timer(0.2, self.pretended.hold.set).start()
+        threading.Timer(0.1, self.pretended.hold.set).start()
+
+    def compute(self, call):
+        """Have the device compute something, in the stream that the caller works on, when that has come to it."""
+        if self.real:
+            call()
+        else:
+            self.pretended.now.give(lambda: (time.sleep(0.02), call()))
+
+    def stream(self):
+        """Return a stream of the caller's own, which follows the one that it works on now."""
+        if self.real:
+            stream = torch.Stream(torch.device(self.name))
+            stream.wait_stream(torch.accelerator.current_stream())
+        else:
+            stream = self.pretended.stream()
+        return stream
+
+    def follow(self, stream):
+        """Have the stream that the caller works on wait for another one."""
+        now = torch.accelerator.current_stream() if self.real else self.pretended.default
+        now.wait_stream(stream)
+
+    def refuse_pinning(self, patch):
+        """Have cudaHostRegister fail."""
+        if not self.real:
+            self.pretended.pin_error = 2
+            return
+        self.need_cuda("cudaHostRegister")
+        runtime = types.SimpleNamespace(cudaHostRegister=lambda *_: 2)
+        patch.setattr(torch.cuda, "cudart", lambda: runtime)
+
+    @contextlib.contextmanager
+    def capture(self):
+        """Have a graph be captured meanwhile, on the stream that the caller works on."""
+        if self.real:
+            self.need_cuda("a CUDA graph")
+            with torch.cuda.graph(torch.cuda.CUDAGraph()):
+                yield
+            return
+        self.pretended.capturing = True
+        yield
+        self.pretended.capturing = False
+
+    @contextlib.contextmanager
+    def without_memory(self, bytes_free):
+        """Have the device refuse what takes more than some bytes of memory."""
+        if not self.real:
+            self.pretended.room = bytes_free
+            yield
+            self.pretended.room = None
+            return
+        self.need_cuda("a limit to the device's memory")
+        torch.cuda.empty_cache()
+        total = torch.cuda.get_device_properties(0).total_memory
+        torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + bytes_free) / total)
+        try:
+            yield
+        finally:
+            torch.cuda.set_per_process_memory_fraction(1.0)
 
 
 @pytest.fixture

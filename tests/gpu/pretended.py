@@ -1,84 +1,267 @@
-"""A pretended accelerator, for machines that have none: its copies take their time, in threads, as streams would."""
+"""A pretended accelerator, for machines that have none: streams, events and copies that take their time, in threads.
 
+The engine's own `Link` runs on it, with CPU tensors: what it asks torch for of streams, devices and pinned memory is
+answered here, by the rules of CUDA that the engine relies on.
+"""
+
+import contextlib
+import itertools
 import threading
 import time
+import types
 from concurrent.futures import ThreadPoolExecutor
 
+import torch
+
 from ckptengine.schema.leaf import DeviceMemory
+from ckptengine.torch import accelerator
 from ckptengine.torch import tensor as torch_tensor
+
+_PLAIN = torch._C.DisableTorchFunctionSubclass
+
+
+class OnDevice(torch.Tensor):
+    """A CPU tensor as the device's: copies from it and to it, and clones, are given to the stream of the thread."""
+
+    device_of = None  # the pretended accelerator
+
+    def record_stream(self, stream):
+        self.device_of.recorded.append(stream.queue)
+
+    @classmethod
+    def __torch_function__(cls, function, kinds, arguments=(), keywords=None):
+        fake, name = cls.device_of, getattr(function, "__name__", "")
+        with _PLAIN():
+            if name == "copy_":
+                target, source = (one.as_subclass(torch.Tensor) for one in arguments)
+                fake.copy(target, source)
+                return arguments[0]
+            if name == "clone":
+                fake.need(arguments[0].nbytes)
+                new = torch.empty_like(arguments[0].as_subclass(torch.Tensor))
+                # What training computes is on the CPU, and there at once: so is a clone that follows only that.
+                fake.now.give(lambda: new.copy_(arguments[0].as_subclass(torch.Tensor)), at_once=True)
+                return new.as_subclass(cls)
+            return _again(function(*arguments, **(keywords or {})), cls)
+
+
+def _aliases(own):
+    return lambda tensors: [alias.as_subclass(OnDevice) for alias in own(tensors)]
+
+
+def _again(result, kind):
+    return result.as_subclass(kind) if isinstance(result, torch.Tensor) else result
+
+
+class Queue:
+    """What a stream is: work that is done in order. The streams of the engine wait for the test's `hold`."""
+
+    def __init__(self, fake, beside):
+        self.fake, self.beside, self.thread, self.given = fake, beside, ThreadPoolExecutor(1), 0
+
+    def give(self, work, at_once=False):
+        self.fake.check()
+
+        def do():
+            if self.beside:
+                assert self.fake.hold.wait(30)
+            if self.fake.failure is None:  # of a device that has failed nothing comes any more
+                try:
+                    work()
+                except Exception as error:
+                    self.fake.failure = error
+            self.given -= 1
+
+        self.given += 1
+        if at_once and self.given == 1:
+            do()
+        else:
+            self.thread.submit(do)
+
+
+class Event:
+    def __init__(self, fake):
+        self.fake, self.flag = fake, threading.Event()
+
+    def query(self):
+        self.fake.check()
+        self.fake.unsafe("cudaEventQuery")
+        return self.flag.is_set()
+
+
+class Stream:
+    """`torch.Stream`, of which several objects may be one stream."""
+
+    def __init__(self, fake, number, beside=False):
+        self.stream_id, self.device_index, self.device_type = number, fake.index, 0
+        self.fake, self.queue = fake, fake.queues.setdefault(number, Queue(fake, beside))
+        self._entered = []
+
+    def record_event(self):
+        event = Event(self.fake)
+        self.queue.give(event.flag.set)
+        return event
+
+    def wait_event(self, event):
+        self.queue.give(lambda: event.flag.wait(30))
+
+    def wait_stream(self, other):
+        self.wait_event(other.record_event())
+
+    def synchronize(self):
+        assert self.record_event().flag.wait(30)
+
+    def __enter__(self):
+        assert not self._entered, "up to torch 2.11 no other thread may be in this object's block"
+        local = self.fake.local()
+        self._entered.append((local.device, local.stream))
+        self.fake.set_device(self.device_index)
+        local.stream = self
+        return self
+
+    def __exit__(self, *_):
+        device, self.fake.local().stream = self._entered.pop()
+        self.fake.set_device(device)
 
 
 class FakeAccelerator:
-    """Takes every tensor of more than one element for its own; copies in threads, as streams would."""
+    """Takes every tensor for its own. `index` is that of the device, and of the thread that made it."""
 
-    def __init__(self, patch):
+    def __init__(self, patch, index=0):
         self.hold, self.log = threading.Event(), []
         self.hold.set()
         self.seconds = 0.002  # of each copy
-        self.pinned = []
-        self.streams = {beside: ThreadPoolExecutor(1) for beside in (False, True)}  # each in order
+        self.index, self.failure, self.capturing, self.room = index, None, False, None
+        self.captured_elsewhere, self.spoilt = False, []  # another thread captures a graph; what has spoilt that
+        self.dies_at = None  # the number of the copy in which the device fails, from now on
+        self.pin_error, self.pinned, self.recorded, self.contexts = 0, [], [], {index}
+        self.queues, self._numbers, self._locals = {}, itertools.count(1), threading.local()
+        self.default = Stream(self, 0)
+        self.local().device = index
+        OnDevice.device_of = self
+        self.link = accelerator.Link(torch.device("cpu", index))
         patch.setattr(torch_tensor, "_memory", self.memory)
-        patch.setattr("ckptengine.torch.accelerator.pin_host_memory", self.pin)
+        patch.setattr("ckptengine.torch.adapter.aliases", _aliases(torch_tensor.aliases))
+        patch.setattr(accelerator, "torch", self._torch())
+        patch.setattr(accelerator, "_runtime", lambda: self)
         self._memory = torch_tensor.__dict__["_copied"]
 
     def memory(self, piece, path, *, target):
         base = torch_tensor._without_repeats(piece)
         real = self._memory(piece, base, path)
         simple = base is piece and not piece.is_conj() and not piece.is_neg()
-        return DeviceMemory(real.copy_to_host, real.copy_from_host, piece, self if simple else None, simple)
+        owner = piece.as_subclass(OnDevice) if simple else piece
+        return DeviceMemory(real.copy_to_host, real.copy_from_host, owner, self.link if simple else None, simple)
 
-    def mark(self):
-        return object()
+    def local(self):
+        """Return what a thread has of its own: it begins with the first device, and its default stream."""
+        if not hasattr(self._locals, "device"):
+            self._locals.device, self._locals.stream, self._locals.mode = 0, None, 0
+        return self._locals
 
-    def host(self, array):
-        return array
+    @property
+    def now(self):
+        """The queue of the stream that the thread works on."""
+        stream = self.local().stream
+        return self.default.queue if stream is None else stream.queue
 
-    def kept(self, owner):
-        return owner.clone()
+    def set_device(self, index):
+        """As cudaSetDevice: where it is another device, that has a context from then on."""
+        if self.local().device != index:
+            self.contexts.add(index)
+        self.local().device = index
 
-    def turned(self, owner, order):
-        return owner.permute(order)
+    def check(self):
+        if self.failure is not None:
+            raise self.failure
 
-    def to_host(self, pairs, after):
-        for _, target in pairs:
-            target[...] = 0  # what is read too early is wrong
+    def unsafe(self, call):
+        """Spoil another thread's capture, as some calls do in the mode in which a thread begins."""
+        if self.captured_elsewhere and self.local().mode != 2:
+            self.spoilt.append(call)
 
-        def copy(owner, target):
-            self._memory(owner, owner, ()).copy_to_host(target)
+    def cudaThreadExchangeStreamCaptureMode(self, mode):
+        mode._obj.value, self.local().mode = self.local().mode, mode._obj.value
 
-        return self.begin(copy, pairs, after is not None)
+    def cudaGetLastError(self):
+        return 0
 
-    def to_device(self, pairs, after):
-        def copy(owner, source):
-            self._memory(owner, owner, ()).copy_from_host(source)
+    def need(self, nbytes):
+        self.unsafe("cudaMalloc")
+        if self.room is not None and nbytes > self.room:
+            raise torch.OutOfMemoryError(f"tried to allocate {nbytes} bytes, {self.room} are free")
 
-        return self.begin(copy, pairs, True)
+    def stream(self):
+        """Return a new stream of the caller's."""
+        return Stream(self, next(self._numbers))
 
-    def begin(self, copy, pairs, beside):
-        """Have a stream do what it is given, in order; return what waits for it."""
-        done, errors = threading.Event(), []
+    def copy(self, target, source):
+        """Give a copy to the stream of the thread; what is not contiguous needs memory there."""
+        if not (target.is_contiguous() and source.is_contiguous()):
+            self.need(source.nbytes)
+        self.check()
+        if self.dies_at is not None:
+            self.dies_at -= 1
+        fails, queue = self.dies_at is not None and self.dies_at < 0, self.now
+        target, source = target.numpy(), source.numpy()  # torch's own copies on the CPU need aligned memory
+        target[...] = 0  # what is read too early is wrong
 
         def work():
-            try:
-                if beside:
-                    assert self.hold.wait(30)
-                for pair in pairs:
-                    time.sleep(self.seconds)
-                    copy(*pair)
-            except Exception as error:
-                errors.append(error)
-            done.set()
+            time.sleep(self.seconds)
+            if fails:
+                raise RuntimeError("CUDA error: an illegal memory access was encountered")
+            target[...] = source
+            self.log.append("beside" if queue.beside else "in order")
 
-        self.streams[beside].submit(work)
+        queue.give(work)
 
-        def wait():
-            assert done.wait(30)
-            self.log.append("beside" if beside else "in order")
-            if errors:
-                raise errors[0]
+    def _torch(self):
+        """Return the module as `ckptengine.torch.accelerator` sees it."""
+        local = self.local
 
-        return wait
+        def new_stream(device=None, **ids):
+            return Stream(self, ids["stream_id"]) if ids else Stream(self, next(self._numbers), beside=True)
 
-    def pin(self, address, nbytes):
-        self.pinned.append(nbytes)
-        return lambda: self.pinned.remove(nbytes)
+        @contextlib.contextmanager
+        def device_index(index):
+            before, local().device = local().device, index
+            yield
+            local().device = before  # without a context, as cudaSetDevice is not called
+
+        def register(address, nbytes, flags):
+            self.unsafe("cudaHostRegister")
+            if not self.pin_error:
+                self.pinned.append((address, nbytes))
+            return self.pin_error
+
+        def unregister(address):
+            self.unsafe("cudaHostUnregister")
+            self.pinned[:] = [one for one in self.pinned if one[0] != address]
+            return 0
+
+        runtime = types.SimpleNamespace(cudaHostRegister=register, cudaHostUnregister=unregister)
+        module = types.SimpleNamespace(is_current_stream_capturing=lambda: self.capturing, is_initialized=lambda: True)
+        own = {
+            "accelerator": _Over(
+                torch.accelerator,
+                current_stream=lambda device: Stream(self, (local().stream or self.default).stream_id),
+                current_accelerator=lambda: torch.device("cpu"),
+                current_device_index=lambda: local().device,
+                is_available=lambda: True,
+                device_index=device_index,
+            ),
+            "cuda": _Over(torch.cuda, is_available=lambda: True, cudart=lambda: runtime),
+            "get_device_module": lambda kind: module,
+            "Stream": new_stream,
+        }
+        return _Over(torch, **own)
+
+
+class _Over:
+    """A module with some other attributes."""
+
+    def __init__(self, module, **own):
+        self.__dict__.update(own, _module=module)
+
+    def __getattr__(self, name):
+        return getattr(self._module, name)

@@ -1,13 +1,20 @@
 """Tensors from a device and back, bit for bit: every dtype and stride, and the memory that the copies go through."""
 
+import contextlib
+import gc
 import math
+import threading
+import time
+import weakref
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 import torch
+from pretended import FakeAccelerator, OnDevice
 
 import ckptengine as ce
-from ckptengine.errors import CheckpointError
+from ckptengine.errors import CheckpointError, DeviceError
 from ckptengine.schema.dtypes import DTYPES
 from ckptengine.torch import accelerator
 
@@ -66,20 +73,17 @@ def test_what_the_device_has_still_to_compute_is_in_the_checkpoint(tmp_path, dev
     with ce.Checkpointer(tmp_path / "run") as run:
         for step in (1, 2, 3):
             device.slow_down()
-            weight.add_(1)
+            device.compute(lambda: weight.add_(1))
             run.save(step, {"weight": weight}).durable.result()
             assert np.array_equal(ce.load(tmp_path / "run")["weight"], np.full((1000, 1000), step, np.float32))
 
 
 def test_a_save_follows_the_stream_that_the_caller_works_on(tmp_path, device):
-    device.need("a stream of one's own")
     weight = torch.zeros(1000, 1000, device=device.name)
-    stream = torch.Stream(torch.device(device.name))
-    stream.wait_stream(torch.accelerator.current_stream())
-    with ce.Checkpointer(tmp_path / "run") as run, stream:
+    with ce.Checkpointer(tmp_path / "run") as run, device.stream():
         for step in (1, 2, 3):
             device.slow_down()
-            weight.add_(1)
+            device.compute(lambda: weight.add_(1))
             run.save(step, {"weight": weight}).durable.result()
             assert np.array_equal(ce.load(tmp_path / "run")["weight"], np.full((1000, 1000), step, np.float32))
 
@@ -99,8 +103,22 @@ def test_the_snapshots_memory_is_pinned_and_given_back(tmp_path, device, memory,
         assert pinned == []
 
 
+@pytest.mark.parametrize("memory", [False, True], ids=["private", "memory tier"])
+def test_without_pinned_memory_checkpoints_are_as_right(tmp_path, device, memory, monkeypatch, caplog):
+    device.refuse_pinning(monkeypatch)
+    weight = torch.randn(1000, 1000, device=device.name)
+    expected = bytes_of(weight)
+    with ce.Checkpointer(tmp_path / "run", memory=memory) as run:
+        run.save(1, {"weight": weight}).durable.result()
+        words(weight).zero_()
+        assert run.restore({"weight": weight}) == 1
+    device.synchronize()
+    assert bytes_of(weight) == expected
+    assert "cudaHostRegister could not pin" in caplog.text
+
+
 def test_memory_that_can_not_be_pinned_is_told_and_leaves_no_error_behind(device, caplog):
-    device.need_cuda("cudaHostRegister")
+    device.need_cuda("memory that is pinned twice")
     memory = np.zeros(1 << 22, np.uint8)
     undo = accelerator.pin_host_memory(memory.ctypes.data, memory.nbytes)
     assert undo is not None
@@ -122,25 +140,146 @@ def test_parameters_that_moved_to_the_cpu_and_back_are_saved_from_where_they_are
             assert np.array_equal(ce.load(tmp_path / "run")["model"]["weight"], expected.numpy())
 
 
-def test_a_device_out_of_memory_fails_the_save_and_not_the_training(tmp_path, device, monkeypatch):
-    weight = torch.randn(1000, 1000, device=device.name)
-    state = {"weight": weight.t()[::2]}
-    run = ce.Checkpointer(tmp_path / "run")
+@pytest.mark.parametrize("overlap", [False, True], ids=["eager", "overlapped"])
+def test_a_device_out_of_memory_fails_the_save_and_not_the_training(tmp_path, device, overlap):
+    model = torch.nn.Linear(1700, 1700, bias=False, device=device.name)
+    model.weight.data = model.weight.data.t()  # on its way it is made contiguous, which takes memory there
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    state = {"model": model, "optimizer": optimizer}
+    run = ce.Checkpointer(tmp_path / "run", overlap=overlap)
     run.save(1, state).durable.result()
-    expected = bytes_of(state["weight"])
-
-    def refuse(*arguments):
-        raise torch.OutOfMemoryError("out of memory")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(device.pretended or accelerator.Link, "to_host", refuse)
-        with pytest.raises(CheckpointError, match="was not saved: OutOfMemoryError"):
-            run.save(2, state)
-    weight.zero_()
+    expected = bytes_of(model.weight)
+    with device.without_memory(1 << 10), pytest.raises(CheckpointError, match=FAILED + "OutOfMemoryError: .*free mem"):
+        run.save(2, state).durable.result()
+    with torch.no_grad():
+        model.weight.zero_()
     assert run.restore(state) == 1
-    assert bytes_of(state["weight"]) == expected
+    device.synchronize()
+    assert bytes_of(model.weight) == expected
     run.save(3, state).durable.result()
     run.close()
+
+
+FAILED = r"step-00000002 was not saved: rank 0: model\.weight \(11,560,000 bytes\) could not be copied from \w+:0: "
+
+
+@pytest.mark.parametrize("overlap", [False, True], ids=["eager", "overlapped"])
+def test_a_device_that_dies_in_a_copy_fails_the_save_and_leaves_the_last_checkpoint(tmp_path, overlap, monkeypatch):
+    device = FakeAccelerator(monkeypatch)
+    model = torch.nn.Sequential(*(torch.nn.Linear(100, 100) for _ in range(5)))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    state = {"model": model, "optimizer": optimizer}
+    expected = model[0].weight.detach().clone().numpy()
+    run = ce.Checkpointer(tmp_path / "run", overlap=overlap, timeout=20)
+    run.save(1, state).durable.result()
+    device.dies_at = 3
+    began = time.monotonic()
+    for step in (2, 3):
+        with pytest.raises(
+            CheckpointError, match=rf"step-0000000{step} was not saved: rank 0: model\.0\.\w+ .*CUDA error"
+        ):
+            run.save(step, state).durable.result()
+    optimizer.step()
+    with pytest.raises(DeviceError, match=r"rank 0: .*model\.0\.\w+ .*CUDA error.*; the device may be unusable"):
+        run.restore(state)
+    with contextlib.suppress(CheckpointError):
+        run.close()
+    assert time.monotonic() - began < 20, "nobody has waited for what does not come"
+    assert np.array_equal(ce.load(tmp_path / "run")["model"]["0.weight"], expected)
+
+
+@pytest.mark.parametrize("overlap", [False, True], ids=["eager", "overlapped"])
+def test_a_device_that_does_not_answer_ends_the_save_and_the_restore(tmp_path, overlap, monkeypatch):
+    device = FakeAccelerator(monkeypatch)
+    model = torch.nn.Linear(300, 300)
+    state = {"model": model, "optimizer": torch.optim.SGD(model.parameters(), lr=0.1)}
+    with ce.Checkpointer(tmp_path / "run", overlap=overlap) as run:
+        run.save(1, state).durable.result()
+    answer = threading.Event()
+    device.now.give(lambda: answer.wait(30))
+    run, other = (ce.Checkpointer(tmp_path / name, overlap=overlap, timeout=0.5) for name in ("run", "other"))
+    with pytest.raises(CheckpointError, match=r"0\.\d+ s; the device does not answer"):
+        other.save(2, state).durable.result()
+    with pytest.raises(DeviceError, match=r"model\.bias .*after 0\.5 s; the device does not answer") as error:
+        run.restore(state)
+    assert error.value.under_way
+    answer.set()
+    left = other._saver._copier.snapshotter._private
+    assert left.nbytes == 0, "a device may still write there: the next save comes into other memory"
+    for one in (run, other):
+        with contextlib.suppress(CheckpointError):
+            one.close()
+
+
+def test_a_save_while_a_graph_is_captured_is_refused(tmp_path, device):
+    weight = torch.ones(1000, 1000, device=device.name)
+    run = ce.Checkpointer(tmp_path / "run")
+    run.save(1, {"weight": weight}).durable.result()
+    with device.capture(), pytest.raises(CheckpointError, match="a graph is being captured; save before the capture"):
+        run.save(2, {"weight": weight})
+    run.save(3, {"weight": weight}).durable.result()
+    run.close()
+
+
+@pytest.mark.parametrize("overlap", [False, True], ids=["eager", "overlapped"])
+def test_nothing_of_a_save_or_a_restore_spoils_the_capture_of_a_graph_in_another_thread(tmp_path, overlap, monkeypatch):
+    device = FakeAccelerator(monkeypatch)
+    device.captured_elsewhere = True
+    model = torch.nn.Sequential(torch.nn.Linear(30, 30), torch.nn.BatchNorm1d(30))
+    state = {"model": model, "optimizer": torch.optim.SGD(model.parameters(), lr=0.1)}
+    with ce.Checkpointer(tmp_path / "run", overlap=overlap, every=10) as run:
+        run.step(1, state)
+        run.save(2, state).durable.result()
+        assert run.restore(state) == 2
+    assert device.log
+    assert device.spoilt == []
+
+
+@pytest.mark.parametrize("overlap", [False, True], ids=["eager", "overlapped"])
+def test_no_context_is_made_on_a_device_that_the_rank_does_not_use(tmp_path, overlap, monkeypatch):
+    device = FakeAccelerator(monkeypatch, index=1)
+    model = torch.nn.Sequential(torch.nn.Linear(30, 30), torch.nn.BatchNorm1d(30))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    state = {"model": model, "optimizer": optimizer}
+    with ce.Checkpointer(tmp_path / "run", overlap=overlap) as run:
+        run.save(1, state).durable.result()
+        optimizer.step()
+        assert run.restore(state) == 1
+    assert device.contexts == {1}
+
+
+def test_a_closed_checkpointer_keeps_nothing_of_its_copies(tmp_path, monkeypatch):
+    FakeAccelerator(monkeypatch)
+    made, host = [], accelerator.Link.host
+
+    def watched(link, array):
+        tensor = host(link, array)
+        made.append(weakref.ref(tensor))
+        return tensor
+
+    monkeypatch.setattr(accelerator.Link, "host", watched)
+    run = ce.Checkpointer(tmp_path / "run")
+    run.save(1, {"weight": torch.randn(30, 30)}).durable.result()
+    run.close()
+    gc.collect()
+    assert made
+    assert [one for one in made if one() is not None] == []
+
+
+def test_two_threads_copy_from_one_device_at_a_time(tmp_path, monkeypatch):
+    device = FakeAccelerator(monkeypatch)
+    owners = [torch.full((50, 50), float(n)).as_subclass(OnDevice) for n in range(8)]
+    targets = [np.zeros((50, 50), np.float32) for _ in owners]
+    device.seconds = 0
+
+    def bring(some):
+        for owner, target in list(zip(owners, targets, strict=True))[some]:
+            device.link.to_host([(owner, device.link.host(target))], device.link.mark())(30)
+
+    with ThreadPoolExecutor(2) as threads:
+        for done in [threads.submit(bring, slice(n, None, 2)) for n in range(2)]:
+            done.result()
+    assert [target.min() for target in targets] == list(range(8))
 
 
 def test_the_devices_random_numbers_go_on_where_they_were(tmp_path, device):

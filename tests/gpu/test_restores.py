@@ -7,9 +7,10 @@ from test_copies import LAYOUTS, NAMES, bits, bytes_of, words
 from test_fence import launch
 
 import ckptengine as ce
-from ckptengine.errors import CheckpointDamagedError
+from ckptengine.errors import CheckpointDamagedError, DeviceError
 from ckptengine.load import devices
 from ckptengine.snapshot.arena import Arena
+from ckptengine.torch.accelerator import Link
 
 
 @pytest.fixture
@@ -95,6 +96,23 @@ def test_parts_of_tensors_are_read_from_larger_ones_and_put_together_of_smaller_
     assert torch.equal(turned.cpu(), whole)
 
 
+def test_a_load_through_torchs_own_calls_gives_the_windows_back(tmp_path, device, small_windows):
+    from torch.distributed import checkpoint
+
+    from ckptengine.dcp import Reader
+
+    weight = torch.randn(2000, 300, device=device.name)
+    ce.save(tmp_path / "point", {"weight": weight})
+    expected = bytes_of(weight)
+    words(weight).zero_()
+    before = [] if device.real else list(device.pretended.pinned)
+    checkpoint.load({"weight": weight}, storage_reader=Reader(tmp_path / "point"), no_dist=True)
+    device.synchronize()
+    assert bytes_of(weight) == expected
+    if not device.real:
+        assert device.pretended.pinned == before
+
+
 def test_a_damaged_chunk_in_the_middle_is_an_error_that_names_it_and_leaves_nothing_under_way(
     tmp_path, device, small_windows
 ):
@@ -122,8 +140,7 @@ def test_a_copy_to_the_device_that_fails_ends_the_restore(tmp_path, device, smal
     weight = torch.randn(2000, 1000, device=device.name)
     ce.save(tmp_path / "point", {"weight": weight})
     expected, count = bytes_of(weight), [0]
-    kind = type(device.pretended) if device.pretended else devices_link()
-    original = kind.to_device
+    original = Link.to_device
 
     def some(link, pairs, after):
         count[0] += 1
@@ -132,18 +149,55 @@ def test_a_copy_to_the_device_that_fails_ends_the_restore(tmp_path, device, smal
         return original(link, pairs, after)
 
     with monkeypatch.context() as patch:
-        patch.setattr(kind, "to_device", some)
-        with pytest.raises(torch.OutOfMemoryError, match="out of memory"):
+        patch.setattr(Link, "to_device", some)
+        with pytest.raises(
+            DeviceError, match=r"rank 0: .*weight \(\d+,\d+ bytes of it\) .*Memory.*: out of memory.*don't use"
+        ):
             ce.load(tmp_path / "point", into={"weight": weight})
     ce.load(tmp_path / "point", into={"weight": weight})
     device.synchronize()
     assert bytes_of(weight) == expected
 
 
-def devices_link():
-    from ckptengine.torch.accelerator import Link
+def test_a_restore_that_finds_no_memory_on_the_device_names_what_it_was_for_and_can_be_tried_again(tmp_path, device):
+    weight = torch.randn(1700, 1700, device=device.name).t()
+    ce.save(tmp_path / "point", {"weight": weight})
+    expected = bytes_of(weight)
+    words(weight).zero_()
+    wanted = (
+        r"rank 0: .*point: weight \(11,560,000 bytes of it\) could not be copied to \w+:0: OutOfMemoryError: .*; free "
+    )
+    with device.without_memory(1 << 10), pytest.raises(DeviceError, match=wanted):
+        ce.load(tmp_path / "point", into={"weight": weight})
+    ce.load(tmp_path / "point", into={"weight": weight})
+    device.synchronize()
+    assert bytes_of(weight) == expected
 
-    return Link
+
+def test_a_restore_without_memory_for_the_optimizers_moments_names_the_first_and_changes_nothing(
+    tmp_path, device, monkeypatch
+):
+    model = torch.nn.Linear(30, 20, device=device.name)
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.randn(4, 30, device=device.name)).sum().backward()
+    optimizer.step()
+    ce.save(tmp_path / "point", {"model": model, "optimizer": optimizer})
+    fresh = torch.nn.Linear(30, 20, device=device.name)
+    expected = bytes_of(fresh.weight)
+    state = {"model": fresh, "optimizer": torch.optim.AdamW(fresh.parameters())}
+
+    def refuse(*arguments):
+        raise torch.OutOfMemoryError("tried to allocate 2,400 bytes")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("ckptengine.torch.optimizer.new_state_tensor", refuse)
+        with pytest.raises(
+            DeviceError, match=r"rank 0: .*optimizer\.state\S+: .*no memory for .*Nothing of the state was"
+        ):
+            ce.load(tmp_path / "point", into=state)
+    assert bytes_of(fresh.weight) == expected
+    ce.load(tmp_path / "point", into=state)
+    assert bytes_of(fresh.weight) == bytes_of(model.weight)
 
 
 @pytest.mark.parametrize("most", [1 << 10, 100_000])
@@ -152,7 +206,7 @@ def test_pieces_of_a_box_cover_it_once_and_none_is_too_large(most):
     seen = np.zeros((4, 30, 50), int)
     numbers = np.arange(7 * 50 * 60).reshape(7, 50, 60)
     for _, position, nbytes, dense, offset, box, start in devices.pieces_of(
-        devices.DeviceCopy(copy, None, None, np.dtype("f4")), most
+        devices.DeviceCopy((), copy, None, None, np.dtype("f4")), most
     ):
         assert np.prod(box) * 4 <= most
         chunk = numbers.reshape(-1)[(position - 4096) // 4 :][: nbytes // 4].reshape(dense)

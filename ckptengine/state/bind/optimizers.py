@@ -12,6 +12,7 @@ from ckptengine.schema.path import Key, Path, dotted
 from ckptengine.state.bind.adopt import adopt
 from ckptengine.state.bind.groups import regroup, saved_groups
 from ckptengine.state.bind.objects import hand_over
+from ckptengine.state.bind.room import room_for
 from ckptengine.state.bind.tensors import Maker, TensorBinder, of_kind
 from ckptengine.state.bind.work import FRAMEWORK
 from ckptengine.state.cut import Cut, state_cuts
@@ -189,11 +190,13 @@ class OptimizerBinder(TensorBinder):
         def new(entry: SavedArray, where: Path) -> Any:
             leaf, cut, key = entry.leaf, cuts.get(where[len(path) :]), str(where[-1])
             shape = leaf.shape if cut is None else cut.local
-            return adapter.new_state_tensor(group, parameter, key, leaf.dtype, shape, entry.spread)
+            with room_for(leaf, where):
+                return adapter.new_state_tensor(group, parameter, key, leaf.dtype, shape, entry.spread)
 
         def fitting(array: Any, entry: SavedArray, where: Path) -> Any:
             if entry.told and not in_order(adapter.view(array, where, target=False), entry.order):
-                array = adapter.new_like(array, entry.order)
+                with room_for(entry.leaf, where):
+                    array = adapter.new_like(array, entry.order)
             return array
 
         def noted(array: Any, where: Path) -> Any:

@@ -22,6 +22,7 @@ from ckptengine.schema.path import Path, dotted
 from ckptengine.schema.type_name import describe_type
 from ckptengine.state.bind.base import BinderBase, Put
 from ckptengine.state.bind.live import is_optimizer_state, live_tensors
+from ckptengine.state.bind.room import room_for
 from ckptengine.state.bind.work import SET
 from ckptengine.state.binding import Read
 from ckptengine.state.classes import unknown_member
@@ -211,7 +212,8 @@ class TensorBinder(BinderBase):
         was_spread = entry.rank is None and entry.leaf.placement is Placement.SHARDED
         array = None
         if was_spread or any(path[:depth] in self._optimizer_states for depth in range(len(path))):
-            array = self._spread(adapter, path, dtype, shape)
+            with room_for(entry.leaf, path):
+                array = self._spread(adapter, path, dtype, shape)
             if array is None and was_spread and self._options.world_size > 1:
                 raise LoadMismatchError(
                     f"{dotted(path)}: was spread over the ranks when it was saved, and nothing in the state tells how "
@@ -219,10 +221,11 @@ class TensorBinder(BinderBase):
                     "state_dict(); for an array of your own, ckptengine.ShardedArray(local, global_shape, offset); or "
                     "leave it out with `only`"
                 )
-        if array is None:
-            array = adapter.empty(dtype, shape)
-        if entry.told and not in_order(adapter.view(array, path, target=False), entry.order):
-            array = adapter.new_like(array, entry.order)
+        with room_for(entry.leaf, path):
+            if array is None:
+                array = adapter.empty(dtype, shape)
+            if entry.told and not in_order(adapter.view(array, path, target=False), entry.order):
+                array = adapter.new_like(array, entry.order)
         array = of_kind(array, entry, path)  # before it is read into: some frameworks copy for that
         self._read(array, adapter, self._target_view(array, adapter, path), entry, path)
         return array
@@ -382,7 +385,7 @@ class TensorBinder(BinderBase):
         if entry.leaf.placement is Placement.SHARDED and view.placement is not Placement.SHARDED:
             self._rebuilt.given.add(path)
         if entry.told and not in_order(view, entry.order):
-            like = self._as_cut(of_kind(_new_like(like, adapter, entry.order), entry, path), like, path)
+            like = self._as_cut(of_kind(_new_like(like, adapter, entry, path), entry, path), like, path)
             view = self._target_view(like, adapter, path)
         if self._work.taken is None:
             self._read(like, adapter, view, entry, path)
@@ -393,7 +396,7 @@ class TensorBinder(BinderBase):
             read = self._work.reads[number]
             if (read.path, read.rank) == (entry.path, entry.rank) and list(read.places) == found:
                 return like
-            like = self._as_cut(of_kind(_new_like(like, adapter, entry.order), entry, path), like, path)
+            like = self._as_cut(of_kind(_new_like(like, adapter, entry, path), entry, path), like, path)
             view = self._target_view(like, adapter, path)
             found = extents(ArrayLeaf(path, view.dtype, view.shape, view.placement, view.parts, adapter.name))
             break
@@ -428,10 +431,11 @@ def _about(node: Node) -> Any:
     return value if isinstance(value, dict) and "class" in value and "context" in value else None
 
 
-def _new_like(array: Any, adapter: Adapter, order: tuple[int, ...] | None) -> Any:
-    if isinstance(array, ShardedArray):
-        return ShardedArray(adapter.new_like(array.local, order), array.global_shape, array.box.offset)
-    return adapter.new_like(array, order)
+def _new_like(array: Any, adapter: Adapter, entry: SavedArray, path: Path) -> Any:
+    with room_for(entry.leaf, path):
+        if isinstance(array, ShardedArray):
+            return ShardedArray(adapter.new_like(array.local, entry.order), array.global_shape, array.box.offset)
+        return adapter.new_like(array, entry.order)
 
 
 def _host_parts(buffer: np.ndarray[Any, Any], path: Path) -> tuple[Part, ...]:
