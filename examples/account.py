@@ -1,4 +1,4 @@
-"""What happened in the demo: read from the logs, checked claim by claim, shown as tables and curves."""
+"""The account of the demo: what happened, read from the logs; each claim checked; tables and curves."""
 
 from __future__ import annotations
 

@@ -1,10 +1,9 @@
-"""`make demo`: two nodes train a GPT, one is killed, the other goes on from the newest checkpoint.
+"""`make demo`: two nodes train a GPT, one is killed, and the other goes on from the newest checkpoint.
 
-Two torchrun agents of two ranks each train `train_gpt.py`. In the middle one whole node, agent and ranks,
-gets SIGKILL. torchrun brings the job back with the two ranks that are left; they find the newest checkpoint,
-re-shard it from four ranks to two and train to the end. Then the account is printed, and every claim in it is
-checked: the exit code is 0 only if all hold. Logs, checkpoints, digests and `loss.png` stay in
-the folder `demo`.
+Two torchrun agents of two ranks each train `train_gpt.py`. In the middle, one whole node (agent and ranks) gets
+SIGKILL. torchrun restarts the job with the two ranks that are left. They find the newest checkpoint, re-shard it from
+four ranks to two, and train to the end. Then the account is printed, and every claim in it is checked: the exit code is
+0 only if all hold. Logs, checkpoints, digests and `loss.png` stay in the folder `demo`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Heat on a rectangular plate, a block of it on each MPI rank:
+"""Heat on a rectangular plate, of which each MPI rank computes one block:
 
     mpiexec -n 4 --bind-to none python -m mpi4py examples/heat_mpi.py
 

@@ -3,7 +3,8 @@
     mpiexec -n 4 --bind-to none python -m mpi4py examples/mindspore_mpi.py
 
 Stop it at any time and start it again, on as many ranks as you like. It goes on from the newest checkpoint with the
-next sample: none is used twice or left out. On as many ranks as before, it is the same training to the last bit.
+next sample: no sample is used twice, and none is left out. On the same number of ranks, the training is the same to the
+last bit.
 """
 
 import sys

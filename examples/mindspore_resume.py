@@ -1,11 +1,12 @@
-"""MindSpore training that goes on after a restart: a service's script with its imports changed, and in two lines.
+"""MindSpore training that goes on after a restart, in two ways: with changed imports, and with two more lines.
 
     python examples/mindspore_resume.py FOLDER --epochs 6 [--resume] [--graph]
 
-Handwritten digits (scikit-learn's) are trained for so many epochs in all, however often the script is started. Without
-`--resume` it is the script as people write it for MindSpore, but for its import: the newest file is the last by name,
-the epochs that are behind are read from it, and the rest is trained. With `--resume`, `Resume` does that, and also goes
-on within an epoch, in the same order of samples.
+The script trains on scikit-learn's handwritten digits. `--epochs` is the total, however often the script is started.
+
+- Without `--resume` only the imports differ from a usual MindSpore script. The script loads the file whose name sorts
+  last, reads from it how many epochs are done, and trains the rest.
+- With `--resume`, `Resume` does all that. It also goes on within an epoch, in the same order of samples.
 """
 
 import argparse

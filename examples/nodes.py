@@ -1,4 +1,4 @@
-"""Nodes of a torchrun job, all on this machine: each is one agent and the ranks that it started."""
+"""Nodes of a torchrun job, all on this machine. A node is one agent and the ranks that it started."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""The two lines, in one process: `python examples/quickstart.py`, stop it at any time, and start it again."""
+"""The two lines of ckptengine, in one process.
+
+Run `python examples/quickstart.py`, stop it at any time, and start it again.
+"""
 
 import torch
 from torch import nn

@@ -2,8 +2,9 @@
 
     torchrun --nproc-per-node=2 examples/train_gpt.py --steps 60
 
-Started again, with any number of ranks, it goes on from the newest checkpoint. With `--events FOLDER` rank 0
-writes what happens to FOLDER/events.jsonl, and digests of the state before each save and after each restore.
+Start it again, with any number of ranks, and it goes on from the newest checkpoint. With `--events FOLDER`, rank 0
+writes what happens to FOLDER/events.jsonl, and digests of the state before each save and after each restore into
+files beside it.
 """
 
 import argparse

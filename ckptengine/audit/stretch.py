@@ -252,8 +252,8 @@ def _proven(
         if newest.epoch:
             left_out = sum(run.end - run.begin for run in newest.runs() if not run.batches)
             but = f', but for {left_out} that last="drop" left out' if left_out else ""
-            epochs = "1 finished epoch" if newest.epoch == 1 else f"{newest.epoch} finished epochs"
-            claims.append(f"each of the {newest.order.length} samples was used once in each of {epochs}{but}")
+            epochs = "the finished epoch" if newest.epoch == 1 else f"each of {newest.epoch} finished epochs"
+            claims.append(f"each of the {newest.order.length} samples was used once in {epochs}{but}")
         if newest.consumed:
             claims.append(f"each of the {newest.consumed} consumed ones of epoch {newest.epoch} once")
         yield f"{'; '.join(claims) or 'nothing was used'}: by the ledger of step {newest.step}, from the start"

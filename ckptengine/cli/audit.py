@@ -73,7 +73,8 @@ def _between(before: int | None, after: int | None) -> str:
 
 def _lives(cursor: CursorReport) -> Table:
     order = ", ".join(f"{key} {value}" for key, value in cursor.order.items() if isinstance(value, int | str))
-    title = f"{cursor.name}: {order}; {cursor.finished_epochs} finished epochs, then {cursor.consumed} samples"
+    epochs = "1 finished epoch" if cursor.finished_epochs == 1 else f"{cursor.finished_epochs} finished epochs"
+    title = f"{cursor.name}: {order}; {epochs}, then {cursor.consumed} samples"
     table = Table(box=SIMPLE, pad_edge=False, title=shown(title), title_justify="left")
     for head in ("life", "generation", "steps", "ranks", "global batches", "epochs", "samples", "padding", "left out"):
         table.add_column(head, justify="right", no_wrap=True)

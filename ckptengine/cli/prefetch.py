@@ -69,5 +69,5 @@ def _text(source: str, done: Prefetched | None) -> str:
         return f"nothing to fetch: {source} has no checkpoint yet"
     which = f"generation {done.generation}" if done.step is None else f"step {done.step}, generation {done.generation}"
     if done.moved_nbytes == 0:
-        return f"{done.path}: {which} is there already, {size_text(done.nbytes)}"
+        return f"{done.path}: {which} is already there, {size_text(done.nbytes)}"
     return f"{done.path}: {which}, {size_text(done.moved_nbytes)} fetched of {size_text(done.nbytes)}"

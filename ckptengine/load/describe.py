@@ -64,6 +64,7 @@ def describe(checkpoint: Opened) -> Saved:
             world_size,
             lambda rank: _outline(checkpoint.own(rank), len(own[rank]), _file(checkpoint, rank)),
         ),
+        rank_items=_Lazy(world_size, lambda rank: _items(checkpoint.own(rank), _file(checkpoint, rank))),
         joined_groups=frozenset(joined),
     )
 
@@ -118,6 +119,15 @@ def _aliases(stored: Mapping[str, Any], leaves: Mapping[Path, SavedLeaf], where:
 
 def _containers(stored: Mapping[str, Any], where: str) -> dict[Path, Form]:
     return {path: form for path, form in _pairs(stored, "containers", where) if is_form(form)}
+
+
+def _items(stored: Mapping[str, Any], where: str) -> dict[Path, frozenset[Path]]:
+    result = {}
+    for path, items in _pairs(stored, "items", where):
+        if not isinstance(items, list):
+            raise CheckpointDamagedError(f"{where}: the items of {dotted(path)} are no list")
+        result[path] = frozenset((*path, *_path(keys, where)) for keys in items)
+    return result
 
 
 def _outline(stored: Mapping[str, Any], leaves: int, where: str) -> Outline | None:

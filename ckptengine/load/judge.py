@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import struct
 import zlib
@@ -17,7 +18,8 @@ from ckptengine.state.report import LoadReport
 
 __all__ = ["Verdict", "judge", "said_of"]
 
-_SIZE = struct.Struct("<Q")
+_SIZES = struct.Struct("<3Q")
+_Told = tuple[bytes, ...]
 _DIGEST_NBYTES = 8
 _FITS = bytes(_DIGEST_NBYTES)
 """What stands for the problems of a rank that has none."""
@@ -34,27 +36,31 @@ class Verdict:
 
 def said_of(binding: Binding, strict: bool) -> bytes:
     """Return what a rank says: whether misfits are errors to it (with `strict`, or where nothing fits), its problems as
-    a digest, and a bit for each leaf that it did not take, compressed; no bits where it took all. The same of each leaf
-    that an object would be handed beyond the state that it has."""
+    a digest, and bits for leaves, compressed; none where they are all 0. They stand for the leaves that it did not
+    take, for those that objects would be handed beyond the state that they have here, and for those that they have
+    here and had not when they were saved."""
     report = binding.report
     own = (report.missing, report.mismatched, report.other_class, binding.left.own)
     digest = _FITS
     if any(own):
         digest = hashlib.sha256(json.dumps(own).encode()).digest()[:_DIGEST_NBYTES]
-    extras = frozenset().union(*(one.numbers for one in binding.extras))
-    left, extra = (_bits(numbers, binding.left.count) for numbers in (binding.left.others, extras))
-    return bytes([strict or nothing_fits(binding)]) + digest + _SIZE.pack(len(left)) + left + extra
+    extras = frozenset().union(*(extra.numbers for one in binding.items for extra in one.extras))
+    fresh = frozenset().union(*(one.fresh for one in binding.items))
+    bits = [_bits(numbers, binding.left.count) for numbers in (binding.left.others, extras, fresh)]
+    sizes = _SIZES.pack(*map(len, bits))
+    return b"".join([bytes([strict or nothing_fits(binding)]), digest, sizes, *bits])
 
 
 def judge(binding: Binding, said: Sequence[bytes], rank: int) -> Verdict:
-    """Set what is unexpected in a binding's report, given what each rank said; return what all ranks conclude alike."""
+    """Set what is unexpected in a binding's report, and what objects are not handed, given what each rank said; return
+    what all ranks conclude alike."""
     told = [_told_bits(message) for message in said]
-    every, left = {one for one, _ in told}, binding.left
+    every, left = {one for one, *_ in told}, binding.left
     common: list[int] = []
     if b"" not in every:
         common = np.flatnonzero(np.logical_and.reduce([_unpacked(bits, left.count) for bits in every])).tolist()
-    if binding.extras:
-        binding.leave_to_others(_of_others(binding, {one for number, one in enumerate(told) if number != rank}))
+    if binding.items:
+        _share_items(binding, set(told))
     report: LoadReport = binding.report
     binding.report = replace(report, unexpected=(*left.names(common), *left.own))
     problems = [message[1 : 1 + _DIGEST_NBYTES] for message in said]
@@ -63,20 +69,32 @@ def judge(binding: Binding, said: Sequence[bytes], rank: int) -> Verdict:
     return Verdict(refused, tells)
 
 
-def _of_others(binding: Binding, told: Collection[tuple[bytes, bytes]]) -> set[int]:
-    """Return the extra leaves that the objects of other ranks have, by what these were before the load.
+def _share_items(binding: Binding, told: Collection[_Told]) -> None:
+    """Settle what of the checkpoint each object is not handed.
 
-    A rank whose object has only more than the one here is no other stage: that object is to be what this one becomes.
+    An object gets again what this rank had saved of it, where the checkpoint says that and no rank's object has
+    anything now that it had not then. Else the ranks may be split in another way, and what their objects have before
+    the load decides, where each of two has something that the other lacks. Else all get all: objects that fill
+    themselves later have nothing yet, and a rank that has evaluated before the load has more.
     """
-    found: set[int] = set()
     count = binding.left.count
-    for left, extra in told:
-        lacking = _unpacked(extra, count)
-        theirs = ~_unpacked(left, count) & ~lacking
-        for one in binding.extras:
-            if lacking[list(one.has)].any():
-                found.update(number for number in one.numbers if theirs[number])
-    return found
+    unpacked = [[_unpacked(bits, count) for bits in one] for one in told]
+    for one in binding.items:
+        numbers = np.asarray(sorted(one.numbers), np.int64)
+        if one.unsaved is not None and not any(fresh[numbers].any() for _, _, fresh in unpacked):
+            binding.leave_out(one.path, one.unsaved)
+            continue
+        have = [~left[numbers] & ~extra[numbers] for left, extra, _ in unpacked]
+        if _nested(have):
+            continue
+        anywhere = set(numbers[np.logical_or.reduce(have)].tolist())
+        binding.leave_out(one.path, [extra for extra in one.extras if not extra.numbers.isdisjoint(anywhere)])
+
+
+def _nested(sets: Sequence[NDArray[np.bool_]]) -> bool:
+    """Whether of any two sets, given as bits, one has all of the other."""
+    ordered = sorted(sets, key=lambda one: int(one.sum()))
+    return not any((smaller & ~larger).any() for smaller, larger in itertools.pairwise(ordered))
 
 
 def _bits(numbers: Collection[int], count: int) -> bytes:
@@ -93,8 +111,9 @@ def _unpacked(bits: bytes, count: int) -> NDArray[np.bool_]:
     return np.unpackbits(np.frombuffer(zlib.decompress(bits), np.uint8), count=count).astype(np.bool_)
 
 
-def _told_bits(message: bytes) -> tuple[bytes, bytes]:
-    """Return the bits of what a rank did not take, and of what is extra there."""
-    start = 1 + _DIGEST_NBYTES + _SIZE.size
-    (length,) = _SIZE.unpack_from(message, 1 + _DIGEST_NBYTES)
-    return message[start : start + length], message[start + length :]
+def _told_bits(message: bytes) -> _Told:
+    """Return the bits that `said_of` told."""
+    start = 1 + _DIGEST_NBYTES
+    end = start + _SIZES.size
+    starts = [end, *(end + size for size in itertools.accumulate(_SIZES.unpack_from(message, start)))]
+    return tuple(message[one:other] for one, other in itertools.pairwise(starts))

@@ -108,7 +108,8 @@ class Tail:
             if not self._made:
                 plan, values, crcs = self._work.plan, self._work.values, self._checksums
                 self.stored = plan.shares.stored(values)
-                entries = values.entries(self._rank, self.stored.document)
+                items = plan.shares.items(values, (leaf[0] for leaf in plan.structure))
+                entries = values.entries(self._rank, self.stored.document, items)
                 self._made = build_tail(plan.image, entries, crcs.entries, crcs.blocks)
             return self._made
 

@@ -30,7 +30,7 @@ from ckptengine.save.replicas import (
     with_aliases,
 )
 from ckptengine.save.shares import Shares, decode_said, encode_said, share_out
-from ckptengine.save.some_ranks import check_nesting, on_some_ranks
+from ckptengine.save.some_ranks import check_nesting, objects_in_part, on_some_ranks
 from ckptengine.save.undeclared import note_of, tell_differing, undeclared_crcs
 from ckptengine.save.values import StoredValues
 from ckptengine.schema.path import Path
@@ -174,6 +174,8 @@ class Planner:
         if said_of or any(group.holders.size < world_size for group in survey.groups):
             paths_of = [one.paths for one in said_of] or [values.paths]
             check_nesting({head.path for head, _ in survey.leaves}, paths_of)
+            objects = (one.path for one in values.form.outline.containers if one.kind == "object")
+            self._shares.in_part = objects_in_part(objects, survey, paths_of, self._shares.aliases)
             self._tell(on_some_ranks(survey, paths_of, words.of_rank) if rank == 0 else None)
         boxes: Mapping[int, Boxes] = {}
         if survey.told:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from ckptengine.errors import SaveFailedError
 from ckptengine.save.form import SharedForm, check_forms, decode_form
 from ckptengine.save.values import StoredValues, compare_values, group_name, group_path, said_as
-from ckptengine.schema.path import Path
+from ckptengine.schema.path import Path, path_order
 from ckptengine.schema.ranks import name_ranks
 from ckptengine.state.union import NAMED
 
@@ -52,7 +52,9 @@ class Shares:
     the path of the groups, and `lower` the forms that they store. `own` is this rank's form, `paths` its paths, `known`
     the same as a set. `first_names` leads from each parameter to the one by which ranks compare its group, where that
     is not the least of its names: groups that have a parameter in common are one. `owners` has the rank that stores
-    each value. `forms` are all ranks' forms, `form_of_rank` the number of each rank's; on rank 0 only.
+    each value. `aliases` are the further names of tensors of all distinct ranks, `in_part` the paths of this rank's
+    objects of which ranks have different items. `forms` are all ranks' forms, `form_of_rank` the number of each rank's;
+    on rank 0 only.
     """
 
     rank: int
@@ -66,6 +68,8 @@ class Shares:
     owners: Mapping[Path, int] = field(default_factory=dict)
     forms: tuple[SharedForm, ...] = ()
     form_of_rank: tuple[int, ...] = ()
+    aliases: tuple[frozenset[Path], ...] = ()
+    in_part: frozenset[Path] = frozenset()
     stores: bool = False
     """Whether this rank, which is not rank 0, stores any of it, by the last exchange."""
     _last: tuple[SharedForm, dict[str, Any]] | None = None
@@ -73,6 +77,12 @@ class Shares:
     def compared(self, paths: tuple[Path, ...]) -> tuple[Path, ...]:
         """Return the paths under which ranks compare what this one has."""
         return renamed_groups(paths, self.first_names)
+
+    def items(self, values: StoredValues, arrays: Iterable[Path]) -> list[Any]:
+        """Return what this rank stores of which items its objects have, where other ranks' have others."""
+        paths = sorted({*values.paths, *values.form.aliases, *arrays}, key=path_order) if self.in_part else []
+        inside = {one: [list(path[len(one) :]) for path in paths if path[: len(one)] == one] for one in self.in_part}
+        return [[list(one), items] for one, items in sorted(inside.items()) if items]
 
     def stored(self, values: StoredValues) -> Stored:
         """Return what this rank stores beside what is its own."""
@@ -193,6 +203,7 @@ def share_out(rank: int, values: StoredValues, said: Sequence[Said], number_of_r
         owners,
         tuple(form for _, form in decoded) if rank == 0 else (),
         form_of_rank if rank == 0 else (),
+        tuple(frozenset(form.aliases) for _, form in decoded),
     )
     shares.stores = True  # what that is, if anything, is seen by doing it
     shares.stores = bool(shares.stored(values).document)

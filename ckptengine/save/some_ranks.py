@@ -14,7 +14,7 @@ from ckptengine.save.values import stored_path
 from ckptengine.schema.path import Path, dotted, path_order
 from ckptengine.schema.ranks import name_ranks
 
-__all__ = ["check_nesting", "on_some_ranks"]
+__all__ = ["check_nesting", "objects_in_part", "on_some_ranks"]
 
 _NAMED = 6
 _KINDS_OF_RANKS = 64
@@ -83,6 +83,20 @@ def on_some_ranks(
         f"only some ranks have {text}{more}: it is saved. But {name_ranks([lacking])} has nothing that others lack, as "
         "a pipeline stage would: if it should have the same as they, give it the same state"
     )
+
+
+def objects_in_part(
+    objects: Iterable[Path], survey: Survey, paths_of: Sequence[Sequence[Path]], aliases_of: Iterable[Set[Path]]
+) -> frozenset[Path]:
+    """Return which of some objects have leaves that only some ranks have, given the paths of the plain values and the
+    further names of tensors of all distinct ranks."""
+    found = frozenset(objects)
+    if not found:
+        return found
+    some = {head.path for head, number in survey.leaves if survey.groups[number].holders.size < survey.world_size}
+    for sets in ([frozenset(paths) for paths in paths_of], list(aliases_of)):
+        some |= frozenset().union(*sets) - frozenset.intersection(*map(frozenset, sets)) if sets else frozenset()
+    return frozenset(path[:depth] for path in some for depth in range(len(path) + 1) if path[:depth] in found)
 
 
 def _is_parameter_state(path: Path) -> bool:

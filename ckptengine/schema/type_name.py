@@ -5,7 +5,23 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-__all__ = ["describe_type", "find_class", "full_name"]
+__all__ = ["StandsFor", "class_of", "describe_type", "find_class", "full_name"]
+
+
+class StandsFor:
+    """What is saved as objects of another class would be."""
+
+    __slots__ = ()
+
+    @property
+    def first(self) -> Any:
+        """One of the objects that it stands for."""
+        raise NotImplementedError
+
+
+def class_of(value: Any) -> type:
+    """Return the class by which a value is saved."""
+    return type(value.first) if isinstance(value, StandsFor) else type(value)
 
 
 def full_name(kind: type) -> str:

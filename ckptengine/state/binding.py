@@ -11,7 +11,7 @@ from typing import Any
 from ckptengine.frameworks.adapter import TensorView
 from ckptengine.schema.leaf import ArrayLeaf
 from ckptengine.schema.path import Path, is_inside
-from ckptengine.state.bind.extras import Extra
+from ckptengine.state.bind.extras import Extra, Items
 from ckptengine.state.extents import Extent, extents
 from ckptengine.state.report import LoadReport
 from ckptengine.state.saved import Node, SavedArray, SavedValue
@@ -95,7 +95,7 @@ class Left:
 class Binding:
     """A state and a checkpoint that fit; nothing has been changed yet.
 
-    `extras` are what objects would be handed beyond the state that they have here.
+    `items` are what the checkpoint has for objects, all of which they are handed unless `leave_out` says otherwise.
     `reads` are filled in place first. `report` says what fits, `promise` what must be there in the end. `finish` is
     called once, after all ranks have read and verified everything. `give_up` is called where that
     failed on any rank.
@@ -109,8 +109,8 @@ class Binding:
         promise: Promise | None = None,
         left: Left | None = None,
         take_memory: Callable[[], None] | None = None,
-        extras: Sequence[Extra] = (),
-        taken: set[int] | None = None,
+        items: Sequence[Items] = (),
+        left_out: dict[Path, list[Path]] | None = None,
     ) -> None:
         self.reads = reads
         self.report = report
@@ -118,13 +118,13 @@ class Binding:
         self.left = Left(0, {}, ()) if left is None else left
         self._actions: list[Action] | None = actions
         self._take_memory = take_memory
-        self.extras = extras
-        self._taken = set() if taken is None else taken
+        self.items = items
+        self._left_out = {} if left_out is None else left_out
 
-    def leave_to_others(self, numbers: Iterable[int]) -> None:
-        """Hand objects nothing of these extra leaves, which other ranks' objects have."""
-        self._taken.update(numbers)
-        others = {(*one.path, *one.keys) for one in self.extras if not one.numbers.isdisjoint(self._taken)}
+    def leave_out(self, path: Path, extras: Iterable[Extra]) -> None:
+        """Hand the object at a path nothing of some of its items."""
+        self._left_out[path] = [one.keys for one in extras]
+        others = {(*path, *keys) for keys in self._left_out[path]}
         if others and self.promise is not None:
             leaves = {path: one for path, one in self.promise.leaves.items() if not is_inside(path, others)}
             self.promise = replace(self.promise, leaves=leaves, refused=self.promise.refused | others)

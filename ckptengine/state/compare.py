@@ -248,8 +248,8 @@ class _Comparison:
 
     def _in_order(self, path: Path, node: Node, now: Container) -> bool:
         """Whether keys are in the saved order, or in that which the object gave them before: its own."""
-        keys = list(now.keys) if now.keys is not None else sorted_keys(node.children)
-        saved = list(node.children)
+        saved = [key for key in node.children if (*path, key) not in self._promise.refused]
+        keys = list(now.keys) if now.keys is not None else sorted_keys(saved)
         if path[-1:] == ("state",) and path[:-1] in self._promise.optimizers:
             return True  # the order of the parameters is that of the groups
         if _common(keys, saved):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from ckptengine.comm.agree import agree
+from ckptengine.comm.agree import on_all
 from ckptengine.comm.base import Communicator
 from ckptengine.comm.select import current
 from ckptengine.errors import StateError
@@ -39,8 +39,9 @@ class Sharded(Declaration):
     their shapes.
 
     Raises `StateError` on all ranks if a pattern fits nothing on any rank, if two fit one tensor, for DTensors and
-    `ShardedArray`, and if ranks of a group declare different things; `DeadlineError` naming the missing ranks;
-    `TypeError` for neither or both of `rules` and `dim`.
+    `ShardedArray`, if ranks give different numbers of rules, and if ranks of a group declare different things;
+    `DeadlineError` naming the missing ranks; `TypeError` for neither or both of `rules` and `dim` (`RankFailedError` on
+    the ranks whose own call is right).
     """
 
     __slots__ = ()
@@ -57,23 +58,18 @@ class Sharded(Declaration):
         comm: Communicator | None = None,
         timeout: float = 600.0,
     ) -> None:
-        if (rules is None) == (dim is None) or (rules is not None and (group is not None or parts is not None)):
-            raise TypeError("Sharded: give rules (a dict from names to ce.Shard), or dim=, group= and parts= for all")
-        if isinstance(moments, str):
-            raise TypeError(f"Sharded: moments={moments!r}; give a list of the keys of states")
         self.value = value
-        self.moments = frozenset(moments)
-        self._rules = rules_of(rules) if dim is None else [Rule(Pattern(""), (Shard(dim, group, parts=parts),))]
         comm = current(timeout) if comm is None else comm
-        look, error = _Look(self._rules, comm.rank, comm.world_size), None
-        try:
+        rank, world_size = comm.rank, comm.world_size
+
+        def looked() -> _Look:
+            self.moments, self._rules = _moments_of(moments), _rules_of(rules, dim, group, parts)
+            look = _Look(self._rules, rank, world_size)
             look.at(value)
-        except Exception as problem:
-            error = problem
-        if comm.world_size > 1:
-            agree(comm, error, timeout, _DOING)
-        elif error is not None:
-            raise error
+            return look
+
+        # What is wrong in the call of one rank is an error on all: they would wait for it.
+        look = on_all(comm, looked, timeout, _DOING) if world_size > 1 else looked()
         meeting = meet(comm, look.told(), timeout)
         for number in meeting.unfitted():
             raise StateError(
@@ -87,6 +83,18 @@ class Sharded(Declaration):
 
     def __repr__(self) -> str:
         return f"Sharded({self.value!r}, {len(self.cuts)} tensors)"
+
+
+def _moments_of(moments: Iterable[str]) -> frozenset[str]:
+    if isinstance(moments, str):
+        raise TypeError(f"Sharded: moments={moments!r}; give a list of the keys of states")
+    return frozenset(moments)
+
+
+def _rules_of(rules: Mapping[str, Any] | None, dim: int | None, group: Any, parts: Parts | None) -> list[Rule]:
+    if (rules is None) == (dim is None) or (rules is not None and (group is not None or parts is not None)):
+        raise TypeError("Sharded: give rules (a dict from names to ce.Shard), or dim=, group= and parts= for all")
+    return rules_of(rules) if dim is None else [Rule(Pattern(""), (Shard(dim, group, parts=parts),))]
 
 
 class _Look:

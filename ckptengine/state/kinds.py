@@ -78,6 +78,8 @@ class Inspector:
         if isinstance(value, PerRank):
             return Kind.PER_RANK, None
         if isinstance(value, Merged):
+            if value.adapter is None:
+                return Kind.OBJECT, None
             return (Kind.OPTIMIZER if value.optimizers else Kind.MODULE), value.adapter
         if isinstance(value, Declaration):
             return Kind.DECLARED, None

@@ -136,7 +136,15 @@ class Meeting:
         """Raise `StateError` where the ranks of this one's groups don't say the same of their tensors and lists."""
         mine = self._told[self._rank]
         if len({len(one.fitted) for one in self._distinct}) > 1:
-            raise StateError("Sharded: ranks have given different numbers of rules; make the same call on all ranks")
+            counts = [len(self._told[rank].fitted) for rank in range(len(self._told))]
+            said = [
+                f"{count} on {name_ranks([rank for rank, one in enumerate(counts) if one == count])}"
+                for count in sorted(set(counts))
+            ]
+            raise StateError(
+                f"Sharded: ranks have given different numbers of rules: {', '.join(said)}; give all ranks the same "
+                "patterns, also those that fit nothing on some ranks"
+            )
         for name, (shape, shards) in mine.leaves.items():
             for level, shard in enumerate(shards):
                 for other in mine.groups[shard.group]:

@@ -1,4 +1,4 @@
-"""Several modules that are parts of one: the chunks of a pipeline that one rank has."""
+"""Several modules, optimizers or schedulers that are parts of one: of the chunks of a pipeline that one rank has."""
 
 from __future__ import annotations
 
@@ -11,13 +11,14 @@ from ckptengine.errors import StateError
 from ckptengine.frameworks.adapter import Adapter, ModuleEntry
 from ckptengine.frameworks.registry import adapters
 from ckptengine.schema.path import Path, dotted
-from ckptengine.schema.type_name import describe_type
+from ckptengine.schema.type_name import StandsFor, describe_type
+from ckptengine.state.merged_objects import common_state, hand_to_all
 from ckptengine.state.merged_optimizers import merging_optimizers
 
 __all__ = ["Merged"]
 
 
-class Merged:
+class Merged(StandsFor):
     """Save and load several modules as one: `{"model": ce.Merged([chunk0, chunk1])}`.
 
     Use it on a rank that has several chunks of a pipeline whose parameters have the names of the whole model, as with
@@ -26,16 +27,25 @@ class Merged:
     of every save.
 
     If each chunk has an optimizer, `ce.Merged([optimizer0, optimizer1])` is one optimizer over the parameters of all;
-    groups with equal hyperparameters become one.
+    groups with equal hyperparameters become one. If each optimizer has a scheduler, `ce.Merged([scheduler0,
+    scheduler1])` is one scheduler: their states are the same, and a restore gives it to each.
 
-    `parts` are modules of one framework, or optimizers of one class. Raises `StateError` for anything else and, when
-    the state is read, for two modules that have something of the same name, or two optimizers with the same parameter.
+    `parts` are modules of one framework, optimizers of one class, or other objects of one class that have `state_dict`
+    and `load_state_dict`. Raises `StateError` for anything else and, when the state is read, for two modules that have
+    something of the same name, two optimizers with the same parameter, or objects whose states differ.
     """
 
-    __slots__ = ("__weakref__", "adapter", "modules", "optimizers")
+    __slots__ = ("__weakref__", "adapter", "modules", "objects", "optimizers")
 
     def __init__(self, parts: Iterable[Any]) -> None:
         given = tuple(parts)
+        self.modules: tuple[Any, ...] = ()
+        self.optimizers: tuple[Any, ...] = ()
+        self.objects: tuple[Any, ...] = ()
+        self.adapter: Adapter | None = None
+        if _are_objects(given):
+            self.objects = given
+            return
         found = [next((one for one in adapters() if one.is_module(part)), None) for part in given]
         of_optimizers = bool(given) and not any(found)
         if of_optimizers:
@@ -44,15 +54,49 @@ class Merged:
         if None in found or len(kinds) != 1:
             odd = next((part for part, one in zip(given, found, strict=True) if one is None), None)
             what = "no modules" if not found else describe_type(odd) if odd is not None else "several frameworks'"
-            raise StateError(f"Merged: takes one or more modules, or optimizers, of one framework, not {what}")
+            raise StateError(
+                f"Merged: takes one or more modules, or optimizers, of one framework, or schedulers of one class, not "
+                f"{what}"
+            )
         assert found[0] is not None
-        self.modules: tuple[Any, ...] = () if of_optimizers else given
-        self.optimizers: tuple[Any, ...] = given if of_optimizers else ()
+        if of_optimizers:
+            self.optimizers = given
+        else:
+            self.modules = given
         kind: Any = type(found[0])
-        self.adapter: Adapter = merging_optimizers(kind)() if of_optimizers else _merging(kind)()
+        self.adapter = merging_optimizers(kind)() if of_optimizers else _merging(kind)()
 
     def __repr__(self) -> str:
-        return f"Merged([{', '.join(describe_type(part) for part in (*self.modules, *self.optimizers))}])"
+        parts = (*self.modules, *self.optimizers, *self.objects)
+        return f"Merged([{', '.join(map(describe_type, parts))}])"
+
+    @property
+    def first(self) -> Any:
+        """The first of the parts: schedulers are saved as this one would be."""
+        return (*self.modules, *self.optimizers, *self.objects)[0]
+
+    def state_dict(self) -> Any:
+        """Return the state that all schedulers have; raises `StateError` naming what differs."""
+        return common_state(self._schedulers())
+
+    def load_state_dict(self, state: Any) -> None:
+        """Give each scheduler the state."""
+        hand_to_all(self._schedulers(), state)
+
+    def _schedulers(self) -> Sequence[Any]:
+        if not self.objects:
+            raise StateError("Merged: modules and optimizers have no state_dict here; put the Merged into the state")
+        return self.objects
+
+
+def _are_objects(parts: Sequence[Any]) -> bool:
+    """Whether all are objects of one class that save themselves, and neither modules nor optimizers."""
+    return len({type(part) for part in parts}) == 1 and not any(
+        isinstance(part, (type, Mapping, Merged))
+        or not (callable(getattr(part, "state_dict", None)) and callable(getattr(part, "load_state_dict", None)))
+        or any(one.is_module(part) or one.is_optimizer(part) for one in adapters())
+        for part in parts
+    )
 
 
 class _Values(dict[str, Any]):

@@ -15,6 +15,7 @@ from ckptengine.errors import CheckpointDamagedError
 from ckptengine.frameworks.adapter import TensorKind, TensorView
 from ckptengine.schema.leaf import HostMemory, Part
 from ckptengine.schema.path import Key, Path, dotted
+from ckptengine.schema.type_name import class_of, full_name
 from ckptengine.state.forms import Form
 from ckptengine.state.nested import item_of
 from ckptengine.state.values import decode, encode
@@ -157,8 +158,7 @@ def decode_outline(text: object, leaves: int) -> Outline:
 
 def class_name(value: Any) -> str:
     """Return the qualified name of a value's class."""
-    kind = type(value)
-    return f"{kind.__module__}.{kind.__qualname__}"
+    return full_name(class_of(value))
 
 
 def is_of_class(value: Any, name: str) -> bool:
@@ -174,7 +174,7 @@ def is_of_class(value: Any, name: str) -> bool:
 
 
 def _own_mro(value: Any) -> Iterable[type]:
-    return (kind for kind in type(value).__mro__ if kind is not object and kind.__qualname__ not in _GENERIC)
+    return (kind for kind in class_of(value).__mro__ if kind is not object and kind.__qualname__ not in _GENERIC)
 
 
 def _same_class(full: str, qualname: str, name: str) -> bool:

@@ -38,7 +38,8 @@ class Saved:
     0's, and all of them where a `PerRank` has `resize`. With `flat` each path is one text with dots, as other libraries
     name tensors: which of its parts are keys is for the state to say. `unread` says what lies at some paths of another
     library's checkpoint that is neither an array nor a plain value. `joined_groups` are the paths of optimizers' groups
-    that several ranks had parts of.
+    that several ranks had parts of. `rank_items` has, for each rank and each of its objects of
+    which other ranks had other items, the paths of the leaves that this rank had.
     """
 
     world_size: int
@@ -53,6 +54,7 @@ class Saved:
     rank_outlines: Sequence[Outline | None] = ()
     flat: bool = False
     unread: Mapping[Path, str] = field(default_factory=dict)
+    rank_items: Sequence[Mapping[Path, frozenset[Path]]] = ()
     joined_groups: frozenset[Path] = frozenset()
 
     def unread_of(self, selection: Selection, rename: Callable[[Path], Path]) -> dict[str, str]:

@@ -199,7 +199,7 @@ def _check_bytes(source: StorageView, target: Storage, name: str, document: byte
     """Raise where the target's manifest is not the source's."""
     if target.read_bytes(name, MAX_MANIFEST_NBYTES) != document:
         raise StorageError(
-            errno.EEXIST, f"{target.location(name)} is there already, and is not {source.location(name)}; {_ELSEWHERE}"
+            errno.EEXIST, f"{target.location(name)} exists already, and is not {source.location(name)}; {_ELSEWHERE}"
         )
 
 

@@ -12,7 +12,6 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-from torch.utils.weak import WeakIdKeyDictionary
 
 from ckptengine.errors import StateError
 from ckptengine.schema.path import Path, dotted
@@ -21,8 +20,6 @@ from ckptengine.torch.parts import note, remember
 
 __all__ = ["check_fsdp1", "check_whole", "fsdp1_values", "holds_fsdp1", "is_flattened"]
 
-_whole: Any = WeakIdKeyDictionary()
-"""Modules in which nothing was missing that a wrapper around them has taken."""
 _INSTEAD = "or use `fully_shard` (FSDP2), which takes it"
 
 
@@ -79,9 +76,9 @@ def check_fsdp1(module: torch.nn.Module, path: Path) -> None:
 def check_whole(module: torch.nn.Module, path: Path) -> None:
     """Raise `StateError` for a module inside of FSDP1: the wrapper around it has taken parameters out of it.
 
-    They are in no `state_dict` of its own. A module in which nothing was missing is not looked through again.
+    They are in no `state_dict` of its own. Each walk looks anew: the wrapper may have been made since.
     """
-    if "torch.distributed.fsdp" not in sys.modules or module in _whole:
+    if "torch.distributed.fsdp" not in sys.modules:
         return
     flats: set[int] = set()
     views: set[tuple[int, str]] = set()
@@ -94,16 +91,20 @@ def check_whole(module: torch.nn.Module, path: Path) -> None:
         if any(getattr(one, "_is_flat_param", False) and id(one) not in flats for one in part._parameters.values()):
             raise StateError(_inside(part, name, path))
         for key, value in vars(part).items():
-            if isinstance(value, torch.Tensor) and (id(part), key) not in views and _is_emptied(value):
+            if isinstance(value, torch.Tensor) and (id(part), key) not in views and _is_taken(value):
                 raise StateError(_inside(part, name, path))
-    _whole[module] = True
 
 
-def _is_emptied(tensor: torch.Tensor) -> bool:
-    """Whether a tensor's memory was taken away, as that of a view of FSDP1's flat parameters is between two steps."""
+def _is_taken(tensor: torch.Tensor) -> bool:
+    """Whether a tensor is a view of one of FSDP1's flat parameters in a parameter's place, gathered or emptied.
+
+    Between two steps its memory is taken away; after a forward pass alone, and without sharding, it is there.
+    """
     if type(tensor) is not torch.Tensor or tensor.is_meta or tensor.layout is not torch.strided:
         return False
-    return tensor.numel() > 0 and tensor.untyped_storage().nbytes() == 0
+    if tensor.numel() > 0 and tensor.untyped_storage().nbytes() == 0:
+        return True
+    return tensor._is_view() and bool(getattr(tensor._base, "_is_flat_param", False))
 
 
 def _inside(part: torch.nn.Module, name: str, path: Path) -> str:

@@ -3,10 +3,12 @@
 import mindspore as ms
 import ml_dtypes
 import numpy as np
+import pytest
 import torch
 from mindspore import nn
 
 import ckptengine as ce
+from ckptengine.errors import LoadMismatchError
 from ckptengine.mindspore import names_from_torch
 from ckptengine.torch.names import names_from_mindspore
 from tests.mindspore.training import as_array
@@ -98,3 +100,23 @@ def test_bfloat16_keeps_its_bits_between_the_frameworks(tmp_path):
     ce.load(tmp_path / "mindspore", into={"model": other}, rename=names_from_mindspore(other))
     assert torch.equal(other.weight, module.weight)
     assert torch.equal(other.bias, module.bias)
+
+
+class Ends(nn.Cell):
+    """An embedding and a head, which may be one parameter: it then has one name."""
+
+    def __init__(self, tied: bool) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Dense(4, 4, has_bias=False), nn.Dense(4, 4, has_bias=False)
+        if tied:
+            self.head.weight = self.embed.weight
+
+
+@pytest.mark.parametrize(("before", "after", "what"), [(True, False, "missing"), (False, True, "unexpected")])
+def test_a_tied_parameter_and_two_of_two_names_are_told_apart_in_the_optimizer_too(tmp_path, before, after, what):
+    saved, found = ({"net": net, "optimizer": nn.Adam(net.trainable_params())} for net in (Ends(before), Ends(after)))
+    ce.save(tmp_path / "one", saved)
+    with pytest.raises(LoadMismatchError) as raised:
+        ce.load(tmp_path / "one", into=found)
+    expected = {"net.head.weight", *(f"optimizer.moment{number}.head.weight" for number in (1, 2))}
+    assert set(getattr(raised.value.report, what)) == expected

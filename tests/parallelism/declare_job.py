@@ -109,6 +109,22 @@ def a_pattern_that_fits_nowhere() -> Any:
 
 
 @case
+def another_number_of_rules_on_some_ranks() -> Any:
+    late = {"late": ce.Shard(0)} if dist.get_rank() in (1, 3) else {}
+    ce.Sharded({"early": rows(1)}, {"early": ce.Shard(0), **late})
+
+
+@case
+def no_rules_on_one_rank() -> Any:
+    ce.Sharded({"early": rows(1)}, {} if dist.get_rank() == 2 else {"early": ce.Shard(0)})
+
+
+@case
+def a_group_without_the_rank_that_gives_it() -> Any:
+    ce.Sharded(rows(1), dim=0, group=[0, 1] if dist.get_rank() == 3 else pair())
+
+
+@case
 def a_distributed_tensor() -> Any:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import Shard, distribute_tensor
@@ -205,7 +221,7 @@ def main() -> None:
         for one in CASES:
             try:
                 found[one.__name__] = one()
-            except CheckpointError as error:
+            except (CheckpointError, TypeError) as error:
                 found[one.__name__] = f"{type(error).__name__}: {error}"
     report(FOLDER, found)
 

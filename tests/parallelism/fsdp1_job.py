@@ -82,6 +82,21 @@ def said(folder: Path, state: dict[str, Any]) -> str:
     return "saved"
 
 
+def inside_gathered(folder: Path, how: str) -> str:
+    """Return what a save says of a module inside of the wrapper whose weights are in memory, or that was saved before
+    it was wrapped."""
+    net, options = nn.Sequential(nn.Linear(7, 13), nn.ReLU()), {}
+    if how == "saved before":
+        said(folder / "before", {"model": net[0]})
+    if how == "not sharded":
+        options = {"sharding_strategy": ShardingStrategy.NO_SHARD}
+    model = FullyShardedDataParallel(net, device_id=torch.device("cpu"), **options)
+    if how == "evaluated":
+        with torch.no_grad():
+            model(INPUT)
+    return said(folder / f"inside {how}", {"model": net[0]})
+
+
 def saves_replaced(folder: Path, kind: str) -> bool:
     """Return whether a save has what was put in the place of parameters, which the next forward pass computes with."""
     model, optimizer = build(0, kind)
@@ -204,6 +219,7 @@ def main() -> None:
         inner = whole.module
         norm = nn.Sequential(inner.norm)  # with buffers of its own, which are saved
         found[f"inside {kind}"] = [said(folder / f"inside-{kind}", {"model": one}) for one in (inner, norm, inner.down)]
+    found["gathered"] = {how: inside_gathered(folder, how) for how in ("evaluated", "not sharded", "saved before")}
     found["replaced"] = {kind: saves_replaced(folder, kind) for kind in ("original", "whole")}
     found["experts"] = {kind: experts_apart(folder, kind) for kind in ("fsdp1", "fsdp2", "alone")}
     found["hybrid apart"] = hybrid_apart(folder)

@@ -55,6 +55,15 @@ def test_replicas_of_parts_are_stored_once(found):
             r"StateError: .*shape \(2, \d\) on rank \d, \(2, \d\) on rank \d; of parts",
         ),
         ("a_pattern_that_fits_nowhere", r"StateError: .*'late' fits no tensor on any rank.*has early"),
+        (
+            "another_number_of_rules_on_some_ranks",
+            r"StateError: .*different numbers of rules: 1 on ranks 0, 2, 2 on ranks 1, 3; give all ranks",
+        ),
+        ("no_rules_on_one_rank", r"(TypeError|RankFailedError: .*rank 2): Sharded: {} has no rules"),
+        (
+            "a_group_without_the_rank_that_gives_it",
+            r"StateError: .*a group of ranks 0, 1, on rank 3 of 4; each rank passes the group that it is in itself",
+        ),
         ("a_distributed_tensor", r"StateError: .*w: a .*DTensor is declared with ce\.Sharded.*says itself"),
         ("a_mesh_of_two_dimensions", r"StateError: .*a mesh of 2 dimensions .*mesh\['dp'\]"),
         ("means_over_a_split_dimension", r"StateError: .*optimizer\.state\..*col_var: .*another split could take over"),

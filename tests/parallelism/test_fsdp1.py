@@ -48,6 +48,13 @@ def test_a_module_inside_of_the_wrapper_is_refused_and_not_saved_without_its_wei
     assert unit == "saved"  # a unit of its own has all of its parameters
 
 
+@pytest.mark.parametrize("how", ["evaluated", "not sharded", "saved before"])
+def test_a_module_inside_of_the_wrapper_is_refused_too_where_its_weights_are_gathered(
+    how: str, found: dict[str, Any]
+) -> None:
+    assert "put the outermost FullyShardedDataParallel module itself into the state" in found["gathered"][how]
+
+
 def test_a_save_inside_of_summon_full_params_is_refused(found: dict[str, Any]) -> None:
     assert "save and restore between two steps" in found["summoned"]
 

@@ -118,3 +118,63 @@ def test_what_can_not_be_one_optimizer_is_refused(tmp_path: Path) -> None:
             ce.save(tmp_path / "bad", {"optimizer": ce.Merged(optimizers)})
     with pytest.raises(StateError, match=r"not torch\.optim\.sgd\.SGD"):
         ce.Merged([one, sgd])
+
+
+def with_schedulers(ranks: int, rank: int, *, one_each: bool, kind: Any) -> dict[str, Any]:
+    """Return a rank's state with a scheduler for each of its optimizers."""
+    state = chunks(ranks, rank, 0, one_each=one_each)
+    made = [kind(optimizer) for optimizer in optimizers_of(state)]
+    return {**state, "scheduler": ce.Merged(made) if one_each else made[0]}
+
+
+def schedulers_of(state: dict[str, Any]) -> list[Any]:
+    one = state["scheduler"]
+    return list(one.objects) if isinstance(one, ce.Merged) else [one]
+
+
+def rates(state: dict[str, Any]) -> list[list[float]]:
+    found = []
+    for optimizer, scheduler in zip(optimizers_of(state), schedulers_of(state), strict=True):
+        optimizer.step()
+        scheduler.step()
+        found.append([group["lr"] for group in optimizer.param_groups])
+    return found
+
+
+@pytest.mark.parametrize("kind", ["step", "warm-up"])
+@pytest.mark.parametrize("before", [(2, True), (1, True), (1, False)])
+@pytest.mark.parametrize("after", [(2, True), (1, True), (1, False), (4, True)])
+def test_a_scheduler_for_each_optimizer_is_one_in_the_checkpoint_and_goes_anywhere(
+    tmp_path: Path, before: tuple[int, bool], after: tuple[int, bool], kind: str
+) -> None:
+    schedules = torch.optim.lr_scheduler
+
+    def schedule(optimizer: torch.optim.Optimizer) -> Any:
+        if kind == "step":
+            return schedules.StepLR(optimizer, 2)
+        warm = schedules.LinearLR(optimizer, 0.1, total_iters=2)
+        return schedules.SequentialLR(optimizer, [warm, schedules.CosineAnnealingLR(optimizer, 9)], [2])
+
+    saved = [with_schedulers(before[0], rank, one_each=before[1], kind=schedule) for rank in range(before[0])]
+    for _ in range(3):
+        for state in saved:
+            rates(state)
+    with StageJob(tmp_path / "run", before[0]) as job:
+        job.save(saved)
+    found = [with_schedulers(after[0], rank, one_each=after[1], kind=schedule) for rank in range(after[0])]
+    with StageJob(tmp_path / "run", after[0]) as job:
+        assert all(report.complete for report in job.load(found))
+    for _ in range(3):
+        expected = rates(saved[0])[0]
+        for state in (*saved[1:], *found):
+            assert all(one == expected for one in rates(state))
+
+
+def test_schedulers_that_are_not_alike_are_refused_with_what_differs(tmp_path: Path) -> None:
+    optimizers = [torch.optim.SGD(nn.Linear(2, 2).parameters(), lr=0.1 * (1 + number)) for number in range(2)]
+    merged = ce.Merged([torch.optim.lr_scheduler.StepLR(one, 2) for one in optimizers])
+    with pytest.raises(StateError, match=r"numbers 0 and 1 differ in base_lrs\.0; merge those that are alike"):
+        ce.save(tmp_path / "bad", {"scheduler": merged})
+    other = torch.optim.lr_scheduler.ExponentialLR(optimizers[0], 0.9)
+    with pytest.raises(StateError, match="schedulers of one class"):
+        ce.Merged([torch.optim.lr_scheduler.StepLR(optimizers[1], 2), other])

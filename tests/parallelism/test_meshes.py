@@ -82,8 +82,9 @@ LIVES: dict[str, Lives] = {
     "sequence → context × fsdp2 → one → context × sequence → fsdp2 × pp": [
         ("tp2-sp", 10, 3), ("fsdp2-cp2", 10, 5), ("one", 10, 7), ("cp2-tp2-sp", 10, 9), ("pp2-fsdp2", 10, 0),
     ],
-    "experts as DTensors × hsdp → declared over 4 → DTensors over 2 → one": [
-        ("dtensor-hsdp2-fsdp2-ep2", 10, 3), ("stack-ep4", 10, 5), ("dtensor-ep2", 10, 7), ("stack-ep1", 10, 0),
+    "experts as DTensors × hsdp → declared over 4 → DTensors over 2 → one → declared × hsdp": [
+        ("dtensor-hsdp2-fsdp2-ep2", 10, 3), ("stack-ep4", 10, 5), ("dtensor-ep2", 10, 7), ("stack-ep1", 10, 9),
+        ("stack-hsdp2-fsdp2-ep2", 10, 0),
     ],
     "lists of experts × hsdp → over 4 → one → over 2": [
         ("list-hsdp2-fsdp2-ep2", 10, 3), ("list-ep4", 10, 5), ("list-ep1", 10, 7), ("list-ep2", 10, 0),

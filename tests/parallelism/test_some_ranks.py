@@ -390,6 +390,95 @@ def test_an_object_is_handed_what_it_has_and_not_what_other_ranks_objects_have(t
         job.save([{"ema": one} for one in found])  # nothing of another rank is left in it, to differ now
 
 
+def of_all(shared: str, *own: str) -> Averages:
+    """A stage's averages after an update; the first name may be one that other stages have, too."""
+    one = Averages(shared, *own)
+    one.update()
+    return one
+
+
+def names_of(objects: list[Averages]) -> list[list[str]]:
+    return [sorted(one.shadow) for one in objects]
+
+
+@pytest.mark.parametrize("filled", [True, False])
+def test_each_rank_gets_the_items_that_it_saved_where_one_stage_has_only_less(tmp_path, filled):
+    """Also where they fill themselves later, and can't tell before the load what they will have."""
+    of = [of_all("all", "a", "b"), of_all("all"), of_all("all", "c")]
+    with StageJob(tmp_path / "run", 3) as job:
+        job.save([{"ema": one} for one in of])
+        job.save([{"ema": one} for one in of])
+        fresh = [Averages(*(one.names if filled else ())) for one in of]
+        job.load([{"ema": one} for one in fresh])
+        job.save([{"ema": one} for one in fresh])
+    assert names_of(fresh) == [["a", "all", "b"], ["all"], ["all", "c"]]
+    assert [one.shadow["all"].tolist() for one in fresh] == [[1.0, 1.0]] * 3
+    assert ce.load(tmp_path / "run")["ema"]["shadow"].keys() == {"all", "a", "b", "c"}
+
+
+def test_a_rank_that_had_only_less_than_another_gets_that_again(tmp_path):
+    of = [of_all("all", "a"), of_all("all")]
+    with StageJob(tmp_path / "run", 2) as job:
+        job.save([{"ema": one} for one in of])
+        fresh = [Averages("all", "a"), Averages("all")]
+        job.load([{"ema": one} for one in fresh])
+    assert names_of(fresh) == [["a", "all"], ["all"]]
+
+
+def test_ranks_in_another_order_get_what_their_objects_have(tmp_path):
+    of = [of_all("all", "a"), of_all("all"), of_all("all", "c")]
+    with StageJob(tmp_path / "run", 3) as job:
+        job.save([{"ema": one} for one in of])
+        fresh = [Averages("all", "c"), Averages("all", "a"), Averages("all")]
+        job.load([{"ema": one} for one in fresh])
+    assert names_of(fresh) == [["all", "c"], ["a", "all"], ["all"]]
+
+
+def test_at_another_number_of_ranks_a_stage_with_only_less_gets_what_its_object_has(tmp_path):
+    of = [of_all("all", "a", "b"), of_all("all", "c")]
+    with StageJob(tmp_path / "run", 2) as job:
+        job.save([{"ema": one} for one in of])
+    fresh = [Averages("all", *own) for own in ("a", "b", "c", "")]
+    fresh[3] = Averages("all")
+    with StageJob(tmp_path / "run", 4) as job:
+        job.load([{"ema": one} for one in fresh])
+    assert names_of(fresh) == [["a", "all"], ["all", "b"], ["all", "c"], ["all"]]
+
+
+class Held:
+    """Lists, tuples and further names of a tensor, of which each rank has its own number."""
+
+    def __init__(self, count: int) -> None:
+        self.count, self.state = count, {}
+
+    def fill(self) -> None:
+        items = [torch.full((1,), float(number)) for number in range(self.count)]
+        names = {f"name{number}": items[0] for number in range(self.count)}
+        self.state = {"list": [*items], "tuple": tuple(items), "queue": deque(items), "names": names}
+
+    def state_dict(self) -> dict:
+        return self.state
+
+    def load_state_dict(self, state: dict) -> None:
+        self.state = state
+
+
+def test_items_of_lists_and_further_names_are_those_that_each_rank_saved(tmp_path):
+    of = [Held(1), Held(3), Held(2)]
+    for one in of:
+        one.fill()
+    with StageJob(tmp_path / "run", 3) as job:
+        job.save([{"held": one} for one in of])
+        fresh = [Held(0) for _ in of]
+        job.load([{"held": one} for one in fresh])
+    for one, other in zip(fresh, of, strict=True):
+        assert one.state.keys() == other.state.keys()
+        for key, items in other.state.items():
+            found = one.state[key]
+            assert type(found) is type(items)
+            assert found == items
+
+
 def test_an_object_that_has_only_less_than_another_ranks_is_handed_all(tmp_path):
     """As where one rank has evaluated before the restore: it is no other stage, and must not lose what was saved."""
     of = [Averages("a"), Averages("a")]

@@ -224,7 +224,7 @@ def test_another_manifest_in_the_place_is_refused(run, tmp_path):
     for rank in range(manifest.world_size):
         copy_archive(source, target, *archive_of(source, rank))
     target.write_bytes(entry.manifest, b"{}")
-    with pytest.raises(StorageError, match=r"manifest-0001.json is there already, and is not .*/run/") as caught:
+    with pytest.raises(StorageError, match=r"manifest-0001.json exists already, and is not .*/run/") as caught:
         copy_commit(source, target, entry.directory, manifest)
     assert caught.value.errno == errno.EEXIST
 

@@ -53,7 +53,7 @@ def test_a_process_fetches_the_newest_and_the_next_one_finds_it(trained_run, thr
     proxy.seen.clear()
     code, out, errors = end(start(through_proxy, tmp_path / "ckpt"))
     assert (code, data_requests(proxy)) == (0, []), errors
-    assert "step 30, generation 1 is there already" in out
+    assert "step 30, generation 1 is already there" in out
 
 
 def test_a_job_goes_on_from_what_was_fetched(trained_run, uploaded, tmp_path):
@@ -166,7 +166,7 @@ def test_several_at_once_share_one_download(trained_run, through_proxy, proxy, t
     results = [end(process) for process in (first, *others)]
     assert [code for code, _, _ in results] == [0, 0, 0], results
     assert all(f"waiting for process {first.pid} on " in errors for _, _, errors in results[1:])
-    assert all("is there already" in out for _, out, _ in results[1:])
+    assert all("is already there" in out for _, out, _ in results[1:])
     wanted = data_requests(proxy)
     alone = {name: wanted.count(name) for name in wanted}
     alone["rank-00002"] -= 1

@@ -75,7 +75,7 @@ class BinderBase(ABC):
             raise
         work = self._work
         built, take_back = self._rebuilt, self._memory.take_back
-        return Binding(work.reads, report, work.actions, self._promise(), left, take_back, built.extras, built.taken)
+        return Binding(work.reads, report, work.actions, self._promise(), left, take_back, built.items, built.left_out)
 
     @abstractmethod
     def walk(self, state: Mapping[str, Any]) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ckptengine.schema.path import Path, dotted
-from ckptengine.state.bind.extras import Extra
+from ckptengine.state.bind.extras import Items
 from ckptengine.state.binding import Left
 from ckptengine.state.report import LoadReport
 from ckptengine.state.saved import Node
@@ -72,8 +72,8 @@ class Rebuilt:
     `objects` are the optimizers and objects by their paths, `before` what their `state_dict` gave before, and
     `optimizers` the paths of optimizers. `derived` are the paths of what is made anew of what was saved, by a `resize`.
     `given` are the paths of what was spread over the ranks and is read into a whole tensor that an object had.
-    `extras` is what objects don't have here, `taken` the leaves of it, by number, that other ranks' objects have: known
-    when all have told, before anything is handed over.
+    `items` is what the checkpoint has for objects, `left_out` the keys, by object, of what these are not handed of it:
+    known when all ranks have told, before anything is handed over.
     """
 
     objects: dict[Path, Any] = field(default_factory=dict)
@@ -81,5 +81,5 @@ class Rebuilt:
     optimizers: set[Path] = field(default_factory=set)
     derived: list[Path] = field(default_factory=list)
     given: set[Path] = field(default_factory=set)
-    extras: list[Extra] = field(default_factory=list)
-    taken: set[int] = field(default_factory=set)
+    items: list[Items] = field(default_factory=list)
+    left_out: dict[Path, list[Path]] = field(default_factory=dict)

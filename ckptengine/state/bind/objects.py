@@ -10,7 +10,7 @@ from ckptengine.errors import CheckpointError, LoadMismatchError
 from ckptengine.frameworks.adapter import Adapter
 from ckptengine.schema.path import Path, dotted
 from ckptengine.schema.type_name import describe_type
-from ckptengine.state.bind.extras import extras_of, leave_out
+from ckptengine.state.bind.extras import items_of, leave_out
 from ckptengine.state.bind.tensors import TensorBinder
 from ckptengine.state.bind.work import OBJECTS, SET
 from ckptengine.state.kinds import Kind
@@ -55,9 +55,8 @@ class ObjectBinder(TensorBinder):
         if inner:
             self._work.act(SET, functools.partial(take_out, rebuilt))
         if places is not None and not per_rank and self._options.world_size > 1:
-            extras = extras_of(path, places, current)
-            self._rebuilt.extras += extras
-            self._work.act(SET, functools.partial(leave_out, rebuilt, extras, self._rebuilt.taken))
+            self._rebuilt.items.append(items_of(path, places, current, self._source.had.get(path)))
+            self._work.act(SET, functools.partial(leave_out, rebuilt, self._rebuilt.left_out, path))
         self._work.act(OBJECTS, functools.partial(hand_over, target, rebuilt, path, call))
 
     def _bind_loader(self, loader: Any, adapter: Adapter, path: Path, own: Node | None) -> None:

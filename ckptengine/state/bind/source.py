@@ -20,7 +20,8 @@ class Source:
     saved (`resized`), what rank 0 had. `dropped` are leaves that no rank can take any more, by their paths. `shapes`
     has the shapes of shared arrays by name, None for a name that two of them have. `tells_empty` says whether the
     checkpoint tells an optimizer's empty state from none. `members` are the parameters in optimizers' groups, and
-    `regrouped` has, by the path of an optimizer's groups, the saved parameters that this rank's groups have.
+    `had` has the paths of the leaves that this rank's objects had, where others had different ones, by the object's
+    path. `regrouped` has, by the path of an optimizer's groups, the saved parameters that this rank's groups have.
     """
 
     def __init__(self, saved: Saved, rank: int, world_size: int, rename: Callable[[Path], Path]) -> None:
@@ -28,6 +29,8 @@ class Source:
         self.resized = world_size != saved.world_size
         self.shared = shared_tree(saved, rename)
         self.own = own_tree(saved, 0 if self.resized else rank, rename)
+        had = {} if self.resized or not saved.rank_items else saved.rank_items[rank]
+        self.had = {rename(path): frozenset(map(rename, leaves)) for path, leaves in had.items()}
         self.tells_empty = saved.outline is not None and saved.outline.empty is not None
         self.dropped: list[tuple[Path, Node]] = []
         self.shapes: dict[str, tuple[int, ...] | None] = {}
