@@ -208,9 +208,7 @@ def test_a_load_without_memory_for_a_conversion_names_the_tensor(tmp_path, devic
         raise torch.OutOfMemoryError("tried to allocate 1,200 bytes")
 
     monkeypatch.setattr("ckptengine.torch.adapter.convert_tensor", refuse)
-    with pytest.raises(
-        DeviceError, match=r"rank 0: .*weight: there is no memory for the conversion .*don't use"
-    ):
+    with pytest.raises(DeviceError, match=r"rank 0: .*weight: there is no memory for the conversion .*don't use"):
         ce.load(tmp_path / "point", into={"weight": half}, cast=True)
 
 
