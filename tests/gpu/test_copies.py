@@ -160,7 +160,7 @@ def test_a_device_out_of_memory_fails_the_save_and_not_the_training(tmp_path, de
     run.close()
 
 
-FAILED = r"step-00000002 was not saved: rank 0: model\.weight \(11,560,000 bytes\) could not be copied from \w+:0: "
+FAILED = r"(?s)step-00000002 was not saved: rank 0: model\.weight \(11,560,000 bytes\) could not be copied from \w+:0: "
 
 
 @pytest.mark.parametrize("overlap", [False, True], ids=["eager", "overlapped"])
