@@ -226,10 +226,15 @@ def room(nbytes: int, folder: Path) -> str:
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
-    """Run all that fits; what does not is under `left_out`, and what failed. `--json` is written after each row."""
+    """Run all that fits; what does not is under `left_out`, and what failed.
+
+    `--json` is written after each row, which is printed too.
+    """
     end = time.monotonic() + options.seconds
     name = "cpu" if not torch.accelerator.is_available() else torch.get_device_module().get_device_name()
     result: dict[str, Any] = {"device": name, "torch": torch.__version__, "sizes": {}, "left_out": [], "failed": False}
+
+    print(f"{name}, torch {torch.__version__}", flush=True)
 
     def keep() -> None:
         if options.json is not None:
@@ -256,6 +261,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
             result["failed"] = True
             continue
         figures["pinned copy"] = {"gbps": limit / 1e9}
+        tell(label, "pinned copy", figures["pinned copy"])
         parts: dict[str, Callable[[Path], Any]] = {
             "ckptengine, eager": lambda folder: measure_engine(folder, nbytes, False, limit),  # noqa: B023
             "ckptengine, overlapped": lambda folder: measure_engine(folder, nbytes, True, limit),  # noqa: B023
@@ -269,6 +275,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
             with tempfile.TemporaryDirectory(dir=options.folder) as folder:
                 try:
                     figures[part] = call(Path(folder))
+                    tell(label, part, figures[part])
                 except Exception as error:  # the other figures are still worth having
                     result["left_out"].append(f"{label}, {part}: {type(error).__name__}: {error}")
                     result["failed"] |= "ckptengine" in part
@@ -277,13 +284,9 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     return result
 
 
-def lines_of(result: dict[str, Any]) -> list[str]:
-    """Return the result as text, a line for each system."""
-    lines = [f"{result['device']}, torch {result['torch']}"]
-    for size, systems in result["sizes"].items():
-        for system, figures in systems.items():
-            lines.append(f"{size}  {system}: " + ", ".join(f"{key} {value:,.3f}" for key, value in figures.items()))
-    return lines + [f"left out: {what}" for what in result["left_out"]]
+def tell(size: str, system: str, figures: dict[str, float]) -> None:
+    """Print one system's figures."""
+    print(f"{size}  {system}: " + ", ".join(f"{key} {value:,.3f}" for key, value in figures.items()), flush=True)
 
 
 def main() -> None:
@@ -300,7 +303,8 @@ def main() -> None:
             result = measure(options)
         finally:
             torch.distributed.destroy_process_group()
-    print("\n".join(lines_of(result)), flush=True)
+    for what in result["left_out"]:
+        print(f"left out: {what}", flush=True)
     if options.json is not None:
         options.json.write_text(json.dumps(result, indent=1) + "\n")
     if result["failed"]:

@@ -187,7 +187,7 @@ class Copier:
     def close(self) -> None:
         """Give the memory back, and forget what was known of it."""
         self._table = None
-        self.snapshotter.close()
+        self.snapshotter.close(self._timeout)
 
     def unhook(self) -> None:
         """Let optimizers step without asking."""

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
 from ckptengine.archive.image import BLOCK_NBYTES, Image
-from ckptengine.errors import DeviceError, StorageError
+from ckptengine.errors import DeadlineError, DeviceError, StorageError
 from ckptengine.frameworks.registry import adapters
 from ckptengine.snapshot.arena import Arena
 from ckptengine.snapshot.feed import Feed, Window
@@ -82,11 +82,10 @@ class Snapshotter:
         """Reserve memory for an image; return whether it is there for the whole of it.
 
         Where memory is short, the snapshot goes through what there is: from `LEAST_ARENA_NBYTES` on. Raises
-        `StorageError` saying how much is missing where there isn't even that.
+        `StorageError` saying how much is missing where there isn't even that, and `DeadlineError`.
         """
-        preparing, self._preparing = self._preparing, None
-        if preparing is not None:
-            preparing.join(timeout)
+        if not self._prepared(timeout):
+            raise DeadlineError(f"the snapshot's memory is still being prepared, or pinned, after {timeout:g} s")
         self.shared = None if self._images is None else self._images.take(image.fixed_nbytes)
         self._arena = self.shared or self._private
         if self.shared is not None:
@@ -102,6 +101,15 @@ class Snapshotter:
                 raise
             self._reserve_less(image.fixed_nbytes, error)
             return False
+
+    def _prepared(self, timeout: float) -> bool:
+        """Return whether what `prepare` has begun ends in some seconds: until then the memory is that thread's."""
+        if self._preparing is not None:
+            self._preparing.join(timeout)
+            if self._preparing.is_alive():
+                return False
+            self._preparing = None
+        return True
 
     def _reserve_less(self, whole: int, shortage: StorageError) -> None:
         nbytes = whole
@@ -210,12 +218,10 @@ class Snapshotter:
         self._tail.view(0, len(tail))[:] = tail
         return self._tail.address
 
-    def close(self) -> None:
-        """Give the memory back."""
-        preparing, self._preparing = self._preparing, None
-        if preparing is not None:
-            preparing.join()
-        self._private.close()
+    def close(self, timeout: float) -> None:
+        """Give the memory back, unless it is still being prepared after some seconds."""
+        if self._prepared(timeout):
+            self._private.close()
         self._tail.close()
 
     def abandon(self) -> None:

@@ -258,7 +258,7 @@ def pin_host_memory(address: int, nbytes: int) -> Callable[[], None] | None:
     if failure != 0:
         _log.warning(
             "cudaHostRegister could not pin %s bytes of host memory (CUDA error %d): copies between it and the device "
-            "are right, and slower (see `ulimit -l`)",
+            "are right, and slower",
             f"{nbytes:,}",
             failure,
         )

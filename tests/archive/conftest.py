@@ -39,7 +39,7 @@ def archive_of(tmp_path):
         tail = build_tail(image, stored_values(flat).entries(0), checksums.entries, checksums.blocks)
         path = tmp_path / image.name
         path.write_bytes(fixed + tail)
-        snapshotter.close()
+        snapshotter.close(60.0)
         return path, image, checksums, hashlib.sha256(tail).hexdigest()
 
     return build

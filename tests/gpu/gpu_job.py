@@ -8,13 +8,19 @@ from pathlib import Path
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
+import pytest
 import torch
 import torch.distributed as dist
+from pretended import FakeAccelerator
 
 import ckptengine as ce
 from ckptengine.errors import CheckpointError
 
 NAME = torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu"
+
+
+if NAME == "cpu":
+    FakeAccelerator(pytest.MonkeyPatch()).seconds = 0
 
 
 def digest(model, optimizer):
@@ -88,14 +94,9 @@ def fsdp2(folder, backend):
 def replicated(folder):
     """Two ranks with the same tensors on one device, which a restore reads once for both."""
     import numpy as np
-    import pytest
 
     from ckptengine.load import devices
 
-    if NAME == "cpu":
-        from pretended import FakeAccelerator
-
-        FakeAccelerator(pytest.MonkeyPatch()).seconds = 0
     devices.WINDOW_NBYTES = 1 << 20
     rank = int(os.environ["RANK"])
     dist.init_process_group("gloo", init_method=f"file://{os.environ['STORE']}", rank=rank, world_size=2)
@@ -118,6 +119,20 @@ def replicated(folder):
     dist.destroy_process_group()
 
 
+def second(folder):
+    """Save from the second device, and restore to it; no context may be made on the first."""
+    torch.accelerator.set_device_index(1)
+    model = torch.nn.Sequential(torch.nn.Linear(30, 30), torch.nn.BatchNorm1d(30)).to(NAME)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    state = {"model": model, "optimizer": optimizer}
+    with ce.Checkpointer(folder, overlap=True, every=10) as run:
+        run.step(1, state)
+        run.save(2, state).durable.result()
+        optimizer.step()
+        assert run.restore(state) == 2
+    assert not torch._C._cuda_hasPrimaryContext(0)
+
+
 def dead(folder):
     weight = torch.ones(1000, 1000, device=NAME)
     run = ce.Checkpointer(folder)
@@ -132,4 +147,6 @@ def dead(folder):
 
 
 if __name__ == "__main__":
-    {"train": train, "fsdp2": fsdp2, "replicated": replicated, "dead": dead}[sys.argv[1]](*sys.argv[2:])
+    {"train": train, "fsdp2": fsdp2, "replicated": replicated, "second": second, "dead": dead}[sys.argv[1]](
+        *sys.argv[2:]
+    )

@@ -200,6 +200,7 @@ class FakeAccelerator:
         if not (target.is_contiguous() and source.is_contiguous()):
             self.need(source.nbytes)
         self.check()
+        time.sleep(0)  # as torch's calls, it lets other threads run
         if self.dies_at is not None:
             self.dies_at -= 1
         fails, queue = self.dies_at is not None and self.dies_at < 0, self.now

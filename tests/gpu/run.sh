@@ -69,8 +69,11 @@ else
   say "compute-sanitizer is not here: not run"
 fi
 
-timeout "${CKPTENGINE_GPU_BENCH_SECONDS:-170}" "$python" -m benchmarks.gpu --folder "$out" --json "$out/figures.json" \
-  --seconds "${CKPTENGINE_GPU_BENCH_BEGIN_SECONDS:-130}" --gigabytes ${CKPTENGINE_GPU_GIGABYTES:-1 10 40} > "$out/figures.log" 2>&1 || {
+# A pretended device's figures only show that there are figures.
+[ "$(cat "$out/here")" = True ] && sizes="1 10 40" || sizes=0.01
+# -k: a Checkpointer takes SIGTERM as the wish to save before the end, which a device that hangs would never let come.
+timeout -k 5 "${CKPTENGINE_GPU_BENCH_SECONDS:-165}" "$python" -m benchmarks.gpu --folder "$out" --json "$out/figures.json" \
+  --seconds "${CKPTENGINE_GPU_BENCH_BEGIN_SECONDS:-125}" --gigabytes ${CKPTENGINE_GPU_GIGABYTES:-$sizes} > "$out/figures.log" 2>&1 || {
   failed=1
   say "the benchmark did not end well: $out/figures.log"
 }
@@ -84,7 +87,8 @@ from xml.etree import ElementTree
 out, status = Path(sys.argv[1]), int(sys.argv[2])
 result = {"accelerator": (out / "here").read_text().strip() == "True", "tests_exit": status, "tests": [], "figures": None}
 if (out / "tests.xml").exists():
-    for case in ElementTree.parse(out / "tests.xml").iter("testcase"):
+    cases = ElementTree.parse(out / "tests.xml").iter("testcase")
+    for case in (case for case in cases if case.get("name")):  # what a time limit has cut off has none
         kinds = {child.tag for child in case} & {"failure", "error", "skipped"}
         result["tests"].append({"name": case.get("name"), "result": min(kinds, default="passed"), "seconds": float(case.get("time"))})
 if (out / "figures.json").exists():

@@ -11,10 +11,10 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import torch
-from pretended import FakeAccelerator, OnDevice
+from pretended import FakeAccelerator
 
 import ckptengine as ce
-from ckptengine.errors import CheckpointError, DeviceError
+from ckptengine.errors import CheckpointError, DeadlineError, DeviceError
 from ckptengine.schema.dtypes import DTYPES
 from ckptengine.torch import accelerator
 
@@ -160,7 +160,7 @@ def test_a_device_out_of_memory_fails_the_save_and_not_the_training(tmp_path, de
     run.close()
 
 
-FAILED = r"step-00000002 was not saved: rank 0: model\.weight \(11,560,000 bytes\) could not be copied from \w+:0: "
+FAILED = r"(?s)step-00000002 was not saved: rank 0: model\.weight \(11,560,000 bytes\) could not be copied from \w+:0: "
 
 
 @pytest.mark.parametrize("overlap", [False, True], ids=["eager", "overlapped"])
@@ -266,20 +266,36 @@ def test_a_closed_checkpointer_keeps_nothing_of_its_copies(tmp_path, monkeypatch
     assert [one for one in made if one() is not None] == []
 
 
-def test_two_threads_copy_from_one_device_at_a_time(tmp_path, monkeypatch):
-    device = FakeAccelerator(monkeypatch)
-    owners = [torch.full((50, 50), float(n)).as_subclass(OnDevice) for n in range(8)]
-    targets = [np.zeros((50, 50), np.float32) for _ in owners]
-    device.seconds = 0
+def test_two_checkpointers_copy_at_a_time_and_from_several_threads(tmp_path, device):
+    if not device.real:
+        device.pretended.seconds = 0
+    state = {"weights": [torch.full((50, 50), float(n), device=device.name) for n in range(100)]}
+    with (
+        ce.Checkpointer(tmp_path / "a") as one,
+        ce.Checkpointer(tmp_path / "b") as other,
+        ThreadPoolExecutor(2) as threads,
+    ):
+        saves = [threads.submit(run.save, 1, state) for run in (one, other)]
+        for save in saves:
+            save.result().durable.result()
+        targets = [{"weights": [torch.zeros(50, 50, device=device.name) for _ in range(100)]} for _ in saves]
+        loads = [threads.submit(run.restore, target) for run, target in zip((one, other), targets, strict=True)]
+        assert [load.result() for load in loads] == [1, 1]
+    device.synchronize()
+    for target in targets:
+        assert [float(weight.min()) for weight in target["weights"]] == list(range(100))
 
-    def bring(some):
-        for owner, target in list(zip(owners, targets, strict=True))[some]:
-            device.link.to_host([(owner, device.link.host(target))], device.link.mark())(30)
 
-    with ThreadPoolExecutor(2) as threads:
-        for done in [threads.submit(bring, slice(n, None, 2)) for n in range(2)]:
-            done.result()
-    assert [target.min() for target in targets] == list(range(8))
+def test_pinning_that_does_not_end_holds_neither_a_save_nor_the_end_up(tmp_path, monkeypatch):
+    device, pinned = FakeAccelerator(monkeypatch), threading.Event()
+    monkeypatch.setattr(device, "unsafe", lambda call: call == "cudaHostRegister" and pinned.wait(30))
+    state = {"weight": torch.ones(30, 30)}
+    run = ce.Checkpointer(tmp_path / "run", every=100, timeout=0.3)
+    run.step(1, state)
+    with pytest.raises(DeadlineError, match=r"memory is still being prepared, or pinned, after 0\.3 s"):
+        run.save(2, state)
+    run.close()
+    pinned.set()
 
 
 def test_the_devices_random_numbers_go_on_where_they_were(tmp_path, device):

@@ -198,3 +198,10 @@ def test_a_dead_context_fails_the_save_and_leaves_the_last_checkpoint(tmp_path, 
     device.need_cuda("a context that an assertion on the device has killed")
     assert launch(["dead", str(tmp_path / "run")], tmp_path) == [0]
     assert np.array_equal(ce.load(tmp_path / "run")["weight"], np.ones((1000, 1000), np.float32))
+
+
+def test_a_rank_on_the_second_device_makes_no_context_on_the_first(tmp_path, device):
+    device.need_cuda("a context on a device")
+    if torch.accelerator.device_count() < 2:
+        pytest.skip("one accelerator is here, and this needs two")
+    assert launch(["second", str(tmp_path / "run")], tmp_path) == [0]

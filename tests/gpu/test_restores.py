@@ -200,6 +200,18 @@ def test_a_restore_without_memory_for_the_optimizers_moments_names_the_first_and
     assert bytes_of(fresh.weight) == bytes_of(model.weight)
 
 
+def test_a_load_without_memory_for_a_conversion_names_the_tensor(tmp_path, device, monkeypatch):
+    ce.save(tmp_path / "point", {"weight": torch.ones(30, 20)})
+    half = torch.zeros(30, 20, dtype=torch.float16, device=device.name)
+
+    def refuse(*arguments):
+        raise torch.OutOfMemoryError("tried to allocate 1,200 bytes")
+
+    monkeypatch.setattr("ckptengine.torch.adapter.convert_tensor", refuse)
+    with pytest.raises(DeviceError, match=r"rank 0: .*weight: there is no memory for the conversion .*don't use"):
+        ce.load(tmp_path / "point", into={"weight": half}, cast=True)
+
+
 @pytest.mark.parametrize("most", [1 << 10, 100_000])
 def test_pieces_of_a_box_cover_it_once_and_none_is_too_large(most):
     copy = devices.Copy(0, 0, 4096, 7 * 50 * 60 * 4, 4, (7, 50, 60), (2, 5, 3), (4, 30, 50), (0, 0, 0))

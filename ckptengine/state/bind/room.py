@@ -16,14 +16,14 @@ __all__ = ["room_for"]
 
 
 @contextlib.contextmanager
-def room_for(leaf: SavedLeaf, path: Path) -> Iterator[None]:
-    """Have a framework that finds no memory for a new tensor, like a leaf of the checkpoint, raise `DeviceError`."""
+def room_for(leaf: SavedLeaf, path: Path, what: str = "a new tensor") -> Iterator[None]:
+    """Have a framework that finds no memory for something of a leaf of the checkpoint raise `DeviceError`."""
     try:
         yield
     except tuple(kind for adapter in adapters() for kind in adapter.shortages) as error:
         nbytes = math.prod(leaf.shape) * DTYPES[leaf.dtype].itemsize
         raise DeviceError(
-            f"{dotted(path)}: there is no memory for a new tensor ({leaf.dtype} of shape {leaf.shape}, over all ranks "
+            f"{dotted(path)}: there is no memory for {what} ({leaf.dtype} of shape {leaf.shape}, over all ranks "
             f"{nbytes:,} bytes): {type(error).__name__}: {error}; free some, spread the state over more ranks, or "
             "leave it out with `only`"
         ) from error

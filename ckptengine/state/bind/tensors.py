@@ -195,7 +195,12 @@ class TensorBinder(BinderBase):
             if cut is not None:
                 convert = functools.partial(convert_cut, cut, adapter, path)
             memory = ArrayLeaf(path, view.dtype, view.shape, view.placement, view.parts, adapter.name)
-            self._work.convert(functools.partial(convert, target, buffers, entry.leaf.dtype), memory)
+
+            def fill() -> None:
+                with room_for(entry.leaf, path, "the conversion"):
+                    convert(target, buffers, entry.leaf.dtype)
+
+            self._work.convert(fill, memory)
         leaf = ArrayLeaf(path, entry.leaf.dtype, view.shape, view.placement, parts, adapter.name)
         self._work.reads.append(Read(entry.path, entry.rank, leaf, (tensor, view) if parts is view.parts else None))
 
