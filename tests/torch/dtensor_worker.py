@@ -26,6 +26,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distrib
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.distributed.tensor.placement_types import _StridedShard
 
+import ckptengine as ce
 from ckptengine.errors import StateError
 from ckptengine.schema.leaf import Placement
 from ckptengine.state.per_rank import PerRank
@@ -104,6 +105,23 @@ def fully_sharded() -> None:
     assert placements["up.weight"] is Placement.SHARDED
     assert placements["norm.running_mean"] is Placement.WHOLE
     assert flat.aliases == {("model", "tied.weight"): ("model", "up.weight")}
+
+
+@case
+def meshes_whose_ranks_do_not_ascend() -> None:
+    """torch hands out parts by the ranks in a process group, which ascend whatever their order in the mesh."""
+    whole = torch.arange(48.0).reshape(8, 6)
+    for ranks, placements in (
+        ([3, 2, 1, 0], [Shard(0)]),
+        ([2, 0, 3, 1], [Shard(0)]),
+        ([[3, 1], [2, 0]], [Shard(0), Shard(1)]),
+        ([[0, 1], [3, 2]], [Replicate(), Shard(0)]),
+    ):
+        mesh = DeviceMesh("cpu", ranks)
+        check({"tensor": distribute_tensor(whole, mesh, placements)})
+    check_module(fsdp(DeviceMesh("cpu", [3, 2, 1, 0]), nn.Linear(6, 8)))
+    with pytest.raises(StateError, match="in the order of their parts"):
+        ce.Sharded(torch.ones(2), dim=0, group=DeviceMesh("cpu", [3, 2, 1, 0]))
 
 
 @case
