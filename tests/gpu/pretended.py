@@ -132,6 +132,7 @@ class FakeAccelerator:
         self.hold.set()
         self.seconds = 0.002  # of each copy
         self.index, self.failure, self.capturing, self.room = index, None, False, None
+        self.captured = []  # the queues on which graphs are captured
         self.captured_elsewhere, self.spoilt = False, []  # another thread captures a graph; what has spoilt that
         self.dies_at = None  # the number of the copy in which the device fails, from now on
         self.pin_error, self.pinned, self.recorded, self.contexts = 0, [], [], {index}
@@ -240,8 +241,11 @@ class FakeAccelerator:
             self.pinned[:] = [one for one in self.pinned if one[0] != address]
             return 0
 
+        def capturing():
+            return self.capturing or self.now in self.captured
+
         runtime = types.SimpleNamespace(cudaHostRegister=register, cudaHostUnregister=unregister)
-        module = types.SimpleNamespace(is_current_stream_capturing=lambda: self.capturing, is_initialized=lambda: True)
+        module = types.SimpleNamespace(is_current_stream_capturing=capturing, is_initialized=lambda: True)
         own = {
             "accelerator": _Over(
                 torch.accelerator,

@@ -163,6 +163,20 @@ def test_a_device_out_of_memory_fails_the_save_and_not_the_training(tmp_path, de
 FAILED = r"(?s)step-00000002 was not saved: rank 0: model\.weight \(11,560,000 bytes\) could not be copied from \w+:0: "
 
 
+def test_without_memory_to_clone_buffers_on_the_device_the_save_is_as_right(tmp_path, device, caplog):
+    model = torch.nn.Linear(30, 30, device=device.name)
+    model.register_buffer("mask", torch.randn(1700, 1700, device=device.name))
+    state = {"model": model, "optimizer": torch.optim.SGD(model.parameters(), lr=0.1)}
+    expected = bytes_of(model.mask)
+    with ce.Checkpointer(tmp_path / "run", overlap=True) as run:
+        with device.without_memory(1 << 10):
+            handle = run.save(1, state)
+        model.mask.zero_()
+        handle.durable.result()
+    assert ce.load(tmp_path / "run")["model"]["mask"].tobytes() == expected
+    assert "has no memory to copy buffers there" in caplog.text
+
+
 @pytest.mark.parametrize("overlap", [False, True], ids=["eager", "overlapped"])
 def test_a_device_that_dies_in_a_copy_fails_the_save_and_leaves_the_last_checkpoint(tmp_path, overlap, monkeypatch):
     device = FakeAccelerator(monkeypatch)
@@ -224,6 +238,19 @@ def test_a_save_while_a_graph_is_captured_is_refused(tmp_path, device):
         run.save(2, {"weight": weight})
     run.save(3, {"weight": weight}).durable.result()
     run.close()
+
+
+def test_copies_are_no_part_of_a_graph_that_is_captured_on_the_stream_that_they_had(tmp_path, monkeypatch):
+    device = FakeAccelerator(monkeypatch)
+    weight = torch.randn(30, 30)
+    expected = bytes_of(weight)
+    ce.save(tmp_path / "point", {"weight": weight})
+    for _ in range(2):
+        weight.zero_()
+        ce.load(tmp_path / "point", into={"weight": weight})
+        assert bytes_of(weight) == expected
+        (used,) = [queue for queue in device.queues.values() if queue.beside and queue not in device.captured]
+        device.captured.append(used)
 
 
 @pytest.mark.parametrize("overlap", [False, True], ids=["eager", "overlapped"])
