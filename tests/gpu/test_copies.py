@@ -1,6 +1,7 @@
 """Tensors from a device and back, bit for bit: every dtype and stride, and the memory that the copies go through."""
 
 import contextlib
+import functools
 import gc
 import math
 import threading
@@ -296,6 +297,33 @@ def test_a_closed_checkpointer_keeps_nothing_of_its_copies(tmp_path, monkeypatch
     gc.collect()
     assert made
     assert [one for one in made if one() is not None] == []
+
+
+@pytest.mark.parametrize("overlap", [False, True], ids=["eager", "overlapped"])
+def test_tensors_of_several_devices_are_copied_after_what_each_has_still_to_compute(tmp_path, overlap, monkeypatch):
+    fake = FakeAccelerator(monkeypatch)
+    models = [torch.nn.Linear(100, 100, bias=False) for _ in range(2)]
+    weights = [model.weight.data for model in models]
+    fake.places[weights[1].untyped_storage().data_ptr()] = 1
+    optimizer = torch.optim.SGD([weight for model in models for weight in model.parameters()], lr=0.1)
+    state = {"models": models, "optimizer": optimizer}
+
+    def compute(weight, value):
+        time.sleep(0.03)
+        weight.fill_(value)
+
+    with ce.Checkpointer(tmp_path / "run", overlap=overlap) as run:
+        for step in (1, 2):
+            for index, weight in enumerate(weights):
+                fake.queue(index).give(functools.partial(compute, weight, step + index))
+            run.save(step, state).durable.result()
+            stored = ce.load(tmp_path / "run")["models"]
+            assert [float(one["weight"].mean()) for one in stored] == [step, step + 1]
+        for weight in weights:
+            weight.zero_()
+        assert run.restore(state) == 2
+    assert [float(weight.mean()) for weight in weights] == [2, 3]
+    assert {index for index, _ in fake.queues} == {0, 1}
 
 
 def test_two_checkpointers_copy_at_a_time_and_from_several_threads(tmp_path, device):
