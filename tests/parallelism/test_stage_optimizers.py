@@ -368,3 +368,67 @@ def test_an_optimizer_that_saves_itself_takes_nothing_of_other_stages(tmp_path):
     for stage in of:
         assert all(isinstance(key, nn.Parameter) for key in stage.optimizer.state)
         assert len(stage.optimizer.state) == 4
+
+
+def masters(rank: int, ranks: int, seed: int = 0) -> dict:
+    """The state of a stage that trains plain tensors in a dict, such as fp32 copies of its weights."""
+    torch.manual_seed(seed)
+    weights = {f"layer{number}": torch.randn(3, 3) for number in range(4)}
+    mine = {name: weights[name].requires_grad_() for name in list(weights)[rank::ranks]}
+    return {"masters": mine, "optimizer": torch.optim.AdamW(list(mine.values()), lr=0.1)}
+
+
+def train_masters(states: list[dict]) -> None:
+    for state in states:
+        for weight in state["masters"].values():
+            weight.grad = weight.detach() * 2
+        state["optimizer"].step()
+
+
+def held_of(states: list[dict]) -> dict[str, torch.Tensor]:
+    return {
+        f"{name} {key}": value.clone()
+        for state in states
+        for name, weight in state["masters"].items()
+        for key, value in {**state["optimizer"].state[weight], "itself": weight.detach()}.items()
+    }
+
+
+@pytest.mark.parametrize(("before", "after"), [(2, 2), (2, 1), (1, 4), (4, 2)])
+def test_parameters_outside_of_modules_have_the_names_that_they_have_in_the_state(tmp_path, before, after):
+    """By number alone the first of each stage would be one, whose moments nobody compares before the third save."""
+    saved = [masters(rank, before) for rank in range(before)]
+    with StageJob(tmp_path / "run", before) as job:
+        job.save(saved)
+        for _ in range(2):
+            train_masters(saved)
+            job.save(saved)
+    found = [masters(rank, after, seed=1) for rank in range(after)]
+    with StageJob(tmp_path / "run", after) as job:
+        assert all(report.complete for report in job.load(found))
+    assert same(held_of(found), held_of(saved))
+    assert list(ce.load(tmp_path / "run")["optimizer"]["state"]) == [f"masters.layer{number}" for number in range(4)]
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_parameters_that_older_checkpoints_have_by_number_get_what_was_theirs(tmp_path, own):
+    class Own(torch.optim.AdamW):
+        def state_dict(self) -> dict:
+            return {**super().state_dict(), "more": 1}
+
+        def load_state_dict(self, state: dict) -> None:
+            super().load_state_dict({key: value for key, value in state.items() if key != "more"})
+
+    def made(seed: int) -> dict:
+        state = masters(0, 1, seed)
+        if own:
+            state["optimizer"] = Own(list(state["masters"].values()), lr=0.1)
+        return state
+
+    saved, found = made(0), made(1)
+    train_masters([saved])
+    ce.save(tmp_path / "old", {"optimizer": saved["optimizer"]})  # its parameters are nowhere in this state
+    assert list(ce.load(tmp_path / "old")["optimizer"]["state"]) == [f"0.{number}" for number in range(4)]
+    ce.load(tmp_path / "old", into=found, only=["optimizer"])
+    for one, other in zip(found["masters"].values(), saved["masters"].values(), strict=True):
+        assert torch.equal(found["optimizer"].state[one]["exp_avg"], saved["optimizer"].state[other]["exp_avg"])
