@@ -432,3 +432,50 @@ def test_parameters_that_older_checkpoints_have_by_number_get_what_was_theirs(tm
     ce.load(tmp_path / "old", into=found, only=["optimizer"])
     for one, other in zip(found["masters"].values(), saved["masters"].values(), strict=True):
         assert torch.equal(found["optimizer"].state[one]["exp_avg"], saved["optimizer"].state[other]["exp_avg"])
+
+
+def shared_out(seed: int) -> dict:
+    """The state of a rank that steps some of the parameters only, and is sent the others, as Muon by hand is."""
+    torch.manual_seed(seed)
+    model = nn.Sequential(*(nn.Linear(3, 3, bias=False) for _ in range(5)))
+    return {"model": model, "optimizer": torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)}
+
+
+def step_shared_out(states: list[dict]) -> None:
+    for number in range(5):
+        owner, *others = (*states[number % len(states) :], *states[: number % len(states)])
+        mine = owner["model"][number].weight
+        mine.grad = mine.detach() + 1
+        owner["optimizer"].step()
+        mine.grad = None
+        for other in others:
+            other["model"][number].weight.data.copy_(mine.data)
+
+
+@pytest.mark.parametrize("after", [3, 2, 1])
+def test_ranks_that_step_some_of_the_parameters_each_go_on_when_they_drop_the_states_of_others(tmp_path, after):
+    saved = [shared_out(0) for _ in range(3)]
+    step_shared_out(saved)
+    with StageJob(tmp_path / "run", 3) as job:
+        job.save(saved)
+    found = [shared_out(1) for _ in range(after)]
+    with StageJob(tmp_path / "run", after) as job:
+        job.restore(found)
+        assert [len(state["optimizer"].state) for state in found] == [5] * after
+        for states in (saved, found):
+            step_shared_out(states)
+        if after > 1:
+            with pytest.raises(ReplicaMismatchError, match=r"optimizer\.state\.model.* differ"):
+                job.save(found)
+        for rank, state in enumerate(found):
+            for number, weight in enumerate(state["model"].parameters()):
+                if number % after != rank:
+                    state["optimizer"].state.pop(weight, None)
+        job.save(found)
+    stored = ce.load(tmp_path / "run")
+    for number in range(5):
+        owner, name = saved[number % 3], f"{number}.weight"
+        weight = owner["model"][number].weight
+        momentum = stored["optimizer"]["state"][f"model.{name}"]["momentum_buffer"]
+        assert torch.equal(torch.as_tensor(stored["model"][name]), weight.detach())
+        assert torch.equal(torch.as_tensor(momentum), owner["optimizer"].state[weight]["momentum_buffer"])
