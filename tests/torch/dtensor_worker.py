@@ -108,6 +108,22 @@ def fully_sharded() -> None:
 
 
 @case
+def parameters_that_a_forward_pass_has_left_gathered() -> None:
+    """What is filled into them is lost when the module is sharded again; the module itself has the sharded ones."""
+    model = fsdp(mesh_of(4), Net())
+    before = dict(model.named_parameters())
+    with torch.no_grad():
+        model(torch.ones(4, 6))
+    gathered = dict(model.named_parameters())
+    assert not all(isinstance(one, DTensor) for one in gathered.values())
+    with pytest.raises(StateError, match=r"parameters\..*has gathered for a forward pass.*put the module itself"):
+        flatten({"parameters": gathered})
+    check_module(model)  # it shards them again
+    flatten({"parameters": before})
+    flatten({"parameters": dict(model.named_parameters())})
+
+
+@case
 def meshes_whose_ranks_do_not_ascend() -> None:
     """torch hands out parts by the ranks in a process group, which ascend whatever their order in the mesh."""
     whole = torch.arange(48.0).reshape(8, 6)
