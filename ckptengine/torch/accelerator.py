@@ -205,7 +205,8 @@ class _Copies:
                 ended, self.failure = True, self.failure or error
             self.event = None  # whose end sets the device, too
         number = self.begun if self.begun < len(self._pairs) else None
-        self._pairs = ()
+        if ended:
+            self._pairs = ()
         if self.failure is not None:
             raise LinkError(f"{self._device}: {_told(self.failure)}", number, not ended) from self.failure
         if not ended:
