@@ -172,6 +172,10 @@ class _Archive:
             yield np.array(list(some), np.int64)
 
 
+_left: list[object] = []
+"""Windows that devices which did not answer may still read, for as long as the process lives."""
+
+
 class DeviceFilling:
     """Fills parts on devices: gives the plans of what is read, and copies each window when all of it has come.
 
@@ -284,6 +288,7 @@ class DeviceFilling:
                 self._end_copy()
         if self._under_way:
             self._arena.leave()
+            _left.append(self._windows)
         elif not self.left_behind:
             self._arena.close()
 

@@ -15,10 +15,11 @@ from numpy.typing import NDArray
 
 from ckptengine.state.bind import Binding, nothing_fits
 from ckptengine.state.report import LoadReport
+from ckptengine.state.select import refuse_unknown
 
 __all__ = ["Verdict", "judge", "said_of"]
 
-_SIZES = struct.Struct("<3Q")
+_SIZES = struct.Struct("<4Q")
 _Told = tuple[bytes, ...]
 _DIGEST_NBYTES = 8
 _FITS = bytes(_DIGEST_NBYTES)
@@ -38,7 +39,8 @@ def said_of(binding: Binding, strict: bool) -> bytes:
     """Return what a rank says: whether misfits are errors to it (with `strict`, or where nothing fits), its problems as
     a digest, and bits for leaves, compressed; none where they are all 0. They stand for the leaves that it did not
     take, for those that objects would be handed beyond the state that they have here, and for those that they have
-    here and had not when they were saved."""
+    here and had not when they were saved. The last is what `only` names: what the rank has of it, and what
+    it has not."""
     report = binding.report
     own = (report.missing, report.mismatched, report.other_class, binding.left.own)
     digest = _FITS
@@ -47,14 +49,19 @@ def said_of(binding: Binding, strict: bool) -> bytes:
     extras = frozenset().union(*(extra.numbers for one in binding.items for extra in one.extras))
     fresh = frozenset().union(*(one.fresh for one in binding.items))
     bits = [_bits(numbers, binding.left.count) for numbers in (binding.left.others, extras, fresh)]
-    sizes = _SIZES.pack(*map(len, bits))
-    return b"".join([bytes([strict or nothing_fits(binding)]), digest, sizes, *bits])
+    asked = json.dumps([binding.known, binding.unknown]).encode() if binding.known or binding.unknown else b""
+    sizes = _SIZES.pack(*map(len, bits), len(asked))
+    return b"".join([bytes([strict or nothing_fits(binding)]), digest, sizes, *bits, asked])
 
 
 def judge(binding: Binding, said: Sequence[bytes], rank: int) -> Verdict:
     """Set what is unexpected in a binding's report, and what objects are not handed, given what each rank said; return
-    what all ranks conclude alike."""
+    what all ranks conclude alike.
+
+    Raises `LoadMismatchError` on all ranks where `only` names something that no rank has.
+    """
     told = [_told_bits(message) for message in said]
+    refuse_unknown(_unknown(told))
     every, left = {one for one, *_ in told}, binding.left
     common: list[int] = []
     if b"" not in every:
@@ -78,7 +85,7 @@ def _share_items(binding: Binding, told: Collection[_Told]) -> None:
     themselves later have nothing yet, and a rank that has evaluated before the load has more.
     """
     count = binding.left.count
-    unpacked = [[_unpacked(bits, count) for bits in one] for one in told]
+    unpacked = [[_unpacked(bits, count) for bits in one[:3]] for one in told]
     for one in binding.items:
         numbers = np.asarray(sorted(one.numbers), np.int64)
         if one.unsaved is not None and not any(fresh[numbers].any() for _, _, fresh in unpacked):
@@ -89,6 +96,13 @@ def _share_items(binding: Binding, told: Collection[_Told]) -> None:
             continue
         anywhere = set(numbers[np.logical_or.reduce(have)].tolist())
         binding.leave_out(one.path, [extra for extra in one.extras if not extra.numbers.isdisjoint(anywhere)])
+
+
+def _unknown(told: Sequence[_Told]) -> list[str]:
+    """Return what `only` names on any rank, and no rank has."""
+    asked = [json.loads(one[-1]) for one in dict.fromkeys(told) if one[-1]]
+    known = {name for names, _ in asked for name in names}
+    return list(dict.fromkeys(name for _, names in asked for name in names if name not in known))
 
 
 def _nested(sets: Sequence[NDArray[np.bool_]]) -> bool:
@@ -112,7 +126,7 @@ def _unpacked(bits: bytes, count: int) -> NDArray[np.bool_]:
 
 
 def _told_bits(message: bytes) -> _Told:
-    """Return the bits that `said_of` told."""
+    """Return the bits that `said_of` told, and what follows them."""
     start = 1 + _DIGEST_NBYTES
     end = start + _SIZES.size
     starts = [end, *(end + size for size in itertools.accumulate(_SIZES.unpack_from(message, start)))]

@@ -57,6 +57,10 @@ class _Wait:
     puts: list[tuple[NDArray[Any], NDArray[Any]]]
 
 
+_left: list[object] = []
+"""Memory beside the image's to which devices that did not answer may still write, for as long as the process lives."""
+
+
 @dataclass(frozen=True, slots=True)
 class _Sorted:
     """Places of chunks: `by_hand` have no link; `kept` are copied on the device, and then like what is fenced."""
@@ -173,6 +177,8 @@ class DeviceChunks:
                     for dense, host in wait.puts:
                         np.copyto(dense, host)
             except DeviceError as error:
+                if error.under_way:
+                    _left.append(wait)
                 if failure is None or error.under_way:
                     failure = error
             del self._waits[0]
@@ -191,8 +197,13 @@ class DeviceChunks:
             staged = self._staged.get(place)
             if staged is None:
                 staged = self._staged[place] = np.empty(chunk.box.shape, chunk.dtype)
-                with self._naming([place]):
-                    self._bring(place, staged, timeout)
+                try:
+                    with self._naming([place]):
+                        self._bring(place, staged, timeout)
+                except DeviceError as error:
+                    if error.under_way:
+                        _left.append(staged)
+                    raise
             self._redirected.add(place)
             yield place, staged
         self._staged = {

@@ -91,8 +91,9 @@ class SharedArena(Arena):
     def empty(self) -> None:
         """Give the memory of an arena that nothing was published of back to the machine; the file stays."""
         self._release()
-        with contextlib.suppress(OSError):
-            os.ftruncate(self._fd, 0)
+        if not self._closed:  # else a device may still write to the pages
+            with contextlib.suppress(OSError):
+                os.ftruncate(self._fd, 0)
 
     def remove(self) -> None:
         """Give the memory back to the machine, unless it was published: then its second name keeps it."""

@@ -96,6 +96,7 @@ class Binding:
     """A state and a checkpoint that fit; nothing has been changed yet.
 
     `items` are what the checkpoint has for objects, all of which they are handed unless `leave_out` says otherwise.
+    `known` are the prefixes of `only` that name something in this rank's state, `unknown` those that name nothing.
     `reads` are filled in place first. `report` says what fits, `promise` what must be there in the end. `finish` is
     called once, after all ranks have read and verified everything. `give_up` is called where that
     failed on any rank.
@@ -111,6 +112,8 @@ class Binding:
         take_memory: Callable[[], None] | None = None,
         items: Sequence[Items] = (),
         left_out: dict[Path, list[Path]] | None = None,
+        known: Sequence[str] = (),
+        unknown: Sequence[str] = (),
     ) -> None:
         self.reads = reads
         self.report = report
@@ -120,6 +123,7 @@ class Binding:
         self._take_memory = take_memory
         self.items = items
         self._left_out = {} if left_out is None else left_out
+        self.known, self.unknown = known, unknown
 
     def leave_out(self, path: Path, extras: Iterable[Extra]) -> None:
         """Hand the object at a path nothing of some of its items."""

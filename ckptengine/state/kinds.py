@@ -236,34 +236,38 @@ class Inspector:
             return  # the walk that follows comes to the same place, and says so
 
     def parameter_names(self, state: Any) -> dict[int, str]:
-        """Return the names of all parameters of the modules in the state, by the `id` of the parameter.
+        """Return the names of all parameters in the state, by the `id` of the parameter.
 
         A name is the module's dotted path and the fully qualified name in it; a parameter that is reached
-        twice has the name by which it is reached first.
+        twice has the name by which it is reached first. What is in no module has the path of the tensor in the state.
         """
         names: dict[int, str] = {}
-        for number, name in self._parameters(state, ()):
-            names.setdefault(number, name)
+        for loose in (False, True):
+            for number, name in self._parameters(state, (), loose):
+                names.setdefault(number, name)
         return names
 
     def further_names(self, state: Any, names: Mapping[int, str]) -> dict[str, str]:
         """Return, of parameters that modules in the state have under several names, each further one and the first."""
-        return {name: names[number] for number, name in self._parameters(state, ()) if name != names[number]}
+        return {name: names[number] for number, name in self._parameters(state, (), False) if name != names[number]}
 
-    def _parameters(self, value: Any, path: Path) -> Iterator[tuple[int, str]]:
+    def _parameters(self, value: Any, path: Path, loose: bool) -> Iterator[tuple[int, str]]:
+        """Yield `id`s and names of the parameters in modules, or, with `loose`, of the tensors outside of them."""
         if len(path) > MAX_DEPTH:
             raise StateError(f"{dotted(path[:3])}…: nested more than {MAX_DEPTH} deep (or inside itself); flatten it")
         kind, adapter = (Kind.DICT, None) if path == () else self.kind(value, path)
         if kind in (Kind.PER_RANK, Kind.DECLARED):
-            yield from self._parameters(value.value, path)
-        elif kind is Kind.MODULE:
+            yield from self._parameters(value.value, path, loose)
+        elif kind in (Kind.TENSOR, Kind.WRAPPED) and loose:
+            yield id(value), dotted(path)
+        elif kind is Kind.MODULE and not loose:
             assert adapter is not None
             for entry in self.entries(value, adapter, path):
                 if adapter.is_tensor(entry.value) and not entry.buffer:
                     yield id(entry.value), dotted((*path, entry.name))
         elif kind in (Kind.DICT, Kind.SEQUENCE):
             for key, item in children(value, path):
-                yield from self._parameters(item, (*path, key))
+                yield from self._parameters(item, (*path, key), loose)
 
 
 def _saves_itself(value: Any) -> bool:
@@ -286,7 +290,7 @@ def children(value: Any, path: Path) -> list[tuple[Key, Any]]:
 def optimizer_names(groups: list[dict[str, Any]], names: Mapping[int, str]) -> list[list[str]]:
     """Return the names of an optimizer's parameters by group.
 
-    A parameter of no module in the state is called `<group>.<index>`.
+    A parameter that is nowhere in the state is called `<group>.<index>`.
     """
     return [
         [names.get(id(parameter), f"{g}.{i}") for i, parameter in enumerate(group["params"])]

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from ckptengine.errors import LoadMismatchError
 from ckptengine.schema.path import Path, dotted
 from ckptengine.state.kinds import Inspector, Kind, children
 
-__all__ = ["Selection", "module_names"]
+__all__ = ["Selection", "module_names", "refuse_unknown"]
 
 
 class Selection:
@@ -48,15 +48,24 @@ class Selection:
                 raise LoadMismatchError(f"only={prefix!r}: {name} can only be loaded as a whole; pass {name!r}")
 
     @property
+    def matched(self) -> list[str]:
+        """The prefixes that have named something."""
+        return [prefix for prefix in self._prefixes or () if prefix in self._matched]
+
+    @property
     def unmatched(self) -> list[str]:
         """The prefixes that have named nothing."""
         return [prefix for prefix in self._prefixes or () if prefix not in self._matched]
 
     def check(self) -> None:
         """Raise where a prefix has named nothing."""
-        unknown = self.unmatched
-        if unknown:
-            raise LoadMismatchError(f"only={unknown}: the state has nothing with that name; names are dotted paths")
+        refuse_unknown(self.unmatched)
+
+
+def refuse_unknown(unknown: Sequence[str]) -> None:
+    """Raise `LoadMismatchError` where there are prefixes that have named nothing."""
+    if unknown:
+        raise LoadMismatchError(f"only={list(unknown)}: the state has nothing with that name; names are dotted paths")
 
 
 def module_names(state: Mapping[str, Any]) -> tuple[str, ...]:

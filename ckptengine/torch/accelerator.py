@@ -34,6 +34,9 @@ _SHORTEST_SECONDS, _LONGEST_SECONDS = 2e-5, 1e-3
 _INTERRUPTED_SECONDS = 10.0
 """For what is under way when Ctrl-C comes between two copies."""
 
+_POOL = 32
+"""How many streams torch gives out at most."""
+
 _RELAXED = 2
 """`cudaStreamCaptureModeRelaxed` in CUDA's driver_types.h."""
 
@@ -67,12 +70,25 @@ class Link:
         """Return the stream for copies beside the device's work, as an object of the caller's own.
 
         A `torch.Stream` remembers in itself what its `with` block replaced: two threads, such as those of two
-        Checkpointers, would restore each other's (up to torch 2.11 the second one fails: pytorch issue 176560).
+        Checkpointers, would restore each other's (up to torch 2.11 the second one fails: pytorch issue 176560). torch
+        gives the same 32 streams out in turn (`kStreamsPerPool` in CUDAStream.cpp), so somebody may capture on it.
         """
-        own = self._stream
-        if own is None:
-            own = self._stream = torch.Stream(self._device)
-        return torch.Stream(stream_id=own.stream_id, device_index=own.device_index, device_type=own.device_type)
+        for _ in range(_POOL):
+            own = self._stream
+            if own is None:
+                own = self._stream = torch.Stream(self._device)
+            side = torch.Stream(stream_id=own.stream_id, device_index=own.device_index, device_type=own.device_type)
+            with side:
+                if not self._captures():
+                    break
+            self._stream = None
+        return side
+
+    def _captures(self) -> bool:
+        """Whether a graph is captured on the stream that the caller works on."""
+        module: Any = torch.get_device_module(self._device.type)
+        capturing = getattr(module, "is_current_stream_capturing", None)
+        return capturing is not None and bool(capturing())
 
     def _here(self) -> torch.Stream:
         """Return the stream that the caller works on: each thread has its own (CUDAStream.cpp, `current_streams`).
@@ -80,9 +96,7 @@ class Link:
         Raises `LinkError` where a graph is captured on it: a copy would become part of the graph, and waiting for one
         would spoil it (CUDA's programming guide, "Prohibited and unhandled operations" of stream capture).
         """
-        module: Any = torch.get_device_module(self._device.type)
-        capturing = getattr(module, "is_current_stream_capturing", None)
-        if capturing is not None and capturing():
+        if self._captures():
             raise LinkError(f"{self._device}, on which a graph is being captured; save before the capture or after it")
         return torch.accelerator.current_stream(self._device)
 
@@ -191,7 +205,8 @@ class _Copies:
                 ended, self.failure = True, self.failure or error
             self.event = None  # whose end sets the device, too
         number = self.begun if self.begun < len(self._pairs) else None
-        self._pairs = ()
+        if ended:
+            self._pairs = ()
         if self.failure is not None:
             raise LinkError(f"{self._device}: {_told(self.failure)}", number, not ended) from self.failure
         if not ended:

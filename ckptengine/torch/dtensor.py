@@ -16,7 +16,7 @@ from ckptengine.schema.box import Box
 from ckptengine.schema.leaf import Placement
 from ckptengine.schema.path import Path, dotted
 
-__all__ = ["Split", "dtensor_pieces", "is_dtensor", "local_runs", "row_runs", "splits_of"]
+__all__ = ["Split", "coordinate_in", "dtensor_pieces", "is_dtensor", "local_runs", "row_runs", "splits_of"]
 
 Run = tuple[int, int]
 """Start and length, in elements, of indices that follow each other."""
@@ -50,7 +50,7 @@ def dtensor_pieces(tensor: Any, path: Path) -> tuple[tuple[int, ...], Placement,
     shape = tuple(tensor.shape)
     with torch.no_grad():
         local = tensor.to_local()
-    coordinate = mesh.get_coordinate()
+    coordinate = coordinate_in(mesh)
     splits = splits_of(tensor.placements, tuple(mesh.shape), coordinate, len(shape), path)
     everywhere = mesh.size() == torch.distributed.get_world_size()
     placement = Placement.SHARDED if any(splits) or not everywhere else Placement.REPLICATED
@@ -79,7 +79,7 @@ def row_runs(tensor: Any, path: Path) -> list[Run] | None:
     of some ranks only, or is `Partial`.
     """
     mesh, shape = tensor.device_mesh, tuple(tensor.shape)
-    coordinate = mesh.get_coordinate()
+    coordinate = coordinate_in(mesh)
     splits = splits_of(tensor.placements, tuple(mesh.shape), coordinate, len(shape), path)
     if coordinate is None or any(splits[1:]) or mesh.size() != torch.distributed.get_world_size():
         raise StateError(
@@ -89,6 +89,24 @@ def row_runs(tensor: Any, path: Path) -> list[Run] | None:
     if not any(splits):
         return None
     return local_runs(shape[0], splits[0], tensor._local_tensor.shape[0]) or []
+
+
+def coordinate_in(mesh: Any) -> list[int] | None:
+    """Return which part of each mesh dimension this rank has; None where it is not in the mesh.
+
+    torch hands out parts, and gathers them, by the ranks in a dimension's process group, which ascend whatever the
+    order in the mesh (torch 2.13: `new_group` sorts them). `get_coordinate` counts in the order of the mesh.
+    """
+    coordinate = mesh.get_coordinate()
+    if coordinate is None:
+        return None
+    found = list(coordinate)
+    for dim in range(mesh.ndim):
+        place = tuple(slice(None) if other == dim else at for other, at in enumerate(coordinate))
+        ranks = mesh.mesh[place].tolist()
+        if ranks != sorted(ranks):
+            found[dim] = mesh.get_local_rank(dim)
+    return found
 
 
 def splits_of(

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+from typing import Any
+
 import torch
 
 from ckptengine.errors import StateError
@@ -44,6 +47,12 @@ def refuse_emptied(tensor: torch.Tensor, path: Path) -> None:
     Such a parameter is empty, or holds this rank's part without saying so; even where its contents have been gathered
     for the moment, what is filled into it is lost when it is released. Known by the attributes that the runtime sets.
     """
+    if type(tensor) is torch.nn.Parameter and _is_gathered(tensor):
+        raise StateError(
+            f"{dotted(path)}: a parameter that `fully_shard` (FSDP2) has gathered for a forward pass, which goes when "
+            "the module is sharded again, with what is filled into it; put the module itself into the state, or call "
+            "its `reshard()` before its parameters are asked for"
+        )
     attributes = tensor.__dict__
     if not attributes:
         return
@@ -52,3 +61,16 @@ def refuse_emptied(tensor: torch.Tensor, path: Path) -> None:
             whole = attributes.get("ds_shape")
             what = f"of shape {tuple(tensor.shape)} here" + ("" if whole is None else f", of {tuple(whole)} in all")
             raise StateError(f"{dotted(path)}: a parameter of {runtime}, {what}, which keeps its contents apart; {way}")
+
+
+def _is_gathered(parameter: torch.nn.Parameter) -> bool:
+    """Whether a parameter is one that FSDP2 puts in a sharded one's place (torch 2.13, `_fsdp_param.py`)."""
+    if "torch.distributed.fsdp" not in sys.modules:
+        return False
+    states: Any = getattr(sys.modules.get("torch.distributed._composable_state"), "_module_state_mapping", {})
+    return any(
+        getattr(one, "_unsharded_param", None) is parameter
+        for reference in list(states.values())
+        for group in getattr(reference(), "_fsdp_param_groups", ())
+        for one in group.fsdp_params
+    )

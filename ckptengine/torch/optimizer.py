@@ -14,7 +14,7 @@ from ckptengine.errors import StateError
 from ckptengine.schema.path import Path, dotted
 from ckptengine.torch.accelerator import before_graph_replay
 from ckptengine.torch.deepspeed import is_zero_optimizer
-from ckptengine.torch.dtensor import is_dtensor, local_runs, splits_of
+from ckptengine.torch.dtensor import coordinate_in, is_dtensor, local_runs, splits_of
 from ckptengine.torch.flat import FlatPart, is_flat
 from ckptengine.torch.own_calls import saves_itself
 from ckptengine.torch.parts import any_parts
@@ -262,7 +262,7 @@ def _distributed_zeros(parameter: Any, dtype: torch.dtype, shape: tuple[int, ...
 
     mesh, placements = parameter.device_mesh, _usual_placements(parameter, shape)
     local = parameter.to_local()
-    coordinate = mesh.get_coordinate()
+    coordinate = coordinate_in(mesh)
     splits = splits_of(placements, tuple(mesh.shape), coordinate, len(shape), ())
     local_shape = [
         local.shape[dim] if dim_splits and local_runs(length, dim_splits, local.shape[dim]) is not None else length

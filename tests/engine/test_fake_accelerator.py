@@ -171,11 +171,11 @@ def test_a_copy_that_fails_leaves_none_under_way(tmp_path, accelerator, monkeypa
     model, optimizer = make()
     begun, copy = [], accelerator.copy
 
-    def failing(target, source):
+    def failing(*arguments):
         if len(begun) == 5:
             raise torch.OutOfMemoryError("out of memory")
         begun.append(1)
-        copy(target, source)
+        copy(*arguments)
 
     run = ce.Checkpointer(tmp_path / "run")
     with monkeypatch.context() as patch:

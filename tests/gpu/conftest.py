@@ -81,7 +81,7 @@ class Device:
 
     def follow(self, stream):
         """Have the stream that the caller works on wait for another one."""
-        now = torch.accelerator.current_stream() if self.real else self.pretended.default
+        now = torch.accelerator.current_stream() if self.real else self.pretended.current(0)
         now.wait_stream(stream)
 
     def refuse_pinning(self, patch):

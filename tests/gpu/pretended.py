@@ -33,14 +33,16 @@ class OnDevice(torch.Tensor):
         fake, name = cls.device_of, getattr(function, "__name__", "")
         with _PLAIN():
             if name == "copy_":
+                (here,) = (one for one in arguments if isinstance(one, cls))
                 target, source = (one.as_subclass(torch.Tensor) for one in arguments)
-                fake.copy(target, source)
+                fake.copy(target, source, fake.queue(fake.place(here)))
                 return arguments[0]
             if name == "clone":
                 fake.need(arguments[0].nbytes)
-                new = torch.empty_like(arguments[0].as_subclass(torch.Tensor))
+                new, index = torch.empty_like(arguments[0].as_subclass(torch.Tensor)), fake.place(arguments[0])
+                fake.places[new.untyped_storage().data_ptr()] = index
                 # What training computes is on the CPU, and there at once: so is a clone that follows only that.
-                fake.now.give(lambda: new.copy_(arguments[0].as_subclass(torch.Tensor)), at_once=True)
+                fake.queue(index).give(lambda: new.copy_(arguments[0].as_subclass(torch.Tensor)), at_once=True)
                 return new.as_subclass(cls)
             return _again(function(*arguments, **(keywords or {})), cls)
 
@@ -92,9 +94,9 @@ class Event:
 class Stream:
     """`torch.Stream`, of which several objects may be one stream."""
 
-    def __init__(self, fake, number, beside=False):
-        self.stream_id, self.device_index, self.device_type = number, fake.index, 0
-        self.fake, self.queue = fake, fake.queues.setdefault(number, Queue(fake, beside))
+    def __init__(self, fake, number, index, beside=False):
+        self.stream_id, self.device_index, self.device_type = number, index, 0
+        self.fake, self.queue = fake, fake.queues.setdefault((index, number), Queue(fake, beside))
         self._entered = []
 
     def record_event(self):
@@ -114,13 +116,13 @@ class Stream:
     def __enter__(self):
         assert not self._entered, "up to torch 2.11 no other thread may be in this object's block"
         local = self.fake.local()
-        self._entered.append((local.device, local.stream))
+        self._entered.append((local.device, local.streams.get(self.device_index, 0)))
         self.fake.set_device(self.device_index)
-        local.stream = self
+        local.streams[self.device_index] = self.stream_id
         return self
 
     def __exit__(self, *_):
-        device, self.fake.local().stream = self._entered.pop()
+        device, self.fake.local().streams[self.device_index] = self._entered.pop()
         self.fake.set_device(device)
 
 
@@ -132,14 +134,16 @@ class FakeAccelerator:
         self.hold.set()
         self.seconds = 0.002  # of each copy
         self.index, self.failure, self.capturing, self.room = index, None, False, None
+        self.captured = []  # the queues on which graphs are captured
         self.captured_elsewhere, self.spoilt = False, []  # another thread captures a graph; what has spoilt that
         self.dies_at = None  # the number of the copy in which the device fails, from now on
         self.pin_error, self.pinned, self.recorded, self.contexts = 0, [], [], {index}
         self.queues, self._numbers, self._locals = {}, itertools.count(1), threading.local()
-        self.default = Stream(self, 0)
+        self.places = {}  # the device of some memory, by its address; else it is the first one's
         self.local().device = index
         OnDevice.device_of = self
-        self.link = accelerator.Link(torch.device("cpu", index))
+        self.links = [accelerator.Link(torch.device("cpu", number)) for number in range(index + 2)]
+        self.link = self.links[index]
         patch.setattr(torch_tensor, "_memory", self.memory)
         patch.setattr("ckptengine.torch.adapter.aliases", _aliases(torch_tensor.aliases))
         patch.setattr(accelerator, "torch", self._torch())
@@ -150,20 +154,30 @@ class FakeAccelerator:
         base = torch_tensor._without_repeats(piece)
         real = self._memory(piece, base, path)
         simple = base is piece and not piece.is_conj() and not piece.is_neg()
-        owner = piece.as_subclass(OnDevice) if simple else piece
-        return DeviceMemory(real.copy_to_host, real.copy_from_host, owner, self.link if simple else None, simple)
+        owner, link = (piece.as_subclass(OnDevice), self.links[self.place(piece)]) if simple else (piece, None)
+        return DeviceMemory(real.copy_to_host, real.copy_from_host, owner, link, simple)
 
     def local(self):
         """Return what a thread has of its own: it begins with the first device, and its default stream."""
         if not hasattr(self._locals, "device"):
-            self._locals.device, self._locals.stream, self._locals.mode = 0, None, 0
+            self._locals.device, self._locals.streams, self._locals.mode = 0, {}, 0
         return self._locals
+
+    def place(self, tensor):
+        """Return the number of the device on which a tensor lies."""
+        return self.places.get(tensor.untyped_storage().data_ptr(), self.index)
+
+    def current(self, index):
+        """Return the stream that the thread works on, on a device."""
+        return Stream(self, self.local().streams.get(index, 0), index)
+
+    def queue(self, index):
+        return self.current(index).queue
 
     @property
     def now(self):
         """The queue of the stream that the thread works on."""
-        stream = self.local().stream
-        return self.default.queue if stream is None else stream.queue
+        return self.queue(self.index)
 
     def set_device(self, index):
         """As cudaSetDevice: where it is another device, that has a context from then on."""
@@ -193,17 +207,17 @@ class FakeAccelerator:
 
     def stream(self):
         """Return a new stream of the caller's."""
-        return Stream(self, next(self._numbers))
+        return Stream(self, next(self._numbers), self.index)
 
-    def copy(self, target, source):
-        """Give a copy to the stream of the thread; what is not contiguous needs memory there."""
+    def copy(self, target, source, queue):
+        """Give a copy to a stream; what is not contiguous needs memory there."""
         if not (target.is_contiguous() and source.is_contiguous()):
             self.need(source.nbytes)
         self.check()
         time.sleep(0)  # as torch's calls, it lets other threads run
         if self.dies_at is not None:
             self.dies_at -= 1
-        fails, queue = self.dies_at is not None and self.dies_at < 0, self.now
+        fails = self.dies_at is not None and self.dies_at < 0
         target, source = target.numpy(), source.numpy()  # torch's own copies on the CPU need aligned memory
         target[...] = 0  # what is read too early is wrong
 
@@ -221,7 +235,9 @@ class FakeAccelerator:
         local = self.local
 
         def new_stream(device=None, **ids):
-            return Stream(self, ids["stream_id"]) if ids else Stream(self, next(self._numbers), beside=True)
+            if ids:
+                return Stream(self, ids["stream_id"], ids["device_index"])
+            return Stream(self, next(self._numbers), device.index, beside=True)
 
         @contextlib.contextmanager
         def device_index(index):
@@ -240,12 +256,15 @@ class FakeAccelerator:
             self.pinned[:] = [one for one in self.pinned if one[0] != address]
             return 0
 
+        def capturing():
+            return self.capturing or self.queue(local().device) in self.captured
+
         runtime = types.SimpleNamespace(cudaHostRegister=register, cudaHostUnregister=unregister)
-        module = types.SimpleNamespace(is_current_stream_capturing=lambda: self.capturing, is_initialized=lambda: True)
+        module = types.SimpleNamespace(is_current_stream_capturing=capturing, is_initialized=lambda: True)
         own = {
             "accelerator": _Over(
                 torch.accelerator,
-                current_stream=lambda device: Stream(self, (local().stream or self.default).stream_id),
+                current_stream=lambda device: self.current(device.index),
                 current_accelerator=lambda: torch.device("cpu"),
                 current_device_index=lambda: local().device,
                 is_available=lambda: True,

@@ -1,6 +1,7 @@
 """Tensors from a device and back, bit for bit: every dtype and stride, and the memory that the copies go through."""
 
 import contextlib
+import functools
 import gc
 import math
 import threading
@@ -163,6 +164,20 @@ def test_a_device_out_of_memory_fails_the_save_and_not_the_training(tmp_path, de
 FAILED = r"(?s)step-00000002 was not saved: rank 0: model\.weight \(11,560,000 bytes\) could not be copied from \w+:0: "
 
 
+def test_without_memory_to_clone_buffers_on_the_device_the_save_is_as_right(tmp_path, device, caplog):
+    model = torch.nn.Linear(30, 30, device=device.name)
+    model.register_buffer("mask", torch.randn(1700, 1700, device=device.name))
+    state = {"model": model, "optimizer": torch.optim.SGD(model.parameters(), lr=0.1)}
+    expected = bytes_of(model.mask)
+    with ce.Checkpointer(tmp_path / "run", overlap=True) as run:
+        with device.without_memory(1 << 10):
+            handle = run.save(1, state)
+        model.mask.zero_()
+        handle.durable.result()
+    assert ce.load(tmp_path / "run")["model"]["mask"].tobytes() == expected
+    assert "has no memory to copy buffers there" in caplog.text
+
+
 @pytest.mark.parametrize("overlap", [False, True], ids=["eager", "overlapped"])
 def test_a_device_that_dies_in_a_copy_fails_the_save_and_leaves_the_last_checkpoint(tmp_path, overlap, monkeypatch):
     device = FakeAccelerator(monkeypatch)
@@ -188,27 +203,32 @@ def test_a_device_that_dies_in_a_copy_fails_the_save_and_leaves_the_last_checkpo
     assert np.array_equal(ce.load(tmp_path / "run")["model"]["0.weight"], expected)
 
 
-@pytest.mark.parametrize("overlap", [False, True], ids=["eager", "overlapped"])
-def test_a_device_that_does_not_answer_ends_the_save_and_the_restore(tmp_path, overlap, monkeypatch):
+@pytest.mark.parametrize(("overlap", "memory"), [(False, False), (True, False), (True, True)])
+def test_a_device_that_does_not_answer_ends_the_save_and_the_restore(tmp_path, overlap, memory, monkeypatch):
     device = FakeAccelerator(monkeypatch)
     model = torch.nn.Linear(300, 300)
     state = {"model": model, "optimizer": torch.optim.SGD(model.parameters(), lr=0.1)}
     with ce.Checkpointer(tmp_path / "run", overlap=overlap) as run:
         run.save(1, state).durable.result()
-    answer = threading.Event()
+    expected, answer = bytes_of(model.weight), threading.Event()
     device.now.give(lambda: answer.wait(30))
-    run, other = (ce.Checkpointer(tmp_path / name, overlap=overlap, timeout=0.5) for name in ("run", "other"))
+    run, other = (
+        ce.Checkpointer(tmp_path / name, overlap=overlap, memory=memory, timeout=0.5) for name in ("run", "other")
+    )
     with pytest.raises(CheckpointError, match=r"0\.\d+ s; the device does not answer"):
         other.save(2, state).durable.result()
     with pytest.raises(DeviceError, match=r"model\.bias .*after 0\.5 s; the device does not answer") as error:
-        run.restore(state)
+        run.restore({"model": torch.nn.Linear(300, 300)}, only=["model"])
     assert error.value.under_way
+    run.close()
+    other._saver.timeout = other._saver._copier._timeout = 20
+    before = {one for one, _ in device.pinned}
     answer.set()
-    left = other._saver._copier.snapshotter._private
-    assert left.nbytes == 0, "a device may still write there: the next save comes into other memory"
-    for one in (run, other):
-        with contextlib.suppress(CheckpointError):
-            one.close()
+    other.save(3, state).durable.result()
+    now = {one for one, _ in device.pinned}
+    assert now > before, "the device may still write to the memory of before: the next save comes into other memory"
+    other.close()
+    assert ce.load(tmp_path / "other")["model"]["weight"].tobytes() == expected
 
 
 def test_a_save_while_a_graph_is_captured_is_refused(tmp_path, device):
@@ -219,6 +239,19 @@ def test_a_save_while_a_graph_is_captured_is_refused(tmp_path, device):
         run.save(2, {"weight": weight})
     run.save(3, {"weight": weight}).durable.result()
     run.close()
+
+
+def test_copies_are_no_part_of_a_graph_that_is_captured_on_the_stream_that_they_had(tmp_path, monkeypatch):
+    device = FakeAccelerator(monkeypatch)
+    weight = torch.randn(30, 30)
+    expected = bytes_of(weight)
+    ce.save(tmp_path / "point", {"weight": weight})
+    for _ in range(2):
+        weight.zero_()
+        ce.load(tmp_path / "point", into={"weight": weight})
+        assert bytes_of(weight) == expected
+        (used,) = [queue for queue in device.queues.values() if queue.beside and queue not in device.captured]
+        device.captured.append(used)
 
 
 @pytest.mark.parametrize("overlap", [False, True], ids=["eager", "overlapped"])
@@ -266,6 +299,33 @@ def test_a_closed_checkpointer_keeps_nothing_of_its_copies(tmp_path, monkeypatch
     assert [one for one in made if one() is not None] == []
 
 
+@pytest.mark.parametrize("overlap", [False, True], ids=["eager", "overlapped"])
+def test_tensors_of_several_devices_are_copied_after_what_each_has_still_to_compute(tmp_path, overlap, monkeypatch):
+    fake = FakeAccelerator(monkeypatch)
+    models = [torch.nn.Linear(100, 100, bias=False) for _ in range(2)]
+    weights = [model.weight.data for model in models]
+    fake.places[weights[1].untyped_storage().data_ptr()] = 1
+    optimizer = torch.optim.SGD([weight for model in models for weight in model.parameters()], lr=0.1)
+    state = {"models": models, "optimizer": optimizer}
+
+    def compute(weight, value):
+        time.sleep(0.03)
+        weight.fill_(value)
+
+    with ce.Checkpointer(tmp_path / "run", overlap=overlap) as run:
+        for step in (1, 2):
+            for index, weight in enumerate(weights):
+                fake.queue(index).give(functools.partial(compute, weight, step + index))
+            run.save(step, state).durable.result()
+            stored = ce.load(tmp_path / "run")["models"]
+            assert [float(one["weight"].mean()) for one in stored] == [step, step + 1]
+        for weight in weights:
+            weight.zero_()
+        assert run.restore(state) == 2
+    assert [float(weight.mean()) for weight in weights] == [2, 3]
+    assert {index for index, _ in fake.queues} == {0, 1}
+
+
 def test_two_checkpointers_copy_at_a_time_and_from_several_threads(tmp_path, device):
     if not device.real:
         device.pretended.seconds = 0
@@ -306,3 +366,24 @@ def test_the_devices_random_numbers_go_on_where_they_were(tmp_path, device):
         expected = torch.rand(100, device=device.name).cpu()
         assert run.restore({"rng": rng}) == 1
         assert torch.equal(torch.rand(100, device=device.name).cpu(), expected)
+
+
+def test_torch_has_what_the_pretended_device_answers_for():
+    stream = torch.Stream(stream_id=3, device_index=0, device_type=1)
+    assert (stream.stream_id, stream.device_index, stream.device_type) == (3, 0, 1)
+    for name in ("record_event", "wait_event", "__enter__", "__exit__"):
+        assert callable(getattr(torch.Stream, name))
+    calls = (
+        "current_accelerator",
+        "current_device_index",
+        "current_stream",
+        "device_index",
+        "is_available",
+    )
+    for module, names in (
+        (torch.Event, ("query",)),
+        (torch.Tensor, ("record_stream",)),
+        (torch.accelerator, calls),
+        (torch.cuda, ("cudart", "is_current_stream_capturing", "is_initialized")),
+    ):
+        assert all(callable(getattr(module, name)) for name in names)

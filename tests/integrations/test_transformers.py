@@ -20,6 +20,7 @@ from lives import KILLED, life, lives
 
 import ckptengine as ce
 from ckptengine.errors import CheckpointNotFoundError, StateError
+from ckptengine.integrations.trainer_place import checked_arguments
 from ckptengine.integrations.transformers import Resume
 
 
@@ -229,6 +230,10 @@ def test_what_a_job_cannot_be_resumed_with_is_refused_by_name(tmp_path: Path) ->
     for name in ("save_only_model", "ignore_data_skip", "auto_find_batch_size", "enable_jit_checkpoint"):
         with pytest.raises(StateError, match=name):
             made(**{name: True})
+    trainer = made()
+    trainer.is_fsdp_enabled = True  # Accelerate enables it on devices only
+    with pytest.raises(StateError, match="fsdp: it is not supported yet; FSDP1 and FSDP2 are, in a loop of your own"):
+        checked_arguments(trainer)
     with pytest.raises(StateError, match="hyperparameter search"):
         made().train(trial=object())
     with pytest.raises(ValueError, match="there is no checkpoint in"):

@@ -191,7 +191,7 @@ def means_inside_a_stack() -> Any:
     ce.load(FOLDER / "stack", into=other)
     (after,) = other["optimizer"].state.values()
     assert all(torch.equal(before[key], after[key]) for key in before)
-    return {key: list(one.shape) for key, one in ce.load(FOLDER / "stack")["optimizer"]["state"]["0.0"].items()}
+    return {key: list(one.shape) for key, one in ce.load(FOLDER / "stack")["optimizer"]["state"]["w.w"].items()}
 
 
 @case

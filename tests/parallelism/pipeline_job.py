@@ -1,12 +1,14 @@
 """A small GPT in pipeline stages, by torch's own schedules: `pipeline_job.py FOLDER SCHEDULE --steps N [--die-at N]`.
 
-SCHEDULE is `1f1b` (one stage per rank), `interleaved` (two chunks per rank) or `none` (one rank, no pipeline). The rank
-that has the head appends a line for each step to `FOLDER/losses`.
+SCHEDULE is `1f1b` (one stage per rank), `interleaved` (two chunks per rank) or `none` (one rank, no pipeline); or
+`fsdp1`, `fsdp2` or `zero`, by which the ranks share the whole model, and the micro-batches. The rank that has the head
+appends a line for each step to `FOLDER/losses`.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import signal
 from pathlib import Path
@@ -15,14 +17,18 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleInterleaved1F1B
 from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
 
 import ckptengine as ce
 
 WIDTH, VOCABULARY, CONTEXT, LAYERS, BATCH, MICRO_BATCHES = 16, 32, 8, 4, 8, 4
 NAMES = ("embed", *(f"h{number}" for number in range(LAYERS)), "head")
 EVERY = 2
+SHARED = ("fsdp1", "fsdp2", "zero")
 
 
 class Embed(nn.Module):
@@ -89,29 +95,51 @@ def batch_of(step: int) -> tuple[Tensor, Tensor]:
     return tokens[:, :-1], tokens[:, 1:]
 
 
+def shared(whole: nn.Module, how: str) -> Any:
+    """Return a model that all ranks have, each its part of it or of the optimizer's state."""
+    if how == "fsdp1":
+        return FullyShardedDataParallel(whole, use_orig_params=True, device_id=torch.device("cpu"))
+    return fully_shard(whole) if how == "fsdp2" else DistributedDataParallel(whole)
+
+
+def optimizer_of(parameters: list[tuple[Any, int]], how: str) -> torch.optim.Optimizer:
+    """Return an optimizer over parameters, given with the number of dimensions that each has as a whole."""
+    groups = [{"params": [p for p, dims in parameters if dims > 1]},
+              {"params": [p for p, dims in parameters if dims < 2], "weight_decay": 0.0}]  # fmt: skip
+    if how == "zero":
+        return ZeroRedundancyOptimizer(groups, torch.optim.AdamW, lr=1e-2)
+    return torch.optim.AdamW(groups, lr=1e-2)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("folder", type=Path)
-    parser.add_argument("schedule", choices=("1f1b", "interleaved", "none"))
+    parser.add_argument("schedule", choices=("1f1b", "interleaved", "none", *SHARED))
     parser.add_argument("--steps", type=int, default=9)
     parser.add_argument("--die-at", type=int)
     args = parser.parse_args()
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     rank, ranks = dist.get_rank(), dist.get_world_size()
-    count = {"1f1b": ranks, "interleaved": 2 * ranks, "none": 1}[args.schedule]
-    mine = range(rank, count, ranks)
-    chunks = [Part(parts_of(count)[number]) for number in mine]
-    stages = [PipelineStage(c, n, count, torch.device("cpu")) for c, n in zip(chunks, mine, strict=True)]
+    count = {"1f1b": ranks, "interleaved": 2 * ranks}.get(args.schedule, 1)
+    mine = range(0 if count == 1 else rank, count, ranks)
+    chunks: list[Any] = [Part(parts_of(count)[number]) for number in mine]
+    dims = [p.ndim for chunk in chunks for p in chunk.parameters()]  # FSDP1 has flat ones in their place
+    stages = (
+        []
+        if args.schedule in SHARED
+        else [PipelineStage(c, n, count, torch.device("cpu")) for c, n in zip(chunks, mine, strict=True)]
+    )
     schedule: Any = None
     if args.schedule == "1f1b":
         schedule = Schedule1F1B(stages[0], MICRO_BATCHES, loss_fn=loss_of)
     elif args.schedule == "interleaved":
         schedule = ScheduleInterleaved1F1B(stages, MICRO_BATCHES, loss_fn=loss_of)
+    sharing = ranks if args.schedule in SHARED else 1
+    if sharing > 1:
+        chunks = [shared(chunks[0], args.schedule)]
     parameters = [p for chunk in chunks for p in chunk.parameters()]
-    groups = [{"params": [p for p in parameters if p.ndim > 1]},
-              {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0}]  # fmt: skip
-    optimizer = torch.optim.AdamW(groups, lr=1e-2)
+    optimizer = optimizer_of(list(zip(parameters, dims, strict=True)), args.schedule)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=20)
     model = ce.Merged(chunks) if len(chunks) > 1 else chunks[0]
     state = {"model": model, "optimizer": optimizer, "scheduler": scheduler, "rng": ce.RNG()}
@@ -124,18 +152,23 @@ def main() -> None:
             tokens, target = batch_of(step)
             losses: list[Tensor] = []
             if schedule is None:
-                for x, y in zip(tokens.chunk(MICRO_BATCHES), target.chunk(MICRO_BATCHES), strict=True):
+                batches = list(zip(tokens.chunk(MICRO_BATCHES), target.chunk(MICRO_BATCHES), strict=True))
+                for x, y in batches if sharing == 1 else batches[rank::sharing]:
                     losses.append(loss_of(chunks[0](x), y))
                     losses[-1].backward()
                 for parameter in parameters:
-                    assert parameter.grad is not None
-                    parameter.grad.div_(MICRO_BATCHES)  # as the schedules do
+                    if parameter.grad is not None:  # FSDP1 leaves those of which a rank has nothing without one
+                        parameter.grad.div_(MICRO_BATCHES // sharing)  # as the schedules do
             else:
                 ends = {"target": target, "losses": losses} if last else {}
                 schedule.step(*((tokens,) if first else ()), **ends)
             optimizer.step()
             scheduler.step()
-            if last:
+            if sharing > 1:
+                every: list[Any] = [None] * ranks
+                dist.all_gather_object(every, [float(one) for one in losses])
+                losses = [torch.tensor(one) for one in itertools.chain(*zip(*every, strict=True))]
+            if last and (sharing == 1 or rank == 0):
                 with (args.folder / "losses").open("a") as file:
                     file.write(f"{step} {args.schedule} {ranks} {' '.join(float(x).hex() for x in losses)}\n")
             ckpt.step(step, state)

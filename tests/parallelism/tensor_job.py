@@ -1,4 +1,5 @@
-"""Trains a GPT that is split by hand over 2 ranks, goes on over 4 and over 1, and compares with 1 throughout."""
+"""Trains a GPT that is split by hand over 2 ranks, goes on over 4 and over 1, and shared by FSDP1 and by
+ZeroRedundancyOptimizer, and compares with 1 throughout."""
 
 from __future__ import annotations
 
@@ -10,6 +11,8 @@ import torch
 import torch.distributed as dist
 from by_hand import BLOCK_RULES, GPT, gpt_rules, part_of, train_step
 from groups import group, process_rank, report
+from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.optim import ZeroRedundancyOptimizer
 
 import ckptengine as ce
 
@@ -64,6 +67,18 @@ def made(filled: bool) -> tuple[GPT, torch.optim.Optimizer, dict[str, Any]]:
     return model, optimizer, {"model": ce.Sharded(model, gpt_rules(dist.group.WORLD)), "optimizer": optimizer}
 
 
+def shared(how: str) -> tuple[Any, torch.optim.Optimizer]:
+    """Return a model that is not split, of which all ranks have the whole, or of its optimizer, between them."""
+    torch.manual_seed(9)
+    alone, _ = dist.new_subgroups(1)
+    model = GPT(alone)
+    if how == "fsdp1":
+        wrapped = FullyShardedDataParallel(model, device_id=torch.device("cpu"), use_orig_params=True)
+        return wrapped, torch.optim.AdamW(wrapped.parameters(), lr=0.01, weight_decay=0.1)
+    parameters = model.parameters()
+    return model, ZeroRedundancyOptimizer(parameters, torch.optim.AdamW, lr=0.01, weight_decay=0.1)
+
+
 def compare(model: GPT, optimizer: torch.optim.Optimizer, path: Path) -> list[str]:
     """Return the names of what is not bit-equal with what numpy reads of the checkpoint, cut by hand."""
     saved = ce.load(path, as_torch=True)
@@ -100,6 +115,19 @@ def main(folder: Path) -> None:
                 ce.load(folder / "two", into=state)
                 found[f"{name} wrong"] = compare(model, optimizer, folder / "two")
                 found[name] = [train_step(model, optimizer, step) for step in range(STEPS, 2 * STEPS)]
+    for how, size in (("fsdp1", 2), ("zero", 3)):
+        with group(how, size) as inside:
+            if inside:
+                model, optimizer = shared(how)
+                ce.load(folder / "two", into={"model": model, "optimizer": optimizer})
+                found[how] = [train_step(model, optimizer, step) for step in range(STEPS, 2 * STEPS)]
+                ce.save(folder / how, {"model": model, "optimizer": optimizer})
+    for how in ("fsdp1", "zero"):
+        with group(f"by hand after {how}", 2) as inside:
+            if inside:
+                model, optimizer, state = made(filled=False)
+                ce.load(folder / how, into=state)
+                found[f"by hand after {how} wrong"] = compare(model, optimizer, folder / how)
     report(folder, found | {"rank": process_rank()})
 
 

@@ -73,3 +73,20 @@ def test_a_killed_training_goes_on_in_other_stages_to_the_same_bits(
     ours, theirs = (dict(leaves(ce.load(run / "run"))) for run in (folder, undisturbed))
     assert ours.keys() == theirs.keys()
     assert [name for name in ours if ours[name] != theirs[name] and "params" not in name] == []
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("how", ["fsdp1", "fsdp2", "zero"])
+def test_stages_that_are_killed_go_on_as_ranks_that_share_the_model_and_as_stages_again(
+    tmp_path: Path, undisturbed: Path, how: str
+) -> None:
+    """The ranks add up gradients in another order, so the losses are equal to that order."""
+    folder = tmp_path / "job"
+    for schedule, ranks, die_at in (("1f1b", 2, 3), (how, 2, 5), ("interleaved", 2, 7), (how, 4, None)):
+        life(folder, schedule, ranks, die_at)
+    expected, found = losses(undisturbed), losses(folder)
+    assert list(found) == list(range(1, STEPS + 1))
+    for step, times in found.items():
+        for values in times:
+            pairs = zip(map(float.fromhex, values), map(float.fromhex, expected[step][0]), strict=True)
+            assert all(abs(one - other) < 1e-5 * other for one, other in pairs), (step, values)

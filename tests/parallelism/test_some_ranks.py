@@ -500,3 +500,17 @@ def test_objects_that_fill_themselves_later_are_handed_all_on_all_ranks(tmp_path
         fresh = [Averages(), Averages()]
         job.load([{"ema": one} for one in fresh])
     assert [one.shadow["a"].tolist() for one in fresh] == [[1.0, 1.0]] * 2
+
+
+# A part of what was saved.
+
+
+def test_a_part_that_some_ranks_have_is_loaded_by_these(saved):
+    found = [empty(part(rank)) for rank in range(3)]
+    with StageJob(saved, 3) as job:
+        job.load(found, only=["table", "deep.stage1"])
+        with pytest.raises(LoadMismatchError, match=r"only=\['nowhere'\]: the state has nothing with that name"):
+            job.load(found, only=["table", "nowhere"])
+    assert found[2]["table"].tolist() == [0, 1, 2, 3, 4, 5]
+    assert [state["deep"] for state in found] == [{"stage0": {"n": 0}}, {"stage1": {"n": 1}}, {"stage2": {"n": 0}}]
+    assert [state["all"] for state in found] == [0, 0, 0]

@@ -31,6 +31,14 @@ def test_training_goes_on_with_the_losses_of_the_run_that_was_never_split(traine
         np.testing.assert_allclose(ranks[rank][name], expected[3:], rtol=1e-4)
 
 
+@pytest.mark.parametrize(("how", "size"), [("fsdp1", 2), ("zero", 3)])
+def test_training_goes_on_shared_by_other_means_and_split_by_hand_again(trained, how, size):
+    _, ranks = trained
+    for rank in range(size):
+        np.testing.assert_allclose(ranks[rank][how], ranks[0]["reference"][3:], rtol=1e-4)
+    assert [ranks[rank][f"by hand after {how} wrong"] for rank in range(2)] == [[]] * 2
+
+
 def test_the_checkpoint_is_that_of_a_model_that_is_not_split(trained):
     folder, _ = trained
     whole, split = (ce.load(folder / name) for name in ("reference", "two"))

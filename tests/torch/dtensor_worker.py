@@ -26,6 +26,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distrib
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.distributed.tensor.placement_types import _StridedShard
 
+import ckptengine as ce
 from ckptengine.errors import StateError
 from ckptengine.schema.leaf import Placement
 from ckptengine.state.per_rank import PerRank
@@ -104,6 +105,39 @@ def fully_sharded() -> None:
     assert placements["up.weight"] is Placement.SHARDED
     assert placements["norm.running_mean"] is Placement.WHOLE
     assert flat.aliases == {("model", "tied.weight"): ("model", "up.weight")}
+
+
+@case
+def parameters_that_a_forward_pass_has_left_gathered() -> None:
+    """What is filled into them is lost when the module is sharded again; the module itself has the sharded ones."""
+    model = fsdp(mesh_of(4), Net())
+    before = dict(model.named_parameters())
+    with torch.no_grad():
+        model(torch.ones(4, 6))
+    gathered = dict(model.named_parameters())
+    assert not all(isinstance(one, DTensor) for one in gathered.values())
+    with pytest.raises(StateError, match=r"parameters\..*has gathered for a forward pass.*put the module itself"):
+        flatten({"parameters": gathered})
+    check_module(model)  # it shards them again
+    flatten({"parameters": before})
+    flatten({"parameters": dict(model.named_parameters())})
+
+
+@case
+def meshes_whose_ranks_do_not_ascend() -> None:
+    """torch hands out parts by the ranks in a process group, which ascend whatever their order in the mesh."""
+    whole = torch.arange(48.0).reshape(8, 6)
+    for ranks, placements in (
+        ([3, 2, 1, 0], [Shard(0)]),
+        ([2, 0, 3, 1], [Shard(0)]),
+        ([[3, 1], [2, 0]], [Shard(0), Shard(1)]),
+        ([[0, 1], [3, 2]], [Replicate(), Shard(0)]),
+    ):
+        mesh = DeviceMesh("cpu", ranks)
+        check({"tensor": distribute_tensor(whole, mesh, placements)})
+    check_module(fsdp(DeviceMesh("cpu", [3, 2, 1, 0]), nn.Linear(6, 8)))
+    with pytest.raises(StateError, match="in the order of their parts"):
+        ce.Sharded(torch.ones(2), dim=0, group=DeviceMesh("cpu", [3, 2, 1, 0]))
 
 
 @case

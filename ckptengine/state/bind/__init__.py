@@ -13,7 +13,7 @@ from ckptengine.state.binding import Binding, Read
 from ckptengine.state.rename import Rename
 from ckptengine.state.report import LoadReport
 from ckptengine.state.saved import Saved, SavedLeaf
-from ckptengine.state.select import Selection
+from ckptengine.state.select import Selection, refuse_unknown
 
 __all__ = ["Binding", "LoadReport", "Read", "Saved", "SavedLeaf", "bind", "check_fit", "match", "nothing_fits"]
 
@@ -41,6 +41,7 @@ def bind(
     """
     binding = match(state, saved, rank, world_size, only=only, rename=rename, strict=strict, cast=cast, same=same)
     try:
+        refuse_unknown(binding.unknown)
         check_fit(binding, strict)
     except LoadMismatchError:
         binding.give_up()
@@ -61,7 +62,7 @@ def match(
     same: Same | None,
 ) -> Binding:
     """Return what `bind` does, whatever does not fit: its `report` says it, in which `unexpected` is what this rank did
-    not take; other ranks may have."""
+    not take, and `unknown` what `only` names and this rank does not have; other ranks may."""
     if not isinstance(state, Mapping):
         raise StateError(f"the state is {describe_type(state)}; pass a dict such as {{'model': model}}")
     binder = Binder(state, saved, rank, world_size, Selection(only), rename, cast, strict)

@@ -8,7 +8,7 @@ from typing import Any
 from ckptengine.schema.path import Key
 from ckptengine.state.saved import Node, SavedValue
 
-__all__ = ["adopt"]
+__all__ = ["adopt", "adopt_numbered"]
 
 
 def adopt(node: Node, names: Sequence[Sequence[str]]) -> frozenset[str]:
@@ -34,6 +34,30 @@ def adopt(node: Node, names: Sequence[Sequence[str]]) -> frozenset[str]:
             return frozenset()
         state.children = renamed
     _set_groups(node, [[mapping[name] for name in params] for params in groups])
+    return frozenset(mapping.values())
+
+
+def adopt_numbered(node: Node, names: Sequence[Sequence[str]]) -> frozenset[str]:
+    """Give the parameters of an optimizer that were saved as `<group>.<index>`, as those outside of modules were in
+    older checkpoints, the names that they have here; return these.
+
+    Where the groups have other numbers of parameters, nothing is changed.
+    """
+    groups = _groups(node)
+    if groups is None or [len(params) for params in groups] != [len(own) for own in names]:
+        return frozenset()
+    there = {name for params in groups for name in params}
+    mapping = {
+        old: new
+        for g, (params, own) in enumerate(zip(groups, names, strict=True))
+        for i, (old, new) in enumerate(zip(params, own, strict=True))
+        if old == f"{g}.{i}" != new and new not in there
+    }
+    state = node.child("state")
+    if mapping and state is not None:
+        state.children = {mapping.get(str(key), key): child for key, child in state.children.items()}
+    if mapping:
+        _set_groups(node, [[mapping.get(name, name) for name in params] for params in groups])
     return frozenset(mapping.values())
 
 

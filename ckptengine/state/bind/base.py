@@ -75,11 +75,15 @@ class BinderBase(ABC):
             raise
         work = self._work
         built, take_back = self._rebuilt, self._memory.take_back
-        return Binding(work.reads, report, work.actions, self._promise(), left, take_back, built.items, built.left_out)
+        asked = self._selection
+        return Binding(
+            work.reads, report, work.actions, self._promise(), left, take_back, built.items, built.left_out,
+            asked.matched, asked.unmatched,
+        )  # fmt: skip
 
     @abstractmethod
     def walk(self, state: Mapping[str, Any]) -> None:
-        """Bind everything in a state; raise where `only` names nothing in it."""
+        """Bind everything in a state."""
 
     def _promise(self) -> Promise:
         """Return what the state must be once everything is read and set."""

@@ -9,7 +9,7 @@ from typing import Any
 from ckptengine.errors import StateError
 from ckptengine.frameworks.adapter import Adapter
 from ckptengine.schema.path import Key, Path, dotted
-from ckptengine.state.bind.adopt import adopt
+from ckptengine.state.bind.adopt import adopt, adopt_numbered
 from ckptengine.state.bind.groups import regroup, saved_groups
 from ckptengine.state.bind.objects import hand_over
 from ckptengine.state.bind.room import room_for
@@ -47,6 +47,7 @@ class OptimizerBinder(TensorBinder):
             self._rebuilt.optimizers.add(path)
             if node.cls is None:
                 self._adopted |= adopt(node, names)
+            self._adopted |= adopt_numbered(node, names)
             self._look_for_tied(node, names)
             if not self._regroup(node, path, names, per_rank):
                 return

@@ -7,6 +7,7 @@ from typing import Any
 
 from ckptengine.frameworks.adapter import Adapter
 from ckptengine.schema.path import Path, dotted
+from ckptengine.state.bind.adopt import adopt_numbered
 from ckptengine.state.bind.modules import ModuleBinder
 from ckptengine.state.bind.objects import ObjectBinder, hand_over
 from ckptengine.state.bind.optimizers import OptimizerBinder
@@ -64,6 +65,7 @@ class OwnCallsBinder(ObjectBinder, OptimizerBinder, ModuleBinder):
         self._rebuilt.objects[path], self._rebuilt.before[path] = optimizer, current
         self._rebuilt.optimizers.add(path)
         names = optimizer_names(groups, self._names)
+        self._adopted |= adopt_numbered(node, names)
         self._look_for_tied(node, names)
         if not self._regroup(node, path, names, per_rank):
             return

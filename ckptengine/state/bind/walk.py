@@ -31,7 +31,7 @@ class Binder(OwnCallsBinder):
     """Walks a state and sorts its values by kind."""
 
     def walk(self, state: Mapping[str, Any]) -> None:
-        """Bind everything in a state; raises where `only` names nothing in it."""
+        """Bind everything in a state."""
         self._memory.give(state)
         self._bind_items(state, (), self._source.shared, per_rank=False)
         # Objects come last: what they are handed must not be read into memory that something else is read into.
@@ -39,7 +39,6 @@ class Binder(OwnCallsBinder):
         while self._late:
             self._work.made = {}
             self._late.pop(0)()
-        self._selection.check()
 
     def _bind(self, value: Any, put: Put | None, path: Path, node: Node | None, *, per_rank: bool) -> None:
         kind, adapter = self._inspector.kind(value, path)
