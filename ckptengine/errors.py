@@ -83,7 +83,8 @@ class RankFailedError(CheckpointError):
 
 
 class DeviceError(CheckpointError):
-    """A device failed, or has no memory left; the message names the tensor, the bytes and the device.
+    """A device failed or does not answer, or it or the host has no memory left; the message names the tensor, the bytes
+    and the device, as far as they are known, and the rank.
 
     With `under_way` the device did not answer, and may still copy: the host's memory for that is never given back.
     """

@@ -11,7 +11,7 @@ from thread_ranks import Ranks
 from torch import nn
 
 import ckptengine as ce
-from ckptengine.errors import CheckpointDamagedError, LoadMismatchError, RankFailedError, StateError
+from ckptengine.errors import CheckpointDamagedError, DeviceError, LoadMismatchError, RankFailedError, StateError
 
 
 class Net(nn.Module):
@@ -112,6 +112,27 @@ def test_a_load_that_fails_in_the_middle_leaves_a_model_on_the_meta_device_that_
     ce.load(tmp_path / "saved", into={"optimizer": optimizer, "model": model})
     assert all(a is b for a, b in zip(model.parameters(), parameters, strict=True))
     assert all(torch.equal(value, net.state_dict()[name]) for name, value in model.state_dict().items())
+
+
+def test_without_memory_for_all_of_a_model_it_stays_on_the_meta_device_and_the_first_tensor_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    net, _ = trained(tmp_path / "saved")
+    model, empty_like, asked = on_meta(), torch.empty_like, []
+
+    def refuse(tensor: torch.Tensor, **options: Any) -> torch.Tensor:
+        asked.append(tensor)
+        if len(asked) == 2:
+            raise torch.OutOfMemoryError("tried to allocate 16 bytes")
+        return empty_like(tensor, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "empty_like", refuse)
+        with pytest.raises(DeviceError, match=r"rank 0: .*saved: model\.norm\.\w+: there is no memory .*Nothing of"):
+            ce.load(tmp_path / "saved", into={"model": model}, only=["model"])
+    assert is_all_meta(model)
+    ce.load(tmp_path / "saved", into={"model": model}, only=["model"])
+    assert torch.equal(model.norm.weight, net.norm.weight)
 
 
 def test_what_another_rank_does_not_fit_leaves_this_rank_s_model_on_the_meta_device(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from ckptengine.schema.path import Path, dotted
+from ckptengine.state.bind.room import room_for
 from ckptengine.state.kinds import Inspector, Kind, children
 from ckptengine.state.saved import Node, SavedArray
 from ckptengine.state.select import Selection
@@ -84,7 +85,8 @@ class GivenMemory:
                 if id(entry.value) in self._names:
                     self._names[id(entry.value)].append(dotted(where))
                 elif leaf is not None and leaf.shape == self._inspector.declared.shape_of(entry.value):
-                    undo = adapter.give_memory(entry.value, leaf.dtype, self._cast)
+                    with room_for(leaf, where):
+                        undo = adapter.give_memory(entry.value, leaf.dtype, self._cast)
                     if undo is not None:
                         self._undo[id(entry.value)], self._names[id(entry.value)] = undo, [dotted(where)]
             left += [dotted((*path, name)) for name in adapter.unsaved_without_memory(value)]
