@@ -31,15 +31,19 @@ import ckptengine as ce
 
 
 class Log:
-    """JSON lines, one for each event, from rank 0 and only if a folder is given."""
+    """What rank 0 tells: a JSON line for each event where a folder is given, else some lines for a reader."""
 
     def __init__(self, folder: Path | None) -> None:
-        self.folder = folder
         self._file = None
+        self._prints = folder is None and dist.get_rank() == 0
         if folder is not None and dist.get_rank() == 0:
             self._file = (folder / "events.jsonl").open("a", buffering=1)
 
     def __call__(self, event: str, **fields: Any) -> None:
+        if self._prints and event == "start":
+            print("begins anew" if fields["resumed"] is None else f"resumed at step {fields['resumed']}", flush=True)
+        if self._prints and event == "step" and fields["step"] % 10 == 0:
+            print(f"step {fields['step']}: loss {fields['loss']:.3f}", flush=True)
         if self._file is not None:
             self._file.write(json.dumps({"event": event, "time": time.time(), **fields}) + "\n")
 

@@ -261,7 +261,10 @@ def steps(sampler: ce.ElasticSampler) -> Iterator[Any]:
     yield from sampler.batches()
 
 
-def test_a_run_without_a_cursor_or_without_checkpoints_is_no_clean_run(run: Path, tmp_path: Path, call: Call) -> None:
+def test_a_run_without_a_cursor_or_without_checkpoints_is_no_clean_run(tmp_path: Path, call: Call) -> None:
+    run = tmp_path / "run"
+    with ce.Checkpointer(run, preemption=None) as ckpt:
+        ckpt.save(1, {"model": np.zeros(3)})
     for path, message in ((run, "no data cursor in any checkpoint"), (tmp_path / "none", "no committed checkpoint")):
         result = call("audit", path)
         assert result.exit_code == 2
