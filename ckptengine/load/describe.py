@@ -65,6 +65,7 @@ def describe(checkpoint: Opened) -> Saved:
             lambda rank: _outline(checkpoint.own(rank), len(own[rank]), _file(checkpoint, rank)),
         ),
         rank_items=_Lazy(world_size, lambda rank: _items(checkpoint.own(rank), _file(checkpoint, rank))),
+        rank_outside=_Lazy(world_size, lambda rank: str(checkpoint.own(rank).get("outside", ""))),
         joined_groups=frozenset(joined),
     )
 

@@ -14,6 +14,7 @@ from ckptengine.save.form import SharedForm, check_forms, decode_form
 from ckptengine.save.values import StoredValues, compare_values, group_name, group_path, said_as
 from ckptengine.schema.path import Path, path_order
 from ckptengine.schema.ranks import name_ranks
+from ckptengine.state.outside import outside_digest
 from ckptengine.state.union import NAMED
 
 __all__ = ["Said", "Shares", "Stored", "decode_said", "encode_said", "owners_of", "share_out"]
@@ -78,11 +79,16 @@ class Shares:
         """Return the paths under which ranks compare what this one has."""
         return renamed_groups(paths, self.first_names)
 
-    def items(self, values: StoredValues, arrays: Iterable[Path]) -> list[Any]:
+    def items(self, values: StoredValues, arrays: Iterable[Path]) -> dict[str, Any]:
         """Return what this rank stores of which items its objects have, where other ranks' have others."""
-        paths = sorted({*values.paths, *values.form.aliases, *arrays}, key=path_order) if self.in_part else []
+        if not self.in_part:
+            return {}
+        paths = sorted({*values.paths, *values.form.aliases, *arrays}, key=path_order)
         inside = {one: [list(path[len(one) :]) for path in paths if path[: len(one)] == one] for one in self.in_part}
-        return [[list(one), items] for one, items in sorted(inside.items()) if items]
+        return {
+            "items": [[list(one), items] for one, items in sorted(inside.items()) if items],
+            "outside": outside_digest(paths, values.form.outline.containers),
+        }
 
     def stored(self, values: StoredValues) -> Stored:
         """Return what this rank stores beside what is its own."""

@@ -52,15 +52,14 @@ class StoredValues:
     form: SharedForm = field(default_factory=lambda: SharedForm({}, {}, Outline(), {}))
 
     def entries(
-        self, rank: int, shared: Mapping[str, Any] | None = None, items: Sequence[Any] = ()
+        self, rank: int, shared: Mapping[str, Any] | None = None, items: Mapping[str, Any] | None = None
     ) -> list[tuple[str, bytes]]:
         """Return the archive entries in which this rank stores them.
 
         What all ranks share is written by rank 0; `shared` is what another one stores of it, empty: nothing.
-        `items` are what its objects have, where those of other ranks have other items.
+        `items` tell what its objects have, where those of other ranks have other items.
         """
-        beside = {name: some for name, some in (("shared", shared), ("items", items)) if some}
-        own = {**self.own, **beside}
+        own = {**self.own, **({"shared": shared} if shared else {}), **(items or {})}
         entries = [(f"{rank_node(rank)}/zarr.json", group_metadata({"ckptengine": own}))]
         if rank == 0:
             entries.insert(0, (f"{OBJECTS}/zarr.json", group_metadata({"ckptengine": self.shared})))

@@ -39,7 +39,8 @@ class Saved:
     name tensors: which of its parts are keys is for the state to say. `unread` says what lies at some paths of another
     library's checkpoint that is neither an array nor a plain value. `joined_groups` are the paths of optimizers' groups
     that several ranks had parts of. `rank_items` has, for each rank and each of its objects of
-    which other ranks had other items, the paths of the leaves that this rank had.
+    which other ranks had other items, the paths of the leaves that this rank had, and
+    `rank_outside` what `outside_digest` said of a rank that has such objects.
     """
 
     world_size: int
@@ -55,6 +56,7 @@ class Saved:
     flat: bool = False
     unread: Mapping[Path, str] = field(default_factory=dict)
     rank_items: Sequence[Mapping[Path, frozenset[Path]]] = ()
+    rank_outside: Sequence[str] = ()
     joined_groups: frozenset[Path] = frozenset()
 
     def unread_of(self, selection: Selection, rename: Callable[[Path], Path]) -> dict[str, str]:

@@ -211,7 +211,7 @@ class _Copies:
             raise LinkError(f"{self._device}: {_told(self.failure)}", number, not ended) from self.failure
         if not ended:
             raise LinkError(
-                f"{self._device}: it has not ended after {timeout:g} s; the device does not answer: end this process",
+                f"{self._device}: it has not ended after {timeout:.3g} s; the device does not answer: end this process",
                 under_way=True,
             )
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from stages import StageJob
+from stages import StageJob, stages
 from torch import nn
 
 import ckptengine as ce
@@ -416,6 +416,21 @@ def test_each_rank_gets_the_items_that_it_saved_where_one_stage_has_only_less(tm
     assert ce.load(tmp_path / "run")["ema"]["shadow"].keys() == {"all", "a", "b", "c"}
 
 
+def test_beside_a_model_and_its_optimizer_a_stage_gets_again_the_items_that_it_had(tmp_path):
+    saved = stages(2)
+    for stage in saved:
+        stage.train()
+    of = [of_all("all", "a"), of_all("all")]
+    with StageJob(tmp_path / "run", 2) as job:
+        job.save([stage.state | {"ema": one} for stage, one in zip(saved, of, strict=True)])
+        fresh = [Averages(), Averages()]
+        job.load([stage.state | {"ema": one} for stage, one in zip(stages(2, seed=1), fresh, strict=True)])
+        assert names_of(fresh) == [["a", "all"], ["all"]]
+        fresh = [Averages(), Averages()]
+        job.load([stage.state | {"ema": one} for stage, one in zip(stages(2, seed=1)[::-1], fresh, strict=True)])
+        assert names_of(fresh) == [["a", "all"]] * 2
+
+
 def test_a_rank_that_had_only_less_than_another_gets_that_again(tmp_path):
     of = [of_all("all", "a"), of_all("all")]
     with StageJob(tmp_path / "run", 2) as job:
@@ -432,6 +447,21 @@ def test_ranks_in_another_order_get_what_their_objects_have(tmp_path):
         fresh = [Averages("all", "c"), Averages("all", "a"), Averages("all")]
         job.load([{"ema": one} for one in fresh])
     assert names_of(fresh) == [["all", "c"], ["a", "all"], ["all"]]
+
+
+def test_stages_in_another_order_get_what_is_theirs_where_objects_fill_themselves_later(tmp_path):
+    """What a rank saved is another stage's now, which the weights tell."""
+    weights = ["layer0", "layer1", "layer2"]
+    of = [of_all("all", name) for name in weights]
+    with StageJob(tmp_path / "run", 3) as job:
+        job.save([{"ema": one, name: torch.ones(2)} for one, name in zip(of, weights, strict=True)])
+        order = [2, 0, 1]
+        fresh = [Averages() for _ in order]
+        job.load([{"ema": one, weights[stage]: torch.ones(2)} for one, stage in zip(fresh, order, strict=True)])
+        assert names_of(fresh) == [["all", "layer0", "layer1", "layer2"]] * 3
+        fresh = [Averages() for _ in order]
+        job.load([{"ema": one, name: torch.ones(2)} for one, name in zip(fresh, weights, strict=True)])
+        assert names_of(fresh) == [["all", name] for name in weights]
 
 
 def test_at_another_number_of_ranks_a_stage_with_only_less_gets_what_its_object_has(tmp_path):

@@ -28,7 +28,8 @@ class Items:
 
     `numbers` are those of all its leaves. `extras` is what the object does not have here before the load, `unsaved`
     what the object of this rank did not have when it was saved; None where the checkpoint does not say. `fresh` are the
-    numbers of leaves that the object has here, and that this rank did not save.
+    numbers of leaves that the object has here, and that this rank did not save; all where the rest of the state tells
+    that this is no split as it was.
     """
 
     path: Path
@@ -38,16 +39,19 @@ class Items:
     fresh: frozenset[int] = field(default_factory=frozenset)
 
 
-def items_of(path: Path, node: Node, current: Any, had: Set[Path] | None) -> Items:
+def items_of(path: Path, node: Node, current: Any, had: Set[Path] | None, alike: bool) -> Items:
     """Return what a node has for an object whose state is `current` before the load; `had` are the paths of the leaves
-    that this rank saved of it, None where that is not known."""
+    that this rank saved of it, None where that is not known. `alike` tells that the ranks are split as they were, as
+    far as the rest of the state says."""
     numbers = {where: leaf.number for where, leaf in node.leaves()}
     extras = tuple(_lacking((), node, current))
     if had is None:
         return Items(path, frozenset(numbers.values()), extras)
     mine = frozenset(where[len(path) :] for where in had)
     here = frozenset(numbers.values()).difference(*(one.numbers for one in extras))
-    fresh = frozenset(number for where, number in numbers.items() if number in here and where not in mine)
+    fresh = frozenset(
+        number for where, number in numbers.items() if not alike or (number in here and where not in mine)
+    )
     return Items(path, frozenset(numbers.values()), extras, tuple(_without((), node, mine)), fresh)
 
 

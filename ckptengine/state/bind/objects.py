@@ -55,7 +55,9 @@ class ObjectBinder(TensorBinder):
         if inner:
             self._work.act(SET, functools.partial(take_out, rebuilt))
         if places is not None and not per_rank and self._options.world_size > 1:
-            self._rebuilt.items.append(items_of(path, places, current, self._source.had.get(path)))
+            had = self._source.had.get(path)
+            alike = had is not None and self._source.is_split_alike()
+            self._rebuilt.items.append(items_of(path, places, current, had, alike))
             self._work.act(SET, functools.partial(leave_out, rebuilt, self._rebuilt.left_out, path))
         self._work.act(OBJECTS, functools.partial(hand_over, target, rebuilt, path, call))
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 from ckptengine.schema.path import Path, dotted
 from ckptengine.state.bind.members import members_of
 from ckptengine.state.binding import Left
+from ckptengine.state.outside import outside_digest
 from ckptengine.state.saved import Node, Saved, SavedArray, own_tree, shared_tree
 from ckptengine.state.select import Selection
 
@@ -30,6 +32,7 @@ class Source:
         self.shared = shared_tree(saved, rename)
         self.own = own_tree(saved, 0 if self.resized else rank, rename)
         had = {} if self.resized or not saved.rank_items else saved.rank_items[rank]
+        self._outside = saved.rank_outside[rank] if had else ""
         self.had = {rename(path): frozenset(map(rename, leaves)) for path, leaves in had.items()}
         self.tells_empty = saved.outline is not None and saved.outline.empty is not None
         self.dropped: list[tuple[Path, Node]] = []
@@ -43,6 +46,15 @@ class Source:
             if isinstance(node.entry, SavedArray):
                 name = dotted(path)  # of two leaves that it may be, as of the keys 0 and "0", it tells no shape
                 self.shapes[name] = None if name in self.shapes else node.entry.leaf.shape
+
+    def is_split_alike(self) -> bool:
+        """Whether this rank's state, outside of objects and optimizers, has taken what this rank had saved.
+
+        It is asked when all but these is bound.
+        """
+        containers = () if self.saved.outline is None else self.saved.outline.containers
+        taken = (path for path, node in self.shared.leaves() if node.used)
+        return outside_digest(taken, (replace(one, path=self.rename(one.path)) for one in containers)) == self._outside
 
     def left(self, selection: Selection) -> Left:
         """Return what of the selection this rank's state did not take."""
