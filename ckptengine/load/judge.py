@@ -84,14 +84,17 @@ def _share_items(binding: Binding, told: Collection[_Told]) -> None:
     the load decides, where each of two has something that the other lacks. Else all get all: objects that fill
     themselves later have nothing yet, and a rank that has evaluated before the load has more.
     """
-    count = binding.left.count
-    unpacked = [[_unpacked(bits, count) for bits in one[:3]] for one in told]
-    for one in binding.items:
-        numbers = np.asarray(sorted(one.numbers), np.int64)
-        if one.unsaved is not None and not any(fresh[numbers].any() for _, _, fresh in unpacked):
+    if not any(extra or fresh for _, extra, fresh, _ in told):
+        return  # every object has what the checkpoint has for it
+    numbers_of = [np.asarray(sorted(one.numbers), np.int64) for one in binding.items]
+    distinct = {one[:3] for one in told}
+    # Only what lies in objects is kept of each rank's bits: of all leaves it may be much.
+    unpacked = [[[bits[n] for n in numbers_of] for bits in _all_unpacked(one, binding.left.count)] for one in distinct]
+    for place, (one, numbers) in enumerate(zip(binding.items, numbers_of, strict=True)):
+        if one.unsaved is not None and not any(fresh[place].any() for _, _, fresh in unpacked):
             binding.leave_out(one.path, one.unsaved)
             continue
-        have = [~left[numbers] & ~extra[numbers] for left, extra, _ in unpacked]
+        have = [~left[place] & ~extra[place] for left, extra, _ in unpacked]
         if _nested(have):
             continue
         anywhere = set(numbers[np.logical_or.reduce(have)].tolist())
@@ -103,6 +106,10 @@ def _unknown(told: Sequence[_Told]) -> list[str]:
     asked = [json.loads(one[-1]) for one in dict.fromkeys(told) if one[-1]]
     known = {name for names, _ in asked for name in names}
     return list(dict.fromkeys(name for _, names in asked for name in names if name not in known))
+
+
+def _all_unpacked(bits: Sequence[bytes], count: int) -> list[NDArray[np.bool_]]:
+    return [_unpacked(one, count) for one in bits]
 
 
 def _nested(sets: Sequence[NDArray[np.bool_]]) -> bool:

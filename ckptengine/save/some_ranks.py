@@ -86,16 +86,23 @@ def on_some_ranks(
 
 
 def objects_in_part(
-    objects: Iterable[Path], survey: Survey, paths_of: Sequence[Sequence[Path]], aliases_of: Iterable[Set[Path]]
+    objects: Iterable[Path], survey: Survey, paths_of: Sequence[Sequence[Path]], aliases_of: Sequence[Set[Path]]
 ) -> frozenset[Path]:
     """Return which of some objects have leaves that only some ranks have, given the paths of the plain values and the
     further names of tensors of all distinct ranks."""
     found = frozenset(objects)
     if not found:
         return found
-    some = {head.path for head, number in survey.leaves if survey.groups[number].holders.size < survey.world_size}
-    for sets in ([frozenset(paths) for paths in paths_of], list(aliases_of)):
-        some |= frozenset().union(*sets) - frozenset.intersection(*map(frozenset, sets)) if sets else frozenset()
+    first = {path[:1] for path in found}  # most of a state lies under other keys
+    some = {
+        head.path
+        for head, number in survey.leaves
+        if head.path[:1] in first and survey.groups[number].holders.size < survey.world_size
+    }
+    for tables in (paths_of, aliases_of):
+        sets: list[set[Path]] = [{path for path in paths if path[:1] in first} for paths in tables]
+        if len(sets) > 1:
+            some |= sets[0].union(*sets[1:]) - sets[0].intersection(*sets[1:])
     return frozenset(path[:depth] for path in some for depth in range(len(path) + 1) if path[:depth] in found)
 
 

@@ -9,6 +9,7 @@ from stages import StageJob
 from torch import nn
 
 import ckptengine as ce
+from ckptengine.comm.base import Communicator
 from ckptengine.errors import StateError
 
 LAYERS = 4
@@ -178,3 +179,59 @@ def test_schedulers_that_are_not_alike_are_refused_with_what_differs(tmp_path: P
     other = torch.optim.lr_scheduler.ExponentialLR(optimizers[0], 0.9)
     with pytest.raises(StateError, match="schedulers of one class"):
         ce.Merged([torch.optim.lr_scheduler.StepLR(optimizers[1], 2), other])
+
+
+def split_chunks(comm: Communicator, ranks_of_stage: int, seed: int, *, one_each: bool) -> dict[str, Any]:
+    """Return the state of a rank whose chunks are split by hand over the ranks of its stage."""
+    stage, part = divmod(comm.rank, ranks_of_stage)
+    stages = comm.world_size // ranks_of_stage
+    torch.manual_seed(seed)
+    whole = [(torch.randn(6, 4), torch.randn(4, 6)) for _ in range(LAYERS)]
+    group = [stage * ranks_of_stage + number for number in range(ranks_of_stage)]
+
+    def chunk(numbers: list[int]) -> nn.ModuleDict:
+        layers = {}
+        for number in numbers:
+            layer, (up, down) = nn.Module(), whole[number]
+            layer.up = nn.Parameter(up.chunk(ranks_of_stage, 0)[part].clone())
+            layer.down = nn.Parameter(down.chunk(ranks_of_stage, 1)[part].clone())
+            layer.bias = nn.Parameter(torch.full((4,), float(number + seed)))
+            layers[f"layer{number}"] = layer
+        return nn.ModuleDict(layers)
+
+    mine = list(range(stage, LAYERS, stages))
+    made = [chunk([number]) for number in mine] if one_each else [chunk(mine)]
+    optimizers = [torch.optim.AdamW(one.parameters(), lr=0.1) for one in made]
+    rules = {"*.up": ce.Shard(0, group), "*.down": ce.Shard(1, group)}
+    return {
+        "model": ce.Sharded(ce.Merged(made), rules, comm=comm, timeout=20),
+        "optimizer": ce.Merged(optimizers),
+    }
+
+
+@pytest.mark.parametrize("after", [(4, 2, False), (3, 3, False), (4, 1, True), (1, 1, True)])
+def test_chunks_that_are_split_by_hand_go_to_other_stages_and_splits(
+    tmp_path: Path, after: tuple[int, int, bool]
+) -> None:
+    with StageJob(tmp_path / "run", 4) as job:
+        saved = job.each(lambda rank: split_chunks(job.comm(rank), 2, 0, one_each=True))
+        for state in saved:
+            for optimizer in state["optimizer"].optimizers:
+                for group in optimizer.param_groups:
+                    for parameter in group["params"]:
+                        parameter.grad = parameter.detach() + 1
+                optimizer.step()
+        job.save(saved)
+    whole = ce.load(tmp_path / "run")
+    assert whole["optimizer"]["state"]["model.layer3.up"]["exp_avg"].shape == (6, 4)
+    ranks, of_stage, one_each = after
+    with StageJob(tmp_path / "run", ranks) as job:
+        found = job.each(lambda rank: split_chunks(job.comm(rank), of_stage, 1, one_each=one_each))
+        job.restore(found)
+        job.save(found)
+    again = ce.load(tmp_path / "run")
+    for kind, items in (("model", whole["model"]), *whole["optimizer"]["state"].items()):
+        there = again["model"] if kind == "model" else again["optimizer"]["state"][kind]
+        assert {name: array.tobytes() for name, array in items.items()} == {
+            name: array.tobytes() for name, array in there.items()
+        }
