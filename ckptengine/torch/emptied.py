@@ -71,6 +71,14 @@ def _is_gathered(parameter: torch.nn.Parameter) -> bool:
     return any(
         getattr(one, "_unsharded_param", None) is parameter
         for reference in list(states.values())
-        for group in getattr(reference(), "_fsdp_param_groups", ())
+        for group in _groups(reference())
         for one in group.fsdp_params
     )
+
+
+def _groups(state: Any) -> list[Any]:
+    """Return the groups of parameters of a module's FSDP2; older versions of torch have one at most."""
+    if hasattr(state, "_fsdp_param_groups"):
+        return list(state._fsdp_param_groups)
+    one = getattr(state, "_fsdp_param_group", None)
+    return [] if one is None else [one]
