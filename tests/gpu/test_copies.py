@@ -215,7 +215,7 @@ def test_a_device_that_does_not_answer_ends_the_save_and_the_restore(tmp_path, o
     device.now.give(lambda: answer.wait(30))
     run, other = (ce.Checkpointer(tmp_path / name, overlap=overlap, memory=memory) for name in ("run", "other"))
     plan = loader.plan_filling
-    monkeypatch.setattr(loader, "plan_filling", lambda checkpoint, reads, timeout: plan(checkpoint, reads, 0.2))
+    monkeypatch.setattr(loader, "plan_filling", lambda checkpoint, reads, *_: plan(checkpoint, reads, 0.2))
     with monkeypatch.context() as patch, pytest.raises(CheckpointError, match=r"after 0\.2 s; the device does not ans"):
         patch.setattr(Attempt, "left_for_devices", 0.2)
         other.save(2, state).durable.result()

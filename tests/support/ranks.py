@@ -61,14 +61,18 @@ class Job:
         ]  # fmt: skip
 
     def wait(self, timeout: float = 280) -> int:
-        """Return 0 when all ranks have ended well; else end all, and return the first bad code."""
+        """Return 0 when all ranks have ended well; else end all, and return the first bad code.
+
+        Where a signal has ended a rank, that is the first: what the others raise follows from it, and may be known
+        a moment earlier.
+        """
         deadline = time.monotonic() + timeout
         try:
             while True:
                 codes = [rank.poll() for rank in self.ranks]
-                failed = next((code for code in codes if code), None)
-                if failed is not None:
-                    return failed
+                if any(codes):
+                    time.sleep(0.1)
+                    return min(code for code in (*codes, *(rank.poll() for rank in self.ranks)) if code)
                 if None not in codes:
                     return 0
                 if time.monotonic() > deadline:
