@@ -22,6 +22,7 @@ from torch.futures import Future
 
 import ckptengine._native as _native
 from ckptengine.catalog.naming import open_checkpoint
+from ckptengine.dcp.meshes import refuse_unordered
 from ckptengine.dcp.metadata import Contents, contents_of
 from ckptengine.errors import CheckpointError, CheckpointNotFoundError, LoadMismatchError
 from ckptengine.frameworks.numpy import NumpyAdapter
@@ -158,6 +159,7 @@ class Reader(StorageReader):
         A tensor of another dtype than the saved one is converted, as torch's own readers do, which is told at WARNING.
         Raises `LoadMismatchError` for what does not fit, `CheckpointDamagedError` naming the file.
         """
+        refuse_unordered(planner)
         checkpoint, contents = self._opened()
         wanted = [
             self._wanted(item, planner, checkpoint, contents)

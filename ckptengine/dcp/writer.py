@@ -26,6 +26,7 @@ from ckptengine.dcp.attempt import (
     new_attempt,
 )
 from ckptengine.dcp.items import assigned_to, grids_of, leaves_of, merged, values_of
+from ckptengine.dcp.meshes import refuse_unordered
 from ckptengine.errors import SaveFailedError
 from ckptengine.policy.arguments import checked_seconds
 from ckptengine.save.saver import DEFAULT_TIMEOUT
@@ -121,6 +122,7 @@ class Writer(StorageWriter):
 
         Raises `StateError` naming what can't be saved, `StorageError`.
         """
+        refuse_unordered(planner)
         storage = self._open()
         place = self._place(plan, storage)
         leaves = leaves_of(plan, planner)

@@ -75,6 +75,8 @@ class Planner:
         self._copies: frozenset[Path] = frozenset()
         self.compared = False
         """Whether the last call of `plan` has compared the contents of replicated arrays."""
+        self.again = False
+        """Whether the save after the last exchange compares them once more."""
 
     def next_attempt(self) -> str:
         """Return the next attempt's id, the same on all ranks: each exchange begins a new series under a new token."""
@@ -122,6 +124,8 @@ class Planner:
             compare = check is not ReplicaCheck.NEVER and self._comm.world_size > 1
             holdings, assigned = self._exchange(reading, values, error, timeout, compare)
             self._together, self.compared = False, compare
+            # A tensor that nobody has declared may be all zeros at the first save, and so the same on all ranks.
+            self.again = compare and reading is not None and any(leaf.by_hand for leaf in reading.leaves)
         elif reading is None or error is not None or not self.changed(reading):
             return (None if error is not None else previous), error
         assert reading is not None

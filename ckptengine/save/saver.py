@@ -220,9 +220,11 @@ class Saver:
                 raise read.interrupt
             if isinstance(ready, Exception):
                 raise ready
-            wanted = check is ReplicaCheck.ALWAYS or (ready.work.plan.alone and check is ReplicaCheck.FIRST)
             # A plan that was made alone has not been compared; the coordinator does it with the receipts.
+            first = check is ReplicaCheck.FIRST and (ready.work.plan.alone or self._planner.again)
+            wanted = check is ReplicaCheck.ALWAYS or first
             compare = wanted and not self._planner.compared and self._comm.world_size > 1
+            self._planner.again = self._planner.again and not compare
             self._copier.copy(attempt, ready.work, ready.reading, table, compare, timeout)
         except BaseException as problem:
             self._give_up(flight, problem)

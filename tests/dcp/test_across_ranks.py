@@ -20,6 +20,7 @@ NAMES = (
     "plans_that_are_kept_after_a_failed_save",
     "a_planner_of_ones_own",
     "without_collectives",
+    "a_mesh_whose_ranks_do_not_ascend",
     "one_rank_fails_and_the_checkpoint_before_stays",
     "asynchronously_in_a_process_of_its_own",
     "a_checkpoint_of_the_engines_own_calls",
