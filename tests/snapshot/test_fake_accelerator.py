@@ -268,5 +268,5 @@ def test_the_memory_is_pinned_in_the_background_before_the_first_save(tmp_path, 
         assert accelerator.pinned
         before = list(accelerator.pinned)
         run.save(2, {"model": model, "optimizer": optimizer}).durable.result()
-        assert sorted(accelerator.pinned)[: len(before)] == sorted(before)
+        assert set(before) <= set(accelerator.pinned)  # the memory tier's second image may have come since
     assert accelerator.pinned == []

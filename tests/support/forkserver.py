@@ -98,12 +98,14 @@ class Forked:
 
     def send_signal(self, number: int) -> None:
         if self.poll() is None:
-            os.kill(self.pid, number)
+            with contextlib.suppress(ProcessLookupError):  # it has just ended, and that is not told yet
+                os.kill(self.pid, number)
 
     def kill(self) -> None:
         """Kill it and what it has started, but for what has left its session."""
         if self.poll() is None:
-            os.killpg(self.pid, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.pid, signal.SIGKILL)
 
     def __enter__(self) -> Forked:
         return self
