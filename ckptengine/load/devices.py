@@ -283,14 +283,16 @@ class DeviceFilling:
 
     def close(self) -> None:
         """Wait for what was begun, whatever came of it, and give the memory back."""
-        while self._copying and not self._under_way:
-            with contextlib.suppress(DeviceError):
-                self._end_copy()
-        if self._under_way:
-            self._arena.leave()
-            _left.append(self._windows)
-        elif not self.left_behind:
-            self._arena.close()
+        try:
+            while self._copying and not self._under_way:
+                with contextlib.suppress(DeviceError):
+                    self._end_copy()
+        finally:
+            if self._under_way or self._copying:  # some are left where Ctrl-C came once more
+                self._arena.leave()
+                _left.append(self._windows)
+            elif not self.left_behind:
+                self._arena.close()
 
     def _plan(self, archive: _Archive, begin: int, end: int, end_read: Callable[[], bool]) -> ScatterPlan:
         rows: list[Row] = []
