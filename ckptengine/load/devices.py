@@ -347,8 +347,12 @@ class DeviceFilling:
         for link in self._links:
             pieces = [piece for piece in window.pieces if piece.copy.link is link]
             if pieces:
-                with _naming(pieces):
-                    wait = link.to_device([piece.pair() for piece in pieces], self._moments[id(link)])
+                try:
+                    with _naming(pieces):
+                        wait = link.to_device([piece.pair() for piece in pieces], self._moments[id(link)])
+                except DeviceError as error:
+                    self._under_way = self._under_way or error.under_way
+                    raise
                 self._copying.append(_Copying(window, pieces, wait))
 
     def _end_copy(self) -> None:

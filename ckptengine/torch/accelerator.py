@@ -97,7 +97,9 @@ class Link:
         would spoil it (CUDA's programming guide, "Prohibited and unhandled operations" of stream capture).
         """
         if self._captures():
-            raise LinkError(f"{self._device}, on which a graph is being captured; save before the capture or after it")
+            raise LinkError(
+                f"{self._device}, on which a graph is being captured; do this before the capture or after it"
+            )
         return torch.accelerator.current_stream(self._device)
 
     def mark(self) -> torch.Event:
@@ -178,10 +180,18 @@ class Link:
         except Exception as error:
             copies.failure = error
         except BaseException:  # Ctrl-C: nobody gets what waits for the copies
-            with contextlib.suppress(LinkError):
+            try:
                 copies(_INTERRUPTED_SECONDS)
+            except LinkError as error:
+                if error.under_way:
+                    _left.append(copies)
+                    raise
             raise
         return copies
+
+
+_left: list[object] = []
+"""Copies that were interrupted and did not end, for as long as the process lives."""
 
 
 class _Copies:

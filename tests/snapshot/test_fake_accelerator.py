@@ -387,6 +387,38 @@ def test_windows_that_ctrl_c_has_left_to_a_device_are_not_given_back(tmp_path, a
     check(tmp_path / "point", expected)
 
 
+@pytest.mark.parametrize("load", [False, True], ids=["save", "load"])
+def test_ctrl_c_between_two_copies_leaves_the_memory_to_a_device_that_does_not_answer(
+    tmp_path, accelerator, monkeypatch, load
+):
+    state, copy = {"a": torch.ones(30, 30), "b": torch.ones(30, 30)}, accelerator.copy
+    answer, begun, given_back = threading.Event(), [], []
+    ce.save(tmp_path / "point", state)
+
+    def interrupted(*arguments):
+        if begun:
+            raise KeyboardInterrupt
+        begun.append(1)
+        copy(*arguments)
+
+    run, before = ce.Checkpointer(tmp_path / "run"), {address for address, _ in accelerator.pinned}
+    accelerator.now.give(lambda: answer.wait(30))
+    with monkeypatch.context() as patch:
+        patch.setattr(engines, "_INTERRUPTED_SECONDS", 0.1)
+        patch.setattr(accelerator, "copy", interrupted)
+        patch.setattr(arena, "_give_back", lambda address, *_: given_back.append(address))
+        with pytest.raises(CheckpointError, match="the device does not answer"):
+            ce.load(tmp_path / "point", into=state) if load else run.save(1, state)
+        gc.collect()
+    left = {address for address, _ in accelerator.pinned} - before
+    assert len(left) == 1
+    assert left.isdisjoint(given_back)
+    answer.set()
+    run.save(2, state).durable.result()
+    assert len({address for address, _ in accelerator.pinned} - before - left) == 1
+    run.close()
+
+
 def test_of_several_devices_that_do_not_answer_the_save_tells_how_long_it_waited(tmp_path, accelerator, monkeypatch):
     weights, answer = [torch.ones(30, 30), torch.ones(30, 30)], threading.Event()
     accelerator.places[weights[1].untyped_storage().data_ptr()] = 1
