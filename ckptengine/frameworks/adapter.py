@@ -296,6 +296,10 @@ class Adapter:
         """Pin host memory for copies from devices, and return what undoes it; None where that is not possible."""
         return None
 
+    def at_rest(self) -> AbstractContextManager[Any]:
+        """Return a context in which no module computes: what is found out about all tensors may be kept for it."""
+        return nullcontext()
+
     def same_device(self) -> Callable[[], AbstractContextManager[Any]]:
         """Return what makes the calling thread's device current for a `with` block of another thread."""
         return nullcontext

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from ckptengine.frameworks.adapter import Adapter
 from ckptengine.frameworks.numpy import NumpyAdapter
 
-__all__ = ["adapter_of_loader", "adapter_of_tensor", "adapters", "framework", "register"]
+__all__ = ["adapter_of_loader", "adapter_of_tensor", "adapters", "at_rest", "framework", "register"]
 
 _MODULES = {"torch": "ckptengine.torch.adapter", "mindspore": "ckptengine.mindspore.adapter"}
 """Of each framework the module that registers its adapter, imported once the framework is."""
@@ -39,6 +40,15 @@ def framework(name: str) -> Adapter:
     """Return the adapter of a framework, which is imported if it is not yet; raises `ModuleNotFoundError`."""
     importlib.import_module(_MODULES[name])
     return _registered[name]
+
+
+@contextlib.contextmanager
+def at_rest() -> Iterator[None]:
+    """Let adapters keep, within a `with` block in which no module computes, what they find out about all tensors."""
+    with contextlib.ExitStack() as stack:
+        for adapter in adapters():
+            stack.enter_context(adapter.at_rest())
+        yield
 
 
 def adapter_of_tensor(value: Any) -> Adapter | None:

@@ -16,6 +16,7 @@ from ckptengine.save.handle import Phase, SaveHandle, SaveStats
 from ckptengine.save.planner import Plan
 from ckptengine.save.shares import Stored
 from ckptengine.save.values import StoredValues
+from ckptengine.schema.leaf import Placement
 from ckptengine.schema.path import Path
 from ckptengine.snapshot.feed import Feed
 from ckptengine.snapshot.pack import Checksums
@@ -108,7 +109,9 @@ class Tail:
             if not self._made:
                 plan, values, crcs = self._work.plan, self._work.values, self._checksums
                 self.stored = plan.shares.stored(values)
-                items = plan.shares.items(values, (leaf[0] for leaf in plan.structure))
+                # What each rank has of its own says nothing of the split.
+                arrays = (leaf[0] for leaf in plan.structure if leaf[3] is not Placement.PER_RANK)
+                items = plan.shares.items(values, arrays)
                 entries = values.entries(self._rank, self.stored.document, items)
                 self._made = build_tail(plan.image, entries, crcs.entries, crcs.blocks)
             return self._made

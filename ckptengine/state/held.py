@@ -7,6 +7,7 @@ from typing import Any
 
 from ckptengine.errors import StateError
 from ckptengine.frameworks.adapter import Adapter
+from ckptengine.frameworks.registry import at_rest
 from ckptengine.schema.leaf import ArrayLeaf, Placement
 from ckptengine.schema.path import Path
 from ckptengine.state.kinds import SCALARS, Inspector, Kind, children
@@ -26,11 +27,13 @@ def held_arrays(state: Mapping[str, Any]) -> list[ArrayLeaf]:
     if not isinstance(state, Mapping):
         return []
     look = _Look()
-    held = list(look.items(state, (), False))
-    shapes = {leaf.shape for leaf in held}
-    objects, look.objects = look.objects, []
-    for target, path, per_rank in objects:
-        held += [leaf for leaf in look.items(getattr(target, "__dict__", {}), path, per_rank) if leaf.shape in shapes]
+    with at_rest():
+        held = list(look.items(state, (), False))
+        shapes = {leaf.shape for leaf in held}
+        objects, look.objects = look.objects, []
+        for target, path, per_rank in objects:
+            items = look.items(getattr(target, "__dict__", {}), path, per_rank)
+            held += [leaf for leaf in items if leaf.shape in shapes]
     return held
 
 

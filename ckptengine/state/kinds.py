@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, ValuesView
 from enum import Enum, auto
@@ -47,6 +48,8 @@ class Kind(Enum):
 
 SCALARS = frozenset({type(None), bool, int, float, str, bytes, complex})
 """What is plain whatever it holds."""
+
+_NUMBERED = re.compile(r"\d+\.\d+")
 
 
 class Inspector:
@@ -239,12 +242,24 @@ class Inspector:
         """Return the names of all parameters in the state, by the `id` of the parameter.
 
         A name is the module's dotted path and the fully qualified name in it; a parameter that is reached
-        twice has the name by which it is reached first. What is in no module has the path of the tensor in the state.
+        twice has the name by which it is reached first. What is in no module has the path of the tensor in the state,
+        unless that reads like another one's, or like a number of `optimizer_names`.
         """
+        names = self.module_parameter_names(state)
+        loose: dict[int, str] = {}
+        for number, name in self._parameters(state, (), True):
+            if number not in names:
+                loose.setdefault(number, name)
+        known = Counter(loose.values())
+        known.update(set(names.values()))
+        names |= {n: name for n, name in loose.items() if known[name] == 1 and not _NUMBERED.fullmatch(name)}
+        return names
+
+    def module_parameter_names(self, state: Any) -> dict[int, str]:
+        """Return those of `parameter_names` that modules give."""
         names: dict[int, str] = {}
-        for loose in (False, True):
-            for number, name in self._parameters(state, (), loose):
-                names.setdefault(number, name)
+        for number, name in self._parameters(state, (), False):
+            names.setdefault(number, name)
         return names
 
     def further_names(self, state: Any, names: Mapping[int, str]) -> dict[str, str]:

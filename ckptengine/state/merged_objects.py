@@ -6,8 +6,6 @@ import copy
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-import numpy as np
-
 from ckptengine.errors import StateError
 from ckptengine.schema.path import Path, dotted
 from ckptengine.schema.type_name import describe_type
@@ -55,7 +53,8 @@ def _differing(one: Any, other: Any, path: Path) -> Iterator[Path]:
             for number, (value, there) in enumerate(zip(one, other, strict=True)):
                 yield from _differing(value, there, (*path, number))
     elif hasattr(one, "shape"):
-        if one.shape != other.shape or not np.array_equal(np.asarray(one == other), np.ones(one.shape, np.bool_)):
+        # Not as numpy's arrays: they may lie on a device.
+        if one.shape != other.shape or not bool((one == other).all()):
             yield path
     elif not (one == other or (one != one and other != other)):
         yield path

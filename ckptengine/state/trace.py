@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ckptengine.frameworks.adapter import Adapter
+from ckptengine.frameworks.registry import at_rest
 from ckptengine.schema.leaf import DeviceMemory, Part, Placement
 from ckptengine.schema.path import Path
 from ckptengine.state.asked import Asked
@@ -115,8 +116,9 @@ class Trace:
         """
         met = Met(Asked() if asked is None else asked)
         try:
-            self._root.again(state, met)
-            moved, held = self._moved(met.tensors)
+            with at_rest():
+                self._root.again(state, met)
+                moved, held = self._moved(met.tensors)
         except Changed:
             return None
         return Again(met.values[0], met.values[1], moved, met.tensors, held)

@@ -9,7 +9,7 @@ from typing import Any
 
 from ckptengine.errors import CheckpointDamagedError, StateError
 from ckptengine.frameworks.adapter import ABOUT, Adapter, TensorView
-from ckptengine.frameworks.registry import adapter_of_loader
+from ckptengine.frameworks.registry import adapter_of_loader, at_rest
 from ckptengine.schema.head import MAX_NDIM
 from ckptengine.schema.leaf import ArrayLeaf, Placement
 from ckptengine.schema.path import Key, Path, dotted
@@ -88,7 +88,8 @@ def flatten_traced(state: Mapping[str, Any], asked: Asked | None = None) -> tupl
     """
     if not isinstance(state, Mapping):
         raise StateError(f"the state is {describe_type(state)}; pass a dict such as {{'model': model}}")
-    walk = _Walk(state, Asked() if asked is None else asked)
+    with at_rest():
+        walk = _Walk(state, Asked() if asked is None else asked)
     return walk.result(), walk.trace()
 
 
@@ -100,7 +101,8 @@ def flatten_loaded(
     `views` is called once, when everything in the state has been asked, and gives the views that are known by the `id`
     of their tensors, which it keeps alive.
     """
-    return _Walk(state, Asked(), wanted, views).result()
+    with at_rest():
+        return _Walk(state, Asked(), wanted, views).result()
 
 
 def sharded_parts(array: ShardedArray, path: Path, *, target: bool) -> TensorView:

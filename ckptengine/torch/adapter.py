@@ -25,6 +25,7 @@ from ckptengine.torch import spread as _spread
 from ckptengine.torch import wrapped as _wrapped
 from ckptengine.torch.deepspeed import is_zero_optimizer
 from ckptengine.torch.dtensor import is_dtensor
+from ckptengine.torch.emptied import gathered_once
 from ckptengine.torch.group import group_ranks
 from ckptengine.torch.layouts import TorchLayouts
 from ckptengine.torch.loader import make_loader
@@ -226,6 +227,10 @@ class TorchAdapter(Adapter):
     def pin_host_memory(self, address: int, nbytes: int) -> Callable[[], None] | None:
         """Pin host memory where the accelerator can, and return what undoes it."""
         return accelerator.pin_host_memory(address, nbytes)
+
+    def at_rest(self) -> AbstractContextManager[Any]:
+        """Return a context in which the parameters that FSDP2 has gathered stay the same ones."""
+        return gathered_once()
 
     def same_device(self) -> Callable[[], AbstractContextManager[Any]]:
         """Return what makes the accelerator's current device the same in another thread: there it is the first one."""

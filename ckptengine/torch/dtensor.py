@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.utils.weak import WeakIdKeyDictionary
 
 from ckptengine.errors import StateError
 from ckptengine.schema.box import Box
@@ -20,6 +21,9 @@ __all__ = ["Split", "coordinate_in", "dtensor_pieces", "is_dtensor", "local_runs
 
 Run = tuple[int, int]
 """Start and length, in elements, of indices that follow each other."""
+
+_coordinates: Any = WeakIdKeyDictionary()
+"""What `coordinate_in` has found out of each mesh."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,9 +101,16 @@ def coordinate_in(mesh: Any) -> list[int] | None:
     torch hands out parts, and gathers them, by the ranks in a dimension's process group, which ascend whatever the
     order in the mesh (torch 2.13: `new_group` sorts them). `get_coordinate` counts in the order of the mesh.
     """
+    if mesh in _coordinates:  # it takes longer to find out than all else of a DTensor, and thousands have one mesh
+        known: list[int] | None = _coordinates[mesh]
+        return known
     coordinate = mesh.get_coordinate()
-    if coordinate is None:
-        return None
+    found = None if coordinate is None else _by_groups(mesh, list(coordinate))
+    _coordinates[mesh] = found
+    return found
+
+
+def _by_groups(mesh: Any, coordinate: list[int]) -> list[int]:
     found = list(coordinate)
     for dim in range(mesh.ndim):
         place = tuple(slice(None) if other == dim else at for other, at in enumerate(coordinate))

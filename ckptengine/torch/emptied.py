@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
+import threading
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -10,7 +13,10 @@ import torch
 from ckptengine.errors import StateError
 from ckptengine.schema.path import Path, dotted
 
-__all__ = ["refuse_emptied"]
+__all__ = ["gathered_once", "refuse_emptied"]
+
+_kept = threading.local()
+"""Of each thread: in how many blocks of `gathered_once` it is, and what was found there."""
 
 _FSDP2 = "use `fully_shard` (FSDP2) with a plain optimizer instead"
 
@@ -67,13 +73,36 @@ def _is_gathered(parameter: torch.nn.Parameter) -> bool:
     """Whether a parameter is one that FSDP2 puts in a sharded one's place (torch 2.13, `_fsdp_param.py`)."""
     if "torch.distributed.fsdp" not in sys.modules:
         return False
+    known = getattr(_kept, "gathered", None)
+    if known is None:
+        known = _all_gathered()
+        if getattr(_kept, "depth", 0):
+            _kept.gathered = known
+    return id(parameter) in known
+
+
+@contextlib.contextmanager
+def gathered_once() -> Iterator[None]:
+    """Look once for all parameters that FSDP2 has gathered, within a `with` block of one thread: else for each."""
+    _kept.depth = getattr(_kept, "depth", 0) + 1
+    try:
+        yield
+    finally:
+        _kept.depth -= 1
+        if not _kept.depth:
+            _kept.gathered = None
+
+
+def _all_gathered() -> dict[int, torch.Tensor]:
+    """Return the parameters that have been gathered at some time, by their `id`."""
     states: Any = getattr(sys.modules.get("torch.distributed._composable_state"), "_module_state_mapping", {})
-    return any(
-        getattr(one, "_unsharded_param", None) is parameter
+    found = (
+        getattr(one, "_unsharded_param", None)
         for reference in list(states.values())
         for group in _groups(reference())
         for one in group.fsdp_params
     )
+    return {id(parameter): parameter for parameter in found if parameter is not None}
 
 
 def _groups(state: Any) -> list[Any]:

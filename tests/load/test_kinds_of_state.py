@@ -163,6 +163,38 @@ def test_names_given_to_an_optimizer_stay_with_their_parameters_in_another_order
     assert fresh.state[model["a"]]["exp_avg"][0].item() == pytest.approx(0.1)
 
 
+def test_parameters_that_were_saved_by_number_are_refused_under_names_in_another_order(tmp_path):
+    ce.save(tmp_path / "old", {"optimizer": stepped("ab")[1]})  # as older versions did beside a dict of parameters
+    parameters, fresh = named_adam("ba")
+    with pytest.raises(LoadMismatchError, match=r"parameter p\.b is called 'b' here, 'a' in the checkpoint"):
+        ce.load(tmp_path / "old", into={"p": parameters, "optimizer": fresh}, only=["optimizer"])
+    parameters, fresh = named_adam("ab")
+    ce.load(tmp_path / "old", into={"p": parameters, "optimizer": fresh}, only=["optimizer"])
+    assert fresh.state[parameters["b"]]["exp_avg"][0].item() == pytest.approx(0.3)
+
+
+@pytest.mark.parametrize(
+    "placed",
+    [
+        lambda a, b: {"p": {"x": {"w": a}, "x.w": b}},
+        lambda a, b: {"p": {"0": a, 0: b}},
+        lambda a, b: {0: [b, a]},
+    ],
+    ids=["dots", "int and str", "like numbers"],
+)
+@pytest.mark.parametrize("old", [True, False])
+def test_parameters_whose_names_read_alike_go_by_number(tmp_path, placed, old):
+    a, b = stepped("ab")[0].values()  # with gradients
+    optimizer = torch.optim.Adam([a, b])
+    optimizer.step()
+    ce.save(tmp_path / "point", {"optimizer": optimizer} if old else {"optimizer": optimizer, **placed(a, b)})
+    one, other = (nn.Parameter(torch.ones(2)) for _ in "ab")
+    fresh = torch.optim.Adam([one, other])
+    ce.load(tmp_path / "point", into={"optimizer": fresh, **placed(one, other)}, only=["optimizer"])
+    assert torch.equal(fresh.state[one]["exp_avg"], optimizer.state[a]["exp_avg"])
+    assert torch.equal(fresh.state[other]["exp_avg"], optimizer.state[b]["exp_avg"])
+
+
 def test_names_that_only_a_wrapper_has_changed_are_the_same_names(tmp_path):
     parameters, optimizer = stepped("ab")
     ce.save(tmp_path / "point", {"optimizer": optimizer})

@@ -171,6 +171,28 @@ def test_a_scheduler_for_each_optimizer_is_one_in_the_checkpoint_and_goes_anywhe
             assert all(one == expected for one in rates(state))
 
 
+class OnDevice(torch.Tensor):
+    """A tensor that numpy can't see, as one on an accelerator."""
+
+    def __array__(self, *_: Any, **__: Any) -> Any:
+        raise TypeError("can't convert the tensor to numpy")
+
+
+@pytest.mark.parametrize("rates", [(0.5, 0.5), (0.5, 0.25)])
+def test_rates_on_a_device_are_compared_there(rates: tuple[float, float]) -> None:
+    optimizers = [torch.optim.SGD([nn.Parameter(torch.ones(2))], lr=rate) for rate in rates]
+    schedulers = [torch.optim.lr_scheduler.StepLR(one, 2) for one in optimizers]
+    for one, rate in zip(schedulers, rates, strict=True):
+        one.base_lrs = [torch.tensor(rate).as_subclass(OnDevice)]
+        one._last_lr = [torch.tensor(rate).as_subclass(OnDevice)]
+    merged = ce.Merged(schedulers)
+    if rates[0] == rates[1]:
+        assert float(merged.state_dict()["base_lrs"][0]) == rates[0]
+        return
+    with pytest.raises(StateError, match=r"differ in base_lrs\.0"):
+        merged.state_dict()
+
+
 def test_schedulers_that_are_not_alike_are_refused_with_what_differs(tmp_path: Path) -> None:
     optimizers = [torch.optim.SGD(nn.Linear(2, 2).parameters(), lr=0.1 * (1 + number)) for number in range(2)]
     merged = ce.Merged([torch.optim.lr_scheduler.StepLR(one, 2) for one in optimizers])

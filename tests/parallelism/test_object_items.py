@@ -90,6 +90,20 @@ def test_beside_a_model_and_its_optimizer_a_stage_gets_again_the_items_that_it_h
         assert names_of(fresh) == [["a", "all"]] * 2
 
 
+@pytest.mark.parametrize("name", ["weight", "renamed"])
+def test_beside_what_each_rank_has_of_its_own_and_under_other_names_a_rank_gets_what_it_had(tmp_path, name):
+    def state(rank: int, one: Averages, weight: str) -> dict:
+        own = {"noise": torch.full((2,), float(rank)), "seed": rank}
+        return {"ema": one, weight: torch.ones(2), "own": ce.PerRank(own)}
+
+    of = [of_all("all", "a"), of_all("all")]
+    with StageJob(tmp_path / "run", 2) as job:
+        job.save([state(rank, one, "weight") for rank, one in enumerate(of)])
+        fresh = [Averages(), Averages()]
+        job.load([state(rank, one, name) for rank, one in enumerate(fresh)], rename={"weight": name})
+    assert names_of(fresh) == [["a", "all"], ["all"]]
+
+
 def test_a_rank_that_had_only_less_than_another_gets_that_again(tmp_path):
     of = [of_all("all", "a"), of_all("all")]
     with StageJob(tmp_path / "run", 2) as job:

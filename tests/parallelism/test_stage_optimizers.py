@@ -434,6 +434,32 @@ def test_parameters_that_older_checkpoints_have_by_number_get_what_was_theirs(tm
         assert torch.equal(found["optimizer"].state[one]["exp_avg"], saved["optimizer"].state[other]["exp_avg"])
 
 
+def test_what_several_stages_have_saved_by_number_beside_names_gets_what_was_theirs(tmp_path):
+    """Older versions saved so what a stage trains beside its layers; the stages had groups of several lengths."""
+
+    def made(rank: int, seed: int) -> dict:
+        torch.manual_seed(seed + rank)
+        model = nn.ModuleDict({f"layer{rank}{n}": nn.Linear(2, 2, bias=False) for n in range(rank + 1)})
+        scales = {f"scale{rank}": nn.Parameter(torch.randn(3))}
+        optimizer = torch.optim.AdamW([*model.parameters(), *scales.values()])
+        return {"model": model, "masters": scales, "optimizer": optimizer}
+
+    saved = [made(rank, 0) for rank in range(2)]
+    for state in saved:
+        for weight in (*state["model"].parameters(), *state["masters"].values()):
+            weight.grad = weight.detach() * 2
+        state["optimizer"].step()
+    found = [made(rank, 10) for rank in range(2)]
+    with StageJob(tmp_path / "run", 2) as job:
+        job.save([{key: state[key] for key in ("model", "optimizer")} for state in saved])
+        job.load(found, only=["model", "optimizer"])
+    for state, then in zip(found, saved, strict=True):
+        for one, other in zip(
+            state["optimizer"].param_groups[0]["params"], then["optimizer"].param_groups[0]["params"], strict=True
+        ):
+            assert torch.equal(state["optimizer"].state[one]["exp_avg"], then["optimizer"].state[other]["exp_avg"])
+
+
 def shared_out(seed: int) -> dict:
     """The state of a rank that steps some of the parameters only, and is sent the others, as Muon by hand is."""
     torch.manual_seed(seed)

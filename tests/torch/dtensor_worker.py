@@ -31,6 +31,7 @@ from ckptengine.errors import StateError
 from ckptengine.schema.leaf import Placement
 from ckptengine.state.per_rank import PerRank
 from ckptengine.state.tree import flatten
+from ckptengine.torch import emptied
 
 SHAPES = [(1, 5), (3, 2), (8, 4), (10, 3), (7, 10)]
 
@@ -121,6 +122,18 @@ def parameters_that_a_forward_pass_has_left_gathered() -> None:
     check_module(model)  # it shards them again
     flatten({"parameters": before})
     flatten({"parameters": dict(model.named_parameters())})
+
+
+@case
+def parameters_beside_sharded_modules_cost_one_look_at_these() -> None:
+    model, looked, groups = fsdp(mesh_of(4), Net()), [], emptied._groups
+    emptied._groups = lambda state: looked.append(state) or groups(state)
+    try:
+        flatten({"model": model, "parameters": [nn.Parameter(torch.ones(2)) for _ in range(8)]})
+    finally:
+        emptied._groups = groups
+    assert looked
+    assert len(looked) == len(set(map(id, looked)))
 
 
 @case

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from ckptengine.errors import LoadMismatchError, StateError
+from ckptengine.frameworks.registry import at_rest
 from ckptengine.schema.type_name import describe_type
 from ckptengine.state.bind.walk import Binder
 from ckptengine.state.bind.work import Same
@@ -65,8 +66,9 @@ def match(
     not take, and `unknown` what `only` names and this rank does not have; other ranks may."""
     if not isinstance(state, Mapping):
         raise StateError(f"the state is {describe_type(state)}; pass a dict such as {{'model': model}}")
-    binder = Binder(state, saved, rank, world_size, Selection(only), rename, cast, strict)
-    return binder.binding(same or (lambda reads, tied: False))
+    with at_rest():
+        binder = Binder(state, saved, rank, world_size, Selection(only), rename, cast, strict)
+        return binder.binding(same or (lambda reads, tied: False))
 
 
 def nothing_fits(binding: Binding) -> bool:

@@ -37,28 +37,35 @@ def adopt(node: Node, names: Sequence[Sequence[str]]) -> frozenset[str]:
     return frozenset(mapping.values())
 
 
-def adopt_numbered(node: Node, names: Sequence[Sequence[str]]) -> frozenset[str]:
+def adopt_numbered(node: Node, names: Sequence[Sequence[str]], resized: bool) -> dict[str, str]:
     """Give the parameters of an optimizer that were saved as `<group>.<index>`, as those outside of modules were in
-    older checkpoints, the names that they have here; return these.
+    older checkpoints, the names that they have here; return the old names by these.
 
-    Where the groups have other numbers of parameters, nothing is changed.
+    Where the groups have other numbers of parameters, nothing is changed; but where several ranks had parts of them,
+    the numbers are those on each rank, and say nothing to another number of ranks.
     """
     groups = _groups(node)
-    if groups is None or [len(params) for params in groups] != [len(own) for own in names]:
-        return frozenset()
+    if groups is None or not all(isinstance(name, (int, str)) for params in groups for name in params):
+        return {}
+    if node.children["param_groups"].joined and not resized:
+        placed = {name: name for params in groups for name in params}
+    elif [len(params) for params in groups] == [len(own) for own in names]:
+        placed = {f"{g}.{i}": name for g, params in enumerate(groups) for i, name in enumerate(params)}
+    else:
+        return {}
     there = {name for params in groups for name in params}
     mapping = {
-        old: new
-        for g, (params, own) in enumerate(zip(groups, names, strict=True))
-        for i, (old, new) in enumerate(zip(params, own, strict=True))
-        if old == f"{g}.{i}" != new and new not in there
+        number: new
+        for g, own in enumerate(names)
+        for i, new in enumerate(own)
+        if placed.get(number := f"{g}.{i}") == number != new and new not in there
     }
     state = node.child("state")
     if mapping and state is not None:
         state.children = {mapping.get(str(key), key): child for key, child in state.children.items()}
     if mapping:
         _set_groups(node, [[mapping.get(name, name) for name in params] for params in groups])
-    return frozenset(mapping.values())
+    return {new: old for old, new in mapping.items()}
 
 
 def _by_number(there: list[Any], here: list[str]) -> dict[Any, str] | None:

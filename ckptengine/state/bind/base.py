@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Mapping
 from typing import Any
@@ -135,6 +136,11 @@ class BinderBase(ABC):
             if path[: depth + 1] in self._rebuilt.optimizers and path[depth + 1] == "state":
                 return (*path[: depth + 2], self._parameter_name(str(path[depth + 2])), *path[depth + 3 :])
         return path
+
+    @functools.cached_property
+    def _in_modules(self) -> frozenset[str]:
+        """The names of the parameters in modules."""
+        return frozenset(self._inspector.module_parameter_names(self._state).values())
 
     def _parameter_name(self, name: str) -> str:
         """A parameter's name is itself a dotted path, so `rename` holds for it too, unless it is that here already."""

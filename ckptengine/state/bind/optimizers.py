@@ -47,9 +47,10 @@ class OptimizerBinder(TensorBinder):
             self._rebuilt.optimizers.add(path)
             if node.cls is None:
                 self._adopted |= adopt(node, names)
-            self._adopted |= adopt_numbered(node, names)
+            numbered = adopt_numbered(node, names, self._source.resized)
+            self._adopted |= numbered.keys()
             self._look_for_tied(node, names)
-            if not self._regroup(node, path, names, per_rank):
+            if not self._regroup(node, path, names, numbered, per_rank):
                 return
         saved_state = node.child("state") or Node()
         _order_alike(saved_state)
@@ -126,10 +127,13 @@ class OptimizerBinder(TensorBinder):
             reason = f"one tied parameter here, and in the checkpoint two whose {odd[0]!r} differs"
             self._mismatch(path, f"{reason}; load into a state in which they are not tied", node)
 
-    def _regroup(self, node: Node, path: Path, names: list[list[str]], per_rank: bool) -> bool:
+    def _regroup(
+        self, node: Node, path: Path, names: list[list[str]], numbered: Mapping[str, str], per_rank: bool
+    ) -> bool:
         """Make of the saved groups those that are here; whether that can be done. Else it is noted.
 
-        Those of an optimizer that each rank has of its own are not shared out among ranks.
+        Those of an optimizer that each rank has of its own are not shared out among ranks. `numbered` are the names in
+        the checkpoint of parameters that it has by number.
         """
         if per_rank or not self._selection.holds((*path, GROUPS)):
             return True
@@ -140,7 +144,7 @@ class OptimizerBinder(TensorBinder):
             return False
         self._source.dropped += [((*path, GROUPS, *keys), one) for keys, one in regrouped.dropped]
         if regrouped.taken is not None:
-            self._source.regrouped[*path, GROUPS] = regrouped.taken
+            self._source.regrouped[*path, GROUPS] = frozenset(numbered.get(name, name) for name in regrouped.taken)
         return True
 
     def _is_elsewhere(self, path: Path, node: Node | None, parameter: Any) -> None:
@@ -316,7 +320,8 @@ class OptimizerBinder(TensorBinder):
                 )
             then = _given_names([self._parameter_name(str(name)) for name in group["params"]], group)
             now = _given_names(here, groups[number])
-            known = set(self._names.values()) if then and now else set()  # named by a module in the state
+            # By its name in the state it is known which one is meant, but by number only what a module has.
+            known = (set(self._names.values()) - self._adopted) | self._in_modules if then and now else set()
             for name in here if then and now else ():
                 if name in known or name not in then or name not in now:
                     continue

@@ -65,9 +65,10 @@ class OwnCallsBinder(ObjectBinder, OptimizerBinder, ModuleBinder):
         self._rebuilt.objects[path], self._rebuilt.before[path] = optimizer, current
         self._rebuilt.optimizers.add(path)
         names = optimizer_names(groups, self._names)
-        self._adopted |= adopt_numbered(node, names)
+        numbered = adopt_numbered(node, names, self._source.resized)
+        self._adopted |= numbered.keys()
         self._look_for_tied(node, names)
-        if not self._regroup(node, path, names, per_rank):
+        if not self._regroup(node, path, names, numbered, per_rank):
             return
         packed = self._own_groups(adapter, groups, names, path, node, per_rank)
         if packed is None:

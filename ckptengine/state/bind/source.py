@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 
 from ckptengine.schema.path import Path, dotted
 from ckptengine.state.bind.members import members_of
@@ -52,9 +51,10 @@ class Source:
 
         It is asked when all but these is bound.
         """
-        containers = () if self.saved.outline is None else self.saved.outline.containers
-        taken = (path for path, node in self.shared.leaves() if node.used)
-        return outside_digest(taken, (replace(one, path=self.rename(one.path)) for one in containers)) == self._outside
+        saved = self.saved
+        taken = {path for path, node in self.shared.leaves() if node.used}
+        stored = (path for path in (*saved.leaves, *saved.aliases, *saved.values) if self.rename(path) in taken)
+        return outside_digest(stored, () if saved.outline is None else saved.outline.containers) == self._outside
 
     def left(self, selection: Selection) -> Left:
         """Return what of the selection this rank's state did not take."""
