@@ -361,7 +361,8 @@ def _load_undoing(
         assert offer is not None
         size = len(offer.greeting)
         greetings = [word[:size] for word in words]
-        verdict = judge(binding, [word[size:] for word in words], comm.rank)
+        with naming(where):
+            verdict = judge(binding, [word[size:] for word in words], comm.rank)
         if unread:
             binding.report = replace(binding.report, unexpected=(*binding.report.unexpected, *unread))
         if verdict.refused:

@@ -349,7 +349,8 @@ class Committer:
             site = target.site
             here = None if site is None or site.shared else site.ranks
             publish(storage, target.directory, manifest, here, self._given_up)
-            outcome = Outcome(plan_together=any(item.alone for item in receipts))
+            together = self._coordinator.untold or any(item.alone for item in receipts)
+            outcome = Outcome(plan_together=together)
             if site is not None and not site.shared:
                 self._hand_out(target, manifest, channel, site.leaders[1:])
         except Exception as problem:

@@ -13,7 +13,7 @@ from ckptengine.layout.rank_rows import PackedRows
 from ckptengine.save.form import SharedForm, check_forms, decode_form
 from ckptengine.save.replicas import compare_replicas
 from ckptengine.save.shares import Shares, owners_of
-from ckptengine.save.some_ranks import check_nesting
+from ckptengine.save.some_ranks import check_nesting, objects_with_values_in_part
 from ckptengine.save.values import compare_values
 from ckptengine.schema.leaf import Placement
 from ckptengine.schema.path import Path, dotted
@@ -30,6 +30,9 @@ class Coordinator:
         self._layout: tuple[bytes, ArchiveRecord] | None = None
         self._forms: tuple[Shares | None, dict[str, SharedForm]] = (None, {})  # since that exchange, by their digests
         self._nested: tuple[object, set[tuple[Path, ...]]] | None = None  # of which it is known that they fit
+        self._shared: tuple[Shares, set[tuple[Path, ...]]] | None = None  # of which `untold` is known
+        self.untold = False
+        """Whether some ranks' objects have plain items that others' have not, and these don't know of it yet."""
 
     def expected(self) -> tuple[bytes, ArchiveRecord] | None:
         """Return the layout file and record that the next receipts will make unless they bring other rows."""
@@ -57,7 +60,16 @@ class Coordinator:
         first = sorted(paths_of.items(), key=lambda item: item[1].rank)
         said = [(one.rank, paths, frozenset(paths[n] for n in one.fresh)) for paths, one in first]
         ranks |= owners_of(shares, said) | self._new_forms(receipts, shares)
+        self._look_for_untold(set(paths_of), shares)
         return (*self._layout, tuple(sorted(ranks)))
+
+    def _look_for_untold(self, paths_of: set[tuple[Path, ...]], shares: Shares) -> None:
+        if self._shared is not None and self._shared[0] is shares and self._shared[1] == paths_of:
+            return
+        forms = (*shares.forms, *self._forms[1].values())
+        objects = {one.path for form in forms for one in form.outline.containers if one.kind == "object"}
+        self.untold = len(paths_of) > 1 and not objects_with_values_in_part(objects, paths_of) <= shares.in_part
+        self._shared = shares, paths_of
 
     def _new_forms(self, receipts: Sequence[Receipt], shares: Shares) -> set[int]:
         """Return the ranks besides 0 that store a form of which the exchange has not told, the lowest of each.

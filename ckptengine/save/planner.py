@@ -178,7 +178,8 @@ class Planner:
         if said_of or any(group.holders.size < world_size for group in survey.groups):
             paths_of = [one.paths for one in said_of] or [values.paths]
             check_nesting({head.path for head, _ in survey.leaves}, paths_of)
-            objects = (one.path for one in values.form.outline.containers if one.kind == "object")
+            forms = self._shares.forms or (values.form,)  # rank 0 sees later which ones of other ranks are new
+            objects = (one.path for form in forms for one in form.outline.containers if one.kind == "object")
             self._shares.in_part = objects_in_part(objects, survey, paths_of, self._shares.aliases)
             self._tell(on_some_ranks(survey, paths_of, words.of_rank) if rank == 0 else None)
         boxes: Mapping[int, Boxes] = {}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Iterable, Sequence, Set
+from collections.abc import Collection, Iterable, Sequence, Set
 
 import numpy as np
 
@@ -14,7 +14,7 @@ from ckptengine.save.values import stored_path
 from ckptengine.schema.path import Path, dotted, path_order
 from ckptengine.schema.ranks import name_ranks
 
-__all__ = ["check_nesting", "objects_in_part", "on_some_ranks"]
+__all__ = ["check_nesting", "objects_in_part", "objects_with_values_in_part", "on_some_ranks"]
 
 _NAMED = 6
 _KINDS_OF_RANKS = 64
@@ -100,10 +100,23 @@ def objects_in_part(
         if head.path[:1] in first and survey.groups[number].holders.size < survey.world_size
     }
     for tables in (paths_of, aliases_of):
-        sets: list[set[Path]] = [{path for path in paths if path[:1] in first} for paths in tables]
-        if len(sets) > 1:
-            some |= sets[0].union(*sets[1:]) - sets[0].intersection(*sets[1:])
-    return frozenset(path[:depth] for path in some for depth in range(len(path) + 1) if path[:depth] in found)
+        some |= _on_some(tables, first)
+    return _around(some, found)
+
+
+def objects_with_values_in_part(objects: Iterable[Path], paths_of: Collection[Sequence[Path]]) -> frozenset[Path]:
+    """Return which of some objects have plain values that only some ranks have."""
+    found = frozenset(objects)
+    return _around(_on_some(paths_of, {path[:1] for path in found}), found) if found else found
+
+
+def _on_some(tables: Collection[Iterable[Path]], first: Set[Path]) -> set[Path]:
+    sets: list[set[Path]] = [{path for path in paths if path[:1] in first} for paths in tables]
+    return sets[0].union(*sets[1:]) - sets[0].intersection(*sets[1:]) if len(sets) > 1 else set()
+
+
+def _around(paths: Iterable[Path], objects: frozenset[Path]) -> frozenset[Path]:
+    return frozenset(path[:depth] for path in paths for depth in range(len(path) + 1) if path[:depth] in objects)
 
 
 def _is_parameter_state(path: Path) -> bool:

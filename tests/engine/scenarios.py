@@ -308,15 +308,19 @@ def plain_tensors_of_one_name_that_differ_are_found_at_the_first_save(comm: Comm
 
 @scenario
 def replicas_are_compared_once_for_each_structure(comm: Communicator, folder: Path) -> None:
+    def state(different: bool) -> dict[str, Any]:
+        # Beside tensors that are declared as split, a second time: see tests/save/test_undeclared.py.
+        return {name: value for name, value in replicas(comm, different).items() if name != "rows"}
+
     with checkpointer(comm, folder) as ckpt:
-        ckpt.save(1, replicas(comm, False)).durable.result(30)
-        ckpt.save(2, replicas(comm, True)).durable.result(30)  # the plan is known: nothing is compared
+        ckpt.save(1, state(False)).durable.result(30)
+        ckpt.save(2, state(True)).durable.result(30)  # the plan is known: nothing is compared
         more = {"moments": np.full(5, comm.rank)}
         with pytest.raises(ReplicaMismatchError, match="moments: the replicas on ranks 1, 2 differ"):
-            ckpt.save(3, {**replicas(comm, False), **more}).durable.result(30)
+            ckpt.save(3, {**state(False), **more}).durable.result(30)
         with pytest.raises(ReplicaMismatchError, match="moments: the replicas on ranks 1, 2 differ"):
-            ckpt.save(4, {**replicas(comm, False), **more})
-        ckpt.save(5, {**replicas(comm, False), "moments": np.ones(5)}).durable.result(30)
+            ckpt.save(4, {**state(False), **more})
+        ckpt.save(5, {**state(False), "moments": np.ones(5)}).durable.result(30)
 
 
 def own_state(comm: Communicator, filled: bool, resize: Any = None) -> dict[str, Any]:

@@ -150,6 +150,13 @@ def test_the_order_of_keys_comes_back_without_a_state(tmp_path):
     assert list(renamed["c"]) == ["y", "x", "b"]
 
 
+@pytest.mark.parametrize("into", [{"w": torch.zeros(2)}, None], ids=["state", "no state"])
+def test_a_name_that_nothing_has_is_told_with_the_checkpoint(tmp_path, into):
+    ce.save(tmp_path / "point", {"w": torch.ones(2)})
+    with pytest.raises(LoadMismatchError, match=r"point: only=\['v'\]: the state has nothing with that name"):
+        ce.load(tmp_path / "point", into=into, only=["v"])
+
+
 def trained(optimizer, model):
     model(torch.ones(1, 4)).sum().backward()
     optimizer.step()

@@ -104,6 +104,25 @@ def test_beside_what_each_rank_has_of_its_own_and_under_other_names_a_rank_gets_
     assert names_of(fresh) == [["a", "all"], ["all"]]
 
 
+@pytest.mark.parametrize("best", [3, torch.ones(1)], ids=["plain", "tensor"])
+def test_what_an_object_gets_later_on_one_rank_is_known_from_the_second_save_that_has_it(tmp_path, best):
+    of = [Held(0), Held(0)]
+    for one in of:
+        one.state = {"seen": 1}
+    with StageJob(tmp_path / "run", 2) as job:
+        job.save([{"held": one} for one in of])
+        of[0].state["best"] = best
+        for _ in range(2):
+            job.save([{"held": one} for one in of])
+        before = job.operations
+        of[0].state["seen"] = of[1].state["seen"] = 2
+        job.save([{"held": one} for one in of])
+        assert job.operations == before  # they know it now
+        fresh = [Held(0), Held(0)]
+        job.load([{"held": one} for one in fresh])
+    assert [list(one.state) for one in fresh] == [["seen", "best"], ["seen"]]
+
+
 def test_a_rank_that_had_only_less_than_another_gets_that_again(tmp_path):
     of = [of_all("all", "a"), of_all("all")]
     with StageJob(tmp_path / "run", 2) as job:
