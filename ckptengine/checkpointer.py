@@ -431,8 +431,7 @@ class Checkpointer:
                     )
             finally:
                 try:
-                    self._saver.close()
-                    idle = True
+                    idle = self._saver.close()
                 finally:
                     self._tiers.close(done=done and idle, idle=idle)
                     self._opening.close()

@@ -240,7 +240,8 @@ def begin_archive(
     image = plan_image(archive_name(place.rank), place.rank, assigned)
     numbers = {leaf.path: number for number, leaf in enumerate(leaves)}
     table = CopyTable(image, leaves, [numbers[one.path] for one in assigned], overlap=False)
-    checksums, feed = Checksums(image), Feed[None](time.monotonic() + timeout)
+    deadline = time.monotonic() + timeout
+    checksums, feed = Checksums(image), Feed[None](deadline)
     name = join(attempt_directory("", place.attempt), image.name)
     with _memory() as snapshotter:
         whole = snapshotter.reserve(image, timeout)
@@ -248,12 +249,13 @@ def begin_archive(
         snapshotter.mark(table, whole)
 
         def copy() -> None:
+            left = max(0.0, 0.9 * (deadline - time.monotonic()))  # the feed would say less of a device
             try:
                 if whole:
-                    snapshotter.fill(table, checksums, timeout)
+                    snapshotter.fill(table, checksums, left)
                     snapshotter.complete(table, checksums, feed)
                 else:
-                    snapshotter.stream(table, checksums, feed, timeout)
+                    snapshotter.stream(table, checksums, feed, left)
                 feed.finish(None)
             except BaseException as problem:
                 feed.fail(problem)

@@ -283,14 +283,16 @@ class DeviceFilling:
 
     def close(self) -> None:
         """Wait for what was begun, whatever came of it, and give the memory back."""
-        while self._copying and not self._under_way:
-            with contextlib.suppress(DeviceError):
-                self._end_copy()
-        if self._under_way:
-            self._arena.leave()
-            _left.append(self._windows)
-        elif not self.left_behind:
-            self._arena.close()
+        try:
+            while self._copying and not self._under_way:
+                with contextlib.suppress(DeviceError):
+                    self._end_copy()
+        finally:
+            if self._under_way or self._copying:  # some are left where Ctrl-C came once more
+                self._arena.leave()
+                _left.append(self._windows)
+            elif not self.left_behind:
+                self._arena.close()
 
     def _plan(self, archive: _Archive, begin: int, end: int, end_read: Callable[[], bool]) -> ScatterPlan:
         rows: list[Row] = []
@@ -345,8 +347,12 @@ class DeviceFilling:
         for link in self._links:
             pieces = [piece for piece in window.pieces if piece.copy.link is link]
             if pieces:
-                with _naming(pieces):
-                    wait = link.to_device([piece.pair() for piece in pieces], self._moments[id(link)])
+                try:
+                    with _naming(pieces):
+                        wait = link.to_device([piece.pair() for piece in pieces], self._moments[id(link)])
+                except DeviceError as error:
+                    self._under_way = self._under_way or error.under_way
+                    raise
                 self._copying.append(_Copying(window, pieces, wait))
 
     def _end_copy(self) -> None:

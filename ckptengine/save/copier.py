@@ -54,10 +54,11 @@ class Copier:
         table, self._table = self._table, None
         return table
 
-    def settle(self, timeout: float) -> None:
-        """Wait for the copy of a save that was interrupted: it still copies into the arena."""
+    def settle(self, timeout: float) -> bool:
+        """Wait for the copy of a save that has failed: it still copies into the arena. Return whether it has ended."""
         if self._thread is not None:
             self._thread.join(timeout)
+        return self._thread is None or not self._thread.is_alive()
 
     def expect(self, handle: SaveHandle) -> None:
         """Have `fence` wait for this save's snapshot from now on."""
@@ -184,10 +185,10 @@ class Copier:
 
         self._unhook = [adapter.before_optimizer_step(wait) for adapter in adapters()]
 
-    def close(self) -> None:
-        """Give the memory back, and forget what was known of it."""
+    def close(self) -> bool:
+        """Give the memory back, and forget what was known of it; return whether nothing prepares it any more."""
         self._table = None
-        self.snapshotter.close(self._timeout)
+        return self.snapshotter.close(self._timeout)
 
     def unhook(self) -> None:
         """Let optimizers step without asking."""

@@ -136,14 +136,20 @@ class Saver:
         if self._keeper is not None:
             self._keeper.settle(timeout)
 
-    def close(self) -> None:
-        """Wait for the save in flight and give the memory back."""
+    def close(self) -> bool:
+        """Wait for the save in flight and give the memory back; return whether nothing prepares or pins it any more.
+
+        Raises what `settle` raises, and `DeadlineError` where an earlier save's copy has not ended.
+        """
         self.settle(self.timeout)
         with self._turns.take(self.timeout):
-            self._copier.close()
+            if not self._copier.settle(self.timeout):
+                raise DeadlineError(_still_copied(self.timeout))
+            idle = self._copier.close()
         self._copier.unhook()
         self.report()
         _living.discard(self)
+        return idle
 
     def report(self) -> None:
         """Log the failure of the last save where nobody has asked for its result: no failure stays silent."""
@@ -241,8 +247,10 @@ class Saver:
             self._planner.together_next()
         if self._keeper is not None:
             self._keeper.settle(timeout)
-        self._copier.settle(timeout)
+        copied = self._copier.settle(timeout)
         self.report()
+        if not copied:
+            return _still_copied(timeout)
         behind = self._cleaner.wait_for_room(timeout / 2)
         if not behind:
             return ""
@@ -272,7 +280,7 @@ class Saver:
         return generation, _ready(read, plan, error)
 
     def _read(self, target: Target, state: Mapping[str, Any], behind: str) -> _Read:
-        """Read a state; `behind` is what of earlier saves is still to be deleted, where that is too much."""
+        """Read a state; `behind` is what of earlier saves stays undone too long."""
         reading: Reading | None = None
         values: StoredValues | None = None
         try:
@@ -423,6 +431,13 @@ def _ready(read: _Read, plan: Plan | None, error: Exception | None) -> _Ready | 
     if read.reading is None or read.values is None or plan is None:
         raise AssertionError("unreachable: the planner returns a plan or an error")
     return _Ready(read.reading, Work(plan, read.values))
+
+
+def _still_copied(timeout: float) -> str:
+    return (
+        f"the copy of an earlier save, which has failed, has not ended after {timeout:g} s, and may still write to the "
+        "memory that the next one would use: the device does not answer; end this process"
+    )
 
 
 def _ended(saver: Saver) -> None:

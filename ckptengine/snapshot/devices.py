@@ -164,6 +164,11 @@ class DeviceChunks:
             self._give_up(timeout)
             raise
 
+    @property
+    def under_way(self) -> bool:
+        """Whether nobody has waited yet for copies that were begun."""
+        return bool(self._waits)
+
     def wait(self, timeout: float) -> None:
         """Return when all that was begun is there, at most some seconds later: it comes into memory that is the next
         save's, too. Raises `DeviceError`."""
@@ -179,7 +184,7 @@ class DeviceChunks:
             except DeviceError as error:
                 if error.under_way:
                     _left.append(wait)
-                if failure is None or error.under_way:
+                if failure is None or (error.under_way and not failure.under_way):
                     failure = error
             del self._waits[0]
         if failure is not None:
@@ -200,8 +205,8 @@ class DeviceChunks:
                 try:
                     with self._naming([place]):
                         self._bring(place, staged, timeout)
-                except DeviceError as error:
-                    if error.under_way:
+                except BaseException as error:
+                    if not isinstance(error, DeviceError) or error.under_way:  # Ctrl-C ends a wait, not the copy
                         _left.append(staged)
                     raise
             self._redirected.add(place)
@@ -301,6 +306,9 @@ class DeviceChunks:
         except DeviceError as error:
             if error.under_way:
                 raise
+        except BaseException:  # Ctrl-C once more
+            _left.extend(self._waits)
+            raise
 
     @contextlib.contextmanager
     def _naming(self, places: list[int]) -> Iterator[None]:

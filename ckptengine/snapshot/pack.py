@@ -127,6 +127,11 @@ class CopyTable:
         """Begin to bring over what is fenced, and else may be beside the device's work; raises as `begin` does."""
         self._devices.begin_fenced(timeout)
 
+    @property
+    def under_way(self) -> bool:
+        """Whether devices may still be copying: Ctrl-C has ended the waits for what was begun."""
+        return self._devices.under_way
+
     def wait(self, timeout: float) -> None:
         """Return when all that was begun is there; raises as `begin` does."""
         self._devices.wait(timeout)

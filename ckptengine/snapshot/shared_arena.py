@@ -28,6 +28,8 @@ class SharedArena(Arena):
     def __init__(self, path: str) -> None:
         super().__init__()
         self.path = path
+        self.left = False
+        """Whether `leave` was called."""
         self._whole_nbytes = 0  # up to where the file's pages are those that were pinned
         try:
             self._fd = _locked(path)
@@ -84,7 +86,7 @@ class SharedArena(Arena):
     def leave(self) -> None:
         """Forget the memory, as `Arena.leave`; its file, which has the same pages, is used no more either."""
         super().leave()
-        self._closed = True
+        self.left = self._closed = True
         with contextlib.suppress(OSError):
             os.unlink(self.path)
 

@@ -155,13 +155,13 @@ class Snapshotter:
             for position, data in image.static:
                 arena.view(position, len(data))[:] = data
             arena.contents = image
-        with self._memory_left():
+        with self._memory_left(table):
             table.begin(arena.address, timeout)
         table.fill(Rows.NOW, arena.address, checksums)
 
     def bring(self, table: CopyTable, checksums: Checksums, timeout: float) -> None:
         """Fill in what only an optimizer's step changes; the step waits until this is done."""
-        with self._memory_left():
+        with self._memory_left(table):
             table.begin_fenced(timeout)
             try:
                 table.fill(Rows.FENCED, self._arena.address, checksums)
@@ -169,12 +169,12 @@ class Snapshotter:
                 table.wait(timeout)
 
     @contextlib.contextmanager
-    def _memory_left(self) -> Iterator[None]:
+    def _memory_left(self, table: CopyTable) -> Iterator[None]:
         """Leave the memory to a device that may still write to it: the next image comes into other memory."""
         try:
             yield
-        except DeviceError as error:
-            if error.under_way:
+        except BaseException as error:
+            if table.under_way or (isinstance(error, DeviceError) and error.under_way):
                 self._arena.leave()
             raise
 
@@ -218,11 +218,13 @@ class Snapshotter:
         self._tail.view(0, len(tail))[:] = tail
         return self._tail.address
 
-    def close(self, timeout: float) -> None:
-        """Give the memory back, unless it is still being prepared after some seconds."""
-        if self._prepared(timeout):
+    def close(self, timeout: float) -> bool:
+        """Give the memory back, unless it is still being prepared after some seconds; return whether it was not."""
+        prepared = self._prepared(timeout)
+        if prepared:
             self._private.close()
         self._tail.close()
+        return prepared
 
     def abandon(self) -> None:
         """Forget the memory, in a forked process: it is the parent's."""

@@ -169,6 +169,7 @@ class MemoryTier:
 
     def _open_arenas(self) -> list[SharedArena]:
         """Return the arenas, opened where they are not: those that an ended process of this rank has left, or new."""
+        self._arenas = [arena for arena in self._arenas if not arena.left]
         if len(self._arenas) < _COUNT:
             self.open()
         for name in _NAMES:

@@ -97,7 +97,9 @@ class Link:
         would spoil it (CUDA's programming guide, "Prohibited and unhandled operations" of stream capture).
         """
         if self._captures():
-            raise LinkError(f"{self._device}, on which a graph is being captured; save before the capture or after it")
+            raise LinkError(
+                f"{self._device}, on which a graph is being captured; do this before the capture or after it"
+            )
         return torch.accelerator.current_stream(self._device)
 
     def mark(self) -> torch.Event:
@@ -178,10 +180,18 @@ class Link:
         except Exception as error:
             copies.failure = error
         except BaseException:  # Ctrl-C: nobody gets what waits for the copies
-            with contextlib.suppress(LinkError):
+            try:
                 copies(_INTERRUPTED_SECONDS)
+            except LinkError as error:
+                if error.under_way:
+                    _left.append(copies)
+                    raise
             raise
         return copies
+
+
+_left: list[object] = []
+"""Copies that were interrupted and did not end, for as long as the process lives."""
 
 
 class _Copies:
@@ -198,7 +208,7 @@ class _Copies:
         self.failure: Exception | None = None
 
     def __call__(self, timeout: float) -> None:
-        with _current(self._device), _beside_captures():
+        with _telling(self._device), _current(self._device), _beside_captures():
             try:
                 ended = self.event is None or _came(self.event, timeout)
             except Exception as error:  # the device's: what was under way has ended with it
@@ -292,7 +302,20 @@ def same_device() -> Callable[[], contextlib.AbstractContextManager[Any]]:
     device = torch.accelerator.current_accelerator()
     if device is None or not torch.accelerator.is_available() or not _in_use(device):
         return contextlib.nullcontext
-    return functools.partial(torch.accelerator.device_index, torch.accelerator.current_device_index())
+    return functools.partial(_there, torch.accelerator.current_device_index())
+
+
+@contextlib.contextmanager
+def _there(index: int) -> Iterator[None]:
+    """Make a device current, unless it has failed: what it is asked for next tells that, and of what."""
+    current = contextlib.ExitStack()
+    with contextlib.suppress(RuntimeError):
+        current.enter_context(torch.accelerator.device_index(index))
+    try:
+        yield
+    finally:
+        with contextlib.suppress(RuntimeError):
+            current.close()
 
 
 def _in_use(device: torch.device) -> bool:

@@ -241,6 +241,8 @@ class FakeAccelerator:
 
         @contextlib.contextmanager
         def device_index(index):
+            if local().device != index:
+                self.check()
             before, local().device = local().device, index
             yield
             local().device = before  # without a context, as cudaSetDevice is not called

@@ -236,7 +236,7 @@ def test_a_save_while_a_graph_is_captured_is_refused(tmp_path, device):
     weight = torch.ones(1000, 1000, device=device.name)
     run = ce.Checkpointer(tmp_path / "run")
     run.save(1, {"weight": weight}).durable.result()
-    with device.capture(), pytest.raises(CheckpointError, match="a graph is being captured; save before the capture"):
+    with device.capture(), pytest.raises(CheckpointError, match="a graph is being captured; do this before the"):
         run.save(2, {"weight": weight})
     run.save(3, {"weight": weight}).durable.result()
     run.close()
