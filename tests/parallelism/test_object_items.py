@@ -1,6 +1,7 @@
 """Objects of which ranks have different items: each gets again what it had, or what it has now."""
 
 from collections import deque
+from pathlib import Path
 
 import pytest
 import torch
@@ -201,27 +202,21 @@ def test_items_of_lists_and_further_names_are_those_that_each_rank_saved(tmp_pat
             assert found == items
 
 
-def test_an_object_that_has_only_less_than_another_ranks_is_handed_all(tmp_path):
-    """As where one rank has evaluated before the restore: it is no other stage, and must not lose what was saved."""
+def handed(run: Path, *fresh: Averages) -> list[list[float]]:
+    """Return what objects have of the one average that two ranks have saved, after a load into them."""
     of = [Averages("a"), Averages("a")]
     for one in of:
         one.update()
-    with StageJob(tmp_path / "run", 2) as job:
+    with StageJob(run, 2) as job:
         job.save([{"ema": one} for one in of])
-        fresh = [Averages("a"), Averages()]
         job.load([{"ema": one} for one in fresh])
-    assert [one.shadow["a"].tolist() for one in fresh] == [[1.0, 1.0]] * 2
+    return [one.shadow["a"].tolist() for one in fresh]
+
+
+def test_an_object_that_has_only_less_than_another_ranks_is_handed_all(tmp_path):
+    """As where one rank has evaluated before the restore: it is no other stage, and must not lose what was saved."""
+    assert handed(tmp_path / "run", Averages("a"), Averages()) == [[1.0, 1.0]] * 2
 
 
 def test_objects_that_fill_themselves_later_are_handed_all_on_all_ranks(tmp_path):
-    of = [Averages("a"), Averages("a")]
-    for one in of:
-        one.update()
-    with StageJob(tmp_path / "run", 2) as job:
-        job.save([{"ema": one} for one in of])
-        fresh = [Averages(), Averages()]
-        job.load([{"ema": one} for one in fresh])
-    assert [one.shadow["a"].tolist() for one in fresh] == [[1.0, 1.0]] * 2
-
-
-# A part of what was saved.
+    assert handed(tmp_path / "run", Averages(), Averages()) == [[1.0, 1.0]] * 2
