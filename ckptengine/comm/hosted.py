@@ -1,4 +1,4 @@
-"""The store that another rank hosts, as its clients use it."""
+"""The store that a rank hosts, as its clients use it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from ckptengine.lifecycle import Living
 __all__ = ["HostedStore", "close_all"]
 
 _CALL_SECONDS = 60.0
-"""How long a host that is there may take to answer: a rank 0 that computes without giving up the interpreter's lock."""
+"""How long a host that is there may take to answer, on a machine that is busy beyond measure."""
 _RECONNECT_SECONDS = 5.0
 _GONE_SECONDS = 10.0
 """How long a host that could not be reached counts as gone before it is tried again."""
@@ -178,16 +178,16 @@ class HostedStore(KeyValueStore):
 
     def _gone(self, why: str) -> RankFailedError:
         self._gone_text = (
-            f"the store of the job, which rank 0 hosts, can't be reached ({why}): rank 0 has ended, or the network "
-            "between the nodes keeps its connections away"
+            f"the store of the job, which rank 0 hosts, can't be reached ({why}): rank 0 has ended, its process "
+            "that serves the store was killed, or the network between the nodes keeps the connections away"
         )
         self._gone_until = time.monotonic() + _GONE_SECONDS
         return RankFailedError(self._gone_text)
 
     def _silent(self) -> CheckpointError:
         return RankFailedError(
-            f"rank 0, which hosts the store of the job, has not answered for {_CALL_SECONDS:g} s: it is stopped, or "
-            "computes in one call that keeps the interpreter's lock all the time"
+            f"the store of the job, which a process of rank 0 serves, has not answered for {_CALL_SECONDS:g} s: that "
+            "process is stopped, or its machine is too busy to run it"
         )
 
 

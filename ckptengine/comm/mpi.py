@@ -113,7 +113,7 @@ def _host(comm: MPI.Intracomm, known: _Known, timeout: float) -> Communicator:
 
     if known.store is None:
         try:
-            known.store, card = _open_store()
+            known.store, card = _open_store(timeout)
         except (CheckpointError, OSError) as problem:
             tell(b"!" + f"{problem}".encode()[: _CARD_NBYTES - 1])
             send()
@@ -129,7 +129,7 @@ def _host(comm: MPI.Intracomm, known: _Known, timeout: float) -> Communicator:
         raise
 
 
-def _open_store() -> tuple[StoreHost, bytes]:
+def _open_store(timeout: float) -> tuple[StoreHost, bytes]:
     """Return a store, and the card that tells the others of it."""
     interface = os.environ.get(_INTERFACE, "")
     servers: list[socket.socket] = []
@@ -147,7 +147,7 @@ def _open_store() -> tuple[StoreHost, bytes]:
             f"has the interfaces {names}"
         )
     secret = secrets.token_bytes(32)
-    host = StoreHost(servers, secret)
+    host = StoreHost(servers, secret, timeout)
     places = list(host.addresses)
     while len(card := _card(places, secret)) > _CARD_NBYTES:
         places.pop()

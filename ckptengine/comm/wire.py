@@ -22,6 +22,7 @@ __all__ = [
     "PROOF_NBYTES",
     "REPLY",
     "REQUEST",
+    "SECRET_NBYTES",
     "Operation",
     "Status",
     "proof",
@@ -29,7 +30,7 @@ __all__ = [
 ]
 
 MAGIC = b"ckptkv1\n"
-NONCE_NBYTES = PROOF_NBYTES = 32
+SECRET_NBYTES = NONCE_NBYTES = PROOF_NBYTES = 32
 HELLO_NBYTES = NONCE_NBYTES + PROOF_NBYTES
 REQUEST = struct.Struct("<BdIQ")
 """Operation, seconds that a get waits, bytes of the key, bytes of the value; both follow."""

@@ -86,6 +86,20 @@ def forked(store: Any) -> str:
         return json.loads(pipe.read())
 
 
+def held(store: Any) -> list[str]:
+    """Return how the others come off at the store while rank 0 waits for them and holds the interpreter's lock."""
+    world = MPI.COMM_WORLD
+    apart = world.Dup()
+    world.Barrier()
+    result = []
+    if world.rank != 0:
+        time.sleep(0.2)  # rank 0 is there
+        result = said(lambda: store.set(f"held/{world.rank}", b"") or store.get(f"held/{world.rank}", 0.0))
+    # mpi4py duplicates a communicator at its first operation of objects, and holds the lock meanwhile.
+    apart.allreduce(world.rank)
+    return result
+
+
 def main() -> None:
     world, report = MPI.COMM_WORLD, {}
     rank, size = world.rank, world.size
@@ -154,6 +168,7 @@ def main() -> None:
         report["other thread"] = pool.submit(said, lambda: mpi.from_mpi(apart)).result()
 
     report["secret"] = strangers(comm, store)
+    report["held"] = held(store)
     report["forked"] = forked(store)
 
     report["trap"] = trap.Test()

@@ -93,10 +93,12 @@ def test_a_job_on_one_machine_listens_at_the_loopback_interface_only(said):
     assert [host for host, _ in said[0]["secret"]["places"]] == ["127.0.0.1"]
 
 
-def test_a_forked_process_of_the_rank_that_hosts_the_store_is_told_so_and_another_ranks_disturbs_nobody(said):
-    for rank, report in enumerate(said):
-        kind, text = report["forked"]
-        assert (kind, text) == ("returned", "None") if rank else "was forked from rank 0" in text
+def test_ranks_reach_the_store_while_rank_0_waits_for_them_and_holds_the_interpreters_lock(said):
+    assert [report["held"] for report in said[1:]] == [["returned", "b''"]] * (RANKS - 1)
+
+
+def test_a_forked_process_of_any_rank_uses_the_store_and_disturbs_nobody(said):
+    assert [report["forked"] for report in said] == [["returned", "None"]] * RANKS
 
 
 def test_a_part_of_the_ranks_can_be_a_group_of_its_own(said):
