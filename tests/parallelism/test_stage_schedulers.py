@@ -13,7 +13,9 @@ KINDS = {
     "in a chain": lambda optimizer: S.ChainedScheduler(
         [S.ConstantLR(optimizer), S.LinearLR(optimizer, 0.1, total_iters=9)], optimizer
     ),
-    "plateau": lambda optimizer: S.ReduceLROnPlateau(optimizer, min_lr=[group["lr"] / 2 for group in optimizer.param_groups]),
+    "plateau": lambda optimizer: S.ReduceLROnPlateau(
+        optimizer, min_lr=[group["lr"] / 2 for group in optimizer.param_groups]
+    ),
 }  # fmt: skip
 
 
