@@ -1,4 +1,4 @@
-"""LBFGS keeps one history for all of its parameters, after each other: it fits the same parameters in the same order."""
+"""LBFGS keeps one history for all of its parameters, after each other: it fits the same ones in the same order."""
 
 import pytest
 import torch
@@ -39,7 +39,7 @@ def test_parameters_in_another_order_are_refused(tmp_path):
         ce.load(tmp_path / "saved", into=other)
     assert not other["optimizer"].state
     report = ce.load(tmp_path / "saved", into=other, strict=False)
-    assert [name for name, *_ in report.mismatched] == ["optimizer"]
+    assert [text.partition(":")[0] for text in report.mismatched] == ["optimizer"]
     assert not other["optimizer"].state
 
 
