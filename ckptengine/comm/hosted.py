@@ -22,8 +22,12 @@ _CALL_SECONDS = 60.0
 """How long a host that is there may take to answer, on a machine that is busy beyond measure."""
 _RECONNECT_SECONDS = 5.0
 _GONE_SECONDS = 10.0
-"""How long a host that could not be reached counts as gone before it is tried again."""
+"""How long a host that could not be reached, or did not answer, counts as gone before it is tried again."""
 _FIRST_TRY_SECONDS = 1.0
+_SILENT = (
+    f"the store of the job, which a process of rank 0 serves, has not answered for {_CALL_SECONDS:g} s: that process "
+    "is stopped, or its machine is too busy to run it"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +55,7 @@ class HostedStore(KeyValueStore):
         self._open: set[socket.socket] = set()
         self._closed = False
         self._gone_until = -float("inf")
+        self._silent_until = -float("inf")
         self._gone_text = ""
         self._met = False
         self._idle.append(self._connect(timeout))
@@ -84,6 +89,8 @@ class HostedStore(KeyValueStore):
 
     def _call(self, operation: Operation, key: str, value: bytes = b"", seconds: float = 0.0) -> bytes | None:
         deadline = time.monotonic() + seconds
+        if time.monotonic() < self._silent_until:  # a caller who makes several calls waits once
+            raise RankFailedError(_SILENT)
         while self._idle:
             try:
                 peer = self._idle.pop()
@@ -185,10 +192,8 @@ class HostedStore(KeyValueStore):
         return RankFailedError(self._gone_text)
 
     def _silent(self) -> CheckpointError:
-        return RankFailedError(
-            f"the store of the job, which a process of rank 0 serves, has not answered for {_CALL_SECONDS:g} s: that "
-            "process is stopped, or its machine is too busy to run it"
-        )
+        self._silent_until = time.monotonic() + _GONE_SECONDS
+        return RankFailedError(_SILENT)
 
 
 class _StrangerError(OSError):

@@ -13,6 +13,8 @@ import contextlib
 import heapq
 import hmac
 import itertools
+import os
+import resource
 import secrets
 import selectors
 import socket
@@ -51,16 +53,28 @@ _LONGEST_PAUSE = 3600.0  # far below what epoll takes
 _RECEIVED_NBYTES = 1 << 18
 
 
-def main(owner: int, *servers: int) -> None:
+def main(parent: int, owner: int, *servers: int) -> None:
     """Serve at sockets that listen, given as file descriptors, until the owner of the store ends.
 
-    `owner` is one end of a pair of sockets. The other end sends the secret, and `STOP` before it closes its end if the
-    clients are to be waited for; it receives lines of UTF-8 text to log.
+    `parent` is the owner's process, `owner` one end of a pair of sockets. The other end sends the secret, and `STOP`
+    before it closes its end if the clients are to be waited for; it receives lines of UTF-8 text to log.
     """
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    with contextlib.suppress(OSError, ValueError):  # as many clients as the system allows, whatever rank 0 may open
+        resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))
     control = socket.socket(fileno=owner)
+    life = _life_of(parent)
     secret = control.recv(SECRET_NBYTES, socket.MSG_WAITALL)
     if len(secret) == SECRET_NBYTES:  # otherwise the owner has ended already
-        Service(control, [socket.socket(fileno=server) for server in servers], secret).run()
+        Service(control, [socket.socket(fileno=server) for server in servers], secret, life).run()
+
+
+def _life_of(parent: int) -> int | None:
+    """Return a descriptor that is readable when a process has ended, None where the system has none."""
+    try:
+        return os.pidfd_open(parent)
+    except OSError:
+        return None
 
 
 class _Connection:
@@ -83,8 +97,10 @@ class Service:
     It has many attributes: sockets, clients, their waits and deadlines meet in one loop, and only there.
     """
 
-    def __init__(self, owner: socket.socket, servers: Sequence[socket.socket], secret: bytes) -> None:
-        self._owner, self._servers, self._secret = owner, list(servers), secret
+    def __init__(
+        self, owner: socket.socket, servers: Sequence[socket.socket], secret: bytes, life: int | None = None
+    ) -> None:
+        self._owner, self._servers, self._secret, self._life = owner, list(servers), secret, life
         owner.setblocking(False)
         self._values: dict[str, bytes] = {}
         self._selector = selectors.DefaultSelector()
@@ -101,6 +117,9 @@ class Service:
     def run(self) -> None:
         """Serve until the owner has ended, or has said that it will and no client is left."""
         self._selector.register(self._owner, selectors.EVENT_READ, self._hear_owner)
+        if self._life is not None:
+            # Its socket may live on in a process that a library has forked.
+            self._selector.register(self._life, selectors.EVENT_READ, self._see_end)
         try:
             while not self._over():
                 self._set_accepting()
@@ -122,9 +141,14 @@ class Service:
     def _hear_owner(self, events: int) -> None:
         try:
             word = self._owner.recv(len(STOP))
+        except BlockingIOError:
+            return
         except ConnectionError:
             word = b""
         self._stop_at = time.monotonic() + (LINGER_SECONDS if word == STOP else 0.0)
+
+    def _see_end(self, events: int) -> None:
+        self._stop_at = time.monotonic()
 
     def _over(self) -> bool:
         # Strangers are not waited for.
