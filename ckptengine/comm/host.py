@@ -12,7 +12,7 @@ import subprocess
 import sys
 import threading
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -85,6 +85,18 @@ class StoreHost(KeyValueStore):
     def delete(self, key: str) -> None:
         """Remove a key; one that is not there is no error."""
         self._asked(lambda: self._client.delete(key))
+
+    def set_each(self, values: Mapping[str, bytes]) -> None:
+        """Store several values."""
+        self._asked(lambda: self._client.set_each(values))
+
+    def get_each(self, keys: Sequence[str]) -> list[bytes | None]:
+        """Return the values of several keys, None for each that is not there now."""
+        return self._asked(lambda: self._client.get_each(keys))
+
+    def delete_each(self, keys: Sequence[str]) -> None:
+        """Remove several keys."""
+        self._asked(lambda: self._client.delete_each(keys))
 
     def close(self) -> None:
         """Stop serving once the others have gone, after 10 seconds at most."""

@@ -84,6 +84,7 @@ class _Connection:
         self.peer, self.name = peer, name
         self.nonce = secrets.token_bytes(NONCE_NBYTES)
         self.known = self.closed = False
+        self.held_back = False  # while more may come that goes out together
         self.received, self.unsent = bytearray(), bytearray(MAGIC + self.nonce)
         self.events = selectors.EVENT_READ
         self.key: str | None = None
@@ -212,22 +213,34 @@ class Service:
             self._take(connection)
 
     def _take(self, connection: _Connection) -> None:
-        """Do what has come whole. A client sends a request when it has the reply to the one before."""
+        """Do what has come whole, and answer it in one piece."""
+        connection.held_back = True
+        while not connection.closed and self._take_one(connection):
+            pass
+        connection.held_back = False
+        if not connection.closed:
+            self._flush(connection)
+
+    def _take_one(self, connection: _Connection) -> bool:
+        """Do the next of what has come, if it is whole; return whether it was. No request may follow one that waits."""
         received = connection.received
         if not connection.known:
             if len(received) < HELLO_NBYTES:
-                return
+                return False
             nonce, said = bytes(received[:NONCE_NBYTES]), bytes(received[NONCE_NBYTES:HELLO_NBYTES])
             del received[:HELLO_NBYTES]
             if not hmac.compare_digest(said, proof(self._secret, b"rank", connection.nonce, nonce)):
                 self._refuse(connection, "it does not know the secret of the job")
-                return
+                return False
             connection.known = True
             connection.turn += 1
             self._strangers -= 1
             self._send(connection, proof(self._secret, b"host", connection.nonce, nonce))
-        if len(received) < REQUEST.size or connection.closed:
-            return
+        if connection.key is not None and received:
+            self._refuse(connection, "it sent a request while it waits for a value")
+            return False
+        if len(received) < REQUEST.size:
+            return False
         operation, seconds, key_nbytes, nbytes = REQUEST.unpack_from(received)
         if (
             operation not in tuple(Operation)
@@ -236,17 +249,15 @@ class Service:
             or nbytes > LARGEST_VALUE_NBYTES
         ):
             self._refuse(connection, "it sent what is no request")
-            return
+            return False
         end = REQUEST.size + key_nbytes + nbytes
         if len(received) < end:
-            return
-        if len(received) > end or connection.key is not None:
-            self._refuse(connection, "it sent a request before it had the reply to the last one")
-            return
+            return False
         key = bytes(received[REQUEST.size : REQUEST.size + key_nbytes]).decode(errors="replace")
-        value = bytes(received[REQUEST.size + key_nbytes :])
-        received.clear()
+        value = bytes(received[REQUEST.size + key_nbytes : end])
+        del received[:end]
         self._do(connection, Operation(operation), key, value, seconds)
+        return True
 
     def _do(self, connection: _Connection, operation: Operation, key: str, value: bytes, seconds: float) -> None:
         connection.turn += 1
@@ -300,7 +311,8 @@ class Service:
 
     def _send(self, connection: _Connection, data: bytes) -> None:
         connection.unsent += data
-        self._flush(connection)
+        if not connection.held_back:
+            self._flush(connection)
 
     def _flush(self, connection: _Connection) -> None:
         try:

@@ -16,10 +16,12 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+from ckptengine.catalog.receipt import Channel, Outcome, Receipt, collect
+from ckptengine.comm import exchange as exchange_module
 from ckptengine.comm import host as host_module
 from ckptengine.comm import hosted as hosted_module
 from ckptengine.comm import service as service_module
-from ckptengine.comm.exchange import connect
+from ckptengine.comm.exchange import StoreCommunicator, connect
 from ckptengine.comm.host import StoreHost
 from ckptengine.comm.hosted import HostedStore
 from ckptengine.comm.interfaces import addresses, listen
@@ -84,6 +86,32 @@ def test_what_either_side_stores_the_other_reads_and_deletes(host, client):
     value = os.urandom(5 << 20)
     put_large(client, "large", value)
     assert get_large(host, "large", 0.0) == get_large(client, "large", 0.0) == value
+
+
+def test_many_keys_are_stored_read_and_deleted_at_once(host, client):
+    values = {f"key {number}": b"%d" % number for number in range(1000)} | {"large": os.urandom(3 << 20), "": b""}
+    client.set_each(values)
+    keys = [*reversed(values), "none"]
+    assert host.get_each(keys) == client.get_each(keys) == [*reversed(values.values()), None]
+    client.delete_each([*keys, "none"])
+    assert host.get_each(keys) == [None] * len(keys)
+    assert client.get_each([]) == []
+
+
+def test_rank_0_asks_for_what_many_ranks_have_put_in_few_messages(host, client, monkeypatch):
+    ranks, messages = 600, []
+    for rank in range(1, ranks):
+        call = exchange_module._Call("all-gather", b"%d" % rank, None, 1.0, 1.0, "")
+        put_large(client, f"life/0/in/{rank}", call.encode())
+        Channel(client, "attempt", rank, ranks).send(Receipt(rank, None))
+    ask = HostedStore._ask
+    monkeypatch.setattr(HostedStore, "_ask", lambda *given: messages.append(given) or ask(*given))
+    found = StoreCommunicator(host, 0, ranks, "life").all_gather(b"0", 60)
+    assert found == [b"%d" % rank for rank in range(ranks)]
+    channel = Channel(host, "attempt", 0, ranks)
+    assert len(collect(channel, Receipt(0, None), time.monotonic() + 60)) == ranks
+    assert not channel.announce(Outcome())
+    assert len(messages) < 60
 
 
 def test_a_get_waits_for_the_value_and_for_no_longer_than_its_time(host, client):
@@ -205,6 +233,13 @@ def test_what_is_no_request_ends_its_connection_and_no_other(host, client, reque
     assert is_closed(peer)
     client.set("a", b"1")
     assert client.get("a", 0.0) == b"1"
+
+
+def test_a_request_that_follows_one_that_waits_ends_the_connection(host, client):
+    peer = greeted(host)
+    peer.sendall(2 * (REQUEST.pack(2, 60.0, 5, 0) + b"never"))
+    assert is_closed(peer)
+    assert client.get("never", 0.0) is None
 
 
 def test_a_wait_that_never_ends_does_not_end_the_service(host, client):
