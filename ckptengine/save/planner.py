@@ -33,7 +33,7 @@ from ckptengine.save.shares import Shares, decode_said, encode_said, share_out
 from ckptengine.save.some_ranks import check_nesting, objects_in_part, on_some_ranks
 from ckptengine.save.undeclared import note_of, tell_differing, undeclared_crcs
 from ckptengine.save.values import StoredValues
-from ckptengine.schema.path import Path
+from ckptengine.schema.path import Path, is_inside
 
 __all__ = ["Plan", "Planner"]
 
@@ -124,8 +124,13 @@ class Planner:
             compare = check is not ReplicaCheck.NEVER and self._comm.world_size > 1
             holdings, assigned = self._exchange(reading, values, error, timeout, compare)
             self._together, self.compared = False, compare
-            # A tensor that nobody has declared may be all zeros at the first save, and so the same on all ranks.
-            self.again = compare and reading is not None and any(leaf.by_hand for leaf in reading.leaves)
+            # A tensor that nobody has declared may be all zeros at the first save, and so the same on all ranks. So may
+            # learning rates that stages warm up from 0.
+            self.again = (
+                compare
+                and reading is not None
+                and (any(leaf.by_hand for leaf in reading.leaves) or _has_tensors_in_groups(reading))
+            )
         elif reading is None or error is not None or not self.changed(reading):
             return (None if error is not None else previous), error
         assert reading is not None
@@ -226,3 +231,11 @@ def rows_of(image: Image, assigned: list[Assigned], rank: int) -> RankRows:
     for chunk in image.chunks:
         position[chunk.order] = chunk.position
     return RankRows.of(rank, assigned, position)
+
+
+def _has_tensors_in_groups(reading: Reading) -> bool:
+    """Whether groups of optimizers hold tensors, as a learning rate under `capturable`."""
+    groups = frozenset(reading.plain.groups)
+    return any(is_inside(leaf.path, groups) for leaf in reading.leaves) or any(
+        is_inside(path, groups) for path in reading.plain.aliases
+    )
