@@ -31,7 +31,7 @@ def from_all(comm: Communicator, work: Callable[[], bytes], timeout: float, doin
 def from_first(comm: Communicator, work: Callable[[], bytes], timeout: float, doing: str) -> bytes:
     """Do something on rank 0, and return on all ranks what it gave, or raise its error on all."""
     result, error = _tried(work) if comm.rank == 0 else (None, None)
-    return share(comm, result, error, timeout, doing)
+    return share(comm, result or b"", error, timeout, doing)
 
 
 def _tried(work: Callable[[], _T]) -> tuple[_T | None, Exception | None]:
@@ -70,8 +70,8 @@ def gather(comm: Communicator, value: bytes, error: Exception | None, timeout: f
     raise _class(kinds.pop() if len(kinds) == 1 else "")(f"{doing} failed on rank(s) {ranks}: {text}") from error
 
 
-def share(comm: Communicator, value: bytes | None, error: Exception | None, timeout: float, doing: str) -> bytes:
-    """Return rank 0's value on all ranks, or raise rank 0's error on all; the other ranks pass None."""
+def share(comm: Communicator, value: bytes, error: Exception | None, timeout: float, doing: str) -> bytes:
+    """Return rank 0's value on all ranks, or raise rank 0's error on all; that of the others is not used."""
     if comm.world_size > 1:
         reply = comm.broadcast(_reply(value, error) if comm.rank == 0 else None, timeout)
         if reply[:1] == b"!" and error is None:
@@ -80,12 +80,11 @@ def share(comm: Communicator, value: bytes | None, error: Exception | None, time
         value = reply[1:]
     if error is not None:
         raise error
-    assert value is not None
     return value
 
 
-def _reply(value: bytes | None, error: Exception | None) -> bytes:
-    return b"=" + (value or b"") if error is None else b"!" + _pack(error)
+def _reply(value: bytes, error: Exception | None) -> bytes:
+    return b"=" + value if error is None else b"!" + _pack(error)
 
 
 def _pack(error: Exception) -> bytes:

@@ -320,8 +320,8 @@ class Saver:
         if flight.thread.ident is None:
             # No thread will end this save: end it here, or every later one would wait for it.
             self._planner.together_next()
-            handle.staged.reach(error=failure)
-            handle.durable.reach(error=failure)
+            handle.staged.fail(failure)
+            handle.durable.fail(failure)
 
     def fence(self, timeout: float | None = None) -> None:
         """Wait until the snapshot under way is complete: from then on the state's tensors may be changed.
@@ -384,12 +384,12 @@ class Saver:
                 if not self._committer.in_doubt:
                     self._planner.together_next()
                 failure = interrupted(problem)
-                handle.staged.reach(error=failure)
-                handle.durable.reach(error=failure)
+                handle.staged.fail(failure)
+                handle.durable.fail(failure)
                 return
             if self._comm.rank == 0:
                 target.owner.told(done, stats)
-            handle.staged.reach()
+            handle.staged.reach(None)
             handle.durable.reach(stats)
         if self._comm.rank == 0 or target.leads:
             self._cleaner.offer(functools.partial(target.owner.committed, done), handle.path)
