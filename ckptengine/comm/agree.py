@@ -4,41 +4,48 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from typing import TypeVar, cast
+from typing import TypeVar
 
 from ckptengine import errors
 from ckptengine.comm.base import Communicator
 from ckptengine.errors import CheckpointError, DeadlineError, RankFailedError
 
-__all__ = ["agree", "from_all", "from_first", "gather", "on_all", "share"]
+__all__ = ["agree", "exchange", "from_all", "from_first", "gather", "on_all", "share"]
 
 _T = TypeVar("_T")
 
 
 def on_all(comm: Communicator, work: Callable[[], _T], timeout: float, doing: str) -> _T:
     """Do this rank's part of something, and return what came of it once no rank has an error; see `gather`."""
-    result, error = _tried(work)
-    gather(comm, b"", error, timeout, doing)
-    return cast(_T, result)
+    return exchange(comm, lambda: (work(), b""), timeout, doing)[0]
 
 
 def from_all(comm: Communicator, work: Callable[[], bytes], timeout: float, doing: str) -> list[bytes]:
     """Return what each rank's part of something gave, in the order of ranks; see `gather`."""
-    result, error = _tried(work)
-    return gather(comm, result or b"", error, timeout, doing)
+    return exchange(comm, lambda: (None, work()), timeout, doing)[1]
+
+
+def exchange(
+    comm: Communicator, work: Callable[[], tuple[_T, bytes]], timeout: float, doing: str
+) -> tuple[_T, list[bytes]]:
+    """Do this rank's part of something that ends with a word for all ranks; return what came of it, and all ranks'
+    words in the order of ranks, once no rank has an error; see `gather`."""
+    try:
+        result, word = work()
+    except Exception as error:
+        gather(comm, b"", error, timeout, doing)
+        raise
+    return result, gather(comm, word, None, timeout, doing)
 
 
 def from_first(comm: Communicator, work: Callable[[], bytes], timeout: float, doing: str) -> bytes:
     """Do something on rank 0, and return on all ranks what it gave, or raise its error on all."""
-    result, error = _tried(work) if comm.rank == 0 else (None, None)
-    return share(comm, result or b"", error, timeout, doing)
-
-
-def _tried(work: Callable[[], _T]) -> tuple[_T | None, Exception | None]:
+    value, error = b"", None
     try:
-        return work(), None
-    except Exception as error:
-        return None, error
+        value = work() if comm.rank == 0 else b""
+    except Exception as problem:
+        error = problem
+    return share(comm, value, error, timeout, doing)
 
 
 def agree(comm: Communicator, error: Exception | None, timeout: float, doing: str) -> None:
