@@ -7,13 +7,13 @@ import contextlib
 import errno
 import json
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from ckptengine.archive.record import ArchiveRecord
 from ckptengine.comm.base import KeyValueStore
-from ckptengine.comm.keyvalue import delete_large, get_large, poll, put_large
+from ckptengine.comm.keyvalue import delete_large_each, get_large, get_large_each, poll, put_large, put_large_each
 from ckptengine.errors import CheckpointError, DeadlineError, SaveFailedError, StorageError
 from ckptengine.schema.ranks import name_ranks
 from ckptengine.storage.base import Storage, join
@@ -228,6 +228,15 @@ class Channel:
         self._forget(key)
         return Receipt.decode(data)
 
+    def receive_all(self, ranks: Sequence[int]) -> dict[int, Receipt]:
+        """Return those receipts of some ranks that are there."""
+        keys = {rank: f"{self._prefix}/receipt/{rank}" for rank in ranks}
+        found = zip(ranks, get_large_each(self._store, list(keys.values())), strict=True)
+        came = {rank: data for rank, data in found if data is not None}
+        self._came.update(came)
+        self._forget(*(keys[rank] for rank in came))
+        return {rank: Receipt.decode(data) for rank, data in came.items()}
+
     def drain(self, deadline: float) -> bool:
         """Take the receipts of a failed attempt that have yet to come; return whether all came in time.
 
@@ -241,9 +250,16 @@ class Channel:
     def announce(self, outcome: Outcome, ranks: Iterable[int] | None = None) -> dict[int, CheckpointError]:
         """Tell the other ranks, or `ranks`, how the attempt ended; return those that could not be told, and why."""
         untold: dict[int, CheckpointError] = {}
-        for rank in range(1, self.world_size) if ranks is None else ranks:
+        words = {
+            rank: {f"{self._prefix}/outcome/{rank}": outcome.encode()}
+            for rank in (range(1, self.world_size) if ranks is None else ranks)
+        }
+        with contextlib.suppress(CheckpointError):  # else each by itself
+            put_large_each(self._store, {key: word for one in words.values() for key, word in one.items()})
+            return {}
+        for rank, word in words.items():
             try:
-                put_large(self._store, f"{self._prefix}/outcome/{rank}", outcome.encode())
+                put_large_each(self._store, word)
             except CheckpointError as error:
                 untold[rank] = error
         return untold
@@ -289,10 +305,10 @@ class Channel:
         self._forget(key)
         return Outcome.decode(data)
 
-    def _forget(self, key: str) -> None:
+    def _forget(self, *keys: str) -> None:
         """Delete what was read: it is known, and a key that stays does no harm, as where the store's host has ended."""
         with contextlib.suppress(CheckpointError):
-            delete_large(self._store, key)
+            delete_large_each(self._store, keys)
 
 
 def collect(channel: Channel, own: Receipt, deadline: float) -> list[Receipt]:
@@ -305,11 +321,8 @@ def collect(channel: Channel, own: Receipt, deadline: float) -> list[Receipt]:
     pause = 0.001
     while True:
         # All open ranks in one pass, so that the last one's error need not wait for the first one.
-        for rank in range(channel.world_size):
-            if rank not in receipts:
-                receipt = channel.receive(rank, 0.0)
-                if receipt is not None:
-                    receipts[rank] = receipt
+        began = time.monotonic()
+        receipts |= channel.receive_all([rank for rank in range(channel.world_size) if rank not in receipts])
         failed = [receipt for _, receipt in sorted(receipts.items()) if receipt.error]
         if failed:
             raise SaveFailedError("; ".join(f"rank {receipt.rank}: {receipt.error}" for receipt in failed))
@@ -319,5 +332,5 @@ def collect(channel: Channel, own: Receipt, deadline: float) -> list[Receipt]:
         if left <= 0:
             missing = [rank for rank in range(channel.world_size) if rank not in receipts]
             raise DeadlineError(f"{name_ranks(missing)} did not report in time; the checkpoint was not committed")
-        time.sleep(min(pause, left))
+        time.sleep(min(max(pause, time.monotonic() - began), left))
         pause = min(2 * pause, 0.05)

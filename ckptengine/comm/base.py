@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
 
 __all__ = ["Communicator", "KeyValueStore"]
 
@@ -24,6 +25,22 @@ class KeyValueStore(ABC):
     @abstractmethod
     def delete(self, key: str) -> None:
         """Remove a key; one that is not there is no error."""
+
+    # Of many keys at once: a store that is far away is asked once, not once for each.
+
+    def set_each(self, values: Mapping[str, bytes]) -> None:
+        """Store several values."""
+        for key, value in values.items():
+            self.set(key, value)
+
+    def get_each(self, keys: Sequence[str]) -> list[bytes | None]:
+        """Return the values of several keys, None for each that is not there now."""
+        return [self.get(key, 0.0) for key in keys]
+
+    def delete_each(self, keys: Sequence[str]) -> None:
+        """Remove several keys."""
+        for key in keys:
+            self.delete(key)
 
 
 class Communicator(ABC):

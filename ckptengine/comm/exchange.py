@@ -8,12 +8,12 @@ import logging
 import secrets
 import struct
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from ckptengine.comm.base import Communicator, KeyValueStore
-from ckptengine.comm.keyvalue import delete_large, get_large, poll, put_large
+from ckptengine.comm.keyvalue import delete_large, delete_large_each, get_large, get_large_each, poll, put_large
 from ckptengine.errors import CheckpointError, DeadlineError, RankFailedError
 from ckptengine.schema.ranks import name_ranks
 
@@ -21,6 +21,8 @@ __all__ = ["StoreCommunicator", "connect"]
 
 _COUNT = struct.Struct("<Q")
 _GAVE_UP = b"-"
+_TOGETHER = 512
+"""Ranks that rank 0 asks the store for at once."""
 
 _log = logging.getLogger("ckptengine")
 
@@ -96,7 +98,12 @@ class StoreCommunicator(Communicator):
 
     def entered(self, number: int, rank: int) -> bool:
         """Return whether a rank has come to an operation that rank 0 has not answered yet."""
-        return self._store.get(self._in(number, rank), 0.0) is not None
+        return bool(self.all_entered(number, [rank]))
+
+    def all_entered(self, number: int, ranks: Sequence[int]) -> list[int]:
+        """Return which of some ranks have come to an operation that rank 0 has not answered yet."""
+        found = self._store.get_each([self._in(number, rank) for rank in ranks])
+        return [rank for rank, value in zip(ranks, found, strict=True) if value is not None]
 
     def _in(self, number: int, rank: int) -> str:
         return f"{self._prefix}/{number}/in/{rank}"
@@ -187,7 +194,8 @@ class StoreCommunicator(Communicator):
 
     def _why_late(self, call: _Call, number: int) -> str:
         what = call.at(number)
-        missing = [rank for rank in range(self.world_size) if not self.entered(number, rank)]
+        entered = self.all_entered(number, range(self.world_size))
+        missing = sorted(set(range(self.world_size)).difference(entered))
         if missing:
             return f"{what}: {name_ranks(missing)} did not come within {call.within:g} s"
         return f"{what}: rank 0 did not answer within {call.within:g} s"
@@ -221,8 +229,7 @@ class StoreCommunicator(Communicator):
         if error is not None:
             raise error
         with contextlib.suppress(CheckpointError):  # the operation is over; what stays does no harm
-            for rank in range(self.world_size):
-                delete_large(self._store, self._in(number, rank))
+            delete_large_each(self._store, [self._in(number, rank) for rank in range(self.world_size)])
         return answer
 
     def _collect(self, call: _Call, number: int) -> tuple[dict[int, tuple[str, bytes]], list[int], list[int]]:
@@ -230,8 +237,7 @@ class StoreCommunicator(Communicator):
         deadline = time.monotonic() + call.timeout
         came: dict[int, tuple[str, bytes]] = {0: (call.label, call.value if call.only in (None, 0) else b"")}
         missing, gave_up = [], []
-        for rank in range(1, self.world_size):
-            value = get_large(self._store, self._in(number, rank), max(0.0, deadline - time.monotonic()))
+        for rank, value in self._values(number, deadline):
             if value == _GAVE_UP:
                 # It may have come again meanwhile, in its next call.
                 value = get_large(self._store, self._in(number, rank), 0.0)
@@ -243,6 +249,23 @@ class StoreCommunicator(Communicator):
                 label, value = _decoded(value)
                 came[rank] = label, value if call.only in (None, rank) else b""
         return came, missing, gave_up
+
+    def _values(self, number: int, deadline: float) -> Iterator[tuple[int, bytes | None]]:
+        """Yield the other ranks and what each has put, waiting for each until the deadline.
+
+        Those that have come are asked for together, twice as many each time: most are there when the first is.
+        """
+        rank, together = 1, 1
+        while rank < self.world_size:
+            keys = [self._in(number, one) for one in range(rank, min(rank + together, self.world_size))]
+            found: list[bytes | None] = get_large_each(self._store, keys) if together > 1 else [None]
+            if found[0] is None:
+                found[0] = get_large(self._store, keys[0], max(0.0, deadline - time.monotonic()))
+            count = next((place for place, value in enumerate(found) if place and value is None), len(found))
+            together = min(2 * together, _TOGETHER) if count == len(keys) else 1
+            for value in found[:count]:
+                yield rank, value
+                rank += 1
 
     def _settle(self) -> None:
         """Answer the operations that could not be answered: else the others would wait for that at each call."""
@@ -256,9 +279,8 @@ class StoreCommunicator(Communicator):
 
     def _forget(self) -> None:
         for number, complete in self._answered:
-            delete_large(self._store, self._out(number))
-            for rank in () if complete else range(self.world_size):
-                delete_large(self._store, self._in(number, rank))
+            values = [] if complete else [self._in(number, rank) for rank in range(self.world_size)]
+            delete_large_each(self._store, [self._out(number), *values])
         self._answered.clear()
 
 
@@ -371,19 +393,17 @@ def _receive(
     pause = 0.001
     while answered and time.monotonic() < deadline:
         meanwhile()
-        for rank, last in list(answered.items()):
-            hello = store.get(f"{prefix}/hello/{rank}", 0.0)
-            if hello is not None and hello != last:
-                store.set(f"{prefix}/welcome/{hello.decode()}", session.encode())
-                answered[rank] = hello
-            elif communicator.entered(0, rank):
-                del answered[rank]
+        hellos = dict(zip(answered, store.get_each([f"{prefix}/hello/{rank}" for rank in answered]), strict=True))
+        new = {rank: hello for rank, hello in hellos.items() if hello is not None and hello != answered[rank]}
+        store.set_each({f"{prefix}/welcome/{hello.decode()}": session.encode() for hello in new.values()})
+        answered |= new
+        for rank in communicator.all_entered(0, [rank for rank in answered if rank not in new]):
+            del answered[rank]
         if answered:
             time.sleep(pause)
             pause = min(2 * pause, 0.05)
     communicator.rendezvous(max(0.0, deadline - time.monotonic()), within)
-    for rank in range(1, world_size):
-        store.delete(f"{prefix}/hello/{rank}")
+    store.delete_each([f"{prefix}/hello/{rank}" for rank in range(1, world_size)])
     return communicator
 
 

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import logging
+import os
 import signal
 import socket
 import subprocess
 import sys
 import threading
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -23,7 +25,8 @@ from ckptengine.lifecycle import Living
 __all__ = ["StoreHost"]
 
 _START = (
-    "import sys; sys.path.append(sys.argv[1]); from ckptengine.comm.service import main; main(*map(int, sys.argv[3:]))"
+    "import sys; sys.path[:1] = []; sys.path.append(sys.argv[1]); "
+    "from ckptengine.comm.service import main; main(*map(int, sys.argv[3:]))"
 )
 _NAME = "ckptengine-store"
 """How the process is found in a list of processes: the second argument of its program."""
@@ -55,7 +58,7 @@ class StoreHost(KeyValueStore):
         self.addresses: tuple[tuple[str, int], ...] = tuple(server.getsockname()[:2] for server in servers)
         try:
             self._service = _Service(servers, secret)
-        except OSError as error:
+        except (OSError, RuntimeError) as error:  # no process, no descriptor, or no thread
             raise CheckpointError(
                 f"the process that serves the store of the job can't be started with {sys.executable!r}: {error}"
             ) from error
@@ -64,7 +67,11 @@ class StoreHost(KeyValueStore):
                 server.close()
         self._finish = weakref.finalize(self, self._service.end)
         self._finish.atexit = False
-        self._client = self._asked(lambda: HostedStore(self.addresses, secret, timeout))
+        try:
+            self._client = self._asked(lambda: HostedStore(self.addresses, secret, timeout))
+        except BaseException:
+            self._finish()
+            raise
         _hosts.add(self)
 
     def set(self, key: str, value: bytes) -> None:
@@ -79,14 +86,22 @@ class StoreHost(KeyValueStore):
         """Remove a key; one that is not there is no error."""
         self._asked(lambda: self._client.delete(key))
 
+    def set_each(self, values: Mapping[str, bytes]) -> None:
+        """Store several values."""
+        self._asked(lambda: self._client.set_each(values))
+
+    def get_each(self, keys: Sequence[str]) -> list[bytes | None]:
+        """Return the values of several keys, None for each that is not there now."""
+        return self._asked(lambda: self._client.get_each(keys))
+
+    def delete_each(self, keys: Sequence[str]) -> None:
+        """Remove several keys."""
+        self._asked(lambda: self._client.delete_each(keys))
+
     def close(self) -> None:
         """Stop serving once the others have gone, after 10 seconds at most."""
         self._client.close()
         self._service.end(LINGER_SECONDS)
-
-    def forked(self) -> None:
-        """Let go, in a process that was forked, of what ends the service."""
-        self._service.forked()
 
     def _asked(self, call: Callable[[], _T]) -> _T:
         try:
@@ -95,7 +110,8 @@ class StoreHost(KeyValueStore):
             code = self._service.code()
             if code is None:
                 raise
-            how = f"was killed by signal {-code}" if code < 0 else f"has ended with exit code {code}"
+            how = f"was killed by signal {-code}" if code < 0 else "has ended"
+            how += f" with exit code {code}" if code > 0 else ""  # 0 also where a handler of SIGCHLD has taken the code
             raise RankFailedError(
                 f"process {self._service.number}, which serves the store of the job for rank 0, {how}: no rank can "
                 "save any more; restart the job"
@@ -106,29 +122,23 @@ class _Service:
     """The process that serves a store, as the one that started it sees it."""
 
     def __init__(self, servers: Sequence[socket.socket], secret: bytes) -> None:
+        if not sys.executable:
+            raise OSError("this Python was started by another program, and sys.executable does not name one to start")
         own, its = socket.socketpair()
-        descriptors = [held.fileno() for held in (its, *servers)]
-        # Nothing but the standard library, and this package behind it: whatever else is on the path.
-        package = str(Path(__file__).parents[2])
-        command = [sys.executable, "-I", "-S", "-c", _START, package, _NAME, *map(str, descriptors)]
-        # A launcher, or Ctrl-C, may signal all processes of the job. The service has to outlive the ranks' last save:
-        # it inherits that these signals are blocked, and ends when this process does.
-        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, set(signal.Signals) - _FATAL)
+        self._own = own
+        self._process: subprocess.Popen[bytes] | None = None
         try:
             with its:
-                self._process: subprocess.Popen[bytes] | None = subprocess.Popen(
-                    command, cwd="/", stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, pass_fds=descriptors
-                )
+                self._process = _start(its, servers)
+            self.number = self._process.pid
             with contextlib.suppress(OSError):  # it has ended already, as the first call will find
                 own.sendall(secret)
+            threading.Thread(target=_log_lines, args=[own], name=_NAME, daemon=True).start()
         except BaseException:
+            self.end()
             own.close()
             raise
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
-        self.number = self._process.pid
-        self._own = own
-        threading.Thread(target=_log_lines, args=[own], name=_NAME, daemon=True).start()
+        _services.add(self)
 
     def code(self) -> int | None:
         """Return the exit code of a process that has ended, None for one that lives."""
@@ -158,6 +168,27 @@ class _Service:
         self._own.close()
 
 
+def _start(own: socket.socket, servers: Sequence[socket.socket]) -> subprocess.Popen[bytes]:
+    """Start the process with one end of a pair of sockets, and with those that listen."""
+    # Numbers from 3 on: a job whose standard streams are closed has others at theirs, which the process gets anew.
+    numbers = [fcntl.fcntl(held.fileno(), fcntl.F_DUPFD_CLOEXEC, 3) for held in (own, *servers)]
+    # Nothing but the standard library, and this package behind it: whatever else is on the path.
+    package = str(Path(__file__).parents[2])
+    command = [sys.executable, "-s", "-S", "-c", _START, package, _NAME, str(os.getpid()), *map(str, numbers)]
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON") or name == "PYTHONHOME"}
+    # A launcher, or Ctrl-C, may signal all processes of the job. The service has to outlive the ranks' last save: it
+    # inherits that these signals are blocked, and ends when this process does.
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals() - _FATAL)
+    try:
+        return subprocess.Popen(
+            command, cwd="/", env=kept, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, pass_fds=numbers
+        )
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+        for number in numbers:
+            os.close(number)
+
+
 _FATAL = {signal.SIGSEGV, signal.SIGBUS, signal.SIGFPE, signal.SIGILL, signal.SIGABRT, signal.SIGSYS, signal.SIGTRAP}
 """Signals of a process's own faults, which it dies of."""
 
@@ -181,4 +212,5 @@ def _end(host: StoreHost) -> None:
     host.close()
 
 
-_hosts: Living[StoreHost] = Living(StoreHost.forked, _end, last=True)
+_services: Living[_Service] = Living(_Service.forked)
+_hosts: Living[StoreHost] = Living(lambda host: None, _end, last=True)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import hmac
+import itertools
 import os
 import secrets
 import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from ckptengine.comm.base import KeyValueStore
@@ -22,8 +23,15 @@ _CALL_SECONDS = 60.0
 """How long a host that is there may take to answer, on a machine that is busy beyond measure."""
 _RECONNECT_SECONDS = 5.0
 _GONE_SECONDS = 10.0
-"""How long a host that could not be reached counts as gone before it is tried again."""
+"""How long a host that could not be reached, or did not answer, counts as gone before it is tried again."""
 _FIRST_TRY_SECONDS = 1.0
+_TOGETHER = 256
+"""Calls on their way at the same time."""
+_RECEIVED_NBYTES = 1 << 16
+_SILENT = (
+    f"the store of the job, which a process of rank 0 serves, has not answered for {_CALL_SECONDS:g} s: that process "
+    "is stopped, or its machine is too busy to run it"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +40,21 @@ class _Peer:
 
     socket: socket.socket
     process: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Request:
+    """One call; `deadline` is the moment until which a get waits."""
+
+    operation: Operation
+    key: str
+    value: bytes
+    deadline: float
+
+    def encode(self, seconds: float) -> bytes:
+        """Return what travels."""
+        name = self.key.encode()
+        return REQUEST.pack(self.operation, seconds, len(name), len(self.value)) + name + self.value
 
 
 class HostedStore(KeyValueStore):
@@ -51,6 +74,7 @@ class HostedStore(KeyValueStore):
         self._open: set[socket.socket] = set()
         self._closed = False
         self._gone_until = -float("inf")
+        self._silent_until = -float("inf")
         self._gone_text = ""
         self._met = False
         self._idle.append(self._connect(timeout))
@@ -68,6 +92,18 @@ class HostedStore(KeyValueStore):
         """Remove a key; one that is not there is no error."""
         self._call(Operation.DELETE, key)
 
+    def set_each(self, values: Mapping[str, bytes]) -> None:
+        """Store several values."""
+        self._call_each(Operation.SET, list(values), list(values.values()))
+
+    def get_each(self, keys: Sequence[str]) -> list[bytes | None]:
+        """Return the values of several keys, None for each that is not there now."""
+        return self._call_each(Operation.GET, keys)
+
+    def delete_each(self, keys: Sequence[str]) -> None:
+        """Remove several keys."""
+        self._call_each(Operation.DELETE, keys)
+
     def close(self) -> None:
         """End all calls: at the end of the process, for rank 0 waits at its own until no connection is left."""
         self._closed = True
@@ -83,14 +119,28 @@ class HostedStore(KeyValueStore):
             self._open.pop().close()
 
     def _call(self, operation: Operation, key: str, value: bytes = b"", seconds: float = 0.0) -> bytes | None:
-        deadline = time.monotonic() + seconds
+        return self._made([_Request(operation, key, value, time.monotonic() + seconds)])[0]
+
+    def _call_each(self, operation: Operation, keys: Sequence[str], values: Sequence[bytes] = ()) -> list[bytes | None]:
+        found: list[bytes | None] = []
+        for begin in range(0, len(keys), _TOGETHER):
+            some = itertools.zip_longest(
+                keys[begin : begin + _TOGETHER], values[begin : begin + _TOGETHER], fillvalue=b""
+            )
+            found += self._made([_Request(operation, str(key), bytes(value), 0.0) for key, value in some])
+        return found
+
+    def _made(self, requests: Sequence[_Request]) -> list[bytes | None]:
+        """Make one call, or several of which none waits; return what each has found."""
+        if time.monotonic() < self._silent_until:  # a caller who makes several calls waits once
+            raise RankFailedError(_SILENT)
         while self._idle:
             try:
                 peer = self._idle.pop()
             except IndexError:  # another thread has taken it
                 break
             try:
-                return self._ask(peer, operation, key, value, max(0.0, deadline - time.monotonic()))
+                return self._ask(peer, requests)
             except OSError as error:
                 if _is_silence(error):
                     raise self._silent() from error
@@ -101,24 +151,28 @@ class HostedStore(KeyValueStore):
             raise RankFailedError(self._gone_text)
         peer = self._connect(_RECONNECT_SECONDS)
         try:
-            return self._ask(peer, operation, key, value, max(0.0, deadline - time.monotonic()))
+            return self._ask(peer, requests)
         except OSError as error:
             raise (self._silent() if _is_silence(error) else self._gone(f"{error}")) from error
 
-    def _ask(self, peer: _Peer, operation: Operation, key: str, value: bytes, seconds: float) -> bytes | None:
-        """Make one call on a connection, and keep it where that goes well."""
-        name = key.encode()
+    def _ask(self, peer: _Peer, requests: Sequence[_Request]) -> list[bytes | None]:
+        """Make calls on a connection, and keep it where that goes well."""
+        found: list[bytes | None] = []
         try:
+            seconds = max(0.0, requests[0].deadline - time.monotonic())
             peer.socket.settimeout(seconds + _CALL_SECONDS)
-            peer.socket.sendall(REQUEST.pack(operation, seconds, len(name), len(value)) + name + value)
-            status, nbytes = REPLY.unpack(_receive(peer.socket, REPLY.size))
-            found = _receive(peer.socket, nbytes)
+            peer.socket.sendall(b"".join(request.encode(seconds) for request in requests))
+            replies = _Replies(peer.socket)
+            for _ in requests:
+                status, nbytes = REPLY.unpack(replies.take(REPLY.size))
+                value = replies.take(nbytes)
+                found.append(value if status == Status.FOUND else None)
         except BaseException:
             self._drop(peer.socket)
             raise
         if peer.process == os.getpid() and not self._closed:
             self._idle.append(peer)
-        return found if status == Status.FOUND else None
+        return found
 
     def _connect(self, timeout: float) -> _Peer:
         """Return a connection whose other end has shown that it is the host.
@@ -185,10 +239,8 @@ class HostedStore(KeyValueStore):
         return RankFailedError(self._gone_text)
 
     def _silent(self) -> CheckpointError:
-        return RankFailedError(
-            f"the store of the job, which a process of rank 0 serves, has not answered for {_CALL_SECONDS:g} s: that "
-            "process is stopped, or its machine is too busy to run it"
-        )
+        self._silent_until = time.monotonic() + _GONE_SECONDS
+        return RankFailedError(_SILENT)
 
 
 class _StrangerError(OSError):
@@ -202,6 +254,20 @@ class _WordlessError(OSError):
 def _is_silence(error: OSError) -> bool:
     """Return whether the host is there and does not answer; the kernel's own word of a lost peer has a number."""
     return isinstance(error, TimeoutError) and error.errno is None
+
+
+class _Replies:
+    """What comes on a connection, received in large pieces: a reply has some ten bytes."""
+
+    def __init__(self, peer: socket.socket) -> None:
+        self._peer, self._rest = peer, b""
+
+    def take(self, nbytes: int) -> bytes:
+        """Return exactly so many bytes; raises `ConnectionError` where the other end closes before."""
+        if len(self._rest) < nbytes and nbytes < _RECEIVED_NBYTES:
+            self._rest += self._peer.recv(_RECEIVED_NBYTES)
+        data, self._rest = self._rest[:nbytes], self._rest[nbytes:]
+        return data if len(data) == nbytes else data + _receive(self._peer, nbytes - len(data))
 
 
 def _receive(peer: socket.socket, nbytes: int, deadline: float | None = None) -> bytes:

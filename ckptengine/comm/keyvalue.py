@@ -5,12 +5,22 @@ from __future__ import annotations
 import struct
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 
 from ckptengine.comm.base import KeyValueStore
 from ckptengine.errors import CheckpointError
 
-__all__ = ["PART_NBYTES", "MemoryStore", "delete_large", "get_large", "poll", "put_large"]
+__all__ = [
+    "PART_NBYTES",
+    "MemoryStore",
+    "delete_large",
+    "delete_large_each",
+    "get_large",
+    "get_large_each",
+    "poll",
+    "put_large",
+    "put_large_each",
+]
 
 PART_NBYTES = 1 << 20
 """Bytes of a large value under one key; torch's TCPStore closes the connection at values above 8 MiB."""
@@ -72,6 +82,14 @@ def put_large(store: KeyValueStore, key: str, value: bytes) -> None:
     store.set(key, b"#" + _HEAD.pack(count, len(value)))
 
 
+def put_large_each(store: KeyValueStore, values: Mapping[str, bytes]) -> None:
+    """Store several values of any size."""
+    store.set_each({key: b"=" + value for key, value in values.items() if len(value) < PART_NBYTES})
+    for key, value in values.items():
+        if len(value) >= PART_NBYTES:
+            put_large(store, key, value)
+
+
 def get_large(store: KeyValueStore, key: str, timeout: float) -> bytes | None:
     """Return what `put_large` stored, None after `timeout` seconds without it."""
     deadline = time.monotonic() + timeout
@@ -93,15 +111,23 @@ def get_large(store: KeyValueStore, key: str, timeout: float) -> bytes | None:
     return value
 
 
+def get_large_each(store: KeyValueStore, keys: Sequence[str]) -> list[bytes | None]:
+    """Return of several keys what `put_large` stored, None for each that is not there now."""
+    heads = zip(keys, store.get_each(keys), strict=True)
+    return [head[1:] if head and head[:1] == b"=" else head and get_large(store, key, 0.0) for key, head in heads]
+
+
 def delete_large(store: KeyValueStore, key: str) -> None:
     """Remove what `put_large` stored; a key that is not there is no error."""
-    head = store.get(key, 0.0)
-    if head is None:
-        return
-    store.delete(key)
-    if head[:1] == b"#":
-        for number in range(_parts(key, head)):
-            store.delete(f"{key}/{number}")
+    delete_large_each(store, [key])
+
+
+def delete_large_each(store: KeyValueStore, keys: Sequence[str]) -> None:
+    """Remove of several keys what `put_large` stored."""
+    there = [(key, head) for key, head in zip(keys, store.get_each(keys), strict=True) if head is not None]
+    store.delete_each([key for key, _ in there])
+    parts = [f"{key}/{number}" for key, head in there if head[:1] == b"#" for number in range(_parts(key, head))]
+    store.delete_each(parts)
 
 
 def _parts(key: str, head: bytes) -> int:

@@ -13,6 +13,8 @@ import contextlib
 import heapq
 import hmac
 import itertools
+import os
+import resource
 import secrets
 import selectors
 import socket
@@ -51,16 +53,28 @@ _LONGEST_PAUSE = 3600.0  # far below what epoll takes
 _RECEIVED_NBYTES = 1 << 18
 
 
-def main(owner: int, *servers: int) -> None:
+def main(parent: int, owner: int, *servers: int) -> None:
     """Serve at sockets that listen, given as file descriptors, until the owner of the store ends.
 
-    `owner` is one end of a pair of sockets. The other end sends the secret, and `STOP` before it closes its end if the
-    clients are to be waited for; it receives lines of UTF-8 text to log.
+    `parent` is the owner's process, `owner` one end of a pair of sockets. The other end sends the secret, and `STOP`
+    before it closes its end if the clients are to be waited for; it receives lines of UTF-8 text to log.
     """
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    with contextlib.suppress(OSError, ValueError):  # as many clients as the system allows, whatever rank 0 may open
+        resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))
     control = socket.socket(fileno=owner)
+    life = _life_of(parent)
     secret = control.recv(SECRET_NBYTES, socket.MSG_WAITALL)
     if len(secret) == SECRET_NBYTES:  # otherwise the owner has ended already
-        Service(control, [socket.socket(fileno=server) for server in servers], secret).run()
+        Service(control, [socket.socket(fileno=server) for server in servers], secret, life).run()
+
+
+def _life_of(parent: int) -> int | None:
+    """Return a descriptor that is readable when a process has ended, None where the system has none."""
+    try:
+        return os.pidfd_open(parent)
+    except (OSError, AttributeError):  # an older kernel, or a Python that was built for one
+        return None
 
 
 class _Connection:
@@ -70,6 +84,7 @@ class _Connection:
         self.peer, self.name = peer, name
         self.nonce = secrets.token_bytes(NONCE_NBYTES)
         self.known = self.closed = False
+        self.held_back = False  # while more may come that goes out together
         self.received, self.unsent = bytearray(), bytearray(MAGIC + self.nonce)
         self.events = selectors.EVENT_READ
         self.key: str | None = None
@@ -83,8 +98,10 @@ class Service:
     It has many attributes: sockets, clients, their waits and deadlines meet in one loop, and only there.
     """
 
-    def __init__(self, owner: socket.socket, servers: Sequence[socket.socket], secret: bytes) -> None:
-        self._owner, self._servers, self._secret = owner, list(servers), secret
+    def __init__(
+        self, owner: socket.socket, servers: Sequence[socket.socket], secret: bytes, life: int | None = None
+    ) -> None:
+        self._owner, self._servers, self._secret, self._life = owner, list(servers), secret, life
         owner.setblocking(False)
         self._values: dict[str, bytes] = {}
         self._selector = selectors.DefaultSelector()
@@ -101,6 +118,9 @@ class Service:
     def run(self) -> None:
         """Serve until the owner has ended, or has said that it will and no client is left."""
         self._selector.register(self._owner, selectors.EVENT_READ, self._hear_owner)
+        if self._life is not None:
+            # Its socket may live on in a process that a library has forked.
+            self._selector.register(self._life, selectors.EVENT_READ, self._see_end)
         try:
             while not self._over():
                 self._set_accepting()
@@ -122,9 +142,14 @@ class Service:
     def _hear_owner(self, events: int) -> None:
         try:
             word = self._owner.recv(len(STOP))
+        except BlockingIOError:
+            return
         except ConnectionError:
             word = b""
         self._stop_at = time.monotonic() + (LINGER_SECONDS if word == STOP else 0.0)
+
+    def _see_end(self, events: int) -> None:
+        self._stop_at = time.monotonic()
 
     def _over(self) -> bool:
         # Strangers are not waited for.
@@ -188,22 +213,34 @@ class Service:
             self._take(connection)
 
     def _take(self, connection: _Connection) -> None:
-        """Do what has come whole. A client sends a request when it has the reply to the one before."""
+        """Do what has come whole, and answer it in one piece."""
+        connection.held_back = True
+        while not connection.closed and self._take_one(connection):
+            pass
+        connection.held_back = False
+        if not connection.closed:
+            self._flush(connection)
+
+    def _take_one(self, connection: _Connection) -> bool:
+        """Do the next of what has come, if it is whole; return whether it was. No request may follow one that waits."""
         received = connection.received
         if not connection.known:
             if len(received) < HELLO_NBYTES:
-                return
+                return False
             nonce, said = bytes(received[:NONCE_NBYTES]), bytes(received[NONCE_NBYTES:HELLO_NBYTES])
             del received[:HELLO_NBYTES]
             if not hmac.compare_digest(said, proof(self._secret, b"rank", connection.nonce, nonce)):
                 self._refuse(connection, "it does not know the secret of the job")
-                return
+                return False
             connection.known = True
             connection.turn += 1
             self._strangers -= 1
             self._send(connection, proof(self._secret, b"host", connection.nonce, nonce))
-        if len(received) < REQUEST.size or connection.closed:
-            return
+        if connection.key is not None and received:
+            self._refuse(connection, "it sent a request while it waits for a value")
+            return False
+        if len(received) < REQUEST.size:
+            return False
         operation, seconds, key_nbytes, nbytes = REQUEST.unpack_from(received)
         if (
             operation not in tuple(Operation)
@@ -212,17 +249,15 @@ class Service:
             or nbytes > LARGEST_VALUE_NBYTES
         ):
             self._refuse(connection, "it sent what is no request")
-            return
+            return False
         end = REQUEST.size + key_nbytes + nbytes
         if len(received) < end:
-            return
-        if len(received) > end or connection.key is not None:
-            self._refuse(connection, "it sent a request before it had the reply to the last one")
-            return
+            return False
         key = bytes(received[REQUEST.size : REQUEST.size + key_nbytes]).decode(errors="replace")
-        value = bytes(received[REQUEST.size + key_nbytes :])
-        received.clear()
+        value = bytes(received[REQUEST.size + key_nbytes : end])
+        del received[:end]
         self._do(connection, Operation(operation), key, value, seconds)
+        return True
 
     def _do(self, connection: _Connection, operation: Operation, key: str, value: bytes, seconds: float) -> None:
         connection.turn += 1
@@ -276,7 +311,8 @@ class Service:
 
     def _send(self, connection: _Connection, data: bytes) -> None:
         connection.unsent += data
-        self._flush(connection)
+        if not connection.held_back:
+            self._flush(connection)
 
     def _flush(self, connection: _Connection) -> None:
         try:

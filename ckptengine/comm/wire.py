@@ -2,7 +2,8 @@
 
 The host greets with `MAGIC` and a nonce. The client answers with a nonce of its own and a proof that it knows the job's
 secret, the host with its proof: HMAC-SHA-256 (RFC 2104) over who speaks and both nonces, so that no proof serves twice
-or for the other side. Then each request has one reply. Nothing is encrypted, and nothing is ever unpickled.
+or for the other side. Then each request has one reply, in the order of the requests; several may be on their way, but
+none may follow one that waits for a value. Nothing is encrypted, and nothing is ever unpickled.
 """
 
 from __future__ import annotations

@@ -194,11 +194,14 @@ class Committer:
             )
             attempt.handle.durable.correct(_stats(attempt, open_.part))
 
-    def commit(self, attempt: Attempt, held: ExitStack) -> tuple[Committed, SaveStats]:
+    def commit(
+        self, attempt: Attempt, held: ExitStack, told: Callable[[], object] = lambda: None
+    ) -> tuple[Committed, SaveStats]:
         """Bring a snapshot to the storage and through the commit; returns when the outcome is known.
 
-        `held` is closed by the caller, after it has told the outcome: it lets go of the attempt's lease. Raises what
-        has kept this rank from its archive, or what rank 0 says.
+        `held` is closed by the caller, after it has told the outcome: it lets go of the attempt's lease. `told` is
+        called when the other ranks need no word of this one any more. Raises what has kept this rank from its archive,
+        or what rank 0 says.
         """
         target = attempt.target
         data = attempt_directory(target.directory, attempt.name)
@@ -212,10 +215,10 @@ class Committer:
             aside = Aside(lambda: self._begin(attempt, data, held))
             part = self._write(attempt, data)
             if self._comm.rank == 0:
-                outcome, manifest = self._coordinate(attempt, data, channel, part, aside, held)
+                outcome, manifest = self._coordinate(attempt, data, channel, part, aside, held, told)
             else:
                 aside.settle()
-                outcome, manifest = self._follow(attempt, channel, part), None
+                outcome, manifest = self._follow(attempt, channel, part, told), None
         except BaseException:
             self._reported = self._reported_form = None  # whether rank 0 has the rows is not known
             if part is not None and isinstance(part.archive, Exception):
@@ -239,10 +242,11 @@ class Committer:
             while self._places:
                 self._places.pop().leave()
 
-    def _follow(self, attempt: Attempt, channel: Channel, part: _Part) -> Outcome:
+    def _follow(self, attempt: Attempt, channel: Channel, part: _Part, told: Callable[[], object]) -> Outcome:
         """Another rank than 0: send the receipt, hear how it ended; the first of a node keeps its manifest."""
         try:
             channel.send(part.receipt)
+            told()
             outcome = channel.outcome(attempt.deadline)
         except CheckpointError:
             # Also a receipt that could not be sent may have come to rank 0. What came of it is asked for before the
@@ -320,6 +324,7 @@ class Committer:
         part: _Part,
         aside: Aside[ArchiveRecord | None],
         held: ExitStack,
+        told: Callable[[], object],
     ) -> tuple[Outcome, Manifest | None]:
         """Rank 0: collect, compare, publish; whatever happens, all ranks hear of it. Return what was published."""
         target, storage = attempt.target, attempt.target.storage
@@ -363,6 +368,7 @@ class Committer:
             doubtful = code == errno.ETIMEDOUT
             outcome = Outcome(f"{problem}" or kind, plan_together=True, kind=kind, directory=target.directory)
         untold = channel.announce(outcome)
+        told()
         if untold:
             # What is published is durable, whoever hears of it. They are told once more before the next save.
             why = next(iter(untold.values()))

@@ -46,6 +46,9 @@ DEFAULT_TIMEOUT = 600.0
 _LEAF_NBYTES = 1536
 """About what an archive has of a leaf beside its bytes: headers, metadata, directory."""
 
+_WORD_SECONDS = 10.0
+"""How long a call of a save that has failed waits at most until the other ranks have been told."""
+
 _log = logging.getLogger("ckptengine")
 
 
@@ -216,7 +219,7 @@ class Saver:
             phases=(Phase("read", 0.0, done - started), phase_of("plan", done, started)),
             feed=Feed(started + timeout),
         )
-        flight = _Flight(attempt, self._background(attempt))
+        flight = self._new_flight(attempt)
         try:
             # The background makes its directory and reserves its file while this thread copies.
             self._launch(flight)
@@ -294,8 +297,10 @@ class Saver:
             return _Read(interrupted(problem), reading, problem)
         return _Read(Taken(reading, values), reading)
 
-    def _background(self, attempt: Attempt) -> threading.Thread:
-        return threading.Thread(target=self._finish, args=(attempt,), name="ckptengine-save", daemon=True)
+    def _new_flight(self, attempt: Attempt) -> _Flight:
+        told = threading.Event()
+        thread = threading.Thread(target=self._finish, args=(attempt, told), name="ckptengine-save", daemon=True)
+        return _Flight(attempt, thread, told)
 
     def _launch(self, flight: _Flight) -> None:
         """Send a save on its way through the background."""
@@ -319,6 +324,10 @@ class Saver:
             self._planner.together_next()
             handle.staged.fail(failure)
             handle.durable.fail(failure)
+            return
+        # The others may be waiting for this word, and the caller for them, in a call that keeps the interpreter's lock
+        # and with it the thread that is to send it. Not for ever: that thread may be in a storage that hangs.
+        flight.told.wait(_WORD_SECONDS)
 
     def fence(self, timeout: float | None = None) -> None:
         """Wait until the snapshot under way is complete: from then on the state's tensors may be changed.
@@ -369,12 +378,12 @@ class Saver:
         self.generation = int(words[0]["generation"])
         return self.generation
 
-    def _finish(self, attempt: Attempt) -> None:
+    def _finish(self, attempt: Attempt, told: threading.Event) -> None:
         """Bring a snapshot through the background part of a save, and tell the handle how it ended."""
         target, handle = attempt.target, attempt.handle
         with ExitStack() as held:
             try:
-                done, stats = self._committer.commit(attempt, held)
+                done, stats = self._committer.commit(attempt, held, told.set)
             except BaseException as problem:  # whatever it is: nobody may wait for a save that has no thread any more
                 # Every rank comes here where the attempt failed on any, so all plan together at the next save. One that
                 # has not heard how it ended asks first: it may have failed on no other.
@@ -383,6 +392,7 @@ class Saver:
                 failure = interrupted(problem)
                 handle.staged.fail(failure)
                 handle.durable.fail(failure)
+                told.set()
                 return
             if self._comm.rank == 0:
                 target.owner.told(done, stats)
@@ -394,10 +404,11 @@ class Saver:
 
 @dataclass(frozen=True, slots=True)
 class _Flight:
-    """A save and the thread that brings it to its end."""
+    """A save and the thread that brings it to its end, which sets `told` when no other rank needs its word any more."""
 
     attempt: Attempt
     thread: threading.Thread
+    told: threading.Event
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,11 +15,12 @@ import numpy as np
 from ckptengine.errors import CheckpointDamagedError, StorageError
 from ckptengine.storage.archive_read import ArchiveRead
 from ckptengine.storage.base import Storage, check_name, join
+from ckptengine.storage.budget import Budget
 from ckptengine.storage.connect import connect
 from ckptengine.storage.objects import Objects, Stat, Unfinished
 from ckptengine.storage.parallel import in_parallel
 from ckptengine.storage.retry import Patience, Request, persist
-from ckptengine.storage.upload import Budget, RemoteArchiveWriter, part_nbytes_for
+from ckptengine.storage.upload import RemoteArchiveWriter, part_nbytes_for
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer

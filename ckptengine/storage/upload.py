@@ -6,36 +6,21 @@ import contextlib
 import ctypes
 import errno
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TypeVar
 
 from ckptengine.counters import note_file
 from ckptengine.errors import StorageError
 from ckptengine.storage.base import ArchiveWriter
+from ckptengine.storage.budget import Budget
 from ckptengine.storage.objects import Objects, Upload
 from ckptengine.storage.parallel import in_parallel
 from ckptengine.storage.retry import Patience, Request, persist
 
-__all__ = ["Budget", "RemoteArchiveWriter", "part_nbytes_for"]
+__all__ = ["RemoteArchiveWriter", "part_nbytes_for"]
 
 _T = TypeVar("_T")
 _MIB = 1 << 20
-
-
-@dataclass(frozen=True, slots=True)
-class Budget:
-    """What transfers of one storage may take.
-
-    `part_nbytes` are those of one part of an upload, None: 64 MiB for archives from 512 MiB on, 16 MiB for smaller ones
-    so that several parts are in flight, less where too little is written at once for that, more where the store's
-    number of parts would not suffice. `requests` are in flight at most; a read asks for `read_nbytes` at once, and
-    reads gaps of up to `gap_nbytes` along.
-    """
-
-    part_nbytes: int | None = None
-    requests: int = 8
-    read_nbytes: int = 8 << 20
-    gap_nbytes: int = 256 << 10
 
 
 def part_nbytes_for(nbytes: int, budget: Budget, objects: Objects, write_nbytes: int | None = None) -> int:

@@ -359,6 +359,9 @@ class Uploader:
                 self._rest(f"{error}")
                 continue
             if data is not None:
+                with self._changed:
+                    if self._stopped:  # it may be the word by which `stop` wakes this thread, and no rank's
+                        raise _Stopped
                 self._forget(key)
                 self._progressed = time.monotonic()
                 return data

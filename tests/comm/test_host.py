@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import resource
 import secrets
 import signal
 import socket
@@ -15,10 +16,12 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+from ckptengine.catalog.receipt import Channel, Outcome, Receipt, collect
+from ckptengine.comm import exchange as exchange_module
 from ckptengine.comm import host as host_module
 from ckptengine.comm import hosted as hosted_module
 from ckptengine.comm import service as service_module
-from ckptengine.comm.exchange import connect
+from ckptengine.comm.exchange import StoreCommunicator, connect
 from ckptengine.comm.host import StoreHost
 from ckptengine.comm.hosted import HostedStore
 from ckptengine.comm.interfaces import addresses, listen
@@ -83,6 +86,32 @@ def test_what_either_side_stores_the_other_reads_and_deletes(host, client):
     value = os.urandom(5 << 20)
     put_large(client, "large", value)
     assert get_large(host, "large", 0.0) == get_large(client, "large", 0.0) == value
+
+
+def test_many_keys_are_stored_read_and_deleted_at_once(host, client):
+    values = {f"key {number}": b"%d" % number for number in range(1000)} | {"large": os.urandom(3 << 20), "": b""}
+    client.set_each(values)
+    keys = [*reversed(values), "none"]
+    assert host.get_each(keys) == client.get_each(keys) == [*reversed(values.values()), None]
+    client.delete_each([*keys, "none"])
+    assert host.get_each(keys) == [None] * len(keys)
+    assert client.get_each([]) == []
+
+
+def test_rank_0_asks_for_what_many_ranks_have_put_in_few_messages(host, client, monkeypatch):
+    ranks, messages = 600, []
+    for rank in range(1, ranks):
+        call = exchange_module._Call("all-gather", b"%d" % rank, None, 1.0, 1.0, "")
+        put_large(client, f"life/0/in/{rank}", call.encode())
+        Channel(client, "attempt", rank, ranks).send(Receipt(rank, None))
+    ask = HostedStore._ask
+    monkeypatch.setattr(HostedStore, "_ask", lambda *given: messages.append(given) or ask(*given))
+    found = StoreCommunicator(host, 0, ranks, "life").all_gather(b"0", 60)
+    assert found == [b"%d" % rank for rank in range(ranks)]
+    channel = Channel(host, "attempt", 0, ranks)
+    assert len(collect(channel, Receipt(0, None), time.monotonic() + 60)) == ranks
+    assert not channel.announce(Outcome())
+    assert len(messages) < 60
 
 
 def test_a_get_waits_for_the_value_and_for_no_longer_than_its_time(host, client):
@@ -206,6 +235,13 @@ def test_what_is_no_request_ends_its_connection_and_no_other(host, client, reque
     assert client.get("a", 0.0) == b"1"
 
 
+def test_a_request_that_follows_one_that_waits_ends_the_connection(host, client):
+    peer = greeted(host)
+    peer.sendall(2 * (REQUEST.pack(2, 60.0, 5, 0) + b"never"))
+    assert is_closed(peer)
+    assert client.get("never", 0.0) is None
+
+
 def test_a_wait_that_never_ends_does_not_end_the_service(host, client):
     peer = greeted(host)
     peer.sendall(REQUEST.pack(2, float("inf"), 1, 0) + b"k")
@@ -245,10 +281,27 @@ def test_a_service_that_can_not_be_started_is_an_error_that_says_why(monkeypatch
     monkeypatch.setattr(sys, "executable", "/bin/false")
     with pytest.raises(RankFailedError, match="has ended with exit code 1"):
         StoreHost([listen("127.0.0.1")], SECRET, 10)
+    monkeypatch.setattr(sys, "executable", None)  # in a program that embeds Python
+    with pytest.raises(CheckpointError, match="sys.executable does not name one to start"):
+        StoreHost([listen("127.0.0.1")], SECRET, 10)
+
+
+def test_a_service_whose_owner_gets_no_thread_is_an_error_and_leaves_no_process(monkeypatch):
+    started: list[subprocess.Popen[bytes]] = []
+    start = host_module._start
+    monkeypatch.setattr(host_module, "_start", lambda *given: started.append(start(*given)) or started[0])
+
+    def fail(self: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", fail)
+    with pytest.raises(CheckpointError, match="can't be started .*: can't start new thread"):
+        StoreHost([listen("127.0.0.1")], SECRET, 10)
+    assert started[0].returncode == 0
 
 
 def test_signals_that_a_launcher_sends_to_all_processes_do_not_end_the_service(host, client):
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGRTMIN + 3):
         os.kill(host._service.number, number)
         assert number not in signal.pthread_sigmask(signal.SIG_BLOCK, [])
     client.set("a", b"1")
@@ -260,6 +313,27 @@ def test_a_store_that_nobody_holds_any_more_takes_its_process_with_it():
     number = store._service.number
     del store
     assert not os.path.exists(f"/proc/{number}")
+
+
+def test_a_service_that_a_handler_of_sigchld_has_reaped_is_known_to_have_ended(host):
+    os.kill(host._service.number, signal.SIGKILL)
+    os.waitpid(host._service.number, 0)
+    with pytest.raises(RankFailedError, match=f"process {host._service.number}, which .* rank 0, has ended: "):
+        host.set("a", b"1")
+
+
+def test_a_service_that_does_not_answer_is_waited_for_once_by_a_caller_of_several_calls(host, client, monkeypatch):
+    monkeypatch.setattr(hosted_module, "_CALL_SECONDS", 0.5)
+    with ThreadPoolExecutor(3) as pool:  # so that it keeps several connections
+        list(pool.map(lambda number: client.get("never", 0.2), range(3)))
+    os.kill(host._service.number, signal.SIGSTOP)
+    try:
+        for _ in range(100):
+            with pytest.raises(RankFailedError, match="that process is stopped, or its machine is too busy"):
+                client.set("a", b"1")
+        assert len(client._idle) >= 2
+    finally:
+        os.kill(host._service.number, signal.SIGCONT)
 
 
 def test_an_address_that_leads_nowhere_is_passed_over(host):
@@ -299,6 +373,9 @@ if sys.argv[2] == "forks":
         finally:
             time.sleep(600)
     os.write(1, f"{child}\\n".encode())  # in one piece: the child writes too
+if sys.argv[2] == "forks in C" and ctypes.CDLL(None).fork() == 0:
+    os.write(1, f"{os.getpid()}\\n".encode())
+    time.sleep(600)
 os.write(1, f"{json.dumps(host.addresses)}\\n".encode())
 if sys.argv[2] == "holds the lock":
     ctypes.PyDLL(None).read(0, ctypes.create_string_buffer(1), 1)
@@ -342,6 +419,55 @@ def test_a_killed_hosts_end_is_seen_though_a_process_that_it_forked_lives_on():
     finally:
         os.kill(child, signal.SIGKILL)
         process.stdout.close()
+
+
+def test_a_killed_hosts_end_is_seen_though_a_process_that_a_library_forked_has_its_sockets():
+    process = hosting("forks in C")
+    lines = [process.stdout.readline() for _ in range(2)]
+    child, places = (
+        int(next(line for line in lines if line[0] != "[")),
+        json.loads(next(x for x in lines if x[0] == "[")),
+    )
+    try:
+        store = HostedStore([tuple(place) for place in places], SECRET, 30)
+        process.kill()
+        process.wait()
+        with pytest.raises(RankFailedError, match="can't be reached .*Connection refused"):
+            store.get("never", 60)
+    finally:
+        os.kill(child, signal.SIGKILL)
+        process.stdin.close()
+        process.stdout.close()
+
+
+def test_a_job_whose_standard_streams_are_closed_has_a_store():
+    program = """
+import os, sys
+from ckptengine.comm.host import StoreHost
+from ckptengine.comm.interfaces import listen
+said = os.dup(1)
+for number in range(3):
+    os.close(number)
+host = StoreHost([listen("127.0.0.1")], bytes(32), 30)
+host.set("a", b"1")
+os.write(said, host.get("a", 0.0))
+host.close()
+"""
+    assert subprocess.run([sys.executable, "-c", program], capture_output=True, check=True).stdout == b"1"
+
+
+def test_as_many_clients_connect_as_the_hard_limit_of_open_files_allows():
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 20, limits[1]))
+    try:
+        host = StoreHost([listen("127.0.0.1")], SECRET, 30)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    stores = [HostedStore(host.addresses, SECRET, 10) for _ in range(60)]
+    assert [store.get("nothing", 0.0) for store in stores] == [None] * 60
+    for store in stores:
+        store.close()
+    host.close()
 
 
 def test_a_host_that_ends_well_waits_for_those_that_still_read():

@@ -7,9 +7,9 @@ from typing import Any
 
 from servers import KEY, SECRET
 
+from ckptengine.storage.budget import Budget
 from ckptengine.storage.remote import RemoteStorage
 from ckptengine.storage.retry import Patience
-from ckptengine.storage.upload import Budget
 
 QUICK = Patience(seconds=15, first=0.01, longest=0.05, request=3.0, slowest=1 << 40)
 SMALL = Budget(part_nbytes=5 << 20, requests=3, read_nbytes=1 << 20)

@@ -15,9 +15,10 @@ from contract import StorageContract, write_archive
 from ckptengine.catalog.lease import Lease
 from ckptengine.catalog.retention import remove_leftovers
 from ckptengine.errors import StorageError
+from ckptengine.storage.budget import Budget
 from ckptengine.storage.remote import RemoteStorage, _requests
 from ckptengine.storage.s3 import S3Objects
-from ckptengine.storage.upload import Budget, part_nbytes_for
+from ckptengine.storage.upload import part_nbytes_for
 
 
 @pytest.fixture(params=["memory", "s3"])

@@ -9,8 +9,8 @@ import sys
 
 import numpy as np
 
+from ckptengine.storage.budget import Budget
 from ckptengine.storage.remote import RemoteStorage
-from ckptengine.storage.upload import Budget
 
 data = np.random.default_rng(0).integers(0, 256, 11 << 20, np.uint8)
 storage = RemoteStorage(sys.argv[1], json.loads(sys.argv[2]), Budget(part_nbytes=5 << 20))

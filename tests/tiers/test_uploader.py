@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -126,3 +127,30 @@ def test_rank_0_hears_that_another_ranks_part_goes_on(start, trained_run, tmp_pa
     leader.offer(newest_of(trained_run))
     wait_until_there(leader, tmp_path / "persistent")
     assert heard
+
+
+def test_an_end_while_ranks_wait_for_each_other_is_taken_for_no_ranks_word(
+    start, trained_run, tmp_path, monkeypatch, caplog
+):
+    copy, released = uploader.copy_archive, threading.Event()
+
+    def held(source, target, name, record, **more):
+        if name.endswith("rank-00001.zarr.zip"):
+            released.wait(60)
+        return copy(source, target, name, record, **more)
+
+    monkeypatch.setattr(uploader, "copy_archive", held)
+    leader, follower = start(MemoryStore())
+    leader.offer(newest_of(trained_run))
+    end = time.monotonic() + 60
+    while "done/1" not in leader._awaited:
+        assert time.monotonic() < end
+        time.sleep(0.01)
+    leader.stop()
+    released.set()
+    while follower._number < 2:  # it waits for the next upload
+        assert time.monotonic() < end
+        time.sleep(0.01)
+    follower.stop()
+    assert not caplog.text
+    assert not committed(LocalStorage(tmp_path / "persistent"))
