@@ -73,7 +73,7 @@ def _life_of(parent: int) -> int | None:
     """Return a descriptor that is readable when a process has ended, None where the system has none."""
     try:
         return os.pidfd_open(parent)
-    except OSError:
+    except (OSError, AttributeError):  # an older kernel, or a Python that was built for one
         return None
 
 

@@ -252,6 +252,10 @@ class Adapter:
         over the ranks, that other."""
         return optimizer
 
+    def has_one_state(self, optimizer: Any) -> bool:
+        """Whether an optimizer keeps one state for all of its parameters, after each other, under the first."""
+        return False
+
     def states_elsewhere(self, optimizer: Any, parameters: Iterable[Any]) -> frozenset[int]:
         """Return, by `id`, the parameters of whose state this rank never has anything, since other ranks do."""
         return frozenset()

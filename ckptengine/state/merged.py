@@ -143,6 +143,9 @@ def _merging(kind: type[Adapter]) -> type[Adapter]:
         def module_tensors(self, module: Merged) -> Iterable[Any]:
             return [tensor for part in module.modules for tensor in super(Merging, self).module_tensors(part)]
 
+        def unsaved_without_memory(self, module: Merged) -> list[str]:
+            return [name for part in module.modules for name in super(Merging, self).unsaved_without_memory(part)]
+
         def module_loading(self, module: Merged) -> frozenset[str] | None:
             found = [super(Merging, self).module_loading(part) for part in module.modules]
             own = [names for names in found if names is not None]

@@ -184,6 +184,10 @@ class TorchAdapter(Adapter):
         """Return the optimizer inside of ZeroRedundancyOptimizer."""
         return _spread.bare_optimizer(optimizer)
 
+    def has_one_state(self, optimizer: Any) -> bool:
+        """Whether an optimizer is LBFGS."""
+        return isinstance(optimizer, torch.optim.LBFGS)
+
     def states_elsewhere(self, optimizer: Any, parameters: Iterable[Any]) -> frozenset[int]:
         """Return the parameters of which other ranks have the state, or the parts."""
         return _spread.states_elsewhere(optimizer, parameters)

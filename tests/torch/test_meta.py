@@ -57,6 +57,21 @@ def test_a_plain_module_gets_memory_as_the_same_parameters_and_the_optimizer_its
     assert "model.angles: on the meta device, and not in the checkpoint" in caplog.text
 
 
+def test_merged_chunks_of_a_pipeline_get_memory_and_their_buffers_without_any_are_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    whole = nn.ModuleDict({"first": Net(), "last": Net()})
+    ce.save(tmp_path / "saved", {"model": whole})
+    with torch.device("meta"):
+        chunks = [nn.ModuleDict({name: Net()}) for name in whole]
+    with caplog.at_level(logging.WARNING, "ckptengine"):
+        ce.load(tmp_path / "saved", into={"model": ce.Merged(chunks)})
+    for chunk in chunks:
+        for name, value in chunk.state_dict().items():
+            assert torch.equal(value, whole.state_dict()[name]), name
+    assert "model.first.angles, model.last.angles: on the meta device" in caplog.text
+
+
 def meta_linear(**options: Any) -> nn.Linear:
     with torch.device("meta"):
         return nn.Linear(4, 3, **options)

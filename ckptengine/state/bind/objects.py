@@ -11,6 +11,7 @@ from ckptengine.frameworks.adapter import Adapter
 from ckptengine.schema.path import Path, dotted
 from ckptengine.schema.type_name import describe_type
 from ckptengine.state.bind.extras import items_of, leave_out
+from ckptengine.state.bind.rates import check_rates
 from ckptengine.state.bind.tensors import TensorBinder
 from ckptengine.state.bind.work import OBJECTS, SET
 from ckptengine.state.kinds import Kind
@@ -60,6 +61,8 @@ class ObjectBinder(TensorBinder):
             self._rebuilt.items.append(items_of(path, places, current, had, alike))
             self._work.act(SET, functools.partial(leave_out, rebuilt, self._rebuilt.left_out, path))
         self._work.act(OBJECTS, functools.partial(hand_over, target, rebuilt, path, call))
+        if self._source.regrouped:
+            self._work.act(OBJECTS, functools.partial(check_rates, target, path))
 
     def _bind_loader(self, loader: Any, adapter: Adapter, path: Path, own: Node | None) -> None:
         """As an object in a PerRank; but its state is not asked for, which would start its workers."""

@@ -50,6 +50,8 @@ class OptimizerBinder(TensorBinder):
             numbered = adopt_numbered(node, names, self._source.resized)
             self._adopted |= numbered.keys()
             self._look_for_tied(node, names)
+            if adapter.has_one_state(optimizer) and not self._is_in_order(node, path, names):
+                return
             if not self._regroup(node, path, names, numbered, per_rank):
                 return
         saved_state = node.child("state") or Node()
@@ -126,6 +128,34 @@ class OptimizerBinder(TensorBinder):
         if odd:
             reason = f"one tied parameter here, and in the checkpoint two whose {odd[0]!r} differs"
             self._mismatch(path, f"{reason}; load into a state in which they are not tied", node)
+
+    def _is_in_order(self, node: Node, path: Path, names: list[list[str]]) -> bool:
+        """Whether the one state that an optimizer has for all of its parameters was saved for those here, in their
+        order. Else it is noted."""
+        place, states = node.child(GROUPS), node.child("state")
+        groups = (saved_groups(place) or []) if place is not None else []
+        here = [name for group in names for name in group]
+        there = [self._parameter_name(str(name)) for group in groups for name in group.params]
+        firsts = set() if states is None else {self._parameter_name(str(name)) for name in states.children}
+        if not there or not here or firsts.isdisjoint(there):
+            return True
+        first = there.index(here[0]) if here[0] in firsts and here[0] in there else 0
+        end = next((n for n in range(first + 1, len(there)) if there[n] in firsts), len(there))
+        known = there[first:end]  # other stages' parameters follow, from the first of each
+        if known == here:
+            return True
+        number = next((n for n, pair in enumerate(zip(known, here, strict=False)) if pair[0] != pair[1]), None)
+        if number is None:
+            what = f"{len(known)} parameters in the checkpoint, {len(here)} here"
+        else:
+            what = f"parameter {number} is {known[number]} in the checkpoint, {here[number]} here"
+        self._mismatch(
+            path,
+            f"its history is one vector of all parameters, one after the other, and these are others: {what}; give the "
+            "optimizer the same parameters in the same order, or leave it out with `only`: it begins a new history",
+            node,
+        )
+        return False
 
     def _regroup(
         self, node: Node, path: Path, names: list[list[str]], numbered: Mapping[str, str], per_rank: bool

@@ -68,6 +68,8 @@ class OwnCallsBinder(ObjectBinder, OptimizerBinder, ModuleBinder):
         numbered = adopt_numbered(node, names, self._source.resized)
         self._adopted |= numbered.keys()
         self._look_for_tied(node, names)
+        if adapter.has_one_state(optimizer) and not self._is_in_order(node, path, names):
+            return
         if not self._regroup(node, path, names, numbered, per_rank):
             return
         packed = self._own_groups(adapter, groups, names, path, node, per_rank)
