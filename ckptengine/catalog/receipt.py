@@ -178,6 +178,16 @@ class StorageStore(KeyValueStore):
             if error.errno != errno.ENOENT:  # the whole attempt has been swept
                 raise
 
+    def claim(self, key: str, value: bytes) -> bytes:
+        """Store a value unless the key has one; return the one that it has."""
+        name = self._name(key)
+        if self._storage.put_if_absent(name, value):
+            return value
+        standing = self.get(key, _GRACE)
+        if standing is None:
+            raise DeadlineError(f"the message {name} is there and can't be read")
+        return standing
+
     def _look(self, name: str) -> bytes | None:
         if self._storage.size(name) is None:
             return None

@@ -26,6 +26,13 @@ class KeyValueStore(ABC):
     def delete(self, key: str) -> None:
         """Remove a key; one that is not there is no error."""
 
+    @abstractmethod
+    def claim(self, key: str, value: bytes) -> bytes:
+        """Store a value unless the key has one, which the store decides; return the one that it has.
+
+        The value is ASCII text, and nobody else's (it carries an id).
+        """
+
     # Of many keys at once: a store that is far away is asked once, not once for each.
 
     def set_each(self, values: Mapping[str, bytes]) -> None:

@@ -86,6 +86,10 @@ class StoreHost(KeyValueStore):
         """Remove a key; one that is not there is no error."""
         self._asked(lambda: self._client.delete(key))
 
+    def claim(self, key: str, value: bytes) -> bytes:
+        """Store a value unless the key has one; return the one that it has."""
+        return self._asked(lambda: self._client.claim(key, value))
+
     def set_each(self, values: Mapping[str, bytes]) -> None:
         """Store several values."""
         self._asked(lambda: self._client.set_each(values))

@@ -92,6 +92,11 @@ class HostedStore(KeyValueStore):
         """Remove a key; one that is not there is no error."""
         self._call(Operation.DELETE, key)
 
+    def claim(self, key: str, value: bytes) -> bytes:
+        """Store a value unless the key has one; return the one that it has."""
+        standing = self._call(Operation.CLAIM, key, value)
+        return value if standing is None else standing
+
     def set_each(self, values: Mapping[str, bytes]) -> None:
         """Store several values."""
         self._call_each(Operation.SET, list(values), list(values.values()))

@@ -51,7 +51,7 @@ class MemoryStore(KeyValueStore):
 
     def __init__(self) -> None:
         self._values: dict[str, bytes] = {}
-        self._changed = threading.Condition()
+        self._changed = threading.Condition(threading.RLock())
 
     def set(self, key: str, value: bytes) -> None:
         """Store a value."""
@@ -69,6 +69,13 @@ class MemoryStore(KeyValueStore):
         """Remove a key; one that is not there is no error."""
         with self._changed:
             self._values.pop(key, None)
+
+    def claim(self, key: str, value: bytes) -> bytes:
+        """Store a value unless the key has one; return the one that it has."""
+        with self._changed:
+            if key not in self._values:
+                self.set(key, value)
+            return self._values[key]
 
 
 def put_large(store: KeyValueStore, key: str, value: bytes) -> None:

@@ -165,6 +165,22 @@ class MindSporeStore(KeyValueStore):
 
         self._call("delete", remove)
 
+    def claim(self, key: str, value: bytes) -> bytes:
+        """Store a value unless the key has one; return the one that it has."""
+
+        def store() -> None:
+            if self._store.add(f"{key}!", 1) == 1:  # the first who comes stores
+                self._store.set(key, b"=" + value)
+                self._store.add(_counter(key), 1)
+
+        self._call("set", store)
+        standing = self.get(key, _CALL_TIMEOUT.total_seconds())
+        if standing is None:
+            raise CheckpointError(
+                f"the store of the job at {self._where} has no value for {key!r}: its writer has ended"
+            )
+        return standing
+
     def _look(self, key: str) -> bytes | None:
         def look() -> bytes | None:
             if self._store.add(_counter(key), 0) <= 0:

@@ -272,12 +272,16 @@ class Service:
             else:
                 self._reply(connection, Status.ABSENT)
             return
-        if operation is Operation.SET:
+        new = operation is Operation.SET or (operation is Operation.CLAIM and key not in self._values)
+        if new:
             self._values[key] = value
-        else:
+        if operation is Operation.DELETE:
             self._values.pop(key, None)
-        self._reply(connection, Status.DONE)
-        if operation is Operation.SET:
+        if operation is Operation.CLAIM:
+            self._reply(connection, Status.FOUND, self._values[key])
+        else:
+            self._reply(connection, Status.DONE)
+        if new:
             for waiting in list(self._waiting.get(key, ())):
                 self._reply(waiting, Status.FOUND, value)
 

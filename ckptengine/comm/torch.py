@@ -128,6 +128,12 @@ class TorchStore(KeyValueStore):
         """Remove a key; one that is not there is no error."""
         self._call("delete", lambda client: client.delete_key(key))
 
+    def claim(self, key: str, value: bytes) -> bytes:
+        """Store a value, ASCII text, unless the key has one; return the one that it has."""
+        text = f"={value.decode()}"
+        standing: bytes = self._call("compare_set", lambda client: client.compare_set(key, "", text))
+        return standing[1:]
+
     def _look(self, key: str) -> bytes | None:
         """Return a key's value; None where it isn't there. Every key has one deleter, its last reader."""
         value: bytes | None = self._call("get", lambda client: client.get(key) if client.check([key]) else None)

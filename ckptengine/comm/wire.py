@@ -46,6 +46,7 @@ class Operation(IntEnum):
     SET = 1
     GET = 2
     DELETE = 3
+    CLAIM = 4
 
 
 class Status(IntEnum):

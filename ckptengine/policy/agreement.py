@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import secrets
 import threading
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -24,6 +26,9 @@ _POLLED_ANSWER_SECONDS = 70.0
 """How long it takes at least through files: NFS may show another machine's file only after 60 s (`acdirmax`)."""
 _WORD_SECONDS = 2.0
 """How much longer than rank 0 the others wait, for its word."""
+_HELD_SECONDS = 1.0
+"""How long a rank is held back at most in the first turn, where messages come at once."""
+_FIRST_PAUSE = 0.001
 _LOOK_SECONDS = 0.5
 """How often it is looked whether a rank that is late is dead."""
 _LOOKS_PER_SECOND = 100
@@ -54,10 +59,10 @@ class Verdict:
     """What rank 0 makes of all limits.
 
     "stop": all save in call number `call` and end. "over": a rank has finished its training, so all may. "failed": it
-    can't be done, `why` says why.
+    can't be done, `why` says why. "again": a rank has trained on, and all tell new limits.
     """
 
-    kind: Literal["stop", "over", "failed"]
+    kind: Literal["stop", "over", "failed", "again"]
     call: int = 0
     why: str = ""
 
@@ -66,16 +71,23 @@ class Agreement:
     """The messages of one Checkpointer's life, in a store; every wait is a thread's that does nothing else.
 
     The keys: `request`, set by the rank that is told to end; `wake/<rank>`, by which rank 0 passes it on to each
-    (a key for each, so that a rank can also wake itself, to close); `limit/<rank>`, the answers; `verdict`, which is
-    the greatest of them; `left/<rank>`, set by a rank that needs the store no more; `process/<rank>`, by which ranks of
-    the same machine see who is dead. `timeout`, in seconds, bounds the wait for answers where no
-    grace period does.
+    (a key for each, so that a rank can also wake itself, to close); `limit/<rank>`, the answers; `verdict/<turn>`,
+    which is the greatest of them; `left/<rank>`, set by a rank that needs the store no more; `process/<rank>`, by which
+    ranks of the same machine see who is dead. `timeout`, in seconds, bounds the wait for answers where no grace period
+    does.
+
+    A rank that is held back by its limit may be what another waits for whose threads can't answer, since that one's
+    training keeps the interpreter's lock while it waits. So none is held back for long: it claims the verdict of this
+    turn for "again", and trains on; then all tell new limits, in the next turn. The store decides whether that word or
+    rank 0's verdict counts, so that all ranks go by the same, and none needs another to find out.
     """
 
     def __init__(self, store: KeyValueStore, rank: int, world_size: int, prefix: str, timeout: float) -> None:
         self._store, self._rank, self._world_size = store, rank, world_size
         self._prefix = prefix
         self._closed = threading.Event()
+        self._telling, self._gone = threading.Lock(), False
+        self._begun: float | None = None
         self._pause = max(1.0, world_size / _LOOKS_PER_SECOND)
         self._least = _LEAST_ANSWER_SECONDS if store.blocks else _POLLED_ANSWER_SECONDS + 3 * self._pause
         self._answer_seconds = max(self._least, min(timeout, _ANSWER_SECONDS))
@@ -103,8 +115,8 @@ class Agreement:
                 if request.grace is not None:
                     self._answer_seconds = max(self._least, request.grace / 2)
                 if self._rank == 0:
-                    for rank in range(1, self._world_size):
-                        self._set(f"wake/{rank}", found)
+                    others = range(1, self._world_size)
+                    self._store.set_each({self._key(f"wake/{rank}"): json.dumps(found).encode() for rank in others})
                 return request
             if not self._store.blocks:
                 self._closed.wait(self._pause)
@@ -127,51 +139,79 @@ class Agreement:
         self._store.delete(self._key(self._waited_for))
         self._store.delete(self._key(f"process/{self._rank}"))
 
-    def publish(self, limit: Limit) -> None:
-        """Tell this rank's limit."""
-        self._set(f"limit/{self._rank}", [limit.call, limit.gone])
+    def publish(self, limit: Limit, turn: int = 0) -> None:
+        """Tell this rank's limit in a turn; one that is gone is so in all."""
+        with self._telling:
+            self._gone = self._gone or bool(limit.gone)
+            if limit.gone or not self._gone:
+                self._set(f"limit/{self._rank}", [turn, limit.call, limit.gone])
 
-    def decide(self) -> Verdict:
-        """Rank 0: hear all limits, and tell the verdict."""
-        verdict = _verdict(self._collect())
-        self._set("verdict", [verdict.kind, verdict.call, verdict.why])
-        return verdict
+    def patience(self, turn: int) -> float:
+        """Return for how many seconds a rank is held back in a turn; longer in each, so that one is long enough."""
+        return 2.0**turn * (_HELD_SECONDS + self._world_size / 1000 if self._store.blocks else self._least)
 
-    def hear(self) -> Verdict:
-        """The other ranks: wait for the verdict, as long as rank 0 may live."""
-        begun, seconds = time.monotonic(), self._least + _WORD_SECONDS
-        while (found := self._get("verdict", seconds)) is None:
-            if self._is_dead(0):
+    def give_way(self, turn: int) -> Verdict | None:
+        """End a turn in which this rank was held back for too long; return its verdict where there is one by now."""
+        return self._claim(turn, Verdict("again"))
+
+    def decide(self, turn: int) -> Verdict | None:
+        """Rank 0: hear all limits, and tell the verdict; None where a rank has ended this turn without one."""
+        limits = self._collect(turn)
+        return None if limits is None else self._claim(turn, _verdict(limits))
+
+    def hear(self, turn: int) -> Verdict | None:
+        """The other ranks: wait for the verdict, as long as rank 0 may live; None where there is none in this turn."""
+        begun = self._begin()
+        least, seconds = self._least + _WORD_SECONDS, self._least + _WORD_SECONDS
+        while (found := self._get(f"verdict/{turn}", seconds)) is None:
+            if time.monotonic() - begun > least and self._is_dead(0):
                 return Verdict("failed", why="rank 0 ended without a word")
             if time.monotonic() - begun > self._answer_seconds + _WORD_SECONDS:
                 return Verdict("failed", why="rank 0 did not answer")
             seconds = _LOOK_SECONDS
-        return Verdict(*found)
+        return self._read(found)
 
-    def _collect(self) -> dict[int, Limit | None]:
-        """Wait for all limits; for those that are late, only as long as their ranks may live."""
-        begun = time.monotonic()
+    def _begin(self) -> float:
+        """Return the moment at which the first turn began: all turns together have the time for the answers."""
+        if self._begun is None:
+            self._begun = time.monotonic()
+        return self._begun
+
+    def _claim(self, turn: int, verdict: Verdict) -> Verdict | None:
+        own = json.dumps([verdict.kind, verdict.call, verdict.why, secrets.token_hex(8)])
+        return self._read(json.loads(self._store.claim(self._key(f"verdict/{turn}"), own.encode())))
+
+    def _read(self, found: list[Any]) -> Verdict | None:
+        verdict = Verdict(*found[:3])
+        return None if verdict.kind == "again" else verdict
+
+    def _collect(self, turn: int) -> dict[int, Limit | None] | None:
+        """Wait for all limits; for those that are late, only as long as their ranks may live.
+
+        Return None where a rank has ended this turn.
+        """
+        begun, pause = self._begin(), _FIRST_PAUSE
         limits: dict[int, Limit | None] = dict.fromkeys(range(self._world_size))
-        for rank in range(self._world_size):
-            if self._heard(limits, rank, begun + self._least):
-                return limits
         while missing := [rank for rank, limit in limits.items() if limit is None]:
-            for rank in missing:
-                if self._is_dead(rank):
-                    limits[rank] = Limit(0, gone="dead")
-                    return limits
-            if time.monotonic() - begun > self._answer_seconds:
+            ended, *found = self._get_each([f"verdict/{turn}", *(f"limit/{rank}" for rank in missing)])
+            if ended is not None:
+                return None
+            for rank, said in zip(missing, found, strict=True):
+                if said is not None and (said[0] == turn or said[2]):
+                    limits[rank] = Limit(*said[1:])
+            if any(limit is not None and limit.gone == "failed" for limit in limits.values()):
+                break  # those of the others are of no use
+            late = [rank for rank in missing if limits[rank] is None]
+            waited = time.monotonic() - begun
+            if dead := [rank for rank in late if waited > self._least and self._is_dead(rank)]:
+                limits[dead[0]] = Limit(0, gone="dead")
                 break
-            for number, rank in enumerate(missing):
-                if self._heard(limits, rank, time.monotonic() + (0.0 if number else _LOOK_SECONDS)):
-                    return limits
+            if waited > self._answer_seconds:
+                break
+            if late:
+                time.sleep(pause)
+                pause = min(2 * pause, _LOOK_SECONDS)
         return limits
-
-    def _heard(self, limits: dict[int, Limit | None], rank: int, deadline: float) -> bool:
-        """Wait for a rank's limit; return whether it makes those of the others useless."""
-        found = self._get(f"limit/{rank}", max(0.0, deadline - time.monotonic()))
-        limits[rank] = limit = None if found is None else Limit(*found)
-        return limit is not None and limit.gone == "failed"
 
     def _is_dead(self, rank: int) -> bool:
         """Return whether a rank is a process of this machine that doesn't live; False where that can't be seen."""
@@ -193,7 +233,10 @@ class Agreement:
         for rank in range(self._world_size):
             for key in (f"wake/{rank}", f"limit/{rank}", f"left/{rank}", f"process/{rank}"):
                 self._store.delete(self._key(key))
-        self._store.delete(self._key("verdict"))
+        turn = 0
+        while self._get(f"verdict/{turn}", 0.0) is not None:
+            self._store.delete(self._key(f"verdict/{turn}"))
+            turn += 1
         self._store.delete(self._key("request"))
 
     def _key(self, key: str) -> str:
@@ -201,6 +244,10 @@ class Agreement:
 
     def _set(self, key: str, value: list[object] | dict[str, Any]) -> None:
         self._store.set(self._key(key), json.dumps(value).encode())
+
+    def _get_each(self, keys: Sequence[str]) -> list[Any]:
+        found = self._store.get_each([self._key(key) for key in keys])
+        return [None if data is None else json.loads(data) for data in found]
 
     def _get(self, key: str, seconds: float) -> Any:
         data = self._store.get(self._key(key), seconds)

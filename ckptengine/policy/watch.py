@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 import os
 import signal
@@ -31,6 +32,8 @@ _LEAVING = 10.0
 """Seconds in which a process that is on its way out takes a signal for the launcher's, which ends all when one ends."""
 _TELL_SECONDS = 10.0
 """How often the log says what is waited for."""
+_BETWEEN_SECONDS = 0.2
+"""How long training goes on after a turn of the agreement that a rank has ended, before the next."""
 _LOOK_SECONDS = 1.0
 """How often rank 0 looks for the file."""
 _WORD_SECONDS = 2.0
@@ -76,6 +79,7 @@ class Watch:
         self._changed = threading.Condition()
         self._calls = 0
         self._limit: int | None = None
+        self._turn = 0  # in which the limit was told
         self._verdict: Verdict | None = None
         self._arrived: dict[int, float] = {}
         self._leaving_since: float | None = None
@@ -110,26 +114,58 @@ class Watch:
         """Count a call of `step`; return whether the job is to be saved now, and to end.
 
         Waits where this rank has come to the limit that it told and the verdict is still out: the others may
-        stop here. Raises `DeadlineError` where there is no verdict.
+        stop here. But one of them may be waiting for this rank, in a call that keeps its threads from answering: then
+        this turn of the agreement ends without a verdict, and training goes on until the next. Raises `DeadlineError`
+        where the store can't be asked.
         """
         with self._changed:
             self._calls += 1
         if self._subscription is None and not self._closed.is_set():
             self._subscription = subscribe(self._preemption.numbers, self._name, self._signalled)
-        with self._changed:
-            if self._limit is None or self._calls < self._limit:
-                return False
-            wait = 1.0 if self._agreement is None else self._agreement.seconds + _WORD_SECONDS
-            self._changed.wait_for(lambda: self._verdict is not None, wait)
-            verdict = self._verdict
-            if verdict is None:
-                rank = self._comm.rank
-                raise DeadlineError(
-                    f"rank {rank} got the notice to end, but no decision on the step came within {wait:g} s"
-                )
+        verdict = self._await_verdict()
+        if verdict is None:
+            return False
         if verdict.kind == "failed":
             self._end_disagreed(verdict)
         return verdict.kind == "stop" and self._calls >= verdict.call
+
+    def _await_verdict(self) -> Verdict | None:
+        """Return the verdict where this rank must not go on without one; None where it may."""
+        with self._changed:
+            if self._limit is None or self._calls < self._limit:
+                return None
+            turn, agreement = self._turn, self._agreement
+            if self._heard(1.0 if agreement is None else agreement.patience(turn)):
+                return self._verdict
+        problem = "nobody answers"
+        if agreement is not None:
+            try:
+                verdict = agreement.give_way(turn)
+            except CheckpointError as error:
+                problem = str(error)
+            else:
+                with self._changed:
+                    if verdict is not None:
+                        self._verdict = self._verdict or verdict
+                    elif self._turn == turn:
+                        self._limit = None
+                return verdict
+        with self._changed:
+            wait = _WORD_SECONDS if agreement is None else agreement.seconds + _WORD_SECONDS
+            if self._heard(wait):
+                return self._verdict
+        rank = self._comm.rank
+        raise DeadlineError(
+            f"rank {rank} got the notice to end, but no decision on the step came within {wait:g} s: {problem}"
+        )
+
+    def _heard(self, seconds: float) -> bool:
+        """Wait for the verdict, or for the end of the turn without one; return whether either has come."""
+
+        def come() -> bool:
+            return self._verdict is not None or self._limit is None or self._calls < self._limit
+
+        return self._changed.wait_for(come, seconds)
 
     @property
     def left(self) -> float | None:
@@ -281,17 +317,30 @@ class Watch:
             if request is None:
                 return
             self._bound(request.reason, request.grace)
-            with self._changed:
-                self._limit = self._calls + 1
-                limit = Limit(self._limit)
-            agreement.publish(limit)
-            verdict = agreement.decide() if self._comm.rank == 0 else agreement.hear()
+            verdict = self._take_turns(agreement)
         except CheckpointError as error:
             self._lost = True
             if request is None and not self._arrived:
                 return  # the host of the store has ended, as at the end of a job; whoever trains on will notice
             verdict = Verdict("failed", why=str(error))
         self._conclude(verdict)
+
+    def _take_turns(self, agreement: Agreement) -> Verdict:
+        """Tell this rank's limit until all ranks' stand at the same time; return what follows from them."""
+        for turn in itertools.count():
+            with self._changed:
+                self._turn, self._limit = turn, self._calls + 1
+                limit = Limit(self._limit)
+            agreement.publish(limit, turn)
+            verdict = agreement.decide(turn) if self._comm.rank == 0 else agreement.hear(turn)
+            if verdict is not None:
+                return verdict
+            with self._changed:
+                self._limit = None
+                self._changed.notify_all()
+            if self._closed.wait(_BETWEEN_SECONDS):
+                break
+        return Verdict("over")
 
     def _conclude(self, verdict: Verdict) -> None:
         with self._changed:
@@ -328,6 +377,11 @@ class _FolderStore(StorageStore):
         """Store a value."""
         self._storage.make_directory(self._directory)
         super().set(key, value)
+
+    def claim(self, key: str, value: bytes) -> bytes:
+        """Store a value unless the key has one; return the one that it has."""
+        self._storage.make_directory(self._directory)
+        return super().claim(key, value)
 
     def delete(self, key: str) -> None:
         """Leave it: the directory goes as a whole."""

@@ -138,3 +138,8 @@ def test_damaged_messages_give_nothing_but_our_errors(data):
     for kind, message in ((Receipt, bytes(whole)), (Outcome, data.draw(st.binary(max_size=50)))):
         with contextlib.suppress(CheckpointError):
             kind.decode(message)
+
+
+def test_of_those_who_claim_a_key_one_gets_it_and_all_hear_what_it_is(store):
+    assert [store.claim("key", b"first"), store.claim("key", b"second")] == [b"first"] * 2
+    assert store.get("key", 0.0) == b"first"

@@ -88,6 +88,15 @@ def test_what_either_side_stores_the_other_reads_and_deletes(host, client):
     assert get_large(host, "large", 0.0) == get_large(client, "large", 0.0) == value
 
 
+def test_of_those_who_claim_a_key_one_gets_it_and_all_hear_what_it_is(host, client):
+    with ThreadPoolExecutor(8) as pool:
+        claims = pool.map(lambda number: (client, host)[number % 2].claim("a", b"%d" % number), range(40))
+        standing = set(claims)
+        waiting = pool.submit(client.get, "b", 60)
+        assert host.claim("b", b"for who waits") == waiting.result(30) == b"for who waits"
+    assert standing == {host.get("a", 0.0)}
+
+
 def test_many_keys_are_stored_read_and_deleted_at_once(host, client):
     values = {f"key {number}": b"%d" % number for number in range(1000)} | {"large": os.urandom(3 << 20), "": b""}
     client.set_each(values)

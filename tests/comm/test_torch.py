@@ -90,6 +90,8 @@ def test_every_c10d_store_keeps_waits_and_deletes(kind, tmp_path):
     store.delete("key")
     store.delete("key")
     assert store.get("key", 0.1) is None
+    assert [store.claim("key", b"first"), store.claim("key", b"second")] == [b"first"] * 2
+    assert store.get_each(["none", "key"]) == [None, b"first"]
 
 
 def test_a_waiting_thread_does_not_hold_up_the_others(tmp_path):

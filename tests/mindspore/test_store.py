@@ -27,7 +27,10 @@ def test_a_client_whose_connection_breaks_is_replaced_on_the_host_and_on_others(
         port = probe.getsockname()[1]
     host = MindSporeStore(0, 2, "127.0.0.1", port)
     other = MindSporeStore(1, 2, "127.0.0.1", port)
-    for store in (host, other, host):
+    for number, store in enumerate((host, other, host)):
+        store._store = Broken()
+        claims = [store.claim(f"claimed {number}", b"first"), other.claim(f"claimed {number}", b"second")]
+        assert claims == [b"first"] * 2
         store._store = Broken()
         store.set("key", b"1")
         store._store = Broken()

@@ -74,6 +74,9 @@ class DiesInside(KeyValueStore):
     def delete(self, key: str) -> None:
         self._inner.delete(key)
 
+    def claim(self, key: str, value: bytes) -> bytes:
+        return self._inner.claim(key, value)
+
 
 def die_writing() -> None:
     """Have this rank die when it has written a part of its next archive."""

@@ -63,5 +63,14 @@ class FileStore(KeyValueStore):
         except OSError as error:
             raise StorageError(error.errno, f"cannot delete the message {path}: {error.strerror}") from error
 
+    def claim(self, key: str, value: bytes) -> bytes:
+        """Store a value unless the key has one; return the one that it has."""
+        temporary = f"{self._directory}/.tmp-{secrets.token_hex(8)}"
+        Path(temporary).write_bytes(value)
+        with contextlib.suppress(FileExistsError):
+            os.link(temporary, self._path(key))
+        os.unlink(temporary)
+        return Path(self._path(key)).read_bytes()
+
     def _path(self, key: str) -> str:
         return f"{self._directory}/{quote(key, safe='')}"
