@@ -31,7 +31,7 @@ from ckptengine.layout.rank_rows import PackedRows
 from ckptengine.layout.read_plan import WantedPart, plan_read
 from ckptengine.layout.survey import even_part
 from ckptengine.load.checkpoint import Checkpoint
-from ckptengine.save.planner import Plan, Planner
+from ckptengine.save.planner import Plan, Planner, Taken
 from ckptengine.save.reading import Reading, structure_of
 from ckptengine.save.values import stored_values
 from ckptengine.schema.box import Box
@@ -108,10 +108,10 @@ def reading_of(rank: int, ranks: int, leaves: int) -> Reading:
 def plan_of(rank: int, ranks: int, leaves: int) -> Plan:
     """Return a rank's plan."""
     reading = reading_of(rank, ranks, leaves)
-    plan, error = Planner(Crowd(rank, ranks)).plan(reading, stored_values(reading.plain), None, 60.0)
-    if plan is None:
-        raise error or AssertionError
-    return plan
+    planned = Planner(Crowd(rank, ranks)).plan(Taken(reading, stored_values(reading.plain)), 60.0)
+    if isinstance(planned, Exception):
+        raise planned
+    return planned.plan
 
 
 def all_rows(ranks: int, leaves: int) -> tuple[list[PackedRows], list[int]]:
@@ -140,12 +140,12 @@ def run(ranks: int, leaves: int) -> dict[str, Any]:
     rank = ranks // 2
     reading = reading_of(rank, ranks, leaves)
     crowd = Crowd(rank, ranks)
-    planner, values = Planner(crowd), stored_values(reading.plain)
+    planner, taken = Planner(crowd), Taken(reading, stored_values(reading.plain))
     with timed(result, "first_plan"):
-        planner.plan(reading, values, None, 60.0)
+        planner.plan(taken, 60.0)
     result["first_plan_bytes"] = crowd.received
     with timed(result, "later_plan"):
-        planner.plan(reading, values, None, 60.0)
+        planner.plan(taken, 60.0)
     packed, sizes = all_rows(ranks, leaves)
     result["packed_bytes"] = sum(len(rows.columns) for rows in packed)
     with timed(result, "merge"):

@@ -20,7 +20,7 @@ import numpy as np
 from benchmarks.scale import Crowd
 from ckptengine.layout.holdings import holdings_of
 from ckptengine.layout.survey import by_path, encode_boxes, survey_of, table_of
-from ckptengine.save.planner import Planner
+from ckptengine.save.planner import Planner, Taken
 from ckptengine.save.reading import Reading, structure_of
 from ckptengine.save.replicas import ReplicaCheck
 from ckptengine.save.values import stored_values
@@ -169,8 +169,9 @@ def run(mesh: Mesh, leaves: int) -> dict[str, Any]:
         values = stored_values(reading.plain)
         began = time.thread_time()
         try:
-            planned, error = Planner(member).plan(reading, values, None, 60.0, ReplicaCheck.NEVER)
-            assert planned is not None, error
+            planned = Planner(member).plan(Taken(reading, values), 60.0, ReplicaCheck.NEVER)
+            if isinstance(planned, Exception):
+                raise planned
         except BaseException as problem:
             problems.append(problem)
             party.abort()

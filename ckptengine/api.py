@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any, overload
 from ckptengine.catalog.naming import open_checkpoint
 from ckptengine.comm.base import Communicator
 from ckptengine.comm.select import current
-from ckptengine.errors import SaveFailedError
 from ckptengine.frameworks.registry import framework
 from ckptengine.lifecycle import after_fork
 from ckptengine.load.loader import LoadOptions, load_arrays, load_newest, tell_leftovers
@@ -76,8 +75,6 @@ def save(
     )
     stats = handle.durable.result()
     saver.settle(timeout)
-    if stats is None:
-        raise SaveFailedError(f"{handle.path}: the save ended without statistics")
     return stats
 
 

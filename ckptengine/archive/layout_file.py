@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Sequence
 from functools import cached_property
 
@@ -132,8 +133,8 @@ class StoredRows:
         """Return archive, position and bytes of all chunks of `leaves[leaf]`, int64 [rows]; raises as `places`."""
         record = self.leaves[leaf]
         rows = np.arange(*record.rows)
-        if record.is_grid:
-            nbytes = np.full(rows.size, record.chunk_nbytes, np.int64)
+        if record.chunk_shape is not None:
+            nbytes = np.full(rows.size, math.prod(record.chunk_shape) * record.itemsize, np.int64)
         else:
             nbytes = self.boxes(leaf)[1].prod(axis=1) * record.itemsize
         return *self.places(rows, nbytes), nbytes

@@ -4,41 +4,48 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from typing import TypeVar, cast
+from typing import TypeVar
 
 from ckptengine import errors
 from ckptengine.comm.base import Communicator
 from ckptengine.errors import CheckpointError, DeadlineError, RankFailedError
 
-__all__ = ["agree", "from_all", "from_first", "gather", "on_all", "share"]
+__all__ = ["agree", "exchange", "from_all", "from_first", "gather", "on_all", "share"]
 
 _T = TypeVar("_T")
 
 
 def on_all(comm: Communicator, work: Callable[[], _T], timeout: float, doing: str) -> _T:
     """Do this rank's part of something, and return what came of it once no rank has an error; see `gather`."""
-    result, error = _tried(work)
-    gather(comm, b"", error, timeout, doing)
-    return cast(_T, result)
+    return exchange(comm, lambda: (work(), b""), timeout, doing)[0]
 
 
 def from_all(comm: Communicator, work: Callable[[], bytes], timeout: float, doing: str) -> list[bytes]:
     """Return what each rank's part of something gave, in the order of ranks; see `gather`."""
-    result, error = _tried(work)
-    return gather(comm, result or b"", error, timeout, doing)
+    return exchange(comm, lambda: (None, work()), timeout, doing)[1]
+
+
+def exchange(
+    comm: Communicator, work: Callable[[], tuple[_T, bytes]], timeout: float, doing: str
+) -> tuple[_T, list[bytes]]:
+    """Do this rank's part of something that ends with a word for all ranks; return what came of it, and all ranks'
+    words in the order of ranks, once no rank has an error; see `gather`."""
+    try:
+        result, word = work()
+    except Exception as error:
+        gather(comm, b"", error, timeout, doing)
+        raise
+    return result, gather(comm, word, None, timeout, doing)
 
 
 def from_first(comm: Communicator, work: Callable[[], bytes], timeout: float, doing: str) -> bytes:
     """Do something on rank 0, and return on all ranks what it gave, or raise its error on all."""
-    result, error = _tried(work) if comm.rank == 0 else (None, None)
-    return share(comm, result, error, timeout, doing)
-
-
-def _tried(work: Callable[[], _T]) -> tuple[_T | None, Exception | None]:
+    value, error = b"", None
     try:
-        return work(), None
-    except Exception as error:
-        return None, error
+        value = work() if comm.rank == 0 else b""
+    except Exception as problem:
+        error = problem
+    return share(comm, value, error, timeout, doing)
 
 
 def agree(comm: Communicator, error: Exception | None, timeout: float, doing: str) -> None:
@@ -70,8 +77,8 @@ def gather(comm: Communicator, value: bytes, error: Exception | None, timeout: f
     raise _class(kinds.pop() if len(kinds) == 1 else "")(f"{doing} failed on rank(s) {ranks}: {text}") from error
 
 
-def share(comm: Communicator, value: bytes | None, error: Exception | None, timeout: float, doing: str) -> bytes:
-    """Return rank 0's value on all ranks, or raise rank 0's error on all; the other ranks pass None."""
+def share(comm: Communicator, value: bytes, error: Exception | None, timeout: float, doing: str) -> bytes:
+    """Return rank 0's value on all ranks, or raise rank 0's error on all; that of the others is not used."""
     if comm.world_size > 1:
         reply = comm.broadcast(_reply(value, error) if comm.rank == 0 else None, timeout)
         if reply[:1] == b"!" and error is None:
@@ -80,12 +87,11 @@ def share(comm: Communicator, value: bytes | None, error: Exception | None, time
         value = reply[1:]
     if error is not None:
         raise error
-    assert value is not None
     return value
 
 
-def _reply(value: bytes | None, error: Exception | None) -> bytes:
-    return b"=" + (value or b"") if error is None else b"!" + _pack(error)
+def _reply(value: bytes, error: Exception | None) -> bytes:
+    return b"=" + value if error is None else b"!" + _pack(error)
 
 
 def _pack(error: Exception) -> bytes:

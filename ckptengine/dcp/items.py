@@ -229,17 +229,18 @@ def _held(planner: SavePlanner) -> dict[str, bytes]:
 
 def _tensor(item: WriteItem, planner: SavePlanner) -> tuple[torch.Tensor, Box, tuple[int, ...]]:
     """Return the tensor of an item, the box of the whole that it is, and the shape of the whole."""
-    assert item.tensor_data is not None
+    name, data = item.index.fqn, item.tensor_data
+    if data is None:
+        raise StateError(f"{name}: the plan has a tensor without its shape (`tensor_data`); the planner has to give it")
     tensor = planner.resolve_data(item)
-    name = item.index.fqn
     if not isinstance(tensor, torch.Tensor):
         raise StateError(f"{name}: the planner gave {type(tensor).__name__} in place of a tensor")
     if isinstance(tensor, DTensor):
         tensor = tensor.to_local()
-    box = Box(tuple(item.tensor_data.chunk.offsets), tuple(item.tensor_data.chunk.sizes))
+    box = Box(tuple(data.chunk.offsets), tuple(data.chunk.sizes))
     if tuple(tensor.shape) != box.shape:
         raise StateError(f"{name}: the plan has a piece of shape {box.shape}, the planner gave {tuple(tensor.shape)}")
-    return tensor.detach(), box, tuple(item.tensor_data.size)
+    return tensor.detach(), box, tuple(data.size)
 
 
 def _object(item: WriteItem, planner: SavePlanner) -> Any:

@@ -88,15 +88,14 @@ class Reader(StorageReader):
         self._problem: CheckpointError | None = None
         self.problem: CheckpointError | None = None
         """Why the checkpoint could not be opened. Versions of torch before 2.13 do not pass it on."""
-        self._checkpoint: Opened | None = None
-        self._contents: Contents | None = None
+        self._found: tuple[Opened, Contents] | None = None
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
         """Take the next checkpoint's path."""
         if checkpoint_id is not None:
             self.checkpoint_id = checkpoint_id
         self.load_id = str(uuid.uuid4())
-        self.problem = self._problem = self._checkpoint = self._contents = None
+        self.problem = self._problem = self._found = None
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         """Return what the checkpoint holds; with `rank`, of what that rank has saved without collectives.
@@ -106,19 +105,27 @@ class Reader(StorageReader):
 
         Raises `CheckpointNotFoundError`, `CheckpointDamagedError`, `FormatVersionError`, `StorageError`.
         """
-        self._alone = kwargs.get("rank") is not None
+        checkpoint, contents = self._open(kwargs.get("rank"))
+        save_id = checkpoint.manifest.attempt if isinstance(checkpoint, Checkpoint) else None
+        metadata = contents.metadata
+        metadata.storage_meta = StorageMeta(checkpoint_id=self.checkpoint_id, save_id=save_id, load_id=self.load_id)
+        return metadata
+
+    def _open(self, rank: int | None) -> tuple[Opened, Contents]:
+        self._alone = rank is not None
         if self._alone and self._problem is not None:
             raise self._problem
         self._problem = None
         try:
-            return self._read(kwargs.get("rank"))
+            self._found = self._read(rank)
         except CheckpointError as problem:
             self.problem = self.problem or problem
             if not self._alone and not isinstance(problem, CheckpointNotFoundError):
                 self._problem = problem
             raise
+        return self._found
 
-    def _read(self, rank: int | None) -> Metadata:
+    def _read(self, rank: int | None) -> tuple[Opened, Contents]:
         path = os.fspath(self.checkpoint_id)
         if rank is not None:
             path = f"{path.rstrip('/')}/rank-{rank}"
@@ -128,12 +135,7 @@ class Reader(StorageReader):
             with naming(checkpoint.location):
                 return checkpoint, contents_of(checkpoint)
 
-        doing = f"reading {storage.location()}"
-        self._checkpoint, self._contents = within(self._timeout, doing, lambda: newest_or_foreign(storage, look))
-        metadata = self._contents.metadata
-        save_id = self._checkpoint.manifest.attempt if isinstance(self._checkpoint, Checkpoint) else None
-        metadata.storage_meta = StorageMeta(checkpoint_id=self.checkpoint_id, save_id=save_id, load_id=self.load_id)
-        return metadata
+        return within(self._timeout, f"reading {storage.location()}", lambda: newest_or_foreign(storage, look))
 
     def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
         """Do nothing: `read_metadata` has opened the checkpoint."""
@@ -186,11 +188,7 @@ class Reader(StorageReader):
         return isinstance(checkpoint_id, (str, os.PathLike))
 
     def _opened(self) -> tuple[Opened, Contents]:
-        if self._checkpoint is None or self._contents is None:
-            self.read_metadata()
-        assert self._checkpoint is not None
-        assert self._contents is not None
-        return self._checkpoint, self._contents
+        return self._found or self._open(None)
 
     def _wanted(self, item: ReadItem, planner: LoadPlanner, checkpoint: Opened, contents: Contents) -> _Wanted:
         name, offset = item.storage_index.fqn, item.storage_index.offset

@@ -44,9 +44,10 @@ class ForeignRows:
     def places(self, rows: Int64s, nbytes: Int64s) -> tuple[Int64s, Int64s]:
         """Return file and position of the elements of these rows; raises `CheckpointDamagedError` naming the file."""
         files, positions = self._table.places(rows, nbytes)
-        if self._description.blobs is None:
+        blobs = self._description.blobs
+        if blobs is None:
             return files, positions
-        self._look_up([row for row in dict.fromkeys(rows.tolist()) if row not in self._found])
+        self._look_up([row for row in dict.fromkeys(rows.tolist()) if row not in self._found and blobs[row]], blobs)
         found = [self._found[row][0] if row in self._found else None for row in rows.tolist()]
         pairs = zip(positions.tolist(), found, strict=True)
         return files, np.array([at if place is None else place for at, place in pairs], np.int64)
@@ -58,13 +59,11 @@ class ForeignRows:
             return None
         return [self._found[row][1] if row in self._found else orders.get(row) for row in rows.tolist()]
 
-    def _look_up(self, rows: list[int]) -> None:
-        """Find where serialized tensors have their elements, several at a time."""
-        description, table = self._description, self._table
-        assert description.blobs is not None
-        wanted = [row for row in rows if description.blobs[row]]
+    def _look_up(self, wanted: list[int], blobs: Int64s) -> None:
+        """Find where serialized tensors have their elements, several at a time; `blobs` are their bytes by row."""
         if not wanted:
             return
+        table = self._table
         starts = np.array([leaf.rows[0] for leaf in table.leaves], np.int64)
         numbers = np.searchsorted(starts, wanted, side="right") - 1
         requests = []
@@ -75,7 +74,7 @@ class ForeignRows:
             if number not in boxes:
                 boxes[number] = table.boxes(number)[1]
             shape = tuple(boxes[number][row - leaf.rows[0]].tolist())
-            place = int(table.archive[row]), int(table.position[row]), int(description.blobs[row])
+            place = int(table.archive[row]), int(table.position[row]), int(blobs[row])
             requests.append((*place, leaf.name, leaf.dtype, shape))
         for row, found in zip(wanted, self._blobs.find(requests), strict=True):
             self._found[row] = found

@@ -7,7 +7,7 @@ import logging
 import math
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -72,8 +72,7 @@ class Place:
         self.learning_rate: float | None = None
         self.best: tuple[int, float] | None = None  # the step that was saved with the best metric, and the metric
         self.began: float | None = None  # when this life began to train, on time.time's clock
-        self.at: Position | None = None
-        self.data: Data | None = None
+        self._restored: tuple[Position, Data] | None = None
         self.resuming: Position | None = None
         self._loaded: dict[str, Any] = _NOTHING
         self._seed: int | None = None
@@ -134,8 +133,7 @@ class Place:
         """Take what `state_dict` returned; the mixin puts each part where the Trainer has it, at its time."""
         self.fetches.load_state_dict(state["fetches"])
         self._loaded = {name: own(value) for name, value in state.items() if name != "fetches"}
-        self.at = Position(**state["at"])
-        self.data = Data(**state["data"])
+        self._restored = Position(**state["at"]), Data(**state["data"])
         self.best = None if state["best"] is None else (int(state["best"][0]), float(state["best"][1]))
         self.began = None
 
@@ -144,16 +142,21 @@ class Place:
         """The loaded text of trainer_state.json."""
         return str(self._loaded["trainer_state"])
 
-    def resume(self) -> Position:
-        """Return the loaded position, in batches of this job; the next epoch that is run begins there."""
-        assert self.at is not None
-        assert self.data is not None
-        args = self._trainer.args
-        batches = self.at.batches
+    @property
+    def loaded_seed(self) -> int | None:
+        """The seed of the data that was loaded."""
+        return None if self._restored is None else self._restored[1].seed
+
+    def resume(self) -> Position | None:
+        """Return the loaded position, in batches of this job, or None; the next epoch that is run begins there."""
+        if self._restored is None:
+            return None
+        at, data = self._restored
+        batches = at.batches
         if batches:
-            here = data_of(self._trainer, self.data.seed)
-            batches = here.batches_of(self.data, batches, args.gradient_accumulation_steps)
-        self.resuming = Position(**asdict(self.at) | {"batches": batches})
+            here = data_of(self._trainer, data.seed)
+            batches = here.batches_of(data, batches, self._trainer.args.gradient_accumulation_steps)
+        self.resuming = replace(at, batches=batches)
         return self.resuming
 
     def put_back(self) -> None:

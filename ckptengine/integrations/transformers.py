@@ -8,6 +8,7 @@ import os
 import re
 import tempfile
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -101,7 +102,7 @@ class Resume:
         self._rng = RNG()
         self._place = Place(self, self._rng)
         self._checkpointer: Checkpointer | None = None
-        self._found: str | None = None  # the directory that stands for a checkpoint of ours, where one is resumed
+        self._found: _Found | None = None  # the checkpoint of ours that is resumed
         self._step: int | None = None  # the step of the run that was asked for
         self._metrics: tuple[int, dict[str, float]] = (-1, {})
         self.callback_handler.callbacks.insert(0, _Moments(self))  # first: before any callback draws a random number
@@ -115,21 +116,20 @@ class Resume:
         if trial is not None:
             raise StateError("hyperparameter search is not supported, because each trial would need a run of its own")
         with (
-            Checkpointer(self.run, **self._checkpointer_options()) as self._checkpointer,
+            Checkpointer(self.run, **self._checkpointer_options()) as checkpointer,
             tempfile.TemporaryDirectory(prefix="ckptengine-") as directory,
         ):
             self._place.forget()
-            self._found, found = None, self._find(resume_from_checkpoint)
-            if found:
-                self._found = resume_from_checkpoint = directory
-                self._write_trainer_state()
+            self._checkpointer, self._found = checkpointer, None
+            if self._find(checkpointer, resume_from_checkpoint):
+                self._found, resume_from_checkpoint = _Found(checkpointer, directory), directory
+                self._write_trainer_state(directory)
             elif not isinstance(resume_from_checkpoint, str):
                 resume_from_checkpoint = self._foreign(resume_from_checkpoint)
             return super().train(resume_from_checkpoint, trial, *args, **kwargs)  # type: ignore[misc]
 
-    def _find(self, asked: str | bool | None) -> bool:
+    def _find(self, checkpointer: Checkpointer, asked: str | bool | None) -> bool:
         """Load the Trainer's place from the run's newest checkpoint, or that which was asked for; False: none."""
-        assert self._checkpointer is not None
         self._step = None
         if asked is False:
             return False
@@ -146,7 +146,7 @@ class Resume:
                     f"{TRAINER_STATE_NAME}"
                 )
         try:
-            step = self._checkpointer.restore({"trainer": self._place}, self._step, only=["trainer"])
+            step = checkpointer.restore({"trainer": self._place}, self._step, only=["trainer"])
         except CheckpointNotFoundError:
             if asked is None or self._step is not None:
                 raise
@@ -163,10 +163,9 @@ class Resume:
         _log.info("%s: starts from %s", self.run, own)
         return str(own)
 
-    def _write_trainer_state(self) -> None:
+    def _write_trainer_state(self, directory: str) -> None:
         """Put the Trainer's state where the Trainer reads it from."""
-        assert self._found is not None
-        Path(self._found, TRAINER_STATE_NAME).write_text(self._place.trainer_state, encoding="utf-8")
+        Path(directory, TRAINER_STATE_NAME).write_text(self._place.trainer_state, encoding="utf-8")
 
     def _checkpointer_options(self) -> dict[str, Any]:
         """Return the Checkpointer's arguments: what is kept is as the Trainer's say, unless its own do."""
@@ -189,11 +188,14 @@ class Resume:
         try:
             return super()._inner_training_loop(*args, **kwargs)  # type: ignore[misc]
         except _OlderError:  # what the Trainer has computed is of the newer one: all of it once more
-            self._write_trainer_state()
             return super()._inner_training_loop(*args, **kwargs)  # type: ignore[misc]
 
+    def _ours(self, checkpoint: str | None) -> _Found | None:
+        """Return the checkpoint of ours for which a directory stands; None where it stands for none."""
+        return self._found if self._found is not None and self._found.directory == checkpoint else None
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        if resume_from_checkpoint != self._found:
+        if self._ours(resume_from_checkpoint) is None:
             super()._load_from_checkpoint(resume_from_checkpoint, model)  # type: ignore[misc]
 
     def _init_training_state(
@@ -202,11 +204,11 @@ class Resume:
         counted = super()._init_training_state(  # type: ignore[misc]
             max_steps, num_update_steps_per_epoch, num_train_epochs, resume, trial
         )
-        if resume is None or resume != self._found:
+        at = None if self._ours(resume) is None else self._place.resume()
+        if at is None:
             epochs, batches = counted
             return int(epochs), int(batches)
         self.state.best_model_checkpoint = self._best_path()
-        at = self._place.resume()
         return at.epoch, at.batches
 
     def _load_callback_state(self) -> None:
@@ -222,21 +224,22 @@ class Resume:
             )
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if checkpoint is None or checkpoint != self._found:
+        found = self._ours(checkpoint)
+        if found is None:
             super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]
             return
-        assert self._checkpointer is not None
         before = self._place.trainer_state
-        self._checkpointer.restore(self._whole(), self._step)
+        found.checkpointer.restore(self._whole(), self._step)
         if self._place.trainer_state != before:
+            self._write_trainer_state(found.directory)
             raise _OlderError
 
     def _load_scaler(self, checkpoint: str | None) -> None:
-        if checkpoint is None or checkpoint != self._found:
+        if self._ours(checkpoint) is None:
             super()._load_scaler(checkpoint)  # type: ignore[misc]
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
-        if checkpoint is None or checkpoint != self._found:
+        if self._ours(checkpoint) is None:
             super()._load_rng_state(checkpoint)  # type: ignore[misc]
         else:
             self._rng.rewind()
@@ -247,7 +250,7 @@ class Resume:
         place = self._place
         at, place.resuming = place.resuming, None
         sampler = sampler_of(train_dataloader)
-        seed = keep_seed(self.run, sampler, None if place.data is None else place.data.seed)
+        seed = keep_seed(self.run, sampler, place.loaded_seed)
         place.begin(epoch, 0 if at is None else at.batches, steps_in_epoch, seed)
         if at is not None and (at.stop or self.state.global_step >= self.state.max_steps):
             self.control.should_training_stop = True
@@ -302,7 +305,9 @@ class Resume:
             self._checkpointer.step(self.state.global_step, self._whole(), self._known_metrics())
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        assert self._checkpointer is not None
+        if self._checkpointer is None:
+            super()._save_checkpoint(model, trial)  # type: ignore[misc]
+            return
         self.store_flos()  # type: ignore[attr-defined]
         self._count_best()
         self._checkpointer.save(self.state.global_step, self._whole(), self._known_metrics())
@@ -364,6 +369,14 @@ class Resume:
             )
         finally:
             self.args.save_total_limit = limit
+
+
+@dataclass(frozen=True, slots=True)
+class _Found:
+    """A checkpoint of ours that is resumed; to the Trainer it is a `directory` with its own state in it."""
+
+    checkpointer: Checkpointer
+    directory: str
 
 
 class _OlderError(Exception):

@@ -78,7 +78,7 @@ def assign(survey: Survey, boxes: Mapping[int, Boxes], rank: int, held: Sequence
     Raises StateError, the same on all ranks, where boxes leave the leaf, overlap without being equal, or leave
     elements out.
     """
-    plans = [_plan(group, boxes.get(number)) for number, group in enumerate(survey.groups)]
+    plans = [_plan(number, group, boxes) for number, group in enumerate(survey.groups)]
     writers = [plans[number].writers for _, number in survey.leaves]
     shared = [place for place, (_, number) in enumerate(survey.leaves) if plans[number].runs]
     if shared:
@@ -140,7 +140,6 @@ def _check_tiling(head: LeafHead, offsets: Int64s, lengths: Int64s, ranks: Seque
     if tiles(head.shape, offsets, lengths):
         return
     fault = find_fault(head.shape, offsets, lengths)
-    assert fault is not None
     if fault.rows:
         a, b = fault.rows[:2]
         raise StateError(
@@ -177,8 +176,8 @@ def _own(rank: int, holding: Holding) -> Assigned:
     return _assigned(holding, chunk, True, offsets, lengths, names)
 
 
-def _plan(group: Group, told: Boxes | None) -> _Plan:
-    """Plan the leaves of a group, given their boxes where ranks had to tell them."""
+def _plan(number: int, group: Group, told: Mapping[int, Boxes]) -> _Plan:
+    """Plan the leaves of a group, given by their groups' numbers the boxes that ranks had to tell."""
     head, holders = group.head, group.holders
     if group.kind is Kind.EVEN:
         chunk = (-(-head.shape[0] // holders.size), *head.shape[1:])
@@ -191,8 +190,7 @@ def _plan(group: Group, told: Boxes | None) -> _Plan:
         lengths = np.asarray([head.shape] * count, np.int64).reshape(offsets.shape)
         ranks, bounds = holders, np.asarray([[0, holders.size]] * count, np.int64).reshape(count, 2)
     else:
-        assert told is not None
-        offsets, lengths, ranks, bounds = _distinct(head, told)
+        offsets, lengths, ranks, bounds = _distinct(head, told[number])
     cells = cells_of(head.shape, offsets, lengths)
     if cells is None:
         _check_tiling(head, offsets, lengths, ranks[bounds[:, 0]].tolist(), holders)

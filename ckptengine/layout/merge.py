@@ -146,11 +146,13 @@ class _Grid:
         places: Int64s,
     ) -> None:
         self._layouts = layouts
-        self.holds = np.asarray([leaf.chunk_shape is not None for leaf in layouts], np.bool_)
+        self._chunks = {n: leaf.chunk_shape for n, leaf in enumerate(layouts) if leaf.chunk_shape is not None}
+        self.holds = np.zeros(len(layouts), np.bool_)
+        self.holds[list(self._chunks)] = True
         # In Python's integers: what ranks claim may not fit in 64 bits.
-        cells = [
-            0 if leaf.chunk_shape is None else math.prod(cell_counts(leaf.shape, leaf.chunk_shape)) for leaf in layouts
-        ]
+        cells = [0] * len(layouts)
+        for place, chunk in self._chunks.items():
+            cells[place] = math.prod(cell_counts(layouts[place].shape, chunk))
         if sum(cells) > sum(rows.count for rows in ordered):
             self._refuse_too_few(ordered, numbers, places, cells)
         self.counts = np.asarray(cells, np.int64)
@@ -192,9 +194,8 @@ class _Grid:
         leaves, first = np.unique(np.searchsorted(self.starts + self.counts, missing, "right"), return_index=True)
         place = int(leaves[0])
         layout = self._layouts[place]
-        assert layout.chunk_shape is not None
         cells = missing[: first[1] if leaves.size > 1 else None] - self.starts[place]
-        offsets, lengths = cell_boxes(layout.shape, layout.chunk_shape, cells)
+        offsets, lengths = cell_boxes(layout.shape, self._chunks[place], cells)
         problem = _unwritten(layout, int(lengths.prod(axis=1).sum()), offsets[0].tolist(), ordered)
         raise _incomplete(layout, leaves.size, problem)
 
@@ -210,8 +211,7 @@ class _Grid:
         for rows, of_table in zip(ordered, numbers, strict=True):
             np.add.at(written, places[of_table], rows.rows().counts)
         short = [place for place, count in enumerate(written.tolist()) if count < cells[place]]
-        place, layout = short[0], self._layouts[short[0]]
-        assert layout.chunk_shape is not None
+        place, layout, chunk = short[0], self._layouts[short[0]], self._chunks[short[0]]
         found = [np.zeros(0, np.int64)]
         for rows, of_table in zip(ordered, numbers, strict=True):
             unpacked = rows.rows()
@@ -220,8 +220,8 @@ class _Grid:
         there = np.unique(np.concatenate(found))
         there = there[(there >= 0) & (there < cells[place])]
         hole = int(np.argmax(np.append(there != np.arange(there.size), True)))
-        lengths = cell_boxes(layout.shape, layout.chunk_shape, there)[1]
-        element = cell_boxes(layout.shape, layout.chunk_shape, np.asarray([hole]))[0][0].tolist()
+        lengths = cell_boxes(layout.shape, chunk, there)[1]
+        element = cell_boxes(layout.shape, chunk, np.asarray([hole]))[0][0].tolist()
         missing = math.prod(layout.shape) - sum(lengths.prod(axis=1).tolist())
         raise _incomplete(layout, len(short), _unwritten(layout, missing, element, ordered))
 
@@ -275,7 +275,6 @@ class _Fragments:
             place = list(result)[int(wrong[0])]
             layout, rows = self._layouts[place], result[place]
             fault = find_fault(layout.shape, rows.offsets, rows.lengths)
-            assert fault is not None
             if fault.rows:
                 writers = name_ranks(rows.archive[list(fault.rows)].tolist())
                 problem = f"element {list(fault.element)} was written {len(fault.rows)} times, by {writers}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -183,10 +184,8 @@ def _cut_grid(part: int, record: LeafRecord, chunk: tuple[int, ...], box: Box) -
     rows = [record.rows[0] + number for number in numbers] if box.volume else []
     found = list(itertools.product(*cuts)) if box.volume else []
     inner, sizes, targets = ([tuple(dim[kind] for dim in piece) for piece in found] for kind in range(3))
-    count = len(rows)
-    return _Pieces(
-        part, record, box, False, rows, [record.chunk_nbytes] * count, [chunk] * count, inner, sizes, targets
-    )
+    count, nbytes = len(rows), math.prod(chunk) * record.itemsize
+    return _Pieces(part, record, box, False, rows, [nbytes] * count, [chunk] * count, inner, sizes, targets)
 
 
 def _cut(part: int, record: LeafRecord, box: Box, intervals: _Intervals) -> _Pieces:
@@ -222,7 +221,6 @@ def _check_covered(pieces: Sequence[_Pieces], archive: Int64s) -> None:
     one = stored[int(wrong[0])]
     shape = (len(one.rows), len(one.box.shape))
     fault = find_fault(one.box.shape, *(np.asarray(n, np.int64).reshape(shape) for n in (one.targets, one.sizes)))
-    assert fault is not None
     element = [o + e for o, e in zip(one.box.offset, fault.element, strict=True)]
     found = "no stored box"
     if fault.rows:

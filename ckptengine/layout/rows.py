@@ -45,12 +45,6 @@ class LeafRecord(LeafLayout):
         """Whether the boxes follow from the chunk shape; those of fragments are stored."""
         return self.chunk_shape is not None
 
-    @property
-    def chunk_nbytes(self) -> int:
-        """Bytes of each chunk of a grid."""
-        assert self.chunk_shape is not None
-        return math.prod(self.chunk_shape) * self.itemsize
-
 
 class Rows(Protocol):
     """What a reader asks of a layout table, in memory or in a file of which only what is asked for is read."""

@@ -89,14 +89,12 @@ def untiled(shapes: Sequence[tuple[int, ...]], counts: Int64s, offsets: Int64s, 
     return np.flatnonzero(bad)
 
 
-def find_fault(shape: Sequence[int], offsets: Int64s, lengths: Int64s) -> Fault | None:
-    """Return an element that not exactly one of these boxes (int64 [n, ndim]) covers, None where they tile.
+def find_fault(shape: Sequence[int], offsets: Int64s, lengths: Int64s) -> Fault:
+    """Return an element that not exactly one of these boxes (int64 [n, ndim]) covers; they don't tile the tensor.
 
     Bisects the tensor, each time into the half that is not tiled: linear in the rows, times log2 of the
     elements.
     """
-    if tiles(shape, offsets, lengths):
-        return None
     low, high = np.zeros(len(shape), np.int64), np.asarray(shape, np.int64)
     rows = np.arange(offsets.shape[0])
     while math.prod((high - low).tolist()) > 1:

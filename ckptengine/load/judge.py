@@ -89,7 +89,8 @@ def _share_items(binding: Binding, told: Collection[_Told]) -> None:
     numbers_of = [np.asarray(sorted(one.numbers), np.int64) for one in binding.items]
     distinct = {one[:3] for one in told}
     # Only what lies in objects is kept of each rank's bits: of all leaves it may be much.
-    unpacked = [[[bits[n] for n in numbers_of] for bits in _all_unpacked(one, binding.left.count)] for one in distinct]
+    count = binding.left.count
+    unpacked = [[[bits[n] for n in numbers_of] for bits in (_unpacked(b, count) for b in one)] for one in distinct]
     for place, (one, numbers) in enumerate(zip(binding.items, numbers_of, strict=True)):
         if one.unsaved is not None and not any(fresh[place].any() for _, _, fresh in unpacked):
             binding.leave_out(one.path, one.unsaved)
@@ -106,10 +107,6 @@ def _unknown(told: Sequence[_Told]) -> list[str]:
     asked = [json.loads(one[-1]) for one in dict.fromkeys(told) if one[-1]]
     known = {name for names, _ in asked for name in names}
     return list(dict.fromkeys(name for _, names in asked for name in names if name not in known))
-
-
-def _all_unpacked(bits: Sequence[bytes], count: int) -> list[NDArray[np.bool_]]:
-    return [_unpacked(one, count) for one in bits]
 
 
 def _nested(sets: Sequence[NDArray[np.bool_]]) -> bool:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 import ckptengine._native as _native
 from ckptengine.catalog.keep import Best
-from ckptengine.comm.agree import gather, on_all
+from ckptengine.comm.agree import exchange, gather, on_all
 from ckptengine.comm.base import Communicator
 from ckptengine.errors import (
     CheckpointDamagedError,
@@ -322,10 +322,59 @@ def _load_undoing(
     options: LoadOptions,
 ) -> Loaded:
     """Load; `undo` is given what is to be done where that fails."""
-    binding: Binding | None = None
-    filling: Filling | None = None
-    offer: Offer | None = None
-    error: Exception | None = None
+    where = checkpoint.location
+    with contextlib.ExitStack() as held:
+
+        def work() -> tuple[_Matched, bytes]:
+            matched = _match(undo, checkpoint, state, comm, timeout, options)
+            held.enter_context(matched.offer)
+            return matched, matched.offer.greeting + said_of(matched.binding, options.strict)
+
+        matched, words = exchange(comm, work, timeout, f"matching {where} with the state")
+        binding, filling, offer = matched.binding, matched.filling, matched.offer
+        size = len(offer.greeting)
+        greetings = [word[:size] for word in words]
+        with naming(where):
+            verdict = judge(binding, [word[size:] for word in words], comm.rank)
+        if matched.unread:
+            binding.report = replace(binding.report, unexpected=(*binding.report.unexpected, *matched.unread))
+        if verdict.refused:
+            _refuse(binding, options.strict, comm, timeout, where)
+        with together(comm, offer, greetings, timeout, f"preparing to read {where}") as group:
+            fill = functools.partial(_fill, filling, group, where, timeout, comm.rank)
+            counts = on_all(comm, fill, timeout, f"reading {where}")
+    if counts is None:
+        raise RankFailedError(f"reading {where} was stopped by a rank that gave no reason")
+    finish = functools.partial(_finish, binding, options.verify, where, comm.rank)
+    marks = on_all(comm, finish, timeout, f"setting the state from {where}")
+    if marks is not None:  # all ranks ask their objects once more, or none does
+        check = functools.partial(
+            check_restored, checkpoint, state, binding, marks, comm.rank, comm.world_size, timeout
+        )
+        on_all(comm, check, timeout, f"comparing the state with {where}")
+    attempt = checkpoint.manifest.attempt if isinstance(checkpoint, Checkpoint) else ""
+    return Loaded(checkpoint.step, checkpoint.generation, where, binding.report, counts, attempt, verdict.tells)
+
+
+@dataclass(frozen=True, slots=True)
+class _Matched:
+    """A checkpoint and a state: how they fit, what is wanted and not read, what this rank reads and what it offers."""
+
+    binding: Binding
+    unread: list[str]
+    filling: Filling
+    offer: Offer
+
+
+def _match(
+    undo: Callable[[Callable[[], None]], object],
+    checkpoint: Opened,
+    state: Mapping[str, Any],
+    comm: Communicator,
+    timeout: float,
+    options: LoadOptions,
+) -> _Matched:
+    """Match a checkpoint and a state on this rank, and plan what it reads."""
     where = checkpoint.location
     try:
         with naming(where):
@@ -347,40 +396,9 @@ def _load_undoing(
             wanted = [(index[one.path, one.rank], one.target) for one in binding.reads]
             plan = functools.partial(plan_filling, checkpoint, wanted, timeout)
             filling = within(timeout, f"reading {where}", plan, _native.counters)
-            offer = make_offer(comm, filling)
+            return _Matched(binding, unread, filling, make_offer(comm, filling))
     except DeviceError as problem:
-        error = DeviceError(f"rank {comm.rank}: {where}: {problem}. Nothing of the state was changed")
-        error.__cause__ = problem
-    except Exception as problem:
-        error = problem
-    with offer or contextlib.nullcontext():
-        word = b"" if offer is None or binding is None else offer.greeting + said_of(binding, options.strict)
-        words = gather(comm, word, error, timeout, f"matching {where} with the state")
-        assert binding is not None
-        assert filling is not None
-        assert offer is not None
-        size = len(offer.greeting)
-        greetings = [word[:size] for word in words]
-        with naming(where):
-            verdict = judge(binding, [word[size:] for word in words], comm.rank)
-        if unread:
-            binding.report = replace(binding.report, unexpected=(*binding.report.unexpected, *unread))
-        if verdict.refused:
-            _refuse(binding, options.strict, comm, timeout, where)
-        with together(comm, offer, greetings, timeout, f"preparing to read {where}") as group:
-            fill = functools.partial(_fill, filling, group, where, timeout, comm.rank)
-            counts = on_all(comm, fill, timeout, f"reading {where}")
-    if counts is None:
-        raise RankFailedError(f"reading {where} was stopped by a rank that gave no reason")
-    finish = functools.partial(_finish, binding, options.verify, where, comm.rank)
-    marks = on_all(comm, finish, timeout, f"setting the state from {where}")
-    if marks is not None:  # all ranks ask their objects once more, or none does
-        check = functools.partial(
-            check_restored, checkpoint, state, binding, marks, comm.rank, comm.world_size, timeout
-        )
-        on_all(comm, check, timeout, f"comparing the state with {where}")
-    attempt = checkpoint.manifest.attempt if isinstance(checkpoint, Checkpoint) else ""
-    return Loaded(checkpoint.step, checkpoint.generation, where, binding.report, counts, attempt, verdict.tells)
+        raise DeviceError(f"rank {comm.rank}: {where}: {problem}. Nothing of the state was changed") from problem
 
 
 def _refuse(binding: Binding, strict: bool, comm: Communicator, timeout: float, where: str) -> None:

@@ -14,7 +14,7 @@ from ckptengine.frameworks.registry import adapters
 from ckptengine.schema.dtypes import DTYPES
 from ckptengine.schema.leaf import ArrayLeaf, HostMemory, Part
 from ckptengine.snapshot.threads import copy_threads
-from ckptengine.state.extents import Extent, array_at, extent_of
+from ckptengine.state.extents import Extent, array_at, host_extent
 
 __all__ = ["Watch"]
 
@@ -45,19 +45,21 @@ class Watch:
             itemsize = DTYPES[leaf.dtype].itemsize
             known = places[number] if len(places[number]) == len(leaf.parts) else [None] * len(leaf.parts)
             for part, extent in zip(leaf.parts, known, strict=True):
-                self._watch(number, part, extent or extent_of(part, itemsize), leaf.container, number in summed)
+                self._watch(number, part, extent, itemsize, leaf.container, number in summed)
         self._elements = {size: _elements(found) for size, (_, found) in self._sampled.items()}
         self._before = self._look()
 
-    def _watch(self, number: int, part: Part, extent: Extent | None, container: str, whole: bool) -> None:
+    def _watch(
+        self, number: int, part: Part, extent: Extent | None, itemsize: int, container: str, whole: bool
+    ) -> None:
+        """Watch a part; `extent` is its own where it is known."""
         owners = self._owners.setdefault(container, ([], []))
         owners[0].append(number)
         owners[1].append(part.memory.owner)
         if isinstance(part.memory, HostMemory):
-            assert extent is not None
-            numbers, found = self._summed if whole else self._sampled.setdefault(extent.itemsize, ([], []))
+            numbers, found = self._summed if whole else self._sampled.setdefault(itemsize, ([], []))
             numbers.append(number)
-            found.append(extent)
+            found.append(extent or host_extent(part.memory, part.box.shape, itemsize))
 
     def unchanged(self) -> NDArray[np.bool_]:
         """Return for each array, by its number, whether nothing shows a write since."""

@@ -38,7 +38,6 @@ class Marks:
 
     def __init__(self, binding: Binding) -> None:
         promise = binding.promise
-        assert promise is not None
         self._reads = binding.reads
         self._of: dict[tuple[Path, int | None], list[int]] = {}
         for number, read in enumerate(self._reads):
@@ -136,7 +135,6 @@ def check_restored(
     Raises `RestoreDifferenceError` naming the leaves, the rank, what was stored and what is there now.
     """
     promise = binding.promise
-    assert promise is not None
     try:
         flat = flatten_loaded(state, promise.wanted, marks.views)
         marks.look()

@@ -19,6 +19,7 @@ from ckptengine.mindspore.files import find_checkpoint
 from ckptengine.mindspore.parameters import (
     ExactNames,
     LoadedParameters,
+    StoredArray,
     optimizers_of,
     optimizers_own,
     parameters_of,
@@ -157,7 +158,7 @@ def load_checkpoint(
         return choice_func is None or bool(choice_func(name))
 
     storage = open_storage(where)
-    loaded = LoadedParameters(parameters_of(load_arrays(storage, LoadOptions()), wanted))
+    loaded = LoadedParameters(parameters_of(load_arrays(storage, LoadOptions(), convert=StoredArray), wanted))
     if not loaded:
         raise ValueError(
             f"load_checkpoint: {where} has nothing that filter_prefix, specify_prefix and choice_func let by"

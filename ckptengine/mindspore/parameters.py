@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,6 @@ from mindspore import Generator, Parameter, Tensor, nn
 from ckptengine.errors import StateError
 from ckptengine.mindspore.cell import is_optimizer, module_entries, shared_weights
 from ckptengine.mindspore.tensor import as_tensor
-from ckptengine.schema.dtypes import name_of_numpy_dtype
 from ckptengine.schema.type_name import describe_type
 
 __all__ = [
@@ -20,6 +20,7 @@ __all__ = [
     "OPTIMIZER",
     "ExactNames",
     "LoadedParameters",
+    "StoredArray",
     "optimizers_of",
     "optimizers_own",
     "parameters_of",
@@ -145,10 +146,19 @@ def _plain(value: Any) -> Any:
     return value.get_state() if isinstance(value, Generator) else value
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class StoredArray:
+    """An array of a checkpoint, and its logical dtype."""
+
+    array: np.ndarray[Any, Any]
+    dtype: str
+
+
 def parameters_of(arrays: Mapping[Any, Any], wanted: Callable[[str], Any]) -> dict[str, Any]:
     """Return a loaded checkpoint as parameters by name, strings as they are; a name is what follows the first key.
 
-    Takes what `ckptengine.load` gives. Lists, dicts and None among the plain values have no place in such a dict.
+    Takes what `load_arrays` gives, with arrays as `StoredArray`. Lists, dicts and None among the plain values have no
+    place in such a dict.
     Raises `StateError` where two parts of the checkpoint have one name.
     """
     found: dict[str, Any] = {}
@@ -156,7 +166,7 @@ def parameters_of(arrays: Mapping[Any, Any], wanted: Callable[[str], Any]) -> di
         leaves = _leaves(inner, ()) if isinstance(inner, (dict, list, tuple)) else [((section,), inner)]
         for path, value in leaves:
             name = ".".join(map(str, path))
-            if not wanted(name) or not isinstance(value, (np.ndarray, np.generic, bool, int, float, str)):
+            if not wanted(name) or not isinstance(value, (StoredArray, np.generic, bool, int, float, str)):
                 continue
             if name in found:
                 raise StateError(
@@ -176,11 +186,9 @@ def _leaves(value: Any, path: tuple[Any, ...]) -> list[tuple[tuple[Any, ...], An
 
 
 def _parameter(name: str, value: Any) -> Any:
-    if isinstance(value, np.ndarray):
-        dtype = name_of_numpy_dtype(value.dtype)
-        assert dtype is not None  # it came from a checkpoint
+    if isinstance(value, StoredArray):
         # Not held by any name: else MindSpore copies it through a numpy array, which bfloat16 has not with numpy 2.
-        parameter = Parameter(as_tensor(value, dtype))
+        parameter = Parameter(as_tensor(value.array, value.dtype))
     else:
         parameter = Parameter(Tensor(value))
     parameter.name = name

@@ -43,11 +43,10 @@ class Auto:
         `cost` is how many seconds of training a save takes, `least` is what the interval can't be below.
         """
         found = []
-        if self.mtbf is not None:
-            mtbf = seconds_of(self.mtbf)
-            assert mtbf is not None
+        mtbf = seconds_of(self.mtbf)
+        if mtbf is not None:
             found.append((optimal_interval(cost, mtbf), f"a mean time between failures of {self.mtbf}"))
-        overhead = _DEFAULT_OVERHEAD if self.mtbf is None and self.overhead is None else self.overhead
+        overhead = _DEFAULT_OVERHEAD if mtbf is None and self.overhead is None else self.overhead
         if overhead is not None:
             found.append((cost / overhead, f"an overhead of at most {overhead:.3g}"))
         found.append((least, "the time until a save is durable"))

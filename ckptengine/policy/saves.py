@@ -99,8 +99,7 @@ class Saves:
             else:
                 self._succeeded(stats)
 
-    def _succeeded(self, stats: SaveStats | None) -> None:
-        assert stats is not None
+    def _succeeded(self, stats: SaveStats) -> None:
         self.history.append(stats)
         self.schedule.learn(stats)
         self.failures.succeeded()
@@ -136,6 +135,5 @@ class Saves:
         """Return the newest step that was committed in this process, None where none was; any thread may ask."""
         for handle in reversed(list(self._pending)):
             if handle.durable.done() and handle.durable.error is None:
-                stats = handle.durable.result(0)
-                return None if stats is None else stats.step
+                return handle.durable.result(0).step
         return self.history[-1].step if self.history else None

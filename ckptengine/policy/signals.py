@@ -102,11 +102,11 @@ class _Hub:
         self._wakes = False
 
     def add(self, wanted: Sequence[signal.Signals], name: str, tell: Callable[[int], None]) -> Subscription:
-        self._start()
+        pipe = self._start()
         subscription = Subscription(self, name, tell)
         if threading.current_thread() is threading.main_thread():
             handled = [number for number in wanted if self._install(number)]
-            self._hook_wakeup()
+            self._hook_wakeup(pipe)
         else:
             handled = [number for number in wanted if isinstance(signal.getsignal(number), _Hook)]
             if missing := [number.name for number in wanted if number not in handled]:
@@ -179,14 +179,15 @@ class _Hub:
         self._subscriptions, self._hooks = {}, {}
         self._pipe = None  # the parent's, and so is the thread that reads it
 
-    def _start(self) -> None:
-        """Make the pipe and its thread, once in the life of a process."""
+    def _start(self) -> int:
+        """Make the pipe and its thread, once in the life of a process; return where to write."""
         if self._pipe is not None:
-            return
+            return self._pipe
         reader, writer = os.pipe2(os.O_CLOEXEC)
         os.set_blocking(writer, False)  # as `set_wakeup_fd` wants it
         self._pipe = writer
         threading.Thread(target=self._read, args=(reader,), name="ckptengine-signals", daemon=True).start()
+        return writer
 
     def _read(self, reader: int) -> None:
         while True:
@@ -219,11 +220,10 @@ class _Hub:
         signal.signal(number, hook)
         return True
 
-    def _hook_wakeup(self) -> None:
+    def _hook_wakeup(self, pipe: int) -> None:
         if not self._hooks or self._wakes:
             return
-        assert self._pipe is not None
-        other = signal.set_wakeup_fd(self._pipe, warn_on_full_buffer=False)
+        other = signal.set_wakeup_fd(pipe, warn_on_full_buffer=False)
         if other == -1:
             self._wakes = True
         else:

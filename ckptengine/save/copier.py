@@ -101,14 +101,14 @@ class Copier:
             self._go_on(self._copy_fenced, begun, reading, reading.versions(), stall)
         elif whole and table.has_devices:
             snapshot = begun.copied(began, stall)
-            attempt.handle.staged.reach()
+            attempt.handle.staged.reach(None)
             self._go_on(self._complete, begun, snapshot)
         else:
             if whole:
                 self.snapshotter.complete(table, checksums, attempt.feed)
             table.release()
             snapshot = begun.copied(began, time.monotonic() - attempt.started)
-            attempt.handle.staged.reach()
+            attempt.handle.staged.reach(None)
             attempt.feed.finish(snapshot)
 
     def _go_on(self, call: Callable[..., None], *arguments: Any) -> None:
@@ -134,10 +134,10 @@ class Copier:
         except Exception as problem:
             error = self._told(attempt, problem)
             rest.table.release()
-            attempt.handle.staged.reach(error=error)
+            attempt.handle.staged.fail(error)
             attempt.feed.fail(error)
             return
-        attempt.handle.staged.reach()
+        attempt.handle.staged.reach(None)
         self._complete(rest, snapshot)
 
     def _complete(self, rest: _UnderWay, snapshot: Snapshot) -> None:

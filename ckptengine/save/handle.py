@@ -5,12 +5,15 @@ from __future__ import annotations
 import threading
 import time
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 from ckptengine.comm.exchange import grace
 from ckptengine.errors import DeadlineError
 from ckptengine.storage.stuck import operation_of
 
 __all__ = ["Moment", "Phase", "SaveHandle", "SaveStats"]
+
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +53,14 @@ class SaveStats:
     phases: tuple[Phase, ...] = ()
 
 
-class Moment:
+@dataclass(frozen=True, slots=True)
+class _Reached(Generic[_T]):
+    """What comes of a moment that was reached."""
+
+    result: _T
+
+
+class Moment(Generic[_T]):
     """A point that a save reaches (`staged` or `durable`), or fails to reach."""
 
     def __init__(self, name: str, timeout: float, patience: float = 0.0) -> None:
@@ -59,8 +69,7 @@ class Moment:
         self.thread: threading.Thread | None = None
         """The thread that is to reach it."""
         self._reached = threading.Event()
-        self._error: BaseException | None = None
-        self._stats: SaveStats | None = None
+        self._outcome: _Reached[_T] | BaseException | None = None
         self.observed = False
         """Whether somebody has asked for the result."""
 
@@ -77,17 +86,19 @@ class Moment:
         """Wait at most `timeout` seconds (None: until the save's own time is over) and return `done()`."""
         return self._reached.wait(self.left if timeout is None else timeout)
 
-    def result(self, timeout: float | None = None) -> SaveStats | None:
+    def result(self, timeout: float | None = None) -> _T:
         """Wait, then return the save's `SaveStats` (None for `staged`), or raise what made the save fail.
 
         Raises `DeadlineError` after `timeout` seconds (None: when the save's own time is over).
         """
-        if not self.wait(timeout):
+        self.wait(timeout)
+        outcome = self._outcome
+        if outcome is None:
             raise self.overdue(timeout)
         self.observed = True
-        if self._error is not None:
-            raise self._error
-        return self._stats
+        if isinstance(outcome, BaseException):
+            raise outcome
+        return outcome.result
 
     def overdue(self, timeout: float | None = None) -> DeadlineError:
         """Return the error that says what goes on, where a wait of `timeout` seconds has ended without the moment."""
@@ -99,27 +110,33 @@ class Moment:
             else f"{self._name} was not reached within {within}; the save is still running"
         )
 
-    def reach(self, stats: SaveStats | None = None, error: BaseException | None = None) -> None:
-        """Mark it as reached, or as failed."""
+    def reach(self, result: _T) -> None:
+        """Mark it as reached, unless it has failed before."""
+        self._end(_Reached(result))
+
+    def fail(self, error: BaseException) -> None:
+        """Mark it as failed, unless it was reached before."""
+        self._end(error)
+
+    def _end(self, outcome: _Reached[_T] | BaseException) -> None:
         if not self._reached.is_set():
-            self._stats, self._error = stats, error
+            self._outcome = outcome
             self._reached.set()
 
-    def correct(self, stats: SaveStats | None) -> None:
+    def correct(self, result: _T) -> None:
         """Note that it was reached after all, where this rank had been told, or had to assume, that it failed."""
-        self._stats, self._error = stats, None
+        self._outcome = _Reached(result)
 
     @property
     def error(self) -> BaseException | None:
         """What made it fail, None where it was reached or is still to come."""
-        return self._error
+        return self._outcome if isinstance(self._outcome, BaseException) else None
 
     def abandon(self, error: BaseException) -> None:
         """Fail it in a forked process, where nothing will reach it and another thread may have held its locks."""
         if not self._reached.is_set():
             self._reached = threading.Event()
-            self._error = error
-            self._reached.set()
+            self.fail(error)
 
 
 class SaveHandle:
@@ -135,8 +152,8 @@ class SaveHandle:
 
     def __init__(self, path: str, timeout: float, patience: float = 0.0) -> None:
         self.path = path
-        self.staged = Moment(f"the snapshot for {path}", timeout)
-        self.durable = Moment(f"the commit of {path}", timeout, patience)
+        self.staged: Moment[None] = Moment(f"the snapshot for {path}", timeout)
+        self.durable: Moment[SaveStats] = Moment(f"the commit of {path}", timeout, patience)
 
     def work_in(self, thread: threading.Thread) -> None:
         """Note the thread that brings the save to its end: what it is doing is said where that takes too long."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import secrets
 from collections.abc import Mapping
@@ -11,7 +12,7 @@ import numpy as np
 
 from ckptengine.archive.image import Image, plan_image
 from ckptengine.archive.names import archive_name
-from ckptengine.comm.agree import agree
+from ckptengine.comm.agree import on_all
 from ckptengine.comm.base import Communicator
 from ckptengine.comm.distinct import gather_distinct
 from ckptengine.layout.assign import Assigned, assign, assign_alone, check_own
@@ -35,11 +36,19 @@ from ckptengine.save.undeclared import note_of, tell_differing, undeclared_crcs
 from ckptengine.save.values import StoredValues
 from ckptengine.schema.path import Path
 
-__all__ = ["Plan", "Planner"]
+__all__ = ["Plan", "Planned", "Planner", "Taken"]
 
 _TOKEN_NBYTES = 12
 
 _log = logging.getLogger("ckptengine")
+
+
+@dataclass(frozen=True, slots=True)
+class Taken:
+    """A state that was taken apart: its leaves, and its values as they are stored."""
+
+    reading: Reading
+    values: StoredValues
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +70,14 @@ class Plan:
     alone: bool
 
 
+@dataclass(frozen=True, slots=True)
+class Planned:
+    """A state that was taken apart, and what this rank writes of it."""
+
+    taken: Taken
+    plan: Plan
+
+
 class Planner:
     """Keeps the plan between saves; its `plan` is the only exchange between ranks that a save may need."""
 
@@ -68,15 +85,11 @@ class Planner:
         self._comm = comm
         self._plan: Plan | None = None
         self._together = True
-        self._shares: Shares | None = None
         self._told: str = ""
         self._session = ""
         self._attempts = 0
-        self._copies: frozenset[Path] = frozenset()
-        self.compared = False
-        """Whether the last call of `plan` has compared the contents of replicated arrays."""
-        self.again = False
-        """Whether the save after the last exchange compares them once more."""
+        self._compared = False  # whether the last call of `plan` has compared the contents of replicated arrays
+        self._again = False  # whether the save after the last exchange compares them once more
 
     def next_attempt(self) -> str:
         """Return the next attempt's id, the same on all ranks: each exchange begins a new series under a new token."""
@@ -104,120 +117,138 @@ class Planner:
         """Have all ranks plan together at the next save. Every rank learns this from the commit's result."""
         self._together = True
 
+    def compares(self, plan: Plan, check: ReplicaCheck) -> bool:
+        """Return whether this save compares replicated arrays as it copies them; called once for each save."""
+        # A plan that was made alone has not been compared; the coordinator does it with the receipts.
+        first = check is ReplicaCheck.FIRST and (plan.alone or self._again)
+        wanted = check is ReplicaCheck.ALWAYS or first
+        compares = wanted and not self._compared and self._comm.world_size > 1
+        self._again = self._again and not compares
+        return compares
+
     def plan(
-        self,
-        reading: Reading | None,
-        values: StoredValues | None,
-        error: Exception | None,
-        timeout: float,
-        check: ReplicaCheck = ReplicaCheck.FIRST,
-    ) -> tuple[Plan | None, Exception | None]:
-        """Return this rank's plan of a state, or what keeps this rank from one; `error` is what kept it from leaves.
+        self, taken: Taken | Exception, timeout: float, check: ReplicaCheck = ReplicaCheck.FIRST
+    ) -> Planned | Exception:
+        """Return this rank's plan of a state, or what keeps this rank from one, such as what kept it from the state.
 
         Where the ranks exchange plans, they compare their replicated arrays too, unless `check` says never.
         Raises, on all ranks, what any of them has to say in an exchange. What concerns this rank alone is returned:
         the caller reports it in the background, as no other rank waits for it here.
         """
-        previous = None if self._together else self._plan
-        self.compared = False
-        if previous is None:
-            compare = check is not ReplicaCheck.NEVER and self._comm.world_size > 1
-            holdings, assigned = self._exchange(reading, values, error, timeout, compare)
-            self._together, self.compared = False, compare
-            # A tensor that nobody has declared may be all zeros at the first save, and so the same on all ranks.
-            self.again = compare and reading is not None and any(leaf.by_hand for leaf in reading.leaves)
-        elif reading is None or error is not None or not self.changed(reading):
-            return (None if error is not None else previous), error
-        assert reading is not None
+        self._compared = False
+        if self._together or self._plan is None:
+            return self._plan_together(taken, timeout, check)
+        if isinstance(taken, Exception):
+            return taken
+        if not self.changed(taken.reading):
+            return Planned(taken, self._plan)
+        previous, reading = self._plan, taken.reading
         try:
-            if previous is not None:
-                holdings = tuple(holdings_of(reading.leaves))
-                assigned = assign_alone(previous.assigned, previous.holdings, holdings, self._comm.rank)
-            self._plan = self._lay_out(reading.structure, holdings, assigned, alone=previous is not None)
+            holdings = tuple(holdings_of(reading.leaves))
+            assigned = assign_alone(previous.assigned, previous.holdings, holdings, self._comm.rank)
+            self._plan = self._lay_out(reading, holdings, assigned, previous.shares, previous.copies, alone=True)
         except Exception as problem:
-            return None, problem
-        return self._plan, None
+            return problem
+        return Planned(taken, self._plan)
 
-    def _exchange(
-        self,
-        reading: Reading | None,
-        values: StoredValues | None,
-        error: Exception | None,
-        timeout: float,
-        compare: bool,
-    ) -> tuple[tuple[Holding, ...], list[Assigned]]:
-        """Find out what all ranks hold; return what this one holds, by path, and what it is to write.
+    def _plan_together(self, taken: Taken | Exception, timeout: float, check: ReplicaCheck) -> Planned | Exception:
+        compare = check is not ReplicaCheck.NEVER and self._comm.world_size > 1
+        said = on_all(self._comm, functools.partial(self._say, taken, compare), timeout, "taking the state apart")
+        shares, assigned, copies = self._exchange(said, timeout, compare)
+        self._together, self._compared = False, compare
+        reading = said.taken.reading
+        # A tensor that nobody has declared may be all zeros at the first save, and so the same on all ranks.
+        self._again = compare and any(leaf.by_hand for leaf in reading.leaves)
+        try:
+            self._plan = self._lay_out(reading, said.holdings, assigned, shares, copies, alone=False)
+        except Exception as problem:
+            return problem
+        return Planned(said.taken, self._plan)
+
+    def _say(self, taken: Taken | Exception, compare: bool) -> _Said:
+        """Return what this rank tells the others; raises what kept it from the state."""
+        if isinstance(taken, Exception):
+            raise taken
+        rank, leaves = self._comm.rank, taken.reading.leaves
+        mine = tuple(by_path(holdings_of(leaves), rank))
+        check_own(mine, rank)
+        crcs = b""
+        buffers: Crcs = ()
+        if compare:
+            crcs = encode_crcs(with_aliases(replica_crcs(leaves), taken.reading.plain.aliases))
+            buffers = undeclared_crcs(leaves)
+        said = [encode_said(taken.values), table_of(mine, rank, self._comm.world_size).encode(), crcs]
+        return _Said(taken, mine, said, buffers)
+
+    def _exchange(self, mine: _Said, timeout: float, compare: bool) -> tuple[Shares, list[Assigned], frozenset[Path]]:
+        """Find out what all ranks hold; return who stores what of the values, what this rank is to write, and copies.
 
         Ranks whose leaves are spread in the same way say the same, so mostly digests travel, in one exchange. Raises
         the same on all ranks, from the same data, before anything is written.
         """
-        rank, world_size = self._comm.rank, self._comm.world_size
-        mine: tuple[Holding, ...] = ()
-        said: list[bytes] = []
-        buffers: Crcs = ()
-        if reading is not None and values is not None and error is None:
-            try:
-                mine = tuple(by_path(holdings_of(reading.leaves), rank))
-                check_own(mine, rank)
-                crcs = b""
-                if compare:
-                    crcs = encode_crcs(with_aliases(replica_crcs(reading.leaves), reading.plain.aliases))
-                    buffers = undeclared_crcs(reading.leaves)
-                said = [encode_said(values), table_of(mine, rank, world_size).encode(), crcs]
-            except Exception as problem:
-                error = problem
-        agree(self._comm, error, timeout, "taking the state apart")
+        rank, world_size, values = self._comm.rank, self._comm.world_size, mine.taken.values
         token = secrets.token_hex(_TOKEN_NBYTES // 2).encode() if rank == 0 else b""
-        notes, (words, tables, replicas) = gather_distinct(self._comm, token + note_of(buffers), said, timeout)
+        note = token + note_of(mine.buffers)
+        notes, (words, tables, replicas) = gather_distinct(self._comm, note, mine.said, timeout)
         self._session, self._attempts = notes[0][:_TOKEN_NBYTES].decode(), 0
-        tell_differing(buffers, [notes[0][_TOKEN_NBYTES:], *notes[1:]], rank)
-        assert values is not None
+        tell_differing(mine.buffers, [notes[0][_TOKEN_NBYTES:], *notes[1:]], rank)
         said_of = [decode_said(document) for document in words.documents] if len(words.documents) > 1 else []
-        self._shares = share_out(rank, values, said_of, words.of_rank)
+        shares = share_out(rank, values, said_of, words.of_rank)
         survey = survey_of([Table.decode(table) for table in tables.documents], np.asarray(tables.of_rank, np.int64))
         if said_of or any(group.holders.size < world_size for group in survey.groups):
             paths_of = [one.paths for one in said_of] or [values.paths]
             check_nesting({head.path for head, _ in survey.leaves}, paths_of)
-            forms = self._shares.forms or (values.form,)  # rank 0 sees later which ones of other ranks are new
+            forms = shares.forms or (values.form,)  # rank 0 sees later which ones of other ranks are new
             objects = (one.path for form in forms for one in form.outline.containers if one.kind == "object")
-            self._shares.in_part = objects_in_part(objects, survey, paths_of, self._shares.aliases)
+            shares.in_part = objects_in_part(objects, survey, paths_of, shares.aliases)
             self._tell(on_some_ranks(survey, paths_of, words.of_rank) if rank == 0 else None)
         boxes: Mapping[int, Boxes] = {}
         if survey.told:
-            survey, boxes = decode_boxes(survey, self._comm.all_gather(encode_boxes(survey, mine, rank), timeout))
+            own = encode_boxes(survey, mine.holdings, rank)
+            survey, boxes = decode_boxes(survey, self._comm.all_gather(own, timeout))
         if len(replicas.documents) > 1:
             ranks_of = [np.flatnonzero(np.asarray(replicas.of_rank) == n) for n in range(len(replicas.documents))]
             crcs_of = map(decode_crcs, replicas.documents)
             compare_replicas([(ranks.tolist(), own) for ranks, own in zip(ranks_of, crcs_of, strict=True)])
-        assigned = assign(survey, boxes, rank, mine)
+        assigned = assign(survey, boxes, rank, mine.holdings)
         copies = copies_in(survey, boxes)
-        self._copies = frozenset(head.path for head, number in survey.leaves if number in copies)
-        if compare and reading is not None:
-            compare_copies(self._comm, survey, copies, reading.leaves, timeout)
-        return mine, assigned
+        if compare:
+            compare_copies(self._comm, survey, copies, mine.taken.reading.leaves, timeout)
+        return shares, assigned, frozenset(head.path for head, number in survey.leaves if number in copies)
 
     def _lay_out(
-        self, structure: Structure, holdings: tuple[Holding, ...], assigned: list[Assigned], alone: bool
+        self,
+        reading: Reading,
+        holdings: tuple[Holding, ...],
+        assigned: list[Assigned],
+        shares: Shares,
+        copies: frozenset[Path],
+        *,
+        alone: bool,
     ) -> Plan:
         rank = self._comm.rank
         image = plan_image(archive_name(rank), rank, assigned)
-        assert self._shares is not None
-        return Plan(
-            structure,
-            holdings,
-            tuple(assigned),
-            image,
-            rows_of(image, assigned, rank),
-            self._shares,
-            self._copies,
-            alone,
-        )
+        rows = rows_of(image, assigned, rank)
+        return Plan(reading.structure, holdings, tuple(assigned), image, rows, shares, copies, alone)
 
     def _tell(self, found: tuple[int, str] | None) -> None:
         """Log once what only some ranks have."""
         if found is not None and found[1] != self._told:
             self._told = found[1]
             _log.log(*found)
+
+
+@dataclass(frozen=True, slots=True)
+class _Said:
+    """What a rank holds by path, and what it tells the others: `said` by digests where they say the same.
+
+    `buffers` are the CRCs of what nobody has declared.
+    """
+
+    taken: Taken
+    holdings: tuple[Holding, ...]
+    said: list[bytes]
+    buffers: Crcs
 
 
 def rows_of(image: Image, assigned: list[Assigned], rank: int) -> RankRows:

@@ -26,11 +26,11 @@ from ckptengine.save.committer import Committer
 from ckptengine.save.copier import Copier
 from ckptengine.save.handle import Phase, SaveHandle
 from ckptengine.save.keeper import Keeper, MemoryPlace
-from ckptengine.save.planner import Plan, Planner
+from ckptengine.save.planner import Planner, Taken
 from ckptengine.save.reading import Reading, StateReader
 from ckptengine.save.replicas import ReplicaCheck
 from ckptengine.save.turn import Turns
-from ckptengine.save.values import StoredValues, stored_values
+from ckptengine.save.values import stored_values
 from ckptengine.schema.dtypes import DTYPES
 from ckptengine.schema.leaf import ArrayLeaf, DeviceMemory, Placement
 from ckptengine.snapshot.feed import Feed
@@ -229,11 +229,7 @@ class Saver:
                 raise read.interrupt
             if isinstance(ready, Exception):
                 raise ready
-            # A plan that was made alone has not been compared; the coordinator does it with the receipts.
-            first = check is ReplicaCheck.FIRST and (ready.work.plan.alone or self._planner.again)
-            wanted = check is ReplicaCheck.ALWAYS or first
-            compare = wanted and not self._planner.compared and self._comm.world_size > 1
-            self._planner.again = self._planner.again and not compare
+            compare = self._planner.compares(ready.work.plan, check)
             self._copier.copy(attempt, ready.work, ready.reading, table, compare, timeout)
         except BaseException as problem:
             self._give_up(flight, problem)
@@ -271,7 +267,7 @@ class Saver:
         try:
             generation = self._open(target, read.reading, timeout)
             with collection_later():
-                plan, error = self._planner.plan(read.reading, read.values, read.error, timeout, check)
+                planned = self._planner.plan(read.taken, timeout, check)
         except BaseException as problem:
             if not isinstance(problem, Exception):
                 self._planner.together_next()  # whether the ranks have met is not known
@@ -280,12 +276,13 @@ class Saver:
             raise
         finally:
             self._comm.about = ""
-        return generation, _ready(read, plan, error)
+        if isinstance(planned, Exception):
+            return generation, planned
+        return generation, _Ready(planned.taken.reading, Work(planned.plan, planned.taken.values))
 
     def _read(self, target: Target, state: Mapping[str, Any], behind: str) -> _Read:
         """Read a state; `behind` is what of earlier saves stays undone too long."""
         reading: Reading | None = None
-        values: StoredValues | None = None
         try:
             with collection_later():
                 reading = self._reader.read(state)
@@ -295,10 +292,10 @@ class Saver:
             if behind:
                 raise SaveFailedError(f"{target.storage.location()}: {behind}")
         except Exception as problem:
-            return _Read(reading, values, problem)
+            return _Read(problem, reading)
         except BaseException as problem:
-            return _Read(reading, values, interrupted(problem), problem)
-        return _Read(reading, values)
+            return _Read(interrupted(problem), reading, problem)
+        return _Read(Taken(reading, values), reading)
 
     def _new_flight(self, attempt: Attempt) -> _Flight:
         told = threading.Event()
@@ -325,8 +322,8 @@ class Saver:
         if flight.thread.ident is None:
             # No thread will end this save: end it here, or every later one would wait for it.
             self._planner.together_next()
-            handle.staged.reach(error=failure)
-            handle.durable.reach(error=failure)
+            handle.staged.fail(failure)
+            handle.durable.fail(failure)
             return
         # The others may be waiting for this word, and the caller for them, in a call that keeps the interpreter's lock
         # and with it the thread that is to send it. Not for ever: that thread may be in a storage that hangs.
@@ -393,13 +390,13 @@ class Saver:
                 if not self._committer.in_doubt:
                     self._planner.together_next()
                 failure = interrupted(problem)
-                handle.staged.reach(error=failure)
-                handle.durable.reach(error=failure)
+                handle.staged.fail(failure)
+                handle.durable.fail(failure)
                 told.set()
                 return
             if self._comm.rank == 0:
                 target.owner.told(done, stats)
-            handle.staged.reach()
+            handle.staged.reach(None)
             handle.durable.reach(stats)
         if self._comm.rank == 0 or target.leads:
             self._cleaner.offer(functools.partial(target.owner.committed, done), handle.path)
@@ -416,14 +413,13 @@ class _Flight:
 
 @dataclass(frozen=True, slots=True)
 class _Read:
-    """What was read of a state, and what kept this rank from more.
+    """A state that was taken apart, or what kept this rank from that, with what was read before.
 
     `interrupt` goes its way, to the caller, when the other ranks have heard of it: they would wait for this one.
     """
 
+    taken: Taken | Exception
     reading: Reading | None
-    values: StoredValues | None
-    error: Exception | None = None
     interrupt: BaseException | None = None
 
 
@@ -433,15 +429,6 @@ class _Ready:
 
     reading: Reading
     work: Work
-
-
-def _ready(read: _Read, plan: Plan | None, error: Exception | None) -> _Ready | Exception:
-    """Return what is to be copied and written, or what keeps this rank from it."""
-    if error is not None:
-        return error
-    if read.reading is None or read.values is None or plan is None:
-        raise AssertionError("unreachable: the planner returns a plan or an error")
-    return _Ready(read.reading, Work(plan, read.values))
 
 
 def _still_copied(timeout: float) -> str:

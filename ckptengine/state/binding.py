@@ -107,29 +107,29 @@ class Binding:
         reads: list[Read],
         report: LoadReport,
         actions: list[Action],
-        promise: Promise | None = None,
-        left: Left | None = None,
-        take_memory: Callable[[], None] | None = None,
-        items: Sequence[Items] = (),
-        left_out: dict[Path, list[Path]] | None = None,
-        known: Sequence[str] = (),
-        unknown: Sequence[str] = (),
+        promise: Promise,
+        left: Left,
+        take_memory: Callable[[], None],
+        items: Sequence[Items],
+        left_out: dict[Path, list[Path]],
+        known: Sequence[str],
+        unknown: Sequence[str],
     ) -> None:
         self.reads = reads
         self.report = report
         self.promise = promise
-        self.left = Left(0, {}, ()) if left is None else left
+        self.left = left
         self._actions: list[Action] | None = actions
         self._take_memory = take_memory
         self.items = items
-        self._left_out = {} if left_out is None else left_out
+        self._left_out = left_out
         self.known, self.unknown = known, unknown
 
     def leave_out(self, path: Path, extras: Iterable[Extra]) -> None:
         """Hand the object at a path nothing of some of its items."""
         self._left_out[path] = [one.keys for one in extras]
         others = {(*path, *keys) for keys in self._left_out[path]}
-        if others and self.promise is not None:
+        if others:
             leaves = {path: one for path, one in self.promise.leaves.items() if not is_inside(path, others)}
             self.promise = replace(self.promise, leaves=leaves, refused=self.promise.refused | others)
 

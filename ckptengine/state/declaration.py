@@ -121,8 +121,14 @@ class _Look:
     def at(self, value: Any) -> None:
         """Look at everything in a value; raises `StateError` naming what a rule can't hold for."""
         inspector = Inspector()
-        kind, _ = inspector.kind(value, ())
-        if kind not in (Kind.MODULE, Kind.TENSOR, Kind.WRAPPED, Kind.SHARDED, Kind.DICT, Kind.SEQUENCE):
+        if inspector.inspect(value, ()).kind not in (
+            Kind.MODULE,
+            Kind.TENSOR,
+            Kind.WRAPPED,
+            Kind.SHARDED,
+            Kind.DICT,
+            Kind.SEQUENCE,
+        ):
             raise StateError(
                 f"Sharded: {describe_type(value)} is neither a module nor a tensor, nor a dict or list of these"
             )

@@ -12,7 +12,7 @@ import numpy as np
 from ckptengine.schema.dtypes import DTYPES
 from ckptengine.schema.leaf import ArrayLeaf, HostMemory, Part
 
-__all__ = ["Extent", "Taken", "array_at", "extent_of", "extents", "overlap", "sharing"]
+__all__ = ["Extent", "Taken", "array_at", "extent_of", "extents", "host_extent", "overlap", "sharing"]
 
 _MAX_WORK = 10_000
 """Steps after which two strided memories count as overlapping: more than any slices of one tensor need."""
@@ -45,16 +45,23 @@ def extent_of(part: Part, itemsize: int) -> Extent | None:
     """Return the extent of a part of elements of `itemsize` bytes; None where its framework does not say."""
     memory, shape = part.memory, part.box.shape
     if isinstance(memory, HostMemory):
-        space, address, strides = "", memory.address, memory.strides
+        return host_extent(memory, shape, itemsize)
+    owner: Any = memory.owner
+    if not callable(getattr(owner, "data_ptr", None)):
+        return None
+    if callable(getattr(owner, "stride", None)):
+        strides = tuple(stride * itemsize for stride in owner.stride())
     else:
-        owner: Any = memory.owner
-        if not callable(getattr(owner, "data_ptr", None)):
-            return None
-        space, address = str(getattr(owner, "device", "device")), owner.data_ptr()
-        if callable(getattr(owner, "stride", None)):
-            strides = tuple(stride * itemsize for stride in owner.stride())
-        else:
-            strides = np.empty(shape, np.dtype(f"V{itemsize}")).strides
+        strides = np.empty(shape, np.dtype(f"V{itemsize}")).strides
+    return _extent(str(getattr(owner, "device", "device")), owner.data_ptr(), shape, strides, itemsize)
+
+
+def host_extent(memory: HostMemory, shape: Sequence[int], itemsize: int) -> Extent:
+    """Return the extent of an array of elements of `itemsize` bytes in host memory."""
+    return _extent("", memory.address, shape, memory.strides, itemsize)
+
+
+def _extent(space: str, address: int, shape: Sequence[int], strides: Sequence[int], itemsize: int) -> Extent:
     steps = [(length - 1) * stride for length, stride in zip(shape, strides, strict=True)]
     low = address + sum(step for step in steps if step < 0)
     high = address + sum(step for step in steps if step > 0) + itemsize

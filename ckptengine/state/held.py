@@ -56,31 +56,28 @@ class _Look:
         if len(path) > MAX_DEPTH:
             return
         try:
-            kind, adapter = self._inspector.kind(value, path)
-            if kind is Kind.PER_RANK:
+            found = self._inspector.inspect(value, path)
+            if found.kind is Kind.PER_RANK:
                 yield from self._value(value.value, (*path, ""), True)
-            elif kind is Kind.DECLARED:
+            elif found.kind is Kind.DECLARED:
                 yield from self._value(value.value, path, per_rank)
-            elif kind is Kind.TENSOR:
-                assert adapter is not None
-                yield from self._array(value, adapter, path, per_rank)
-            elif kind is Kind.SHARDED:
+            elif found.kind is Kind.TENSOR:
+                yield from self._array(value, found.adapter, path, per_rank)
+            elif found.kind is Kind.SHARDED:
                 view = sharded_parts(value, path, target=False)
                 yield ArrayLeaf(path, view.dtype, view.shape, view.placement, view.parts, "")
-            elif kind is Kind.MODULE:
-                assert adapter is not None
-                for number, tensor in enumerate(adapter.module_tensors(value)):
-                    yield from self._array(tensor, adapter, (*path, number), per_rank)
-            elif kind is Kind.OPTIMIZER:
-                assert adapter is not None
-                for group in adapter.optimizer_groups(value):
+            elif found.kind is Kind.MODULE:
+                for number, tensor in enumerate(found.adapter.module_tensors(value)):
+                    yield from self._array(tensor, found.adapter, (*path, number), per_rank)
+            elif found.kind is Kind.OPTIMIZER:
+                for group in found.adapter.optimizer_groups(value):
                     for number, parameter in enumerate(group["params"]):
                         yield from self.items(
-                            adapter.optimizer_state(value, parameter) or {}, (*path, number), per_rank
+                            found.adapter.optimizer_state(value, parameter) or {}, (*path, number), per_rank
                         )
-            elif kind is Kind.OBJECT:
+            elif found.kind is Kind.OBJECT:
                 self.objects.append((value, path, per_rank))
-            elif kind in (Kind.DICT, Kind.SEQUENCE):
+            elif found.kind in (Kind.DICT, Kind.SEQUENCE):
                 yield from self.items(value, path, per_rank)
         except StateError:
             return

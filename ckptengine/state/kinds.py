@@ -5,8 +5,9 @@ from __future__ import annotations
 import re
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, ValuesView
+from dataclasses import dataclass
 from enum import Enum, auto
-from typing import Any
+from typing import Any, Literal
 
 from ckptengine.errors import CheckpointError, StateError
 from ckptengine.frameworks.adapter import Adapter, ModuleEntry, TensorView
@@ -22,7 +23,7 @@ from ckptengine.state.sharded import ShardedArray
 from ckptengine.state.shards import Declaration
 from ckptengine.state.values import MAX_DEPTH
 
-__all__ = ["SCALARS", "Inspector", "Kind", "children", "optimizer_names"]
+__all__ = ["ROOT", "SCALARS", "Inspected", "Inspector", "Kind", "children", "optimizer_names"]
 
 
 class Kind(Enum):
@@ -46,6 +47,30 @@ class Kind(Enum):
     PLAIN = auto()
 
 
+@dataclass(frozen=True, slots=True)
+class FrameworkValue:
+    """What a value is that a framework knows, whose adapter comes with it."""
+
+    kind: Literal[Kind.SHARDED, Kind.TENSOR, Kind.WRAPPED, Kind.MODULE, Kind.OPTIMIZER]
+    adapter: Adapter
+
+
+@dataclass(frozen=True, slots=True)
+class OtherValue:
+    """What a value is that no framework knows."""
+
+    kind: Literal[Kind.PER_RANK, Kind.DECLARED, Kind.OBJECT, Kind.DICT, Kind.SEQUENCE, Kind.PLAIN]
+    adapter: None = None
+
+
+Inspected = FrameworkValue | OtherValue
+
+_DICT = OtherValue(Kind.DICT)
+ROOT = _DICT
+"""What a state is as a whole."""
+_PER_RANK, _DECLARED, _OBJECT = OtherValue(Kind.PER_RANK), OtherValue(Kind.DECLARED), OtherValue(Kind.OBJECT)
+_SEQUENCE, _PLAIN = OtherValue(Kind.SEQUENCE), OtherValue(Kind.PLAIN)
+
 SCALARS = frozenset({type(None), bool, int, float, str, bytes, complex})
 """What is plain whatever it holds."""
 
@@ -56,62 +81,63 @@ class Inspector:
     """One walk's view of the frameworks: sorts values into kinds; `asked` has what modules and objects answered."""
 
     def __init__(self, asked: Asked | None = None) -> None:
-        self._adapters = list(adapters())
+        self._frameworks = [_Framework(adapter) for adapter in adapters()]
         self.asked = Asked() if asked is None else asked
         self.declared = Declared()
 
-    def kind(self, value: Any, path: Path) -> tuple[Kind, Adapter | None]:
-        """Return a value's kind, and its adapter where it is a framework's.
+    def inspect(self, value: Any, path: Path) -> Inspected:
+        """Return a value's kind, with its adapter where it is a framework's.
 
         Raises `StateError` where tensors lie in a dict whose keys can't be part of a path, or nesting has no
         end.
         """
         if type(value) in SCALARS:
-            return Kind.PLAIN, None
-        known = self._framework_kind(value)
+            return _PLAIN
+        known = self._known(value)
         if known is not None:
             return known
         if isinstance(value, Mapping):
-            return self._dict_kind(value, path), None
+            return self._dict_kind(value, path)
         if isinstance(value, (list, tuple, deque)):
-            return (Kind.SEQUENCE if self._holds_more(value, path, 0) else Kind.PLAIN), None
-        return Kind.PLAIN, None
+            return _SEQUENCE if self._holds_more(value, path, 0) else _PLAIN
+        return _PLAIN
 
-    def _framework_kind(self, value: Any) -> tuple[Kind, Adapter | None] | None:
+    def _known(self, value: Any) -> Inspected | None:
         if isinstance(value, PerRank):
-            return Kind.PER_RANK, None
+            return _PER_RANK
         if isinstance(value, Merged):
             if value.adapter is None:
-                return Kind.OBJECT, None
-            return (Kind.OPTIMIZER if value.optimizers else Kind.MODULE), value.adapter
+                return _OBJECT
+            return FrameworkValue(Kind.OPTIMIZER if value.optimizers else Kind.MODULE, value.adapter)
         if isinstance(value, Declaration):
-            return Kind.DECLARED, None
+            return _DECLARED
         if isinstance(value, ShardedArray):
-            return Kind.SHARDED, value.adapter
-        for adapter in self._adapters:
+            return FrameworkValue(Kind.SHARDED, value.adapter)
+        for framework in self._frameworks:
+            adapter = framework.adapter
             if adapter.is_tensor(value):
-                return (Kind.WRAPPED if adapter.is_wrapped(value) else Kind.TENSOR), adapter
+                return framework.wrapped if adapter.is_wrapped(value) else framework.tensor
             if adapter.is_module(value):
-                return Kind.MODULE, adapter
+                return framework.module
             if adapter.is_optimizer(value):
-                return Kind.OPTIMIZER, adapter
+                return framework.optimizer
         if isinstance(value, type):
             return None
-        return (Kind.OBJECT, None) if _saves_itself(value) else None
+        return _OBJECT if _saves_itself(value) else None
 
-    def _dict_kind(self, value: Mapping[Any, Any], path: Path) -> Kind:
+    def _dict_kind(self, value: Mapping[Any, Any], path: Path) -> OtherValue:
         if isinstance(value, Counter) or (not value and type(value) in (dict, OrderedDict, defaultdict)):
-            return Kind.PLAIN
+            return _PLAIN
         keys_fit = all(type(key) in (str, int) for key in value)
         # A class made from dict has no place among plain values: its items are filled into the one that is there.
         own_class = isinstance(value, dict) and type(value) not in (dict, OrderedDict, defaultdict)
         if keys_fit and (type(value) is dict or own_class):
-            return Kind.DICT
+            return _DICT
         if not self._holds_more(value.values(), path, 0):
-            return Kind.PLAIN
+            return _PLAIN
         if not isinstance(value, dict):
             raise StateError(f"{dotted(path)}: {describe_type(value)} holds tensors; convert it to a plain dict")
-        return Kind.DICT
+        return _DICT
 
     def _holds_more(self, items: Iterable[Any], path: Path, depth: int) -> bool:
         if depth > MAX_DEPTH:
@@ -119,7 +145,7 @@ class Inspector:
         for item in items:
             if type(item) in SCALARS:
                 continue
-            if self._framework_kind(item) is not None:
+            if self._known(item) is not None:
                 return True
             inner = item.values() if isinstance(item, Mapping) else item
             if not isinstance(inner, (list, tuple, deque, ValuesView)):
@@ -152,25 +178,25 @@ class Inspector:
         where = (*path, *inner)
         if len(where) > MAX_DEPTH:
             raise StateError(f"{dotted(where[:3])}…: nested more than {MAX_DEPTH} deep (or inside itself); flatten it")
-        kind, adapter = self.kind(value, where)
-        if kind in (Kind.TENSOR, Kind.WRAPPED):
-            yield dotted(inner), value, adapter, where
-        elif kind is Kind.SHARDED:
+        found = self.inspect(value, where)
+        if found.kind in (Kind.TENSOR, Kind.WRAPPED):
+            yield dotted(inner), value, found.adapter, where
+        elif found.kind is Kind.SHARDED:
             yield dotted(inner), value, None, where
-        elif kind is Kind.MODULE and adapter is not None:
-            for entry in self.local_entries(value, adapter, where):
-                if adapter.is_tensor(entry.value):
-                    yield dotted((*inner, entry.name)), entry.value, adapter, (*where, entry.name)
-        elif kind in (Kind.DICT, Kind.SEQUENCE):
+        elif found.kind is Kind.MODULE:
+            for entry in self.local_entries(value, found.adapter, where):
+                if found.adapter.is_tensor(entry.value):
+                    yield dotted((*inner, entry.name)), entry.value, found.adapter, (*where, entry.name)
+        elif found.kind in (Kind.DICT, Kind.SEQUENCE):
             for key, item in children(value, where):
                 yield from self.named_tensors(item, path, (*inner, key))
 
     def named_modules(self, value: Any, inner: Path) -> Iterator[tuple[str, Any]]:
         """Yield the modules in a value, each after what comes before the names of its tensors."""
-        kind, _ = self.kind(value, inner)
-        if kind is Kind.MODULE:
+        found = self.inspect(value, inner)
+        if found.kind is Kind.MODULE:
             yield dotted((*inner, "")), value
-        elif kind in (Kind.DICT, Kind.SEQUENCE):
+        elif found.kind in (Kind.DICT, Kind.SEQUENCE):
             for key, item in children(value, inner):
                 yield from self.named_modules(item, (*inner, key))
 
@@ -191,13 +217,13 @@ class Inspector:
     def _declare(self, value: Any, path: Path, modules: list[tuple[Any, Adapter, Path]]) -> None:
         if len(path) > MAX_DEPTH:
             return  # the walk refuses it
-        kind, adapter = (Kind.DICT, None) if path == () else self.kind(value, path)
-        if kind is Kind.DECLARED:
+        found = ROOT if path == () else self.inspect(value, path)
+        if found.kind is Kind.DECLARED:
             self.declared.add(value, self.named_tensors(value.value, path), self.named_modules(value.value, ()))
             self._declare(value.value, path, modules)
-        elif kind is Kind.MODULE and adapter is not None:
-            modules.append((value, adapter, path))
-        elif kind in (Kind.DICT, Kind.SEQUENCE):
+        elif found.kind is Kind.MODULE:
+            modules.append((value, found.adapter, path))
+        elif found.kind in (Kind.DICT, Kind.SEQUENCE):
             for key, item in children(value, path):
                 if type(item) not in SCALARS:
                     self._declare(item, (*path, key), modules)
@@ -217,21 +243,19 @@ class Inspector:
         if depth > MAX_DEPTH:
             return  # the walk refuses it
         try:
-            kind, adapter = (Kind.DICT, None) if path == () else self.kind(value, path)
-            if kind in (Kind.PER_RANK, Kind.DECLARED):
+            found = ROOT if path == () else self.inspect(value, path)
+            if found.kind in (Kind.PER_RANK, Kind.DECLARED):
                 self.ask(value.value, path, wanted, depth + 1)
-            elif kind is Kind.MODULE:
-                assert adapter is not None
-                adapter.check_module(value, path)
-                self.asked.values_of(value, adapter, path)
-            elif kind is Kind.OPTIMIZER and wanted(value, path):
-                assert adapter is not None
-                adapter.check_optimizer(value, path)
-                if adapter.saves_itself(value):
+            elif found.kind is Kind.MODULE:
+                found.adapter.check_module(value, path)
+                self.asked.values_of(value, found.adapter, path)
+            elif found.kind is Kind.OPTIMIZER and wanted(value, path):
+                found.adapter.check_optimizer(value, path)
+                if found.adapter.saves_itself(value):
                     self.ask(self.asked.state_of(value, path), path, wanted, depth + 1)
-            elif kind is Kind.OBJECT and wanted(value, path):
+            elif found.kind is Kind.OBJECT and wanted(value, path):
                 self.ask(self.asked.state_of(value, path), path, wanted, depth + 1)
-            elif kind in (Kind.DICT, Kind.SEQUENCE):
+            elif found.kind in (Kind.DICT, Kind.SEQUENCE):
                 for key, item in children(value, path):
                     if type(item) not in SCALARS:
                         self.ask(item, (*path, key), wanted, depth + 1)
@@ -270,19 +294,29 @@ class Inspector:
         """Yield `id`s and names of the parameters in modules, or, with `loose`, of the tensors outside of them."""
         if len(path) > MAX_DEPTH:
             raise StateError(f"{dotted(path[:3])}…: nested more than {MAX_DEPTH} deep (or inside itself); flatten it")
-        kind, adapter = (Kind.DICT, None) if path == () else self.kind(value, path)
-        if kind in (Kind.PER_RANK, Kind.DECLARED):
+        found = ROOT if path == () else self.inspect(value, path)
+        if found.kind in (Kind.PER_RANK, Kind.DECLARED):
             yield from self._parameters(value.value, path, loose)
-        elif kind in (Kind.TENSOR, Kind.WRAPPED) and loose:
+        elif found.kind in (Kind.TENSOR, Kind.WRAPPED) and loose:
             yield id(value), dotted(path)
-        elif kind is Kind.MODULE and not loose:
-            assert adapter is not None
-            for entry in self.entries(value, adapter, path):
-                if adapter.is_tensor(entry.value) and not entry.buffer:
+        elif found.kind is Kind.MODULE and not loose:
+            for entry in self.entries(value, found.adapter, path):
+                if found.adapter.is_tensor(entry.value) and not entry.buffer:
                     yield id(entry.value), dotted((*path, entry.name))
-        elif kind in (Kind.DICT, Kind.SEQUENCE):
+        elif found.kind in (Kind.DICT, Kind.SEQUENCE):
             for key, item in children(value, path):
                 yield from self._parameters(item, (*path, key), loose)
+
+
+class _Framework:
+    """What one framework's values are, made once for a walk that meets many of them."""
+
+    __slots__ = ("adapter", "module", "optimizer", "tensor", "wrapped")
+
+    def __init__(self, adapter: Adapter) -> None:
+        self.adapter = adapter
+        self.tensor, self.wrapped = FrameworkValue(Kind.TENSOR, adapter), FrameworkValue(Kind.WRAPPED, adapter)
+        self.module, self.optimizer = FrameworkValue(Kind.MODULE, adapter), FrameworkValue(Kind.OPTIMIZER, adapter)
 
 
 def _saves_itself(value: Any) -> bool:

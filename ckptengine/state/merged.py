@@ -50,20 +50,19 @@ class Merged(StandsFor):
         of_optimizers = bool(given) and not any(found)
         if of_optimizers:
             found = [next((one for one in adapters() if one.is_optimizer(part)), None) for part in given]
-        kinds = {id(one) for one in found}
-        if None in found or len(kinds) != 1:
+        first = found[0] if found else None
+        if first is None or any(one is not first for one in found):
             odd = next((part for part, one in zip(given, found, strict=True) if one is None), None)
             what = "no modules" if not found else describe_type(odd) if odd is not None else "several frameworks'"
             raise StateError(
                 f"Merged: takes one or more modules, or optimizers, of one framework, or schedulers of one class, not "
                 f"{what}"
             )
-        assert found[0] is not None
         if of_optimizers:
             self.optimizers = given
         else:
             self.modules = given
-        kind: Any = type(found[0])
+        kind: Any = type(first)
         self.adapter = merging_optimizers(kind)() if of_optimizers else _merging(kind)()
 
     def __repr__(self) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 
 from ckptengine.errors import LoadMismatchError
 from ckptengine.schema.path import Key, Path, dotted
-from ckptengine.state.kinds import Inspector, Kind, children
+from ckptengine.state.kinds import ROOT, Inspector, Kind, children
 
 __all__ = ["Rename", "renamer"]
 
@@ -163,9 +163,9 @@ class _Places:
 
     def _look(self, value: Any, path: Path) -> tuple[Kind, dict[str, tuple[Key, Any]]]:
         if id(value) not in self._known:
-            kind, _ = (Kind.DICT, None) if path == () else self._inspector.kind(value, path)
-            inner = children(value, path) if kind in (Kind.DICT, Kind.SEQUENCE) else []
-            self._known[id(value)] = kind, {str(key): (key, item) for key, item in inner}
+            found = ROOT if path == () else self._inspector.inspect(value, path)
+            inner = children(value, path) if found.kind in (Kind.DICT, Kind.SEQUENCE) else []
+            self._known[id(value)] = found.kind, {str(key): (key, item) for key, item in inner}
         return self._known[id(value)]
 
     def _resolve(self, text: str, value: Any, path: Path, whole: bool) -> tuple[Path, bool] | None:

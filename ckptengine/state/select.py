@@ -7,7 +7,7 @@ from typing import Any
 
 from ckptengine.errors import LoadMismatchError
 from ckptengine.schema.path import Path, dotted
-from ckptengine.state.kinds import Inspector, Kind, children
+from ckptengine.state.kinds import ROOT, Inspector, Kind, children
 
 __all__ = ["Selection", "module_names", "refuse_unknown"]
 
@@ -74,12 +74,12 @@ def module_names(state: Mapping[str, Any]) -> tuple[str, ...]:
     names: list[str] = []
 
     def look(value: Any, path: Path) -> None:
-        kind, _ = (Kind.DICT, None) if path == () else inspector.kind(value, path)
-        if kind is Kind.MODULE:
+        found = ROOT if path == () else inspector.inspect(value, path)
+        if found.kind is Kind.MODULE:
             names.append(dotted(path))
-        elif kind in (Kind.PER_RANK, Kind.DECLARED):
+        elif found.kind in (Kind.PER_RANK, Kind.DECLARED):
             look(value.value, path)
-        elif kind in (Kind.DICT, Kind.SEQUENCE):
+        elif found.kind in (Kind.DICT, Kind.SEQUENCE):
             for key, item in children(value, path):
                 look(item, (*path, key))
 

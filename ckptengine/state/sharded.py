@@ -32,10 +32,8 @@ class ShardedArray:
     __slots__ = ("global_shape", "local", "offset")
 
     def __init__(self, local: Any, global_shape: Iterable[int], offset: Iterable[int]) -> None:
-        adapter = adapter_of_tensor(local)
-        if adapter is None:
-            raise StateError(f"ShardedArray: the local part is {describe_type(local)}, not an array or tensor")
         self.local = local
+        adapter = self.adapter
         self.global_shape = tuple(operator.index(length) for length in global_shape)
         self.offset = tuple(operator.index(start) for start in offset)
         view = adapter.view(local, ("ShardedArray",), target=False)
@@ -68,7 +66,8 @@ class ShardedArray:
     def adapter(self) -> Adapter:
         """The adapter of the local part."""
         adapter = adapter_of_tensor(self.local)
-        assert adapter is not None  # checked when it was made
+        if adapter is None:
+            raise StateError(f"ShardedArray: the local part is {describe_type(self.local)}, not an array or tensor")
         return adapter
 
     def __repr__(self) -> str:

@@ -84,7 +84,7 @@ class PlainStep(Step):
 
     def again(self, value: Any, met: Met) -> None:
         """Note the value."""
-        if type(value) not in SCALARS and met.inspector.kind(value, self.path)[0] is not Kind.PLAIN:
+        if type(value) not in SCALARS and met.inspector.inspect(value, self.path).kind is not Kind.PLAIN:
             raise Changed
         met.values[self.per_rank][self.path] = value
 

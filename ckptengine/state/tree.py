@@ -164,34 +164,31 @@ class _Walk:
             raise StateError(f"{dotted(path[:3])}…: nested more than {MAX_DEPTH} deep (or inside itself); flatten it")
         if self._wanted is not None and not self._wanted(value, path):
             return PlainStep(path, per_rank)
-        kind, adapter = self._inspector.kind(value, path)
-        match kind:
+        found = self._inspector.inspect(value, path)
+        match found.kind:
             case Kind.PLAIN:
                 self._sides[per_rank].values[path] = value
                 return PlainStep(path, per_rank)
             case Kind.TENSOR:
-                assert adapter is not None
-                view = self._views.get(id(value)) or self._inspector.view(value, adapter, path, target=False)
+                view = self._views.get(id(value)) or self._inspector.view(value, found.adapter, path, target=False)
                 per_rank = per_rank or self._inspector.declared.is_own(value)
                 cut = self._inspector.declared.cut_of(value)
-                self._add(value, view, adapter, path, per_rank=per_rank, buffer=buffer, cut=cut)
+                self._add(value, view, found.adapter, path, per_rank=per_rank, buffer=buffer, cut=cut)
                 if cut is not None and cut.spread is not None:
                     self._sides[per_rank].spreads[path] = cut.spread
                 if self._wanted is None and not self._in_module:
-                    self._note_kind(value, adapter, path, per_rank)
+                    self._note_kind(value, found.adapter, path, per_rank)
                 return TensorStep(type(value))
             case Kind.WRAPPED:
-                assert adapter is not None
-                inner = adapter.unwrap(value, path)
+                inner = found.adapter.unwrap(value, path)
                 self._sides[per_rank].values[(*path, ABOUT)] = inner.pop(ABOUT)
                 parts = {k: self._visit(v, (*path, k), per_rank=per_rank, buffer=buffer) for k, v in inner.items()}
-                return WrappedStep(type(value), adapter, path, parts, per_rank)
+                return WrappedStep(type(value), found.adapter, path, parts, per_rank)
             case Kind.SHARDED:
-                assert adapter is not None
                 if per_rank:
                     raise StateError(f"{dotted(path)}: a ShardedArray inside PerRank; pass its local part instead")
                 view = sharded_parts(value, path, target=False)
-                self._add(value.local, view, adapter, path, cut=value.cut)
+                self._add(value.local, view, found.adapter, path, cut=value.cut)
                 return ShardedStep(value)
             case Kind.PER_RANK:
                 if per_rank:
@@ -211,9 +208,8 @@ class _Walk:
                 self._declarations -= 1
                 return DeclaredStep(value, declared)
             case Kind.MODULE:
-                assert adapter is not None
                 steps: dict[Any, Step] = {}
-                entries = self._inspector.entries(value, adapter, path)
+                entries = self._inspector.entries(value, found.adapter, path)
                 if not entries:
                     self._empty[path] = class_name(value)
                 self._build(path, "module", per_rank, keys=[entry.name for entry in entries])
@@ -222,12 +218,11 @@ class _Walk:
                     self._in_module = entry.live  # extra state is made anew
                     steps[entry.key] = self._visit(entry.value, where, per_rank=per_rank, buffer=entry.buffer)
                 self._in_module = False
-                return ModuleStep(value, adapter, steps, path)
+                return ModuleStep(value, found.adapter, steps, path)
             case Kind.OPTIMIZER:
-                assert adapter is not None
-                if adapter.saves_itself(value):
-                    return self._visit_own_optimizer(value, adapter, path, per_rank)
-                return self._visit_optimizer(value, adapter, path, per_rank)
+                if found.adapter.saves_itself(value):
+                    return self._visit_own_optimizer(value, found.adapter, path, per_rank)
+                return self._visit_optimizer(value, found.adapter, path, per_rank)
             case Kind.OBJECT:
                 per_rank = per_rank or adapter_of_loader(value) is not None
                 self._build(path, "object", per_rank, class_name(value))
@@ -235,7 +230,7 @@ class _Walk:
                 if isinstance(own, Mapping) and not own:
                     self._empty[path] = class_name(value)
                 given = own.value if isinstance(own, PerRank) else own
-                if self._inspector.kind(given, path)[0] in (Kind.OBJECT, Kind.MODULE, Kind.OPTIMIZER):
+                if self._inspector.inspect(given, path).kind in (Kind.OBJECT, Kind.MODULE, Kind.OPTIMIZER):
                     raise StateError(
                         f"{dotted(path)}: state_dict() of {describe_type(value)} gives a {describe_type(given)} "
                         "itself, which would be loaded in its place; have it give a dict with that in it"

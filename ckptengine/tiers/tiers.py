@@ -193,8 +193,7 @@ class Tiers:
                             f"{self.places.persistent.location()}: {problem}. Started again with the same tiers, the "
                             "job uploads it"
                         )
-                mine = word if self._comm.rank == 0 else None
-                word = share(self._comm, mine, error, timeout + 2 * _SLICE_SECONDS, "waiting for uploads")
+                word = share(self._comm, word, error, timeout + 2 * _SLICE_SECONDS, "waiting for uploads")
 
     def tell_kept(self) -> None:
         """Say where a checkpoint is that is in memory only, at the end of a job; on rank 0."""

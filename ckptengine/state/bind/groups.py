@@ -30,13 +30,13 @@ class Regrouped:
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """One saved group: its parameters, the names that the user gave them, and its other values; `node` where these are
-    nodes of their own."""
+    """One saved group: its parameters, the names that the user gave them, its other values, and its number, under which
+    it is a node where these are nodes of their own."""
 
     params: list[Any]
     given: list[Any] | None
     others: Mapping[str, Any]
-    node: Node | None
+    number: int
 
 
 def regroup(optimizer: Node, names: Sequence[Sequence[str]], name_of: Callable[[str], str], apart: bool) -> Regrouped:
@@ -77,9 +77,9 @@ def regroup(optimizer: Node, names: Sequence[Sequence[str]], name_of: Callable[[
         made.append(_made(own, [saved[source] for source in sources], name_of))
     dropped = [
         (((number, *path)), node)
-        for number, group in enumerate(saved)
-        if number not in taken and group.node is not None
-        for path, node in group.node.leaves()
+        for number in range(len(saved))
+        if number not in taken and number in place.children
+        for path, node in place.children[number].leaves()
     ]
     _put(place, made)
     here = {name for group in names for name in group}
@@ -95,7 +95,7 @@ def _made(own: Sequence[str], sources: Sequence[Group], name_of: Callable[[str],
             saved.setdefault(name_of(str(name)), (name, None if group.given is None else group.given[number]))
     params = [saved[name][0] for name in own]
     given = None if any(group.given is None for group in sources) else [saved[name][1] for name in own]
-    return Group(params, given, sources[0].others, sources[0].node)
+    return Group(params, given, sources[0].others, sources[0].number)
 
 
 def _differing(number: int, sources: Sequence[Group], there: Sequence[Sequence[str]], own: Sequence[str]) -> str | None:
@@ -124,7 +124,10 @@ def saved_groups(place: Node) -> list[Group] | None:
         found = place.entry.value if isinstance(place.entry.value, list) else []
         if not found or not all(isinstance(group, dict) and isinstance(group.get(_PARAMS), list) for group in found):
             return None
-        return [Group(group[_PARAMS], _listed(group.get(_GIVEN)), _others(group), None) for group in found]
+        return [
+            Group(group[_PARAMS], _listed(group.get(_GIVEN)), _others(group), number)
+            for number, group in enumerate(found)
+        ]
     if sorted(place.children, key=str) != sorted(range(len(place.children)), key=str):
         return None
     result = []
@@ -136,7 +139,7 @@ def saved_groups(place: Node) -> list[Group] | None:
         }
         if not isinstance(values.get(_PARAMS), list):
             return None
-        result.append(Group(values[_PARAMS], _listed(values.get(_GIVEN)), _others(values), node))
+        result.append(Group(values[_PARAMS], _listed(values.get(_GIVEN)), _others(values), number))
     return result
 
 
@@ -161,9 +164,9 @@ def _put(place: Node, groups: Sequence[Group]) -> None:
         return
     children: dict[Any, Node] = {}
     for number, group in enumerate(groups):
-        assert group.node is not None
-        node = children[number] = copy.copy(group.node)
-        node.children = dict(group.node.children)
+        saved = place.children[group.number]
+        node = children[number] = copy.copy(saved)
+        node.children = dict(saved.children)
         for key, names in ((_PARAMS, group.params), (_GIVEN, group.given)):
             if key in node.children and names is not None:
                 child = node.children[key] = copy.copy(node.children[key])

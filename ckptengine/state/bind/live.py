@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from ckptengine.schema.path import Path
-from ckptengine.state.kinds import Inspector, Kind
+from ckptengine.state.kinds import ROOT, Inspector, Kind
 
 __all__ = ["is_optimizer_state", "live_tensors"]
 
@@ -27,26 +27,26 @@ def _look(value: Any, path: Path, inspector: Inspector, seen: set[int]) -> Itera
     if len(path) > _DEPTH or id(value) in seen:
         return
     seen.add(id(value))
-    kind, adapter = inspector.kind(value, path) if path else (Kind.DICT, None)
-    if kind in (Kind.TENSOR, Kind.WRAPPED):
+    found = inspector.inspect(value, path) if path else ROOT
+    if found.kind in (Kind.TENSOR, Kind.WRAPPED):
         yield path, value
-    elif kind is Kind.MODULE and adapter is not None:
-        for entry in inspector.entries(value, adapter, path):
-            if adapter.is_tensor(entry.value):
+    elif found.kind is Kind.MODULE:
+        for entry in inspector.entries(value, found.adapter, path):
+            if found.adapter.is_tensor(entry.value):
                 yield (*path, entry.name), entry.value
-    elif kind is Kind.OPTIMIZER and adapter is not None:
-        for number, group in enumerate(adapter.optimizer_groups(value)):
+    elif found.kind is Kind.OPTIMIZER:
+        for number, group in enumerate(found.adapter.optimizer_groups(value)):
             for index, parameter in enumerate(group["params"]):
                 yield (*path, number, index), parameter
-    elif kind in (Kind.PER_RANK, Kind.DECLARED):
+    elif found.kind in (Kind.PER_RANK, Kind.DECLARED):
         yield from _look(value.value, path, inspector, seen)
-    elif kind is Kind.DICT:
+    elif found.kind is Kind.DICT:
         for key, item in value.items():
             yield from _look(item, (*path, key), inspector, seen)
-    elif kind is Kind.SEQUENCE:
+    elif found.kind is Kind.SEQUENCE:
         for number, item in enumerate(value):
             yield from _look(item, (*path, number), inspector, seen)
-    elif kind is Kind.OBJECT:
+    elif found.kind is Kind.OBJECT:
         for name, item in getattr(value, "__dict__", {}).items():
             if inspector.holds_more(item):
                 yield from _look(item, (*path, name), inspector, seen)

@@ -43,7 +43,8 @@ def _members(root: Node, path: Path, place: Node) -> Iterator[Member]:
     by_name = {str(key): child for key, child in states.children.items()}
     owners: dict[str, set[int]] = {}
     for group in saved_groups(place) or ():
-        number = place.number if group.node is None else group.node.children["params"].number
+        node = place.children.get(group.number)
+        number = place.number if node is None else node.children["params"].number
         for name in group.params:
             owners.setdefault(str(name), set()).add(number)
     for name, numbers in owners.items():

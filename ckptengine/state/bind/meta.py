@@ -8,7 +8,7 @@ from typing import Any
 
 from ckptengine.schema.path import Path, dotted
 from ckptengine.state.bind.room import room_for
-from ckptengine.state.kinds import Inspector, Kind, children
+from ckptengine.state.kinds import ROOT, Inspector, Kind, children
 from ckptengine.state.saved import Node, SavedArray
 from ckptengine.state.select import Selection
 from ckptengine.state.values import MAX_DEPTH
@@ -67,16 +67,16 @@ class GivenMemory:
     def _look(self, value: Any, path: Path, left: list[str]) -> None:
         if len(path) > MAX_DEPTH:
             return
-        kind, adapter = (Kind.DICT, None) if path == () else self._inspector.kind(value, path)
-        if kind in (Kind.PER_RANK, Kind.DECLARED):
+        found = ROOT if path == () else self._inspector.inspect(value, path)
+        if found.kind in (Kind.PER_RANK, Kind.DECLARED):
             self._look(value.value, path, left)
-        elif kind is Kind.MODULE and adapter is not None:
-            tensors = adapter.module_tensors(value)
-            without = {id(tensor) for tensor in tensors if adapter.dtype_without_memory(tensor) is not None}
+        elif found.kind is Kind.MODULE:
+            tensors = found.adapter.module_tensors(value)
+            without = {id(tensor) for tensor in tensors if found.adapter.dtype_without_memory(tensor) is not None}
             without |= self._names.keys()  # shared with a module that was looked at before
             if not without or not self._selection.reaches(path):
                 return
-            for entry in self._inspector.entries(value, adapter, path):
+            for entry in self._inspector.entries(value, found.adapter, path):
                 where = (*path, entry.name)
                 if id(entry.value) not in without or not self._selection.holds(where):
                     continue
@@ -86,11 +86,11 @@ class GivenMemory:
                     self._names[id(entry.value)].append(dotted(where))
                 elif leaf is not None and leaf.shape == self._inspector.declared.shape_of(entry.value):
                     with room_for(leaf, where):
-                        undo = adapter.give_memory(entry.value, leaf.dtype, self._cast)
+                        undo = found.adapter.give_memory(entry.value, leaf.dtype, self._cast)
                     if undo is not None:
                         self._undo[id(entry.value)], self._names[id(entry.value)] = undo, [dotted(where)]
-            left += [dotted((*path, name)) for name in adapter.unsaved_without_memory(value)]
-        elif kind in (Kind.DICT, Kind.SEQUENCE):
+            left += [dotted((*path, name)) for name in found.adapter.unsaved_without_memory(value)]
+        elif found.kind in (Kind.DICT, Kind.SEQUENCE):
             for key, item in children(value, path):
                 self._look(item, (*path, key), left)
 

@@ -14,9 +14,9 @@ from ckptengine.state.bind.extras import items_of, leave_out
 from ckptengine.state.bind.rates import check_rates
 from ckptengine.state.bind.tensors import TensorBinder
 from ckptengine.state.bind.work import OBJECTS, SET
-from ckptengine.state.kinds import Kind
+from ckptengine.state.kinds import Inspected, Kind
 from ckptengine.state.nested import per_rank_items, replace_contents, take_out
-from ckptengine.state.per_rank import PerRank
+from ckptengine.state.per_rank import PerRank, Resize
 from ckptengine.state.saved import Node, own_tree, with_places
 
 __all__ = ["ObjectBinder", "hand_over"]
@@ -92,10 +92,10 @@ class ObjectBinder(TensorBinder):
 
     def _resize(self, target: PerRank, path: Path, own: Node) -> None:
         saved_size = self._source.saved.world_size
-        kind, adapter = self._inspector.kind(target.value, path)
-        if target.resize is None or kind is Kind.OPTIMIZER:
+        found, resize = self._inspector.inspect(target.value, path), target.resize
+        if resize is None or found.kind is Kind.OPTIMIZER:
             hint = "an optimizer can't be resized"
-            if target.resize is None:
+            if resize is None:
                 hint = "pass PerRank(value, resize=...) to say what becomes of it"
             reason = f"saved per rank by {saved_size} ranks, loaded by {self._options.world_size}"
             self._mismatch(path, f"{reason}; {hint}", own)
@@ -114,15 +114,14 @@ class ObjectBinder(TensorBinder):
             node = own if rank == mine else own_tree(self._source.saved, rank, self._source.rename).find(path)
             values.append(None if node is None else self._rebuild(node, path))
         self._found.loaded.append(dotted(path))
-        self._work.act(SET, functools.partial(self._set_resized, target, values, kind, adapter, path))
+        self._work.act(SET, functools.partial(self._set_resized, target, resize, values, found, path))
 
-    def _set_resized(self, target: PerRank, values: list[Any], kind: Kind, adapter: Adapter | None, path: Path) -> None:
-        assert target.resize is not None
-        new = target.resize(values, self._options.rank, self._options.world_size)
-        if kind is Kind.MODULE and adapter is not None:
-            keys = {entry.name: entry.key for entry in self._inspector.entries(target.value, adapter, path)}
-            adapter.load_module(target.value, {keys[name]: item for name, item in new.items()})
-        elif kind is Kind.OBJECT:
+    def _set_resized(self, target: PerRank, resize: Resize, values: list[Any], found: Inspected, path: Path) -> None:
+        new = resize(values, self._options.rank, self._options.world_size)
+        if found.kind is Kind.MODULE:
+            keys = {entry.name: entry.key for entry in self._inspector.entries(target.value, found.adapter, path)}
+            found.adapter.load_module(target.value, {keys[name]: item for name, item in new.items()})
+        elif found.kind is Kind.OBJECT:
             target.value.load_state_dict(new)
         elif type(target.value) is type(new) and isinstance(new, (dict, list)):
             replace_contents(target.value, new)

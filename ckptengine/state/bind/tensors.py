@@ -139,7 +139,7 @@ class TensorBinder(BinderBase):
         if adapter is None:
             return None
         target, where = None, (*path, ABOUT)
-        if like is not None and self._inspector.kind(like, path)[0] is Kind.WRAPPED:
+        if like is not None and self._inspector.inspect(like, path).kind is Kind.WRAPPED:
             here = adapter.unwrap(like, path)[ABOUT]
             target = like if digest(encode(here, where)) == digest(encode(about, where)) else None
         if target is None:
@@ -330,7 +330,7 @@ class TensorBinder(BinderBase):
         """Whether a value takes its state itself."""
         if value is None or type(value) in SCALARS:
             return False
-        return self._inspector.kind(value, path)[0] in (Kind.OBJECT, Kind.MODULE, Kind.OPTIMIZER)
+        return self._inspector.inspect(value, path).kind in (Kind.OBJECT, Kind.MODULE, Kind.OPTIMIZER)
 
     def _look_for_live(self, like: Any, path: Path, node: Node) -> None:
         """Tell live objects of which the checkpoint has nothing."""
@@ -355,18 +355,19 @@ class TensorBinder(BinderBase):
         return array
 
     def _array_of(self, entry: SavedArray, path: Path, like: Any, make: Maker) -> Any:
-        kind, adapter = (Kind.PLAIN, None) if like is None else self._inspector.kind(like, path)
+        found = self._inspector.inspect(like, path)
+        if found.kind not in (Kind.TENSOR, Kind.SHARDED):
+            return make.array(entry, path)
         # What another framework has here becomes what was saved, unless that one's framework isn't imported.
-        foreign = adapter is not None and entry.leaf.container in {one.name for one in adapters()} - {adapter.name}
-        if adapter is not None and kind in (Kind.TENSOR, Kind.SHARDED) and not foreign:
+        if entry.leaf.container not in {one.name for one in adapters()} - {found.adapter.name}:
             try:
-                view = self._target_view(like, adapter, path)
+                view = self._target_view(like, found.adapter, path)
             except StateError:  # it can be saved, but not filled: a read-only or expanded tensor
                 return make.array(entry, path)
             if (view.shape, view.dtype) == (entry.leaf.shape, entry.leaf.dtype):
                 other = self._as_cut(of_kind(like, entry, path), like, path)
-                view = view if other is like else self._target_view(other, adapter, path)
-                return self._rebuild_like(other, adapter, view, entry, path)
+                view = view if other is like else self._target_view(other, found.adapter, path)
+                return self._rebuild_like(other, found.adapter, view, entry, path)
         return make.array(entry, path)
 
     def _target_view(self, tensor: Any, adapter: Adapter, path: Path) -> TensorView:

@@ -41,34 +41,33 @@ class Binder(OwnCallsBinder):
             self._late.pop(0)()
 
     def _bind(self, value: Any, put: Put | None, path: Path, node: Node | None, *, per_rank: bool) -> None:
-        kind, adapter = self._inspector.kind(value, path)
-        if kind is Kind.PER_RANK:
+        found = self._inspector.inspect(value, path)
+        if found.kind is Kind.PER_RANK:
             self._bind_per_rank(value, path, node)
-        elif kind is Kind.DECLARED:
+        elif found.kind is Kind.DECLARED:
             self._bind(value.value, functools.partial(setattr, value, "value"), path, node, per_rank=per_rank)
-        elif kind in (Kind.TENSOR, Kind.WRAPPED, Kind.SHARDED):
-            assert adapter is not None
-            new = adapter.replacement(value) if kind is Kind.TENSOR and put is not None else None
+        elif found.kind in (Kind.TENSOR, Kind.WRAPPED, Kind.SHARDED):
+            new = found.adapter.replacement(value) if found.kind is Kind.TENSOR and put is not None else None
             if new is not None:
                 self._inspector.declared.replace(value, new, path)
             reads = len(self._work.reads)
-            self._bind_tensor(value if new is None else new, adapter, path, node, per_rank)
+            self._bind_tensor(value if new is None else new, found.adapter, path, node, per_rank)
             if new is not None and put is not None and len(self._work.reads) > reads:
                 self._work.act(SET, functools.partial(put, new))
-        elif kind is Kind.MODULE:
-            assert adapter is not None
-            self._bind_module(value, adapter, path, node, per_rank)
-        elif kind is Kind.OPTIMIZER:
-            assert adapter is not None
-            if adapter.saves_itself(value) or (has_own_names(node) and not isinstance(value, Merged)):
-                self._late.append(functools.partial(self._bind_own_optimizer, value, adapter, path, node, per_rank))
+        elif found.kind is Kind.MODULE:
+            self._bind_module(value, found.adapter, path, node, per_rank)
+        elif found.kind is Kind.OPTIMIZER:
+            if found.adapter.saves_itself(value) or (has_own_names(node) and not isinstance(value, Merged)):
+                self._late.append(
+                    functools.partial(self._bind_own_optimizer, value, found.adapter, path, node, per_rank)
+                )
             else:
-                self._bind_optimizer(value, adapter, path, node, per_rank)
-        elif kind is Kind.OBJECT and (known := adapter_of_loader(value)) is not None:
+                self._bind_optimizer(value, found.adapter, path, node, per_rank)
+        elif found.kind is Kind.OBJECT and (known := adapter_of_loader(value)) is not None:
             self._bind_loader(value, known, path, node if per_rank else self._source.own.find(path))
-        elif kind is Kind.OBJECT:
+        elif found.kind is Kind.OBJECT:
             self._late.append(functools.partial(self._bind_object, value, path, node, per_rank))
-        elif kind is Kind.PLAIN:
+        elif found.kind is Kind.PLAIN:
             self._bind_plain(value, put, path, node, per_rank)
         elif node is not None and node.entry is not None and self._selection.holds(path):
             self._bind_emptied(value, path, node)
@@ -91,11 +90,11 @@ class Binder(OwnCallsBinder):
 
     def _bind_live(self, value: Any, path: Path, node: Node) -> None:
         """What holds it is handed it as it is; it has its own state before that."""
-        kind, adapter = self._inspector.kind(value, path)
-        if kind is Kind.OBJECT:
+        found = self._inspector.inspect(value, path)
+        if found.kind is Kind.OBJECT:
             self._bind_object(value, path, node, False)
-        elif kind is Kind.OPTIMIZER and adapter is not None and adapter.saves_itself(value):
-            self._bind_own_optimizer(value, adapter, path, node, False)
+        elif found.kind is Kind.OPTIMIZER and found.adapter.saves_itself(value):
+            self._bind_own_optimizer(value, found.adapter, path, node, False)
         else:
             self._bind(value, None, path, node, per_rank=False)
 
@@ -111,7 +110,7 @@ class Binder(OwnCallsBinder):
     def _bind_emptied(self, value: Any, path: Path, node: Node) -> None:
         """What is walked in the state and one value in the checkpoint: fits where both are plain dicts."""
         plain = isinstance(value, dict) and all(
-            self._inspector.kind(item, (*path, key))[0] is Kind.PLAIN for key, item in children(value, path)
+            self._inspector.inspect(item, (*path, key)).kind is Kind.PLAIN for key, item in children(value, path)
         )
         saved = node.entry.value if isinstance(node.entry, SavedValue) else None
         alike = type(value) is type(saved) or type(value) not in (dict, OrderedDict, defaultdict)
