@@ -194,12 +194,12 @@ class Planner:
         """
         rank, world_size, values = self._comm.rank, self._comm.world_size, mine.taken.values
         token = secrets.token_hex(_TOKEN_NBYTES // 2).encode() if rank == 0 else b""
-        note = token + (_COMPARES if compare else _NEVER) + note_of(mine.buffers)
+        note = (_COMPARES if compare else _NEVER) + token + note_of(mine.buffers)
         notes, (words, tables, replicas) = gather_distinct(self._comm, note, mine.said, timeout)
-        self._session, self._attempts = notes[0][:_TOKEN_NBYTES].decode(), 0
-        notes = [notes[0][_TOKEN_NBYTES:], *notes[1:]]
         _check_alike([one[:1] == _COMPARES for one in notes])
-        tell_differing(mine.buffers, [one[1:] for one in notes], rank)
+        first, *others = (one[1:] for one in notes)
+        self._session, self._attempts = first[:_TOKEN_NBYTES].decode(), 0
+        tell_differing(mine.buffers, [first[_TOKEN_NBYTES:], *others], rank)
         said_of = [decode_said(document) for document in words.documents] if len(words.documents) > 1 else []
         shares = share_out(rank, values, said_of, words.of_rank)
         survey = survey_of([Table.decode(table) for table in tables.documents], np.asarray(tables.of_rank, np.int64))
