@@ -52,8 +52,8 @@ def save(
     - `metadata`: plain JSON for the manifest.
     - `check_replicas`: plain tensors and arrays that several ranks have under one name are replicas; one copy is
       stored. Compare their contents at the first save of each structure of the state (`"first"`; the second, too, where
-      tensors are declared as split), at every save (`"always"` or True), or never (`"never"` or False). Comparing
-      reads every byte of every replica.
+      tensors are declared as split, or optimizers' groups hold tensors), at every save (`"always"` or True), or never
+      (`"never"` or False). Comparing reads every byte of every replica.
     - `timeout`: seconds; bounds each wait for other ranks or for the storage.
     - `comm`: the ranks that save together; by default those of what is initialized (torch.distributed, MindSpore, MPI).
 

@@ -328,7 +328,7 @@ def _load_undoing(
         def work() -> tuple[_Matched, bytes]:
             matched = _match(undo, checkpoint, state, comm, timeout, options)
             held.enter_context(matched.offer)
-            return matched, matched.offer.greeting + said_of(matched.binding, options.strict)
+            return matched, matched.offer.greeting + said_of(matched.binding, options.strict, options.verify)
 
         matched, words = exchange(comm, work, timeout, f"matching {where} with the state")
         binding, filling, offer = matched.binding, matched.filling, matched.offer
@@ -345,7 +345,7 @@ def _load_undoing(
             counts = on_all(comm, fill, timeout, f"reading {where}")
     if counts is None:
         raise RankFailedError(f"reading {where} was stopped by a rank that gave no reason")
-    finish = functools.partial(_finish, binding, options.verify, where, comm.rank)
+    finish = functools.partial(_finish, binding, verdict.verifies, where, comm.rank)
     marks = on_all(comm, finish, timeout, f"setting the state from {where}")
     if marks is not None:  # all ranks ask their objects once more, or none does
         check = functools.partial(

@@ -161,14 +161,13 @@ class Agreement:
 
     def hear(self, turn: int) -> Verdict | None:
         """The other ranks: wait for the verdict, as long as rank 0 may live; None where there is none in this turn."""
-        begun = self._begin()
-        least, seconds = self._least + _WORD_SECONDS, self._least + _WORD_SECONDS
-        while (found := self._get(f"verdict/{turn}", seconds)) is None:
-            if time.monotonic() - begun > least and self._is_dead(0):
+        begun, least = self._begin(), self._least + _WORD_SECONDS
+        while (found := self._get(f"verdict/{turn}", max(_LOOK_SECONDS, begun + least - time.monotonic()))) is None:
+            waited = time.monotonic() - begun
+            if waited >= least and self._is_dead(0):
                 return Verdict("failed", why="rank 0 ended without a word")
-            if time.monotonic() - begun > self._answer_seconds + _WORD_SECONDS:
+            if waited > self._answer_seconds + _WORD_SECONDS:
                 return Verdict("failed", why="rank 0 did not answer")
-            seconds = _LOOK_SECONDS
         return self._read(found)
 
     def _begin(self) -> float:

@@ -21,6 +21,7 @@ from ckptengine.schema.leaf import ArrayLeaf, HostMemory, Part, Placement
 from ckptengine.schema.path import Path, dotted
 from ckptengine.schema.ranks import name_ranks
 from ckptengine.snapshot.threads import copy_threads
+from ckptengine.state.own_state import GROUPS
 
 __all__ = [
     "Crcs",
@@ -187,6 +188,12 @@ _BOXES = (
     "find out why they are not, such as other random numbers at the start (check_replicas='never' stores one of them "
     "unseen)"
 )
+_GROUPS = (
+    "Optimizers' groups that hold tensors are joined over the ranks by their places in the list, so each must have the "
+    "same numbers wherever it is: give hyperparameters that differ between stages as plain numbers (then such groups "
+    "stay apart), or make the same groups in the same order on all ranks, with an empty one where a rank has no "
+    "parameter for it"
+)
 
 
 def compare_replicas(said: Sequence[tuple[Sequence[int], Crcs]]) -> None:
@@ -208,4 +215,6 @@ def compare_replicas(said: Sequence[tuple[Sequence[int], Crcs]]) -> None:
     ]
     more = f"; and {len(differing) - _NAMED} more leaves" if len(differing) > _NAMED else ""
     advice = _BOXES if all(_is_box(path) for path in differing) else _PLAIN
+    if all(GROUPS in path[1:] for path in differing):
+        advice = _GROUPS
     raise ReplicaMismatchError(f"{'; '.join(lines)}{more}. {advice}")

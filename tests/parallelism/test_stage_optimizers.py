@@ -368,3 +368,42 @@ def test_an_optimizer_that_saves_itself_takes_nothing_of_other_stages(tmp_path):
     for stage in of:
         assert all(isinstance(key, nn.Parameter) for key in stage.optimizer.state)
         assert len(stage.optimizer.state) == 4
+
+
+@pytest.mark.parametrize("swapped", [False, True])
+def test_rates_in_tensors_that_differ_between_stages_only_after_the_first_save_are_refused(tmp_path, swapped):
+    """Warmed up from 0 they were equal then; one stage's came back to both."""
+    rates = [torch.zeros(()), torch.zeros(())], [torch.zeros(()), torch.zeros(())]
+    given = []
+    for rank, (weight, bias) in enumerate(rates):
+        model = nn.ModuleDict({f"layer{rank}": nn.Linear(2, 2)})
+        layer = model[f"layer{rank}"]
+        groups = [{"params": [layer.weight], "lr": weight}, {"params": [layer.bias], "lr": bias}]
+        optimizer = torch.optim.AdamW(groups[::-1] if swapped and rank else groups, foreach=False)
+        given.append({"model": model, "optimizer": optimizer})
+    with StageJob(tmp_path / "run", 2) as job:
+        job.save(given)
+        for rank, (weight, bias) in enumerate(rates):
+            weight.fill_(0.1)
+            bias.fill_(0.2 if swapped else 0.1 * (rank + 1))
+        with pytest.raises(ReplicaMismatchError, match=r"param_groups.1.lr: .*plain numbers"):
+            job.save(given)
+        for weight, bias in rates:
+            weight.fill_(0.1)
+            bias.fill_(0.1)
+        job.save(given)
+
+
+def test_equal_rates_in_tensors_are_saved_again_and_again(tmp_path):
+    of = stages(2, capturable=False)
+    for stage in of:
+        for group in stage.optimizer.param_groups:
+            group["lr"] = torch.zeros(())
+    with StageJob(tmp_path / "run", 2) as job:
+        for step in range(3):
+            for stage in of:
+                for group in stage.optimizer.param_groups:
+                    group["lr"].fill_(step / 8)
+            job.save(states(of))
+    found = load(tmp_path / "run", 1)
+    assert [group["lr"] for group in found[0].optimizer.param_groups] == [0.25, 0.25]

@@ -14,6 +14,9 @@ __all__ = ["check_rates"]
 _INSIDE = ("objects", "schedulers", "_schedulers")
 """Where objects have schedulers: `ce.Merged`, containers of trainers, torch's own that are made of others."""
 
+_PAIRS = (("base_lrs", "initial_lr"), ("_last_lr", "lr"))
+"""What a scheduler has for each group, and what the group itself has of that."""
+
 
 def check_rates(target: Any, path: Path) -> None:
     """Raise `LoadMismatchError` where a scheduler that was just loaded has its groups' rates in another order.
@@ -25,12 +28,11 @@ def check_rates(target: Any, path: Path) -> None:
         groups = getattr(getattr(scheduler, "optimizer", None), "param_groups", None)
         if not isinstance(groups, list) or not all(isinstance(group, dict) for group in groups):
             continue
-        list_name, key = "base_lrs", "initial_lr"
-        if not hasattr(scheduler, list_name) and len(set(_numbers(getattr(scheduler, "min_lrs", ())))) > 1:
-            list_name, key = "_last_lr", "lr"
-        rates = _numbers(getattr(scheduler, list_name, ()))
-        there = _numbers([group.get(key) for group in groups])
-        if len(rates) == len(there) and rates != there and set(there) <= set(rates):
+        for list_name, key in _PAIRS if _differ_by_group(scheduler, len(groups)) else ():
+            rates = _numbers(getattr(scheduler, list_name, ()))
+            there = _numbers([group.get(key) for group in groups])
+            if len(rates) != len(there) or rates == there or not set(there) <= set(rates):
+                continue
             number = next(n for n, (rate, own) in enumerate(zip(rates, there, strict=True)) if rate != own)
             raise LoadMismatchError(
                 f"{dotted(path)}: {describe_type(scheduler)} has {list_name} {rates} in the order that the groups had "
@@ -38,6 +40,12 @@ def check_rates(target: Any, path: Path) -> None:
                 f"would give group {number} the rate of another one. Make the optimizer's groups in the order in which "
                 f"they were saved, on all ranks, or load without the scheduler (`only`) and make it anew"
             )
+
+
+def _differ_by_group(scheduler: Any, groups: int) -> bool:
+    """Whether a scheduler has a list of as many numbers as there are groups, not all equal, from which it computes."""
+    lists = [value for key, value in getattr(scheduler, "__dict__", {}).items() if key != "_last_lr"]
+    return any(isinstance(one, list) and len(one) == groups and len(set(_numbers(one))) > 1 for one in lists)
 
 
 def _schedulers(target: Any, depth: int = 0) -> Iterator[Any]:
