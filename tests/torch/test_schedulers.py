@@ -140,7 +140,7 @@ def test_a_scheduler_of_another_number_of_groups_is_refused_before_the_load(kind
         optimizer = torch.optim.SGD([{"params": [torch.zeros(1)]} for _ in range(count)], lr=0.1)
         return SCHEDULERS[kind](optimizer)
 
-    stored, target = save({"scheduler": scheduler_of(saved)}), {"scheduler": scheduler_of(here)}
+    stored, target = save({"n": 1, "scheduler": scheduler_of(saved)}), {"n": 0, "scheduler": scheduler_of(here)}
     before = encode(target["scheduler"].state_dict(), ())
     said = rf"scheduler: a scheduler of {saved} parameter groups in the checkpoint, of {here} here .*last_epoch"
     with pytest.raises(LoadMismatchError, match=said):
