@@ -191,8 +191,8 @@ def load(
     Raises `CheckpointNotFoundError`; `CheckpointDamagedError`, naming the file; `LoadMismatchError`, listing every leaf
     that does not match; `RestoreDifferenceError`, naming what differs after the load; `FormatVersionError` for a newer
     format; `ForeignFormatError` for parts of another library's checkpoint that are not read; `StorageError`;
-    `DeadlineError`. If damage is found while tensors are being filled, the state is not usable, and the message says
-    so.
+    `DeadlineError`; `ValueError` if ranks give other steps, or paths that are not one checkpoint. If damage is found
+    while tensors are being filled, the state is not usable, and the message says so.
     """
     timeout, comm = checked_seconds("timeout", timeout), checked_comm(comm)
     storage = open_checkpoint(path, storage_options, None if step is None else checked_step(step, {}), timeout)

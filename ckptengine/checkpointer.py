@@ -177,16 +177,15 @@ class Checkpointer:
         """Fill `state` from the newest valid checkpoint and return its step, or None if there is none. Collective.
 
         A damaged checkpoint is reported, and its parent is tried. With `step`, restore that step and continue from
-        there: later steps become an abandoned branch. With `best`, the name of a metric of which the lowest value is
-        the best, or a `Best`, restore the best checkpoint among the newest and its parents in the same way. The other
-        options are those of `ckptengine.load`.
+        there: later steps become an abandoned branch. With `best`, the name of a metric whose lowest value is the best,
+        or a `Best`, do so with the best of the newest checkpoint and its parents. Other options: see `ckptengine.load`.
 
         With `only`, in a job that has restored or saved already, read parts of the job's current checkpoint (or of
         `step`) again and change nothing else: the next save still follows the last one.
 
         Raises `CheckpointNotFoundError` if `step` has no committed checkpoint, no checkpoint has the metric, or only
-        another library's checkpoint is there; `CheckpointDamagedError` if all are damaged; `LoadMismatchError` if the
-        state doesn't match; `RestoreDifferenceError` if the state differs from the checkpoint after the load.
+        another library's is there; `CheckpointDamagedError` if all are damaged; `LoadMismatchError` if the state
+        doesn't match; `RestoreDifferenceError` if it differs after the load; `ValueError` if ranks ask differently.
         """
         with self._turn("restore"):
             began = time.monotonic()
@@ -198,13 +197,14 @@ class Checkpointer:
             self.wait()
             self._saver.settle(self._timeout)  # what cleans up after a save must not meet what is read
             again = only is not None and (self._line.parent is not None or self._saves.any)
+            asked = {"step": step, "best": rules[0] if rules else None, "only": "given" if again else None}
             if again and step is None and not rules:
                 step = self._saves.committed
             options = LoadOptions.of(only, rename, strict, cast, verify)
             sources, persistent = self._tiers.sources, self._tiers.places.persistent
             loaded = restore_newest(
                 sources.views(), state, self._comm, self._timeout, options, step, rules[0] if rules else None,
-                sources.upload_for_all, persistent.location(),
+                sources.upload_for_all, persistent.location(), asked,
             )  # fmt: skip
             if loaded is not None:
                 tell_leftovers(loaded, self._comm)

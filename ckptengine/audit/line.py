@@ -13,9 +13,9 @@ from ckptengine.catalog.listing import Entry
 from ckptengine.catalog.manifest import Manifest
 from ckptengine.data.cursor import MARKER
 from ckptengine.data.described import order_from
-from ckptengine.data.digest import DIGEST_BITS, parse_digest
 from ckptengine.data.ledger import Ledger, Run
 from ckptengine.data.order import Order
+from ckptengine.data.tally import total_of
 from ckptengine.errors import (
     CheckpointDamagedError,
     CheckpointNotFoundError,
@@ -32,7 +32,6 @@ from ckptengine.storage.base import Storage
 __all__ = ["Line", "Look", "State", "read_line"]
 
 _MARKER_START = MARKER.partition("/")[0] + "/"
-_MODULUS = 1 << DIGEST_BITS
 _MOST_RUNS = 1 << 22
 """Runs of one ledger that are gone through: about 1 GB."""
 _MOST_LISTINGS = 50
@@ -41,7 +40,8 @@ _MOST_LISTINGS = 50
 
 @dataclass(frozen=True, slots=True)
 class State:
-    """One cursor in one checkpoint. `restarts` are those since the first checkpoint of the line."""
+    """One cursor in one checkpoint. `restarts` are those since the first checkpoint of the line, `apart` the ranks that
+    were handed other samples than an earlier rank with the same share of each batch."""
 
     step: int | None
     generation: int
@@ -55,6 +55,7 @@ class State:
     largest: int
     ledger: Ledger
     digest: int
+    apart: list[int]
 
     def runs(self) -> list[Run]:
         """Return the ledger's runs, unfolded anew each time: of many checkpoints that would take much memory."""
@@ -255,6 +256,7 @@ def _state(saved: Saved, place: Path, entry: Entry, restarts: int) -> State:
     if not all(type(number) is int and number >= 0 for number in numbers):
         raise ValueError(f"epoch, consumed, batches, life and global_batch are {numbers}: not counts")
     ledger = Ledger.from_plain(state["ledger"])
+    digest, apart = total_of(ranks)
     if len(ledger) > _MOST_RUNS:
         raise ValueError(f"its ledger stands for {len(ledger)} runs of batches; more than {_MOST_RUNS} are not audited")
     largest = max((run.samples // run.batches for run in ledger.runs() if run.batches), default=0)
@@ -270,5 +272,6 @@ def _state(saved: Saved, place: Path, entry: Entry, restarts: int) -> State:
         life=numbers[3],
         largest=max(largest, numbers[4]),
         ledger=ledger,
-        digest=sum(map(parse_digest, ranks)) % _MODULUS,
+        digest=digest,
+        apart=apart,
     )

@@ -14,6 +14,7 @@ from ckptengine.audit.report import CursorReport, Findings, LifeReport
 from ckptengine.data.digest import DIGEST_BITS
 from ckptengine.data.ledger import Run
 from ckptengine.data.proof import coverage, digest_of_runs, identify, new_runs, place_after
+from ckptengine.schema.ranks import name_ranks
 
 __all__ = ["Stretch", "check", "stretches"]
 
@@ -171,6 +172,7 @@ def _check_ledgers_and_digests(
     expected = error = 0
     before: int | None = None
     order: dict[str, Any] | None = None
+    apart: list[int] = []
     for state in states:
         between = before, state.step
         if order not in (None, state.description):
@@ -206,7 +208,16 @@ def _check_ledgers_and_digests(
                 f"up to step {state.step} the ranks handed other samples to training than the ledger says: {what}",
                 name,
             )
+        if state.apart and not apart:
+            findings.add(
+                "digest",
+                between,
+                f"up to step {state.step} {name_ranks(state.apart)} handed other samples to training than the ranks "
+                "that have the same share of each batch (the same `rank` of the sampler)",
+                name,
+            )
         runs, error, before, order = now_runs, now_error, state.step, state.description
+        apart = state.apart
     return continuous
 
 

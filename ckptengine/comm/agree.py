@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable
 from typing import TypeVar
@@ -10,9 +11,10 @@ from ckptengine import errors
 from ckptengine.comm.base import Communicator
 from ckptengine.errors import CheckpointError, DeadlineError, RankFailedError
 
-__all__ = ["agree", "exchange", "from_all", "from_first", "gather", "on_all", "share"]
+__all__ = ["agree", "exchange", "first_and_words", "from_all", "from_first", "gather", "on_all", "share"]
 
 _T = TypeVar("_T")
+_SIZE_NBYTES = 4
 
 
 def on_all(comm: Communicator, work: Callable[[], _T], timeout: float, doing: str) -> _T:
@@ -48,6 +50,29 @@ def from_first(comm: Communicator, work: Callable[[], bytes], timeout: float, do
     return share(comm, value, error, timeout, doing)
 
 
+def first_and_words(
+    comm: Communicator, work: Callable[[], bytes], word: bytes, timeout: float, doing: str
+) -> tuple[Callable[[], bytes], list[bytes]]:
+    """Do something on rank 0, and return what gives its value or raises its error, as `from_first` does, with a word of
+    each rank, in one exchange: what ranks ask for can be compared before it is looked at what rank 0 has found."""
+    value, error = b"", None
+    try:
+        value = work() if comm.rank == 0 else b""
+    except Exception as problem:
+        error = problem
+    reply = _reply(value, error)
+    if comm.world_size == 1:
+        return functools.partial(_outcome, reply, error, doing), [word]
+    size = len(word).to_bytes(_SIZE_NBYTES, "little")
+    replies = comm.all_gather(size + word + (reply if comm.rank == 0 else b""), timeout)
+    words = []
+    for number, one in enumerate(replies):
+        end = _SIZE_NBYTES + int.from_bytes(one[:_SIZE_NBYTES], "little")
+        words.append(one[_SIZE_NBYTES:end])
+        reply = one[end:] if number == 0 else reply
+    return functools.partial(_outcome, reply, error, doing), words
+
+
 def agree(comm: Communicator, error: Exception | None, timeout: float, doing: str) -> None:
     """Return on all ranks where no rank has an error, else raise on all; see `gather`."""
     gather(comm, b"", error, timeout, doing)
@@ -81,13 +106,20 @@ def share(comm: Communicator, value: bytes, error: Exception | None, timeout: fl
     """Return rank 0's value on all ranks, or raise rank 0's error on all; that of the others is not used."""
     if comm.world_size > 1:
         reply = comm.broadcast(_reply(value, error) if comm.rank == 0 else None, timeout)
-        if reply[:1] == b"!" and error is None:
-            kind, message = json.loads(reply[1:])
-            raise _class(kind)(f"{doing} failed on rank 0: {message}")
-        value = reply[1:]
+        return _outcome(reply, error, doing)
     if error is not None:
         raise error
     return value
+
+
+def _outcome(reply: bytes, error: Exception | None, doing: str) -> bytes:
+    """Return the value in rank 0's reply, or raise its error; `error` is this rank's own."""
+    if error is not None:
+        raise error
+    if reply[:1] == b"!":
+        kind, message = json.loads(reply[1:])
+        raise _class(kind)(f"{doing} failed on rank 0: {message}")
+    return reply[1:]
 
 
 def _reply(value: bytes, error: Exception | None) -> bytes:

@@ -128,6 +128,8 @@ class _Service:
     def __init__(self, servers: Sequence[socket.socket], secret: bytes) -> None:
         if not sys.executable:
             raise OSError("this Python was started by another program, and sys.executable does not name one to start")
+        if getattr(sys, "frozen", False):  # sys.executable would start the job once more
+            raise OSError("it is a program with Python inside, and no interpreter: start the job's script with Python")
         own, its = socket.socketpair()
         self._own = own
         self._process: subprocess.Popen[bytes] | None = None

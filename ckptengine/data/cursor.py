@@ -10,9 +10,10 @@ from typing import Any, Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from ckptengine.data.digest import digest_of, parse_digest, write_digest
+from ckptengine.data.digest import digest_of, write_digest
 from ckptengine.data.ledger import GlobalBatch, Ledger
 from ckptengine.data.order import Order
+from ckptengine.data.tally import Tally, total_of
 from ckptengine.errors import LoadMismatchError
 from ckptengine.state.per_rank import PerRank
 
@@ -41,7 +42,9 @@ class Cursor:
     Of a global batch of S samples rank r of N has numbers r·S//N to before (r+1)·S//N; with `micro_batch`, of M
     micro-batches those from r·M//N to before (r+1)·M//N.
 
-    The state is replicated, but for a running digest of the samples that this rank has handed to training.
+    The state is replicated, but for a running digest of the samples that this rank has handed to training. `repeated`
+    tells that other ranks of the job may be given the same `rank`, as tensor-parallel peers are: of their digests one
+    counts.
 
     Raises `ValueError` where the arguments leave a rank without samples, or an epoch without global batches.
     """
@@ -55,6 +58,7 @@ class Cursor:
         world_size: int,
         micro_batch: int | None = None,
         last: Last = "ragged",
+        repeated: bool = False,
     ) -> None:
         self.order = order
         self.global_batch = operator.index(global_batch)
@@ -71,11 +75,15 @@ class Cursor:
         self.life = 0
         """How often the cursor has been loaded: what its next global batches are counted to."""
         self.ledger = Ledger()
-        self._digest = 0
+        self._repeated = repeated
+        self._tally = self._new_tally()
         self._uncounted: list[
             tuple[int, bool, NDArray[np.int64]]
         ] = []  # samples that the digest lacks, with their tags
         self._loaded: dict[str, Any] | None = None  # the state that was loaded, until a batch is handed out
+
+    def _new_tally(self, own: int = 0) -> Tally:
+        return Tally(own, share=self.rank) if self._repeated else Tally(own)
 
     def _check_arguments(self) -> None:
         if self.global_batch < 1:
@@ -188,14 +196,15 @@ class Cursor:
         for epoch, padding, samples in self._uncounted:
             together.setdefault((epoch, padding), []).append(samples)
         for (epoch, padding), parts in together.items():
-            self._digest += digest_of(epoch, np.concatenate(parts), padding=padding)
+            digest = digest_of(epoch, np.concatenate(parts), padding=padding)
+            self._tally = self._tally.plus(digest, self._repeated)
         self._uncounted.clear()
 
     @property
     def digest(self) -> int:
         """The digest of all samples that this rank has handed to training, and of what ranks before it have left it."""
         self._count_all()
-        return self._digest
+        return self._tally.digest
 
     def complete(self, batch: GlobalBatch) -> None:
         """Note that this rank has handed its whole share of a global batch to training: the cursor moves past it."""
@@ -224,7 +233,9 @@ class Cursor:
         `global_batch`, `micro_batch` and `last` are there for the record: on loading those of the constructor hold.
         Until a batch is handed out it is the state that was loaded: nothing has been done in the new life yet.
         """
-        digest = PerRank(write_digest(self.digest), resize=_joined)
+        self._count_all()
+        # Which ranks are peers may change at a restart, also of as many ranks: then rank 0 takes the sum each time.
+        digest = PerRank(self._tally.write(), resize=_joined, ranks=_for_first if self._repeated else None)
         if self._loaded is not None:
             return {**self._loaded, "digest": digest}
         return {
@@ -263,7 +274,7 @@ class Cursor:
             )
         try:
             place = [_natural(state[key], key) for key in ("epoch", "consumed", "batches", "life")]
-            ledger, digest = Ledger.from_plain(state["ledger"]), parse_digest(_value(state["digest"]))
+            ledger, tally = Ledger.from_plain(state["ledger"]), Tally.parse(_value(state["digest"]))
             if place[1] > self.order.length:
                 raise ValueError(f"consumed {place[1]} of {self.order.length} samples")
         except ValueError as error:
@@ -271,7 +282,9 @@ class Cursor:
         self._check_rest(place[0], self.order.length - place[1])
         self.epoch, self.consumed, self.batches, self.life = place
         self.life += 1
-        self.ledger, self._digest = ledger, digest
+        if self._repeated and tally.share != self.rank:
+            tally = self._new_tally(tally.digest)
+        self.ledger, self._tally = ledger, tally
         self._loaded = copy.deepcopy({**state, "digest": None})
         self._uncounted.clear()
         self._close_if_over()
@@ -287,7 +300,12 @@ class Cursor:
 
 def _joined(saved: list[Any], rank: int, world_size: int) -> str:
     """Give the sum of all ranks' digests to rank 0 of another number of ranks."""
-    return write_digest(sum(map(parse_digest, saved)) if rank == 0 else 0)
+    return write_digest(total_of(saved)[0] if rank == 0 else 0)
+
+
+def _for_first(saved_world_size: int, rank: int, world_size: int) -> range:
+    """Return whose digests a rank gets: all of them on rank 0, none on the others."""
+    return range(saved_world_size if rank == 0 else 0)
 
 
 def _value(digest: Any) -> Any:

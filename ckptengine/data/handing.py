@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
@@ -35,17 +36,19 @@ class Part:
     left: int
 
 
-def place_of(rank: int | None, world_size: int | None) -> tuple[int, int]:
-    """Return rank and world size, where none is given those of the job.
+def place_of(rank: int | None, world_size: int | None) -> tuple[int, int, bool]:
+    """Return rank and world size, where none is given those of the job, and whether other ranks may have the same.
 
     Raises `ValueError` where only one is given, `CheckpointError` where a launcher has started several ranks and
     nothing is initialized.
     """
     if rank is not None and world_size is not None:
-        return rank, world_size
+        with contextlib.suppress(CheckpointError):
+            return rank, world_size, world_size != place()[1]
+        return rank, world_size, True
     if rank is not None or world_size is not None:
         raise ValueError(f"rank={rank}, world_size={world_size}: give both, or neither for those of the job")
-    return place()
+    return *place(), False
 
 
 class Handing:

@@ -44,7 +44,8 @@ class ElasticSampler(Handing):
     - `last`: what happens at the end of an epoch to samples that do not fill a global batch. `"ragged"`: a shorter
       batch, which is joined to the one before if it would leave a rank without samples. `"drop"`: they are left out.
       `"pad"`: the batch is filled up with samples from the start of the epoch.
-    - `rank`, `world_size`: by default those of the job.
+    - `rank`, `world_size`: by default those of the job. Ranks that use the same samples, as tensor-parallel peers do,
+      give the same: their data-parallel rank, and the number of these.
 
     The state is a few plain values and a ledger of runs. All arguments except `length`, `seed` and `shuffle` may change
     when the job is restarted.
@@ -65,9 +66,17 @@ class ElasticSampler(Handing):
         rank: int | None = None,
         world_size: int | None = None,
     ) -> None:
-        rank, world_size = place_of(rank, world_size)
+        rank, world_size, repeated = place_of(rank, world_size)
         order: Order = Shuffled(length, seed) if shuffle else Sequential(length)
-        cursor = Cursor(order, global_batch, rank=rank, world_size=world_size, micro_batch=micro_batch, last=last)
+        cursor = Cursor(
+            order,
+            global_batch,
+            rank=rank,
+            world_size=world_size,
+            micro_batch=micro_batch,
+            last=last,
+            repeated=repeated,
+        )
         super().__init__(cursor, "sampler")
         self._drawing: _Drawing | None = None
         self._starting: Iterable[Any] | None = (

@@ -35,7 +35,8 @@ class ElasticBatches(Handing):
       loader's workers times a global batch gives each worker lanes of its own; otherwise a worker skips what the others
       read.
     - `collate`: makes a batch of a list of records, in the loader's worker; by default the list itself is the batch.
-    - `rank`, `world_size`: by default those of the job.
+    - `rank`, `world_size`: by default those of the job. Ranks that use the same samples, as tensor-parallel peers do,
+      give the same: their data-parallel rank, and the number of these.
 
     Files, `seed`, `shuffle`, `lanes` and `block` define the order (`docs/streams.md`): they must stay the same through
     a run.
@@ -68,7 +69,7 @@ class ElasticBatches(Handing):
         rank: int | None = None,
         world_size: int | None = None,
     ) -> None:
-        rank, world_size = place_of(rank, world_size)
+        rank, world_size, repeated = place_of(rank, world_size)
         reader = as_reader(open)
         if isinstance(shards, Shards):
             if counts is not None:
@@ -88,7 +89,15 @@ class ElasticBatches(Handing):
             seed=seed,
             shuffle=shuffle,
         )
-        cursor = Cursor(order, global_batch, rank=rank, world_size=world_size, micro_batch=micro_batch, last=last)
+        cursor = Cursor(
+            order,
+            global_batch,
+            rank=rank,
+            world_size=world_size,
+            micro_batch=micro_batch,
+            last=last,
+            repeated=repeated,
+        )
         super().__init__(cursor, "data")
         self._records = _Records(RecordReader(shards, order, reader), cursor, collate)
 

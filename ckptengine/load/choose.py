@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TypeVar
 
 from ckptengine.catalog.commit import attempt_directory
@@ -13,9 +13,10 @@ from ckptengine.catalog.foreign import foreign_checkpoint, foreign_file
 from ckptengine.catalog.keep import Best
 from ckptengine.catalog.listing import Entry, Problem, committed, lineage, manifest_name, read_manifest
 from ckptengine.catalog.manifest import Manifest
-from ckptengine.comm.agree import from_first
+from ckptengine.comm.agree import first_and_words, from_all, from_first
+from ckptengine.comm.alike import asked_word, check_alike, differing
 from ckptengine.comm.base import Communicator
-from ckptengine.errors import CheckpointDamagedError, CheckpointNotFoundError, StateError, StorageError
+from ckptengine.errors import CheckpointDamagedError, CheckpointError, CheckpointNotFoundError, StateError, StorageError
 from ckptengine.foreign.checkpoint import ForeignCheckpoint
 from ckptengine.foreign.description import Description
 from ckptengine.load.checkpoint import Checkpoint, Opened
@@ -115,11 +116,19 @@ class Chooser:
     """Chooses for a group of ranks; every method is called by all of them.
 
     `views` are where this rank looks, first all places together, then the slower ones without the faster: a checkpoint
-    that is damaged in one of them may be whole in the next.
+    that is damaged in one of them may be whole in the next. `asked` is what else the caller asks for, by the names of
+    its arguments: `candidates` raises `ValueError` on all ranks where it differs between them.
     """
 
-    def __init__(self, views: Sequence[StorageView], comm: Communicator, timeout: float) -> None:
+    def __init__(
+        self,
+        views: Sequence[StorageView],
+        comm: Communicator,
+        timeout: float,
+        asked: Mapping[str, object] | None = None,
+    ) -> None:
         self._views, self._storage, self._comm, self._timeout = views, views[0], comm, timeout
+        self._asked = asked_word(asked or {})
 
     def _within(self, look: Callable[[], _T]) -> _T:
         """Return what a look at the storage returns, in time; see `within`."""
@@ -139,13 +148,41 @@ class Chooser:
                     raise
             return _FOREIGN[foreign[1]] + foreign[0].encode()
 
-        doing = f"choosing a checkpoint in {self._storage.location()}"
-        reply = from_first(self._comm, lambda: self._within(look), self._timeout, doing)
-        if reply[:1] in _FOREIGN:
-            from ckptengine.foreign.find import at_place
+        doing, here = f"choosing a checkpoint in {self._storage.location()}", self._storage.location().encode()
+        outcome, words = first_and_words(self._comm, lambda: self._within(look), here, self._timeout, doing)
+        other = len(set(words)) > 1
+        try:
+            reply = outcome()
+        except CheckpointError as error:
+            if other:
+                raise _other_paths(words) from error
+            raise
+        if reply[:1] not in _FOREIGN:
+            checkpoint = self._unpack(reply)
+            if other:
+                self._check_same(checkpoint, words)
+            return checkpoint
+        if other:  # nothing in another library's checkpoint tells it from one of the same model
+            raise _other_paths(words)
+        from ckptengine.foreign.find import at_place
 
-            return at_place(self._storage, Description.decode(reply[1:]), reply[:1] == _FOREIGN[True])
-        return self._unpack(reply)
+        return at_place(self._storage, Description.decode(reply[1:]), reply[:1] == _FOREIGN[True])
+
+    def _check_same(self, checkpoint: Checkpoint, words: Sequence[bytes]) -> None:
+        """Raise `ValueError` where ranks were given other paths, under which not all find the same newest checkpoint.
+
+        The same directory may be mounted under other names, or copied to each node.
+        """
+
+        def look() -> bytes:
+            with contextlib.suppress(CheckpointError):
+                own = self._within(lambda: newest_checkpoint(self._storage))
+                return bytes([(own.directory, own.manifest) == (checkpoint.directory, checkpoint.manifest)])
+            return b"\0"
+
+        found = from_all(self._comm, look, self._timeout, f"looking whether all ranks see {checkpoint.location}")
+        if b"\0" in found:
+            raise _other_paths(words)
 
     def is_gone(self, checkpoint: Opened) -> bool:
         """Return whether a checkpoint was deleted since it was chosen: rank 0 looks, for all."""
@@ -165,7 +202,8 @@ class Chooser:
         Each is yielded once for every view that has it.
 
         What is found damaged is logged and added to `damaged`, on rank 0. Raises `CheckpointNotFoundError` on all
-        ranks where a step is asked for that was never committed, or the best where none has the metric.
+        ranks where a step is asked for that was never committed, or the best where none has the metric, and
+        `ValueError` where the ranks ask for different things.
         """
         items = self._items(step, damaged, best) if self._comm.rank == 0 else iter(())
 
@@ -173,12 +211,17 @@ class Chooser:
             item = self._within(lambda: next(items, None))
             return b"" if item is None else _pack(*item)
 
+        doing = f"choosing a checkpoint in {self._storage.location()}"
+        outcome, words = first_and_words(self._comm, look, self._asked, self._timeout, doing)
+        check_alike("restore", words)
+        reply = outcome()
         while True:
-            found = self._from_first(look)
+            found = self._unpack(reply) if reply else None
             if found is None:
                 damaged[:] = self._all_damaged(damaged)
                 return
             yield found
+            reply = from_first(self._comm, look, self._timeout, doing)
 
     def _items(self, step: int | None, damaged: list[str], best: Best | None) -> Iterator[tuple[Checkpoint, int]]:
         """Yield checkpoints and the numbers of their views, on rank 0."""
@@ -254,11 +297,6 @@ class Chooser:
         doing = "choosing a checkpoint"
         return list(map(str, json.loads(from_first(self._comm, json.dumps(damaged).encode, self._timeout, doing))))
 
-    def _from_first(self, look: Callable[[], bytes]) -> Checkpoint | None:
-        """Return on all ranks the checkpoint that rank 0 finds, None where it gives no bytes."""
-        reply = from_first(self._comm, look, self._timeout, f"choosing a checkpoint in {self._storage.location()}")
-        return self._unpack(reply) if reply else None
-
     def _unpack(self, reply: bytes) -> Checkpoint:
         document = json.loads(reply)
         manifest = Manifest.decode(document["manifest"].encode(), document["directory"])
@@ -272,6 +310,14 @@ def _pack(checkpoint: Checkpoint, view: int) -> bytes:
         name = join(checkpoint.directory, manifest_name(checkpoint.manifest.generation))
         raise CheckpointDamagedError(f"{checkpoint.storage.location(name)}: {error}") from None
     return json.dumps({"directory": checkpoint.directory, "manifest": manifest, "view": view}).encode()
+
+
+def _other_paths(words: Sequence[bytes]) -> ValueError:
+    paths = [word.decode(errors="replace") for word in words]
+    return ValueError(
+        f"{differing('the path', paths)}, and these are not one checkpoint. All ranks load the same together: give all "
+        "the same path and `step`; for a process that is to load by itself, comm=ckptengine.SingleProcess()"
+    )
 
 
 def _not_found(storage: StorageView, step: int | None = None) -> CheckpointNotFoundError:

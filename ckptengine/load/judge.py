@@ -21,6 +21,7 @@ __all__ = ["Verdict", "judge", "said_of"]
 
 _SIZES = struct.Struct("<4Q")
 _Told = tuple[bytes, ...]
+_STRICT, _VERIFY = 1, 2
 _DIGEST_NBYTES = 8
 _FITS = bytes(_DIGEST_NBYTES)
 """What stands for the problems of a rank that has none."""
@@ -29,18 +30,19 @@ _FITS = bytes(_DIGEST_NBYTES)
 @dataclass(frozen=True, slots=True)
 class Verdict:
     """`refused` tells whether any rank is to raise, since what it asked for does not fit; `tells` whether this rank is
-    the first with its problems."""
+    the first with its problems; `verifies` whether any rank compares its state after the load: then all must do it."""
 
     refused: bool
     tells: bool
+    verifies: bool
 
 
-def said_of(binding: Binding, strict: bool) -> bytes:
-    """Return what a rank says: whether misfits are errors to it (with `strict`, or where nothing fits), its problems as
-    a digest, and bits for leaves, compressed; none where they are all 0. They stand for the leaves that it did not
-    take, for those that objects would be handed beyond the state that they have here, and for those that they have
-    here and had not when they were saved. The last is what `only` names: what the rank has of it, and what
-    it has not."""
+def said_of(binding: Binding, strict: bool, verify: bool) -> bytes:
+    """Return what a rank says: whether misfits are errors to it (with `strict`, or where nothing fits) and whether it
+    is to verify the load; its problems as a digest; and bits for leaves, compressed; none where they are all 0.
+    They stand for the leaves that it did not take, for those that objects would be handed beyond the state that they
+    have here, and for those that they have here and had not when they were saved. The last is what `only` names: what
+    the rank has of it, and what it has not."""
     report = binding.report
     own = (report.missing, report.mismatched, report.other_class, binding.left.own)
     digest = _FITS
@@ -51,7 +53,8 @@ def said_of(binding: Binding, strict: bool) -> bytes:
     bits = [_bits(numbers, binding.left.count) for numbers in (binding.left.others, extras, fresh)]
     asked = json.dumps([binding.known, binding.unknown]).encode() if binding.known or binding.unknown else b""
     sizes = _SIZES.pack(*map(len, bits), len(asked))
-    return b"".join([bytes([strict or nothing_fits(binding)]), digest, sizes, *bits, asked])
+    wishes = (_STRICT if strict or nothing_fits(binding) else 0) | (_VERIFY if verify else 0)
+    return b"".join([bytes([wishes]), digest, sizes, *bits, asked])
 
 
 def judge(binding: Binding, said: Sequence[bytes], rank: int) -> Verdict:
@@ -71,9 +74,11 @@ def judge(binding: Binding, said: Sequence[bytes], rank: int) -> Verdict:
     report: LoadReport = binding.report
     binding.report = replace(report, unexpected=(*left.names(common), *left.own))
     problems = [message[1 : 1 + _DIGEST_NBYTES] for message in said]
-    refused = any(message[0] and (common or problem != _FITS) for message, problem in zip(said, problems, strict=True))
+    refused = any(
+        message[0] & _STRICT and (common or problem != _FITS) for message, problem in zip(said, problems, strict=True)
+    )
     tells = rank == 0 or (problems[rank] != _FITS and problems.index(problems[rank]) == rank)
-    return Verdict(refused, tells)
+    return Verdict(refused, tells, any(message[0] & _VERIFY for message in said))
 
 
 def _share_items(binding: Binding, told: Collection[_Told]) -> None:

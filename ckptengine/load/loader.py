@@ -132,16 +132,19 @@ def restore_newest(
     best: Best | None = None,
     upload: Callable[[Checkpoint], None] | None = None,
     where: str = "",
+    asked: Mapping[str, object] | None = None,
 ) -> Loaded | None:
     """Fill a state from the newest checkpoint that is whole, that of a step, or the best; all ranks call it.
 
     What is damaged is logged, and another copy or the one before it is taken; where one can't be read, another copy
     only. See `Chooser` for `views`. `upload` is called on all ranks before a checkpoint is read, to have it where
-    every rank can read it. `where` is what messages call the place. Returns None where nothing was ever committed.
+    every rank can read it. `where` is what messages call the place. `asked` are the caller's arguments in which all
+    ranks must agree. Returns None where nothing was ever committed.
 
-    Raises `CheckpointDamagedError` naming all that are damaged, where none is whole; `StorageError`.
+    Raises `CheckpointDamagedError` naming all that are damaged, where none is whole; `StorageError`; `ValueError` on
+    all ranks where they ask for different things.
     """
-    chooser = Chooser(views, comm, timeout)
+    chooser = Chooser(views, comm, timeout, asked)
     for last in range(TRIES - 1, -1, -1):
         damaged: list[str] = []
         unread: StorageError | None = None
@@ -328,7 +331,7 @@ def _load_undoing(
         def work() -> tuple[_Matched, bytes]:
             matched = _match(undo, checkpoint, state, comm, timeout, options)
             held.enter_context(matched.offer)
-            return matched, matched.offer.greeting + said_of(matched.binding, options.strict)
+            return matched, matched.offer.greeting + said_of(matched.binding, options.strict, options.verify)
 
         matched, words = exchange(comm, work, timeout, f"matching {where} with the state")
         binding, filling, offer = matched.binding, matched.filling, matched.offer
@@ -345,7 +348,7 @@ def _load_undoing(
             counts = on_all(comm, fill, timeout, f"reading {where}")
     if counts is None:
         raise RankFailedError(f"reading {where} was stopped by a rank that gave no reason")
-    finish = functools.partial(_finish, binding, options.verify, where, comm.rank)
+    finish = functools.partial(_finish, binding, verdict.verifies, where, comm.rank)
     marks = on_all(comm, finish, timeout, f"setting the state from {where}")
     if marks is not None:  # all ranks ask their objects once more, or none does
         check = functools.partial(

@@ -175,16 +175,13 @@ class Agreement:
 
         Who gives up says so in rank 0's place: it may have been late, and all go by what the store has.
         """
-        begun = self._begin()
-        least, most = self._least + _WORD_SECONDS, self._answer_seconds + _WORD_SECONDS
-        seconds = max(0.0, begun + least - time.monotonic())
-        while (found := self._get(f"verdict/{turn}", seconds)) is None:
+        begun, least = self._begin(), self._least + _WORD_SECONDS
+        while (found := self._get(f"verdict/{turn}", max(_LOOK_SECONDS, begun + least - time.monotonic()))) is None:
             waited = time.monotonic() - begun
             why = "rank 0 ended without a word" if waited >= least and self._is_dead(0) else ""
-            if why or waited >= most:
+            if why or waited > self._answer_seconds + _WORD_SECONDS:
                 failed = Verdict("failed", why=why or "rank 0 did not answer")
                 return Verdict("over") if self._closed.is_set() else self._claim(turn, failed)
-            seconds = _LOOK_SECONDS
         return self._read(found)
 
     def _begin(self) -> float:

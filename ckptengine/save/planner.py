@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import secrets
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,6 +15,7 @@ from ckptengine.archive.names import archive_name
 from ckptengine.comm.agree import on_all
 from ckptengine.comm.base import Communicator
 from ckptengine.comm.distinct import gather_distinct
+from ckptengine.errors import StateError
 from ckptengine.layout.assign import Assigned, assign, assign_alone, check_own
 from ckptengine.layout.holdings import Holding, holdings_of
 from ckptengine.layout.rank_rows import RankRows
@@ -35,10 +36,13 @@ from ckptengine.save.some_ranks import check_nesting, objects_in_part, on_some_r
 from ckptengine.save.undeclared import note_of, tell_differing, undeclared_crcs
 from ckptengine.save.values import StoredValues
 from ckptengine.schema.path import Path, is_inside
+from ckptengine.schema.ranks import name_ranks
 
 __all__ = ["Plan", "Planned", "Planner", "Taken"]
 
 _TOKEN_NBYTES = 12
+_COMPARES, _NEVER = b"+", b"-"
+"""What a rank says that compares replicas, and one that does not."""
 
 _log = logging.getLogger("ckptengine")
 
@@ -190,10 +194,12 @@ class Planner:
         """
         rank, world_size, values = self._comm.rank, self._comm.world_size, mine.taken.values
         token = secrets.token_hex(_TOKEN_NBYTES // 2).encode() if rank == 0 else b""
-        note = token + note_of(mine.buffers)
+        note = (_COMPARES if compare else _NEVER) + token + note_of(mine.buffers)
         notes, (words, tables, replicas) = gather_distinct(self._comm, note, mine.said, timeout)
-        self._session, self._attempts = notes[0][:_TOKEN_NBYTES].decode(), 0
-        tell_differing(mine.buffers, [notes[0][_TOKEN_NBYTES:], *notes[1:]], rank)
+        _check_alike([one[:1] == _COMPARES for one in notes])
+        first, *others = (one[1:] for one in notes)
+        self._session, self._attempts = first[:_TOKEN_NBYTES].decode(), 0
+        tell_differing(mine.buffers, [first[_TOKEN_NBYTES:], *others], rank)
         said_of = [decode_said(document) for document in words.documents] if len(words.documents) > 1 else []
         shares = share_out(rank, values, said_of, words.of_rank)
         survey = survey_of([Table.decode(table) for table in tables.documents], np.asarray(tables.of_rank, np.int64))
@@ -267,3 +273,12 @@ def _has_tensors_in_groups(reading: Reading) -> bool:
     return any(is_inside(leaf.path, groups) for leaf in reading.leaves) or any(
         is_inside(path, groups) for path in reading.plain.aliases
     )
+
+
+def _check_alike(compares: Sequence[bool]) -> None:
+    """Raise `StateError` where some ranks are to compare replicas and others not: that takes all of them."""
+    never = [rank for rank, one in enumerate(compares) if not one]
+    if never and len(never) < len(compares):
+        raise StateError(
+            f"check_replicas is 'never' on {name_ranks(never)} and not on the others; give the same on all ranks"
+        )

@@ -293,6 +293,10 @@ def test_a_service_that_can_not_be_started_is_an_error_that_says_why(monkeypatch
     monkeypatch.setattr(sys, "executable", None)  # in a program that embeds Python
     with pytest.raises(CheckpointError, match="sys.executable does not name one to start"):
         StoreHost([listen("127.0.0.1")], SECRET, 10)
+    monkeypatch.setattr(sys, "executable", "/opt/job/train")
+    monkeypatch.setattr(sys, "frozen", True, raising=False)  # as PyInstaller does
+    with pytest.raises(CheckpointError, match="'/opt/job/train': it is a program with Python inside"):
+        StoreHost([listen("127.0.0.1")], SECRET, 10)
 
 
 def test_a_service_whose_owner_gets_no_thread_is_an_error_and_leaves_no_process(monkeypatch):

@@ -137,7 +137,8 @@ def test_a_job_that_gets_sigterm_ends_with_75_and_goes_on_where_it_was(tmp_path:
     settings = {"args": {"save_strategy": "no", "num_train_epochs": 2}}
     run(tmp_path, "through", settings)
     run(tmp_path, "killed", settings | {"kill": 14, "signal": signal.SIGTERM}, 75)
-    assert os.path.isdir(tmp_path / "killed" / "step-00000015")
+    (saved,) = (tmp_path / "killed").glob("step-*")
+    assert 15 <= int(saved.name[5:]) < 22  # the next step, or a later one where the thread that reads signals came late
     run(tmp_path, "killed", settings)
     assert differing(result(tmp_path, "through"), result(tmp_path, "killed")) == []
 

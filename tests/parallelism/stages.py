@@ -30,7 +30,7 @@ class StageJob:
         for comm in self._ranks.comms:
             comm.all_gather = functools.partial(self._count, comm.all_gather)
             comm.broadcast = functools.partial(self._count, comm.broadcast)
-        self._checkpointers = self.each(
+        self.checkpointers = self.each(
             lambda rank: ce.Checkpointer(run, comm=self._ranks.comms[rank], timeout=20, preemption=None, **options)
         )
         self._run, self._step = run, 0
@@ -50,7 +50,7 @@ class StageJob:
         """Save each rank's state, and wait until that is committed."""
         self._step += 1
         given = list(states)
-        self.each(lambda rank: self._checkpointers[rank].save(self._step, given[rank]).durable.result(20))
+        self.each(lambda rank: self.checkpointers[rank].save(self._step, given[rank]).durable.result(20))
 
     def load(self, states: Iterable[State], **options: Any) -> list[ce.LoadReport]:
         """Fill each rank's state with the newest checkpoint."""
@@ -61,10 +61,10 @@ class StageJob:
 
     def restore(self, states: Iterable[State], **options: Any) -> list[int | None]:
         given = list(states)
-        return self.each(lambda rank: self._checkpointers[rank].restore(given[rank], **options))
+        return self.each(lambda rank: self.checkpointers[rank].restore(given[rank], **options))
 
     def close(self) -> None:
-        self.each(lambda rank: self._checkpointers[rank].close())
+        self.each(lambda rank: self.checkpointers[rank].close())
         self._ranks.end()
 
     def __enter__(self) -> StageJob:

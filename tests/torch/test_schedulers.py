@@ -131,6 +131,25 @@ def test_a_schedule_begun_after_the_restore_finds_its_groups_as_they_were_saved(
     assert scheduled.complete
 
 
+@pytest.mark.parametrize("kind", ["LambdaLR", "StepLR", "ChainedScheduler", "SequentialLR", "ReduceLROnPlateau"])
+@pytest.mark.parametrize(("saved", "here"), [(2, 3), (3, 2)])
+def test_a_scheduler_of_another_number_of_groups_is_refused_before_the_load(kind: str, saved: int, here: int) -> None:
+    """torch takes it; some groups then had no rate, or a step failed, or what LambdaLR kept differed after the load."""
+
+    def scheduler_of(count: int) -> Any:
+        optimizer = torch.optim.SGD([{"params": [torch.zeros(1)]} for _ in range(count)], lr=0.1)
+        return SCHEDULERS[kind](optimizer)
+
+    stored, target = save({"n": 1, "scheduler": scheduler_of(saved)}), {"n": 0, "scheduler": scheduler_of(here)}
+    before = encode(target["scheduler"].state_dict(), ())
+    said = rf"scheduler: a scheduler of {saved} parameter groups in the checkpoint, of {here} here .*last_epoch"
+    with pytest.raises(LoadMismatchError, match=said):
+        load(stored, target, strict=True)
+    report = load(stored, target, strict=False)
+    assert [line.partition(":")[0] for line in report.mismatched] == ["scheduler"]
+    assert encode(target["scheduler"].state_dict(), ()) == before
+
+
 def test_groups_that_were_saved_without_a_schedule_keep_the_one_that_is_here() -> None:
     bare = make("SGD", "StepLR")
     plain = OPTIMIZERS["SGD"](bare["model"])

@@ -11,7 +11,7 @@ from ckptengine.frameworks.adapter import Adapter
 from ckptengine.schema.path import Path, dotted
 from ckptengine.schema.type_name import describe_type
 from ckptengine.state.bind.extras import items_of, leave_out
-from ckptengine.state.bind.rates import check_rates
+from ckptengine.state.bind.rates import check_rates, other_number
 from ckptengine.state.bind.tensors import TensorBinder
 from ckptengine.state.bind.work import OBJECTS, SET
 from ckptengine.state.kinds import Inspected, Kind
@@ -43,6 +43,9 @@ class ObjectBinder(TensorBinder):
             else node
         )
         if places is not None and self._another_class(target, path, places):
+            return
+        if places is not None and (reason := other_number(current, places)) is not None:
+            self._mismatch(path, reason, places)
             return
         self._rebuilt.objects[path], self._rebuilt.before[path] = target, current
         if inner and inner[0][0] == ():  # all of its state is the rank's own
