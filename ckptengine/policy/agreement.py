@@ -27,7 +27,11 @@ _POLLED_ANSWER_SECONDS = 70.0
 _WORD_SECONDS = 2.0
 """How much longer than rank 0 the others wait, for its word."""
 _HELD_SECONDS = 1.0
-"""How long a rank is held back at most in the first turn, where messages come at once."""
+"""How long a rank is held back at most in the first turns, where messages come at once."""
+_BETWEEN_SECONDS = 0.2
+"""How long training goes on after the first turn, where a rank has ended it, before the next."""
+_DOUBLED = 4
+"""How often these two times are doubled at most."""
 _FIRST_PAUSE = 0.001
 _LOOK_SECONDS = 0.5
 """How often it is looked whether a rank that is late is dead."""
@@ -147,8 +151,14 @@ class Agreement:
                 self._set(f"limit/{self._rank}", [turn, limit.call, limit.gone])
 
     def patience(self, turn: int) -> float:
-        """Return for how many seconds a rank is held back in a turn; longer in each, so that one is long enough."""
-        return 2.0**turn * (_HELD_SECONDS + self._world_size / 1000 if self._store.blocks else self._least)
+        """Return for how many seconds a rank is held back in a turn; in the end long enough for a slow machine."""
+        return _growth(turn // 2) * (_HELD_SECONDS + self._world_size / 1000 if self._store.blocks else self._least)
+
+    def pause(self, turn: int) -> float:
+        """Return for how many seconds training goes on after a turn that a rank has ended; in the end longer than what
+        keeps a rank from answering.
+        """
+        return _growth(turn) * _BETWEEN_SECONDS
 
     def give_way(self, turn: int) -> Verdict | None:
         """End a turn in which this rank was held back for too long; return its verdict where there is one by now."""
@@ -157,17 +167,21 @@ class Agreement:
     def decide(self, turn: int) -> Verdict | None:
         """Rank 0: hear all limits, and tell the verdict; None where a rank has ended this turn without one."""
         limits = self._collect(turn)
-        return None if limits is None else self._claim(turn, _verdict(limits))
+        # Where the turn has ended, what stands counts: a rank has gone on, or has given up on this one.
+        return self._claim(turn, Verdict("again") if limits is None else _verdict(limits))
 
     def hear(self, turn: int) -> Verdict | None:
-        """The other ranks: wait for the verdict, as long as rank 0 may live; None where there is none in this turn."""
+        """The other ranks: wait for the verdict, as long as rank 0 may live; None where there is none in this turn.
+
+        Who gives up says so in rank 0's place: it may have been late, and all go by what the store has.
+        """
         begun, least = self._begin(), self._least + _WORD_SECONDS
         while (found := self._get(f"verdict/{turn}", max(_LOOK_SECONDS, begun + least - time.monotonic()))) is None:
             waited = time.monotonic() - begun
-            if waited >= least and self._is_dead(0):
-                return Verdict("failed", why="rank 0 ended without a word")
-            if waited > self._answer_seconds + _WORD_SECONDS:
-                return Verdict("failed", why="rank 0 did not answer")
+            why = "rank 0 ended without a word" if waited >= least and self._is_dead(0) else ""
+            if why or waited > self._answer_seconds + _WORD_SECONDS:
+                failed = Verdict("failed", why=why or "rank 0 did not answer")
+                return Verdict("over") if self._closed.is_set() else self._claim(turn, failed)
         return self._read(found)
 
     def _begin(self) -> float:
@@ -251,6 +265,10 @@ class Agreement:
     def _get(self, key: str, seconds: float) -> Any:
         data = self._store.get(self._key(key), seconds)
         return None if data is None else json.loads(data)
+
+
+def _growth(turn: int) -> float:
+    return 2.0 ** min(turn, _DOUBLED)
 
 
 def _verdict(limits: dict[int, Limit | None]) -> Verdict:

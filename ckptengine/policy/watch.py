@@ -32,8 +32,6 @@ _LEAVING = 10.0
 """Seconds in which a process that is on its way out takes a signal for the launcher's, which ends all when one ends."""
 _TELL_SECONDS = 10.0
 """How often the log says what is waited for."""
-_BETWEEN_SECONDS = 0.2
-"""How long training goes on after a turn of the agreement that a rank has ended, before the next."""
 _LOOK_SECONDS = 1.0
 """How often rank 0 looks for the file."""
 _WORD_SECONDS = 2.0
@@ -326,10 +324,16 @@ class Watch:
         self._conclude(verdict)
 
     def _take_turns(self, agreement: Agreement) -> Verdict:
-        """Tell this rank's limit until all ranks' stand at the same time; return what follows from them."""
+        """Tell this rank's limit until all ranks' stand at the same time; return what follows from them.
+
+        After a turn that a rank has ended, training goes on for a pause, and then up to a limit that lies as many calls
+        ahead as it has made in that pause. So nobody is held back yet when those answer who come late: one that waits
+        for others in each step, and keeps the lock meanwhile, comes late in every turn.
+        """
+        before = self._calls
         for turn in itertools.count():
             with self._changed:
-                self._turn, self._limit = turn, self._calls + 1
+                self._turn, self._limit = turn, self._calls + 1 + (self._calls - before if turn else 0)
                 limit = Limit(self._limit)
             agreement.publish(limit, turn)
             verdict = agreement.decide(turn) if self._comm.rank == 0 else agreement.hear(turn)
@@ -337,14 +341,18 @@ class Watch:
                 return verdict
             with self._changed:
                 self._limit = None
+                before = self._calls
                 self._changed.notify_all()
-            if self._closed.wait(_BETWEEN_SECONDS):
+            if self._closed.wait(agreement.pause(turn)):
                 break
         return Verdict("over")
 
     def _conclude(self, verdict: Verdict) -> None:
+        """Go by a verdict. What fails when there is one changes nothing: the others go by it, and need this rank."""
         with self._changed:
-            self._verdict = verdict
+            if self._verdict is not None and verdict.kind == "failed":
+                return
+            self._verdict = self._verdict or verdict
             calls = verdict.call - self._calls
             self._changed.notify_all()
         if verdict.kind == "failed" and self._subscription is not None:

@@ -40,6 +40,35 @@ def test_a_client_whose_connection_breaks_is_replaced_on_the_host_and_on_others(
         assert other.get("key", 0) is None
 
 
+class Deaf:
+    """A client whose connection breaks when a call has come to the host, and before the answer is here."""
+
+    def __init__(self, client, calls):
+        self._client, self._calls = client, calls
+
+    def __getattr__(self, name):
+        def call(*arguments):
+            found = getattr(self._client, name)(*arguments)
+            self._calls -= 1
+            if self._calls == 0:
+                raise RuntimeError("Broken pipe")
+            return found
+
+        return call
+
+
+def test_a_claim_whose_answer_is_lost_is_still_the_one_that_counts():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    host = MindSporeStore(0, 2, "127.0.0.1", port)
+    other = MindSporeStore(1, 2, "127.0.0.1", port)
+    for calls in range(1, 6):
+        host._store = Deaf(host._store, calls)
+        claims = [host.claim(f"claimed {calls}", b"first"), other.claim(f"claimed {calls}", b"second")]
+        assert claims == [b"first"] * 2
+
+
 MANY = """
 from test_store import test_a_client_whose_connection_breaks_is_replaced_on_the_host_and_on_others as replace
 for _ in range(100):

@@ -50,5 +50,8 @@ def test_a_rank_that_is_gone_is_so_in_every_turn(ranks):
     assert ranks[0].decide(3) == Verdict("over")
 
 
-def test_each_turn_holds_ranks_back_for_longer(ranks):
-    assert [round(ranks[0].patience(turn) / ranks[0].patience(0)) for turn in range(4)] == [1, 2, 4, 8]
+def test_later_turns_hold_ranks_back_for_longer_and_let_training_go_on_for_longer_to_a_bound(ranks):
+    held = [round(ranks[0].patience(turn) / ranks[0].patience(0)) for turn in (0, 1, 2, 3, 8, 9, 50)]
+    between = [round(ranks[0].pause(turn) / ranks[0].pause(0)) for turn in (0, 1, 2, 3, 4, 5, 50)]
+    assert held == [1, 1, 2, 2, 16, 16, 16]
+    assert between == [1, 2, 4, 8, 16, 16, 16]
