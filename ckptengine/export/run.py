@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import errno
+import json
 import re
+import secrets
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
-from ckptengine.comm.agree import on_all
+from ckptengine.catalog.site import check_one_place
+from ckptengine.comm.agree import exchange, on_all
+from ckptengine.comm.alike import asked_word, check_alike
 from ckptengine.comm.base import Communicator
 from ckptengine.errors import CheckpointNotFoundError, StorageError
 from ckptengine.export.contents import Contents, contents_of
@@ -63,6 +67,17 @@ class ExportOptions:
         return cls(
             to, only, rename, None if dtype is None else str(dtype).removeprefix("torch."), shard_nbytes(max_shard_size)
         )
+
+    @property
+    def asked(self) -> dict[str, object]:
+        """What all ranks have to give alike, by the names of arguments: it decides who writes which file."""
+        return {
+            "to": self.format,
+            "only": self.only,
+            "rename": self.rename if self.rename is None or isinstance(self.rename, Mapping) else "a function",
+            "dtype": self.dtype,
+            "max_shard_size": self.max_shard_nbytes,
+        }
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,17 +135,23 @@ def export_checkpoint(
             f"{checkpoint.location}: the step was saved again, so the checkpoint to export is gone"
         )
     doing = f"exporting {checkpoint.location}"
+    where = target.location() if name is None else target.location(name)
 
-    def look() -> tuple[Contents, _Plan]:
+    def look() -> tuple[tuple[Contents, _Plan], bytes]:
         with naming(checkpoint.location):
             contents = contents_of(checkpoint, options.only, options.rename, options.dtype)
         plan = _plan(contents, options, name)
         if comm.rank == 0:
             _check_absent(target, plan, finish)
             target.create()
-        return contents, plan
+        place = [where, secrets.token_hex(6)]
+        return (contents, plan), json.dumps(place).encode() + b"\n" + asked_word(options.asked)
 
-    contents, plan = on_all(comm, look, timeout, doing)
+    (contents, plan), told = exchange(comm, look, timeout, doing)
+    words = [word.partition(b"\n") for word in told]
+    check_alike(f"export of {checkpoint.location}", [word for _, _, word in words])
+    places = [json.loads(word) for word, _, _ in words]
+    check_one_place("the target", [place for place, _ in places], target, comm, places[0][1], timeout)
     mine = _mine(plan.large, comm)
     total = sum(plan.large[number].nbytes for number in mine)
     lock, done = threading.Lock(), 0
@@ -158,7 +179,7 @@ def export_checkpoint(
     files = (*(one.name for one in plan.large), *(small for small, _ in plan.small))
     return ExportReport(
         checkpoint.location,
-        target.location() if name is None else target.location(name),
+        where,
         options.format,
         checkpoint.step,
         files,

@@ -234,3 +234,32 @@ def test_saves_to_different_paths_are_refused_and_those_to_one_under_two_names_a
     for saver in savers:
         saver.close()
     ranks.end()
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "words"),
+    [
+        ({"to": "zarr"}, {}, "to is zarr on rank 0, safetensors on rank 1"),
+        ({"only": ["x"]}, {}, r"only is \('x',\) on rank 0, None on rank 1"),
+        ({"dtype": torch.bfloat16}, {}, "dtype is bfloat16 on rank 0, None on rank 1"),
+        ({"max_shard_size": "1KB"}, {}, "max_shard_size is 1000 on rank 0, 5000000000 on rank 1"),
+        ({"target": "other"}, {}, "the target is .*other on rank 0, .*hub on rank 1, and .* not one place"),
+    ],
+)
+def test_exports_of_other_things_are_refused(run, tmp_path, first, second, words):
+    """Each rank wrote its files of another set, and the index had one of them."""
+    ranks = Ranks(2)
+
+    def export(rank, **options):
+        target = tmp_path / options.pop("target", "hub")
+        return ce.export(run, target, comm=ranks.comms[rank], timeout=20, **options)
+
+    def refused(rank):
+        with pytest.raises(ValueError, match=words) as found:
+            export(rank, **(second if rank else first))
+        return str(found.value)
+
+    said = ranks.run(refused)
+    assert said[0] == said[1]
+    assert [report.arrays for report in ranks.run(lambda rank: export(rank, target="good"))] == [1, 1]
+    ranks.end()
