@@ -59,7 +59,8 @@ def save(
 
     Raises `StateError` for what can't be saved, `ReplicaMismatchError` if replicated values differ between ranks,
     `SaveFailedError` if any rank failed, `StorageError` if the storage can't be opened, and `DeadlineError`, naming the
-    missing ranks, if they do not come in time. After an error an earlier checkpoint at the path is unchanged.
+    missing ranks, if they do not come in time; `ValueError` if ranks give paths that are not one place. After an error
+    an earlier checkpoint at the path is unchanged.
     """
     timeout = checked_seconds("timeout", timeout)
     comm = checked_comm(comm) or current(timeout)

@@ -48,7 +48,7 @@ _log = logging.getLogger("ckptengine")
 class Checkpointer:
     """Save a training state in the background when a save is due, and restore the newest checkpoint.
 
-    Collective: all ranks make it, and call the same methods in the same order. It is a context manager, or has `close`.
+    Collective: all ranks make it alike, and call the same methods in order. It is a context manager, or has `close`.
 
     Where checkpoints go:
 
@@ -102,8 +102,8 @@ class Checkpointer:
       signals alone, and so does every Checkpointer until its first `step` or `save`. If several in one process train,
       the one that began last acts.
 
-    Raises `TypeError` or `ValueError` for wrong arguments, `StorageError` if the run can't be opened or is another kind
-    of directory, `DeadlineError` naming the ranks that did not come.
+    Raises `TypeError` or `ValueError` for wrong arguments, or other ones on some ranks; `StorageError` if the run can't
+    be opened or is another kind of directory; `DeadlineError` naming the ranks that did not come.
     """
 
     def __init__(
@@ -144,7 +144,7 @@ class Checkpointer:
         self._timeout = timeout = settings.timeout
         self._comm = comm = settings.comm or current(timeout)
         self._tiers = tiers_of(settings, comm)
-        self._opening = Opening(self.run, self._tiers, comm, timeout, chosen=settings.comm is None)
+        self._opening = Opening(settings, self._tiers, comm)
         weakref.finalize(self, self._tiers.forget).atexit = False
         weakref.finalize(self, self._opening.let_go)
         token = self._opening.open()

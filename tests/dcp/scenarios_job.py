@@ -266,6 +266,24 @@ def ranks_that_see_different_checkpoints(folder: Path, rank: int, world: int) ->
 
 
 @scenario
+def ranks_that_save_to_different_places(folder: Path, rank: int, world: int) -> None:
+    path = folder / ("other" if rank == 2 else "c")
+    with pytest.raises(
+        dcp.CheckpointException, match="other on rank 2, .*c on the coordinator, .* not one place"
+    ) as caught:
+        dcp.save({"x": spread(whole(), Shard(0))}, checkpoint_id=path)
+    assert list(caught.value.failures) == [2]
+    dist.barrier()
+    assert not (folder / "other").exists()
+    if rank == 0:
+        (folder / "name").symlink_to(folder / "c")
+    dist.barrier()
+    dcp.save({"x": spread(whole(), Shard(0))}, checkpoint_id=folder / ("name" if rank == 2 else "c"))
+    dist.barrier()
+    assert (ce.load(folder / "c")["x"] == whole().numpy()).all()
+
+
+@scenario
 def bytes_of_a_planner_that_hold_code(folder: Path, rank: int, world: int) -> None:
     class Pickles(DefaultSavePlanner):
         def resolve_data(self, write_item: Any) -> Any:

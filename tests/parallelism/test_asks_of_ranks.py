@@ -6,9 +6,13 @@ import shutil
 import pytest
 import torch
 from stages import StageJob
+from thread_ranks import Ranks
 
 import ckptengine as ce
 from ckptengine.errors import CheckpointError
+from ckptengine.save.saver import Saver
+from ckptengine.save.single import single_checkpoint
+from ckptengine.storage.open import open_storage
 
 
 @pytest.fixture
@@ -121,3 +125,112 @@ def test_ranks_may_see_a_checkpoint_under_different_names(run, tmp_path):
         paths = [run, tmp_path / "elsewhere", tmp_path / "copied"]
         job.each(lambda rank: ce.load(paths[rank], into=states[rank], comm=job.comm(rank), timeout=20))
     assert [state["x"].tolist() for state in states] == [[2.0, 2.0]] * 3
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "words"),
+    [
+        ({"every": 1}, {"every": 2}, r"every .* is every 1 steps on rank 0, every 2 steps on rank 1"),
+        ({"every": "10min"}, {}, r"every .* is every 10min on rank 0, None on rank 1"),
+        (
+            {"every": "auto"},
+            {"every": ce.Auto(mtbf="6h")},
+            r"every .* is Auto.* on rank 0, Auto\(mtbf='6h'.* on rank 1",
+        ),
+        ({"keep_last": 2}, {"keep_last": 3}, r"keep_last .* is KeepLast\(count=2\) on rank 0, .*3\) on rank 1"),
+        ({"keep_last": 1, "keep_best": "loss"}, {"keep_last": 1}, r"is Best\(.* and KeepLast.* on rank 0, KeepLast"),
+        ({"policy": ce.Policy(keep=ce.KeepSteps([7, 3]))}, {}, r"is KeepSteps\(\[3, 7\]\) on rank 0, None on rank 1"),
+        ({"when_busy": "skip"}, {}, "when_busy is skip on rank 0, wait on rank 1"),
+        ({"on_error": "raise"}, {}, "on_error is raise on rank 0, warn on rank 1"),
+        ({"max_failures": 1}, {}, "max_failures is 1 on rank 0, 3 on rank 1"),
+        ({"local": "local"}, {}, "local is given on rank 0, None on rank 1"),
+        ({"memory": True}, {}, "memory is given on rank 0, None on rank 1"),
+        ({"preemption": ce.Preemption()}, {}, "preemption is given on rank 0, None on rank 1"),
+    ],
+)
+def test_checkpointers_with_other_rules_are_refused(tmp_path, monkeypatch, first, second, words):
+    """Their ranks waited for each other until the timeout, or rank 0's rule held without a word."""
+    monkeypatch.chdir(tmp_path)
+    ranks = Ranks(2)
+
+    def make(rank):
+        with pytest.raises(ValueError, match=words) as found:
+            ce.Checkpointer(
+                "run", comm=ranks.comms[rank], timeout=20, **({"preemption": None} | (second if rank else first))
+            )
+        return str(found.value)
+
+    said = ranks.run(make)
+    assert said[0] == said[1]
+    ranks.end()
+
+
+def test_checkpointers_of_different_runs_are_refused_and_those_of_one_under_two_names_are_not(tmp_path):
+    """No save was committed: the archives of the others were missing."""
+    ranks = Ranks(2)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "name").symlink_to(tmp_path / "run")
+
+    def make(rank, *runs):
+        return ce.Checkpointer(runs[rank], comm=ranks.comms[rank], timeout=20, preemption=None)
+
+    def refused(rank):
+        with pytest.raises(
+            ValueError, match="the run is .*run on rank 0, .*other on rank 1, and .* not one place"
+        ) as found:
+            make(rank, tmp_path / "run", tmp_path / "other")
+        return str(found.value)
+
+    said = ranks.run(refused)
+    assert said[0] == said[1]
+
+    def save(rank):
+        with make(rank, tmp_path / "run", tmp_path / "name") as ckpt:
+            ckpt.save(1, {"x": torch.ones(1)}).durable.result(20)
+
+    ranks.run(save)
+    assert ce.load(tmp_path / "run")["x"] == 1
+    assert not any("site" in name for name in os.listdir(tmp_path / "run"))
+    ranks.end()
+
+
+def test_rank_0_alone_may_be_called_after_a_commit_and_give_metadata(tmp_path):
+    ranks, seen = Ranks(2), []
+
+    def save(rank):
+        own = {} if rank else {"on_commit": seen.append, "metadata": {"who": 0}}
+        with ce.Checkpointer(
+            tmp_path / "run", comm=ranks.comms[rank], timeout=20 + rank, preemption=None, **own
+        ) as ckpt:
+            ckpt.save(1, {"x": torch.ones(1)}).durable.result(20)
+
+    ranks.run(save)
+    assert [commit.step for commit in seen] == [1]
+    ranks.end()
+
+
+def test_saves_to_different_paths_are_refused_and_those_to_one_under_two_names_are_not(tmp_path):
+    ranks = Ranks(2)
+    (tmp_path / "name").symlink_to(tmp_path / "one")
+    savers = [Saver(comm, 20) for comm in ranks.comms]
+
+    def save(rank, *names):
+        target = single_checkpoint(open_storage(tmp_path / names[rank]), None)
+        savers[rank].start(target, {"x": torch.full((2,), 3.0)}).durable.result(20)
+        savers[rank].settle(20)
+
+    def refused(rank):
+        with pytest.raises(
+            ValueError, match="the path is .*one on rank 0, .*two on rank 1, and .* not one place"
+        ) as found:
+            save(rank, "one", "two")
+        return str(found.value)
+
+    ranks.run(lambda rank: save(rank, "one", "one"))
+    said = ranks.run(refused)
+    assert said[0] == said[1]
+    ranks.run(lambda rank: save(rank, "one", "name"))
+    assert ce.load(tmp_path / "one")["x"].tolist() == [3.0, 3.0]
+    for saver in savers:
+        saver.close()
+    ranks.end()
