@@ -156,13 +156,15 @@ def test_a_service_that_does_not_answer_is_waited_for_once_by_a_caller_of_severa
 
 def test_the_store_answers_while_its_host_holds_the_interpreters_lock():
     with hosting("holds the lock") as process:
-        places = [tuple(place) for place in json.loads(process.stdout.readline())]
-        assert process.stdout.read(1) == "\0"  # it is in the one call that writes all, which is more than a pipe takes
-        store = HostedStore(places, SECRET, 30)
-        store.set("a", b"1")
-        assert store.get("a", 0.0) == b"1"
-        assert process.poll() is None
-        process.kill()
+        try:
+            places = [tuple(place) for place in json.loads(process.stdout.readline())]
+            assert process.stdout.read(1) == "\0"  # it is in the one call that writes all: more than a pipe takes
+            store = HostedStore(places, SECRET, 30)
+            store.set("a", b"1")
+            assert store.get("a", 0.0) == b"1"
+            assert process.poll() is None
+        finally:
+            process.kill()
 
 
 def test_a_killed_hosts_end_is_seen_though_a_process_that_it_forked_lives_on():
