@@ -28,9 +28,9 @@ class KeyValueStore(ABC):
 
     @abstractmethod
     def claim(self, key: str, value: bytes) -> bytes:
-        """Store a value unless the key has one, which the store decides; return the one that it has.
+        """Store a value unless the key has one, and return the one that it has then; the store decides between callers.
 
-        The value is ASCII text, and nobody else's (it carries an id).
+        The value is ASCII text that no other caller gives (put an id in it).
         """
 
     # Of many keys at once: a store that is far away is asked once, not once for each.

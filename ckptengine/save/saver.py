@@ -327,7 +327,8 @@ class Saver:
             return
         # The others may be waiting for this word, and the caller for them, in a call that keeps the interpreter's lock
         # and with it the thread that is to send it. Not for ever: that thread may be in a storage that hangs.
-        flight.told.wait(_WORD_SECONDS)
+        if self._comm.world_size > 1:
+            flight.told.wait(_WORD_SECONDS)
 
     def fence(self, timeout: float | None = None) -> None:
         """Wait until the snapshot under way is complete: from then on the state's tensors may be changed.

@@ -22,7 +22,7 @@ from mpi4py import MPI  # noqa: E402
 import ckptengine as ce  # noqa: E402
 from ckptengine.errors import CheckpointError  # noqa: E402
 
-TIMEOUT = 20.0
+TIMEOUT = 120.0
 WORLD = MPI.COMM_WORLD
 FOLDER = Path(sys.argv[1])
 KEEPS_THE_LOCK = ctypes.PyDLL(None)

@@ -7,6 +7,7 @@ Rank WHO does so after step 3, until the others have gone past step 4; rank TOLD
 from __future__ import annotations
 
 import ctypes
+import itertools
 import json
 import os
 import signal
@@ -55,7 +56,7 @@ def main() -> None:
     ended = None
     try:
         with ce.Checkpointer(FOLDER / "run", timeout=60) as checkpointer:
-            for step in range(1, 1000):
+            for step in itertools.count(1):
                 checkpointer.step(step, state)
                 between(step, pipe)
                 time.sleep(0.02)
