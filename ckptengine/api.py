@@ -59,8 +59,7 @@ def save(
 
     Raises `StateError` for what can't be saved, `ReplicaMismatchError` if replicated values differ between ranks,
     `SaveFailedError` if any rank failed, `StorageError` if the storage can't be opened, and `DeadlineError`, naming the
-    missing ranks, if they do not come in time; `ValueError` if ranks give paths that are not one place. After an error
-    an earlier checkpoint at the path is unchanged.
+    missing ranks, if they do not come in time. After an error an earlier checkpoint at the path is unchanged.
     """
     timeout = checked_seconds("timeout", timeout)
     comm = checked_comm(comm) or current(timeout)
@@ -192,8 +191,8 @@ def load(
     Raises `CheckpointNotFoundError`; `CheckpointDamagedError`, naming the file; `LoadMismatchError`, listing every leaf
     that does not match; `RestoreDifferenceError`, naming what differs after the load; `FormatVersionError` for a newer
     format; `ForeignFormatError` for parts of another library's checkpoint that are not read; `StorageError`;
-    `DeadlineError`; `ValueError` if ranks give other steps, or paths that are not one checkpoint. If damage is found
-    while tensors are being filled, the state is not usable, and the message says so.
+    `DeadlineError`; `ValueError` if ranks give different `step`s. If damage is found while tensors are being filled,
+    the state is not usable, and the message says so.
     """
     timeout, comm = checked_seconds("timeout", timeout), checked_comm(comm)
     storage = open_checkpoint(path, storage_options, None if step is None else checked_step(step, {}), timeout)
@@ -204,7 +203,7 @@ def load(
         raise ValueError("as_torch and rank are for loading without `into`; with it the state decides")
     comm = comm or current(timeout)
     storage.check_shared(comm.world_size)
-    loaded = load_newest(storage, into, comm, timeout, options)
+    loaded = load_newest(storage, into, comm, timeout, options, {"step": step})
     tell_leftovers(loaded, comm)
     report: LoadReport = loaded.report
     return report
@@ -239,7 +238,8 @@ def export(
     - `timeout`: seconds; bounds each wait. `comm`: as for `save`.
 
     Memory does not depend on the size of the checkpoint. Raises what `load` raises, `StorageError` (EEXIST) if a file
-    exists already, `ForeignFormatError` naming what the format can't hold, `ValueError` for unknown options.
+    exists already, `ForeignFormatError` naming what the format can't hold, `ValueError` for unknown options
+    and ones that differ between ranks.
     """
     from ckptengine.export.run import ExportOptions, export_checkpoint, target_of  # here: most jobs never export
 

@@ -197,14 +197,14 @@ class Checkpointer:
             self.wait()
             self._saver.settle(self._timeout)  # what cleans up after a save must not meet what is read
             again = only is not None and (self._line.parent is not None or self._saves.any)
-            asked = {"step": step, "best": rules[0] if rules else None, "only": "given" if again else None}
+            arguments = {"step": step, "best": rules[0] if rules else None, "only": "given" if again else None}
             if again and step is None and not rules:
                 step = self._saves.committed
             options = LoadOptions.of(only, rename, strict, cast, verify)
             sources, persistent = self._tiers.sources, self._tiers.places.persistent
             loaded = restore_newest(
                 sources.views(), state, self._comm, self._timeout, options, step, rules[0] if rules else None,
-                sources.upload_for_all, persistent.location(), asked,
+                sources.upload_for_all, persistent.location(), arguments,
             )  # fmt: skip
             if loaded is not None:
                 tell_leftovers(loaded, self._comm)

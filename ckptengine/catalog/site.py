@@ -7,14 +7,13 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ckptengine.comm.agree import from_all, on_all
-from ckptengine.comm.alike import differing
+from ckptengine.comm.agree import from_all
 from ckptengine.comm.base import Communicator
 from ckptengine.errors import CheckpointError, DeadlineError
 from ckptengine.storage.base import Storage
 from ckptengine.storage.within import within
 
-__all__ = ["Site", "check_one_place", "find_sites"]
+__all__ = ["Site", "find_sites"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,29 +75,3 @@ def find_sites(storages: Sequence[Storage], comm: Communicator, token: str, time
         ranks = tuple(rank for rank, numbers in enumerate(all_found) if numbers[place] == mine)
         sites.append(Site(comm.rank, ranks, tuple(firsts.values())))
     return sites
-
-
-def check_one_place(
-    name: str, locations: Sequence[str], storage: Storage, comm: Communicator, token: str, timeout: float
-) -> None:
-    """Raise `ValueError`, the same on all ranks, where they were given other locations, which are not one place.
-
-    `locations` are those of all ranks, `name` is what the argument is called. The ranks meet only where these differ:
-    one directory may be mounted under several names. `token` is as for `find_sites`.
-    """
-    if len(set(locations)) < 2:
-        return
-    doing = "looking whether all ranks write to one place"
-    problem: CheckpointError | None = None
-    try:
-        on_all(comm, lambda: within(timeout, doing, storage.create), timeout, doing)
-        if find_sites([storage], comm, token, timeout)[0].shared:
-            return
-    except DeadlineError:
-        raise
-    except CheckpointError as error:
-        problem = error
-    raise ValueError(
-        f"{differing(name, locations)}, and these are not one place. All ranks save together into one: give all the "
-        "same; for a process that is to save by itself, comm=ckptengine.SingleProcess()"
-    ) from problem

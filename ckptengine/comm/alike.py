@@ -1,41 +1,89 @@
-"""What all ranks have to ask for alike; it travels with what they exchange anyhow."""
+"""What all ranks have to ask for alike: digests travel with what is exchanged anyhow, words where these differ."""
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
+from ckptengine.comm.agree import all_and_words, first_and_words, from_all, from_first
+from ckptengine.comm.base import Communicator
 from ckptengine.schema.ranks import name_ranks
 
-__all__ = ["asked_word", "check_alike", "differing"]
+__all__ = ["all_alike", "check_alike", "digest_of", "first_alike", "in_words"]
 
+_DIGEST_NBYTES = 8
 _MOST_VALUES, _MOST_LETTERS = 4, 200
 
 
-def asked_word(asked: Mapping[str, object]) -> bytes:
-    """Return what a rank asks for, by the names of arguments, as a word for the others: values as text."""
-    return json.dumps({name: f"{value}" for name, value in asked.items()}).encode()
+def first_alike(
+    comm: Communicator,
+    work: Callable[[], bytes],
+    call: str,
+    arguments: Mapping[str, object],
+    timeout: float,
+    doing: str,
+) -> bytes:
+    """Do `from_first` in a call that all ranks must make with the same arguments; raises `ValueError`: `check_alike`.
+
+    The arguments are looked at before what rank 0 has found: it may have failed because of them.
+    """
+    if comm.world_size == 1:
+        return from_first(comm, work, timeout, doing)
+    outcome, digests = first_and_words(comm, work, digest_of(arguments), timeout, doing)
+    check_alike(comm, call, arguments, digests, timeout)
+    return outcome()
 
 
-def check_alike(call: str, words: Sequence[bytes]) -> None:
-    """Raise `ValueError`, the same on all ranks, where what they ask for (`asked_word`) differs in an argument."""
-    if len(set(words)) < 2:
+def all_alike(
+    comm: Communicator,
+    work: Callable[[], bytes],
+    call: str,
+    arguments: Mapping[str, object],
+    timeout: float,
+    doing: str,
+) -> list[bytes]:
+    """Do `from_all` in a call that all ranks must make with the same arguments, as `first_alike` does `from_first`."""
+    if comm.world_size == 1:
+        return from_all(comm, work, timeout, doing)
+    outcome, digests = all_and_words(comm, work, digest_of(arguments), timeout, doing)
+    check_alike(comm, call, arguments, digests, timeout)
+    return outcome()
+
+
+def digest_of(arguments: Mapping[str, object]) -> bytes:
+    """Return a digest of arguments by name, of which the values count as text."""
+    return hashlib.sha256(_word(arguments)).digest()[:_DIGEST_NBYTES]
+
+
+def check_alike(
+    comm: Communicator, call: str, arguments: Mapping[str, object], digests: Sequence[bytes], timeout: float
+) -> None:
+    """Raise `ValueError`, the same on all ranks, where their arguments differ, which all see by the digests of all.
+
+    `call` names the call in the message; the names of the arguments are the same on all ranks.
+    """
+    if len(set(digests)) < 2:
         return
-    every = [json.loads(word) for word in words]
-    for name in dict.fromkeys(name for one in every for name in one):
-        values = [one.get(name) for one in every]
+    every = [json.loads(word) for word in comm.all_gather(_word(arguments), timeout)]
+    for name in arguments:
+        values = [one[name] for one in every]
         if len(set(values)) > 1:
-            raise ValueError(f"{call}: {differing(name, values)}. All ranks make this call together: give all the same")
+            raise ValueError(f"{call}: {in_words(name, values)}")
 
 
-def differing(name: str, values: Iterable[object]) -> str:
-    """Return in words which ranks have which value of an argument; `values` are in the order of the ranks."""
+def in_words(name: str, values: Iterable[object]) -> str:
+    """Return which ranks have which value of an argument, and what to do; `values` are in the order of the ranks."""
     ranks: dict[object, list[int]] = {}
     for rank, value in enumerate(values):
         ranks.setdefault(value, []).append(rank)
     shown = [f"{_short(value)} on {name_ranks(of)}" for value, of in list(ranks.items())[:_MOST_VALUES]]
     more = f", and {len(ranks) - _MOST_VALUES} more" if len(ranks) > _MOST_VALUES else ""
-    return f"{name} is {', '.join(shown)}{more}"
+    return f"{name} is {', '.join(shown)}{more}. All ranks make this call together: give all the same"
+
+
+def _word(arguments: Mapping[str, object]) -> bytes:
+    return json.dumps({name: f"{value}" for name, value in arguments.items()}).encode()
 
 
 def _short(value: object) -> str:

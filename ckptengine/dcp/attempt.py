@@ -60,13 +60,11 @@ _log = logging.getLogger("ckptengine")
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """What the coordinator tells a rank: which attempt this is, as whose archive it writes, each tensor's grid, and
-    where the attempt is."""
+    """What the coordinator tells a rank: which attempt this is, as whose archive it writes, and each tensor's grid."""
 
     attempt: str
     rank: int
     grids: Mapping[str, tuple[int, ...] | None]
-    location: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -225,19 +223,6 @@ def attempt_under_way(storage: Storage, timeout: float, ended: Collection[str]) 
             "this rank does not see what the coordinator writes, or several save here at once"
         )
     return found.decode()
-
-
-def check_seen(storage: Storage, place: Place) -> None:
-    """Raise `ValueError` where a rank was given another path than the coordinator, and does not see the attempt there.
-
-    One directory may have two names.
-    """
-    here = storage.location()
-    if here != place.location and attempt_directory("", place.attempt) not in storage.list():
-        raise ValueError(
-            f"the path (checkpoint_id) is {here} on rank {place.rank}, {place.location} on the coordinator, and these "
-            "are not one place: give all ranks the same"
-        )
 
 
 def begin_archive(

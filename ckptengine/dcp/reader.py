@@ -22,7 +22,6 @@ from torch.futures import Future
 
 import ckptengine._native as _native
 from ckptengine.catalog.naming import open_checkpoint
-from ckptengine.comm.alike import differing
 from ckptengine.dcp.meshes import refuse_unordered
 from ckptengine.dcp.metadata import Contents, contents_of
 from ckptengine.errors import CheckpointError, CheckpointNotFoundError, LoadMismatchError
@@ -143,24 +142,16 @@ class Reader(StorageReader):
 
     def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
         """Return the plan with the checkpoint that this rank has opened."""
-        if self._alone:
-            return replace(plan, storage_data=None)
-        checkpoint = self._opened()[0]
-        return replace(plan, storage_data=(_identity(checkpoint), checkpoint.location))
+        return replace(plan, storage_data=None if self._alone else _identity(self._opened()[0]))
 
     def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
         """Raise `LoadMismatchError` where the ranks have opened different checkpoints; return the plans as they are."""
-        opened = [plan.storage_data or (None, "") for plan in plans]
-        if len({attempt for attempt, _ in opened}) > 1:
-            places = [place for _, place in opened]
-            if len(set(places)) > 1:
-                other = differing("the path", places)
-                raise LoadMismatchError(
-                    f"ranks have opened different checkpoints: {other}; give all ranks the same checkpoint_id"
-                )
+        attempts = [plan.storage_data for plan in plans]
+        other = next((rank for rank, attempt in enumerate(attempts) if attempt != attempts[0]), None)
+        if other is not None:
             raise LoadMismatchError(
-                f"{places[0]}: ranks have opened different checkpoints: it was replaced meanwhile, or they don't see "
-                "the same directory; load again"
+                f"{self._opened()[0].location}: ranks 0 and {other} have opened different checkpoints: it was replaced "
+                "meanwhile, or they don't see the same directory; load again"
             )
         return plans
 

@@ -23,7 +23,6 @@ from ckptengine.dcp.attempt import (
     begin_archive,
     check_free,
     check_no_other,
-    check_seen,
     new_attempt,
 )
 from ckptengine.dcp.items import assigned_to, grids_of, leaves_of, merged, values_of
@@ -115,7 +114,7 @@ class Writer(StorageWriter):
         self._held.callback(attempt.give_up)
         # A rank whose plan has not changed keeps its own, and knows of no other rank's: then each goes by its own plan.
         grids = [grids_of(plans)] * len(plans) if all(plan.usable for plan in plans) else [grids_of([p]) for p in plans]
-        places = [Place(attempt.name, rank, of_rank, storage.location()) for rank, of_rank in enumerate(grids)]
+        places = [Place(attempt.name, rank, of_rank) for rank, of_rank in enumerate(grids)]
         return [replace(plan, storage_data=place) for plan, place in zip(plans, places, strict=True)]
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
@@ -176,8 +175,7 @@ class Writer(StorageWriter):
             known = self._attempt
             begun = known.name if known is not None else attempt_under_way(storage, self._timeout, _written)
             _written.add(begun)
-            return replace(place, attempt=begun, grids=grids_of([plan]))
-        check_seen(storage, place)
+            place = replace(place, attempt=begun, grids=grids_of([plan]))
         return place
 
     def _open(self) -> Storage:

@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import errno
-import json
 import re
-import secrets
 import threading
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
-from ckptengine.catalog.site import check_one_place
-from ckptengine.comm.agree import exchange, on_all
-from ckptengine.comm.alike import asked_word, check_alike
+from ckptengine.comm.agree import on_all
 from ckptengine.comm.base import Communicator
 from ckptengine.errors import CheckpointNotFoundError, StorageError
 from ckptengine.export.contents import Contents, contents_of
@@ -69,12 +65,12 @@ class ExportOptions:
         )
 
     @property
-    def asked(self) -> dict[str, object]:
-        """What all ranks have to give alike, by the names of arguments: it decides who writes which file."""
+    def arguments(self) -> dict[str, object]:
+        """The arguments that all ranks must give alike, by name: they decide who writes which file."""
         return {
             "to": self.format,
-            "only": self.only,
-            "rename": self.rename if self.rename is None or isinstance(self.rename, Mapping) else "a function",
+            "only": None if self.only is None else sorted(set(map(str, self.only))),  # it may be a set
+            "rename": _rules_of(self.rename),
             "dtype": self.dtype,
             "max_shard_size": self.max_shard_nbytes,
         }
@@ -128,30 +124,24 @@ def export_checkpoint(
     the checkpoint does, `StorageError` (EEXIST) for files that are there already, `ForeignFormatError` naming what the
     format can't hold. After an error the index, which is written last, is not there.
     """
-    chooser = Chooser([source], comm, timeout)
+    chooser = Chooser([source], comm, timeout, "export", options.arguments)
     checkpoint = chooser.newest()
     if attempt and not (isinstance(checkpoint, Checkpoint) and checkpoint.manifest.attempt == attempt):
         raise CheckpointNotFoundError(
             f"{checkpoint.location}: the step was saved again, so the checkpoint to export is gone"
         )
     doing = f"exporting {checkpoint.location}"
-    where = target.location() if name is None else target.location(name)
 
-    def look() -> tuple[tuple[Contents, _Plan], bytes]:
+    def look() -> tuple[Contents, _Plan]:
         with naming(checkpoint.location):
             contents = contents_of(checkpoint, options.only, options.rename, options.dtype)
         plan = _plan(contents, options, name)
         if comm.rank == 0:
             _check_absent(target, plan, finish)
             target.create()
-        place = [where, secrets.token_hex(6)]
-        return (contents, plan), json.dumps(place).encode() + b"\n" + asked_word(options.asked)
+        return contents, plan
 
-    (contents, plan), told = exchange(comm, look, timeout, doing)
-    words = [word.partition(b"\n") for word in told]
-    check_alike(f"export of {checkpoint.location}", [word for _, _, word in words])
-    places = [json.loads(word) for word, _, _ in words]
-    check_one_place("the target", [place for place, _ in places], target, comm, places[0][1], timeout)
+    contents, plan = on_all(comm, look, timeout, doing)
     mine = _mine(plan.large, comm)
     total = sum(plan.large[number].nbytes for number in mine)
     lock, done = threading.Lock(), 0
@@ -179,7 +169,7 @@ def export_checkpoint(
     files = (*(one.name for one in plan.large), *(small for small, _ in plan.small))
     return ExportReport(
         checkpoint.location,
-        where,
+        target.location() if name is None else target.location(name),
         options.format,
         checkpoint.step,
         files,
@@ -200,6 +190,17 @@ def target_of(storage: Storage, to: str) -> tuple[Storage, str | None]:
     if suffixes is None:
         raise ValueError(f"{storage.location()}: name a file to export to")
     return storage, None
+
+
+def _rules_of(rename: Rename | None) -> object:
+    if isinstance(rename, Mapping):
+        return sorted(f"{getattr(old, 'pattern', old)!r}: {_named(new)}" for old, new in rename.items())
+    return _named(rename)
+
+
+def _named(value: object) -> str | None:
+    """Return what is the same of a value in all processes: of a function, which has an address, that it is one."""
+    return None if value is None else "a function" if callable(value) else f"{value!r}"
 
 
 def _mine(plans: list[FilePlan], comm: Communicator) -> list[int]:

@@ -13,10 +13,10 @@ from ckptengine.catalog.foreign import foreign_checkpoint, foreign_file
 from ckptengine.catalog.keep import Best
 from ckptengine.catalog.listing import Entry, Problem, committed, lineage, manifest_name, read_manifest
 from ckptengine.catalog.manifest import Manifest
-from ckptengine.comm.agree import first_and_words, from_all, from_first
-from ckptengine.comm.alike import asked_word, check_alike, differing
+from ckptengine.comm.agree import from_first
+from ckptengine.comm.alike import first_alike
 from ckptengine.comm.base import Communicator
-from ckptengine.errors import CheckpointDamagedError, CheckpointError, CheckpointNotFoundError, StateError, StorageError
+from ckptengine.errors import CheckpointDamagedError, CheckpointNotFoundError, StateError, StorageError
 from ckptengine.foreign.checkpoint import ForeignCheckpoint
 from ckptengine.foreign.description import Description
 from ckptengine.load.checkpoint import Checkpoint, Opened
@@ -116,8 +116,8 @@ class Chooser:
     """Chooses for a group of ranks; every method is called by all of them.
 
     `views` are where this rank looks, first all places together, then the slower ones without the faster: a checkpoint
-    that is damaged in one of them may be whole in the next. `asked` is what else the caller asks for, by the names of
-    its arguments: `candidates` raises `ValueError` on all ranks where it differs between them.
+    that is damaged in one of them may be whole in the next. `arguments` are those of the caller, whose name is
+    `call`, that all ranks must give alike: `newest` and `candidates` raise `ValueError` on all ranks where they differ.
     """
 
     def __init__(
@@ -125,14 +125,22 @@ class Chooser:
         views: Sequence[StorageView],
         comm: Communicator,
         timeout: float,
-        asked: Mapping[str, object] | None = None,
+        call: str = "",
+        arguments: Mapping[str, object] | None = None,
     ) -> None:
         self._views, self._storage, self._comm, self._timeout = views, views[0], comm, timeout
-        self._asked = asked_word(asked or {})
+        self._call, self._arguments = call, arguments
+        self._doing = f"choosing a checkpoint in {self._storage.location()}"
 
     def _within(self, look: Callable[[], _T]) -> _T:
         """Return what a look at the storage returns, in time; see `within`."""
-        return within(self._timeout, f"choosing a checkpoint in {self._storage.location()}", look)
+        return within(self._timeout, self._doing, look)
+
+    def _first(self, look: Callable[[], bytes]) -> bytes:
+        """Return what rank 0 finds first, on all ranks, where they have given the same arguments."""
+        if self._arguments is None:
+            return from_first(self._comm, look, self._timeout, self._doing)
+        return first_alike(self._comm, look, self._call, self._arguments, self._timeout, self._doing)
 
     def newest(self) -> Opened:
         """Return the newest checkpoint, or one of another library; raises on all ranks as `newest_or_foreign` does."""
@@ -148,41 +156,12 @@ class Chooser:
                     raise
             return _FOREIGN[foreign[1]] + foreign[0].encode()
 
-        doing, here = f"choosing a checkpoint in {self._storage.location()}", self._storage.location().encode()
-        outcome, words = first_and_words(self._comm, lambda: self._within(look), here, self._timeout, doing)
-        other = len(set(words)) > 1
-        try:
-            reply = outcome()
-        except CheckpointError as error:
-            if other:
-                raise _other_paths(words) from error
-            raise
-        if reply[:1] not in _FOREIGN:
-            checkpoint = self._unpack(reply)
-            if other:
-                self._check_same(checkpoint, words)
-            return checkpoint
-        if other:  # nothing in another library's checkpoint tells it from one of the same model
-            raise _other_paths(words)
-        from ckptengine.foreign.find import at_place
+        reply = self._first(lambda: self._within(look))
+        if reply[:1] in _FOREIGN:
+            from ckptengine.foreign.find import at_place
 
-        return at_place(self._storage, Description.decode(reply[1:]), reply[:1] == _FOREIGN[True])
-
-    def _check_same(self, checkpoint: Checkpoint, words: Sequence[bytes]) -> None:
-        """Raise `ValueError` where ranks were given other paths, under which not all find the same newest checkpoint.
-
-        The same directory may be mounted under other names, or copied to each node.
-        """
-
-        def look() -> bytes:
-            with contextlib.suppress(CheckpointError):
-                own = self._within(lambda: newest_checkpoint(self._storage))
-                return bytes([(own.directory, own.manifest) == (checkpoint.directory, checkpoint.manifest)])
-            return b"\0"
-
-        found = from_all(self._comm, look, self._timeout, f"looking whether all ranks see {checkpoint.location}")
-        if b"\0" in found:
-            raise _other_paths(words)
+            return at_place(self._storage, Description.decode(reply[1:]), reply[:1] == _FOREIGN[True])
+        return self._unpack(reply)
 
     def is_gone(self, checkpoint: Opened) -> bool:
         """Return whether a checkpoint was deleted since it was chosen: rank 0 looks, for all."""
@@ -203,7 +182,7 @@ class Chooser:
 
         What is found damaged is logged and added to `damaged`, on rank 0. Raises `CheckpointNotFoundError` on all
         ranks where a step is asked for that was never committed, or the best where none has the metric, and
-        `ValueError` where the ranks ask for different things.
+        `ValueError` where the ranks' arguments differ.
         """
         items = self._items(step, damaged, best) if self._comm.rank == 0 else iter(())
 
@@ -211,17 +190,14 @@ class Chooser:
             item = self._within(lambda: next(items, None))
             return b"" if item is None else _pack(*item)
 
-        doing = f"choosing a checkpoint in {self._storage.location()}"
-        outcome, words = first_and_words(self._comm, look, self._asked, self._timeout, doing)
-        check_alike("restore", words)
-        reply = outcome()
+        reply = self._first(look)
         while True:
             found = self._unpack(reply) if reply else None
             if found is None:
                 damaged[:] = self._all_damaged(damaged)
                 return
             yield found
-            reply = from_first(self._comm, look, self._timeout, doing)
+            reply = from_first(self._comm, look, self._timeout, self._doing)
 
     def _items(self, step: int | None, damaged: list[str], best: Best | None) -> Iterator[tuple[Checkpoint, int]]:
         """Yield checkpoints and the numbers of their views, on rank 0."""
@@ -310,14 +286,6 @@ def _pack(checkpoint: Checkpoint, view: int) -> bytes:
         name = join(checkpoint.directory, manifest_name(checkpoint.manifest.generation))
         raise CheckpointDamagedError(f"{checkpoint.storage.location(name)}: {error}") from None
     return json.dumps({"directory": checkpoint.directory, "manifest": manifest, "view": view}).encode()
-
-
-def _other_paths(words: Sequence[bytes]) -> ValueError:
-    paths = [word.decode(errors="replace") for word in words]
-    return ValueError(
-        f"{differing('the path', paths)}, and these are not one checkpoint. All ranks load the same together: give all "
-        "the same path and `step`; for a process that is to load by itself, comm=ckptengine.SingleProcess()"
-    )
 
 
 def _not_found(storage: StorageView, step: int | None = None) -> CheckpointNotFoundError:

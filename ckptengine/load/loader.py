@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 import ckptengine._native as _native
 from ckptengine.catalog.keep import Best
-from ckptengine.comm.agree import exchange, gather, on_all
+from ckptengine.comm.agree import do_and_exchange, gather, on_all
 from ckptengine.comm.base import Communicator
 from ckptengine.errors import (
     CheckpointDamagedError,
@@ -99,13 +99,19 @@ class Loaded:
 
 
 def load_newest(
-    storage: StorageView, state: Mapping[str, Any], comm: Communicator, timeout: float, options: LoadOptions
+    storage: StorageView,
+    state: Mapping[str, Any],
+    comm: Communicator,
+    timeout: float,
+    options: LoadOptions,
+    arguments: Mapping[str, object] | None = None,
 ) -> Loaded:
     """Fill a state from the newest checkpoint, which must be whole; all ranks call it.
 
-    Raises on all ranks what any of them found.
+    `arguments` are those of the caller that all ranks must give alike. Raises on all ranks what any of them found;
+    `ValueError` where these differ.
     """
-    chooser = Chooser([storage], comm, timeout)
+    chooser = Chooser([storage], comm, timeout, "load", arguments)
     for _ in range(TRIES):
         checkpoint = chooser.newest()
         try:
@@ -132,19 +138,19 @@ def restore_newest(
     best: Best | None = None,
     upload: Callable[[Checkpoint], None] | None = None,
     where: str = "",
-    asked: Mapping[str, object] | None = None,
+    arguments: Mapping[str, object] | None = None,
 ) -> Loaded | None:
     """Fill a state from the newest checkpoint that is whole, that of a step, or the best; all ranks call it.
 
     What is damaged is logged, and another copy or the one before it is taken; where one can't be read, another copy
     only. See `Chooser` for `views`. `upload` is called on all ranks before a checkpoint is read, to have it where
-    every rank can read it. `where` is what messages call the place. `asked` are the caller's arguments in which all
-    ranks must agree. Returns None where nothing was ever committed.
+    every rank can read it. `where` is what messages call the place. `arguments` are those of the caller that all
+    ranks must give alike. Returns None where nothing was ever committed.
 
     Raises `CheckpointDamagedError` naming all that are damaged, where none is whole; `StorageError`; `ValueError` on
-    all ranks where they ask for different things.
+    all ranks where `arguments` differ.
     """
-    chooser = Chooser(views, comm, timeout, asked)
+    chooser = Chooser(views, comm, timeout, "restore", arguments)
     for last in range(TRIES - 1, -1, -1):
         damaged: list[str] = []
         unread: StorageError | None = None
@@ -333,7 +339,7 @@ def _load_undoing(
             held.enter_context(matched.offer)
             return matched, matched.offer.greeting + said_of(matched.binding, options.strict, options.verify)
 
-        matched, words = exchange(comm, work, timeout, f"matching {where} with the state")
+        matched, words = do_and_exchange(comm, work, timeout, f"matching {where} with the state")
         binding, filling, offer = matched.binding, matched.filling, matched.offer
         size = len(offer.greeting)
         greetings = [word[:size] for word in words]

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from ckptengine.catalog.keep import Best, KeepEvery, KeepLast, KeepSteps
-from ckptengine.policy.interval import Auto
-from ckptengine.policy.rules import Policy
+from ckptengine.policy.interval import Auto, seconds_of
+from ckptengine.policy.rules import Every, Policy, SaveRule
 from ckptengine.policy.settings import Settings
 
 __all__ = ["asked_of"]
@@ -17,12 +18,14 @@ def asked_of(settings: Settings) -> dict[str, object]:
     """Return the arguments by which all ranks do the same at the same time, with their names.
 
     Others may differ: what rank 0 alone does, as `on_commit`, and what each rank does by itself, as `arena_nbytes`.
+    Rank 0 alone deletes from the run; from a local tier, or from memory, the first rank of each node does.
     """
+    several = settings.local is not None or settings.memory
     return {
         "every (or export_every, policy.save)": _when(settings.policy),
-        "keep_last (or keep_every, keep_best, policy.keep)": _kept(settings.policy),
         "local": _given(settings.local),
         "memory": _given(settings.memory or None),
+        "keep_last (or keep_every, keep_best, policy.keep)": _kept(settings.policy) if several else None,
         "preemption": _given(settings.preemption),
         "on_error": "raise" if settings.raises else "warn",
         "max_failures": settings.max_failures,
@@ -35,8 +38,16 @@ def _given(value: object) -> str | None:
 
 
 def _when(policy: Policy) -> str | None:
-    rules = (repr(rule) if isinstance(rule, Auto) else f"{rule}" for rule in policy.save_rules)
-    return " and ".join(sorted(set(rules))) or None
+    return " and ".join(sorted({_due(rule) for rule in policy.save_rules})) or None
+
+
+def _due(rule: SaveRule) -> str:
+    """Return a rule in words, with times in seconds."""
+    if isinstance(rule, Auto):
+        return f"{replace(rule, mtbf=seconds_of(rule.mtbf))!r}"
+    if isinstance(rule, Every) and rule.seconds is not None:
+        return f"every {rule.seconds:.15g} s"
+    return f"{rule}"
 
 
 def _kept(policy: Policy) -> str | None:

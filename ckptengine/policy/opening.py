@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import json
 import logging
 import secrets
 
@@ -11,9 +10,8 @@ from ckptengine.catalog.foreign import Foreign, foreign_checkpoint
 from ckptengine.catalog.life import Life
 from ckptengine.catalog.listing import committed, manifest_name
 from ckptengine.catalog.retention import remove_leftovers
-from ckptengine.catalog.site import check_one_place
-from ckptengine.comm.agree import from_all, from_first, on_all
-from ckptengine.comm.alike import asked_word, check_alike
+from ckptengine.comm.agree import from_first, on_all
+from ckptengine.comm.alike import all_alike
 from ckptengine.comm.base import Communicator
 from ckptengine.comm.select import place
 from ckptengine.errors import CheckpointError, CheckpointNotFoundError, DeadlineError, StorageError
@@ -34,11 +32,11 @@ class Opening:
 
     def __init__(self, settings: Settings, tiers: Tiers, comm: Communicator) -> None:
         self._run, self._tiers, self._comm, self._timeout = settings.run, tiers, comm, settings.timeout
-        self._chosen, self._asked_for = settings.comm is None, asked_word(asked_of(settings))
+        self._chosen, self._arguments = settings.comm is None, asked_of(settings)
         self._storage = tiers.places.persistent
         self._life = Life(self._storage, self._run)
         self._begun = False
-        self._asked = False  # whether `restore` was called, or the lack of it told
+        self._restore_called = False  # or the lack of it was told
         self._refusal: StorageError | None = None
         self._foreign: Foreign | None = None
         self.found: int | None = None
@@ -48,23 +46,18 @@ class Opening:
         """Make the run's directory and sweep what dead attempts left, on rank 0; all ranks.
 
         Returns a name that only this life has, the same on all ranks. A run that can be read only is opened all the
-        same; `begin` then says what is wrong. Raises `ValueError` on all ranks where they were given different things.
+        same; `begin` then says what is wrong. Raises `ValueError` on all ranks where their arguments differ.
         """
-        doing, here = f"opening {self._run}", self._storage.location()
+        doing = f"opening {self._run}"
 
         def prepare() -> bytes:
             self._tiers.places.check_apart()
-            if self._comm.rank == 0:
-                within(self._timeout, doing, self._prepare)
-            name = secrets.token_hex(8) if self._comm.rank == 0 else ""
-            return json.dumps([name, here, self._refusal is None]).encode() + b"\n" + self._asked_for
+            if self._comm.rank != 0:
+                return b""
+            within(self._timeout, doing, self._prepare)
+            return secrets.token_hex(8).encode()
 
-        words = [word.partition(b"\n") for word in from_all(self._comm, prepare, self._timeout, doing)]
-        told = [json.loads(word) for word, _, _ in words]
-        name, places = f"{told[0][0]}", [place for _, place, _ in told]
-        check_alike(f"Checkpointer of {places[0]}", [word for _, _, word in words])
-        if told[0][2]:  # what is only read from tells by itself what is not there
-            check_one_place("the run", places, self._storage, self._comm, name[:12], self._timeout)
+        name = all_alike(self._comm, prepare, "Checkpointer", self._arguments, self._timeout, doing)[0].decode()
         self.found = self._tiers.open(name, self.found)
         if self._comm.rank == 0:
             newest = "no checkpoint yet" if self.found is None else f"the newest is step {self.found}"
@@ -117,7 +110,7 @@ class Opening:
 
     def restoring(self) -> None:
         """Note that the job has asked for what is there."""
-        self._asked = True
+        self._restore_called = True
         self.check_place()
 
     def tell_foreign(self) -> None:
@@ -162,8 +155,8 @@ class Opening:
 
     def _warn_unrestored(self) -> None:
         """Say, once, that a job which finds checkpoints begins without them."""
-        asked, self._asked = self._asked, True
-        if asked or self._comm.rank != 0:
+        called, self._restore_called = self._restore_called, True
+        if called or self._comm.rank != 0:
             return
         if self.found is not None:
             _log.warning(

@@ -13,6 +13,7 @@ import numpy as np
 from ckptengine.archive.image import Image, plan_image
 from ckptengine.archive.names import archive_name
 from ckptengine.comm.agree import on_all
+from ckptengine.comm.alike import in_words
 from ckptengine.comm.base import Communicator
 from ckptengine.comm.distinct import gather_distinct
 from ckptengine.errors import StateError
@@ -36,7 +37,6 @@ from ckptengine.save.some_ranks import check_nesting, objects_in_part, on_some_r
 from ckptengine.save.undeclared import note_of, tell_differing, undeclared_crcs
 from ckptengine.save.values import StoredValues
 from ckptengine.schema.path import Path, is_inside
-from ckptengine.schema.ranks import name_ranks
 
 __all__ = ["Plan", "Planned", "Planner", "Taken"]
 
@@ -121,8 +121,8 @@ class Planner:
         """Have all ranks plan together at the next save. Every rank learns this from the commit's result."""
         self._together = True
 
-    def compares(self, plan: Plan, check: ReplicaCheck) -> bool:
-        """Return whether this save compares replicated arrays as it copies them; called once for each save."""
+    def take_comparison(self, plan: Plan, check: ReplicaCheck) -> bool:
+        """Return whether this save compares replicated arrays as it copies them, and note that it does; once a save."""
         # A plan that was made alone has not been compared; the coordinator does it with the receipts.
         first = check is ReplicaCheck.FIRST and (plan.alone or self._again)
         wanted = check is ReplicaCheck.ALWAYS or first
@@ -196,7 +196,7 @@ class Planner:
         token = secrets.token_hex(_TOKEN_NBYTES // 2).encode() if rank == 0 else b""
         note = (_COMPARES if compare else _NEVER) + token + note_of(mine.buffers)
         notes, (words, tables, replicas) = gather_distinct(self._comm, note, mine.said, timeout)
-        _check_alike([one[:1] == _COMPARES for one in notes])
+        _check_comparing([one[:1] == _COMPARES for one in notes])
         first, *others = (one[1:] for one in notes)
         self._session, self._attempts = first[:_TOKEN_NBYTES].decode(), 0
         tell_differing(mine.buffers, [first[_TOKEN_NBYTES:], *others], rank)
@@ -275,10 +275,7 @@ def _has_tensors_in_groups(reading: Reading) -> bool:
     )
 
 
-def _check_alike(compares: Sequence[bool]) -> None:
+def _check_comparing(compares: Sequence[bool]) -> None:
     """Raise `StateError` where some ranks are to compare replicas and others not: that takes all of them."""
-    never = [rank for rank, one in enumerate(compares) if not one]
-    if never and len(never) < len(compares):
-        raise StateError(
-            f"check_replicas is 'never' on {name_ranks(never)} and not on the others; give the same on all ranks"
-        )
+    if len(set(compares)) > 1:
+        raise StateError(in_words("check_replicas", ["first or always" if one else "never" for one in compares]))

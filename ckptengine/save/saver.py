@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import json
 import logging
-import secrets
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -15,7 +14,6 @@ from typing import Any
 
 from ckptengine.catalog.manifest import checked_metadata
 from ckptengine.catalog.receipt import patience
-from ckptengine.catalog.site import check_one_place
 from ckptengine.comm.agree import gather
 from ckptengine.comm.base import Communicator
 from ckptengine.errors import CheckpointError, DeadlineError, RankFailedError, SaveFailedError
@@ -231,7 +229,7 @@ class Saver:
                 raise read.interrupt
             if isinstance(ready, Exception):
                 raise ready
-            compare = self._planner.compares(ready.work.plan, check)
+            compare = self._planner.take_comparison(ready.work.plan, check)
             self._copier.copy(attempt, ready.work, ready.reading, table, compare, timeout)
         except BaseException as problem:
             self._give_up(flight, problem)
@@ -365,11 +363,7 @@ class Saver:
         self.generation = target.generation
         if target.generation is not None and not self._planner.together:
             return target.generation
-        word: dict[str, Any] = {
-            "together": self._planner.together or self._planner.changed(reading),
-            "place": target.storage.location() if target.site is None else "",
-            "token": secrets.token_hex(6),
-        }
+        word: dict[str, Any] = {"together": self._planner.together or self._planner.changed(reading)}
         error = None
         if self._comm.rank == 0:
             try:
@@ -382,8 +376,6 @@ class Saver:
         words = [json.loads(reply) for reply in replies]
         if any(word["together"] for word in words):
             self._planner.together_next()
-        places, token = [word["place"] for word in words], words[0]["token"]
-        check_one_place("the path", places, target.storage, self._comm, token, timeout)
         self.generation = int(words[0]["generation"])
         return self.generation
 

@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 
 from ckptengine.storage.retry import Garbled
 
-__all__ = ["LARGE", "NEVER", "NotAlikeError", "RangeReads", "S3Ranges", "check_alike", "made_store"]
+__all__ = ["LARGE", "NEVER", "NotAlikeError", "RangeReads", "S3Ranges", "made_store", "refuse_unlike"]
 
 LARGE = (64 << 10) + 1
 """From so many bytes on a read goes through obstore, where it is installed."""
@@ -176,7 +176,7 @@ class NotAlikeError(Exception):
     """Something that the client was told has no counterpart."""
 
 
-def check_alike(unlike: dict[str, Any]) -> None:
+def refuse_unlike(unlike: dict[str, Any]) -> None:
     """Raise `NotAlikeError` for the first thing that is there; the values say whether, or hold it."""
     for what, found in unlike.items():
         if found:
@@ -216,7 +216,7 @@ async def _store_like(fs: Any, client: Any, credentials: Any, bucket: str) -> An
         "certificates": url.scheme != "http" and (session._verify is not True or session._cert_file is not None),
         "a proxy": _has_proxy(config, url.geturl()),
     }
-    check_alike(unlike)
+    refuse_unlike(unlike)
     endpoint = f"{url.scheme}://{url.netloc}"
     options: dict[str, Any] = {
         # Both names, and the rest too: what is not said would be taken from the environment.

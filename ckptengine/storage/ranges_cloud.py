@@ -7,7 +7,7 @@ from typing import Any
 from urllib.parse import urlsplit
 from urllib.request import getproxies_environment, proxy_bypass
 
-from ckptengine.storage.ranges import NEVER, RangeReads, check_alike, made_store
+from ckptengine.storage.ranges import NEVER, RangeReads, made_store, refuse_unlike
 
 __all__ = ["AzureRanges", "GoogleRanges", "ranges_of"]
 
@@ -55,7 +55,7 @@ class GoogleRanges(RangeReads):
             "an address of this form": urlsplit(endpoint).scheme not in ("http", "https"),
             "a proxy": _has_proxy(endpoint),
         }
-        check_alike(unlike)
+        refuse_unlike(unlike)
         options: dict[str, Any] = {"base_url": endpoint, "skip_signature": not token}
         if token:
             bearer = {"token": token.removeprefix("Bearer "), "expires_at": None}
@@ -93,7 +93,7 @@ class AzureRanges(RangeReads):
             "an address of this form": url.scheme not in ("http", "https"),
             "a proxy": _has_proxy(endpoint),
         }
-        check_alike(unlike)
+        refuse_unlike(unlike)
         account = str(getattr(fs, "account_name", "") or url.netloc.partition(".")[0])
         options: dict[str, Any] = {"account_name": account, "endpoint": endpoint, "use_emulator": False}
         # Never an option: what the environment says would come before it.

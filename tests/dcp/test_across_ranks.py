@@ -25,7 +25,6 @@ NAMES = (
     "asynchronously_in_a_process_of_its_own",
     "a_checkpoint_of_the_engines_own_calls",
     "ranks_that_see_different_checkpoints",
-    "ranks_that_save_to_different_places",
     "bytes_of_a_planner_that_hold_code",
 )
 

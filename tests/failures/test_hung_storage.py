@@ -217,6 +217,30 @@ def test_a_save_that_hangs_is_told_soon_after_its_timeout_and_the_next_does_not_
         ckpt.save(2, state_at(2))
 
 
+def test_a_save_of_one_process_that_fails_raises_while_the_storage_hangs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No other rank waits for its word, so the call needn't wait until the background could send one."""
+    entered, released, answered = threading.Event(), threading.Event(), threading.Event()
+    real = LocalStorage.make_directory
+
+    def slow(self: LocalStorage, name: str) -> None:
+        entered.set()
+        released.wait(8)
+        answered.set()
+        real(self, name)
+
+    with ce.Checkpointer(tmp_path, every=None) as ckpt:
+        ckpt.save(1, {"a": np.zeros(3)}).durable.result(20)
+        monkeypatch.setattr(LocalStorage, "make_directory", slow)
+        with pytest.raises(CheckpointError, match="odd"):
+            ckpt.save(2, {"odd": object()})
+        answered_first = answered.is_set()
+        assert entered.wait(20)
+        released.set()
+        assert not answered_first
+
+
 def test_the_end_of_a_process_waits_for_a_hung_save_no_longer_than_its_timeout(tmp_path: Path) -> None:
     command = [sys.executable, "-c", HANGS, str(tmp_path)]
     job = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)

@@ -6,6 +6,7 @@ from stages import StageJob
 from torch import nn
 
 from ckptengine.errors import LoadMismatchError
+from ckptengine.state.values import encode
 
 S = torch.optim.lr_scheduler
 KINDS = {
@@ -32,6 +33,16 @@ def job(layers: str, kind: str, order: str):
     return {"model": model, "optimizer": optimizer, "scheduler": KINDS[kind](optimizer)}
 
 
+def plain(state):
+    """Return what a state has in plain values."""
+    return {
+        "weights": [parameter.tolist() for parameter in state["model"].parameters()],
+        "momenta": {n: one["momentum_buffer"].tolist() for n, one in state["optimizer"].state_dict()["state"].items()},
+        "groups": state["optimizer"].state_dict()["param_groups"],
+        "scheduler": state["scheduler"].state_dict(),
+    }
+
+
 def train(states, steps: int) -> None:
     for state in states:
         for _ in range(steps):
@@ -53,14 +64,39 @@ def test_groups_in_another_order_than_the_scheduler_has_them_are_refused(tmp_pat
     with StageJob(tmp_path / "run", len(before)) as ranks:
         ranks.save(saved)
     with StageJob(tmp_path / "run", len(after)) as ranks:
+        refused = [job(layers, kind, "bw") for layers in after]
+        untouched = encode([plain(state) for state in refused], ())
         with pytest.raises(LoadMismatchError, match=r"scheduler: .* would give group 0 .*groups in the order"):
-            ranks.load([job(layers, kind, "bw") for layers in after])
+            ranks.load(refused)
+        assert encode([plain(state) for state in refused], ()) == untouched
+        schedulers = encode([state["scheduler"].state_dict() for state in refused], ())
+        for report in ranks.load(refused, strict=False):
+            assert [line.partition(":")[0] for line in report.mismatched] == ["scheduler"]
+        assert encode([state["scheduler"].state_dict() for state in refused], ()) == schedulers
         found = [job(layers, kind, "wb") for layers in after]
         ranks.load(found)
     train([*saved, *found], 2)
     for state in found:
         assert [group["lr"] for group in state["optimizer"].param_groups] == [
             group["lr"] for group in saved[0]["optimizer"].param_groups
+        ]
+
+
+def test_rates_that_were_set_in_the_groups_after_the_schedulers_last_step_come_back(tmp_path):
+    """What the scheduler remembers of that step is not what the groups have, in whatever order."""
+    saved = job("xy", "lambda", "wb")
+    train([saved], 3)
+    for group in saved["optimizer"].param_groups:
+        group["lr"] = saved["scheduler"].get_last_lr()[1]
+    with StageJob(tmp_path / "run", 1) as ranks:
+        ranks.save([saved])
+    found = [job(layers, "lambda", "wb") for layers in "xy"]
+    with StageJob(tmp_path / "run", 2) as ranks:
+        ranks.load(found)
+    for state in found:
+        assert plain(state)["scheduler"] == plain(saved)["scheduler"]
+        assert [group["lr"] for group in state["optimizer"].param_groups] == [
+            group["lr"] for group in saved["optimizer"].param_groups
         ]
 
 

@@ -150,6 +150,26 @@ def test_a_scheduler_of_another_number_of_groups_is_refused_before_the_load(kind
     assert encode(target["scheduler"].state_dict(), ()) == before
 
 
+@pytest.mark.parametrize("kind", ["ExponentialLR", "StepLR", "ReduceLROnPlateau"])
+@pytest.mark.parametrize("steps", [0, 3])
+def test_training_goes_on_equal_where_a_group_was_added_after_the_scheduler_was_made(kind: str, steps: int) -> None:
+    """What torch rewrites, or repairs, at a step has the new number of groups then, and the old one until then."""
+
+    def fresh() -> dict[str, Any]:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(4, 2))
+        optimizer = torch.optim.SGD([model[0].weight], lr=0.1, momentum=0.9)
+        scheduler = SCHEDULERS[kind](optimizer)
+        optimizer.add_param_group({"params": [model[0].bias], "lr": 0.2})
+        return {"model": model, "optimizer": optimizer, "scheduler": scheduler}
+
+    state, target = fresh(), fresh()
+    train(state, 0, steps)
+    stored = save(state)
+    assert load(stored, target).complete
+    assert train(target, steps, 8) == train(state, steps, 8)
+
+
 def test_groups_that_were_saved_without_a_schedule_keep_the_one_that_is_here() -> None:
     bare = make("SGD", "StepLR")
     plain = OPTIMIZERS["SGD"](bare["model"])

@@ -11,7 +11,8 @@ from ckptengine.frameworks.adapter import Adapter
 from ckptengine.schema.path import Path, dotted
 from ckptengine.schema.type_name import describe_type
 from ckptengine.state.bind.extras import items_of, leave_out
-from ckptengine.state.bind.rates import check_rates, other_number
+from ckptengine.state.bind.groups import saved_groups
+from ckptengine.state.bind.rates import Groups, check_rates, other_number, other_order
 from ckptengine.state.bind.tensors import TensorBinder
 from ckptengine.state.bind.work import OBJECTS, SET
 from ckptengine.state.kinds import Inspected, Kind
@@ -44,7 +45,10 @@ class ObjectBinder(TensorBinder):
         )
         if places is not None and self._another_class(target, path, places):
             return
-        if places is not None and (reason := other_number(current, places)) is not None:
+        reason = None if places is None else other_number(target, current, places)
+        if reason is None and places is not None and self._source.regrouped:
+            reason = other_order(target, places, self._moved_groups)
+        if reason is not None:
             self._mismatch(path, reason, places)
             return
         self._rebuilt.objects[path], self._rebuilt.before[path] = target, current
@@ -66,6 +70,14 @@ class ObjectBinder(TensorBinder):
         self._work.act(OBJECTS, functools.partial(hand_over, target, rebuilt, path, call))
         if self._source.regrouped:
             self._work.act(OBJECTS, functools.partial(check_rates, target, path))
+
+    def _moved_groups(self, optimizer: Any) -> Groups | None:
+        """Return the groups that an optimizer is to have, where they are not those that were saved together."""
+        for path in self._source.regrouped:
+            place = self._source.shared.find(path) if self._rebuilt.objects[path[:-1]] is optimizer else None
+            if place is not None and (groups := saved_groups(place)) is not None:
+                return [group.others for group in groups]
+        return None
 
     def _bind_loader(self, loader: Any, adapter: Adapter, path: Path, own: Node | None) -> None:
         """As an object in a PerRank; but its state is not asked for, which would start its workers."""
