@@ -18,11 +18,15 @@ from ckptengine.storage.local import LocalStorage
 DEAD = "step-00000040/data-deaddeaddead-1"
 
 KILLED = """
-import os, sys, signal
+import os, pathlib, signal, sys, time
 import numpy as np
 import ckptengine as ce
 from ckptengine.storage.local import LocalArchiveWriter
-LocalArchiveWriter.finish = lambda self: os.kill(os.getpid(), signal.SIGKILL)
+def killed(self):
+    while not list(pathlib.Path(sys.argv[1]).glob("step-*40/data-*/lease.json")):  # another thread writes it
+        time.sleep(0.001)
+    os.kill(os.getpid(), signal.SIGKILL)
+LocalArchiveWriter.finish = killed
 with ce.Checkpointer(sys.argv[1], every=1, preemption=None) as ckpt:
     ckpt.save(40, {"w": np.zeros(1 << 20)})
 """

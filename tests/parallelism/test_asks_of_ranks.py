@@ -171,7 +171,8 @@ def test_ranks_may_load_under_different_names_while_another_process_commits(tmp_
 
 def test_ranks_may_save_under_different_names_of_one_directory(tmp_path):
     ranks = Ranks(2)
-    (tmp_path / "run").mkdir()
+    for made in ("run", "one"):
+        (tmp_path / made).mkdir()
     (tmp_path / "name").symlink_to(tmp_path / "run")
     (tmp_path / "other").symlink_to(tmp_path / "one")
     savers = [Saver(comm, 20) for comm in ranks.comms]
