@@ -260,16 +260,14 @@ class Channel:
     def announce(self, outcome: Outcome, ranks: Iterable[int] | None = None) -> dict[int, CheckpointError]:
         """Tell the other ranks, or `ranks`, how the attempt ended; return those that could not be told, and why."""
         untold: dict[int, CheckpointError] = {}
-        words = {
-            rank: {f"{self._prefix}/outcome/{rank}": outcome.encode()}
-            for rank in (range(1, self.world_size) if ranks is None else ranks)
-        }
+        told = range(1, self.world_size) if ranks is None else ranks
+        keys, word = {rank: f"{self._prefix}/outcome/{rank}" for rank in told}, outcome.encode()
         with contextlib.suppress(CheckpointError):  # else each by itself
-            put_large_each(self._store, {key: word for one in words.values() for key, word in one.items()})
+            put_large_each(self._store, dict.fromkeys(keys.values(), word))
             return {}
-        for rank, word in words.items():
+        for rank, key in keys.items():
             try:
-                put_large_each(self._store, word)
+                put_large(self._store, key, word)
             except CheckpointError as error:
                 untold[rank] = error
         return untold

@@ -10,7 +10,7 @@ from ckptengine.comm.agree import all_and_words, first_and_words, from_all, from
 from ckptengine.comm.base import Communicator
 from ckptengine.schema.ranks import name_ranks
 
-__all__ = ["all_alike", "check_alike", "digest_of", "first_alike", "in_words"]
+__all__ = ["all_alike", "first_alike", "in_words"]
 
 _DIGEST_NBYTES = 8
 _MOST_VALUES, _MOST_LETTERS = 4, 200
@@ -24,14 +24,15 @@ def first_alike(
     timeout: float,
     doing: str,
 ) -> bytes:
-    """Do `from_first` in a call that all ranks must make with the same arguments; raises `ValueError`: `check_alike`.
+    """Do `from_first` in a call that all ranks must make with the same arguments.
 
-    The arguments are looked at before what rank 0 has found: it may have failed because of them.
+    Raises `ValueError`, the same on all ranks, where their arguments differ; `call` names the call in the message. The
+    arguments are looked at before what rank 0 has found: it may have failed because of them.
     """
     if comm.world_size == 1:
         return from_first(comm, work, timeout, doing)
-    outcome, digests = first_and_words(comm, work, digest_of(arguments), timeout, doing)
-    check_alike(comm, call, arguments, digests, timeout)
+    outcome, digests = first_and_words(comm, work, _digest(arguments), timeout, doing)
+    _check(comm, call, arguments, digests, timeout)
     return outcome()
 
 
@@ -46,22 +47,22 @@ def all_alike(
     """Do `from_all` in a call that all ranks must make with the same arguments, as `first_alike` does `from_first`."""
     if comm.world_size == 1:
         return from_all(comm, work, timeout, doing)
-    outcome, digests = all_and_words(comm, work, digest_of(arguments), timeout, doing)
-    check_alike(comm, call, arguments, digests, timeout)
+    outcome, digests = all_and_words(comm, work, _digest(arguments), timeout, doing)
+    _check(comm, call, arguments, digests, timeout)
     return outcome()
 
 
-def digest_of(arguments: Mapping[str, object]) -> bytes:
+def _digest(arguments: Mapping[str, object]) -> bytes:
     """Return a digest of arguments by name, of which the values count as text."""
     return hashlib.sha256(_word(arguments)).digest()[:_DIGEST_NBYTES]
 
 
-def check_alike(
+def _check(
     comm: Communicator, call: str, arguments: Mapping[str, object], digests: Sequence[bytes], timeout: float
 ) -> None:
     """Raise `ValueError`, the same on all ranks, where their arguments differ, which all see by the digests of all.
 
-    `call` names the call in the message; the names of the arguments are the same on all ranks.
+    The names of the arguments are the same on all ranks.
     """
     if len(set(digests)) < 2:
         return

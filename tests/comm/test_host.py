@@ -10,6 +10,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+from store_secret import SECRET
 
 from ckptengine.catalog.receipt import Channel, Outcome, Receipt, collect
 from ckptengine.comm import exchange as exchange_module
@@ -21,22 +22,6 @@ from ckptengine.comm.interfaces import addresses, listen
 from ckptengine.comm.keyvalue import get_large, put_large
 from ckptengine.comm.wire import HELLO_NBYTES, MAGIC, NONCE_NBYTES, PROOF_NBYTES, REQUEST, proof
 from ckptengine.errors import DeadlineError, RankFailedError
-
-SECRET = secrets.token_bytes(32)
-
-
-@pytest.fixture
-def host():
-    store = StoreHost([listen("127.0.0.1")], SECRET, 60)
-    yield store
-    store.close()
-
-
-@pytest.fixture
-def client(host):
-    store = HostedStore(host.addresses, SECRET, 10)
-    yield store
-    store.close()
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@
 import json
 import os
 import resource
-import secrets
 import signal
 import subprocess
 import sys
@@ -12,6 +11,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+from store_secret import SECRET
 
 from ckptengine.comm import host as host_module
 from ckptengine.comm import hosted as hosted_module
@@ -19,22 +19,6 @@ from ckptengine.comm.host import StoreHost
 from ckptengine.comm.hosted import HostedStore
 from ckptengine.comm.interfaces import listen
 from ckptengine.errors import CheckpointError, RankFailedError
-
-SECRET = secrets.token_bytes(32)
-
-
-@pytest.fixture
-def host():
-    store = StoreHost([listen("127.0.0.1")], SECRET, 60)
-    yield store
-    store.close()
-
-
-@pytest.fixture
-def client(host):
-    store = HostedStore(host.addresses, SECRET, 10)
-    yield store
-    store.close()
 
 
 def stop(host):

@@ -14,6 +14,14 @@ from ckptengine.comm.mindspore import MindSporeStore
 pytestmark = pytest.mark.long
 
 
+def pair():
+    """Return a store that this process hosts, and another client of it."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    return MindSporeStore(0, 2, "127.0.0.1", port), MindSporeStore(1, 2, "127.0.0.1", port)
+
+
 class Broken:
     """A client whose connection was reset: every call fails."""
 
@@ -22,11 +30,7 @@ class Broken:
 
 
 def test_a_client_whose_connection_breaks_is_replaced_on_the_host_and_on_others():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    host = MindSporeStore(0, 2, "127.0.0.1", port)
-    other = MindSporeStore(1, 2, "127.0.0.1", port)
+    host, other = pair()
     for number, store in enumerate((host, other, host)):
         store._store = Broken()
         claims = [store.claim(f"claimed {number}", b"first"), other.claim(f"claimed {number}", b"second")]
@@ -58,11 +62,7 @@ class Deaf:
 
 
 def test_a_claim_whose_answer_is_lost_is_still_the_one_that_counts():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    host = MindSporeStore(0, 2, "127.0.0.1", port)
-    other = MindSporeStore(1, 2, "127.0.0.1", port)
+    host, other = pair()
     for calls in range(1, 6):
         host._store = Deaf(host._store, calls)
         claims = [host.claim(f"claimed {calls}", b"first"), other.claim(f"claimed {calls}", b"second")]

@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 
 import ckptengine as ce
 from ckptengine.storage import remote, upload
+from ckptengine.storage.budget import Budget
 
 ROWS, COLUMNS = 1003, 517
 
@@ -57,7 +58,7 @@ def load(url: str) -> dict:
 
 def train(url: str) -> dict:
     """Save three steps; in the first life the last rank dies in the third one."""
-    remote.Budget = lambda: upload.Budget(part_nbytes=5 << 20)  # type: ignore[assignment, misc]
+    remote.Budget = lambda: Budget(part_nbytes=5 << 20)  # type: ignore[assignment, misc]
     state = {"w": torch.zeros(4_000_000)}  # two parts of each rank
     ckpt = ce.Checkpointer(url, every=1, keep_last=2, timeout=15, preemption=None)
     restored = ckpt.restore(state)
