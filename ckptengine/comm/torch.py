@@ -15,6 +15,7 @@ from torch.distributed import distributed_c10d as c10d
 
 from ckptengine.comm.base import Communicator, KeyValueStore
 from ckptengine.comm.exchange import connect
+from ckptengine.comm.gloo import settle_at_exit
 from ckptengine.comm.keyvalue import poll
 from ckptengine.comm.single import ALONE
 from ckptengine.errors import CheckpointError
@@ -47,6 +48,7 @@ def from_torch(timeout: float = _CONNECT_TIMEOUT) -> Communicator:
     global _current
     if not dist.is_initialized():
         raise CheckpointError("torch.distributed is not initialized: call init_process_group first")
+    settle_at_exit()
     if dist.get_world_size() == 1:
         return ALONE
     store = c10d._get_default_store()

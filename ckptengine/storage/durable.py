@@ -80,8 +80,11 @@ class DurableWrites:
 
     def _make_directory(self, path: str) -> None:
         made = checked("make the directory", path, lambda: self.disk.make_directory(path))
+        parent = os.path.dirname(path)
         try:
-            self.sync_directory(os.path.dirname(path))
+            # Names both: of a run's own directory, the parent alone would not tell which run it is about.
+            told = f"{parent}, which holds {path}"
+            checked("sync the directory", told, lambda: self.disk.sync_directory(parent))
         except StorageError as error:
             # The parent of a root that the user made may well be closed to us.
             if made or path != self._root or error.errno != errno.EACCES:

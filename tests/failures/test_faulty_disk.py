@@ -64,6 +64,14 @@ def test_an_io_error_at_any_operation_leaves_whole_checkpoints_and_the_next_save
     assert outcomes >= {(False, 2), (True, 3)}
 
 
+def test_a_sync_of_the_directory_above_the_run_that_fails_names_the_run_too(folder: Path, disk: FaultyDisk) -> None:
+    disk.fails = lambda name, _: (
+        errno.EIO if name == "sync_directory" and str(disk.arguments[0]) == str(folder) else None
+    )
+    with pytest.raises(CheckpointError, match=f"cannot sync the directory {folder}, which holds {folder}/run: Input"):
+        ce.save(folder / "run", state_at(1, ELEMENTS))
+
+
 def test_where_only_the_sync_after_the_publication_fails_the_save_fails_and_the_checkpoint_is_whole(
     folder: Path, disk: FaultyDisk
 ) -> None:
