@@ -24,7 +24,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def killed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same job, killed after a random step, within a save, within a restore, and at whatever moment after another."""
+    """The same job, killed after a random step, within a save, within a restore, and at whatever moment."""
     folder = tmp_path_factory.mktemp("gpt") / "killed"
     seed = int(os.environ.get("RESUME_SEED", time.time_ns() % 10**6))
     chance = random.Random(seed)
