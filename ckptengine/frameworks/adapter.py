@@ -214,8 +214,8 @@ class Adapter:
         """Return the names of a module's tensors without memory that its state does not have."""
         return []
 
-    def plain_attributes(self, value: Any) -> Iterable[tuple[str, int | float]]:
-        """Return the numbers in attributes of a module and those in it, or of an optimizer, that its state leaves out.
+    def plain_attributes(self, value: Any) -> Iterable[tuple[str, dict[str, int | float]]]:
+        """Return the numbers in attributes of a module and of each in it, or of an optimizer, that no state holds.
 
         Each with its dotted name. What the framework's own classes keep is none of them.
         """

@@ -23,7 +23,7 @@ class Beside:
 
     def __init__(self) -> None:
         self._saves = 0
-        self._known: dict[Path, int | float] = {}
+        self._known: dict[tuple[Path, str], dict[str, int | float]] = {}
         self._told: set[str] = set()
 
     def changed(self, state: Mapping[str, Any], read: FlatState) -> dict[str, tuple[int | float, int | float]]:
@@ -38,21 +38,27 @@ class Beside:
         before, self._known = self._known, dict(_attributes(state, (), Inspector()))
         saved = {path[-1] for values in (read.values, read.rank_values) for path in values}
         new: dict[str, tuple[int | float, int | float]] = {}
-        for path, now in self._known.items():
-            name = dotted(path)
-            if before.get(path, now) != now == now and name not in self._told and path[-1] not in saved:
-                new[name] = (before[path], now)
+        for (path, owner), numbers in self._known.items():
+            earlier = before.get((path, owner), numbers)
+            if earlier == numbers:
+                continue
+            for key, now in numbers.items():
+                name = ".".join(filter(None, (dotted(path), owner, key)))
+                if earlier.get(key, now) != now == now and name not in self._told and key not in saved:
+                    new[name] = (earlier[key], now)
         self._told.update(new)
         return new
 
 
-def _attributes(value: Any, path: Path, inspector: Inspector) -> Iterator[tuple[Path, int | float]]:
+def _attributes(
+    value: Any, path: Path, inspector: Inspector
+) -> Iterator[tuple[tuple[Path, str], dict[str, int | float]]]:
     if len(path) > MAX_DEPTH or isinstance(value, Merged):
         return
     found = ROOT if path == () else inspector.inspect(value, path)
     if found.kind in (Kind.MODULE, Kind.OPTIMIZER):
-        for name, number in found.adapter.plain_attributes(value):
-            yield (*path, *name.split(".")), number
+        for owner, numbers in found.adapter.plain_attributes(value):
+            yield (path, owner), numbers
     elif found.kind in (Kind.PER_RANK, Kind.DECLARED):
         yield from _attributes(value.value, path, inspector)
     elif found.kind in (Kind.DICT, Kind.SEQUENCE):

@@ -161,7 +161,7 @@ class TorchAdapter(Adapter):
         """Return the names of buffers on the meta device that are not persistent."""
         return _meta.unsaved_without_memory(module)
 
-    def plain_attributes(self, value: Any) -> Iterable[tuple[str, int | float]]:
+    def plain_attributes(self, value: Any) -> Iterable[tuple[str, dict[str, int | float]]]:
         """Return the public int and float attributes that no `state_dict` holds, where it is torch's own."""
         return plain_attributes(value)
 

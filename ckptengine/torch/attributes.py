@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,40 +16,38 @@ _TORCHS = frozenset(("torch", "builtins", "typing", "abc"))
 """The packages whose classes torch's own are made of."""
 
 
-def plain_attributes(value: Any) -> Iterator[tuple[str, int | float]]:
-    """Yield the public int and float attributes of an optimizer, or of a module and those in it, by dotted names.
+def plain_attributes(value: Any) -> Iterator[tuple[str, dict[str, int | float]]]:
+    """Yield the public int and float attributes of an optimizer, or of a module and of each in it, with its name there.
 
     Left out is what torch's own classes keep, and what has code of its own that says what it saves.
     """
+    cls: Any = type(value)
     if not isinstance(value, torch.nn.Module):
-        if not saves_itself(value):
-            yield from _numbers(value, "")
+        if not _is_torchs(cls) and not saves_itself(value):
+            yield "", _numbers(value)
         return
-    if _says_itself(value):
+    if not _is_torchs(cls) and (_says_itself(cls) or value._state_dict_hooks):
         return
     for name, part in value.named_modules():
-        if part is value or not _says_itself(part):
-            yield from _numbers(part, f"{name}." if name else "")
+        cls = type(part)
+        if not (_is_torchs(cls) or _says_itself(cls) or part._state_dict_hooks) and (numbers := _numbers(part)):
+            yield name, numbers
 
 
-def _numbers(owner: Any, prefix: str) -> Iterator[tuple[str, int | float]]:
-    if _is_torchs(type(owner)):
-        return
-    for name, value in vars(owner).items():
-        if type(value) in (int, float) and not name.startswith("_"):
-            yield prefix + name, value
+def _numbers(owner: Any) -> dict[str, int | float]:
+    return {name: value for name, value in vars(owner).items() if type(value) in (int, float) and name[0] != "_"}
 
 
-def _says_itself(module: torch.nn.Module) -> bool:
-    """Whether a module has code that decides what of it is saved."""
-    cls = type(module)
+@functools.lru_cache(maxsize=1024)
+def _says_itself(cls: type[torch.nn.Module]) -> bool:
+    """Whether a module's class has code that decides what of it is saved."""
     return not _is_torchs(cls) and (
         cls.state_dict is not torch.nn.Module.state_dict
         or cls.get_extra_state is not torch.nn.Module.get_extra_state
         or cls._save_to_state_dict is not torch.nn.Module._save_to_state_dict
-        or bool(module._state_dict_hooks)
     )
 
 
+@functools.lru_cache(maxsize=1024)
 def _is_torchs(cls: type) -> bool:
     return all(base.__module__.partition(".")[0] in _TORCHS for base in cls.__mro__)
