@@ -39,13 +39,10 @@ def _numbers(owner: Any) -> dict[str, int | float]:
 
 
 @functools.lru_cache(maxsize=1024)
-def _says_itself(cls: type[torch.nn.Module]) -> bool:
+def _says_itself(cls: Any) -> bool:
     """Whether a module's class has code that decides what of it is saved."""
-    return not _is_torchs(cls) and (
-        cls.state_dict is not torch.nn.Module.state_dict
-        or cls.get_extra_state is not torch.nn.Module.get_extra_state
-        or cls._save_to_state_dict is not torch.nn.Module._save_to_state_dict
-    )
+    calls = ("state_dict", "get_extra_state", "_save_to_state_dict")
+    return not _is_torchs(cls) and any(getattr(cls, call) is not getattr(torch.nn.Module, call) for call in calls)
 
 
 @functools.lru_cache(maxsize=1024)
