@@ -73,9 +73,9 @@ class Pair:
 
 
 @pytest.fixture
-def pair(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pair:
+def pair(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Pair:
     monkeypatch.setattr(receipt, "_GRACE", 1.0)
-    pair = Pair(tmp_path / "run")
+    pair = Pair(folder / "run")
     assert pair.ends(pair.save(1)) == ["", ""]
     return pair
 
@@ -154,9 +154,7 @@ def test_a_call_of_the_store_that_fails_once_costs_one_save_at_most(
     pair.close()
 
 
-def test_a_missing_rank_is_named_though_the_others_are_told_late(
-    pair: Pair, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_missing_rank_is_named_though_the_others_are_told_late(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
     announce, told = receipt.Channel.announce, threading.Event()
     monkeypatch.setattr(receipt.Channel, "announce", lambda self, *given: told.wait(60) and announce(self, *given))
     handle = pair.ranks[0].save(2, {"w": np.full(100, 2.0), "step": 2})
