@@ -21,7 +21,7 @@ except ImportError as error:
     ) from error
 
 from ckptengine.comm.base import Communicator, KeyValueStore
-from ckptengine.comm.exchange import connect
+from ckptengine.comm.exchange import connect, grace
 from ckptengine.comm.host import StoreHost
 from ckptengine.comm.hosted import HostedStore
 from ckptengine.comm.interfaces import addresses, listen, machine
@@ -103,6 +103,7 @@ def from_mpi(comm: MPI.Intracomm | None = None, timeout: float = _CONNECT_TIMEOU
 
 def _host(comm: MPI.Intracomm, known: _Known, timeout: float) -> Communicator:
     """Rank 0: host the store, tell the others where it is, and meet them there."""
+    deadline = time.monotonic() + timeout
 
     def send() -> None:
         # A message may need this rank's help on its way.
@@ -122,8 +123,10 @@ def _host(comm: MPI.Intracomm, known: _Known, timeout: float) -> Communicator:
             raise
         tell(card)
     known.store.delete(_MISSED)
+    # The others' time has run while the store started: they hear who is missing before they give up on rank 0.
+    left = max(deadline - time.monotonic(), grace(timeout) / 2)
     try:
-        return connect(known.store, 0, comm.Get_size(), timeout, background=known.store, meanwhile=send)
+        return connect(known.store, 0, comm.Get_size(), left, background=known.store, within=timeout, meanwhile=send)
     except DeadlineError as late:
         known.store.set(_MISSED, str(late).encode())
         raise

@@ -214,6 +214,13 @@ class Adapter:
         """Return the names of a module's tensors without memory that its state does not have."""
         return []
 
+    def plain_attributes(self, value: Any) -> Iterable[tuple[str, dict[str, int | float]]]:
+        """Return the numbers in attributes of a module and of each in it, or of an optimizer, that no state holds.
+
+        Each with its dotted name. What the framework's own classes keep is none of them.
+        """
+        return ()
+
     def module_loading(self, module: Any) -> frozenset[str] | None:
         """Return None where a module has no loading code of its own, that must run after the fill.
 

@@ -10,6 +10,7 @@ from typing import Any
 from ckptengine.schema.leaf import ArrayLeaf, Part
 from ckptengine.schema.path import Path, dotted
 from ckptengine.state.asked import Asked
+from ckptengine.state.beside import Beside
 from ckptengine.state.kinds import Inspector
 from ckptengine.state.trace import Trace
 from ckptengine.state.tree import FlatState, flatten_traced
@@ -72,6 +73,7 @@ class StateReader:
         self._plain: FlatState | None = None
         self._structure: Structure = ()
         self._told_empty: set[Path] = set()
+        self._beside = Beside()
 
     def forget(self) -> None:
         """Walk the next state from the beginning, as in a forked process."""
@@ -85,6 +87,19 @@ class StateReader:
             names = ", ".join(f"{dotted(path)} ({kind})" for path, kind in list(new.items())[:8])
             more = f" and {len(new) - 8} more" if len(new) > 8 else ""
             _log.warning("nothing of %s%s is saved: its state_dict() is empty", names, more)
+
+    def tell_beside(self, state: Mapping[str, Any], reading: Reading, rank: int) -> None:
+        """Log once, on rank 0, which numbers change as the job trains and lie beside what is saved."""
+        new = list(self._beside.changed(state, reading.plain).items()) if rank == 0 else []
+        if new:
+            names = ", ".join(f"{name} ({before} before, now {now})" for name, (before, now) in new[:8])
+            more = f" and {len(new) - 8} more" if len(new) > 8 else ""
+            _log.warning(
+                "changed since an earlier save, but not saved, because no state_dict() holds it: %s%s; if training "
+                "depends on it, make it a buffer, return it in get_extra_state() or put it into the state",
+                names,
+                more,
+            )
 
     def read(self, state: Mapping[str, Any]) -> Reading:
         """Return a reading; raises `StateError` naming what can't be saved.

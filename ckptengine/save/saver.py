@@ -288,6 +288,7 @@ class Saver:
                 reading = self._reader.read(state)
                 values = stored_values(reading.plain)
             self._reader.tell_empty(reading, self._comm.rank)
+            self._reader.tell_beside(state, reading, self._comm.rank)
             checked_metadata(target.metadata)
             if behind:
                 raise SaveFailedError(f"{target.storage.location()}: {behind}")

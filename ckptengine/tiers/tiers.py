@@ -98,6 +98,7 @@ class Tiers:
             store,
             token,
             self._after_upload,
+            self._after_part,
             lambda: self.claims.generation,
             self._pace,
         )
@@ -146,6 +147,16 @@ class Tiers:
             self.cleaning.after_upload(upload.manifest.attempt)
         except CheckpointError as error:
             _log.warning("%s: cleaning up failed: %s", persistent.location(), error)
+
+    def _after_part(self) -> None:
+        """After a rank's part of an upload: delete what had to wait for it, where no commit may follow that would."""
+        local = self.places.local
+        if local is None or not local.site.leads:
+            return
+        try:
+            self.cleaning.after_commit()
+        except CheckpointError as error:
+            _log.warning("%s: cleaning up failed: %s", local.storage.location(), error)
 
     def _pending(self) -> set[str]:
         """Return the attempts that are still to be uploaded."""

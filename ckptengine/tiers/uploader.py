@@ -108,8 +108,9 @@ class Uploader:
 
     `source` has the faster tiers, `persistent` is where it goes. On rank 0 `uploaded` is called after each commit
     there, with the upload, and `own` returns the newest generation that this job has claimed, or found when it began,
-    of a life that is over: one above is another job's. An upload that fails is told, and tried again until something
-    newer is there: training never waits for it.
+    of a life that is over: one above is another job's. On other ranks `released` is called after each part, of which
+    nothing is needed here any more. An upload that fails is told, and tried again until something newer is there:
+    training never waits for it.
 
     It has many attributes: beside what it works with, they are what its thread and its callers tell each other.
     """
@@ -122,12 +123,13 @@ class Uploader:
         store: KeyValueStore,
         token: str,
         uploaded: Callable[[Upload], None],
+        released: Callable[[], None],
         own: Callable[[], int],
         pace: Pace | None,
     ) -> None:
         self._source, self._persistent, self._comm, self._store = source, persistent, comm, store
         self._prefix = f"ckptengine/move/{token}"
-        self._uploaded, self._own, self._pace = uploaded, own, pace
+        self._uploaded, self._released, self._own, self._pace = uploaded, released, own, pace
         self._changed = threading.Condition()
         self._next: Upload | None = None
         self._current: Upload | None = None
@@ -299,6 +301,7 @@ class Uploader:
             self._number += 1
             share = UploadPart.decode(self._receive(f"{self._prefix}/{self._number}/{rank}"))
             self._send(f"{self._prefix}/{self._number}/done/{rank}", self._upload_part(share).encode())
+            self._released()
 
     def _going(self, rank: int) -> str:
         """Return the key under which a rank tells that its part of the present upload goes on."""

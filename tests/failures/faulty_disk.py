@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ class FaultyDisk(Disk):
         self.count = 0
         self.failed: list[str] = []
         self.synced: list[str] = []
+        self._lock = threading.Lock()  # each operation has its number, whatever other threads do
 
     def fail_once(self, number: int, code: int = errno.EIO) -> None:
         """Fail the operation of a number from now on, counted from 1."""
@@ -39,13 +41,15 @@ class FaultyDisk(Disk):
         self.fails = lambda name, at: code if name in names else None
 
     def _operation(self, name: str, arguments: tuple[Any, ...]) -> Any:
-        self.count += 1
-        if name == "sync":
-            self.synced.append(os.readlink(f"/proc/self/fd/{arguments[0]}"))
-        self.arguments = arguments
-        code = self.fails(name, self.count)
+        with self._lock:
+            self.count += 1
+            if name == "sync":
+                self.synced.append(os.readlink(f"/proc/self/fd/{arguments[0]}"))
+            self.arguments = arguments
+            code = self.fails(name, self.count)
+            if code is not None:
+                self.failed.append(name)
         if code is not None:
-            self.failed.append(name)
             raise OSError(code, os.strerror(code))
         return getattr(Disk, name)(self, *arguments)
 

@@ -214,10 +214,12 @@ def test_a_failed_save_is_told_by_the_next_call(tmp_path: Path, monkeypatch: pyt
     checkpointer.step(1, state_at(1, 100))
     checkpointer.wait()
     disk.fail_always("write_memory")
-    checkpointer.step(2, state_at(2, 100))
+    failing = checkpointer.step(2, state_at(2, 100))
+    assert failing is not None
+    assert failing.durable.wait(60)
+    disk.fail_always()  # before the call that raises: it begins to save its own step
     with pytest.raises(SaveFailedError, match=r"step-00000002 was not saved \(1 failure"):
         checkpointer.step(3, state_at(3, 100))
-    disk.fail_always()
     assert checkpointer.step(3, state_at(3, 100)) is not None
     checkpointer.close()
     assert committed_steps(tmp_path / "run") == [1, 3]

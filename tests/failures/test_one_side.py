@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from failing_store import FailingStore
+from waiting import until
 
 import ckptengine as ce
 from ckptengine.catalog import receipt
@@ -168,6 +169,8 @@ def test_a_rank_that_leaves_a_save_out_is_named_and_the_next_save_is_made(
     if later:
         with pytest.raises(CheckpointError, match=f"rank {skipper} did not"):
             handle.durable.result(60)
+    else:
+        until(lambda: list(pair.run.glob("step-00000002/data-*")), "the other one's thread has told where it is")
     began = time.monotonic()
     assert pair.ends(pair.save(3)) == ["", ""]
     if not later:

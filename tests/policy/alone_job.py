@@ -59,7 +59,8 @@ def main() -> None:
     if "ranks" in OPTIONS:
         # No store for the background, as under MPI: its messages go through the run's directory.
         comm = connect(FileStore(OPTIONS["meet"]), rank, OPTIONS["ranks"], 60)
-    every, timeout = OPTIONS.get("every", 1000), OPTIONS.get("timeout", 60)
+    timeout = OPTIONS.get("timeout", 60)
+    due = ce.AtSteps(OPTIONS["at_steps"]) if "at_steps" in OPTIONS else ce.Every(OPTIONS.get("every", 1000))
     watch._TELL_SECONDS = OPTIONS.get("tell", watch._TELL_SECONDS)
     state = {"a": np.zeros(1000), "step": 0}
     if OPTIONS.get("others"):
@@ -67,11 +68,12 @@ def main() -> None:
         assert teacher.restore({"a": np.zeros(1000), "step": 0}) == 2
         finished = ce.Checkpointer(sys.argv[1] + "-finished", every=1)
         finished.step(1, state)
-        rebound = ce.Checkpointer(sys.argv[1], every=every)
-        rebound = ce.Checkpointer(sys.argv[1], every=every)
+        rebound = ce.Checkpointer(sys.argv[1], policy=ce.Policy(due))
+        rebound = ce.Checkpointer(sys.argv[1], policy=ce.Policy(due))
         finished.close()
         rebound.close()
-    with ce.Checkpointer(sys.argv[1], every=every, preemption=preemption, timeout=timeout, comm=comm) as ckpt:
+    policy = ce.Policy(due)
+    with ce.Checkpointer(sys.argv[1], policy=policy, preemption=preemption, timeout=timeout, comm=comm) as ckpt:
         start = ckpt.restore(state) or 0
         assert (state["a"] == start).all()
         say(f"resumed {start}")

@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -16,6 +17,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 import ckptengine as ce
 from ckptengine.storage import remote, upload
 from ckptengine.storage.budget import Budget
+from ckptengine.storage.open import open_storage
 
 ROWS, COLUMNS = 1003, 517
 
@@ -56,6 +58,14 @@ def load(url: str) -> dict:
     return {"step": state["step"]}
 
 
+def die(url: str, directory: str) -> None:
+    """Have this process killed, once the attempt in a directory has the lease that another one writes."""
+    storage = open_storage(url)
+    while not any(storage.exists(f"{directory}/{name}/lease.json") for name in storage.list(directory)):
+        time.sleep(0.01)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
 def train(url: str) -> dict:
     """Save three steps; in the first life the last rank dies in the third one."""
     remote.Budget = lambda: Budget(part_nbytes=5 << 20)  # type: ignore[assignment, misc]
@@ -68,7 +78,7 @@ def train(url: str) -> dict:
         state["w"].fill_(step)
         if restored is None and step == 3 and dist.get_rank() == dist.get_world_size() - 1:
             # Killed with its upload begun and its parts sent.
-            upload.RemoteArchiveWriter.finish = lambda self: os.kill(os.getpid(), signal.SIGKILL)
+            upload.RemoteArchiveWriter.finish = lambda self: die(url, "step-00000003")
         handle = ckpt.step(step, state)
         assert handle is not None
         handle.durable.result()

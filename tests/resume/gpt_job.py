@@ -8,6 +8,9 @@ accumulation, an exponential average of the weights. Each rank appends a line fo
 - `fixed`: gradients of fixed micro-batches are gathered and added in their order, and dropout is seeded for each
   micro-batch, so that nothing depends on the number of ranks;
 - `fsdp`: FSDP2 with its own reduction, no dropout.
+
+To be killed at a certain place, a job waits there: `--stay STEP` after a step, `--hold-save STEP OPERATION` where the
+save of a step comes to an operation of the disk, `--hold-restore` where a restore reads.
 """
 
 import argparse
@@ -31,6 +34,8 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, Dataset
 
 import ckptengine as ce
+from ckptengine.storage.disk import Disk
+from ckptengine.storage.local import LocalStorage
 
 WIDTH, HEADS, LAYERS, CONTEXT, VOCABULARY = 32, 2, 2, 16, 64
 SAMPLES, GLOBAL_BATCH, MICRO_BATCH, SEED = 94, 12, 1, 7
@@ -149,6 +154,24 @@ def random_digest() -> str:
     return digest(random.getstate(), legacy[1].tobytes(), legacy[2:], torch.get_rng_state())
 
 
+def held(*_: Any) -> None:
+    """Wait to be killed."""
+    time.sleep(600)
+
+
+def hold_save(step: int, name: str) -> None:
+    """Have an operation of the disk wait below a step's directory: a claim of a generation goes on."""
+    operation = getattr(Disk, name)
+
+    def hold(disk: Disk, *arguments: Any) -> Any:
+        place = arguments[0] if isinstance(arguments[0], str) else os.readlink(f"/proc/self/fd/{arguments[0]}")
+        if f"/step-{step:08d}/" in place:
+            held()
+        return operation(disk, *arguments)
+
+    setattr(Disk, name, hold)
+
+
 def train(args: argparse.Namespace) -> None:
     rank, world_size = dist.get_rank(), dist.get_world_size()
     torch.manual_seed(SEED)  # the same weights on all ranks
@@ -184,6 +207,10 @@ def train(args: argparse.Namespace) -> None:
         log.write(json.dumps({"event": event, "ranks": world_size, "time": time.time(), **fields}) + "\n")
 
     with ce.Checkpointer(args.folder / "run", every=args.every, timeout=60) as ckpt:
+        if args.hold_save:
+            hold_save(int(args.hold_save[0]), args.hold_save[1])
+        if args.hold_restore:
+            LocalStorage.load_archive = held  # type: ignore[assignment, method-assign]
         say("restoring")
         start = ckpt.restore(state)
         say(
@@ -238,6 +265,8 @@ def train(args: argparse.Namespace) -> None:
                 if args.digests and step % args.every == 0:
                     say("saved", step=step, state=state_digests(model, optimizer, scheduler, average))
                 ckpt.step(step, state)
+                if step == args.stay:
+                    held()
                 losses, samples, gradients = [], [], []
                 if args.pause:
                     time.sleep(args.pause)
@@ -258,6 +287,9 @@ def main() -> None:
     parser.add_argument(
         "--pause", type=float, default=0.0, help="seconds after each step, so that kills can fall anywhere"
     )
+    parser.add_argument("--stay", type=int)
+    parser.add_argument("--hold-save", nargs=2)
+    parser.add_argument("--hold-restore", action="store_true")
     parser.add_argument("--digests", action="store_true")
     args = parser.parse_args()
     torch.set_num_threads(1)

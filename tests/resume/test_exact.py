@@ -24,12 +24,13 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def killed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same job, killed at a random moment of a random step, within a save, within a restore, and once more."""
+    """The same job, killed after a random step, within a save, within a restore, and at whatever moment."""
     folder = tmp_path_factory.mktemp("gpt") / "killed"
     seed = int(os.environ.get("RESUME_SEED", time.time_ns() % 10**6))
     chance = random.Random(seed)
     moments = [chance.randint(10, 11), 12, chance.randint(18, 27)]
-    print(f"RESUME_SEED={seed}: killed after the steps {moments}")
+    operation = chance.choice(["create", "write_memory", "sync", "rename", "publish"])
+    print(f"RESUME_SEED={seed}: killed after the steps {moments}, within a save before its first {operation}")
     arguments = ("--mode=ddp", "--every=3", "--pause=0.05")
 
     def reached(step: int, committed: int) -> bool:
@@ -44,9 +45,9 @@ def killed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     def restoring() -> bool:
         return events(folder)[-1]["event"] == "restoring"
 
-    Life(folder, 4, *arguments).kill_when(lambda: reached(moments[0], committed=9))
-    Life(folder, 4, *arguments).kill_when(lambda: saving(moments[1]))
-    Life(folder, 4, *arguments).kill_when(restoring)
+    Life(folder, 4, *arguments, f"--stay={moments[0]}").kill_when(lambda: reached(moments[0], committed=9))
+    Life(folder, 4, *arguments, "--hold-save", str(moments[1]), operation).kill_when(lambda: saving(moments[1]))
+    Life(folder, 4, *arguments, "--hold-restore").kill_when(restoring)
     Life(folder, 4, *arguments).kill_when(lambda: reached(moments[2], committed=15))
     Life(folder, 4, *arguments).finish()
     return folder
@@ -97,10 +98,13 @@ def resized(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 
 def through_ranks(folder: Path, *arguments: str) -> Path:
+    def reached(step: int) -> bool:
+        """Whether a step was trained, and there is a checkpoint to go on from."""
+        trained = any(event["event"] == "step" and event["step"] >= step for event in events(folder))
+        return trained and bool(list((folder / "run").glob("step-*/manifest-*")))
+
     for ranks, step in ((4, 7), (2, 14), (3, 22)):
-        Life(folder, ranks, "--pause=0.03", *arguments).kill_when(
-            lambda step=step: any(e["event"] == "step" and e["step"] >= step for e in events(folder))
-        )
+        Life(folder, ranks, "--pause=0.03", *arguments).kill_when(lambda step=step: reached(step))
     Life(folder, 1, *arguments).finish()
     return folder
 

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from committed_steps import steps_in as steps
 from tiered import Running, finish
+from waiting import until
 
 import ckptengine as ce
 from ckptengine.errors import DeadlineError, SaveFailedError, StorageError
@@ -334,11 +335,16 @@ def leave_failed(ckpt: ce.Checkpointer) -> None:
     ckpt._tiers.close(done=False)
 
 
+def uploaders_since(before: set[threading.Thread]) -> set[threading.Thread]:
+    """Return the uploaders' threads that live, but for those of other tests."""
+    return {thread for thread in threading.enumerate() if thread.name == "ckptengine-uploader"} - before
+
+
 def test_a_close_that_fails_ends_the_threads_and_leaves_the_memory_that_a_save_still_reads(
     tmp_path, memory, monkeypatch
 ):
     run, going = tmp_path / "run", threading.Event()
-    create = LocalStorage.create_archive
+    create, before = LocalStorage.create_archive, set(threading.enumerate())
 
     def stuck(self, name, nbytes, **more):
         if self.root == run:
@@ -350,7 +356,7 @@ def test_a_close_that_fails_ends_the_threads_and_leaves_the_memory_that_a_save_s
     handle = ckpt.save(1, state_of(1))
     with pytest.raises(DeadlineError):
         ckpt.close()
-    assert "ckptengine-uploader" not in {thread.name for thread in threading.enumerate()}
+    assert not uploaders_since(before)
     going.set()
     handle.durable.wait()
     assert ckpt._saver._flight is not None
@@ -361,6 +367,7 @@ def test_a_close_that_fails_ends_the_threads_and_leaves_the_memory_that_a_save_s
 
 
 def test_a_checkpointer_that_is_dropped_without_being_closed_gives_its_memory_and_its_thread_back(tmp_path, memory):
+    before = set(threading.enumerate())
     for step in range(1, 7):  # more often than there are names
         ckpt = ce.Checkpointer(tmp_path / "run", memory=memory, preemption=None)
         ckpt.restore(state_of(0))
@@ -369,7 +376,4 @@ def test_a_checkpointer_that_is_dropped_without_being_closed_gives_its_memory_an
         assert steps(memory_root(str(tmp_path / "run"), memory)) == [step]
         del ckpt
         gc.collect()
-    end = time.monotonic() + 60
-    while "ckptengine-uploader" in {thread.name for thread in threading.enumerate()}:
-        assert time.monotonic() < end
-        time.sleep(0.05)
+    until(lambda: not uploaders_since(before), "the threads end")

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import shutil
-import time
 from pathlib import Path
 
 import pytest
 from committed_steps import steps_in as steps
 from tiered import Running, finish
+from waiting import until
 
+from ckptengine.storage.local import LocalStorage
 from ckptengine.tiers.memory import memory_root
 
 
@@ -18,10 +19,7 @@ def archives(folder: Path, step: int) -> set[str]:
 
 
 def wait_until_home_has(run: Path, step: int) -> None:
-    end = time.monotonic() + 60
-    while steps(run)[-1:] != [step]:
-        assert time.monotonic() < end
-        time.sleep(0.02)
+    until(lambda: steps(run)[-1:] == [step], f"step {step} has come home")
 
 
 def test_each_node_has_its_ranks_archives_and_a_manifest_and_home_has_all(tmp_path):
@@ -32,6 +30,13 @@ def test_each_node_has_its_ranks_archives_and_a_manifest_and_home_has_all(tmp_pa
         assert steps(local / f"node-{node}") == [3]
         assert archives(local / f"node-{node}", 3) == {f"rank-{rank:05d}.zarr.zip" for rank in ranks}
     assert len(archives(run, 3)) == 4
+    assert steps(run)[-1] == 3
+
+
+def test_a_node_keeps_no_more_than_its_rules_though_it_uploads_late(tmp_path):
+    run, local = tmp_path / "run", tmp_path / "local"
+    finish(4, tmp_path, run=str(run), local=str(local), node=2, until=3, keep_last={"local": 1, "run": 2}, late=2)
+    assert [steps(local / f"node-{node}") for node in range(2)] == [[3], [3]]
     assert steps(run)[-1] == 3
 
 
@@ -65,6 +70,8 @@ def test_an_image_that_was_damaged_in_one_nodes_memory_is_not_brought_home_and_t
     with Running(4, tmp_path, **places, until=2, wait_for=str(tmp_path / "never")) as job:
         job.wait_for(2)
         wait_until_home_has(run, 2)
+        nodes = [LocalStorage(memory_root(str(run), memory / f"node-{node}")) for node in range(2)]
+        until(lambda: all(steps(node)[-1:] == [2] for node in nodes), "the step is in memory too")
         job.kill()
     (part,) = Path(memory_root(str(run), memory / "node-1")).glob("step-00000002/data-*/rank-00002.zarr.zip")
     with part.open("r+b") as file:

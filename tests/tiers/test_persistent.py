@@ -20,6 +20,7 @@ from tiered import Running, finish
 
 import ckptengine as ce
 from ckptengine.storage.local import LocalStorage
+from ckptengine.tiers import uploader
 from ckptengine.tiers.memory import memory_root
 
 SIZE = 150_000
@@ -177,7 +178,7 @@ def test_with_each_tier_lost_in_turn_two_ranks_go_on_from_what_four_have_saved(i
         with Running(4, tmp_path, **places, until=3, wait_for=str(tmp_path / "never")) as job:
             job.wait_for(3)
             eventually(lambda: steps(in_environment.storage())[-1:] == [3])
-            eventually(lambda: list(Path(memory).glob("**/step-00000003/manifest-*")))
+            eventually(lambda: steps(memory_root(places["run"], memory))[-1:] == [3])
             job.kill()
         # All but one are lost for each of them to be the only one once.
         if lost != "bucket":
@@ -227,14 +228,23 @@ def test_uploads_keep_to_the_bytes_per_second_that_they_are_given(bucket, tmp_pa
 
 
 def test_checkpoints_come_home_while_those_in_memory_are_replaced_faster_than_they_could_be_moved(
-    tmp_path, memory, caplog
+    tmp_path, memory, caplog, monkeypatch
 ):
     places = {"run": tmp_path / "run", "local": tmp_path / "ckpt", "memory": memory}
-    step = 0
+    step, copy, replaced = 0, uploader.copy_archive, threading.Event()
+
+    def copied(*arguments, **more):
+        nbytes = copy(*arguments, **more)
+        assert replaced.wait(60)  # however long the saves take
+        return nbytes
+
+    monkeypatch.setattr(uploader, "copy_archive", copied)
     with ce.Checkpointer(**places, upload_bytes_per_second=6e5, preemption=None) as ckpt:
         while ckpt.uploaded is None:
             step += 1
             ckpt.save(step, state_of(step)).durable.result()
+            if step == 3:
+                replaced.set()  # both images in memory are others now
             time.sleep(0.4)
             assert step < 150
     assert step > 2

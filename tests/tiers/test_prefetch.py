@@ -15,7 +15,8 @@ import pytest
 from buckets import QUICK, Bucket
 from cli_run import Call
 from servers import Proxy
-from tier_files import archive_of, end, files_of, flip, of_step, start, steps_of, until, upload
+from tier_files import archive_of, end, files_of, flip, of_step, said_so_far, start, steps_of, upload
+from waiting import until
 
 import ckptengine as ce
 from ckptengine.catalog.lease import LEASE_SECONDS
@@ -159,17 +160,19 @@ def test_what_was_damaged_in_the_directory_is_replaced(run, tmp_path):
 
 
 def test_several_at_once_share_one_download(trained_run, through_proxy, proxy, tmp_path):
-    slow = proxy.fault("silence", "GET .*rank-00002")
+    slow = proxy.fault("silence", "GET .*rank-00002", 10**6)
     first = start(through_proxy, tmp_path / "ckpt")
     until(lambda: slow.done, "the first one is at work")
     others = [start(through_proxy, tmp_path / "ckpt") for _ in range(2)]
+    until(lambda: all(b"waiting for process" in said_so_far(other) for other in others), "the others wait")
+    slow.times = 0
     results = [end(process) for process in (first, *others)]
     assert [code for code, _, _ in results] == [0, 0, 0], results
     assert all(f"waiting for process {first.pid} on " in errors for _, _, errors in results[1:])
     assert all("is already there" in out for _, out, _ in results[1:])
     wanted = data_requests(proxy)
     alone = {name: wanted.count(name) for name in wanted}
-    alone["rank-00002"] -= 1
+    alone["rank-00002"] -= slow.done
     assert len(set(alone[f"rank-{rank:05d}"] for rank in range(4))) == 1, "each archive was read once"
     assert files_of(tmp_path / "ckpt") == of_step(trained_run, 30)
 

@@ -54,7 +54,8 @@ def start(trained_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         for rank in range(2):
             comm = SimpleNamespace(rank=rank, world_size=2)
             source = Overlay([LocalStorage(trained_run)])
-            uploaders.append(Uploader(source, persistent, comm, store, "token", lambda load: None, lambda: 1, None))
+            nothing = lambda *_: None  # noqa: E731
+            uploaders.append(Uploader(source, persistent, comm, store, "token", nothing, nothing, lambda: 1, None))
         return uploaders
 
     yield start

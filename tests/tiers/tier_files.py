@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 from buckets import Bucket
@@ -72,14 +71,13 @@ def start(*arguments: object) -> Forked:
     return fork(command, env=environment(), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
+def said_so_far(process: Forked) -> bytes:
+    """Return what a process has written to its standard error by now, without moving where it writes."""
+    assert process.stderr is not None
+    return os.pread(process.stderr.fileno(), 1 << 16, 0)
+
+
 def end(process: Forked) -> tuple[int, str, str]:
     """Wait for a process; return its code and what it said."""
     out, errors = process.communicate(timeout=120)
     return process.wait(), out, errors
-
-
-def until(condition: Callable[[], object], what: str) -> None:
-    deadline = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < deadline, f"in a minute it did not come to this: {what}"
-        time.sleep(0.02)
