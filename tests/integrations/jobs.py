@@ -5,13 +5,13 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import socket
 import subprocess
 import tempfile
 from pathlib import Path
 from typing import Any
 
 from forkserver import fork
+from ports import free_port
 
 __all__ = ["run_job"]
 
@@ -20,7 +20,7 @@ def run_job(script: Path, options: dict[str, Any], ranks: int = 1, timeout: floa
     """Run a script with its options on its ranks; return their exit codes, and what they said."""
     common = {name: value for name, value in os.environ.items() if not name.startswith(("PYTEST", "COV"))}
     if ranks > 1:
-        common |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()), "WORLD_SIZE": str(ranks),
+        common |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(ranks),
                    "TORCHELASTIC_RUN_ID": "test", "TORCHELASTIC_RESTART_COUNT": "0"}  # fmt: skip
     with tempfile.TemporaryFile("w+") as said, contextlib.ExitStack() as stack:
         jobs = [
@@ -39,9 +39,3 @@ def run_job(script: Path, options: dict[str, Any], ranks: int = 1, timeout: floa
         text = said.read()
     print(text[-6000:])
     return codes, text
-
-
-def _free_port() -> int:
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return int(one.getsockname()[1])

@@ -20,6 +20,7 @@ import lightning.pytorch as pl
 import numpy as np
 import torch
 import torchmetrics
+from agreed import Agreed
 from dying import die
 from lightning.pytorch.callbacks import EarlyStopping, EMAWeightAveraging, ModelCheckpoint
 from lightning.pytorch.utilities import CombinedLoader
@@ -31,6 +32,7 @@ from ckptengine.integrations.lightning import CheckpointIO, Resume
 
 OPTIONS: dict[str, Any] = json.loads(sys.argv[1])
 RANK = int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0")))
+AGREED = Agreed()
 warnings.filterwarnings("ignore")
 
 
@@ -73,9 +75,12 @@ class Model(pl.LightningModule):
         total = self.trainer.fit_loop.epoch_loop.batch_progress.total.ready
         if total == OPTIONS.get("kill") and not Path(OPTIONS["killed"]).exists():
             die(OPTIONS)
-        if total == OPTIONS.get("tell") and RANK == 1 and not Path(OPTIONS["killed"]).exists():
-            Path(OPTIONS["killed"]).touch()
-            os.kill(os.getpid(), signal.SIGTERM)
+        if total == OPTIONS.get("tell") and not Path(OPTIONS["killed"]).exists():
+            if RANK == 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+            else:  # rank 1 waits for its gradients
+                AGREED.wait()
+                Path(OPTIONS["killed"]).touch()
         out = self.net(x)
         loss = torch.nn.functional.mse_loss(out, y)
         self.error(out.detach(), y)

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+
+from ports import free_port
 
 KILLED = -signal.SIGKILL
 
 
 def lives(jobs: Sequence[Callable[[], object]], log: Path) -> list[int]:
     """Run jobs beside each other, as the ranks of one (gloo), and return their exit codes."""
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]
-    ranks = {"WORLD_SIZE": str(len(jobs)), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    ranks = place | {"WORLD_SIZE": str(len(jobs)), "OMP_NUM_THREADS": "1"}
     started = [begun(job, log, ranks | {"RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank, job in enumerate(jobs)]
     return [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in started]
 

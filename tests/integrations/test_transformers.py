@@ -110,7 +110,9 @@ def test_two_ranks_of_which_one_is_killed_are_restarted_by_torchrun_and_end_alik
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone", "--max-restarts=1"]
     command += [job.__file__, str(tmp_path / "killed"), str(tmp_path / "killed.out")]
     command += [json.dumps(settings | {"kill": 9, "rank": 1})]
+    tests = Path(__file__).parents[1]
     env = os.environ | {"OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    env["PYTHONPATH"] = f"{tests.parent}:{tests / 'support'}"
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "exitcode: -9" in done.stderr
@@ -138,7 +140,7 @@ def test_a_job_that_gets_sigterm_ends_with_75_and_goes_on_where_it_was(tmp_path:
     run(tmp_path, "through", settings)
     run(tmp_path, "killed", settings | {"kill": 14, "signal": signal.SIGTERM}, 75)
     (saved,) = (tmp_path / "killed").glob("step-*")
-    assert 15 <= int(saved.name[5:]) < 22  # the next step, or a later one where the thread that reads signals came late
+    assert int(saved.name[5:]) == 15  # the next step
     run(tmp_path, "killed", settings)
     assert differing(result(tmp_path, "through"), result(tmp_path, "killed")) == []
 

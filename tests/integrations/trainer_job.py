@@ -18,6 +18,7 @@ os.environ |= {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
 import numpy as np
 import torch
 import transformers
+from agreed import Agreed
 from torch.utils.data import Dataset
 
 from ckptengine.integrations.transformers import Resume
@@ -69,7 +70,7 @@ class Collator:
 
 
 class Kill(transformers.TrainerCallback):  # type: ignore[misc]
-    """Sends the process a signal after a step, once something is committed."""
+    """Sends the process a signal after a step, once something is committed, and waits until it has heard it."""
 
     def __init__(self, trainer: Any, step: int, number: int) -> None:
         self._trainer, self._step, self._signal = trainer, step, number
@@ -84,7 +85,9 @@ class Kill(transformers.TrainerCallback):  # type: ignore[misc]
         if step >= self._step:
             if isinstance(self._trainer, Resume):
                 self._trainer._checkpointer.wait()
+            agreed = Agreed()
             os.kill(os.getpid(), self._signal)
+            agreed.wait()
             self._step = sys.maxsize
 
 

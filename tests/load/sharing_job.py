@@ -162,6 +162,7 @@ def main() -> None:
     loader.plan_filling = seen
     state, expected = state_of(layout, rank, size, False), state_of(layout, rank, size, True)
     prepare(scenario, rank)
+    comm.barrier(120)  # what they are made of takes each rank its time
     Path("/proc/self/clear_refs").write_text("5")
     before, began = field("VmRSS"), time.monotonic()
     kind = text = ""

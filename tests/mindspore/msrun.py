@@ -4,11 +4,12 @@ import contextlib
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
+
+from ports import free_port
 
 ROOT = Path(__file__).parents[2]
 
@@ -60,10 +61,7 @@ def msrun_to_its_end(script, ranks, folder, *arguments, until=None, timeout=240)
 
 def _start(script, ranks, folder, *arguments):
     folder.mkdir(parents=True, exist_ok=True)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = ["msrun", f"--worker_num={ranks}", f"--local_worker_num={ranks}", f"--master_port={port}"]
+    command = ["msrun", f"--worker_num={ranks}", f"--local_worker_num={ranks}", f"--master_port={free_port()}"]
     command += ["--join=True", f"--log_dir={folder / 'log'}", str(ROOT / "tests/mindspore" / script), str(folder)]
     command += map(str, arguments)
     with (folder / "msrun.log").open("wb") as log:

@@ -68,6 +68,7 @@ def save(run):
     coordinate()
     _, cell = training.train_cell()
     cell(*training.batch(0))
+    current().barrier(60)  # compiling takes each rank its time
     with ce.Checkpointer(run, timeout=5) as checkpointer:
         checkpointer.save(1, state_of(cell, 1)).durable.result()
         expected = {name: value.hex() for name, value in training.contents(cell).items()}
@@ -103,6 +104,7 @@ def load(run):
     report = {"step": step, "rows": rows.tobytes() == part.tobytes(), "mine": state["mine"].value}
     report["threads"] = copy_threads()
     report["contents"] = {name: value.hex() for name, value in training.contents(cell).items()}
+    current().barrier(60)
     try:
         if get_rank() != 2:
             current().barrier(2.0)

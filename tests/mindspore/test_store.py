@@ -1,12 +1,12 @@
 """The store that rank 0 of a job under msrun hosts, with a connection that breaks."""
 
-import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from launch import environment
+from ports import free_port
 
 pytest.importorskip("mindspore")
 from ckptengine.comm.mindspore import MindSporeStore
@@ -16,9 +16,7 @@ pytestmark = pytest.mark.long
 
 def pair():
     """Return a store that this process hosts, and another client of it."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     return MindSporeStore(0, 2, "127.0.0.1", port), MindSporeStore(1, 2, "127.0.0.1", port)
 
 

@@ -108,7 +108,7 @@ class Runs(RuleBasedStateMachine):
         for step in self.run.glob("step-*"):
             with contextlib.suppress(
                 FileNotFoundError
-            ):  # retention may be at it: pathlib says so of what has just gone
+            ):  # what retention has just deleted
                 for manifest in step.glob("manifest-*.json"):
                     found.append((int(manifest.stem.removeprefix("manifest-")), int(step.name.removeprefix("step-"))))
         return sorted(found)

@@ -1,6 +1,7 @@
-"""A port for a server that is told its port, and takes it a little later."""
+"""Ports for servers that are told theirs before they start, seconds before they take it."""
 
-import contextlib
+from __future__ import annotations
+
 import random
 import socket
 from pathlib import Path
@@ -8,14 +9,27 @@ from pathlib import Path
 __all__ = ["free_port"]
 
 _RANGE = Path("/proc/sys/net/ipv4/ip_local_port_range")
+_MOST = 12_000
+_locks: list[socket.socket] = []  # until this process ends
 
 
 def free_port() -> int:
-    """Return a port at which nobody listens, none of those that the system itself gives to whoever asks for any."""
-    first, last = map(int, _RANGE.read_text().split()) if _RANGE.exists() else (32_768, 60_999)
-    ports = [*range(10_000, first), *range(last + 1, 65_536)] or range(10_000, 65_536)
-    while True:
-        port = random.SystemRandom().choice(ports)
-        with contextlib.suppress(OSError), socket.socket() as probe:
-            probe.bind(("127.0.0.1", port))
-            return port
+    """Return a free port of 127.0.0.1 that nobody else is given as long as this process lives.
+
+    One that the system has chosen would be anybody's again: it is given to what binds to port 0 or connects, here or in
+    a test beside this one. So it is one below those that the system chooses from, and held by a lock of that number.
+    """
+    low = int(_RANGE.read_text().split()[0])
+    ports = range(max(1024, low - _MOST), low) or range(1024, 65536)
+    for port in random.SystemRandom().sample(ports, len(ports)):
+        lock = socket.socket(socket.AF_UNIX)
+        with socket.socket() as probe:
+            try:
+                lock.bind(f"\0ckptengine-test-port-{port}")
+                probe.bind(("127.0.0.1", port))
+            except OSError:
+                lock.close()
+                continue
+        _locks.append(lock)
+        return port
+    raise OSError(f"no port of {ports} is free")

@@ -8,7 +8,7 @@ import importlib
 import multiprocessing
 import os
 import signal
-import socket
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -16,7 +16,10 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
+sys.path.append(str(Path(__file__).parents[1] / "support"))
+
 from entry import Entry, World
+from ports import free_port
 from trial import (
     BROKEN,
     EXACT,
@@ -144,7 +147,7 @@ def on_two_ranks(entries: Sequence[Entry]) -> Iterator[tuple[Entry, Outcome]]:
     waiting = [entry for entry in entries if not entry.alone]
     while waiting:
         with tempfile.TemporaryDirectory() as name:
-            port = _free_port()
+            port = free_port()
             ranks = [Child(_rank, rank, port, waiting, Path(name)) for rank in range(2)]
             try:
                 in_step = True
@@ -195,9 +198,3 @@ def _rank(pipe: Connection, rank: int, port: int, entries: Sequence[Entry], fold
         past = first_life(entry, world, folder / str(number))
         pipe.send(past if isinstance(past, Outcome) else second_life(entry, world, folder / str(number), past))
     dist.destroy_process_group()
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
