@@ -106,9 +106,7 @@ class Runs(RuleBasedStateMachine):
         """Return what lies in the run, oldest first, by the names of its manifests."""
         found = []
         for step in self.run.glob("step-*"):
-            with contextlib.suppress(
-                FileNotFoundError
-            ):  # what retention has just deleted
+            with contextlib.suppress(FileNotFoundError):  # what retention has just deleted
                 for manifest in step.glob("manifest-*.json"):
                     found.append((int(manifest.stem.removeprefix("manifest-")), int(step.name.removeprefix("step-"))))
         return sorted(found)
