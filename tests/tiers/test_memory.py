@@ -340,10 +340,8 @@ def uploaders_since(before: set[threading.Thread]) -> set[threading.Thread]:
     return {thread for thread in threading.enumerate() if thread.name == "ckptengine-uploader"} - before
 
 
-def test_a_close_that_fails_ends_the_threads_and_leaves_the_memory_that_a_save_still_reads(
-    tmp_path, memory, monkeypatch
-):
-    run, going = tmp_path / "run", threading.Event()
+def test_a_close_that_fails_ends_the_threads_and_leaves_the_memory_that_a_save_still_reads(memory, monkeypatch):
+    run, going = memory / "run", threading.Event()  # no disk whose syncs take a part of the second
     create, before = LocalStorage.create_archive, set(threading.enumerate())
 
     def stuck(self, name, nbytes, **more):
