@@ -312,6 +312,7 @@ class Committer:
             )
         except Exception as problem:
             receipt = Receipt(self._comm.rank, None, error=f"{problem}" or type(problem).__name__)
+            self._note(attempt, receipt.error)
             return _Part(receipt, problem, time.monotonic())
         self._reported, self._reported_form = plan, (plan.shares, stored.form_digest)
         return _Part(receipt, archived, time.monotonic())
@@ -367,6 +368,7 @@ class Committer:
             # A store that did not answer may still carry it out: then the data must be there. Swept later if not.
             doubtful = code == errno.ETIMEDOUT
             outcome = Outcome(f"{problem}" or kind, plan_together=True, kind=kind, directory=target.directory)
+            self._note(attempt, outcome.error)
         untold = channel.announce(outcome)
         told()
         if untold:
@@ -379,6 +381,11 @@ class Committer:
             if not doubtful:
                 self._discard(attempt, data, channel)
         return outcome, manifest
+
+    def _note(self, attempt: Attempt, error: str) -> None:
+        """Note why an attempt fails: who waits for it may ask before all have been told."""
+        if not self._tier:
+            attempt.handle.durable.failing = error
 
     def _hand_out(self, target: Target, manifest: Manifest, channel: Channel, leaders: Sequence[int]) -> None:
         try:

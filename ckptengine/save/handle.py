@@ -72,6 +72,8 @@ class Moment(Generic[_T]):
         self._outcome: _Reached[_T] | BaseException | None = None
         self.observed = False
         """Whether somebody has asked for the result."""
+        self.failing = ""
+        """Why it fails, where that is known before it has ended: the others are told, or room is given back."""
 
     def done(self) -> bool:
         """Return whether it has been reached or has failed."""
@@ -102,8 +104,10 @@ class Moment(Generic[_T]):
 
     def overdue(self, timeout: float | None = None) -> DeadlineError:
         """Return the error that says what goes on, where a wait of `timeout` seconds has ended without the moment."""
-        doing = operation_of(self.thread)
         within = f"{self._timeout if timeout is None else timeout:g} s"
+        if self.failing:
+            return DeadlineError(f"{self._name} was not reached within {within}: {self.failing}")
+        doing = operation_of(self.thread)
         return DeadlineError(
             f"{self._name} was not reached within {within}: {doing} has not ended"
             if doing

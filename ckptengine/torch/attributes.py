@@ -35,7 +35,9 @@ def plain_attributes(value: Any) -> Iterator[tuple[str, dict[str, int | float]]]
 
 
 def _numbers(owner: Any) -> dict[str, int | float]:
-    return {name: value for name, value in vars(owner).items() if type(value) in (int, float) and name[0] != "_"}
+    return {
+        name: value for name, value in vars(owner).items() if type(value) in (int, float) and not name.startswith("_")
+    }
 
 
 @functools.lru_cache(maxsize=1024)

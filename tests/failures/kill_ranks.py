@@ -112,7 +112,8 @@ def second_job(run: Path, rank: int, victim: int) -> list[dict[str, Any]]:
 def main() -> None:
     folder, victim = Path(sys.argv[1]), int(sys.argv[2])
     parent = os.getpid()
-    receipt._GRACE = 2.0  # how much longer than its timeout a rank waits for the word of rank 0
+    if victim == 0:
+        receipt._GRACE = 2.0  # how much longer than its timeout a rank waits for the word of rank 0
     for number, job in enumerate((first_job, second_job)):
         port_file = folder / f"port-{number}"
 

@@ -61,11 +61,11 @@ def hang(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hang]:
             thread.join(20)
 
 
-def test_opening_ends_after_the_timeout_and_names_file_and_operation(tmp_path: Path, hang: Hang) -> None:
+def test_opening_ends_after_the_timeout_and_names_file_and_operation(folder: Path, hang: Hang) -> None:
     hang(LocalStorage, "list")
     began = time.monotonic()
-    with pytest.raises(DeadlineError, match=f"opening {tmp_path}: listing {tmp_path} has not ended after 1 s"):
-        ce.Checkpointer(tmp_path, timeout=1)
+    with pytest.raises(DeadlineError, match=f"opening {folder}: listing {folder} has not ended after 1 s"):
+        ce.Checkpointer(folder, timeout=1)
     assert time.monotonic() - began < 60
 
 
@@ -79,13 +79,13 @@ def test_opening_ends_after_the_timeout_and_names_file_and_operation(tmp_path: P
     ],
 )
 def test_restore_and_load_end_after_the_timeout_and_name_file_and_operation(
-    call: str, message: str, tmp_path: Path, hang: Hang
+    call: str, message: str, folder: Path, hang: Hang
 ) -> None:
-    with ce.Checkpointer(tmp_path, every=1) as ckpt:
+    with ce.Checkpointer(folder, every=1) as ckpt:
         ckpt.step(1, state_at(1))
-    ckpt = ce.Checkpointer(tmp_path, timeout=1)
+    ckpt = ce.Checkpointer(folder, timeout=1)
     hang(LocalStorage, call, "rank-00000.zarr.zip" if call == "load_archive" else "")
-    expected = f"{message.format(run=tmp_path)} has not ended after 1 s"
+    expected = f"{message.format(run=folder)} has not ended after 1 s"
     with pytest.raises(DeadlineError, match=expected):
         ckpt.restore(state_at(0))
     if call == "load_archive":
@@ -93,31 +93,31 @@ def test_restore_and_load_end_after_the_timeout_and_name_file_and_operation(
         expected = r"given up is still under way \(reading .*rank-00000.zarr.zip\).*end this process"
     for into in (None, state_at(0)):
         with pytest.raises(DeadlineError, match=expected):
-            ce.load(tmp_path, into=into, timeout=1)
+            ce.load(folder, into=into, timeout=1)
     ckpt.close()
 
 
 @pytest.mark.parametrize("call", ["create", "put_if_absent", "temporaries"])
 def test_a_local_tier_that_does_not_answer_ends_the_opening(
-    call: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    call: str, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    local, released = tmp_path / "local", threading.Event()
+    local, released = folder / "local", threading.Event()
     hang_in(monkeypatch, local, call, released)
     words = {"create": "opening", "put_if_absent": "publishing", "temporaries": "listing"}
     try:
         with pytest.raises(
             DeadlineError, match=rf"{words[call]} {local}.* has not ended after 1 s; the storage does not"
         ):
-            ce.Checkpointer(tmp_path / "run", local=local, timeout=1, preemption=None)
+            ce.Checkpointer(folder / "run", local=local, timeout=1, preemption=None)
     finally:
         released.set()
 
 
-def test_a_local_tier_that_does_not_answer_ends_the_restore(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    local, released = tmp_path / "local", threading.Event()
-    with ce.Checkpointer(tmp_path / "run", local=local, preemption=None) as ckpt:
+def test_a_local_tier_that_does_not_answer_ends_the_restore(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    local, released = folder / "local", threading.Event()
+    with ce.Checkpointer(folder / "run", local=local, preemption=None) as ckpt:
         ckpt.save(1, state_at(1))
-    ckpt = ce.Checkpointer(tmp_path / "run", local=local, timeout=1, preemption=None)
+    ckpt = ce.Checkpointer(folder / "run", local=local, timeout=1, preemption=None)
     hang_in(monkeypatch, local, "size", released)
     try:
         with pytest.raises(DeadlineError, match=rf"looking up {local}.* has not ended after 1 s; the storage does not"):
@@ -129,10 +129,10 @@ def test_a_local_tier_that_does_not_answer_ends_the_restore(tmp_path: Path, monk
 
 
 def test_a_claim_that_does_not_answer_ends_the_save_and_is_the_one_that_the_next_save_takes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     released = threading.Event()
-    with ce.Checkpointer(tmp_path, timeout=1, preemption=None) as ckpt:
+    with ce.Checkpointer(folder, timeout=1, preemption=None) as ckpt:
         real = LocalStorage.put_if_absent
 
         def put_if_absent(self: LocalStorage, name: str, data: Any) -> bool:
@@ -142,7 +142,7 @@ def test_a_claim_that_does_not_answer_ends_the_save_and_is_the_one_that_the_next
 
         monkeypatch.setattr(LocalStorage, "put_if_absent", put_if_absent)
         for _ in range(2):
-            with pytest.raises(DeadlineError, match=f"publishing {tmp_path}/generation-0001.json has not|opening"):
+            with pytest.raises(DeadlineError, match=f"publishing {folder}/generation-0001.json has not|opening"):
                 ckpt.save(1, state_at(1))
         released.set()
         for _ in range(50):
@@ -151,15 +151,15 @@ def test_a_claim_that_does_not_answer_ends_the_save_and_is_the_one_that_the_next
                 break
             except DeadlineError:
                 continue
-        assert [path.name for path in tmp_path.glob("generation-*")] == ["generation-0001.json"]
-        assert [path.name for path in tmp_path.glob("step-*/manifest-*")] == ["manifest-0001.json"]
+        assert [path.name for path in folder.glob("generation-*")] == ["generation-0001.json"]
+        assert [path.name for path in folder.glob("step-*/manifest-*")] == ["manifest-0001.json"]
 
 
 def test_closing_ends_where_the_storage_does_not_let_go_of_the_run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     released = threading.Event()
-    ckpt = ce.Checkpointer(tmp_path, timeout=2, preemption=None)
+    ckpt = ce.Checkpointer(folder, timeout=2, preemption=None)
     ckpt.save(1, state_at(1)).durable.result()
     real = LocalStorage.delete
 
@@ -171,7 +171,7 @@ def test_closing_ends_where_the_storage_does_not_let_go_of_the_run(
     monkeypatch.setattr(LocalStorage, "delete", delete)
     ckpt.close()
     released.set()
-    assert re.search(f"letting go of {tmp_path}: deleting {tmp_path}/writer.json has not ended after 2 s", caplog.text)
+    assert re.search(f"letting go of {folder}: deleting {folder}/writer.json has not ended after 2 s", caplog.text)
 
 
 def hang_in(monkeypatch: pytest.MonkeyPatch, root: Path, call: str, released: threading.Event) -> None:
@@ -187,7 +187,7 @@ def hang_in(monkeypatch: pytest.MonkeyPatch, root: Path, call: str, released: th
     monkeypatch.setattr(LocalStorage, call, blocked)
 
 
-def test_a_store_that_takes_connections_and_never_answers_ends_the_opening(tmp_path: Path) -> None:
+def test_a_store_that_takes_connections_and_never_answers_ends_the_opening(folder: Path) -> None:
     pytest.importorskip("s3fs")
     with socket.create_server(("127.0.0.1", 0)) as server:
         options = {
@@ -203,9 +203,9 @@ def test_a_store_that_takes_connections_and_never_answers_ends_the_opening(tmp_p
 
 
 def test_a_save_that_hangs_is_told_soon_after_its_timeout_and_the_next_does_not_wait_as_long_again(
-    tmp_path: Path, hang: Hang
+    folder: Path, hang: Hang
 ) -> None:
-    ckpt = ce.Checkpointer(tmp_path, every=1, timeout=2)
+    ckpt = ce.Checkpointer(folder, every=1, timeout=2)
     hang(LocalArchiveWriter, "finish")
     began = time.monotonic()
     handle = ckpt.step(1, state_at(1))
@@ -218,7 +218,7 @@ def test_a_save_that_hangs_is_told_soon_after_its_timeout_and_the_next_does_not_
 
 
 def test_a_save_of_one_process_that_fails_raises_while_the_storage_hangs(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """No other rank waits for its word, so the call needn't wait until the background could send one."""
     entered, released, answered = threading.Event(), threading.Event(), threading.Event()
@@ -230,7 +230,7 @@ def test_a_save_of_one_process_that_fails_raises_while_the_storage_hangs(
         answered.set()
         real(self, name)
 
-    with ce.Checkpointer(tmp_path, every=None) as ckpt:
+    with ce.Checkpointer(folder, every=None) as ckpt:
         ckpt.save(1, {"a": np.zeros(3)}).durable.result(20)
         monkeypatch.setattr(LocalStorage, "make_directory", slow)
         with pytest.raises(CheckpointError, match="odd"):
@@ -241,8 +241,8 @@ def test_a_save_of_one_process_that_fails_raises_while_the_storage_hangs(
         assert not answered_first
 
 
-def test_the_end_of_a_process_waits_for_a_hung_save_no_longer_than_its_timeout(tmp_path: Path) -> None:
-    command = [sys.executable, "-c", HANGS, str(tmp_path)]
+def test_the_end_of_a_process_waits_for_a_hung_save_no_longer_than_its_timeout(folder: Path) -> None:
+    command = [sys.executable, "-c", HANGS, str(folder)]
     job = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
     assert "is still being saved after" in job.stderr
     assert "finishing" not in job.stdout
@@ -251,7 +251,7 @@ def test_the_end_of_a_process_waits_for_a_hung_save_no_longer_than_its_timeout(t
 # Cleaning.
 
 
-def test_fast_saves_leave_no_threads_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fast_saves_leave_no_threads_behind(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before, seen = set(threading.enumerate()), []
     real, cleaning, together = LocalStorage.delete_tree, [], set()
 
@@ -262,7 +262,7 @@ def test_fast_saves_leave_no_threads_behind(tmp_path: Path, monkeypatch: pytest.
         cleaning.pop()
 
     monkeypatch.setattr(LocalStorage, "delete_tree", delete_tree)
-    with ce.Checkpointer(tmp_path, every=1, keep_last=1) as ckpt:
+    with ce.Checkpointer(folder, every=1, keep_last=1) as ckpt:
         for step in range(1, 61):
             ckpt.step(step, state_at(step))
             new = set(threading.enumerate()) - before
@@ -271,11 +271,11 @@ def test_fast_saves_leave_no_threads_behind(tmp_path: Path, monkeypatch: pytest.
     # One that has nothing more to do may be ending while the next one begins.
     assert 1 <= max(names.count("ckptengine-clean") for names in seen) <= 2
     assert max(map(len, seen)) <= 8, seen[-1]
-    assert [path.name for path in tmp_path.glob("step-*")] == ["step-00000060"]
+    assert [path.name for path in folder.glob("step-*")] == ["step-00000060"]
 
 
 def test_saves_wait_for_a_storage_that_deletes_more_slowly_and_the_log_says_so(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     may_delete, real = threading.Event(), LocalStorage.delete_tree
 
@@ -284,7 +284,7 @@ def test_saves_wait_for_a_storage_that_deletes_more_slowly_and_the_log_says_so(
         real(self, name)
 
     monkeypatch.setattr(LocalStorage, "delete_tree", delete_tree)
-    with ce.Checkpointer(tmp_path, every=1, keep_last=1, timeout=4) as ckpt:
+    with ce.Checkpointer(folder, every=1, keep_last=1, timeout=4) as ckpt:
         failed = []
         for step in range(1, 14):
             try:
@@ -293,9 +293,9 @@ def test_saves_wait_for_a_storage_that_deletes_more_slowly_and_the_log_says_so(
                 failed.append(str(error))
                 break
         assert step <= 12, "the backlog must be bounded"
-        assert f"deleting {tmp_path}/step-00000001/data-" in failed[0]
+        assert f"deleting {folder}/step-00000001/data-" in failed[0]
         assert "deleting old checkpoints is slower than saving" in caplog.text
-        assert len(list(tmp_path.glob("step-*"))) <= 12
+        assert len(list(folder.glob("step-*"))) <= 12
         may_delete.set()
         ckpt.save(20, state_at(20)).durable.result()
-    assert [path.name for path in tmp_path.glob("step-*")] == ["step-00000020"]
+    assert [path.name for path in folder.glob("step-*")] == ["step-00000020"]

@@ -17,7 +17,7 @@ import ckptengine as ce
 from ckptengine.catalog import receipt
 from ckptengine.catalog.listing import committed
 from ckptengine.comm.exchange import StoreCommunicator
-from ckptengine.errors import CheckpointError
+from ckptengine.errors import CheckpointError, DeadlineError
 from ckptengine.storage.disk import Disk
 from ckptengine.storage.local import LocalStorage
 
@@ -73,9 +73,9 @@ class Pair:
 
 
 @pytest.fixture
-def pair(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pair:
+def pair(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Pair:
     monkeypatch.setattr(receipt, "_GRACE", 1.0)
-    pair = Pair(tmp_path / "run")
+    pair = Pair(folder / "run")
     assert pair.ends(pair.save(1)) == ["", ""]
     return pair
 
@@ -151,6 +151,20 @@ def test_a_call_of_the_store_that_fails_once_costs_one_save_at_most(
     # A rank never goes on thinking that a step failed which is there.
     assert all((end == "") == (2 in pair.steps()) for end in pair.ends(handles))
     assert pair.steps()[-2:] == [3, 4]
+    pair.close()
+
+
+def test_a_missing_rank_is_named_though_the_others_are_told_late(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    announce, told = receipt.Channel.announce, threading.Event()
+    monkeypatch.setattr(receipt.Channel, "announce", lambda self, *given: told.wait(60) and announce(self, *given))
+    handle = pair.ranks[0].save(2, {"w": np.full(100, 2.0), "step": 2})
+    try:
+        with pytest.raises(DeadlineError, match="step-00000002 was not reached within 3 s: rank 1 did not report in"):
+            handle.durable.result()
+    finally:
+        told.set()
+    until(handle.durable.done, "the save has ended")
+    assert pair.ends(pair.save(3)) == ["", ""]
     pair.close()
 
 

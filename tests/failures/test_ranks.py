@@ -4,12 +4,15 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from forkserver import fork
+from in_memory import IN_MEMORY
 from ranks import run_ranks
 from trained import age
 
@@ -21,16 +24,20 @@ HERE = Path(__file__).parent
 
 
 @pytest.fixture(scope="module", params=[1, 0], ids=["rank1", "rank0"])
-def jobs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[int, Path]:
-    """The folder of two jobs; in the first one the victim fails in several ways and is killed."""
-    folder = tmp_path_factory.mktemp("jobs")
-    with (folder / "output.txt").open("wb") as output:
-        job = fork([str(HERE / "kill_ranks.py"), str(folder), str(request.param)], stdout=output, stderr=output)
-    try:
-        assert job.wait(200) == 0, (folder / "output.txt").read_text()[-8000:]
-    finally:
-        job.kill()
-    return request.param, folder
+def jobs(request: pytest.FixtureRequest) -> Iterator[tuple[int, Path]]:
+    """The folder of two jobs; in the first one the victim fails in several ways and is killed.
+
+    It is in memory: each save has 5 seconds.
+    """
+    with tempfile.TemporaryDirectory(dir=IN_MEMORY) as name:
+        folder = Path(name)
+        with (folder / "output.txt").open("wb") as output:
+            job = fork([str(HERE / "kill_ranks.py"), str(folder), str(request.param)], stdout=output, stderr=output)
+        try:
+            assert job.wait(200) == 0, (folder / "output.txt").read_text()[-8000:]
+        finally:
+            job.kill()
+        yield request.param, folder
 
 
 def said(folder: Path, job: int, rank: int) -> Any:

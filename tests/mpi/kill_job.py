@@ -25,7 +25,6 @@ import numpy as np  # noqa: E402
 from mpi4py import MPI  # noqa: E402
 
 import ckptengine as ce  # noqa: E402
-from ckptengine.catalog import receipt  # noqa: E402
 from ckptengine.comm.base import KeyValueStore  # noqa: E402
 from ckptengine.comm.exchange import StoreCommunicator  # noqa: E402
 from ckptengine.comm.mpi import from_mpi  # noqa: E402
@@ -92,7 +91,6 @@ def die_writing() -> None:
 def ranks_that_die(folder: Path) -> None:
     world = MPI.COMM_WORLD
     rest = from_mpi(world.Split(int(world.rank == 2), world.rank), timeout=60)
-    receipt._GRACE = 2.0  # how much longer than its timeout a rank waits for the word of rank 0
     checkpointer = ce.Checkpointer(folder / "run", timeout=TIMEOUT, max_failures=100)
     checkpointer.save(1, state_of(1)).durable.result()
     if world.rank == 2:
@@ -113,7 +111,6 @@ def ranks_that_die(folder: Path) -> None:
 
 def leader_that_dies(folder: Path) -> None:
     world = MPI.COMM_WORLD
-    receipt._GRACE = 2.0
     checkpointer = ce.Checkpointer(folder / "run", timeout=60, max_failures=100)
     checkpointer.save(1, state_of(1)).durable.result()
     if world.rank == 0:

@@ -1,16 +1,21 @@
 """Ranks that die under mpiexec: what the others see, and what the next start finds."""
 
 import json
+import tempfile
+from pathlib import Path
 
 import pytest
+from in_memory import IN_MEMORY
 from mpirun import HERE, mpirun
 
 SCRIPT = HERE / "kill_job.py"
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("kill")
+def folder():
+    """A folder in memory: each save has 5 seconds."""
+    with tempfile.TemporaryDirectory(dir=IN_MEMORY) as name:
+        yield Path(name)
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from forkserver import fork
+from ports import free_port
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
@@ -23,12 +23,6 @@ def environment(**more: str) -> dict[str, str]:
     """Return the environment of a child. Each life of a job has a store of its own, as docs/torchrun.md tells."""
     ours = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "GLOO_SOCKET_IFNAME": "lo"}
     return {**os.environ, **ours, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", **more}
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 class Job:

@@ -17,15 +17,15 @@ from dataclasses import dataclass
 from email.message import Message
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+from ports import free_port
+
 KEY, SECRET = "AKIAEXAMPLEEXAMPLE00", "xyzzySecretXyzzy0123456789"
 
 
 @contextlib.contextmanager
 def moto_server() -> Iterator[int]:
     """Run the server; yield its port."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
     server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:

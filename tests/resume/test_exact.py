@@ -11,6 +11,8 @@ from gpt_job import GLOBAL_BATCH, SAMPLES
 from gpt_lives import Life, events, final, starts, steps_of
 
 from ckptengine.audit import audit
+from ckptengine.catalog.listing import newest
+from ckptengine.storage.local import LocalStorage
 
 STEPS = 30
 
@@ -101,7 +103,7 @@ def through_ranks(folder: Path, *arguments: str) -> Path:
     def reached(step: int) -> bool:
         """Whether a step was trained, and there is a checkpoint to go on from."""
         trained = any(event["event"] == "step" and event["step"] >= step for event in events(folder))
-        return trained and bool(list((folder / "run").glob("step-*/manifest-*")))
+        return trained and newest(LocalStorage(folder / "run")) is not None
 
     for ranks, step in ((4, 7), (2, 14), (3, 22)):
         Life(folder, ranks, "--pause=0.03", *arguments).kill_when(lambda step=step: reached(step))

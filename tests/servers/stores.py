@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 from buckets import QUICK, SMALL, s3_options
+from ports import free_port
 from servers import KEY, SECRET
 
 from ckptengine.storage.remote import RemoteStorage
@@ -50,12 +51,6 @@ class Server(int):
         server = super().__new__(cls, port)
         server.pid = pid
         return server
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @contextlib.contextmanager
