@@ -23,7 +23,7 @@ from ckptengine.load.checkpoint import Checkpoint, Opened
 from ckptengine.storage.base import StorageView, join
 from ckptengine.storage.within import within
 
-__all__ = ["TRIES", "Chooser", "newest_checkpoint", "newest_or_foreign", "while_replaced"]
+__all__ = ["TRIES", "Chooser", "newest_checkpoint", "newest_or_foreign", "outrun", "while_replaced"]
 
 TRIES = 20
 """How often a reader begins anew because a writer has deleted what it reads."""
@@ -79,7 +79,12 @@ def while_replaced(storage: StorageView, read: Callable[[Checkpoint], _T]) -> _T
         except (CheckpointDamagedError, StorageError):
             if storage.size(looked_at[-1].manifest) is not None:
                 raise
-    raise CheckpointNotFoundError(
+    raise outrun(storage)
+
+
+def outrun(storage: StorageView) -> CheckpointNotFoundError:
+    """Return the error of a reader that has found each checkpoint deleted before it was read."""
+    return CheckpointNotFoundError(
         f"{storage.location()}: its checkpoints are deleted faster than they can be read ({TRIES} tries): keep more "
         "of them (keep_last=)"
     )

@@ -28,7 +28,7 @@ from ckptengine.errors import (
 )
 from ckptengine.frameworks.registry import adapters
 from ckptengine.load.checkpoint import Checkpoint, Opened, naming
-from ckptengine.load.choose import TRIES, Chooser, newest_or_foreign
+from ckptengine.load.choose import TRIES, Chooser, newest_or_foreign, outrun
 from ckptengine.load.describe import describe
 from ckptengine.load.fill import Filling, host_memory, plan_filling, read_ranges
 from ckptengine.load.judge import judge, said_of
@@ -121,6 +121,8 @@ def load_newest(
         if not chooser.is_gone(checkpoint):
             break
         _tell_gone(comm, checkpoint, failure)
+    else:
+        raise outrun(storage) from failure
     if isinstance(failure, CheckpointDamagedError):
         raise CheckpointDamagedError(
             f"{failure}. Parts of the state may have been overwritten: don't use it; load another checkpoint into it"
@@ -151,7 +153,7 @@ def restore_newest(
     all ranks where `arguments` differ.
     """
     chooser = Chooser(views, comm, timeout, "restore", arguments)
-    for last in range(TRIES - 1, -1, -1):
+    for _ in range(TRIES):
         damaged: list[str] = []
         unread: StorageError | None = None
         place: tuple[str, int] | None = None
@@ -164,9 +166,10 @@ def restore_newest(
                     upload(checkpoint)
                 return _load(checkpoint, state, comm, timeout, options)
             except (CheckpointDamagedError, StorageError) as error:
-                if last and chooser.is_gone(checkpoint):
+                if chooser.is_gone(checkpoint):
                     # Its writer has deleted it since: there is a newer one.
                     _tell_gone(comm, checkpoint, error)
+                    failure = error
                     break
                 if isinstance(error, CheckpointDamagedError):
                     damaged.append(str(error))
@@ -183,6 +186,8 @@ def restore_newest(
                     _log.warning("%s can't be read; another copy is tried: %s", checkpoint.location, error)
         else:
             break
+    else:
+        raise outrun(views[0]) from failure
     if unread is not None:
         raise unread
     if damaged:

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from itertools import count
 
 import numpy as np
 import pytest
@@ -117,6 +118,21 @@ def test_a_checkpoint_that_is_deleted_for_good_while_it_is_read_is_not_found(tmp
     disturbed(delete)
     with pytest.raises(CheckpointNotFoundError, match=str(tmp_path)):
         load_into(tmp_path)
+
+
+@pytest.mark.parametrize("read", [load_arrays, load_into, restore])
+def test_a_reader_that_a_writer_outruns_is_told_so(tmp_path, monkeypatch, read):
+    writer, archive, steps = ce.Checkpointer(tmp_path, keep_last=1, preemption=None), Checkpoint.archive, count(1)
+
+    def go_on(*_):
+        writer.save(next(steps), {"number": 1, "a": np.ones(3)}).durable.result()
+        writer._saver.settle(60)
+
+    go_on()
+    monkeypatch.setattr(Checkpoint, "archive", lambda self, rank: (go_on(), archive(self, rank))[1])
+    with pytest.raises(CheckpointNotFoundError, match=r"deleted faster than they can be read \(20 tries\).*keep_last="):
+        read(tmp_path)
+    writer.close()
 
 
 WRITER = """
