@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -82,11 +83,16 @@ def while_replaced(storage: StorageView, read: Callable[[Checkpoint], _T]) -> _T
     raise outrun(storage)
 
 
-def outrun(storage: StorageView) -> CheckpointNotFoundError:
-    """Return the error of a reader that has found each checkpoint deleted before it was read."""
-    return CheckpointNotFoundError(
+def outrun(storage: StorageView, filling: bool = False) -> StorageError:
+    """Return the error of a reader that has found each checkpoint deleted before it was read.
+
+    It is no `CheckpointNotFoundError`, after which a job may begin anew. With `filling` it has read into a state.
+    """
+    return StorageError(
+        errno.ESTALE,
         f"{storage.location()}: its checkpoints are deleted faster than they can be read ({TRIES} tries): keep more "
         "of them (keep_last=)"
+        + (". Parts of the state may have been overwritten: don't use it, load it again" if filling else ""),
     )
 
 

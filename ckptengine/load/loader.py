@@ -122,7 +122,7 @@ def load_newest(
             break
         _tell_gone(comm, checkpoint, failure)
     else:
-        raise outrun(storage) from failure
+        raise outrun(storage, filling=True) from failure
     if isinstance(failure, CheckpointDamagedError):
         raise CheckpointDamagedError(
             f"{failure}. Parts of the state may have been overwritten: don't use it; load another checkpoint into it"
@@ -149,8 +149,8 @@ def restore_newest(
     every rank can read it. `where` is what messages call the place. `arguments` are those of the caller that all
     ranks must give alike. Returns None where nothing was ever committed.
 
-    Raises `CheckpointDamagedError` naming all that are damaged, where none is whole; `StorageError`; `ValueError` on
-    all ranks where `arguments` differ.
+    Raises `CheckpointDamagedError` naming all that are damaged, where none is whole; `StorageError`, ESTALE where a
+    writer has deleted each one before it was read; `ValueError` on all ranks where `arguments` differ.
     """
     chooser = Chooser(views, comm, timeout, "restore", arguments)
     for _ in range(TRIES):
@@ -187,7 +187,7 @@ def restore_newest(
         else:
             break
     else:
-        raise outrun(views[0]) from failure
+        raise outrun(views[0], filling=True) from failure
     if unread is not None:
         raise unread
     if damaged:

@@ -73,7 +73,7 @@ def prefetch(
 
     Raises `CheckpointNotFoundError` where there is no such step, `CheckpointDamagedError` where none is complete,
     `StorageError`: EEXIST where the target holds another run, ENOSPC where there is no room, before anything is
-    fetched; `DeadlineError`, `FormatVersionError`.
+    fetched, ESTALE where each checkpoint is deleted before it is here; `DeadlineError`, `FormatVersionError`.
     """
     fetch = _Fetch(source, target, step, tell or (lambda text: None), progress or (lambda done, total: None))
     target.create()
@@ -83,9 +83,10 @@ def prefetch(
                 return fetch.run()
             except _Gone:
                 continue
-    raise CheckpointNotFoundError(
+    raise StorageError(
+        errno.ESTALE,
         f"{source.location()}: its checkpoints are deleted faster than they can be fetched: keep more of them "
-        "(keep_last=)"
+        "(keep_last=)",
     )
 
 

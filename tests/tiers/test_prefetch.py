@@ -20,6 +20,7 @@ from waiting import until
 
 import ckptengine as ce
 from ckptengine.catalog.lease import LEASE_SECONDS
+from ckptengine.catalog.listing import lineage
 from ckptengine.catalog.retention import remove_leftovers
 from ckptengine.errors import CheckpointDamagedError, CheckpointNotFoundError, DeadlineError, StorageError
 from ckptengine.storage.local import LocalStorage
@@ -276,6 +277,20 @@ def test_a_checkpoint_that_is_deleted_meanwhile_is_left_for_the_one_that_came_af
     assert done is not None
     assert (done.step, done.damaged) == (30, ())
     assert steps_of(tmp_path / "ckpt") == [30]
+
+
+def test_who_is_outrun_by_the_writer_is_told_so(run, tmp_path, monkeypatch):
+    kept, newest = tmp_path / "kept", run / "step-00000030"
+    shutil.copytree(newest, kept)
+
+    def save_again(storage):
+        shutil.copytree(kept, newest, dirs_exist_ok=True)
+        return lineage(storage)
+
+    monkeypatch.setattr("ckptengine.tiers.prefetch.lineage", save_again)
+    with pytest.raises(StorageError, match=r"deleted faster than they can be fetched.*keep_last=") as raised:
+        fetch(run, tmp_path / "ckpt", progress=lambda done, total: shutil.rmtree(newest, ignore_errors=True))
+    assert not isinstance(raised.value, FileNotFoundError)  # by which a job would begin anew
 
 
 def test_who_opens_the_directory_meanwhile_does_not_sweep_what_has_come(run, tmp_path, monkeypatch):
