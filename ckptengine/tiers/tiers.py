@@ -98,7 +98,8 @@ class Tiers:
             store,
             token,
             self._after_upload,
-            self._after_part,
+            self._released,
+            self._leaders,
             lambda: self.claims.generation,
             self._pace,
         )
@@ -148,15 +149,18 @@ class Tiers:
         except CheckpointError as error:
             _log.warning("%s: cleaning up failed: %s", persistent.location(), error)
 
-    def _after_part(self) -> None:
-        """After a rank's part of an upload: delete what had to wait for it, where no commit may follow that would."""
+    @property
+    def _leaders(self) -> list[int]:
+        """The first rank of each node that has a disk of its own, without rank 0."""
         local = self.places.local
-        if local is None or not local.site.leads:
-            return
+        return [] if local is None else [rank for rank in local.site.leaders if rank]
+
+    def _released(self) -> None:
+        """After an upload, on the other nodes: delete what had to wait for it, for no commit may follow that would."""
         try:
             self.cleaning.after_commit()
-        except CheckpointError as error:
-            _log.warning("%s: cleaning up failed: %s", local.storage.location(), error)
+        except Exception as error:  # whatever it is, this rank does its part of the next upload
+            _log.warning("%s: cleaning up failed: %s", self.places.first.location(), error)
 
     def _pending(self) -> set[str]:
         """Return the attempts that are still to be uploaded."""
@@ -205,6 +209,14 @@ class Tiers:
                             "job uploads it"
                         )
                 word = share(self._comm, word, error, timeout + 2 * _SLICE_SECONDS, "waiting for uploads")
+        if self._comm.rank in self._leaders:
+            # The word that it is over may still be on its way to the uploader, which ends now.
+            uploader.release()
+            doing = f"deleting old checkpoints in {self.places.first.location()}"
+            try:
+                within(self._timeout, doing, self._released)
+            except DeadlineError as problem:
+                self._tell(f"{problem}")
 
     def tell_kept(self) -> None:
         """Say where a checkpoint is that is in memory only, at the end of a job; on rank 0."""

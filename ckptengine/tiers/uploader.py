@@ -7,7 +7,7 @@ import json
 import logging
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import astuple, dataclass
 
 from ckptengine.archive.record import ArchiveRecord
@@ -34,7 +34,9 @@ _LOOKS_PER_SECOND = 100
 _WAIT_SECONDS = 10.0
 """How long a look lasts where the store can wait, and how often a rank tells that its part goes on."""
 _END_SECONDS = 5.0
-"""How long the end waits for the thread, which a request to the storage may hold."""
+"""How long the end waits for the thread, which a request to the storage may hold, or the deletion of what may go."""
+_UPLOADED, _FAILED = b"+", b"-"
+"""What rank 0 says when an upload is over."""
 
 _log = logging.getLogger("ckptengine")
 
@@ -108,9 +110,10 @@ class Uploader:
 
     `source` has the faster tiers, `persistent` is where it goes. On rank 0 `uploaded` is called after each commit
     there, with the upload, and `own` returns the newest generation that this job has claimed, or found when it began,
-    of a life that is over: one above is another job's. On other ranks `released` is called after each part, of which
-    nothing is needed here any more. An upload that fails is told, and tried again until something newer is there:
-    training never waits for it.
+    of a life that is over: one above is another job's. `leaders` are the other ranks that delete what their node has:
+    there an attempt is protected until rank 0 says that its upload is over, for other ranks of the node may still read
+    it, and `released` is called when it is uploaded. An upload that fails is told, and tried again until something
+    newer is there: training never waits for it.
 
     It has many attributes: beside what it works with, they are what its thread and its callers tell each other.
     """
@@ -124,12 +127,14 @@ class Uploader:
         token: str,
         uploaded: Callable[[Upload], None],
         released: Callable[[], None],
+        leaders: Collection[int],
         own: Callable[[], int],
         pace: Pace | None,
     ) -> None:
         self._source, self._persistent, self._comm, self._store = source, persistent, comm, store
         self._prefix = f"ckptengine/move/{token}"
         self._uploaded, self._released, self._own, self._pace = uploaded, released, own, pace
+        self._leaders = leaders
         self._changed = threading.Condition()
         self._next: Upload | None = None
         self._current: Upload | None = None
@@ -161,6 +166,11 @@ class Uploader:
         with self._changed:
             known = {upload.manifest.attempt for upload in (self._next, self._current) if upload is not None}
             return known | ({self._attempt} if self._attempt else set())
+
+    def release(self) -> None:
+        """Protect nothing any more on a rank that follows: all that was offered is uploaded."""
+        with self._changed:
+            self._attempt = ""
 
     def pending(self) -> Upload | None:
         """Return what is on its way, or is next."""
@@ -239,7 +249,7 @@ class Uploader:
                 problem = f"{error}" or type(error).__name__
             gone = bool(problem) and self._gone(upload)
             with self._changed:
-                self._current = None
+                self._current, self._attempt = None, ""
                 self._changed.notify_all()
                 if not problem:
                     self._problem, pause = "", _RETRY_SECONDS[0]
@@ -283,17 +293,27 @@ class Uploader:
             self._number += 1
             for rank, share in enumerate(others, 1):
                 self._send(f"{self._prefix}/{self._number}/{rank}", share.encode())
-            error = self._upload_part(mine)
-            errors = {0: error} if error else {}
-            # All answer, whatever has come of it here: the next number is one that all wait for.
-            for rank in range(1, self._comm.world_size):
-                if reply := self._receive(f"{self._prefix}/{self._number}/done/{rank}", self._going(rank)):
-                    errors[rank] = reply.decode()
-                self._forget(self._going(rank))
-            if errors:
-                raise SaveFailedError("; ".join(f"rank {rank}: {text}" for rank, text in sorted(errors.items())))
-            copy_commit(self._source, persistent, upload.directory, upload.manifest)
+            word = _FAILED
+            try:
+                self._finish(upload, mine)
+                word = _UPLOADED
+            finally:
+                for rank in self._leaders:
+                    self._send(self._over(rank), word)
         self._uploaded(upload)
+
+    def _finish(self, upload: Upload, mine: UploadPart) -> None:
+        """Do rank 0's part, wait for the others' and commit."""
+        error = self._upload_part(mine)
+        errors = {0: error} if error else {}
+        # All answer, whatever has come of it here: the next number is one that all wait for.
+        for rank in range(1, self._comm.world_size):
+            if reply := self._receive(f"{self._prefix}/{self._number}/done/{rank}", self._going(rank)):
+                errors[rank] = reply.decode()
+            self._forget(self._going(rank))
+        if errors:
+            raise SaveFailedError("; ".join(f"rank {rank}: {text}" for rank, text in sorted(errors.items())))
+        copy_commit(self._source, self._persistent, upload.directory, upload.manifest)
 
     def _follow(self) -> None:
         rank = self._comm.rank
@@ -301,7 +321,14 @@ class Uploader:
             self._number += 1
             share = UploadPart.decode(self._receive(f"{self._prefix}/{self._number}/{rank}"))
             self._send(f"{self._prefix}/{self._number}/done/{rank}", self._upload_part(share).encode())
-            self._released()
+            word = self._receive(self._over(rank)) if rank in self._leaders else _FAILED
+            self.release()
+            if word == _UPLOADED:
+                self._released()
+
+    def _over(self, rank: int) -> str:
+        """Return the key under which rank 0 tells that the present upload is over."""
+        return f"{self._prefix}/{self._number}/over/{rank}"
 
     def _going(self, rank: int) -> str:
         """Return the key under which a rank tells that its part of the present upload goes on."""
@@ -318,9 +345,6 @@ class Uploader:
             raise
         except Exception as error:
             return f"{error}" or type(error).__name__
-        finally:
-            with self._changed:
-                self._attempt = ""
         return ""
 
     def _progress(self, nbytes: int) -> None:

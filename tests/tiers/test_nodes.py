@@ -33,11 +33,13 @@ def test_each_node_has_its_ranks_archives_and_a_manifest_and_home_has_all(tmp_pa
     assert steps(run)[-1] == 3
 
 
-def test_a_node_keeps_no_more_than_its_rules_though_it_uploads_late(tmp_path):
+@pytest.mark.parametrize("late", [2, 3], ids=["the rank that deletes", "the other rank"])
+def test_a_node_keeps_what_it_uploads_late_until_then_and_no_longer(tmp_path, late):
     run, local = tmp_path / "run", tmp_path / "local"
-    finish(4, tmp_path, run=str(run), local=str(local), node=2, until=3, keep_last={"local": 1, "run": 2}, late=2)
+    keep = {"local": 1, "run": 2}
+    finish(4, tmp_path, run=str(run), local=str(local), node=2, until=3, keep_last=keep, late=[2, late])
+    assert steps(run) == [2, 3], "step 2 was deleted before it was uploaded"
     assert [steps(local / f"node-{node}") for node in range(2)] == [[3], [3]]
-    assert steps(run)[-1] == 3
 
 
 def test_a_step_that_is_only_in_the_memory_of_both_nodes_is_completed_and_restored(tmp_path, memory):

@@ -48,14 +48,14 @@ def start(trained_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(uploader, "_LOOK_SECONDS", 0.01)
     uploaders: list[Uploader] = []
 
-    def start(store: MemoryStore) -> list[Uploader]:
+    def start(store: MemoryStore, released: Callable[[], None] = lambda: None) -> list[Uploader]:
         persistent = LocalStorage(tmp_path / "persistent")
         persistent.create()
         for rank in range(2):
             comm = SimpleNamespace(rank=rank, world_size=2)
             source = Overlay([LocalStorage(trained_run)])
-            nothing = lambda *_: None  # noqa: E731
-            uploaders.append(Uploader(source, persistent, comm, store, "token", nothing, nothing, lambda: 1, None))
+            args = source, persistent, comm, store, "token", lambda upload: None, released, [1], lambda: 1, None
+            uploaders.append(Uploader(*args))
         return uploaders
 
     yield start
@@ -105,6 +105,51 @@ def test_an_error_of_any_kind_on_any_rank_is_told_and_the_move_tried_again(
     leader.offer(newest_of(trained_run))
     wait_until_there(leader, tmp_path / "persistent")
     assert f"tried again: rank {rank}: no memory" in caplog.text
+
+
+def test_a_node_deletes_nothing_of_an_upload_before_all_ranks_have_done_their_parts(
+    start, trained_run, tmp_path, monkeypatch
+):
+    copy, seen, over = uploader.copy_archive, [], threading.Event()
+    upload = newest_of(trained_run)
+
+    def slow(source, target, name, record, **more):
+        if name.endswith("rank-00000.zarr.zip"):
+            end = time.monotonic() + 60
+            while store.get(f"ckptengine/move/token/{leader._number}/done/1", 0.01) is None:
+                assert time.monotonic() < end
+            seen.append(follower.protected)
+        return copy(source, target, name, record, **more)
+
+    def released():
+        seen.append(follower.protected)
+        over.set()
+
+    monkeypatch.setattr(uploader, "copy_archive", slow)
+    store = MemoryStore()
+    leader, follower = start(store, released)
+    leader.offer(upload)
+    wait_until_there(leader, tmp_path / "persistent")
+    assert over.wait(60)
+    assert seen == [{upload.manifest.attempt}, set()]
+
+
+def test_what_goes_wrong_in_an_upload_is_no_word_that_it_is_there(start, trained_run, tmp_path, monkeypatch):
+    copy, tries, released = uploader.copy_archive, [], threading.Event()
+
+    def failing(source, target, name, record, **more):
+        if name.endswith("rank-00001.zarr.zip"):
+            tries.append(released.is_set())
+            if len(tries) < 3:
+                raise MemoryError("no memory")
+        return copy(source, target, name, record, **more)
+
+    monkeypatch.setattr(uploader, "copy_archive", failing)
+    leader, _ = start(MemoryStore(), released.set)
+    leader.offer(newest_of(trained_run))
+    wait_until_there(leader, tmp_path / "persistent")
+    assert released.wait(60)
+    assert tries == [False, False, False]
 
 
 def test_rank_0_hears_that_another_ranks_part_goes_on(start, trained_run, tmp_path, monkeypatch):

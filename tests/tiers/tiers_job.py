@@ -3,9 +3,9 @@
 `run`, `local`, `memory` and `keep_last` are the Checkpointer's; with `node`, so many ranks share a node, whose local
 and memory tiers are in a folder of its own; `memory` may be a list, of what each rank is given. It trains until step
 `until`; from step `stuck` on the disk that saves go to takes no archive any more. With `exit` the ranks leave the
-Checkpointer with that code, with `unclosed` they never close it; rank 2 begins to upload its part of step `late` before
-the next step, and goes on when that is saved; before step `signal_at` rank 0 is told to end. Each rank notes what it
-did in `FOLDER/rank-N.json`, and makes `FOLDER/at-STEP.N` after each step.
+Checkpointer with that code, with `unclosed` they never close it. With `late`, a step and a rank, that rank begins to
+upload its part of the step before the next step, and goes on when that is saved. Before step `signal_at` rank 0 is told
+to end. Each rank notes what it did in `FOLDER/rank-N.json`, and makes `FOLDER/at-STEP.N` after each step.
 """
 
 from __future__ import annotations
@@ -73,15 +73,14 @@ def stick(disk: str) -> None:
     LocalStorage.create_archive = stuck  # type: ignore[method-assign]
 
 
-def delay_upload(folder: Path, ckpt: ce.Checkpointer, step: int) -> None:
-    """Have this rank's part of a step's upload wait until the next step is saved here, to the last thread."""
+def delay_upload(folder: Path, step: int) -> None:
+    """Have this rank's part of a step's upload wait until the next step is saved on all ranks, to the last thread."""
 
     def late(share: uploader.UploadPart, *more: Any) -> None:
         if f"step-{step:08d}" in share.data:
             (folder / "late").touch()
-            while not (folder / f"at-{step + 1}.{dist.get_rank()}").exists():
+            while len(list(folder.glob(f"at-{step + 1}.*"))) < dist.get_world_size():
                 time.sleep(0.01)
-            ckpt._saver.settle(60)
         upload_part(share, *more)
 
     upload_part = uploader.upload_part
@@ -114,15 +113,15 @@ def main() -> None:
         timeout=options.get("timeout", 60),
         preemption=ce.Preemption() if "signal_at" in options else None,
     )
-    if "late" in options and rank == 2:
-        delay_upload(folder, ckpt, options["late"])
+    if rank in options.get("late", [])[1:]:
+        delay_upload(folder, options["late"][0])
     with contextlib.nullcontext() if options.get("unclosed") else ckpt:
         report["restored"] = ckpt.restore(state)
         report["seconds"] = time.monotonic() - began
         if report["restored"] is not None:
             check(state, report["restored"])
         for step in range((report["restored"] or 0) + 1, options["until"] + 1):
-            while step - 1 == options.get("late") and not (folder / "late").exists():
+            while [step - 1] == options.get("late", [])[:1] and not (folder / "late").exists():
                 time.sleep(0.01)
             if step == options.get("stuck"):
                 stick(local or options["run"])
@@ -138,6 +137,8 @@ def main() -> None:
                     time.sleep(0.01)
             else:
                 handle.durable.result()
+            if "late" in options:
+                ckpt._saver.settle(60)  # what may be deleted after it is deleted
             (folder / f"at-{step}.{rank}").touch()
         if "wait_for" in options:
             while not Path(options["wait_for"]).exists():
