@@ -183,9 +183,9 @@ class Checkpointer:
         With `only`, in a job that has restored or saved already, read parts of the job's current checkpoint (or of
         `step`) again and change nothing else: the next save still follows the last one.
 
-        Raises `CheckpointNotFoundError` if `step` has no committed checkpoint, no checkpoint has the metric, or only
-        another library's is there; `CheckpointDamagedError` if all are damaged; `LoadMismatchError` if the state
-        doesn't match; `RestoreDifferenceError` if it differs after the load; `ValueError` if ranks ask differently.
+        Raises `CheckpointNotFoundError` if there is no checkpoint of `step` or with the metric, or only another
+        library's; `StorageError` if one can't be read, `CheckpointDamagedError` if all are damaged; `LoadMismatchError`
+        if the state doesn't match, `RestoreDifferenceError` if it differs afterwards; `ValueError` if ranks differ.
         """
         with self._turn("restore"):
             began = time.monotonic()

@@ -214,10 +214,10 @@ class Adapter:
         """Return the names of a module's tensors without memory that its state does not have."""
         return []
 
-    def plain_attributes(self, value: Any) -> Iterable[tuple[str, dict[str, int | float]]]:
-        """Return the numbers in attributes of a module and of each in it, or of an optimizer, that no state holds.
+    def plain_counters(self, value: Any) -> Iterable[tuple[str, Any, dict[str, int]]]:
+        """Return the ints in attributes of an optimizer, or of a module and of each in it, that no state holds.
 
-        Each with its dotted name. What the framework's own classes keep is none of them.
+        Each time the dotted name in the module, the owner and its ints. What the framework's own classes keep is none.
         """
         return ()
 

@@ -73,7 +73,7 @@ class StateReader:
         self._plain: FlatState | None = None
         self._structure: Structure = ()
         self._told_empty: set[Path] = set()
-        self._beside = Beside()
+        self._beside: Beside | None = Beside()
 
     def forget(self) -> None:
         """Walk the next state from the beginning, as in a forked process."""
@@ -88,15 +88,23 @@ class StateReader:
             more = f" and {len(new) - 8} more" if len(new) > 8 else ""
             _log.warning("nothing of %s%s is saved: its state_dict() is empty", names, more)
 
-    def tell_beside(self, state: Mapping[str, Any], reading: Reading, rank: int) -> None:
-        """Log once, on rank 0, which numbers change as the job trains and lie beside what is saved."""
-        new = list(self._beside.changed(state, reading.plain).items()) if rank == 0 else []
+    def tell_beside(self, state: Mapping[str, Any], reading: Reading) -> None:
+        """Log once which counters go on as the job trains and lie beside what is saved; on rank 0."""
+        if self._beside is None:
+            return
+        try:
+            new = list(self._beside.changed(state, reading.plain).items())
+        except Exception:  # classes may answer anything, and no save fails because of a hint
+            self._beside = None
+            _log.debug("attributes beside the state are not looked at any more", exc_info=True)
+            return
         if new:
             names = ", ".join(f"{name} ({before} before, now {now})" for name, (before, now) in new[:8])
             more = f" and {len(new) - 8} more" if len(new) > 8 else ""
             _log.warning(
-                "changed since an earlier save, but not saved, because no state_dict() holds it: %s%s; if training "
-                "depends on it, make it a buffer, return it in get_extra_state() or put it into the state",
+                "changed since an earlier save, but not saved, because no state_dict() holds it: %s%s. If training "
+                "depends on it, keep it in a buffer of the module or in the optimizer's param_groups, or put it into "
+                "the state as a value of the same name",
                 names,
                 more,
             )

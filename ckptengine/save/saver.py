@@ -288,7 +288,8 @@ class Saver:
                 reading = self._reader.read(state)
                 values = stored_values(reading.plain)
             self._reader.tell_empty(reading, self._comm.rank)
-            self._reader.tell_beside(state, reading, self._comm.rank)
+            if target.step is not None and self._comm.rank == 0:
+                self._reader.tell_beside(state, reading)
             checked_metadata(target.metadata)
             if behind:
                 raise SaveFailedError(f"{target.storage.location()}: {behind}")

@@ -23,7 +23,7 @@ from ckptengine.torch import own_calls as _own_calls
 from ckptengine.torch import random as _random
 from ckptengine.torch import spread as _spread
 from ckptengine.torch import wrapped as _wrapped
-from ckptengine.torch.attributes import plain_attributes
+from ckptengine.torch.attributes import plain_counters
 from ckptengine.torch.deepspeed import is_zero_optimizer
 from ckptengine.torch.dtensor import is_dtensor
 from ckptengine.torch.emptied import gathered_once
@@ -161,9 +161,9 @@ class TorchAdapter(Adapter):
         """Return the names of buffers on the meta device that are not persistent."""
         return _meta.unsaved_without_memory(module)
 
-    def plain_attributes(self, value: Any) -> Iterable[tuple[str, dict[str, int | float]]]:
-        """Return the public int and float attributes that no `state_dict` holds, where it is torch's own."""
-        return plain_attributes(value)
+    def plain_counters(self, value: Any) -> Iterable[tuple[str, Any, dict[str, int]]]:
+        """Return the public int attributes that no `state_dict` holds, where it is torch's own."""
+        return plain_counters(value)
 
     def module_loading(self, module: Any) -> frozenset[str] | None:
         """Return which submodules may take tensors of other shapes; None where only torch's own code would load."""

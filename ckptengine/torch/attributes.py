@@ -1,52 +1,61 @@
-"""Numbers that modules and optimizers keep in plain attributes, which their `state_dict` leaves out."""
+"""Counters that modules and optimizers keep in plain attributes, which their `state_dict` leaves out."""
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 
+from ckptengine.torch.deepspeed import is_engine, is_zero_optimizer
 from ckptengine.torch.own_calls import saves_itself
 
-__all__ = ["plain_attributes"]
+__all__ = ["plain_counters"]
 
 _TORCHS = frozenset(("torch", "builtins", "typing", "abc"))
 """The packages whose classes torch's own are made of."""
+_SAVING = "state_dict", "get_extra_state", "_save_to_state_dict"
 
 
-def plain_attributes(value: Any) -> Iterator[tuple[str, dict[str, int | float]]]:
-    """Yield the public int and float attributes of an optimizer, or of a module and of each in it, with its name there.
+def plain_counters(value: Any) -> Iterator[tuple[str, Any, dict[str, int]]]:
+    """Yield the public int attributes of an optimizer, or of a module and of each in it: name there, owner, numbers.
 
-    Left out is what torch's own classes keep, and what has code of its own that says what it saves.
+    Left out is what torch's own classes keep, and DeepSpeed's. So is, with all that is in it, what has code of its own
+    that says what it saves.
     """
-    cls: Any = type(value)
-    if not isinstance(value, torch.nn.Module):
-        if not _is_torchs(cls) and not saves_itself(value):
-            yield "", _numbers(value)
+    if isinstance(value, torch.nn.Module):
+        yield from _of_modules("", value, set())
+    elif not (_is_torchs(type(value)) or is_zero_optimizer(value) or saves_itself(value)):
+        yield "", value, _counters(value)
+
+
+def _of_modules(name: str, module: torch.nn.Module, met: set[int]) -> Iterator[tuple[str, Any, dict[str, int]]]:
+    if id(module) in met:
         return
-    if not _is_torchs(cls) and (_says_itself(cls) or value._state_dict_hooks):
-        return
-    for name, part in value.named_modules():
-        cls = type(part)
-        if not (_is_torchs(cls) or _says_itself(cls) or part._state_dict_hooks) and (numbers := _numbers(part)):
-            yield name, numbers
+    met.add(id(module))
+    if not _is_torchs(type(module)) and not is_engine(module):
+        if _says_itself(module):
+            return
+        if counters := _counters(module):
+            yield name, module, counters
+    for key, part in module._modules.items():
+        if part is not None:
+            yield from _of_modules(f"{name}.{key}" if name else key, part, met)
 
 
-def _numbers(owner: Any) -> dict[str, int | float]:
-    return {
-        name: value for name, value in vars(owner).items() if type(value) in (int, float) and not name.startswith("_")
-    }
+def _counters(owner: Any) -> dict[str, int]:
+    return {key: number for key, number in vars(owner).items() if type(number) is int and not key.startswith("_")}
 
 
-@functools.lru_cache(maxsize=1024)
-def _says_itself(cls: Any) -> bool:
-    """Whether a module's class has code that decides what of it is saved."""
-    calls = ("state_dict", "get_extra_state", "_save_to_state_dict")
-    return not _is_torchs(cls) and any(getattr(cls, call) is not getattr(torch.nn.Module, call) for call in calls)
+def _says_itself(module: torch.nn.Module) -> bool:
+    """Whether a module has code that decides what of it is saved."""
+    cls = type(module)
+    return (
+        any(getattr(cls, call) is not getattr(torch.nn.Module, call) for call in _SAVING)
+        or "state_dict" in vars(module)
+        or bool(module._state_dict_hooks)
+    )
 
 
-@functools.lru_cache(maxsize=1024)
 def _is_torchs(cls: type) -> bool:
     return all(base.__module__.partition(".")[0] in _TORCHS for base in cls.__mro__)

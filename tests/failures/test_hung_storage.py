@@ -269,7 +269,7 @@ def test_fast_saves_leave_no_threads_behind(folder: Path, monkeypatch: pytest.Mo
             seen.append([thread.name for thread in new if thread.name.startswith("ckptengine-")])
     assert together == {1}, "one thread cleans at a time"
     # One that has nothing more to do may be ending while the next one begins.
-    assert 1 <= max(names.count("ckptengine-clean") for names in seen) <= 2
+    assert max(names.count("ckptengine-clean") for names in seen) <= 2
     assert max(map(len, seen)) <= 8, seen[-1]
     assert [path.name for path in folder.glob("step-*")] == ["step-00000060"]
 

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import time
 from itertools import count
 
 import numpy as np
@@ -153,7 +154,9 @@ def test_every_load_beside_a_process_that_keeps_replacing_the_checkpoint_is_whol
     with subprocess.Popen([sys.executable, "-c", WRITER, str(tmp_path)]) as writer:
         try:
             seen: list[int] = []
+            until = time.monotonic() + 200
             while len(seen) < 120 or len(set(seen)) < 30:  # the writer takes its time to start
+                assert time.monotonic() < until, f"the writer stands still: {len(set(seen))} versions in {len(seen)}"
                 seen += [load_arrays(tmp_path), load_into(tmp_path)]
                 assert writer.poll() is None
         finally:
