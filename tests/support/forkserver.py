@@ -37,6 +37,9 @@ PRELOADED = (
     "ckptengine.data.stream", "ckptengine.storage.s3", "ckptengine.torch.adapter",
 )  # fmt: skip
 _ADDRESS = "CKPTENGINE_TEST_FORKS"
+TELL_STACKS = signal.SIGRTMAX
+"""The signal at which a process prints where its threads are."""
+
 _server: tuple[subprocess.Popen[bytes], str] | None = None
 
 
@@ -258,6 +261,7 @@ def _fork(connection: socket.socket) -> int:
 
 def _run(arguments: list[str], env: dict[str, str], cwd: str) -> int:
     """Be that Python process, and return its exit code."""
+    import faulthandler
     import threading
 
     import numpy
@@ -271,6 +275,7 @@ def _run(arguments: list[str], env: dict[str, str], cwd: str) -> int:
     if env.get("PYTHONUNBUFFERED"):
         sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
     numpy.random.seed()  # as in a process that imports it
+    faulthandler.register(TELL_STACKS)
     code = 0
     try:
         if arguments[0] == "-c":

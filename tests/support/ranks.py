@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
-from forkserver import ROOT, Forked, fork
+from forkserver import ROOT, TELL_STACKS, Forked, fork
 
 __all__ = ["Job", "run_ranks"]
 
@@ -76,6 +76,9 @@ class Job:
                 if None not in codes:
                     return 0
                 if time.monotonic() > deadline:
+                    for rank in self.ranks:
+                        rank.send_signal(TELL_STACKS)
+                    time.sleep(2)
                     raise AssertionError(f"ranks still run after {timeout} s: {codes}\n{self.printed()}")
                 time.sleep(0.01)
         finally:
