@@ -84,29 +84,25 @@ class StateReader:
         new = {path: kind for path, kind in reading.plain.empty.items() if path not in self._told_empty}
         self._told_empty.update(new)
         if new and rank == 0:
-            names = ", ".join(f"{dotted(path)} ({kind})" for path, kind in list(new.items())[:8])
-            more = f" and {len(new) - 8} more" if len(new) > 8 else ""
-            _log.warning("nothing of %s%s is saved: its state_dict() is empty", names, more)
+            names = _listed([f"{dotted(path)} ({kind})" for path, kind in new.items()])
+            _log.warning("nothing of %s is saved: its state_dict() is empty", names)
 
     def tell_beside(self, state: Mapping[str, Any], reading: Reading) -> None:
         """Log once which counters go on as the job trains and lie beside what is saved; on rank 0."""
         if self._beside is None:
             return
         try:
-            new = list(self._beside.changed(state, reading.plain).items())
+            new = self._beside.changed(state, reading.plain)
         except Exception:  # classes may answer anything, and no save fails because of a hint
             self._beside = None
             _log.debug("attributes beside the state are not looked at any more", exc_info=True)
             return
         if new:
-            names = ", ".join(f"{name} ({before} before, now {now})" for name, (before, now) in new[:8])
-            more = f" and {len(new) - 8} more" if len(new) > 8 else ""
             _log.warning(
-                "changed since an earlier save, but not saved, because no state_dict() holds it: %s%s. If training "
+                "changed since an earlier save, but not saved, because no state_dict() holds it: %s. If training "
                 "depends on it, keep it in a buffer of the module or in the optimizer's param_groups, or put it into "
                 "the state as a value of the same name",
-                names,
-                more,
+                _listed([f"{name} ({before} before, now {now})" for name, (before, now) in new.items()]),
             )
 
     def read(self, state: Mapping[str, Any]) -> Reading:
@@ -141,6 +137,10 @@ class StateReader:
         self._plain = replace(flat, arrays=(), values={}, rank_values={})
         plain = replace(flat, arrays=())
         return Reading(state, plain, self._structure, flat.arrays, None, trace, trace.tensors(), asked, {})
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
 
 
 def structure_of(flat: FlatState) -> Structure:

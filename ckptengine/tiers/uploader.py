@@ -168,7 +168,7 @@ class Uploader:
             return known | ({self._attempt} if self._attempt else set())
 
     def release(self) -> None:
-        """Protect nothing any more on a rank that follows: all that was offered is uploaded."""
+        """Protect nothing any more on a rank that follows: the upload that it had a part in is over."""
         with self._changed:
             self._attempt = ""
 
